@@ -1,0 +1,120 @@
+"""`README.md` of an adapter folder: a model card with the Hub's metadata and an honest limits section."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from lora_sentiment.adapter.folder import Card
+from lora_sentiment.evaluation.statistics import show_interval
+
+_HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "auroc": "roc_auc"}
+
+
+def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> str:
+    """Return the model card of an adapter.
+
+    Args:
+        name: Name of the run.
+        card: What `card.json` holds.
+        report: What `report.json` holds.
+        is_peft: Whether stock PEFT loads the folder.
+    """
+    metadata = _metadata(name, card, report, is_peft=is_peft).to_yaml()
+    sections = [
+        _summary(name, card),
+        _results(report),
+        _usage(name, card, is_peft=is_peft),
+        _training(card, report),
+        _limits(card),
+    ]
+    return f"---\n{metadata}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> ModelCardData:
+    source = card.data.config["source"]
+    dataset = source if isinstance(source, str) and _is_hub_name(source) else None
+    split = "test" if "test" in report else "validation"
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=dataset or "local-files",
+            dataset_name=dataset or "local files",
+            dataset_split=split,
+            metric_type=_HUB_METRICS[metric],
+            metric_name=metric,
+            metric_value=round(interval["value"], 4),
+        )
+        for metric, interval in report[split].items()
+        if metric in _HUB_METRICS and interval["value"] is not None
+    ]
+    return ModelCardData(
+        model_name=name,
+        base_model=card.base.name if _is_hub_name(card.base.name) else None,
+        library_name="peft" if is_peft else "lora-sentiment",
+        pipeline_tag="text-classification",
+        tags=["text-classification", "distilbert", card.method.kind],
+        datasets=[dataset] if dataset else None,
+        metrics=sorted({result.metric_type for result in results}),
+        eval_results=results,
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    files = (".csv", ".tsv", ".jsonl", ".parquet", ".gz")
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not name.endswith(files)
+
+
+def _summary(name: str, card: Card) -> str:
+    labels = ", ".join(f"`{label}`" for label in card.labels)
+    return (
+        f"# {name}\n\nA text classifier with the labels {labels}: `{card.method.kind}` fine-tuning of `{card.base.name}` "
+        f"on `{card.data.config['source']}`, at most {card.max_length} tokens a text (truncation: {card.truncation}). "
+        "Made with `lora_sentiment`."
+    )
+
+
+def _results(report: Mapping[str, Any]) -> str:
+    splits = [split for split in ("validation", "test") if split in report]
+    lines = ["## Results", "", "| metric | " + " | ".join(splits) + " |", "|---" * (len(splits) + 1) + "|"]
+    for metric in report[splits[0]]:
+        lines.append(f"| {metric} | " + " | ".join(show_interval(report[split][metric]) for split in splits) + " |")
+    lines += ["", "Brackets hold 95 % bootstrap intervals over the rows of one run; test rows chose nothing."]
+    return "\n".join(lines)
+
+
+def _usage(name: str, card: Card, *, is_peft: bool) -> str:
+    own = f"## Use\n\n```sh\nlora-sentiment evaluate {name}  # this folder; the base is found and checked by its hash\n```\n\n"
+    if not is_peft:
+        return own + "`changed.safetensors` holds every trained tensor under stock transformers' own names."
+    return (
+        f"{own}With stock PEFT (labels in order: {', '.join(card.labels)}):\n\n```python\nimport torch\n"
+        "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n\n"
+        "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
+        f'    "{name}", num_labels={len(card.labels)}, dtype=torch.float32\n)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+    )
+
+
+def _training(card: Card, report: Mapping[str, Any]) -> str:
+    parameters, train = report["parameters"], report["train"]
+    return (
+        f"## Training\n\n- trainable parameters: {parameters['adapter']:,} adapter + {parameters['head']:,} head = "
+        f"{parameters['trainable']:,} ({parameters['share']:.3%} of {parameters['base']:,})\n"
+        f"- {train['steps']:,} optimizer steps, kept: step {train['best_step']:,}; {train['tokens']:,} tokens in "
+        f"{train['seconds']:,.0f} s ({train['tokens_per_second']:,.0f} tokens/s, {train['engine']} engine)\n"
+        f"- base: `{card.base.name}`, revision `{card.base.revision}`, SHA-256 of its encoder `{card.base.base_sha256}`\n"
+        "- `recipe.yaml` repeats the run; `card.json` holds versions, machine facts and the probe\n\n"
+        "![training curve](training.png)\n\n![confusion matrix](confusion.png)"
+    )
+
+
+def _limits(card: Card) -> str:
+    return (
+        f"## Limits\n\n- It knows the labels {', '.join(card.labels)} and no other; every text gets one of them, also one "
+        f"that fits none.\n- A text longer than {card.max_length} tokens is cut ({card.truncation}); what was cut does not "
+        "count.\n- The figures hold for rows like those it was judged on: other topics, languages, lengths or times can be "
+        "much worse.\n- Its base and its data carry biases: names, dialects and groups of people can shift a score. Do not "
+        "use it to decide about people.\n- Probabilities are as the model gives them; `ece` above says how far to trust them."
+    )

@@ -1,0 +1,337 @@
+"""The adapter folder: the only code that knows its files. It saves, loads and verifies them."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from lora_sentiment.errors import AdapterError
+from lora_sentiment.model.base import Base, hash_tokenizer, load_base
+from lora_sentiment.model.config import Method, ModelConfig
+from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from lora_sentiment.section import Section
+
+SCHEMA = 1
+PEFT_WEIGHTS, PEFT_CONFIG, CHANGED_WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "changed.safetensors"
+PROBE_TOLERANCE = 1e-4
+"""Largest difference in fp32 between a stored probe logit and today's: another CPU adds up in another order."""
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+
+
+class BaseRecord(Section):
+    """Which base an adapter belongs to."""
+
+    name: str
+    """Hub name or folder, as the recipe gave it."""
+    revision: str | None
+    """Commit that the Hub resolved, or null for a folder."""
+    base_sha256: str
+    """Hash of the encoder's tensors by name, shape and value."""
+
+
+class DataRecord(Section):
+    """Which rows it was trained on: names and fingerprints, no text."""
+
+    config: dict[str, Any]
+    """The recipe's resolved `data` section."""
+    train_sha256: str
+    """Fingerprint of the training rows."""
+    validation_sha256: str
+    """Fingerprint of the validation rows."""
+
+
+class Probe(Section):
+    """Token ids of texts of our own and the logits that this adapter gave for them in fp32."""
+
+    input_ids: list[list[int]]
+    """One list of ids a text, special tokens included."""
+    logits: list[list[float]]
+    """One list of num_labels values a text."""
+
+
+class Card(Section):
+    """`card.json`: what the weights alone do not say."""
+
+    schema_: int = Field(alias="schema")
+    """Version of this file's layout."""
+    labels: list[str]
+    """Label names; the index of a name is its label."""
+    max_length: int
+    """Longest input in tokens."""
+    truncation: Literal["head", "head_tail"]
+    """Which tokens of a longer text stay."""
+    method: Method
+    """What was trained."""
+    base: BaseRecord
+    """On which base."""
+    tokenizer_sha256: str
+    """Hash of the tokenizer's pipeline and vocabulary."""
+    files: dict[str, str]
+    """File name to SHA-256, of every file that decides an answer."""
+    data: DataRecord
+    """On which rows."""
+    calibration: dict[str, float] | None
+    """Temperature fitted on validation, or null."""
+    versions: dict[str, str]
+    """Package to version, of those that fix the bytes."""
+    machine: dict[str, Any]
+    """Facts of the machine and run that fix the bytes: threads, processes, dtype, micro-batch cut."""
+    probe: Probe
+    """How this adapter answers texts of our own."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter on its base, ready to answer.
+
+    Attributes:
+        model: In fp32 on the CPU, in eval mode.
+        tokenizer: The base's tokenizer.
+        card: What was recorded at training.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    card: Card
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    *,
+    base: Base,
+    labels: tuple[str, ...],
+    model_config: ModelConfig,
+    method: Method,
+    data: DataRecord,
+    machine: dict[str, Any],
+    probe_ids: list[list[int]],
+    tolerance: float,
+) -> Card:
+    """Write weights, tokenizer and card, then rebuild the model from them and hold it against the trained one.
+
+    The base's weights are never written.
+
+    Args:
+        folder: Existing empty folder.
+        model: The trained model, in eval mode.
+        base: What it was made from.
+        labels: Label names in order.
+        model_config: The recipe's `model` section.
+        method: The recipe's `method` section.
+        data: Which rows it was trained on.
+        machine: Facts that fix the bytes.
+        probe_ids: Token ids of texts of our own.
+        tolerance: Largest difference allowed between a logit of the trained model and of the rebuilt one, in units of
+            max(1, largest logit): rounding of the compute dtype.
+
+    Raises:
+        AdapterError: If the rebuilt model answers otherwise than the trained one.
+    """
+    _save_weights(folder, model, base)
+    again = load_base(model_config, labels=labels)
+    if again.sha256 != base.sha256:
+        raise AdapterError(f"the base {base.name!r} changed on disk during training; its hash was {base.sha256[:12]}")
+    rebuilt = _rebuild(folder, again, method)
+    probe = compute_probe(rebuilt, probe_ids)
+    stored, trained = np.array(probe.logits), np.array(compute_probe(model, probe_ids).logits)
+    difference = float(np.abs(stored - trained).max()) / max(1.0, float(np.abs(stored).max()))
+    if not difference <= tolerance:
+        raise AdapterError(
+            f"{folder}: the saved adapter answers otherwise than the trained model (by {difference:.2g})"
+        )
+    decisive = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in (PEFT_CONFIG, "tokenizer.json")]
+    card = Card(
+        schema=SCHEMA,
+        labels=list(labels),
+        max_length=model_config.max_length,
+        truncation=model_config.truncation,
+        method=method,
+        base=BaseRecord(name=base.name, revision=base.revision, base_sha256=base.sha256),
+        tokenizer_sha256=hash_tokenizer(base.tokenizer),
+        files={path.name: hash_file(path) for path in sorted(decisive)},
+        data=data,
+        calibration=None,
+        versions={name: version(name) for name in PACKAGES},
+        machine=machine,
+        probe=probe,
+    )
+    write_json(folder / "card.json", card.model_dump(mode="json", by_alias=True))
+    return card
+
+
+def load(folder: Path, *, base: str | None = None) -> Loaded:
+    """Rebuild a trained model from its folder alone, and check that it is the one that was saved.
+
+    Args:
+        folder: An adapter folder.
+        base: Where to find the base, if not where the card says; it must hash to the same value.
+
+    Raises:
+        AdapterError: If a file is missing or altered, the base or tokenizer is another one, a tensor is missing, extra,
+            of the wrong shape or not finite, or the probe's answers differ.
+        ModelError: If the base cannot be loaded.
+    """
+    card = load_card(folder)
+    for name, expected in card.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise AdapterError(f"{path}: is missing; copy the whole folder")
+        if hash_file(path) != expected:
+            raise AdapterError(f"{path}: was altered after training (its SHA-256 is not the one in card.json)")
+    config = ModelConfig(
+        name=base or card.base.name, revision=None if base else card.base.revision, max_length=card.max_length
+    )
+    loaded = load_base(config, labels=tuple(card.labels))
+    if loaded.sha256 != card.base.base_sha256:
+        raise AdapterError(
+            f"{folder}: was trained on the base {card.base.name!r} with hash {card.base.base_sha256[:12]}; {config.name!r} "
+            f"has {loaded.sha256[:12]}; name the right one with --base"
+        )
+    if hash_tokenizer(loaded.tokenizer) != card.tokenizer_sha256:
+        raise AdapterError(f"{folder}: was trained with another tokenizer than the one of {config.name!r}")
+    model = _rebuild(folder, loaded, card.method)
+    _verify_probe(model, card, folder)
+    return Loaded(model=model, tokenizer=loaded.tokenizer, card=card)
+
+
+def load_card(folder: Path) -> Card:
+    """Read `card.json`.
+
+    Raises:
+        AdapterError: If the folder or file is missing, malformed, or of a newer layout.
+    """
+    path = folder / "card.json"
+    if not path.is_file():
+        raise AdapterError(f"{folder}: is no adapter folder of this package (no card.json)")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = values.get("schema") if isinstance(values, dict) else None
+        if isinstance(found, int) and found > SCHEMA:
+            raise AdapterError(f"{path}: has schema {found}; this version reads up to {SCHEMA}; upgrade lora_sentiment")
+        return TypeAdapter(Card).validate_json(json.dumps(values))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{path}: is no JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise AdapterError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def compute_probe(model: nn.Module, input_ids: list[list[int]]) -> Probe:
+    """Return a model's logits of token id lists, one text at a time and so without padding."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        logits = [model(input_ids=torch.tensor([ids], device=device)).logits[0].tolist() for ids in input_ids]
+    return Probe(input_ids=input_ids, logits=logits)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON with sorted keys, so that bytes repeat."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
+    """Move a finished folder to its place: every file synced, then one rename.
+
+    Raises:
+        AdapterError: If the place is taken and must not be overwritten.
+    """
+    for path in aside.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = None
+    if folder.exists():
+        if not overwrite:
+            raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; set output.overwrite=true")
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    if os.name == "posix":
+        handle = os.open(folder.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if old:
+        shutil.rmtree(old)
+
+
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_weights(folder: Path, model: nn.Module, base: Base) -> None:
+    """Write PEFT's own files, or `changed.safetensors`; sorted lists and one metadata key, so that bytes repeat."""
+    if isinstance(model, PeftModel):
+        tensors, name = dict(get_peft_model_state_dict(model)), PEFT_WEIGHTS
+        config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+        write_json(folder / PEFT_CONFIG, {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in config.items()})
+    else:
+        tensors, name = dict(trainable_tensors(model)), CHANGED_WEIGHTS
+    contiguous = {key: tensors[key].detach().to("cpu").contiguous() for key in sorted(tensors)}
+    save_file(contiguous, folder / name, metadata={"format": "pt"})
+    base.tokenizer.save_pretrained(folder)
+
+
+def _rebuild(folder: Path, base: Base, method: Method) -> nn.Module:
+    """Return the model that a folder's weights make of a freshly loaded base, in fp32, in eval mode."""
+    model = make_trainable(base, method, dtype=torch.float32)
+    _fill(model, folder)
+    return model.eval()
+
+
+def _fill(model: nn.Module, folder: Path) -> None:
+    """Copy the saved tensors into a model, after checking each name, shape and value."""
+    if isinstance(model, PeftModel):
+        path, expected = folder / PEFT_WEIGHTS, dict(get_peft_model_state_dict(model))
+    else:
+        path, expected = folder / CHANGED_WEIGHTS, dict(trainable_tensors(model))
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    for label, names in (
+        ("is missing", expected.keys() - found.keys()),
+        ("is unknown", found.keys() - expected.keys()),
+    ):
+        if names:
+            raise AdapterError(f"{path}: tensor {min(names)} {label} ({len(names)} in all)")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise AdapterError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{path}: {name} holds a value that is not finite")
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, found)
+    else:
+        with torch.no_grad():
+            for name, parameter in expected.items():
+                parameter.copy_(found[name])
+
+
+def _verify_probe(model: nn.Module, card: Card, folder: Path) -> None:
+    """Compare today's answers with the stored ones."""
+    now = np.array(compute_probe(model, card.probe.input_ids).logits)
+    difference = float(np.abs(now - np.array(card.probe.logits)).max())
+    if not difference <= PROBE_TOLERANCE:
+        raise AdapterError(
+            f"{folder}: answers its probe otherwise than when it was saved (logits differ by {difference:.2g}, allowed "
+            f"{PROBE_TOLERANCE:g}); versions then: {card.versions}"
+        )

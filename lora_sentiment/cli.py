@@ -1,0 +1,112 @@
+"""The command line: `lora-sentiment VERB`. The only room that prints."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lora_sentiment.errors import LoraSentimentError
+from lora_sentiment.recipe import Recipe, make_schema
+
+app = typer.Typer(
+    name="lora-sentiment", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys, values in YAML.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train a recipe and save its adapter. Under a launcher: accelerate launch -m lora_sentiment.train RECIPE."""
+    loaded = Recipe.load(recipe, overrides or ())
+    from lora_sentiment.train import train as run_train
+
+    run = run_train(loaded)
+    if not run.report:
+        return
+    if as_json:
+        typer.echo(json.dumps(run.report))
+        return
+    parameters = run.report["parameters"]
+    typer.echo(f"adapter     {run.adapter}")
+    typer.echo(
+        f"trainable   {parameters['adapter']:,} adapter + {parameters['head']:,} head = {parameters['trainable']:,} "
+        f"({parameters['share']:.3%} of {parameters['base']:,}); {parameters['adapter_bytes']:,} bytes saved"
+    )
+    for split in ("validation", "test"):
+        if split in run.report:
+            typer.echo(f"{split} (95 % intervals)")
+            _show_scores(run.report[split])
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    source: Annotated[
+        str | None, typer.Option(help="Judge on this file or Hub data set instead of the recorded one.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test, or validation as training carved it.")] = "test",
+    base: Annotated[str | None, typer.Option(help="Where to find the base, if not where the card says.")] = None,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score an adapter, rebuilt from its folder alone, its base checked by hash."""
+    from lora_sentiment.evaluate import evaluate as run_evaluate
+
+    found = run_evaluate(adapter, source=source, split=split, base=base, dtype=dtype)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    typer.echo(f"{found.split}: {found.num_rows:,} rows, 95 % intervals")
+    _show_scores({name: interval.as_dict() for name, interval in found.scores.items()})
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a recipe without reading weights or data, and show it with its defaults."""
+    loaded = Recipe.load(recipe, overrides or ())
+    typer.echo(json.dumps(loaded.model_dump(mode="json")) if as_json else loaded.to_yaml().rstrip())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, which editors use to complete and check."""
+    typer.echo(json.dumps(make_schema(), indent=2))
+
+
+def _show_scores(scores: Mapping[str, Any]) -> None:
+    from lora_sentiment.evaluation.statistics import show_interval
+
+    for metric, interval in scores.items():
+        typer.echo(f"  {metric:<9} {show_interval(interval)}")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; what this package raises on purpose is shown as a message, without a traceback."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()], force=True)
+    logging.getLogger("lora_sentiment").setLevel(logging.INFO if is_main else logging.WARNING)
+    try:
+        app(arguments)
+    except LoraSentimentError as error:
+        # Every process of a launch sees the same fault; one message is enough.
+        if is_main:
+            typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _handler() -> RichHandler:
+    console = Console(stderr=True, soft_wrap=True)
+    return RichHandler(console=console, show_path=False, show_level=False, highlighter=None, log_time_format="%X")

@@ -1,0 +1,82 @@
+"""Judge a saved adapter: everything is rebuilt from its folder alone."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_sentiment.adapter.folder import load
+from lora_sentiment.data.batches import encode
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.data.rows import Rows, load_data, load_rows, load_test
+from lora_sentiment.errors import DataError
+from lora_sentiment.evaluation.metrics import score
+from lora_sentiment.evaluation.statistics import Interval
+from lora_sentiment.launch import make_accelerator
+from lora_sentiment.model.base import resolve_dtype
+from lora_sentiment.model.encoder import use_fast_encoder
+from lora_sentiment.model.inference import predict_logits
+
+log = logging.getLogger("lora_sentiment")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of an adapter on one split, with 95 % intervals."""
+
+    split: str
+    num_rows: int
+    scores: dict[str, Interval]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON."""
+        return {"split": self.split, "num_rows": self.num_rows, **{k: v.as_dict() for k, v in self.scores.items()}}
+
+
+def evaluate(
+    folder: Path, *, source: str | None = None, split: str = "test", base: str | None = None, dtype: str = "auto"
+) -> Evaluation:
+    """Score an adapter folder.
+
+    Args:
+        folder: An adapter folder; its base is found where the card says and its hash checked.
+        source: Rows to judge on instead of the recorded source: a file or Hub data set, read with the recorded columns.
+        split: `test`, or `validation` as training carved it.
+        base: Where to find the base, if not where the card says.
+        dtype: Compute dtype, as `model.dtype` of a recipe.
+
+    Raises:
+        AdapterError: If the folder, base or tokenizer is not the one that was saved.
+        DataError: If the rows cannot be read, or there is no such split.
+    """
+    accelerator = make_accelerator(dtype)
+    loaded = load(folder, base=base)
+    card = loaded.card
+    compute_dtype = resolve_dtype(dtype, accelerator.device)
+    model = loaded.model.requires_grad_(False).to(accelerator.device, compute_dtype)
+    if reason := use_fast_encoder(model, compute_dtype=compute_dtype):
+        log.info("stock engine: %s", reason)
+    rows = _read(DataConfig.model_validate(card.data.config), source, split, tuple(card.labels))
+    main = accelerator.is_main_process
+    encoded = encode(
+        rows, tokenizer=loaded.tokenizer, max_length=card.max_length, truncation=card.truncation, progress=main
+    )
+    logits = predict_logits(model, encoded, accelerator=accelerator, progress=split if main else None)
+    found = score(logits, encoded.labels)
+    return Evaluation(split=split, num_rows=len(rows), scores=found)
+
+
+def _read(config: DataConfig, source: str | None, split: str, labels: tuple[str, ...]) -> Rows:
+    """Return the rows of a split: of a source given now, or of the recorded one."""
+    if source is not None:
+        # A lone file is what to judge on, whatever split its maker called it.
+        return load_rows(config.model_copy(update={"source": source}), split=split, labels=labels)[0]
+    if split == "validation":
+        return load_data(config).validation
+    found = load_test(config, labels=labels)
+    if found is not None:
+        return found[0]
+    carved = load_data(config).carved_test if config.test_fraction else None
+    if carved is None:
+        raise DataError(f"{config.source}: has no test split; name rows with --source, or use --split validation")
+    return carved

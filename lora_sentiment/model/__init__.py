@@ -1,0 +1,1 @@
+"""The base, what is trained of it, and its forward."""

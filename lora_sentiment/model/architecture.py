@@ -1,0 +1,46 @@
+"""Facts about the encoder architectures, from shapes alone: no weights and no heavy imports."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HEAD = ("pre_classifier", "classifier")
+"""The two head layers, trained and saved by every method."""
+
+LINEARS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
+"""The linear layers of a DistilBERT block, in the order of its forward."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that fix every tensor of a DistilBERT encoder; the defaults are distilbert-base-uncased's."""
+
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    n_layers: int = 6
+    n_heads: int = 12
+    dim: int = 768
+    hidden_dim: int = 3072
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Shape":
+        """Read the shape from a checkpoint's `config.json`, the missing keys at DistilBertConfig's defaults."""
+        return cls(**{name: int(config[name]) for name in cls.__dataclass_fields__ if name in config})
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """Return (in_features, out_features) of one of LINEARS."""
+        if name == "lin1":
+            return self.dim, self.hidden_dim
+        if name == "lin2":
+            return self.hidden_dim, self.dim
+        return self.dim, self.dim
+
+    @property
+    def num_encoder(self) -> int:
+        """Parameters of the encoder: embeddings with their norm, and the blocks with two norms each."""
+        block = sum(i * o + o for i, o in map(self.linear, LINEARS)) + 4 * self.dim
+        return (self.vocab_size + self.max_position_embeddings + 2) * self.dim + self.n_layers * block
+
+    def num_head(self, num_labels: int) -> int:
+        """Parameters of pre_classifier and classifier."""
+        return (self.dim + 1) * self.dim + (self.dim + 1) * num_labels

@@ -1,0 +1,184 @@
+"""The base checkpoint: found, checked, hashed over its values, loaded in fp32."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from lora_sentiment.errors import ModelError
+from lora_sentiment.model.architecture import HEAD, Shape
+from lora_sentiment.model.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base: a DistilBERT sequence classifier in fp32 whose head may be new.
+
+    Attributes:
+        model: `DistilBertForSequenceClassification`, every tensor in fp32 on the CPU.
+        tokenizer: The checkpoint's fast tokenizer.
+        name: Hub name or folder, as the recipe gave it.
+        revision: Commit that the Hub resolved, or None for a folder.
+        sha256: Hash of the encoder's tensors by name, shape and value.
+        shape: The encoder's shape.
+        new_head: True where the checkpoint brought no head of its own.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    revision: str | None
+    sha256: str
+    shape: Shape
+    new_head: bool
+
+
+def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
+    """Load the base of a recipe from Hub, cache or folder.
+
+    The head's initial values come from torch's global generator where the checkpoint has none, so seed it first.
+
+    Args:
+        config: The recipe's `model` section.
+        labels: Label names in order; their number sizes the head.
+
+    Raises:
+        ModelError: If nothing can be loaded, the checkpoint is no DistilBERT, an encoder tensor is missing, its head
+            has another number of labels, or `max_length` is more than its positions.
+    """
+    names = dict(enumerate(labels))
+    where = {"revision": config.revision}
+    with _quiet(), _explain(config.name):
+        found = AutoConfig.from_pretrained(config.name, **where)
+        _check_architecture(found, config)
+        for key in ("dropout", "attention_dropout"):
+            if getattr(config, key) is not None:
+                setattr(found, key, getattr(config, key))
+        found.num_labels, found.id2label, found.label2id = len(labels), names, {v: k for k, v in names.items()}
+        tokenizer = AutoTokenizer.from_pretrained(config.name, use_fast=True, **where)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            config.name,
+            config=found,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **where,
+        )
+    new_head = _check_tensors(report, config.name, len(labels))
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        name=config.name,
+        revision=getattr(found, "_commit_hash", None),
+        sha256=hash_tensors(encoder_tensors(model)),
+        shape=Shape.from_config(found.to_dict()),
+        new_head=new_head,
+    )
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype for `model.dtype` on a device.
+
+    `auto` takes bfloat16 only where the hardware multiplies it: GTX 16xx cards, say, report support but emulate it.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def encoder_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the base encoder's (name, tensor) under the checkpoint's own names, whatever PEFT wrapped around them."""
+    for name, tensor in model.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if name.startswith("distilbert.") and ".lora_" not in name:
+            yield name.removeprefix("distilbert."), tensor
+
+
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the SHA-256 over (name, shape, fp32 value) of tensors in name order.
+
+    Values are widened to fp32, which is exact: the same weights stored as fp16, bf16 or fp32 hash alike.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the SHA-256 of what decides a fast tokenizer's ids: its serialised pipeline and vocabulary."""
+    return hashlib.sha256(_untruncated(tokenizer).encode()).hexdigest()
+
+
+def _untruncated(tokenizer: PreTrainedTokenizerFast) -> str:
+    # Truncation and padding are settings of the last call, not of the tokenizer.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return str(tokenizer.backend_tokenizer.to_str())
+
+
+def _check_architecture(found: Any, config: ModelConfig) -> None:
+    if found.model_type != "distilbert":
+        raise ModelError(
+            f"model.name {config.name!r} is a {found.model_type} model; this package adapts distilbert checkpoints"
+        )
+    if config.max_length > found.max_position_embeddings:
+        raise ModelError(
+            f"model.max_length {config.max_length} is more than the {found.max_position_embeddings} positions of "
+            f"{config.name!r}; set model.max_length={found.max_position_embeddings} or less"
+        )
+
+
+def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
+    """Refuse a checkpoint that does not fill the encoder; return True where the head is new."""
+    missing = {key for key in report["missing_keys"] if not key.startswith(HEAD)}
+    mismatched = {key for key, *_ in report["mismatched_keys"]}
+    if missing or mismatched:
+        if mismatched and all(key.startswith(HEAD) for key in mismatched):
+            (_, found, _), *_ = [item for item in report["mismatched_keys"] if item[0].startswith("classifier")]
+            raise ModelError(
+                f"model.name {name!r} has a head for {found[0]} labels and the data has {num_labels}; name a base without "
+                "a head, or data with the same labels"
+            )
+        listed = ", ".join(sorted(missing | mismatched)[:4])
+        raise ModelError(
+            f"model.name {name!r} does not fill the encoder: {len(missing | mismatched)} tensors, {listed}, ..."
+        )
+    return any(key.startswith(HEAD) for key in report["missing_keys"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the load report: that the head is new is no news, and all else is checked here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _explain(name: str) -> Iterator[None]:
+    """Turn what the Hub client and transformers raise for a bad name or folder into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"model.name {name!r} could not be loaded: {reason}") from error

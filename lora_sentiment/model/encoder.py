@@ -1,0 +1,327 @@
+"""The fast forward of DistilBERT: exact, for frozen linears with or without LoRA, and for the [CLS] token only.
+
+`use_fast_encoder` replaces the forward of one DistilBertModel instance and nothing else. It owns no parameter and no
+weight format: adapters are read from PEFT's modules in every forward, and prepared copies of frozen weights are
+rebuilt when their sources change.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.distilbert.modeling_distilbert import (
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    DistilBertSelfAttention,
+    TransformerBlock,
+)
+
+from lora_sentiment.errors import ModelError
+from lora_sentiment.model.kernels import (
+    Adapter,
+    Linear,
+    attention,
+    dropout,
+    feed_forward,
+    first_token_attention,
+    linear,
+)
+
+LINEARS = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One linear as y = x W^T + b + scale * dropout(x) A^T B^T, by reference to the tensors of its module.
+
+    weight: (out_features, in_features), A: (r, in_features), B: (out_features, r); A and B are None without adapter.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
+def low_rank(module: nn.Module) -> LowRank | str:
+    """Reads one linear of the encoder as a frozen weight plus at most one low-rank pair, or says why it is not one."""
+    base = module.get_base_layer() if type(module) is lora.Linear else module
+    if type(base) is not nn.Linear:
+        return f"{type(base).__name__} is neither a torch.nn.Linear nor PEFT's LoRA of one"
+    if not base.weight.is_floating_point():
+        return f"its base weight is quantised ({base.weight.dtype})"
+    if base.bias is None:
+        return "it has no bias"
+    if base.weight.requires_grad or base.bias.requires_grad:
+        return "its base weight or bias is trainable"
+    if type(module) is not lora.Linear:
+        return LowRank(base.weight, base.bias)
+    if module.merged:
+        return f"the adapters {module.merged_adapters} are merged into its base weight"
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    if not active:
+        return LowRank(base.weight, base.bias)
+    if len(active) > 1:
+        return f"several adapters are active: {active}"
+    return _low_rank_pair(module, active[0], base)
+
+
+def _low_rank_pair(module: lora.Linear, name: str, base: nn.Linear) -> LowRank | str:
+    if name in module.lora_variant:
+        return f"its adapter is a {type(module.lora_variant[name]).__name__}, not plain LoRA"
+    if module.lora_bias.get(name):
+        return "its adapter has a bias (lora_bias)"
+    down, up, drop = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"its adapter is made of {type(down).__name__} and {type(up).__name__}"
+    if type(drop) not in (nn.Identity, nn.Dropout):
+        return f"its adapter drops through {type(drop).__name__}"
+    p = float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0
+    return LowRank(base.weight, base.bias, down.weight, up.weight, float(module.scaling[name]), p)
+
+
+def use_fast_encoder(model: nn.Module, *, compute_dtype: torch.dtype) -> str | None:
+    """Gives the DistilBertModel inside `model` the fast forward, or leaves it alone.
+
+    Args:
+        model: A DistilBertForSequenceClassification, or a PeftModel around one.
+        compute_dtype: Dtype of the encoder's arithmetic. Its output is fp32 whatever this is.
+
+    Returns:
+        None where the fast forward is in place, else the reason why it cannot be, naming the module.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return f"{type(model.active_peft_config).__name__} feeds embeddings, not input_ids"
+    classifiers = [part for part in model.modules() if type(part) is DistilBertForSequenceClassification]
+    if len(classifiers) != 1 or type(classifiers[0].distilbert) is not DistilBertModel:
+        return f"{type(model).__name__} holds no DistilBertForSequenceClassification over a plain DistilBertModel"
+    encoder = classifiers[0].distilbert
+    use_stock_encoder(model)
+    reason = _why_not(encoder)
+    if reason is None:
+        encoder.forward = _FastForward(encoder, compute_dtype).forward
+    return reason
+
+
+def use_stock_encoder(model: nn.Module) -> None:
+    """Gives the DistilBertModel inside `model` its own forward back; does nothing where it has it."""
+    for part in model.modules():
+        if isinstance(part, DistilBertModel) and _is_fast(part):
+            del part.forward
+
+
+def _is_fast(module: nn.Module) -> bool:
+    return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), _FastForward)
+
+
+def _why_not(encoder: DistilBertModel) -> str | None:
+    config = encoder.config
+    if config.activation != "gelu":
+        return f"ffn.activation: {config.activation!r} is not 'gelu'"
+    if config.output_hidden_states or config.output_attentions:
+        return "config: output_hidden_states and output_attentions need every token of every layer"
+    if any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules()):
+        return "transformer: gradient checkpointing is on"
+    for name, module in encoder.named_modules():
+        where = name or "distilbert"
+        if "forward" in module.__dict__:
+            return f"{where}: its forward was replaced, for instance by an accelerate hook"
+        if _has_foreign_hook(module):
+            return f"{where}: it has a forward hook that the fast forward would skip"
+    return _unfit_embedding_or_norm(encoder) or _unfit_linear(encoder)
+
+
+def _has_foreign_hook(module: nn.Module) -> bool:
+    # transformers' own capturing hooks act only when hidden states or attentions are asked for, which is refused.
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
+def _unfit_embedding_or_norm(encoder: DistilBertModel) -> str | None:
+    kinds = {"word_embeddings": nn.Embedding, "position_embeddings": nn.Embedding, "layer_norm": nn.LayerNorm}
+    for name, module in encoder.named_modules():
+        for suffix, kind in {**kinds, "embeddings.LayerNorm": nn.LayerNorm}.items():
+            if name.endswith(suffix) and type(module) is not kind:
+                return f"{name}: {type(module).__name__} is not a plain {kind.__name__}"
+    return None
+
+
+def _unfit_linear(encoder: DistilBertModel) -> str | None:
+    for index, block in enumerate(encoder.transformer.layer):
+        for name in LINEARS:
+            answer = low_rank(block.get_submodule(name))
+            if isinstance(answer, str):
+                return f"transformer.layer.{index}.{name}: {answer}"
+    return None
+
+
+class _Linears(NamedTuple):
+    """The linears of one layer; qkv: (3 * dim, dim) is q_lin, k_lin and v_lin one below the other."""
+
+    qkv: Linear
+    out_lin: Linear
+    lin1: Linear
+    lin2: Linear
+
+
+class _Prepared(NamedTuple):
+    """The frozen weights of one layer in the compute dtype, and what they were made from."""
+
+    sources: tuple[Tensor, ...]
+    stamp: tuple[tuple[int, int], ...]
+    linears: _Linears
+
+
+def _stamp(sources: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in sources)
+
+
+def _prepare(sources: tuple[Tensor, ...], dtype: torch.dtype) -> _Prepared:
+    # What is made under inference_mode cannot be kept for a later backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        frozen = [(tensor.clone() if tensor.is_inference() else tensor.detach()).to(dtype) for tensor in sources]
+        weights, biases = frozen[::2], frozen[1::2]
+        qkv = Linear(torch.cat(weights[:3]), torch.cat(biases[:3]))
+        rest = [Linear(weight, bias) for weight, bias in zip(weights[3:], biases[3:], strict=True)]
+    return _Prepared(sources, _stamp(sources), _Linears(qkv, *rest))
+
+
+class _FastForward:
+    """The forward that replaces DistilBertModel's; `forward` has the stock signature."""
+
+    def __init__(self, encoder: DistilBertModel, compute_dtype: torch.dtype) -> None:
+        self.encoder = encoder
+        self.dtype = compute_dtype
+        self.prepared: list[_Prepared | None] = [None] * len(encoder.transformer.layer)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """Encodes input_ids: (batch, length) and returns last_hidden_state: (batch, 1, dim), that of [CLS], in fp32.
+
+        attention_mask: (batch, length) of 0 and 1, or None where every token counts. On an accelerator None is
+        faster: to see whether a mask is all ones costs a synchronisation.
+
+        Raises:
+            ModelError: Where something is asked for that only the stock forward gives, or an adapter was changed
+                into something that it cannot compute.
+        """
+        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        asked = [name for name, value in given.items() if value is not None]
+        asked += [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+        if input_ids is None or asked:
+            what = ", ".join(asked) or "no input_ids"
+            raise ModelError(
+                f"the fast encoder was given {what}; it takes input_ids and attention_mask only: use the stock encoder"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ModelError(
+                f"the fast encoder was given an attention_mask of shape {tuple(attention_mask.shape)} for input_ids of "
+                f"shape {tuple(input_ids.shape)}; the shapes must agree: use the stock encoder for other masks"
+            )
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return BaseModelOutput(last_hidden_state=self._encode(input_ids, attention_mask).float())
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        mask = self._additive_mask(attention_mask)
+        x = self._embed(input_ids)
+        blocks = cast(list[TransformerBlock], list(self.encoder.transformer.layer))
+        for index, block in enumerate(blocks):
+            linears = self._linears(index, block)
+            attend = self._first_token_attends if index == len(blocks) - 1 else self._all_attend
+            residual, mixed = attend(x, mask, linears.qkv, block.attention)
+            x = self._norm(block.sa_layer_norm, linear(mixed, linears.out_lin) + residual)
+            inner = feed_forward(x, linears.lin1, linears.lin2)
+            x = self._norm(block.output_layer_norm, dropout(inner, self._p(block.ffn.dropout)) + x)
+        return x
+
+    def _additive_mask(self, attention_mask: Tensor | None) -> Tensor | None:
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+        mask = torch.zeros(attention_mask.shape, dtype=self.dtype, device=attention_mask.device)
+        return mask.masked_fill_(attention_mask == 0, torch.finfo(self.dtype).min)[:, None, None, :]
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        parts = self.encoder.embeddings
+        words = functional.embedding(input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx)
+        x = words + parts.position_embeddings.weight[: input_ids.shape[1]]
+        return dropout(parts.LayerNorm(x).to(self.dtype), self._p(parts.dropout))
+
+    def _p(self, module: nn.Dropout) -> float:
+        return float(module.p) if self.encoder.training else 0.0
+
+    def _linears(self, index: int, block: TransformerBlock) -> _Linears:
+        """The linears of one layer with the adapters as they are now."""
+        parts = []
+        for name in LINEARS:
+            answer = low_rank(block.get_submodule(name))
+            if isinstance(answer, str):
+                where = f"transformer.layer.{index}.{name}"
+                raise ModelError(f"{where}: {answer}; the fast encoder cannot compute that: use the stock encoder")
+            parts.append(answer)
+        frozen = self._frozen(index, tuple(tensor for part in parts for tensor in (part.weight, part.bias)))
+        return _Linears(
+            frozen.qkv._replace(adapters=_adapters(parts[:3])),
+            frozen.out_lin._replace(adapters=_adapters(parts[3:4])),
+            frozen.lin1._replace(adapters=_adapters(parts[4:5])),
+            frozen.lin2._replace(adapters=_adapters(parts[5:6])),
+        )
+
+    def _frozen(self, index: int, sources: tuple[Tensor, ...]) -> _Linears:
+        ready = self.prepared[index]
+        same = ready is not None and all(a is b for a, b in zip(ready.sources, sources, strict=True))
+        if ready is None or not same or ready.stamp != _stamp(sources):
+            ready = self.prepared[index] = _prepare(sources, self.dtype)
+        return ready.linears
+
+    def _all_attend(
+        self, x: Tensor, mask: Tensor | None, qkv: Linear, module: DistilBertSelfAttention
+    ) -> tuple[Tensor, Tensor]:
+        p = self._p(module.dropout)
+        return x, attention(linear(x, qkv), mask, num_heads=module.n_heads, dropout_p=p)
+
+    def _first_token_attends(
+        self, x: Tensor, mask: Tensor | None, qkv: Linear, module: DistilBertSelfAttention
+    ) -> tuple[Tensor, Tensor]:
+        # Only [CLS] of the last layer reaches the head: it needs keys and values of all tokens, and no more of them.
+        first, p = x[:, :1], self._p(module.dropout)
+        query, keys_values = _split_query(qkv)
+        q, kv = linear(first, query), linear(x, keys_values)
+        return first, first_token_attention(q, kv, mask, num_heads=module.n_heads, dropout_p=p)
+
+    def _norm(self, module: nn.LayerNorm, x: Tensor) -> Tensor:
+        weight, bias = module.weight.to(self.dtype), module.bias.to(self.dtype)
+        return functional.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+
+def _adapters(parts: list[LowRank]) -> tuple[Adapter, ...]:
+    """The adapters of linears that are stacked in this order; all of them have equally many rows."""
+    rows = len(parts[0].weight)
+    return tuple(
+        Adapter(part.A, part.B, part.scale, position * rows, (position + 1) * rows, part.dropout)
+        for position, part in enumerate(parts)
+        if part.A is not None and part.B is not None
+    )
+
+
+def _split_query(qkv: Linear) -> tuple[Linear, Linear]:
+    dim = len(qkv.weight) // 3
+    query = tuple(adapter for adapter in qkv.adapters if adapter.stop <= dim)
+    others = tuple(
+        adapter._replace(start=adapter.start - dim, stop=adapter.stop - dim)
+        for adapter in qkv.adapters
+        if adapter.start >= dim
+    )
+    return Linear(qkv.weight[:dim], qkv.bias[:dim], query), Linear(qkv.weight[dim:], qkv.bias[dim:], others)

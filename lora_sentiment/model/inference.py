@@ -1,0 +1,50 @@
+"""Logits for many rows: sorted by length, sharded over processes, back in the rows' order."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import nn
+from tqdm.auto import tqdm
+
+from lora_sentiment.data.batches import Encoded, cut, make_batch, shard
+
+INFERENCE_TOKENS = 8192
+"""Padded tokens of one forward without gradients."""
+
+
+def predict_logits(
+    model: nn.Module, encoded: Encoded, *, accelerator: Accelerator, progress: str | None = None
+) -> NDArray[np.float32]:
+    """Compute the logits of every row, dropout off, each process its share.
+
+    Args:
+        model: A sequence classifier on the accelerator's device; its training mode is put back afterwards.
+        encoded: The rows.
+        accelerator: Says which share is this process's, and carries the logits to all of them.
+        progress: What to write before a progress bar; None for no bar.
+
+    Returns:
+        Logits of shape (num_rows, num_labels), the same on every process.
+    """
+    lengths = encoded.lengths
+    own = shard(
+        np.arange(len(encoded)), lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes
+    )
+    parts = cut(own, lengths, max_tokens=INFERENCE_TOKENS)
+    num_labels = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    logits = torch.zeros(len(encoded), num_labels, device=accelerator.device)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=int(lengths[own].sum()), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    with torch.inference_mode(), bar:
+        for part in parts:
+            batch = make_batch(encoded, part, device=accelerator.device)
+            with accelerator.autocast():
+                output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            logits[torch.from_numpy(part).to(logits.device)] = output.logits.float()
+            bar.update(batch.num_tokens)
+        # Every process filled its own rows and left zeros elsewhere: the sum is exact on sizes that do not divide.
+        summed = accelerator.reduce(logits, reduction="sum")
+    model.train(was_training)
+    return np.asarray(summed.cpu().numpy(), dtype=np.float32)

@@ -1,0 +1,355 @@
+"""The arithmetic of the fast encoder: a frozen linear with low-rank adapters, the FFN, attention and dropout.
+
+Everything here is a function of tensors. A function that would keep more than it needs for the backward pass has
+one of its own; where no gradient is wanted the plain computation runs and nothing is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+
+# Fused attention beats explicit products for fp32 on a CPU from about this length; below it, and always in bf16 or
+# fp16, its backward loses (measured on AVX2 and AMX cores). A constant, never a timing: results must repeat.
+FUSED_ATTENTION_FROM = 128
+
+# Attention probabilities per chunk of examples: 8 MiB in fp32 stays in the cache between the passes over it, and
+# stays below the 32 MiB from which glibc hands every freed buffer back to the kernel.
+CHUNK_ELEMENTS = 2**21
+
+
+class Adapter(NamedTuple):
+    """One low-rank pair that adds `scale * x A^T B^T` to output columns `start` to `stop` of a linear.
+
+    A: (r, in_features), B: (stop - start, r), in any floating dtype (the masters are fp32).
+    `dropout` is the probability with which entries of this adapter's x are dropped. LoRA, Hu et al. 2021.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    start: int
+    stop: int
+    dropout: float = 0.0
+
+
+class Linear(NamedTuple):
+    """A frozen linear in the compute dtype, weight: (out_features, in_features), with its adapters."""
+
+    weight: Tensor
+    bias: Tensor
+    adapters: tuple[Adapter, ...] = ()
+
+
+def linear(x: Tensor, layer: Linear) -> Tensor:
+    """Applies `layer` to x: (..., in_features) and returns (..., out_features).
+
+    In fp32 the adapters are added to a copy of the weight (one product, exact to rounding). In a shorter dtype that
+    would round small updates away, so there they are applied to x.
+    """
+    plain = tuple(adapter for adapter in layer.adapters if not adapter.dropout)
+    pairs = [tensor for adapter in plain for tensor in (adapter.A, adapter.B)]
+    if _wants_grad(*pairs):
+        y: Tensor = _Linear.apply(x, layer._replace(adapters=plain), *pairs)  # type: ignore[no-untyped-call]
+    else:
+        y = functional.linear(x, _effective_weight(layer._replace(adapters=plain), x.dtype), layer.bias)
+        y = _add_low_rank(y, x, plain)
+    for adapter in layer.adapters:
+        if adapter.dropout:
+            dropped = dropout(x, adapter.dropout)
+            reduced = functional.linear(dropped, adapter.A.to(x.dtype)) * adapter.scale
+            delta = functional.linear(reduced, adapter.B.to(x.dtype))
+            y = y + functional.pad(delta, (adapter.start, y.shape[-1] - adapter.stop))
+    return y
+
+
+def feed_forward(x: Tensor, lin1: Linear, lin2: Linear) -> Tensor:
+    """Returns lin2(gelu(lin1(x))) with the exact, erf-based GELU; x: (..., dim). Keeps the pre-activation only."""
+    adapters = lin1.adapters + lin2.adapters
+    pairs = [tensor for adapter in adapters for tensor in (adapter.A, adapter.B)]
+    if any(adapter.dropout for adapter in adapters) or not _wants_grad(x, *pairs):
+        return linear(functional.gelu(linear(x, lin1)), lin2)
+    y: Tensor = _FeedForward.apply(x, lin1, lin2, *pairs)  # type: ignore[no-untyped-call]
+    return y
+
+
+def attention(qkv: Tensor, mask: Tensor | None, *, num_heads: int, dropout_p: float) -> Tensor:
+    """Multi-head self-attention of every token to every token.
+
+    Args:
+        qkv: (batch, length, 3 * dim), queries, keys and values side by side.
+        mask: (batch, 1, 1, length), added to the scores, or None.
+        num_heads: Heads that share dim.
+        dropout_p: Probability of dropping an attention weight; 0 outside training.
+
+    Returns:
+        (batch, length, dim).
+    """
+    batch, length, width = qkv.shape
+    fused = qkv.dtype == torch.float32 and length >= FUSED_ATTENTION_FROM and not dropout_p
+    if qkv.device.type != "cpu" or fused:
+        heads = qkv.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind(0)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        return mixed.transpose(1, 2).reshape(batch, length, width // 3)
+    if _wants_grad(qkv):
+        y: Tensor = _Attention.apply(qkv, mask, num_heads, dropout_p)  # type: ignore[no-untyped-call]
+        return y
+    return _attend(qkv, mask, num_heads, dropout_p, None)
+
+
+def first_token_attention(
+    query: Tensor, keys_values: Tensor, mask: Tensor | None, *, num_heads: int, dropout_p: float
+) -> Tensor:
+    """Attention of one token per example to all of them.
+
+    Args:
+        query: (batch, 1, dim).
+        keys_values: (batch, length, 2 * dim).
+        mask: (batch, 1, 1, length), added to the scores, or None.
+        num_heads: Heads that share dim.
+        dropout_p: Probability of dropping an attention weight; 0 outside training.
+
+    Returns:
+        (batch, 1, dim).
+    """
+    batch, length, _ = keys_values.shape
+    q = query.view(batch, 1, num_heads, -1).transpose(1, 2)
+    k, v = keys_values.view(batch, length, 2, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask
+    weights = dropout(torch.softmax(scores, dim=-1), dropout_p)
+    return (weights @ v).transpose(1, 2).reshape(query.shape)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Drops entries of x with probability p and scales the others so that the mean stays.
+
+    On a CPU the mask comes from random bytes, because `bernoulli_` is serial there: p is rounded to a multiple of
+    1/256 (0.1 becomes 26/256 = 0.1016; never below 1/256) and the scale is that of the rounded p. The bytes come from
+    torch's global generator.
+    """
+    if not p:
+        return x
+    if x.device.type != "cpu":
+        return functional.dropout(x, p)
+    y: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    return y
+
+
+def keep_probability(p: float) -> float:
+    """The probability with which `dropout` on a CPU keeps an entry when asked to drop with probability p."""
+    return 1.0 - _threshold(p) / 256
+
+
+def _threshold(p: float) -> int:
+    return min(max(round(p * 256), 1), 255)
+
+
+def _random_keep(shape: Sequence[int], p: float) -> Tensor:
+    num_bytes = torch.Size(shape).numel()
+    words = torch.empty((num_bytes + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    return words.view(torch.uint8)[:num_bytes].view(shape) >= _threshold(p)
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _is_folded(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32
+
+
+def _effective_weight(layer: Linear, dtype: torch.dtype) -> Tensor:
+    if not layer.adapters or not _is_folded(dtype):
+        return layer.weight
+    weight = layer.weight.clone()
+    for adapter in layer.adapters:
+        rows = weight[adapter.start : adapter.stop]
+        rows.addmm_(adapter.B.detach().to(dtype), adapter.A.detach().to(dtype), alpha=adapter.scale)
+    return weight
+
+
+def _add_low_rank(y: Tensor, x: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
+    """Adds to y in place what `_effective_weight` left out; x and y may have any number of leading dimensions."""
+    if not adapters or _is_folded(x.dtype):
+        return y
+    rows = y.view(-1, y.shape[-1])
+    for adapter in adapters:
+        reduced = functional.linear(x.reshape(-1, x.shape[-1]), adapter.A.to(x.dtype))
+        rows[:, adapter.start : adapter.stop].addmm_(reduced, adapter.B.to(x.dtype).t(), alpha=adapter.scale)
+    return y
+
+
+def _project(x: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
+    """Returns the output for x: (tokens, in_features) and the weight that gave it, without recording anything."""
+    weight = _effective_weight(layer, x.dtype)
+    return _add_low_rank(torch.addmm(layer.bias, x, weight.t()), x, layer.adapters), weight
+
+
+def _project_backward(
+    grad: Tensor, x: Tensor | None, weight: Tensor, adapters: Sequence[Adapter], *, input_needs_grad: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of `_project` with respect to x and to A, B of each adapter; `weight` is the one it returned.
+
+    The thin products are written with the transposed, r-wide factor first: BLAS libraries run (r, tokens) x
+    (tokens, dim) several times faster than its transpose.
+    """
+    grad_x = grad @ weight if input_needs_grad else None
+    grads: list[Tensor | None] = []
+    for adapter in adapters:
+        assert x is not None
+        grad_y = grad[:, adapter.start : adapter.stop]
+        down, up = adapter.A.to(grad.dtype), adapter.B.to(grad.dtype)
+        grad_reduced = (up * adapter.scale).t() @ grad_y.t()
+        reduced = x @ (down * adapter.scale).t()
+        grads.append((grad_reduced @ x).to(adapter.A.dtype))
+        grads.append((reduced.t() @ grad_y).t().to(adapter.B.dtype))
+        if grad_x is not None and not _is_folded(grad.dtype):
+            grad_x.addmm_(grad_reduced.t(), down)
+    return grad_x, grads
+
+
+def _restore(adapters: Sequence[Adapter], pairs: Sequence[Tensor]) -> list[Adapter]:
+    """Puts the saved A and B back, so that autograd's check for changes made in between sees them."""
+    return [old._replace(A=A, B=B) for old, A, B in zip(adapters, pairs[::2], pairs[1::2], strict=True)]
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear, *pairs: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y, weight = _project(rows, layer)
+        ctx.save_for_backward(rows, weight, *pairs)
+        ctx.adapters, ctx.shape = layer.adapters, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, *pairs = ctx.saved_tensors
+        grad_x, grad_pairs = _project_backward(
+            grads[0].reshape(-1, grads[0].shape[-1]),
+            rows,
+            weight,
+            _restore(ctx.adapters, pairs),
+            input_needs_grad=ctx.needs_input_grad[0],
+        )
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, *grad_pairs)
+
+
+class _FeedForward(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lin1: Linear, lin2: Linear, *pairs: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        hidden, weight1 = _project(rows, lin1)
+        y, weight2 = _project(functional.gelu(hidden), lin2)
+        ctx.save_for_backward(rows if lin1.adapters else None, hidden, weight1, weight2, *pairs)
+        ctx.adapters, ctx.shape = (lin1.adapters, lin2.adapters), x.shape
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, hidden, weight1, weight2, *pairs = ctx.saved_tensors
+        split = 2 * len(ctx.adapters[0])
+        adapters1, adapters2 = _restore(ctx.adapters[0], pairs[:split]), _restore(ctx.adapters[1], pairs[split:])
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        inner = functional.gelu(hidden) if adapters2 else None
+        grad_inner, grad_pairs2 = _project_backward(grad, inner, weight2, adapters2, input_needs_grad=True)
+        assert grad_inner is not None
+        grad_hidden = torch.ops.aten.gelu_backward(grad_inner, hidden)
+        grad_x, grad_pairs1 = _project_backward(
+            grad_hidden, rows, weight1, adapters1, input_needs_grad=ctx.needs_input_grad[0]
+        )
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *grad_pairs1, *grad_pairs2)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float) -> Tensor:
+        batch, length, _ = qkv.shape
+        weights = qkv.new_empty(batch, num_heads, length, length)
+        y = _attend(qkv, mask, num_heads, dropout_p, weights)
+        ctx.save_for_backward(qkv, weights)
+        ctx.num_heads, ctx.dropout_p = num_heads, dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, weights = ctx.saved_tensors
+        batch, length, _ = qkv.shape
+        split = (batch, length, 3, ctx.num_heads, -1)
+        inputs, grad_qkv = qkv.view(split), torch.empty_like(qkv)
+        grad_heads = grads[0].reshape(batch, length, ctx.num_heads, -1)
+        for rows in _chunks(batch, ctx.num_heads * length * length):
+            heads = inputs[rows].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
+            grad = grad_heads[rows].transpose(1, 2).flatten(0, 1).contiguous()
+            part = _attend_backward(heads, weights[rows].flatten(0, 1), grad, ctx.dropout_p)
+            part = part.view(3, -1, ctx.num_heads, length, part.shape[-1])
+            grad_qkv.view(split)[rows] = part.permute(1, 3, 0, 2, 4)
+        return grad_qkv, None, None, None
+
+
+class _Dropout(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        keep = _random_keep(x.shape, p)
+        ctx.save_for_backward(keep)
+        ctx.scale = 1.0 / keep_probability(p)
+        return torch.where(keep, x, 0.0).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (keep,) = ctx.saved_tensors
+        return torch.where(keep, grads[0], 0.0).mul_(ctx.scale), None
+
+
+def _chunks(batch: int, elements_per_example: int) -> Iterator[slice]:
+    step = max(1, CHUNK_ELEMENTS // elements_per_example)
+    return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
+
+
+def _attend(qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float, weights: Tensor | None) -> Tensor:
+    """Attention by explicit products; fills `weights`: (batch, heads, length, length) where it is given.
+
+    A dropped weight is stored with its sign turned, so that one tensor holds the weights and the mask.
+    """
+    batch, length, width = qkv.shape
+    inputs = qkv.view(batch, length, 3, num_heads, -1)
+    y = qkv.new_empty(batch, length, num_heads, inputs.shape[-1])
+    for rows in _chunks(batch, num_heads * length * length):
+        q, k, v = inputs[rows].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous().unbind(0)
+        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+        if mask is not None:
+            scores.view(-1, num_heads, length, length).add_(mask[rows])
+        chunk = torch.softmax(scores, dim=-1)
+        if dropout_p:
+            chunk = torch.where(_random_keep(chunk.shape, dropout_p), chunk, -chunk)
+        if weights is not None:
+            weights[rows] = chunk.view(-1, num_heads, length, length)
+        if dropout_p:
+            chunk = chunk.relu_().mul_(1.0 / keep_probability(dropout_p))
+        y[rows] = torch.bmm(chunk, v).view(-1, num_heads, length, v.shape[-1]).transpose(1, 2)
+    return y.view(batch, length, width // 3)
+
+
+def _attend_backward(heads: Tensor, weights: Tensor, grad: Tensor, dropout_p: float) -> Tensor:
+    """The gradient of one chunk of `_attend` with respect to heads: (3, batch * heads, length, head_dim)."""
+    q, k, v = heads.unbind(0)
+    result = torch.empty_like(heads)
+    scale = q.shape[-1] ** -0.5
+    if dropout_p:
+        grad = grad * (1.0 / keep_probability(dropout_p))
+    kept = weights.relu() if dropout_p else weights
+    torch.bmm(kept.transpose(1, 2), grad, out=result[2])
+    grad_weights = torch.bmm(grad, v.transpose(1, 2))
+    if dropout_p:
+        grad_weights = torch.ops.aten.threshold_backward(grad_weights, weights, 0)
+        weights = weights.abs()
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    torch.baddbmm(result[0], grad_scores, k, beta=0, alpha=scale, out=result[0])
+    torch.baddbmm(result[1], grad_scores.transpose(1, 2), q, beta=0, alpha=scale, out=result[1])
+    return result

@@ -1,0 +1,205 @@
+"""A recipe: YAML and `key=value` overrides, read into frozen sections with every fault in one report."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.errors import RecipeError
+from lora_sentiment.model.config import Method, ModelConfig
+from lora_sentiment.section import Section, did_you_mean
+from lora_sentiment.training.config import OutputConfig, TrainConfig
+
+
+class Recipe(Section):
+    """One experiment: data, base, method, training and output."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; by default the recipe file's stem."""
+    data: DataConfig
+    """Which texts and labels."""
+    model: ModelConfig
+    """Which base."""
+    method: Method
+    """What is trained."""
+    train: TrainConfig = TrainConfig()
+    """How it is trained."""
+    output: OutputConfig = OutputConfig()
+    """Where the adapter goes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_defaults_to_lora(cls, values: Any) -> Any:
+        # A discriminated union wants its tag spelled out; a recipe without one means LoRA.
+        if isinstance(values, dict) and isinstance(method := values.get("method", {}), dict):
+            return {**values, "method": {"kind": "lora", **method}}
+        return values
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
+        """Read a recipe file and apply overrides.
+
+        Args:
+            path: YAML file.
+            overrides: `key=value` pairs; the key is a dotted path, the value YAML.
+
+        Raises:
+            RecipeError: With every fault of file and overrides, one a line: file, key path, found, allowed.
+        """
+        path = Path(path)
+        values = {"name": path.stem, **_read_yaml(path)}
+        for override in overrides:
+            _apply(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("\n".join(f"{path}: {fault}" for fault in _faults(error))) from None
+
+    @property
+    def folder(self) -> Path:
+        """The adapter folder that a run of this recipe writes."""
+        return Path(self.output.dir or f"adapters/{self.name}")
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe, defaults included, as YAML that `load` reads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema, each key once.
+
+    PyYAML speaks 1.1, where `2e-4` is a string and a label named `no` is False.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no string", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    # PyYAML looks patterns up by the scalar's first character; an empty scalar has none and is looked up as ''.
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers["\0"]
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with fewer tags
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{where}:{line} is no valid YAML: {problem}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, near) or (f"; recipes there: {', '.join(near)}" if near else "")
+        raise RecipeError(f"{path}: no such recipe file{hint}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is no UTF-8; save the recipe as UTF-8") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{path}: found {type(values).__name__}; a recipe is a mapping with data, model, method, train"
+        )
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise RecipeError(f"override {override!r}: expected key=value, such as train.learning_rate=1e-4")
+    *path, last = key.split(".")
+    for part in path:
+        inner = values.get(part)
+        values[part] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[part]
+    values[last] = _parse_yaml(text, f"override {override!r}")
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """Turn pydantic's errors into lines of key path, what was found, what is allowed."""
+    lines: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        # The union's own tags ('lora', 'str', 'literal[...]') stand in `loc` beside the keys a person wrote.
+        key = ".".join(str(part) for part in item["loc"] if not _is_tag(str(part)))
+        if item["loc"][:1] == ("method",) and len(item["loc"]) > 2 and item["loc"][1] in ("lora", "full"):
+            key = ".".join(["method", *[str(p) for p in item["loc"][2:] if not _is_tag(str(p))]])
+        lines.setdefault(key, []).append(_explain(item, key))
+    return [f"{key}: {' or '.join(dict.fromkeys(texts))}" for key, texts in lines.items()]
+
+
+def _is_tag(part: str) -> bool:
+    return part in ("str", "int", "float", "bool") or part.startswith(("dict[", "tuple[", "literal[", "function-"))
+
+
+def _explain(item: Any, key: str) -> str:
+    found, context = item["input"], item.get("ctx", {})
+    match item["type"]:
+        case "extra_forbidden":
+            section, _, name = key.rpartition(".")
+            allowed = _keys_of(section, item)
+            return f"unknown key{did_you_mean(name, allowed)} (allowed: {', '.join(allowed)})"
+        case "missing":
+            return "is missing; it has no default"
+        case "value_error":
+            return str(context["error"])
+        case "union_tag_invalid":
+            tags = context["expected_tags"].replace("'", "")
+            hint = did_you_mean(str(context["tag"]), tags.split(", "))
+            return f"found kind {context['tag']!r}; allowed: {tags}{hint}"
+        case "literal_error":
+            allowed_values = re.findall(r"'([^']*)'", context["expected"])
+            hint = did_you_mean(found, allowed_values) if isinstance(found, str) else ""
+            return f"found {found!r}; allowed: {', '.join(allowed_values)}{hint}"
+        case _:
+            return f"found {found!r}; {item['msg'].replace('Input should be', 'allowed:')}"
+
+
+def _keys_of(section: str, item: Any) -> list[str]:
+    """Return the keys that the section at this path takes."""
+    from lora_sentiment.model.config import FullMethod, LoraMethod
+
+    if section == "method":
+        return list((FullMethod if "full" in item["loc"] else LoraMethod).model_fields)
+    if not section:
+        return list(Recipe.model_fields)
+    kind = Recipe.model_fields[section].annotation
+    assert isinstance(kind, type)
+    assert issubclass(kind, BaseModel)
+    return list(kind.model_fields)
+
+
+def make_schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe file, where `name` may be left out."""
+    schema = Recipe.model_json_schema()
+    schema["required"] = ["data", "model"]
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "lora_sentiment recipe"
+    return schema

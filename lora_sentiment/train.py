@@ -1,0 +1,275 @@
+"""The whole walk, a recipe in, an adapter folder out.
+
+accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from numpy.typing import NDArray
+from torch import nn
+
+from lora_sentiment.adapter import folder as adapter_folder
+from lora_sentiment.adapter.card import make_model_card
+from lora_sentiment.bundled import probe_texts
+from lora_sentiment.data.batches import Encoded, encode
+from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_test
+from lora_sentiment.errors import ModelError, RecipeError, TrainingError
+from lora_sentiment.evaluation.metrics import confusion_matrix, score
+from lora_sentiment.evaluation.statistics import Interval, show_interval
+from lora_sentiment.launch import make_accelerator
+from lora_sentiment.model.base import Base, hash_tensors, load_base, resolve_dtype
+from lora_sentiment.model.config import LoraMethod
+from lora_sentiment.model.encoder import use_fast_encoder
+from lora_sentiment.model.inference import predict_logits
+from lora_sentiment.model.methods import frozen_tensors, make_trainable
+from lora_sentiment.model.parameters import count_parameters, micro_batch_tokens
+from lora_sentiment.plots import plot_confusion, plot_training
+from lora_sentiment.recipe import Recipe
+from lora_sentiment.report import make_report, peak_memory
+from lora_sentiment.training.loop import History, fit
+
+log = logging.getLogger("lora_sentiment")
+
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        adapter: The folder that was written.
+        history: Every step and evaluation.
+        report: What report.json holds; empty on all processes but the main one.
+    """
+
+    adapter: Path
+    history: History
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What a run trains on, and with."""
+
+    data: Data
+    base: Base
+    model: nn.Module
+    dtype: torch.dtype
+    engine: str
+    max_tokens: int
+
+
+@dataclass
+class _Verdict:
+    """What a trained model answers: everything by split."""
+
+    counts: dict[str, Counts]
+    encoded: dict[str, Encoded]
+    logits: dict[str, NDArray[np.float32]]
+    scores: dict[str, Mapping[str, Interval]]
+
+
+def train(recipe: Recipe) -> Run:
+    """Walk a recipe from text to a saved, verified adapter.
+
+    Every process of a launch calls this; the main one writes.
+
+    Raises:
+        LoraSentimentError: For anything about recipe, launch, data, base or run that a person can mend.
+    """
+    with PartialState().main_process_first():
+        run_folder = _claim(recipe)
+    accelerator = make_accelerator(recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder)
+    setup = _set_up(recipe, accelerator)
+    encoded = {
+        "train": _encode(setup.data.train, "train", setup, recipe, accelerator),
+        "validation": _encode(setup.data.validation, "validation", setup, recipe, accelerator),
+    }
+    frozen = hash_tensors(frozen_tensors(setup.model).items())
+    # From here on the global generator draws dropout: other masks on every process, the same ones in every run.
+    torch.manual_seed(recipe.train.seed + accelerator.process_index)
+    history = fit(
+        setup.model,
+        train=encoded["train"],
+        validation=encoded["validation"],
+        numbers=setup.data.train.numbers,
+        config=recipe.train,
+        accelerator=accelerator,
+        max_tokens=setup.max_tokens,
+    )
+    if hash_tensors(frozen_tensors(setup.model).items()) != frozen:
+        raise TrainingError(
+            "a frozen tensor of the base changed during training; nothing was saved; please report this"
+        )
+    verdict = _judge(recipe, setup, encoded, accelerator)
+    report: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        report = _save(recipe, setup, history, verdict, run_folder / "adapter")
+        adapter_folder.publish(run_folder / "adapter", recipe.folder, overwrite=recipe.output.overwrite)
+        log.info("saved and verified: %s", recipe.folder)
+    accelerator.end_training()
+    return Run(recipe.folder, history, report)
+
+
+def _claim(recipe: Recipe) -> Path:
+    """Refuse a taken output folder before anything is loaded; make the run's own folder beside it."""
+    if recipe.folder.exists() and not recipe.output.overwrite:
+        raise RecipeError(f"{recipe.folder}: exists; set output.overwrite=true or another output.dir")
+    run_folder = recipe.folder.with_name(recipe.folder.name + ".run")
+    if PartialState().is_main_process:
+        shutil.rmtree(run_folder, ignore_errors=True)
+        (run_folder / "adapter").mkdir(parents=True)
+    return run_folder
+
+
+def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
+    """Load data and base, and make the base trainable on this process's device."""
+    with accelerator.main_process_first():
+        data = load_data(recipe.data)
+    for split, counts in data.counts.items():
+        log.info("%s: %s", split, counts)
+    log.info("training on %s rows, choosing on %s", f"{len(data.train):,}", f"{len(data.validation):,}")
+    set_seed(recipe.train.seed)
+    with accelerator.main_process_first():
+        base = load_base(recipe.model, labels=data.labels)
+    dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
+    log.info(
+        "base %s (%s): %s", base.name, "new head" if base.new_head else "its own head", _counts(recipe, base, data)
+    )
+    model = make_trainable(base, recipe.method, dtype=dtype).to(accelerator.device)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    engine = _choose_engine(model, recipe.train.engine, dtype)
+    max_tokens = recipe.train.max_tokens_per_micro_batch or micro_batch_tokens(
+        base.shape,
+        max_length=recipe.model.max_length,
+        element_bytes=dtype.itemsize,
+        checkpointing=recipe.train.gradient_checkpointing,
+    )
+    log.info(
+        "%s on %s, %s engine, micro-batches of at most %s tokens", dtype, accelerator.device, engine, f"{max_tokens:,}"
+    )
+    return _Setup(data, base, model, dtype, engine, max_tokens)
+
+
+def _counts(recipe: Recipe, base: Base, data: Data) -> Any:
+    return count_parameters(base.shape, recipe.method, num_labels=len(data.labels))
+
+
+def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
+    """Put the fast encoder in place where it is exact; say why where it is not."""
+    if wanted == "stock":
+        return "stock"
+    reason = use_fast_encoder(model, compute_dtype=dtype)
+    if reason and wanted == "fast":
+        raise ModelError(f"train.engine=fast cannot run here: {reason}; set train.engine=auto")
+    return f"stock ({reason})" if reason else "fast"
+
+
+def _encode(rows: Rows, split: str, setup: _Setup, recipe: Recipe, accelerator: Accelerator) -> Encoded:
+    found = encode(
+        rows,
+        tokenizer=setup.base.tokenizer,
+        max_length=recipe.model.max_length,
+        truncation=recipe.model.truncation,
+        progress=accelerator.is_main_process,
+    )
+    log.info(
+        "%s: %s tokens, %.1f %% of texts cut", split, f"{len(found.input_ids):,}", 100 * found.truncated / len(found)
+    )
+    return found
+
+
+def _judge(recipe: Recipe, setup: _Setup, encoded: dict[str, Encoded], accelerator: Accelerator) -> _Verdict:
+    """Score validation and test; this is the one place where the test split is read."""
+    verdict = _Verdict(dict(setup.data.counts), dict(encoded), {}, {})
+    rows = setup.data.carved_test
+    if rows is None and (found := load_test(recipe.data, labels=setup.data.labels)):
+        rows, verdict.counts["test"] = found
+    if rows is not None:
+        verdict.encoded["test"] = _encode(rows, "test", setup, recipe, accelerator)
+    bar = accelerator.is_main_process
+    for split in [name for name in verdict.encoded if name != "train"]:
+        split_rows = verdict.encoded[split]
+        logits = predict_logits(setup.model, split_rows, accelerator=accelerator, progress=split if bar else None)
+        verdict.logits[split] = logits
+        verdict.scores[split] = score(logits, split_rows.labels)
+        log.info("%s: accuracy %s", split, show_interval(verdict.scores[split]["accuracy"].as_dict()))
+    return verdict
+
+
+def _save(recipe: Recipe, setup: _Setup, history: History, verdict: _Verdict, folder: Path) -> dict[str, Any]:
+    """Write everything that leaves the run into a folder; return the report."""
+    labels, data = setup.data.labels, setup.data
+    card = adapter_folder.save(
+        folder,
+        setup.model.eval(),
+        base=setup.base,
+        labels=labels,
+        model_config=recipe.model,
+        method=recipe.method,
+        data=adapter_folder.DataRecord(
+            config=recipe.data.model_dump(mode="json"),
+            train_sha256=data.train.fingerprint(),
+            validation_sha256=data.validation.fingerprint(),
+        ),
+        machine=_machine(setup),
+        probe_ids=_probe_ids(setup.base, recipe.model.max_length),
+        # bf16 keeps eight bits of a value; the rebuilt model is fp32.
+        tolerance=1e-4 if setup.dtype == torch.float32 else 0.1,
+    )
+    report = make_report(
+        scores=verdict.scores,
+        parameters=_counts(recipe, setup.base, data),
+        adapter_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        history=history,
+        engine=setup.engine,
+        counts=verdict.counts,
+        encoded=verdict.encoded,
+        peak_memory_bytes=peak_memory(next(setup.model.parameters()).device),
+    )
+    adapter_folder.write_json(folder / "report.json", report)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    is_peft = isinstance(recipe.method, LoraMethod)
+    (folder / "README.md").write_text(make_model_card(recipe.name, card, report, is_peft=is_peft), encoding="utf-8")
+    plot_training(history, folder / "training.png", title=recipe.name)
+    split = "test" if "test" in verdict.logits else "validation"
+    matrix = confusion_matrix(verdict.encoded[split].labels, verdict.logits[split].argmax(axis=1), len(labels))
+    plot_confusion(matrix, folder / "confusion.png", labels=labels, title=f"{recipe.name}: {split}")
+    return report
+
+
+def _probe_ids(base: Base, max_length: int) -> list[list[int]]:
+    encoded = base.tokenizer(probe_texts(), truncation=True, max_length=min(PROBE_TOKENS, max_length))
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _machine(setup: _Setup) -> dict[str, Any]:
+    """Return the facts of machine and launch that fix the bytes of the result."""
+    state = PartialState()
+    return {
+        "device": state.device.type,
+        "cpu": str(torch.cpu.get_capabilities().get("cpu_name", "unknown")),
+        "threads": torch.get_num_threads(),
+        "num_processes": state.num_processes,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "max_tokens_per_micro_batch": setup.max_tokens,
+    }
+
+
+if __name__ == "__main__":
+    import sys
+
+    from lora_sentiment.cli import main
+
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,72 @@
+"""The recipe's `train` section; the names are those of transformers' TrainingArguments."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from lora_sentiment.section import Names, Section, did_you_mean
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+
+
+class TrainConfig(Section):
+    """How the trainable tensors are optimised, and when they are judged."""
+
+    num_train_epochs: float = Field(3, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides num_train_epochs."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per optimizer step over all processes, however they are cut into micro-batches."""
+    max_tokens_per_micro_batch: int | None = Field(None, ge=8)
+    """Padded tokens that one forward may hold; by default from a memory formula, never from timing."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; biases and norms get none."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm at this value; 0 means no clipping."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Schedule of the learning rate over the optimizer steps."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps over which the rate rises from 0."""
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing of the training loss (Szegedy et al. 2016)."""
+    seed: int = Field(42, ge=0)
+    """Seed of the head's and the adapter's initial values, the order of rows, and dropout."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between evaluations on validation; by default once an epoch."""
+    metric_for_best_model: Literal["accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"] = "accuracy"
+    """Validation metric that decides which tensors are kept."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, less memory."""
+    engine: Literal["auto", "fast", "stock"] = "auto"
+    """Encoder forward: auto takes the fast exact one where it can and says so; fast raises where it cannot."""
+    report_to: Names = ()
+    """Accelerate trackers beside metrics.csv, which is always written."""
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in TRACKERS:
+                allowed = ", ".join(TRACKERS)
+                raise ValueError(f"found {name!r}; allowed: {allowed}{did_you_mean(name, list(TRACKERS))}")
+        return names
+
+
+class OutputConfig(Section):
+    """Where the adapter goes."""
+
+    dir: str | None = None
+    """Adapter folder to write; by default adapters/<name>."""
+    overwrite: bool = False
+    """Replace an existing adapter folder; otherwise it is refused before anything is loaded."""

@@ -1,0 +1,104 @@
+"""A two-layer DistilBERT, a toy data set and the local Hub: everything offline."""
+
+import csv
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Nothing in the tests may leave the machine; a test that uses the local Hub sets its own address.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+GOOD = ("good", "great", "lovely", "fine", "superb", "warm")
+BAD = ("bad", "awful", "dull", "poor", "weak", "cold")
+FILLERS = ("film", "book", "meal", "app", "place", "plot", "the", "a", "was", "and", "so", "it", "really", "quite")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer encoder, saved as DistilBertModel, and its tokenizer."""
+    import torch
+    from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLERS, *"abcdefghijklmnopqrstuvwxyz.,!"]
+    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=len(vocab), dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=64
+    )
+    DistilBertModel(config).save_pretrained(folder)
+    DistilBertTokenizerFast(vocab=vocab, do_lower_case=True, model_max_length=64).save_pretrained(folder)
+    return folder
+
+
+def toy_rows(num_rows: int) -> list[tuple[str, str]]:
+    """Texts whose label a bag of words can tell: `positive` with good words, `negative` with bad ones."""
+    rows = []
+    fillers = itertools.cycle(itertools.permutations(FILLERS, 3))
+    for i in range(num_rows):
+        words = list(next(fillers)) + ["so"] * (i % 5)
+        words.insert(i % len(words), (GOOD, BAD)[i % 2][(i // 2) % len(GOOD)])
+        rows.append((" ".join(words) + f" {'abcdefghijklmnopqrstuvwxyz'[i % 26]}.", ("positive", "negative")[i % 2]))
+    return rows
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder with train.csv (120 rows) and test.csv (41 rows)."""
+    rows = toy_rows(161)
+    write_csv(tmp_path / "train.csv", rows[:120])
+    write_csv(tmp_path / "test.csv", rows[120:])
+    return tmp_path
+
+
+@pytest.fixture
+def toy_recipe(toy: Path, tiny_base: Path) -> Path:
+    """A recipe that trains the tiny base on the toy data for a few steps."""
+    path = toy / "toy.yaml"
+    path.write_text(
+        f"""\
+data:
+  source: {{train: {toy}/train.csv, test: {toy}/test.csv}}
+model: {{name: {tiny_base}, max_length: 16}}
+method: {{r: 4, lora_alpha: 8}}
+train: {{num_train_epochs: 1, batch_size: 16, learning_rate: 1e-2, max_tokens_per_micro_batch: 100}}
+output: {{dir: {toy}/adapter}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data and a real base beside the repository; absent on a user's machine."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared is absent: no real data or base here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def hub(shared: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Environment variables that point the real Hub clients at the local Hub."""
+    server = subprocess.Popen(
+        [sys.executable, str(shared / "hub/serve.py"), "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    address = server.stdout.readline().strip()
+    online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    yield {**os.environ, **online, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
+    server.terminate()
+    server.wait()

@@ -1,0 +1,439 @@
+import gzip
+import json
+import os
+import time
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_sentiment.data.tables import FORMATS, TableWriter, read_table, table_columns
+from lora_sentiment.errors import DataError
+
+MESSY = Path(__file__).resolve().parents[3] / "shared" / "data" / "messy"
+
+few = settings(max_examples=60, deadline=None)
+
+
+def read(path, **options):
+    """Reads a whole table and joins its batches."""
+    batches = list(read_table(path, **options))
+    return {name: list(chain.from_iterable(batch[name] for batch in batches)) for name in batches[0]}
+
+
+def write(path, table):
+    with TableWriter(path, columns=list(table)) as writer:
+        writer.write(table)
+
+
+def save(folder, name, content):
+    path = folder / name
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+# What is read
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "text,label\nfine,1\nbad,0\n", {"text": ["fine", "bad"], "label": ["1", "0"]}),
+        ("a.csv", "text,label\r\nfine,1\r\nbad,0", {"text": ["fine", "bad"], "label": ["1", "0"]}),
+        ("a.CSV", "\ufefftext,label\nfine,1\n", {"text": ["fine"], "label": ["1"]}),
+        ("a.csv", "a,b,c,d,e\nNA,null,007,1.0,\n", {"a": ["NA"], "b": ["null"], "c": ["007"], "d": ["1.0"], "e": [""]}),
+        ("a.csv", 'a,b\n"x, ""y""\r\nz",1\n', {"a": ['x, "y"\r\nz'], "b": ["1"]}),
+        ("a.csv", "a\nx\u0085y\u2028z\n", {"a": ["x\u0085y\u2028z"]}),
+        ("a.csv", "a,b\n\nx,1\n\n", {"a": ["x"], "b": ["1"]}),
+        ("a.csv", 'a\nx\n\n""\n', {"a": ["x", "", ""]}),
+        ("a.csv", "text,label\n", {"text": [], "label": []}),
+        ("a.csv.gz", "text\nfine\n", {"text": ["fine"]}),
+        ("a.tsv", 'label\ttext\r\n0\ta "long" 1" story\r\n1\t"so\r\n', {"label": ["0", "1"], "text": ['a "long" 1" story', '"so']}),
+        ("a.tsv", "a\tb\n\n\t\nx\t1\n", {"a": ["", "x"], "b": ["", "1"]}),
+        ("a.tsv.gz", "a\nx\n\ny\n", {"a": ["x", "", "y"]}),
+        ("a.tsv", "a\nx\u0085y\rz\n", {"a": ["x\u0085y\rz"]}),
+        ("a.jsonl", '{"a": "x", "b": 1}\n\n{"b": 2.5, "a": null}\r\n', {"a": ["x", None], "b": [1, 2.5]}),
+        ("a.jsonl", '{"a": true, "b": [1, {"c": 2}]}\n{"a": "\\u00e9\\ud83d\\ude00"}', {"a": [True, "é😀"], "b": [[1, {"c": 2}], None]}),
+        ("a.json", '\ufeff{"a": "x"}\n', {"a": ["x"]}),
+        ("a.json.gz", '{"a": "1"}\n', {"a": ["1"]}),
+    ],
+)  # fmt: skip
+def test_text_formats_are_read_as_they_state(tmp_path, name, content, expected):
+    path = save(tmp_path, name, content)
+    table = read(path)
+    assert table == expected
+    assert [list(map(type, values)) for values in table.values()] == [list(map(type, v)) for v in expected.values()]
+    assert table_columns(path) == list(expected)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "utf-8", "UTF8", "utf-16-le"])
+def test_every_encoding_gives_the_same_table(tmp_path, encoding):
+    path = save(tmp_path, "a.csv", "text,label\r\ncafé,1\r\n".encode(encoding))
+    assert read(path, encoding=encoding) == {"text": ["café"], "label": ["1"]}
+
+
+def test_parquet_keeps_its_types(tmp_path):
+    table = {"text": ["a", None], "label": [1, 0], "score": [0.5, 1.0], "good": [True, False], "tags": [["x"], []]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == table
+    assert table_columns(tmp_path / "a.parquet") == list(table)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.csv.gz"])
+def test_batches_hold_at_most_the_rows_asked_for(tmp_path, name):
+    write(tmp_path / name, {"a": [str(number) for number in range(25)]})
+    batches = list(read_table(tmp_path / name, rows_per_batch=10))
+    assert [len(batch["a"]) for batch in batches] == [10, 10, 5]
+    assert batches[2]["a"][-1] == "24"
+
+
+def test_a_batch_holds_10_000_rows_unless_told_otherwise(tmp_path):
+    path = save(tmp_path, "a.csv", "a\n" + "x\n" * 10_001)
+    assert [len(batch["a"]) for batch in read_table(path)] == [10_000, 1]
+
+
+def test_columns_are_known_without_reading_the_rest(tmp_path):
+    path = save(tmp_path, "a.csv", "text,label\nfine,1\n" + "ragged\n" * 100_000)
+    assert table_columns(path) == ["text", "label"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+def test_a_row_of_a_megabyte_is_read(tmp_path, name):
+    write(tmp_path / name, {"text": ["x" * 1_000_000]})
+    assert len(read(tmp_path / name)["text"][0]) == 1_000_000
+
+
+def test_formats_name_every_suffix():
+    suffixes = {".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"}
+    assert set(FORMATS) == suffixes
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "is empty; a table needs a header"),
+        ("a.csv", b"\xef\xbb\xbf", "is empty; a table needs a header"),
+        ("a.jsonl", "\n \n", "is empty; a table needs a header (csv, tsv) or a row (jsonl)"),
+        ("a.csv.gz", "", "is empty"),
+        ("a.parquet", "", "cannot be read as parquet"),
+        ("a.txt", "x", "must end in one of .csv, .tsv, .jsonl, .json, .csv.gz,"),
+        ("a.csv", "a,b\nx,1\n\ny\n", "row 2 (line 4): found 1 field(s), expected 2, as in the header: ['a', 'b']; quote a"),
+        ("a.csv", 'a,b\n"x\ny",1\nx,y,1\n', "row 2 (line 4): found 3 field(s), expected 2"),
+        ("a.csv", 'a,b\n""\n', "row 1 (line 2): found 1 field(s), expected 2"),
+        ("a.tsv", "a\tb\nx\ty\t1\n", "row 1 (line 2): found 3 field(s), expected 2, as in the header: ['a', 'b']; a tab"),
+        ("a.csv", "text,label,text\n", "column 3 of 3 has the name of column 1, 'text'; rename or remove one"),
+        ("a.csv", ",text\n0,x\n", "column 1 of 2 has no name; name it or remove it (pandas writes an index so"),
+        ("a.csv", "\ufeff\ufefftext\nx\n", "column 1 of 1 begins with a stray byte order mark"),
+        ("a.csv", "a\ncaf\xe9\n".encode("cp1252"), "is not utf-8: byte 0xe9 at offset 5 (line 2); all of it decodes as "
+         "cp1252, latin-1: set data.encoding=cp1252"),
+        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1: set data.encoding=latin-1"),
+        ("a.tsv.gz", b"a\n\xe9\n", "byte 0xe9 at offset 2 (line 2); all of it decodes as cp1252"),
+        ("a.jsonl", b'{"a": "\xe9"}\n', "byte 0xe9 at offset 7 (line 1)"),
+        ("a.csv", "a\nx\n".encode("utf-16"), "is not utf-8: byte 0xff at offset 0 (line 1); all of it decodes as utf-16, "),
+        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set data.encoding=utf-16-le"),
+        ("a.csv", "a\nx\ny\0z\n", "line 3 holds a NUL character"),
+        ("a.csv", gzip.compress(b"a\nx\n"), "is gzip, which its name must tell; end it in .gz"),
+        ("a.csv", 'a,b\nx,1\n"y,2\nz,3\n', "row 2 (line 3): a quote opened in this row is never closed; close it"),
+        ("a.csv", '"a,b\nx,1\n', "the header (line 1): a quote opened in this row is never closed"),
+        ("a.csv", 'a,b\n"x" y,1\n', "row 1 (line 2): text follows a closing quote; write a quote inside"),
+        ("a.csv", "a,b\rx,1\r", "the header (line 1): a carriage return stands alone outside quotes"),
+        ("a.csv", 'a\n"' + "x\n" * 5_000_001, "row 1 (line 2): a field is longer than 10,000,000 characters; close its"),
+        ("a.csv", "a\n" + "x" * 10_000_001, "line 2 is longer than 10,000,000 characters"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', "row 2 (line 3): no JSON object: Expecting property name enclosed in double "
+         "quotes: line 1 column 9"),
+        ("a.json", '[\n{"a": 1}\n]\n', "row 1 (line 1): no JSON object: Expecting value"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "row 2 (line 2): no JSON object: found a list; each line must hold one object"),
+        ("a.jsonl", "{}\n", "the table has no columns"),
+        ("a.jsonl", '{"": 1}\n', "column 1 of 1 has no name"),
+        ("a.jsonl", '{"a": 1, "a": 2}\n', "row 1 (line 1): no JSON object: a key stands twice among ['a', 'a']"),
+        ("a.jsonl", '{"a": 1}\n{"b": 1}\n', "row 2 (line 2): found the key 'b', but the first line names ['a']; add it"),
+        ("a.jsonl", '{"a": "\\uD800"}\n', "row 1 (line 1): no JSON object: 'utf-8' codec can't encode"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000 + "\n", "row 1 (line 1): no JSON object: maximum recursion depth"),
+        ("a.jsonl", '{"a": ' + "1" * 5000 + "}\n", "row 1 (line 1): no JSON object: Exceeds the limit"),
+        ("a.parquet", "text,label\n", "cannot be read as parquet (Parquet magic bytes not found"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused_in_one_line(tmp_path, name, content, message):
+    path = save(tmp_path, name, content)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path):
+    save(tmp_path, "train.csv", "a\n")
+    with pytest.raises(DataError, match=r"tarin.csv: no such file; did you mean 'train.csv'\?$"):
+        read(tmp_path / "tarin.csv")
+    with pytest.raises(DataError, match="no such file; check the path$"):
+        read(tmp_path / "zzz.parquet")
+    with pytest.raises(DataError, match="cannot be read: No such file or directory; check its folder and disk$"):
+        read(tmp_path / "nowhere" / "train.csv")
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"is a folder; name a file in it, or a pattern such as .*\*\.csv"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf9", "base64", "no\0name"])
+def test_an_unknown_encoding_is_refused(tmp_path, encoding):
+    path = save(tmp_path, "a.csv", "a\nx\n")
+    with pytest.raises(DataError, match="is no text encoding of Python's; set data.encoding to one such as utf-8, utf-16"):
+        read(path, encoding=encoding)
+
+
+def test_an_encoding_that_fails_in_its_own_way_is_refused(tmp_path):
+    path = save(tmp_path, "a.csv", "a\nx\n")
+    with pytest.raises(DataError, match="is not undefined: undefined encoding; all of it decodes as utf-8"):
+        read(path, encoding="undefined")
+
+
+@pytest.mark.parametrize("offset", [8190, 8191, 2**20 - 1, 2**20, 2**20 + 7])
+def test_the_offset_of_a_bad_byte_counts_from_the_start_of_the_file(tmp_path, offset):
+    data = bytearray(b"a\n" + "é\n".encode() * (2**19))
+    offset -= (offset - 2) % 3  # the first byte of an é
+    data[offset] = 0xFF
+    path = save(tmp_path, "a.csv", bytes(data))
+    with pytest.raises(DataError, match=rf"byte 0xff at offset {offset} \(line {2 + (offset - 2) // 3}\)"):
+        read(path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:5], lambda data: b"plain" + data,
+                                    lambda data: data[:40] + bytes([data[40] ^ 255]) + data[41:]])  # fmt: skip
+def test_damaged_gzip_is_refused(tmp_path, damage):
+    data = gzip.compress(b"a\n" + os.urandom(3000).hex().encode())
+    (tmp_path / "a.csv.gz").write_bytes(damage(data))
+    with pytest.raises(DataError, match="is no gzip file, or a damaged one"):
+        read(tmp_path / "a.csv.gz")
+
+
+def test_damaged_gzip_of_undecodable_text_is_refused(tmp_path):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"a\n\xe9\n")[:-4])
+    with pytest.raises(DataError, match="is no gzip file, or a damaged one"):
+        read(tmp_path / "a.csv.gz")
+
+
+def test_a_part_of_a_parquet_file_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    write(path, {"a": ["x"] * 100})
+    data = path.read_bytes()
+    for end in (4, 8, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:end])
+        with pytest.raises(DataError, match="cannot be read as parquet"):
+            read(path)
+
+
+def test_twin_columns_of_a_parquet_file_are_refused(tmp_path):
+    pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 2 of 2 has the name of column 1"):
+        read(tmp_path / "a.parquet")
+
+
+# Round trips
+
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+names = st.lists(text.filter(lambda name: name and name[0] != "\ufeff"), min_size=1, max_size=4, unique=True)
+
+
+@st.composite
+def tables(draw, min_rows=0):
+    num_rows = draw(st.integers(min_rows, 5))
+    column = st.lists(text | st.sampled_from(['"', ",", "\r", "\n", "\r\n", "", "\ufeff", "NA"]),
+                      min_size=num_rows, max_size=num_rows)  # fmt: skip
+    return {name: draw(column) for name in draw(names)}
+
+
+@few
+@given(table=tables(), name=st.sampled_from(["a.csv", "a.csv.gz", "a.parquet"]))
+def test_strings_come_back_as_they_were(tmp_path_factory, table, name):
+    path = tmp_path_factory.getbasetemp() / name
+    write(path, table)
+    assert read(path) == table
+    assert table_columns(path) == list(table)
+
+
+@few
+@given(table=tables(min_rows=1), name=st.sampled_from(["a.jsonl", "a.jsonl.gz"]))
+def test_strings_come_back_from_jsonl(tmp_path_factory, table, name):
+    path = tmp_path_factory.getbasetemp() / name
+    write(path, table)
+    assert read(path) == table
+
+
+@few
+@given(table=tables())
+def test_tsv_gives_back_what_it_can_hold_and_refuses_the_rest(tmp_path_factory, table):
+    path = tmp_path_factory.getbasetemp() / "a.tsv"
+    if any(character in value for value in chain(table, *table.values()) for character in "\t\n\r"):
+        with pytest.raises(DataError, match="which this format cannot; replace it"):
+            write(path, table)
+    else:
+        write(path, table)
+        assert read(path) == table
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_types_come_back_as_they_were(tmp_path, name):
+    table = {"a": [1, 2**60], "b": [0.1, 1e300], "c": [True, None], "d": ["", None], "e": [None, None], "f": [[1], []]}
+    write(tmp_path / name, table)
+    assert read(tmp_path / name) == table
+
+
+# Writing
+
+
+def test_csv_is_written_by_rfc_4180(tmp_path):
+    write(tmp_path / "a.csv", {"a": ['x, "y"', "l1\nl2", "r\r", ""], "b": [1, None, 0.5, True]})
+    assert (tmp_path / "a.csv").read_bytes() == b'a,b\n"x, ""y""",1\n"l1\nl2",\n"r\r",0.5\n,True\n'
+
+
+def test_jsonl_is_written_in_readable_utf_8(tmp_path):
+    write(tmp_path / "a.jsonl", {"a": ["café\u2028"], "b": [None]})
+    assert (tmp_path / "a.jsonl").read_bytes() == '{"a": "café\u2028", "b": null}\n'.encode()
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.jsonl.gz"])
+def test_batches_follow_one_another_in_the_order_of_the_columns(tmp_path, name):
+    with TableWriter(tmp_path / name, columns=["a", "b"]) as writer:
+        writer.write({"b": ["1"], "a": ["x"]})
+        writer.write({"a": ["y", "z"], "b": ["2", "3"]})
+    assert json.dumps(read(tmp_path / name)) == '{"a": ["x", "y", "z"], "b": ["1", "2", "3"]}'
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.parquet"])
+def test_a_table_without_rows_keeps_its_columns(tmp_path, name):
+    with TableWriter(tmp_path / name, columns=["text", "label"]):
+        pass
+    assert read(tmp_path / name) == {"text": [], "label": []}
+
+
+def test_gzip_bytes_repeat(tmp_path, monkeypatch):
+    write(tmp_path / "a.csv.gz", {"a": ["x"] * 100})
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1000)
+    write(tmp_path / "b.csv.gz", {"a": ["x"] * 100})
+    assert (tmp_path / "a.csv.gz").read_bytes() == (tmp_path / "b.csv.gz").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.gz", "a.parquet"])
+def test_a_failure_leaves_the_folder_as_it_was(tmp_path, name):
+    write(tmp_path / name, {"a": ["old"]})
+    with pytest.raises(KeyboardInterrupt), TableWriter(tmp_path / name, columns=["a"]) as writer:
+        writer.write({"a": ["new"]})
+        raise KeyboardInterrupt
+    assert read(tmp_path / name) == {"a": ["old"]}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_nothing_appears_before_the_end(tmp_path):
+    with TableWriter(tmp_path / "a.csv", columns=["a"]) as writer:
+        writer.write({"a": ["x"]})
+        assert not (tmp_path / "a.csv").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_an_error_of_the_caller_stays_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError), TableWriter(tmp_path / "a.csv", columns=["a"]):
+        (tmp_path / "other").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("a.tsv", {"a": ["x", "y"], "b": ["z", "p\tq"]}, r"row 2 cannot be written: column 'b' holds '\t', which this"),
+        ("a.tsv", {"a": ["x\n"]}, r"row 1 cannot be written: column 'a' holds '\n'"),
+        ("a.tsv", {"a\tb": ["x"]}, r"the header cannot be written: column 'a\tb' holds '\t'"),
+        ("a.csv", {"a": ["x\0"]}, r"row 1 cannot be written: column 'a' holds '\x00'"),
+        ("a.csv", {"a": [[1]]}, "row 1 cannot be written: column 'a' holds a list, but csv and tsv hold text and numbers"),
+        ("a.csv", {"a": ["\ud800"]}, "row 1 cannot be written: 'utf-8' codec can't encode"),
+        ("a.csv", {"a": ["x" * 10_000_001]}, "row 1 cannot be written: it is longer than 10,000,000 characters"),
+        ("a.jsonl", {"a": [1, b"x"]}, "row 2 cannot be written: Object of type bytes is not JSON serializable"),
+        ("a.jsonl", {"a": ["\ud800"]}, "row 1 cannot be written: 'utf-8' codec can't encode"),
+        ("a.parquet", {"a": ["x", 1]}, "column 'a' cannot be written: "),
+        ("a.parquet", {"a": [2**70]}, "column 'a' cannot be written: Python int too large"),
+        ("a.parquet", {"a": ["\ud800"]}, "column 'a' cannot be written: 'utf-8' codec can't encode"),
+        ("a.txt", {"a": ["x"]}, "must end in one of .csv, .tsv,"),
+        ("a.csv", {"": ["x"]}, "column 1 of 1 has no name"),
+        ("a.csv", {}, "the table has no columns"),
+        ("none/a.csv", {"a": ["x"]}, "cannot be written: No such file or directory; check its folder and disk"),
+        ("a.csv", {"a": ["x"], "b": []}, "a batch has {'a': 1, 'b': 0} rows; all of ['a', 'b'] must have as many"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_refused(tmp_path, name, table, message):
+    with pytest.raises(DataError) as caught:
+        write(tmp_path / name, table)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_column_keeps_the_type_of_its_first_parquet_batch(tmp_path):
+    with pytest.raises(DataError, match="column 'a' cannot be written"):  # noqa: PT012
+        with TableWriter(tmp_path / "a.parquet", columns=["a"]) as writer:
+            writer.write({"a": [1]})
+            writer.write({"a": ["x"]})
+    assert list(tmp_path.iterdir()) == []
+
+
+# No other library's error escapes, whatever the bytes
+
+
+def read_or_refuse(path):
+    try:
+        read(path)
+    except DataError as error:
+        assert "\n" not in str(error)
+
+
+@few
+@given(data=st.binary(max_size=200), name=st.sampled_from(sorted(FORMATS)), zipped=st.booleans())
+def test_random_bytes_raise_nothing_but_data_errors(tmp_path_factory, data, name, zipped):
+    path = tmp_path_factory.getbasetemp() / f"random{name}"
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    read_or_refuse(path)
+
+
+@few
+@given(data=st.text(alphabet='a1,"\t\r\n{}[]:\\ué\0\ufeff ', max_size=60), name=st.sampled_from(sorted(FORMATS)[:-1]))
+def test_near_misses_raise_nothing_but_data_errors(tmp_path_factory, data, name):
+    path = tmp_path_factory.getbasetemp() / f"near{name}"
+    path.write_bytes(gzip.compress(data.encode()) if name.endswith(".gz") else data.encode())
+    read_or_refuse(path)
+
+
+@few
+@given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), name=st.sampled_from(["a.parquet", "a.csv.gz"]))
+def test_a_changed_byte_raises_nothing_but_data_errors(tmp_path_factory, position, value, name):
+    path = tmp_path_factory.getbasetemp() / f"changed-{name}"
+    write(path, {"text": ["fine", "bad", None], "label": ["1", "0", "1"]})
+    data = bytearray(path.read_bytes())
+    data[int(position * len(data))] = value
+    path.write_bytes(data)
+    read_or_refuse(path)
+
+
+# Real files
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not MESSY.is_dir(), reason="../shared/data/messy is not beside this repository")
+def test_real_ugly_files(tmp_path):
+    assert {name: len(values) for name, values in read(MESSY / "ag_news_noisy_labels.csv").items()} == {
+        "text": 2000, "label": 2000, "noisy_label": 2000}  # fmt: skip
+    assert {name: len(values) for name, values in read(MESSY / "sst2_dev_crlf.tsv").items()} == {
+        "label": 872, "content": 872}  # fmt: skip
+    path = save(tmp_path, "a.tsv", b"text\n" + (MESSY / "mr_negative_cp1252.txt").read_bytes())
+    with pytest.raises(DataError, match=r"is not utf-8: byte 0xe9 at .*: set data.encoding=cp1252"):
+        read(path)
+    assert len(read(path, encoding="cp1252")["text"]) == 5331

@@ -1,0 +1,494 @@
+"""The fast encoder gives the numbers of the stock one, or says why it cannot."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers.models.distilbert.modeling_distilbert import DistilBertModel
+
+from lora_sentiment.errors import ModelError
+from lora_sentiment.model.encoder import LowRank, low_rank, use_fast_encoder, use_stock_encoder
+from lora_sentiment.model.kernels import Adapter, Linear, attention, dropout, feed_forward, keep_probability, linear
+
+ALL_LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
+DIM, HIDDEN_DIM, NUM_LAYERS = 32, 80, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other at every tiny operation take most of the time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_classifier(*, p: float = 0.0, **changes: Any) -> DistilBertForSequenceClassification:
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=100,
+        dim=DIM,
+        hidden_dim=HIDDEN_DIM,
+        n_layers=NUM_LAYERS,
+        n_heads=4,
+        max_position_embeddings=160,
+        initializer_range=0.2,
+        dropout=p,
+        attention_dropout=p,
+        seq_classif_dropout=0.0,
+        **changes,
+    )
+    return DistilBertForSequenceClassification(config)
+
+
+def make_lora(
+    target_modules: list[str] | None = None, *, p: float = 0.0, activation: str = "gelu", **changes: Any
+) -> PeftModel:
+    """A LoRA model in training mode whose B are drawn at random: B = 0 would hide most mistakes."""
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "task_type": "SEQ_CLS", **changes}
+    config = LoraConfig(
+        target_modules=target_modules or ["q_lin", "v_lin"],
+        modules_to_save=["pre_classifier", "classifier"],
+        **settings,
+    )
+    model = get_peft_model(make_classifier(p=p, activation=activation), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model.train()
+
+
+def make_batch(length: int, *, padded: bool = True) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    input_ids = torch.randint(1, 100, (5, length))
+    attention_mask = torch.ones_like(input_ids)
+    if padded:
+        attention_mask[1, 1 + length // 2 :] = 0
+        attention_mask[3, 1:] = 0
+    return input_ids, attention_mask
+
+
+def logits_and_grads(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    functional.cross_entropy(logits.float(), torch.arange(len(input_ids)) % 2).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def find_encoder(model: nn.Module) -> DistilBertModel:
+    return next(module for module in model.modules() if isinstance(module, DistilBertModel))
+
+
+def largest_grad_distance(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
+    assert expected.keys() == found.keys()
+    # With a single token softmax has no gradient; what is left of q's and k's is rounding.
+    big = [name for name, grad in expected.items() if grad.norm() > 1e-6]
+    return max(float((expected[name] - found[name]).norm() / expected[name].norm()) for name in big)
+
+
+def assert_exact(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
+    use_stock_encoder(model)
+    logits, grads = logits_and_grads(model, input_ids, attention_mask)
+    assert use_fast_encoder(model, compute_dtype=torch.float32) is None
+    fast_logits, fast_grads = logits_and_grads(model, input_ids, attention_mask)
+    assert torch.allclose(fast_logits, logits, rtol=0, atol=1e-5)
+    assert largest_grad_distance(grads, fast_grads) <= 1e-4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [1, 7, 33, 150])
+@pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS])
+def test_fp32_logits_and_gradients_are_those_of_the_stock_encoder(
+    target_modules: list[str], length: int, padded: bool
+) -> None:
+    assert_exact(make_lora(target_modules), *make_batch(length, padded=padded))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_rslora": True}, {"rank_pattern": {"layer.1.attention.q_lin": 7}}, {"layers_to_transform": [1]}]
+)
+def test_every_kind_of_plain_lora_is_exact(changes: dict[str, Any]) -> None:
+    assert_exact(make_lora(ALL_LINEARS, **changes), *make_batch(9))
+
+
+def test_a_model_without_adapters_is_exact() -> None:
+    model = make_classifier()
+    find_encoder(model).requires_grad_(False)
+    assert_exact(model, *make_batch(9))
+
+
+def test_trainable_layer_norms_and_embeddings_get_their_gradients() -> None:
+    model = make_lora()
+    for name, parameter in find_encoder(model).named_parameters():
+        if "norm" in name.lower() or "embeddings" in name:
+            parameter.requires_grad_(True)
+    assert_exact(model, *make_batch(9))
+
+
+@pytest.mark.parametrize("length", [9, 150])
+def test_inference_gives_the_logits_of_training_without_dropout(length: int) -> None:
+    model = make_lora(ALL_LINEARS, p=0.1).eval()
+    input_ids, attention_mask = make_batch(length)
+    expected = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    assert use_fast_encoder(model, compute_dtype=torch.float32) is None
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        assert torch.allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_training_works_after_a_first_forward_in_inference_mode() -> None:
+    model = make_lora()
+    input_ids, attention_mask = make_batch(9)
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    with torch.inference_mode():
+        model(input_ids=input_ids, attention_mask=attention_mask)
+    _, grads = logits_and_grads(model, input_ids, attention_mask)
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+
+
+def test_no_attention_mask_means_that_every_token_counts() -> None:
+    model = make_lora()
+    input_ids, attention_mask = make_batch(9, padded=False)
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    assert torch.equal(model(input_ids=input_ids).logits, model(input_ids, attention_mask).logits)
+
+
+def test_only_the_first_token_comes_out_and_the_stock_encoder_comes_back() -> None:
+    model = make_lora()
+    input_ids, attention_mask = make_batch(9)
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    assert find_encoder(model)(input_ids, attention_mask).last_hidden_state.shape == (5, 1, DIM)
+    use_stock_encoder(model)
+    assert find_encoder(model)(input_ids, attention_mask).last_hidden_state.shape == (5, 9, DIM)
+
+
+@pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ALL_LINEARS])
+def test_bf16_is_close_to_stock_bf16_and_its_gradients_are_fp32(target_modules: list[str]) -> None:
+    model = make_lora(target_modules)
+    input_ids, attention_mask = make_batch(33)
+    exact_logits, exact = logits_and_grads(model, input_ids, attention_mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock_logits, stock = logits_and_grads(model, input_ids, attention_mask)
+    assert use_fast_encoder(model, compute_dtype=torch.bfloat16) is None
+    logits, grads = logits_and_grads(model, input_ids, attention_mask)
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    assert (logits - exact_logits).norm() <= 2 * (stock_logits - exact_logits).norm() + 0.01 * exact_logits.norm()
+    assert largest_grad_distance(exact, grads) <= 2 * largest_grad_distance(exact, stock) + 0.02
+
+
+def make_adapters(*slots: tuple[int, int]) -> tuple[Adapter, ...]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    return tuple(Adapter(draw(2, 4), draw(stop - start, 2), 0.5, start, stop) for start, stop in slots)
+
+
+def with_pairs(adapters: tuple[Adapter, ...], pairs: tuple[Tensor, ...]) -> tuple[Adapter, ...]:
+    return tuple(old._replace(A=A, B=B) for old, A, B in zip(adapters, pairs[::2], pairs[1::2], strict=True))
+
+
+def test_adapters_that_are_not_folded_into_the_weight_have_exact_gradients() -> None:
+    torch.manual_seed(0)
+    adapters = make_adapters((0, 4), (8, 12))
+    frozen = Linear(torch.randn(12, 4).double(), torch.randn(12).double())
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    pairs = tuple(tensor for adapter in adapters for tensor in adapter[:2])
+    expected = functional.linear(x, frozen.weight, frozen.bias)
+    for adapter in adapters:
+        delta = x @ adapter.A.t() @ adapter.B.t() * adapter.scale
+        expected = expected + functional.pad(delta, (adapter.start, 12 - adapter.stop))
+
+    def run(x: Tensor, *pairs: Tensor) -> Tensor:
+        return linear(x, frozen._replace(adapters=with_pairs(adapters, pairs)))
+
+    assert torch.allclose(run(x, *pairs), expected)
+    assert torch.autograd.gradcheck(run, (x, *pairs))
+
+
+def test_the_feed_forward_has_exact_gradients() -> None:
+    torch.manual_seed(0)
+    up, down = make_adapters((0, 4)), make_adapters((0, 4))
+    lin1 = Linear(torch.randn(4, 4).double(), torch.randn(4).double())
+    lin2 = Linear(torch.randn(4, 4).double(), torch.randn(4).double())
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, *pairs: Tensor) -> Tensor:
+        adapted1 = lin1._replace(adapters=with_pairs(up, pairs[:2]))
+        return feed_forward(x, adapted1, lin2._replace(adapters=with_pairs(down, pairs[2:])))
+
+    assert torch.autograd.gradcheck(run, (x, *up[0][:2], *down[0][:2]))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_attention_by_explicit_products_has_exact_gradients(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_sentiment.model.kernels.CHUNK_ELEMENTS", 2 * 2 * 5 * 5)  # two examples per chunk
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 5, 12, dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(3, 1, 1, 5, dtype=torch.float64)
+    mask[1, ..., 3:] = torch.finfo(torch.float64).min
+
+    def run(qkv: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return attention(qkv, mask, num_heads=2, dropout_p=p)
+
+    assert torch.autograd.gradcheck(run, (qkv,))
+
+
+def test_dropout_keeps_the_mean_and_drops_the_same_entries_of_the_gradient() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(400, 500, requires_grad=True)
+    y = dropout(x, 0.1)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, y.detach())
+    assert abs(float((y == 0).float().mean()) - (1 - keep_probability(0.1))) < 0.003
+    assert abs(float(y.detach().mean()) - 1) < 0.003
+
+
+def test_attention_dropout_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 6, 24)
+    expected = attention(qkv, None, num_heads=2, dropout_p=0.0)
+    draws = torch.stack([attention(qkv, None, num_heads=2, dropout_p=0.2) for _ in range(3000)])
+    standard_error = draws.std(0) / 3000**0.5
+    assert ((draws.mean(0) - expected).abs() < 5 * standard_error).all()
+
+
+@pytest.mark.parametrize("changes", [{"p": 0.1}, {"lora_dropout": 0.3}])
+def test_dropout_repeats_with_the_seed_and_differs_without_it(changes: dict[str, float]) -> None:
+    model = make_lora(ALL_LINEARS, **changes)
+    input_ids, attention_mask = make_batch(9)
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    torch.manual_seed(5)
+    first = logits_and_grads(model, input_ids, attention_mask)
+    other = logits_and_grads(model, input_ids, attention_mask)
+    torch.manual_seed(5)
+    again = logits_and_grads(model, input_ids, attention_mask)
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+    assert all(torch.equal(grad, again[1][name]) for name, grad in first[1].items())
+
+
+@pytest.mark.parametrize("changes", [{"p": 0.1}, {"lora_dropout": 0.3}])
+def test_dropout_has_the_strength_of_the_stock_encoder(changes: dict[str, float]) -> None:
+    model = make_lora(["q_lin", "v_lin", "lin1"], **changes)
+    input_ids, attention_mask = make_batch(9)
+
+    def draw() -> Tensor:
+        with torch.no_grad():
+            return torch.stack([model(input_ids=input_ids, attention_mask=attention_mask).logits for _ in range(150)])
+
+    stock = draw()
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    fast = draw()
+    standard_error = ((stock.var(0) + fast.var(0)) / 150).sqrt()
+    assert ((stock.mean(0) - fast.mean(0)).abs() < 5 * standard_error).all()
+    assert 0.7 < float(fast.std(0).mean() / stock.std(0).mean()) < 1.4
+
+
+def test_changed_weights_are_noticed() -> None:
+    model = make_lora(ALL_LINEARS)
+    batch = make_batch(9)
+    assert_exact(model, *batch)
+    block = find_encoder(model).transformer.layer[0]
+    changes = {
+        "in place": lambda: block.attention.k_lin.base_layer.weight.mul_(1.5),
+        "new data": lambda: setattr(block.ffn.lin1.base_layer.weight, "data", torch.randn(HIDDEN_DIM, DIM) * 0.2),
+        "new parameter": lambda: setattr(
+            block.attention.v_lin.base_layer, "bias", nn.Parameter(torch.randn(DIM), requires_grad=False)
+        ),
+        "adapter": lambda: block.attention.q_lin.lora_B["default"].weight.data.mul_(2),
+    }
+    for change in changes.values():
+        before, _ = logits_and_grads(model, *batch)
+        with torch.no_grad():
+            change()
+        after, _ = logits_and_grads(model, *batch)
+        assert not torch.allclose(before, after, atol=1e-4)
+        use_stock_encoder(model)
+        assert torch.allclose(logits_and_grads(model, *batch)[0], after, atol=1e-5)
+        use_fast_encoder(model, compute_dtype=torch.float32)
+
+
+def test_disabled_adapters_give_the_base_model() -> None:
+    model = make_lora()
+    batch = make_batch(9)
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(*batch).logits
+        use_fast_encoder(model, compute_dtype=torch.float32)
+        assert torch.allclose(model(*batch).logits, expected, atol=1e-5)
+
+
+def quantise(model: nn.Module) -> nn.Module:
+    linear = find_encoder(model).transformer.layer[1].ffn.lin1
+    linear.weight = nn.Parameter(torch.zeros(HIDDEN_DIM, DIM, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def merge(model: PeftModel) -> PeftModel:
+    model.merge_adapter()
+    return model
+
+
+def train_base(model: nn.Module) -> nn.Module:
+    find_encoder(model).transformer.layer[1].ffn.lin2.weight.requires_grad_(True)
+    return model
+
+
+def hook(model: nn.Module) -> nn.Module:
+    find_encoder(model).transformer.layer[2].ffn.register_forward_hook(lambda *_: None)
+    return model
+
+
+def checkpoint(model: PeftModel) -> PeftModel:
+    model.base_model.model.gradient_checkpointing_enable()
+    return model
+
+
+def add_second(model: PeftModel) -> PeftModel:
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"])
+    model.add_adapter("second", config)
+    find_encoder(model).transformer.layer[0].attention.q_lin.set_adapter(["default", "second"])
+    return model
+
+
+def frozen_classifier() -> nn.Module:
+    return make_classifier().requires_grad_(False)
+
+
+REFUSED = {
+    "DoRA": (lambda: make_lora(use_dora=True), "layer.0.attention.q_lin", "Dora"),
+    "IA3": (
+        lambda: get_peft_model(
+            make_classifier(), IA3Config(task_type="SEQ_CLS", target_modules=["k_lin"], feedforward_modules=[])
+        ),
+        "layer.0.attention.k_lin",
+        "nor PEFT's LoRA",
+    ),
+    "quantised": (lambda: quantise(frozen_classifier()), "layer.1.ffn.lin1", "quantised"),
+    "trainable": (lambda: train_base(make_lora()), "layer.1.ffn.lin2", "trainable"),
+    "full": (make_classifier, "layer.0.attention.q_lin", "trainable"),
+    "merged": (lambda: merge(make_lora()), "layer.0.attention.q_lin", "merged"),
+    "two adapters": (lambda: add_second(make_lora()), "layer.0.attention.q_lin", "several adapters"),
+    "bias": (lambda: make_lora(lora_bias=True), "layer.0.attention.q_lin", "lora_bias"),
+    "checkpointing": (lambda: checkpoint(make_lora()), "transformer", "checkpointing"),
+    "activation": (lambda: make_lora(activation="relu"), "ffn.activation", "relu"),
+    "hook": (lambda: hook(make_lora()), "layer.2.ffn", "hook"),
+    "prompt": (
+        lambda: get_peft_model(
+            make_classifier(),
+            PromptTuningConfig(
+                task_type="SEQ_CLS", num_virtual_tokens=2, token_dim=DIM, num_layers=NUM_LAYERS, num_attention_heads=4
+            ),
+        ),
+        "PromptTuningConfig",
+        "embeddings",
+    ),
+    "no classifier": (lambda: nn.Linear(2, 2), "Linear", "no DistilBert"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_computed_is_refused_by_name(case: str) -> None:
+    make, where, why = REFUSED[case]
+    model = make()
+    reason = use_fast_encoder(model, compute_dtype=torch.float32)
+    assert reason is not None
+    assert where in reason
+    assert why in reason
+    assert all("forward" not in module.__dict__ for module in model.modules() if isinstance(module, DistilBertModel))
+
+
+def test_an_adapter_merged_later_is_an_error_and_not_a_wrong_answer() -> None:
+    model = make_lora()
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    model.merge_adapter()
+    with pytest.raises(ModelError, match=r"layer.0.attention.q_lin: .*merged"):
+        model(*make_batch(9))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_ids": None, "inputs_embeds": torch.zeros(5, 9, DIM)},
+        {"position_ids": torch.zeros(5, 9, dtype=torch.long)},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"attention_mask": torch.ones(5, 1, 9, 9)},
+    ],
+    ids=lambda changes: next(reversed(changes)),
+)
+def test_arguments_it_cannot_honour_are_refused(changes: dict[str, Any]) -> None:
+    model = make_lora()
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    input_ids, attention_mask = make_batch(9)
+    arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **changes}
+    with pytest.raises(ModelError, match=next(reversed(changes))):
+        find_encoder(model)(**arguments)
+
+
+def test_low_rank_reads_one_linear_by_reference() -> None:
+    attention_module = find_encoder(make_lora(use_rslora=True)).transformer.layer[0].attention
+    answer = low_rank(attention_module.q_lin)
+    assert isinstance(answer, LowRank)
+    assert answer.A is attention_module.q_lin.lora_A["default"].weight
+    assert answer.scale == 8 / 4**0.5
+    plain = low_rank(attention_module.k_lin)
+    assert isinstance(plain, LowRank)
+    assert plain.weight is attention_module.k_lin.weight
+    assert plain.A is None
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products by the shape (rows, inner, columns)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, int, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        factors = {torch.ops.aten.mm.default: args[:2], torch.ops.aten.addmm.default: args[1:3]}.get(func)
+        if factors is not None:
+            self.shapes[(*factors[0].shape, factors[1].shape[1])] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted() -> Iterator[Counter[tuple[int, int, int]]]:
+    with CountProducts() as mode:
+        yield mode.shapes
+
+
+def test_the_last_layer_computes_the_first_token_only() -> None:
+    model = make_lora(["q_lin", "v_lin"])
+    input_ids, attention_mask = make_batch(9)
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    with torch.no_grad(), counted() as products:
+        model(input_ids, attention_mask)
+    tokens, earlier = input_ids.numel(), NUM_LAYERS - 1
+    assert {shape: count for shape, count in products.items() if shape[0] == tokens} == {
+        (tokens, DIM, 3 * DIM): earlier,
+        (tokens, DIM, DIM): earlier,
+        (tokens, DIM, HIDDEN_DIM): earlier,
+        (tokens, HIDDEN_DIM, DIM): earlier,
+        (tokens, DIM, 2 * DIM): 1,
+    }
+    assert products[len(input_ids), DIM, HIDDEN_DIM] == 1
+
+
+def test_the_input_gradient_of_the_first_layer_is_not_computed() -> None:
+    model = make_lora(["q_lin", "v_lin"])
+    input_ids, attention_mask = make_batch(9)
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    with counted() as products:
+        logits_and_grads(model, input_ids, attention_mask)
+    assert products[input_ids.numel(), 3 * DIM, DIM] == NUM_LAYERS - 2
