@@ -16,7 +16,9 @@ class Section(BaseModel):
     costs hours. The docstring under each field becomes its description in the JSON schema.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def did_you_mean(found: str, allowed: list[str]) -> str:

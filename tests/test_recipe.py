@@ -51,7 +51,9 @@ def test_a_whole_section_can_be_replaced(write):
 
 
 def test_yaml_1_2_not_1_1(write):
-    recipe = Recipe.load(write("data: {source: x/y, labels: [no, yes]}\nmodel: {name: a/b}\ntrain: {learning_rate: 2e-4}"))
+    recipe = Recipe.load(
+        write("data: {source: x/y, labels: [no, yes]}\nmodel: {name: a/b}\ntrain: {learning_rate: 2e-4}")
+    )
     assert recipe.data.labels == ("no", "yes")
     assert recipe.train.learning_rate == 2e-4
 
@@ -73,7 +75,10 @@ def test_yaml_1_2_not_1_1(write):
         (MINIMAL + "method: {kind: lor}", "method: found kind 'lor'; allowed: lora, full"),
         (MINIMAL + "method: {kind: full, r: 8}", "method.r: unknown key (allowed: kind)"),
         (MINIMAL + "method: {rank: 8}", "method.rank: unknown key"),
-        (MINIMAL + "method: {target_modules: [q_lin, nope]}", "'nope' is no linear layer of distilbert; choose from q_lin"),
+        (
+            MINIMAL + "method: {target_modules: [q_lin, nope]}",
+            "'nope' is no linear layer of distilbert; choose from q_lin",
+        ),
         (MINIMAL + "method: {target_modules: []}", "method.target_modules: found []"),
         (MINIMAL + "method: {target_modules: [q_lin, q_lin]}", "each once"),
         (MINIMAL + "method: 3", "method"),
@@ -146,8 +151,12 @@ def test_no_text_makes_a_recipe_fail_otherwise(tmp_path_factory, text):
 
 
 _leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-_values = st.recursive(_leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
-_keys = st.sampled_from(["name", "data", "model", "method", "train", "output", "source", "kind", "r", "target_modules", "seed"])
+_values = st.recursive(
+    _leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+_keys = st.sampled_from(
+    ["name", "data", "model", "method", "train", "output", "source", "kind", "r", "target_modules", "seed"]
+)
 _recipes = st.dictionaries(_keys, _values | st.dictionaries(_keys, _values, max_size=4), max_size=5)
 
 

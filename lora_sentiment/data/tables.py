@@ -10,8 +10,6 @@ batch. Rows are counted from 1 for the first data row. Every fault of a file is 
 - jsonl (and .json, read the same way) holds one object per line; values keep their JSON types, NaN included. The first
   line names the columns: a key that a later line lacks is None there, and a key that only a later line has is refused.
 - parquet keeps its own types.
-
-A text format is one entry of `_TEXTS`: a function that parses lines, one that makes a line.
 """
 
 import codecs
@@ -23,11 +21,11 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,22 +34,17 @@ from lora_sentiment.errors import DataError
 from lora_sentiment.section import did_you_mean
 
 Batch = dict[str, list[Any]]
-ROWS_PER_BATCH = 10_000
 MAX_CHARACTERS = 10_000_000  # of a line and of a csv field: else one unclosed quote swallows a file whole
 ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1")  # the likeliest first; latin-1 decodes every file
 
 _CSV_FAULTS = {
     "unexpected end of data": "a quote opened in this row is never closed; close it",
-    "field larger than": f"a field is longer than {MAX_CHARACTERS:,} characters; close its quote, or shorten it",
+    "larger than": f"a field is longer than {MAX_CHARACTERS:,} characters; close its quote, or shorten it",
     "new-line character": "a carriage return stands alone outside quotes; end rows in LF or CRLF",
     "expected after": "text follows a closing quote; write a quote inside a quoted field as two quotes",
 }
 # Arrow's own, and those of turning its values into Python's and back: a date after 9999, bytes that are no UTF-8.
-_ARROW_FAULTS = (pa.ArrowException, OSError, ValueError, TypeError, OverflowError)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+_ARROW_FAULTS = (pa.ArrowException, ValueError, TypeError, OverflowError)
 
 
 def _check_columns(columns: Sequence[str], path: Path) -> None:
@@ -80,8 +73,9 @@ class _Lines:
         while line := self.file.readline(MAX_CHARACTERS + 1):
             self.number += 1
             if len(line) > MAX_CHARACTERS:
-                fault = f"is longer than {MAX_CHARACTERS:,} characters; end rows in LF or CRLF, and shorten the text"
-                raise DataError(f"{self.path}: line {self.number} {fault}")
+                raise DataError(
+                    f"{self.path}: line {self.number} is longer than {MAX_CHARACTERS:,} characters; shorten it"
+                )
             if "\0" in line:
                 fault = "holds a NUL character; remove it, or set data.encoding=utf-16-le or utf-16-be if it is that"
                 raise DataError(f"{self.path}: line {self.number} {fault}")
@@ -156,8 +150,7 @@ def _jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
             _check_columns(columns, lines.path)
             yield columns
         if unknown := [name for name in record if name not in columns]:
-            fault = f"found the key {unknown[0]!r}, but the first line names {columns}; add it there, if only as null"
-            raise lines.fault(row, fault)
+            raise lines.fault(row, f"found the key {unknown[0]!r}, but the first line names {columns}; add it there")
         yield [record.get(name) for name in columns]
 
 
@@ -219,6 +212,9 @@ def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
     decoder = codecs.getincrementaldecoder(encoding)()
     end, line, chunk = 0, 1, b"-"
     with _open(path, gzipped=gzipped) as file:
+        # Without its mark, nearly every file of even length decodes as UTF-16, into nonsense.
+        if encoding == "utf-16" and file.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "it has no byte order mark"
         while chunk:
             chunk = file.read(1 << 20)
             end += len(chunk)
@@ -232,16 +228,6 @@ def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
                 return str(error)
             line += chunk.count(b"\n")
     return ""
-
-
-def _encoding_fault(path: Path, *, encoding: str, gzipped: bool) -> str:
-    with _open(path, gzipped=gzipped) as file:
-        marked = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    # Nearly every file of even length decodes as UTF-16, into nonsense: only a byte order mark says that it is one.
-    candidates = [name for name in ENCODINGS if marked or name != "utf-16"]
-    fits = [name for name in candidates if not _bad_byte(path, encoding=name, gzipped=gzipped)]
-    bad = _bad_byte(path, encoding=encoding, gzipped=gzipped)
-    return f"{path}: is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}: set data.encoding={fits[0]}"
 
 
 class _Text(NamedTuple):
@@ -259,41 +245,14 @@ class _Text(NamedTuple):
                 columns = next(rows, None)
                 if columns is None:
                     raise DataError(f"{path}: is empty; a table needs a header (csv, tsv) or a row (jsonl)")
-                chunk = list(islice(rows, rows_per_batch))
-                if not chunk:
-                    yield {name: [] for name in columns}
-                while chunk:
-                    yield dict(zip(columns, map(list, zip(*chunk, strict=True)), strict=True))
-                    chunk = list(islice(rows, rows_per_batch))
+                chunks = iter(lambda: list(islice(rows, rows_per_batch)), [])
+                for chunk in chain([next(chunks, [])], chunks):
+                    yield {name: [row[place] for row in chunk] for place, name in enumerate(columns)}
         except UnicodeError as error:
-            raise DataError(_encoding_fault(path, encoding=encoding, gzipped=self.gzipped)) from error
-
-
-class _TextSink:
-    def __init__(self, file: BinaryIO, columns: Sequence[str], path: Path, form: _Text) -> None:
-        self._columns, self._path, self._form = columns, path, form
-        self._row = 0 if form.has_header else 1  # the header is row 0
-        # Neither a name nor a time goes into the gzip header, so that equal rows are equal bytes.
-        self._gzip = gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) if form.gzipped else None
-        self._file: BinaryIO | gzip.GzipFile = self._gzip or file
-
-    def write(self, batch: Batch) -> None:
-        rows = zip(*(batch[name] for name in self._columns), strict=True)
-        for values in chain([] if self._row else [self._columns], rows):
-            try:
-                line = self._form.make_line(values, self._columns)
-                if len(line) > MAX_CHARACTERS:
-                    raise ValueError(f"it is longer than {MAX_CHARACTERS:,} characters")
-                self._file.write(line.encode())
-            except (ValueError, TypeError, RecursionError) as error:
-                fault = f"cannot be written: {_one_line(error)}; change it, or write .jsonl or .parquet"
-                raise DataError(f"{self._path}: {f'row {self._row}' if self._row else 'the header'} {fault}") from error
-            self._row += 1
-
-    def close(self) -> None:
-        self.write({name: [] for name in self._columns})  # the header of a table without rows
-        if self._gzip:
-            self._gzip.close()
+            bad = _bad_byte(path, encoding=encoding, gzipped=self.gzipped)
+            fits = [name for name in ENCODINGS if not _bad_byte(path, encoding=name, gzipped=self.gzipped)]
+            fault = f"is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}: set data.encoding={fits[0]}"
+            raise DataError(f"{path}: {fault}") from error
 
 
 def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[Batch]:
@@ -305,33 +264,9 @@ def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[Batch]:
                 yield {name: [] for name in columns}
             for batch in file.iter_batches(rows_per_batch):
                 yield batch.to_pydict()
-    except _ARROW_FAULTS as error:
-        fault = f"cannot be read as parquet ({_one_line(error)}); if it is parquet, make or copy it again"
+    except (*_ARROW_FAULTS, OSError) as error:
+        fault = f"cannot be read as parquet ({' '.join(str(error).split())}); if it is parquet, make or copy it again"
         raise DataError(f"{path}: {fault}") from error
-
-
-class _ParquetSink:
-    def __init__(self, file: BinaryIO, columns: Sequence[str], path: Path) -> None:
-        self._file, self._columns, self._path = file, columns, path
-        self._writer: Any = None
-
-    def write(self, batch: Batch) -> None:
-        arrays = []
-        for name in self._columns:
-            try:
-                kind = self._writer.schema.field(name).type if self._writer else pa.infer_type(batch[name])
-                arrays.append(pa.array(batch[name], pa.string() if kind == pa.null() else kind))
-            except _ARROW_FAULTS as error:
-                fault = f"cannot be written: {_one_line(error)}; give all its rows one type, or write .jsonl"
-                raise DataError(f"{self._path}: column {name!r} {fault}") from error
-        table = pa.table(arrays, names=self._columns)
-        self._writer = self._writer or pq.ParquetWriter(self._file, table.schema)
-        self._writer.write_table(table)
-
-    def close(self) -> None:
-        if self._writer is None:
-            self.write({name: [] for name in self._columns})
-        self._writer.close()
 
 
 _TEXTS = {
@@ -356,13 +291,11 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise DataError(f"{path}: is a folder; name a file in it, or a pattern such as {path / '*.csv'}")
     if not path.is_file():
-        names = sorted(other.name for other in path.parent.iterdir())
-        raise DataError(f"{path}: no such file{did_you_mean(path.name, names) or '; check the path'}")
+        hint = did_you_mean(path.name, sorted(other.name for other in path.parent.iterdir()))
+        raise DataError(f"{path}: no such file{hint or '; check the path'}")
 
 
-def read_table(
-    path: Path, *, encoding: str = "utf-8", rows_per_batch: int = ROWS_PER_BATCH
-) -> Generator[Batch, None, None]:
+def read_table(path: Path, *, encoding: str = "utf-8", rows_per_batch: int = 10_000) -> Iterator[Batch]:
     """Yields a table in batches of whole columns, `{name: values}` in the file's order.
 
     A table without rows gives one batch of empty columns, so the first batch always tells the columns.
@@ -385,19 +318,14 @@ def read_table(
 
 def table_columns(path: Path, *, encoding: str = "utf-8") -> list[str]:
     """Returns the column names, having read no more than the first row; raises as `read_table` does."""
-    with closing(read_table(path, encoding=encoding, rows_per_batch=1)) as batches:
-        return list(next(batches))
+    return list(next(read_table(path, encoding=encoding, rows_per_batch=1)))
 
 
 class TableWriter:
     """Writes a table batch by batch, in UTF-8; the file appears whole when the `with` block ends, or not at all.
 
-    The first batch fixes a parquet file's types (a column of None is a string's), and each becomes a row group.
-    A .jsonl without rows is an empty file, which states no columns: `read_table` refuses it.
-
-    Args:
-        path: Where to write, its name ending in one of `FORMATS`; an existing file is replaced.
-        columns: The names, in order.
+    An existing file is replaced. In parquet each batch becomes a row group, and the first one fixes the types; a column
+    of None is a string's. A .jsonl without rows is an empty file, which states no columns: `read_table` refuses it.
 
     Raises:
         DataError: The format cannot hold a name or a value, a batch has other columns, or the disk refuses.
@@ -407,12 +335,15 @@ class TableWriter:
         _check_columns(columns, path)
         self._path, self._columns, self._form = path, list(columns), _find_format(path)
         self._aside = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        self._row = 0  # the header
+        self._parquet: Any = None
 
     def __enter__(self) -> Self:
         with _file_faults(self._path, "written"):
             self._file = self._aside.open("xb")
-        where = self._file, self._columns, self._path
-        self._sink = _ParquetSink(*where) if self._form == "parquet" else _TextSink(*where, self._form)
+        # Neither a name nor a time goes into the gzip header, so that equal rows are equal bytes.
+        zipped = self._form != "parquet" and self._form.gzipped
+        self._zip = gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._file, mtime=0) if zipped else None
         return self
 
     def write(self, batch: Batch) -> None:
@@ -421,13 +352,47 @@ class TableWriter:
             found = {name: len(values) for name, values in batch.items()}
             raise DataError(f"{self._path}: a batch has {found} rows; all of {self._columns} must have as many")
         with _file_faults(self._path, "written"):
-            self._sink.write(batch)
+            if self._form == "parquet":
+                self._write_row_group(batch)
+            else:
+                self._write_lines(batch, self._form)
+
+    def _write_lines(self, batch: Batch, form: _Text) -> None:
+        rows = zip(*(batch[name] for name in self._columns), strict=True)
+        for values in rows if self._row else chain([self._columns], rows):
+            try:
+                line = form.make_line(values, self._columns) if self._row or form.has_header else ""
+                if len(line) > MAX_CHARACTERS:
+                    raise ValueError(f"it is longer than {MAX_CHARACTERS:,} characters")
+                (self._zip or self._file).write(line.encode())
+            except (ValueError, TypeError, RecursionError) as error:
+                place = f"row {self._row}" if self._row else "the header"
+                fault = f"{place} cannot be written: {error}; change it, or write .jsonl or .parquet"
+                raise DataError(f"{self._path}: {fault}") from error
+            self._row += 1
+
+    def _write_row_group(self, batch: Batch) -> None:
+        arrays: dict[str, pa.Array] = {}
+        try:
+            for name in self._columns:
+                kind = self._parquet.schema.field(name).type if self._parquet else pa.infer_type(batch[name])
+                arrays[name] = pa.array(batch[name], pa.string() if kind == pa.null() else kind)
+            table = pa.table(arrays)
+            self._parquet = self._parquet or pq.ParquetWriter(self._file, table.schema)
+            self._parquet.write_table(table)
+        except _ARROW_FAULTS as error:
+            place = next((f"column {name!r}" for name in self._columns if name not in arrays), "a column")
+            fault = f"{place} cannot be written: {' '.join(str(error).split())}; give all its rows one type of value"
+            raise DataError(f"{self._path}: {fault}") from error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with _file_faults(self._path, "written"):
             try:
                 with self._file:
-                    self._sink.close()
+                    if kind is None and not self._row and not self._parquet:
+                        self.write({name: [] for name in self._columns})  # a table without rows
+                    for layer in filter(None, (self._parquet, self._zip)):
+                        layer.close()
                     self._file.flush()
                     os.fsync(self._file.fileno())
                 if kind is None:

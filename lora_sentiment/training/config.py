@@ -64,7 +64,7 @@ class TrainConfig(Section):
 
 
 class OutputConfig(Section):
-    """Where the adapter goes."""
+    """The folder that a run writes."""
 
     dir: str | None = None
     """Adapter folder to write; by default adapters/<name>."""

@@ -173,7 +173,7 @@ class _Loop:
         if not math.isfinite(mean_loss):
             raise TrainingError(self._not_finite(step, index, mean_loss))
         rate = self.scheduler.get_last_lr()[0]
-        norm = self._update()
+        norm = self._update(step)
         self.history.seconds += time.perf_counter() - began
         self.history.tokens += int(self.lengths[index].sum())
         point = TrainPoint(step, step / self.steps_per_epoch, mean_loss, rate, norm)
@@ -193,10 +193,13 @@ class _Loop:
             loss = pieces[-1]
         return float(loss)
 
-    def _update(self) -> float:
+    def _update(self, step: int) -> float:
         """Clip, step the optimizer, and the schedule unless fp16's scaler skipped the step; return the norm."""
         limit = self.config.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
+        # With fp16 the scaler meets infinities on purpose: it skips the step and halves the scale.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise TrainingError(f"step {step}: the gradient's norm is {norm}; lower train.learning_rate")
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()

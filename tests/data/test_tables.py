@@ -53,12 +53,12 @@ def save(folder, name, content):
         ("a.csv", 'a\nx\n\n""\n', {"a": ["x", "", ""]}),
         ("a.csv", "text,label\n", {"text": [], "label": []}),
         ("a.csv.gz", "text\nfine\n", {"text": ["fine"]}),
-        ("a.tsv", 'label\ttext\r\n0\ta "long" 1" story\r\n1\t"so\r\n', {"label": ["0", "1"], "text": ['a "long" 1" story', '"so']}),
+        ("a.tsv", 'label\ttext\r\n0\ta "l" 1"\r\n1\t"so\r\n', {"label": ["0", "1"], "text": ['a "l" 1"', '"so']}),
         ("a.tsv", "a\tb\n\n\t\nx\t1\n", {"a": ["", "x"], "b": ["", "1"]}),
         ("a.tsv.gz", "a\nx\n\ny\n", {"a": ["x", "", "y"]}),
         ("a.tsv", "a\nx\u0085y\rz\n", {"a": ["x\u0085y\rz"]}),
         ("a.jsonl", '{"a": "x", "b": 1}\n\n{"b": 2.5, "a": null}\r\n', {"a": ["x", None], "b": [1, 2.5]}),
-        ("a.jsonl", '{"a": true, "b": [1, {"c": 2}]}\n{"a": "\\u00e9\\ud83d\\ude00"}', {"a": [True, "é😀"], "b": [[1, {"c": 2}], None]}),
+        ("a.jsonl", '{"a": true, "b": [{"c": 2}]}\n{"a": "\\u00e9"}', {"a": [True, "é"], "b": [[{"c": 2}], None]}),
         ("a.json", '\ufeff{"a": "x"}\n', {"a": ["x"]}),
         ("a.json.gz", '{"a": "1"}\n', {"a": ["1"]}),
     ],
@@ -125,36 +125,36 @@ def test_formats_name_every_suffix():
         ("a.csv.gz", "", "is empty"),
         ("a.parquet", "", "cannot be read as parquet"),
         ("a.txt", "x", "must end in one of .csv, .tsv, .jsonl, .json, .csv.gz,"),
-        ("a.csv", "a,b\nx,1\n\ny\n", "row 2 (line 4): found 1 field(s), expected 2, as in the header: ['a', 'b']; quote a"),
+        ("a.csv", "a,b\nx,1\n\ny\n", "row 2 (line 4): found 1 field(s), expected 2, as in the header: ['a', 'b']; "),
         ("a.csv", 'a,b\n"x\ny",1\nx,y,1\n', "row 2 (line 4): found 3 field(s), expected 2"),
         ("a.csv", 'a,b\n""\n', "row 1 (line 2): found 1 field(s), expected 2"),
-        ("a.tsv", "a\tb\nx\ty\t1\n", "row 1 (line 2): found 3 field(s), expected 2, as in the header: ['a', 'b']; a tab"),
+        ("a.tsv", "a\tb\nx\ty\t1\n", "row 1 (line 2): found 3 field(s), expected 2, as in the header: ['a', 'b']"),
         ("a.csv", "text,label,text\n", "column 3 of 3 has the name of column 1, 'text'; rename or remove one"),
         ("a.csv", ",text\n0,x\n", "column 1 of 2 has no name; name it or remove it (pandas writes an index so"),
         ("a.csv", "\ufeff\ufefftext\nx\n", "column 1 of 1 begins with a stray byte order mark"),
         ("a.csv", "a\ncaf\xe9\n".encode("cp1252"), "is not utf-8: byte 0xe9 at offset 5 (line 2); all of it decodes as "
          "cp1252, latin-1: set data.encoding=cp1252"),
-        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1: set data.encoding=latin-1"),
+        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1: set"),
         ("a.tsv.gz", b"a\n\xe9\n", "byte 0xe9 at offset 2 (line 2); all of it decodes as cp1252"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "byte 0xe9 at offset 7 (line 1)"),
-        ("a.csv", "a\nx\n".encode("utf-16"), "is not utf-8: byte 0xff at offset 0 (line 1); all of it decodes as utf-16, "),
-        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set data.encoding=utf-16-le"),
+        ("a.csv", "a\nx\n".encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it decodes as utf-16, "),
+        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set data.encoding=utf-16"),
         ("a.csv", "a\nx\ny\0z\n", "line 3 holds a NUL character"),
         ("a.csv", gzip.compress(b"a\nx\n"), "is gzip, which its name must tell; end it in .gz"),
         ("a.csv", 'a,b\nx,1\n"y,2\nz,3\n', "row 2 (line 3): a quote opened in this row is never closed; close it"),
         ("a.csv", '"a,b\nx,1\n', "the header (line 1): a quote opened in this row is never closed"),
         ("a.csv", 'a,b\n"x" y,1\n', "row 1 (line 2): text follows a closing quote; write a quote inside"),
         ("a.csv", "a,b\rx,1\r", "the header (line 1): a carriage return stands alone outside quotes"),
-        ("a.csv", 'a\n"' + "x\n" * 5_000_001, "row 1 (line 2): a field is longer than 10,000,000 characters; close its"),
+        ("a.csv", 'a\n"' + "x\n" * 5_000_001, "row 1 (line 2): a field is longer than 10,000,000 characters; close"),
         ("a.csv", "a\n" + "x" * 10_000_001, "line 2 is longer than 10,000,000 characters"),
-        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', "row 2 (line 3): no JSON object: Expecting property name enclosed in double "
-         "quotes: line 1 column 9"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', "row 2 (line 3): no JSON object: Expecting property name enclosed"
+         " in double quotes: line 1 column 9"),
         ("a.json", '[\n{"a": 1}\n]\n', "row 1 (line 1): no JSON object: Expecting value"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "row 2 (line 2): no JSON object: found a list; each line must hold one object"),
         ("a.jsonl", "{}\n", "the table has no columns"),
         ("a.jsonl", '{"": 1}\n', "column 1 of 1 has no name"),
         ("a.jsonl", '{"a": 1, "a": 2}\n', "row 1 (line 1): no JSON object: a key stands twice among ['a', 'a']"),
-        ("a.jsonl", '{"a": 1}\n{"b": 1}\n', "row 2 (line 2): found the key 'b', but the first line names ['a']; add it"),
+        ("a.jsonl", '{"a": 1}\n{"b": 1}\n', "row 2 (line 2): found the key 'b', but the first line names ['a']"),
         ("a.jsonl", '{"a": "\\uD800"}\n', "row 1 (line 1): no JSON object: 'utf-8' codec can't encode"),
         ("a.jsonl", '{"a": ' + "[" * 100_000 + "\n", "row 1 (line 1): no JSON object: maximum recursion depth"),
         ("a.jsonl", '{"a": ' + "1" * 5000 + "}\n", "row 1 (line 1): no JSON object: Exceeds the limit"),
@@ -174,9 +174,9 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path):
     save(tmp_path, "train.csv", "a\n")
     with pytest.raises(DataError, match=r"tarin.csv: no such file; did you mean 'train.csv'\?$"):
         read(tmp_path / "tarin.csv")
-    with pytest.raises(DataError, match="no such file; check the path$"):
+    with pytest.raises(DataError, match=r"no such file; check the path$"):
         read(tmp_path / "zzz.parquet")
-    with pytest.raises(DataError, match="cannot be read: No such file or directory; check its folder and disk$"):
+    with pytest.raises(DataError, match=r"cannot be read: No such file or directory; check its folder and disk$"):
         read(tmp_path / "nowhere" / "train.csv")
 
 
@@ -188,7 +188,7 @@ def test_a_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf9", "base64", "no\0name"])
 def test_an_unknown_encoding_is_refused(tmp_path, encoding):
     path = save(tmp_path, "a.csv", "a\nx\n")
-    with pytest.raises(DataError, match="is no text encoding of Python's; set data.encoding to one such as utf-8, utf-16"):
+    with pytest.raises(DataError, match=r"is no text encoding of Python's; set data.encoding to one such as utf-8"):
         read(path, encoding=encoding)
 
 
@@ -328,7 +328,7 @@ def test_gzip_bytes_repeat(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl.gz", "a.parquet"])
 def test_a_failure_leaves_the_folder_as_it_was(tmp_path, name):
     write(tmp_path / name, {"a": ["old"]})
-    with pytest.raises(KeyboardInterrupt), TableWriter(tmp_path / name, columns=["a"]) as writer:
+    with pytest.raises(KeyboardInterrupt), TableWriter(tmp_path / name, columns=["a"]) as writer:  # noqa: PT012
         writer.write({"a": ["new"]})
         raise KeyboardInterrupt
     assert read(tmp_path / name) == {"a": ["old"]}
@@ -354,13 +354,14 @@ def test_an_error_of_the_caller_stays_what_it_is(tmp_path):
         ("a.tsv", {"a": ["x\n"]}, r"row 1 cannot be written: column 'a' holds '\n'"),
         ("a.tsv", {"a\tb": ["x"]}, r"the header cannot be written: column 'a\tb' holds '\t'"),
         ("a.csv", {"a": ["x\0"]}, r"row 1 cannot be written: column 'a' holds '\x00'"),
-        ("a.csv", {"a": [[1]]}, "row 1 cannot be written: column 'a' holds a list, but csv and tsv hold text and numbers"),
+        ("a.csv", {"a": [[1]]}, "row 1 cannot be written: column 'a' holds a list, but csv and tsv hold text"),
         ("a.csv", {"a": ["\ud800"]}, "row 1 cannot be written: 'utf-8' codec can't encode"),
         ("a.csv", {"a": ["x" * 10_000_001]}, "row 1 cannot be written: it is longer than 10,000,000 characters"),
         ("a.jsonl", {"a": [1, b"x"]}, "row 2 cannot be written: Object of type bytes is not JSON serializable"),
         ("a.jsonl", {"a": ["\ud800"]}, "row 1 cannot be written: 'utf-8' codec can't encode"),
         ("a.parquet", {"a": ["x", 1]}, "column 'a' cannot be written: "),
         ("a.parquet", {"a": [2**70]}, "column 'a' cannot be written: Python int too large"),
+        ("a.parquet", {"a": [{}]}, "a column cannot be written: Cannot write struct type 'a' with no child field"),
         ("a.parquet", {"a": ["\ud800"]}, "column 'a' cannot be written: 'utf-8' codec can't encode"),
         ("a.txt", {"a": ["x"]}, "must end in one of .csv, .tsv,"),
         ("a.csv", {"": ["x"]}, "column 1 of 1 has no name"),
@@ -379,21 +380,24 @@ def test_what_cannot_be_written_is_refused(tmp_path, name, table, message):
 
 
 def test_a_column_keeps_the_type_of_its_first_parquet_batch(tmp_path):
-    with pytest.raises(DataError, match="column 'a' cannot be written"):  # noqa: PT012
-        with TableWriter(tmp_path / "a.parquet", columns=["a"]) as writer:
-            writer.write({"a": [1]})
+    with TableWriter(tmp_path / "a.parquet", columns=["a"]) as writer:
+        writer.write({"a": [1]})
+        with pytest.raises(DataError, match="column 'a' cannot be written: Could not convert 'x'"):
             writer.write({"a": ["x"]})
-    assert list(tmp_path.iterdir()) == []
+        writer.write({"a": [None]})
+    assert read(tmp_path / "a.parquet") == {"a": [1, None]}
 
 
 # No other library's error escapes, whatever the bytes
 
 
 def read_or_refuse(path):
+    """Tells whether a file is read, or refused in one line."""
     try:
         read(path)
     except DataError as error:
-        assert "\n" not in str(error)
+        return "\n" not in str(error)
+    return True
 
 
 @few
@@ -401,7 +405,7 @@ def read_or_refuse(path):
 def test_random_bytes_raise_nothing_but_data_errors(tmp_path_factory, data, name, zipped):
     path = tmp_path_factory.getbasetemp() / f"random{name}"
     path.write_bytes(gzip.compress(data) if zipped else data)
-    read_or_refuse(path)
+    assert read_or_refuse(path)
 
 
 @few
@@ -409,18 +413,22 @@ def test_random_bytes_raise_nothing_but_data_errors(tmp_path_factory, data, name
 def test_near_misses_raise_nothing_but_data_errors(tmp_path_factory, data, name):
     path = tmp_path_factory.getbasetemp() / f"near{name}"
     path.write_bytes(gzip.compress(data.encode()) if name.endswith(".gz") else data.encode())
-    read_or_refuse(path)
+    assert read_or_refuse(path)
 
 
 @few
-@given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), name=st.sampled_from(["a.parquet", "a.csv.gz"]))
+@given(
+    position=st.floats(0, 1, exclude_max=True),
+    value=st.integers(0, 255),
+    name=st.sampled_from(["a.parquet", "a.csv.gz"]),
+)
 def test_a_changed_byte_raises_nothing_but_data_errors(tmp_path_factory, position, value, name):
     path = tmp_path_factory.getbasetemp() / f"changed-{name}"
     write(path, {"text": ["fine", "bad", None], "label": ["1", "0", "1"]})
     data = bytearray(path.read_bytes())
     data[int(position * len(data))] = value
     path.write_bytes(data)
-    read_or_refuse(path)
+    assert read_or_refuse(path)
 
 
 # Real files

@@ -1,0 +1,61 @@
+import pytest
+import yaml
+
+from lora_sentiment.adapter.card import make_model_card
+from lora_sentiment.adapter.folder import BaseRecord, Card, DataRecord, Probe
+from lora_sentiment.model.config import LoraMethod
+
+REPORT = {
+    "test": {"accuracy": {"value": 0.91, "low": 0.9, "high": 0.92}, "auroc": {"value": None, "low": None, "high": None}},
+    "validation": {"accuracy": {"value": 0.9, "low": 0.8, "high": 1.0}, "auroc": {"value": 0.5, "low": 0.4, "high": 0.6}},
+    "parameters": {"adapter": 10, "head": 20, "trainable": 30, "base": 100, "share": 0.3},
+    "train": {"steps": 5, "best_step": 4, "tokens": 1000, "seconds": 2.0, "tokens_per_second": 500.0, "engine": "fast"},
+}  # fmt: skip
+
+
+def card(source="stanfordnlp/imdb", base="distilbert/distilbert-base-uncased"):
+    return Card(
+        schema=1,
+        labels=["neg", "pos"],
+        max_length=256,
+        truncation="head",
+        method=LoraMethod(),
+        base=BaseRecord(name=base, revision=None, base_sha256="0" * 64),
+        tokenizer_sha256="1" * 64,
+        files={},
+        data=DataRecord(config={"source": source}, train_sha256="2", validation_sha256="3"),
+        calibration=None,
+        versions={},
+        machine={},
+        probe=Probe(input_ids=[], logits=[]),
+    )
+
+
+def metadata(text):
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_hub_names_become_metadata():
+    found = metadata(make_model_card("imdb", card(), REPORT, is_peft=True))
+    assert found["base_model"] == "distilbert/distilbert-base-uncased"
+    assert found["datasets"] == ["stanfordnlp/imdb"]
+    assert found["library_name"] == "peft"
+    (result,) = found["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 0.91
+    assert result["dataset"]["split"] == "test"
+
+
+@pytest.mark.parametrize("source", ["reviews/train.csv", "/data/x", {"train": "a.csv"}])
+def test_files_and_folders_do_not(source):
+    found = metadata(make_model_card("x", card(source, base="/models/mine"), REPORT, is_peft=False))
+    assert "datasets" not in found
+    assert "base_model" not in found
+
+
+def test_the_text_states_results_use_and_limits():
+    text = make_model_card("imdb", card(), REPORT, is_peft=True)
+    assert "| accuracy | 0.9000 [0.8000, 1.0000] | 0.9100 [0.9000, 0.9200] |" in text
+    assert "| auroc | 0.5000 [0.4000, 0.6000] | n/a |" in text
+    assert "AutoPeftModelForSequenceClassification" in text
+    assert "num_labels=2" in text
+    assert "## Limits" in text

@@ -1,0 +1,217 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+
+from lora_sentiment.adapter import folder as folder_module
+from lora_sentiment.adapter.folder import DataRecord, hash_file, load, load_card, publish, save, write_json
+from lora_sentiment.errors import AdapterError
+from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
+from lora_sentiment.model.config import FullMethod, LoraMethod, ModelConfig
+from lora_sentiment.model.methods import make_trainable, trainable_tensors
+
+LABELS = ("no", "yes", "maybe")
+IDS = [[2, 5, 6, 3], [2, 9, 3]]
+
+
+def save_random(path, tiny_base, method, *, tolerance=1e-4):
+    """Save a model whose trained tensors are random; return it and its base."""
+    path.mkdir()
+    config = ModelConfig(name=str(tiny_base), max_length=16)
+    base = load_base(config, labels=LABELS)
+    model = make_trainable(base, method, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable_tensors(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    save(
+        path,
+        model,
+        base=base,
+        labels=LABELS,
+        model_config=config,
+        method=method,
+        data=DataRecord(config={"source": "x"}, train_sha256="0", validation_sha256="1"),
+        machine={"threads": 2},
+        probe_ids=IDS,
+        tolerance=tolerance,
+    )
+    return model, base
+
+
+METHODS = [
+    LoraMethod(r=4, lora_alpha=8),
+    LoraMethod(r=4, target_modules="all-linear", use_rslora=True),
+    FullMethod(kind="full"),
+]
+
+
+@pytest.fixture(params=METHODS, ids=["lora", "all-linear", "full"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_base):
+    save_random(tmp_path / "a", tiny_base, LoraMethod(r=4, lora_alpha=8))
+    return tmp_path / "a"
+
+
+def test_a_reloaded_model_answers_as_the_trained_one(tmp_path, tiny_base, method):
+    model, _ = save_random(tmp_path / "a", tiny_base, method)
+    loaded = load(tmp_path / "a")
+    ids = torch.tensor([[2, 7, 8, 9, 3]])
+    assert torch.equal(loaded.model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert loaded.card.labels == list(LABELS)
+    assert not loaded.model.training
+
+
+def test_stock_peft_gives_our_logits(saved):
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(saved, num_labels=3, dtype=torch.float32).eval()
+    ids = torch.tensor([[2, 7, 8, 9, 3]])
+    torch.testing.assert_close(stock(input_ids=ids).logits, load(saved).model(input_ids=ids).logits, atol=1e-5, rtol=0)
+
+
+def test_the_head_is_in_the_folder_and_the_base_is_not(saved):
+    names = load_file(saved / "adapter_model.safetensors").keys()
+    assert {n for n in names if "lora_" not in n} == {
+        f"base_model.model.{layer}.{kind}" for layer in ("pre_classifier", "classifier") for kind in ("weight", "bias")
+    }
+
+
+def test_full_saves_every_tensor_under_stock_names(tmp_path, tiny_base):
+    model, _ = save_random(tmp_path / "a", tiny_base, FullMethod(kind="full"))
+    tensors = load_file(tmp_path / "a/changed.safetensors")
+    assert tensors.keys() == dict(model.named_parameters()).keys()
+    assert not (tmp_path / "a/adapter_config.json").exists()
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path, tiny_base, method):
+    for name in ("a", "b"):
+        save_random(tmp_path / name, tiny_base, method)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_saving_leaves_the_base_bit_identical(tmp_path, tiny_base):
+    model, base = save_random(tmp_path / "a", tiny_base, LoraMethod(r=4))
+    assert hash_tensors(encoder_tensors(model)) == base.sha256
+
+
+def test_a_save_that_answers_otherwise_is_refused(tmp_path, tiny_base, monkeypatch):
+    fill = folder_module._fill
+
+    def fill_wrongly(model, path):
+        fill(model, path)
+        with torch.no_grad():
+            next(iter(trainable_tensors(model).values())).add_(1)
+
+    monkeypatch.setattr(folder_module, "_fill", fill_wrongly)
+    with pytest.raises(AdapterError, match="answers otherwise than the trained model"):
+        save_random(tmp_path / "a", tiny_base, LoraMethod(r=4))
+
+
+def test_another_base_is_refused(saved, tiny_base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"][0] += 1e-3
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="name the right one with --base"):
+        load(saved, base=str(other))
+
+
+def test_a_moved_base_is_found_where_one_says(saved, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "moved")
+    assert load(saved, base=str(tmp_path / "moved")).card.labels == list(LABELS)
+
+
+def reseal(folder):
+    """Make card.json agree with altered files, as someone would who tampers with care."""
+    card = json.loads((folder / "card.json").read_text())
+    card["files"] = {name: hash_file(folder / name) for name in card["files"]}
+    write_json(folder / "card.json", card)
+
+
+def alter_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    reseal(folder)
+
+
+HEAD = "base_model.model.classifier.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(HEAD), r"tensor .*classifier\.bias is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "tensor extra is unknown"),
+        (lambda t: t.update({HEAD: torch.zeros(5)}), r"has shape \(5,\), expected \(3,\)"),
+        (lambda t: t[HEAD].fill_(float("nan")), "not finite"),
+        (lambda t: t[HEAD].add_(1), "answers its probe otherwise"),
+    ],
+)
+def test_altered_tensors_are_refused(saved, change, message):
+    alter_tensors(saved, change)
+    with pytest.raises(AdapterError, match=message):
+        load(saved)
+
+
+def test_an_altered_file_is_refused_by_its_hash(saved):
+    path = saved / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: was altered"):
+        load(saved)
+
+
+def test_a_missing_file_is_refused(saved):
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(AdapterError, match=r"tokenizer\.json: is missing"):
+        load(saved)
+
+
+def test_a_truncated_file_is_refused(saved):
+    path = saved / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    reseal(saved)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "Input should be"),
+        ("{}", "Field required"),
+        ('{"schema": 2}', "has schema 2; this version reads up to 1"),
+    ],
+)
+def test_a_malformed_card_is_refused(saved, text, message):
+    (saved / "card.json").write_text(text)
+    with pytest.raises(AdapterError, match=message):
+        load_card(saved)
+
+
+def test_no_card_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match="is no adapter folder"):
+        load(tmp_path)
+
+
+def test_publishing_takes_a_free_place_or_replaces_when_told(tmp_path):
+    for name, text in (("first", "1"), ("second", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    publish(tmp_path / "first", tmp_path / "out", overwrite=False)
+    with pytest.raises(AdapterError, match="exists"):
+        publish(tmp_path / "second", tmp_path / "out", overwrite=False)
+    assert (tmp_path / "out/file").read_text() == "1"
+    publish(tmp_path / "second", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/file").read_text() == "2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -1,0 +1,187 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.data.rows import Rows, carve, clean_text, load_data, load_rows, load_test, sample
+from lora_sentiment.errors import DataError
+from tests.conftest import toy_rows, write_csv
+
+
+def make_rows(texts, labels):
+    return Rows(list(texts), np.array(labels, dtype=np.int64), np.arange(1, len(labels) + 1))
+
+
+def config(folder, **values):
+    return DataConfig(source={"train": str(folder / "train.csv"), "test": str(folder / "test.csv")}, **values)
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean", "rule"),
+    [
+        ("a<br />b<BR>c", "a b c", "html line breaks"),
+        ("fish &amp; chips", "fish & chips", "html entities"),
+        ("a\x00b\x96c", "abc", "control characters"),
+        ("zero\u200bwidth", "zerowidth", "control characters"),
+        ("cafe\u0301", "café", "decomposed characters"),
+        ("  a \n\t b\u00a0c ", "a b c", "repeated blanks"),
+    ],
+)
+def test_each_rule_cleans_and_is_counted(raw, clean, rule):
+    counts = Counter()
+    assert clean_text(raw, counts) == clean
+    assert counts[rule] == 1
+
+
+def test_a_clean_text_stays_as_it_is_and_counts_nothing():
+    counts = Counter()
+    assert clean_text("Nothing to do here.", counts) == "Nothing to do here."
+    assert sum(counts.values()) == 0
+
+
+@given(st.text())
+def test_a_cleaned_text_has_no_edges_and_no_control_characters(text):
+    cleaned = clean_text(text, Counter())
+    assert cleaned == cleaned.strip()
+    assert "\x00" not in cleaned
+    assert "  " not in cleaned
+
+
+def test_string_labels_are_sorted_and_counted(toy):
+    data = load_data(config(toy))
+    assert data.labels == ("negative", "positive")
+    assert data.counts["train"].labels == {"negative": 60, "positive": 60}
+    assert len(data.train) == 108
+    assert len(data.validation) == 12
+    assert Counter(data.validation.labels.tolist()) == {0: 6, 1: 6}
+
+
+def test_the_test_split_is_read_apart(toy):
+    (toy / "test.csv").unlink()
+    data = load_data(config(toy))
+    with pytest.raises(DataError, match="test"):
+        load_test(config(toy), labels=data.labels)
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "expected", "found"),
+    [
+        (["10", "9", "10", "9"], None, ("9", "10"), [1, 0, 1, 0]),
+        (["0", "1", "0", "1"], ("neg", "pos"), ("neg", "pos"), [0, 1, 0, 1]),
+        (["pos", "neg", "pos", "neg"], ("pos", "neg"), ("pos", "neg"), [0, 1, 0, 1]),
+        (["1", "2", "1", "2"], ("2", "1"), ("2", "1"), [1, 0, 1, 0]),
+    ],
+)
+def test_labels_map_to_names(tmp_path, values, names, expected, found):
+    path = write_csv(tmp_path / "a.csv", [(f"text {i}", value) for i, value in enumerate(values)])
+    given_config = DataConfig(source={"train": str(path), "validation": str(path)}, labels=names)
+    data = load_data(given_config)
+    assert data.labels == expected
+    assert data.train.labels.tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("", "positive"), "row 121: text is empty"),
+        ((" <br /> ", "positive"), "row 121: text is empty"),
+        (("fine", ""), "row 121: label is missing"),
+    ],
+)
+def test_a_bad_row_is_an_error_or_counted(toy, row, message):
+    write_csv(toy / "train.csv", [*toy_rows(120), row])
+    with pytest.raises(DataError, match=message):
+        load_data(config(toy))
+    data = load_data(config(toy, on_bad_row="drop"))
+    assert data.counts["train"].kept == 120
+    assert list(data.counts["train"].dropped.values()) == [[121]]
+
+
+def test_a_label_outside_the_names_is_a_bad_row(toy):
+    with pytest.raises(DataError, match="row 1: label 'positive' is none of good, bad"):
+        load_data(config(toy, labels=["good", "bad"]))
+
+
+def test_one_class_only_is_refused(toy):
+    write_csv(toy / "train.csv", [("a", "x"), ("b", "x")])
+    with pytest.raises(DataError, match="every row has the label 'x'"):
+        load_data(config(toy))
+
+
+def test_a_missing_column_names_the_ones_there(toy):
+    with pytest.raises(DataError, match=r"no column 'texte'; the columns are text, label; did you mean 'text'\?"):
+        load_data(config(toy, text_column="texte"))
+
+
+def test_a_missing_file_and_an_empty_glob_say_so(toy):
+    with pytest.raises(DataError, match=r"nothing\.csv"):
+        load_data(DataConfig(source=str(toy / "nothing.csv")))
+    with pytest.raises(DataError, match="matches no file"):
+        load_data(DataConfig(source=str(toy / "x*.csv")))
+
+
+def test_a_glob_reads_all_its_files(toy):
+    data = load_data(DataConfig(source=str(toy / "*.csv")))
+    assert data.counts["train"].read == 161
+
+
+def test_test_can_be_carved_and_shares_no_text(toy):
+    data = load_data(DataConfig(source=str(toy / "train.csv"), test_fraction=0.2, validation_fraction=0.25))
+    parts = [set(data.train.texts), set(data.validation.texts), set(data.carved_test.texts)]
+    assert len(data.carved_test) == 24
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+
+
+def test_a_lone_file_is_read_whatever_it_is_called(toy):
+    rows, _ = load_rows(DataConfig(source=str(toy / "test.csv")), split="test", labels=("negative", "positive"))
+    assert len(rows) == 41
+
+
+labelled = st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.integers(0, 2)), min_size=12, max_size=80)
+
+
+@given(labelled, st.floats(0.05, 0.6), st.integers(0, 3))
+def test_a_carve_loses_no_row_and_keeps_duplicates_together(pairs, fraction, seed):
+    rows = make_rows([t for t, _ in pairs], [label for _, label in pairs])
+    try:
+        rest, carved = carve(rows, fraction=fraction, seed=seed)
+    except DataError:
+        return
+    assert sorted([*rest.numbers, *carved.numbers]) == rows.numbers.tolist()
+    assert not set(rest.texts) & set(carved.texts)
+    assert carve(rows, fraction=fraction, seed=seed)[1].numbers.tolist() == carved.numbers.tolist()
+
+
+def test_a_carve_is_stratified_and_its_seed_decides():
+    rows = make_rows(map(str, range(1000)), [int(i < 200) for i in range(1000)])
+    _, carved = carve(rows, fraction=0.1, seed=0)
+    assert Counter(carved.labels.tolist()) == {0: 80, 1: 20}
+    assert carve(rows, fraction=0.1, seed=1)[1].numbers.tolist() != carved.numbers.tolist()
+
+
+def test_a_carve_that_would_empty_a_label_is_refused():
+    with pytest.raises(DataError, match="label 1 has too few distinct texts"):
+        carve(make_rows(["a", "b", "c", "d", "d"], [0, 0, 0, 1, 1]), fraction=0.3, seed=0)
+
+
+@given(st.integers(10, 200), st.integers(1, 10), st.integers(0, 5))
+def test_a_sample_keeps_the_shares(num_rows, wanted, seed):
+    rows = make_rows(map(str, range(num_rows)), [int(i % 5 == 0) for i in range(num_rows)])
+    taken = sample(rows, num_rows=wanted, seed=seed)
+    assert len(taken) == wanted == len(set(taken.numbers.tolist()))
+    assert abs(taken.labels.sum() - wanted * rows.labels.mean()) <= 1
+
+
+def test_the_fingerprint_sees_texts_labels_and_order():
+    prints = {
+        make_rows(["a", "b"], [0, 1]).fingerprint(),
+        make_rows(["a", "b"], [1, 0]).fingerprint(),
+        make_rows(["b", "a"], [1, 0]).fingerprint(),
+        make_rows(["ab", ""], [0, 1]).fingerprint(),
+    }
+    assert len(prints) == 4

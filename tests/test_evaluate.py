@@ -1,0 +1,38 @@
+import pytest
+
+from lora_sentiment.errors import DataError
+from lora_sentiment.evaluate import evaluate
+from lora_sentiment.recipe import Recipe
+from lora_sentiment.train import train
+
+
+@pytest.fixture
+def trained(toy_recipe):
+    return train(Recipe.load(toy_recipe, ["train.num_train_epochs=2"]))
+
+
+def test_the_folder_alone_gives_the_reports_figures(trained):
+    for split in ("test", "validation"):
+        found = evaluate(trained.adapter, split=split)
+        for name, interval in found.scores.items():
+            assert interval.value == pytest.approx(trained.report[split][name]["value"], abs=1e-5), name
+
+
+def test_another_file_can_be_judged(trained, toy):
+    found = evaluate(trained.adapter, source=str(toy / "train.csv"))
+    assert found.num_rows == 120
+    assert found.as_dict()["accuracy"]["value"] == found.scores["accuracy"].value
+
+
+def test_a_source_without_the_split_says_what_to_do(toy_recipe, toy):
+    run = train(Recipe.load(toy_recipe, [f"data.source={toy}/train.csv"]))
+    assert "test" not in run.report
+    with pytest.raises(DataError, match=r"has no test split; name rows with --source, or use --split validation"):
+        evaluate(run.adapter)
+
+
+def test_a_carved_test_split_is_carved_again(toy_recipe, toy):
+    run = train(Recipe.load(toy_recipe, [f"data.source={toy}/train.csv", "data.test_fraction=0.2"]))
+    found = evaluate(run.adapter)
+    assert found.num_rows == 24
+    assert found.scores["log_loss"].value == pytest.approx(run.report["test"]["log_loss"]["value"], abs=1e-5)

@@ -1,0 +1,10 @@
+import torch
+
+from lora_sentiment.report import peak_memory
+
+
+def test_peak_memory_counts_bytes_and_grows():
+    before = peak_memory(torch.device("cpu"))
+    assert before > 50_000_000
+    block = torch.ones(100_000_000)
+    assert peak_memory(torch.device("cpu")) - before > 0.5 * block.numel()

@@ -1,0 +1,214 @@
+"""The whole walk on a toy: what leaves it, and that it repeats."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoModel
+
+from lora_sentiment.adapter.folder import load
+from lora_sentiment.errors import ModelError, RecipeError
+from lora_sentiment.recipe import Recipe
+from lora_sentiment.train import train
+
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "card.json",
+    "confusion.png",
+    "recipe.yaml",
+    "report.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training.png",
+}
+
+
+def run(recipe: Path, *overrides: str):
+    return train(Recipe.load(recipe, overrides))
+
+
+def test_a_run_writes_the_adapter_folder_and_nothing_of_the_base(toy_recipe):
+    found = run(toy_recipe)
+    assert {path.name for path in found.adapter.iterdir()} == FILES
+    assert (found.adapter / "adapter_model.safetensors").stat().st_size < 60_000
+    report = json.loads((found.adapter / "report.json").read_text())
+    assert report == found.report
+    assert set(report["test"]) == {"accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"}
+    assert (
+        report["test"]["accuracy"]["low"] <= report["test"]["accuracy"]["value"] <= report["test"]["accuracy"]["high"]
+    )
+    assert report["data"]["test"]["kept"] == 41
+    assert report["parameters"]["trainable"] == report["parameters"]["adapter"] + report["parameters"]["head"]
+    assert report["train"]["engine"] == "fast"
+
+
+def test_stock_peft_loads_the_folder_and_agrees(toy_recipe, tiny_base):
+    found = run(toy_recipe)
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(found.adapter, num_labels=2, dtype=torch.float32)
+    ours = load(found.adapter).model
+    ids = torch.tensor([[2, 5, 9, 12, 20, 3]])
+    torch.testing.assert_close(stock.eval()(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5, rtol=0)
+    base = AutoModel.from_pretrained(tiny_base, dtype=torch.float32).state_dict()
+    held = stock.base_model.model.distilbert.state_dict()
+    for name, tensor in held.items():
+        if "lora_" not in name:
+            assert torch.equal(tensor, base[name.replace(".base_layer.", ".")]), name
+
+
+@pytest.mark.parametrize("method", ["{kind: lora, r: 4}", "{kind: full}"])
+def test_the_same_recipe_twice_gives_the_same_bytes(toy_recipe, method):
+    for name in ("a", "b"):
+        run(toy_recipe, f"method={method}", f"output.dir={toy_recipe.parent}/{name}", "name=same")
+    for path in (toy_recipe.parent / "a").iterdir():
+        if path.name not in ("report.json", "README.md", "recipe.yaml"):  # they hold seconds and the folder's name
+            assert path.read_bytes() == (toy_recipe.parent / "b" / path.name).read_bytes(), path.name
+
+
+def test_another_seed_trains_other_tensors_on_the_same_rows(toy_recipe):
+    cards = []
+    for seed in (1, 2):
+        found = run(toy_recipe, f"train.seed={seed}", f"output.dir={toy_recipe.parent}/s{seed}")
+        cards.append(load(found.adapter).card)
+    assert cards[0].data == cards[1].data
+    assert cards[0].files["adapter_model.safetensors"] != cards[1].files["adapter_model.safetensors"]
+
+
+def test_full_fine_tuning_walks_the_same_path(toy_recipe):
+    found = run(toy_recipe, "method={kind: full}", "train.learning_rate=1e-3")
+    assert (found.adapter / "changed.safetensors").is_file()
+    assert found.report["parameters"]["share"] == 1.0
+    load(found.adapter)
+
+
+@pytest.mark.parametrize("engine", ["fast", "stock"])
+def test_both_engines_train_alike_without_dropout(toy_recipe, engine):
+    losses = []
+    for name in (engine, "stock"):
+        found = run(
+            toy_recipe,
+            f"train.engine={name}",
+            "model.dropout=0",
+            "model.attention_dropout=0",
+            "output.overwrite=true",
+        )
+        losses.append([point.loss for point in found.history.steps])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_the_fast_engine_says_where_it_cannot_run(toy_recipe):
+    with pytest.raises(ModelError, match=r"train\.engine=fast cannot run here"):
+        run(toy_recipe, "train.engine=fast", "method={kind: full}")
+    found = run(toy_recipe, "method={kind: full}")
+    assert found.report["train"]["engine"].startswith("stock (")
+
+
+@pytest.mark.parametrize("extra", ["train.gradient_checkpointing=true", "model.dtype=bfloat16", "train.engine=stock"])
+def test_options_reach_the_walk(toy_recipe, extra):
+    assert run(toy_recipe, extra, "train.max_steps=2").adapter.is_dir()
+
+
+def test_a_taken_folder_is_refused_before_anything_is_loaded(toy_recipe):
+    (toy_recipe.parent / "adapter").mkdir()
+    with pytest.raises(RecipeError, match=r"exists; set output\.overwrite=true"):
+        run(toy_recipe, "data.source=nowhere.csv")
+
+
+def test_nothing_is_left_in_place_of_an_adapter_when_a_run_fails(toy_recipe):
+    with pytest.raises(ModelError):
+        run(toy_recipe, "model.max_length=500")
+    assert not (toy_recipe.parent / "adapter").exists()
+
+
+def test_no_text_of_the_data_leaves(toy_recipe):
+    found = run(toy_recipe, "train.report_to=[tensorboard]")
+    texts = [line.split(",")[0] for line in (toy_recipe.parent / "train.csv").read_text().splitlines()[1:]]
+    for folder in (found.adapter, found.adapter.with_name("adapter.run")):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert not [text for text in texts if text.encode() in content], path
+
+
+def test_metrics_csv_always_and_tensorboard_when_asked(toy_recipe):
+    run(toy_recipe, "train.report_to=[tensorboard]", "train.max_steps=3")
+    logs = toy_recipe.parent / "adapter.run"
+    with (logs / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "3"]
+    assert list(logs.rglob("events.out.tfevents*"))
+
+
+def test_the_model_card_is_valid_hub_metadata(toy_recipe):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(run(toy_recipe).adapter / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    assert {result.metric_type for result in card.data.eval_results} == {
+        "accuracy", "f1", "matthews_correlation", "roc_auc",
+    }  # fmt: skip
+    assert "## Limits" in card.text
+
+
+def launched(recipe: Path, *overrides: str, with_command=("accelerate.commands.launch", "--num_processes", "1")):
+    command = [sys.executable, "-m", *with_command, "-m", "lora_sentiment.train", str(recipe), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+
+
+def test_both_threads_are_used_under_the_launcher(toy_recipe):
+    done = launched(toy_recipe, "train.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    cores = len(os.sched_getaffinity(0))
+    assert re.search(rf"{cores} usable cores, 1 local processes: {cores} threads each", done.stderr)
+    assert load(toy_recipe.parent / "adapter").card.machine["threads"] == cores
+    assert "adapter + " in done.stdout
+
+
+def test_a_launch_setting_that_disagrees_is_refused_by_name(toy_recipe):
+    done = launched(
+        toy_recipe,
+        with_command=("accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "fp16"),
+    )
+    assert done.returncode != 0
+    assert "--mixed_precision fp16" in done.stderr
+    assert "lora_sentiment/train.py" not in done.stderr
+
+
+def test_two_processes_train_as_one(toy_recipe):
+    """41 test rows do not divide by two; dropout off, fp32."""
+    off = ("model.dropout=0", "model.attention_dropout=0")
+    one = run(toy_recipe, *off)
+    torchrun = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    done = launched(toy_recipe, *off, f"output.dir={toy_recipe.parent}/two", with_command=torchrun)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((toy_recipe.parent / "two/report.json").read_text())
+    assert report["test"]["log_loss"]["value"] == pytest.approx(one.report["test"]["log_loss"]["value"], abs=1e-3)
+    with (toy_recipe.parent / "two.run/metrics.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert losses == pytest.approx([point.loss for point in one.history.steps], abs=1e-4)
+    assert done.stderr.count("saved and verified") == 1
+
+
+@pytest.mark.shared
+def test_the_main_command_walks_the_hub(hub, tmp_path):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "-m", "lora_sentiment.train", "recipes/imdb_lora.yaml",
+        "model.name=local/minilm-l6-distilbert", "model.max_length=32", "data.max_train_rows=64",
+        "data.max_test_rows=32", "train.max_steps=2", f"output.dir={tmp_path}/imdb",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=hub, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "imdb/report.json").read_text())
+    assert report["data"]["train"]["read"] == 25_000
+    assert report["data"]["tokens"]["test"]["rows"] == 32
+    card = json.loads((tmp_path / "imdb/card.json").read_text())
+    assert card["labels"] == ["neg", "pos"]
+    assert re.fullmatch(r"[0-9a-f]{40}", card["base"]["revision"])
