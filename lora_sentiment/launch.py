@@ -67,8 +67,8 @@ def _refuse_launch_settings(precision: str) -> None:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         raise RecipeError(
-            f"accelerate launch was told --mixed_precision {launched}, and the recipe's model.dtype means {precision!r}; "
-            "leave the flag out and set model.dtype"
+            f"accelerate launch was told --mixed_precision {launched}, and the recipe's model.dtype means "
+            f"{precision!r}; leave the flag out and set model.dtype"
         )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":

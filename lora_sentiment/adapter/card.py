@@ -69,9 +69,9 @@ def _is_hub_name(name: str) -> bool:
 def _summary(name: str, card: Card) -> str:
     labels = ", ".join(f"`{label}`" for label in card.labels)
     return (
-        f"# {name}\n\nA text classifier with the labels {labels}: `{card.method.kind}` fine-tuning of `{card.base.name}` "
-        f"on `{card.data.config['source']}`, at most {card.max_length} tokens a text (truncation: {card.truncation}). "
-        "Made with `lora_sentiment`."
+        f"# {name}\n\nA text classifier with the labels {labels}: `{card.method.kind}` fine-tuning of "
+        f"`{card.base.name}` on `{card.data.config['source']}`, at most {card.max_length} tokens a text (truncation: "
+        f"{card.truncation}). Made with `lora_sentiment`."
     )
 
 
@@ -85,7 +85,7 @@ def _results(report: Mapping[str, Any]) -> str:
 
 
 def _usage(name: str, card: Card, *, is_peft: bool) -> str:
-    own = f"## Use\n\n```sh\nlora-sentiment evaluate {name}  # this folder; the base is found and checked by its hash\n```\n\n"
+    own = f"## Use\n\n```sh\nlora-sentiment evaluate {name}  # this folder; checks the base by its hash\n```\n\n"
     if not is_peft:
         return own + "`changed.safetensors` holds every trained tensor under stock transformers' own names."
     return (
@@ -104,17 +104,19 @@ def _training(card: Card, report: Mapping[str, Any]) -> str:
         f"{parameters['trainable']:,} ({parameters['share']:.3%} of {parameters['base']:,})\n"
         f"- {train['steps']:,} optimizer steps, kept: step {train['best_step']:,}; {train['tokens']:,} tokens in "
         f"{train['seconds']:,.0f} s ({train['tokens_per_second']:,.0f} tokens/s, {train['engine']} engine)\n"
-        f"- base: `{card.base.name}`, revision `{card.base.revision}`, SHA-256 of its encoder `{card.base.base_sha256}`\n"
+        f"- base: `{card.base.name}`, revision `{card.base.revision}`, encoder SHA-256 `{card.base.base_sha256}`\n"
         "- `recipe.yaml` repeats the run; `card.json` holds versions, machine facts and the probe\n\n"
         "![training curve](training.png)\n\n![confusion matrix](confusion.png)"
     )
 
 
 def _limits(card: Card) -> str:
-    return (
-        f"## Limits\n\n- It knows the labels {', '.join(card.labels)} and no other; every text gets one of them, also one "
-        f"that fits none.\n- A text longer than {card.max_length} tokens is cut ({card.truncation}); what was cut does not "
-        "count.\n- The figures hold for rows like those it was judged on: other topics, languages, lengths or times can be "
-        "much worse.\n- Its base and its data carry biases: names, dialects and groups of people can shift a score. Do not "
-        "use it to decide about people.\n- Probabilities are as the model gives them; `ece` above says how far to trust them."
+    limits = (
+        f"It knows the labels {', '.join(card.labels)} and no other; every text gets one of them, fitting or not.",
+        f"A text longer than {card.max_length} tokens is cut ({card.truncation}); what was cut does not count.",
+        "The figures hold for rows like those it was judged on; other topics, languages or lengths can be much worse.",
+        "Its base and its data carry biases: names, dialects and groups of people can shift a score. Do not use it to "
+        "decide about people.",
+        "Probabilities are as the model gives them; `ece` above says how far to trust them.",
     )
+    return "\n".join(["## Limits\n", *(f"- {limit}" for limit in limits)])

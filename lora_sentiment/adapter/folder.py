@@ -198,8 +198,8 @@ def load(folder: Path, *, base: str | None = None) -> Loaded:
     loaded = load_base(config, labels=tuple(card.labels))
     if loaded.sha256 != card.base.base_sha256:
         raise AdapterError(
-            f"{folder}: was trained on the base {card.base.name!r} with hash {card.base.base_sha256[:12]}; {config.name!r} "
-            f"has {loaded.sha256[:12]}; name the right one with --base"
+            f"{folder}: was trained on the base {card.base.name!r} with hash {card.base.base_sha256[:12]}; "
+            f"{config.name!r} has {loaded.sha256[:12]}; name the right one with --base"
         )
     if hash_tokenizer(loaded.tokenizer) != card.tokenizer_sha256:
         raise AdapterError(f"{folder}: was trained with another tokenizer than the one of {config.name!r}")

@@ -73,9 +73,7 @@ class _Lines:
         while line := self.file.readline(MAX_CHARACTERS + 1):
             self.number += 1
             if len(line) > MAX_CHARACTERS:
-                raise DataError(
-                    f"{self.path}: line {self.number} is longer than {MAX_CHARACTERS:,} characters; shorten it"
-                )
+                raise DataError(f"{self.path}: line {self.number} is longer than {MAX_CHARACTERS:,} characters; cut it")
             if "\0" in line:
                 fault = "holds a NUL character; remove it, or set data.encoding=utf-16-le or utf-16-be if it is that"
                 raise DataError(f"{self.path}: line {self.number} {fault}")
@@ -137,14 +135,14 @@ def _jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
             continue
         row += 1
         try:
-            record = json.loads(line, object_pairs_hook=_make_record)
+            record = json.loads(line.rstrip("\r\n"), object_pairs_hook=_make_record)
             if not isinstance(record, dict):
                 raise ValueError(f"found a {type(record).__name__}")
             if "\\u" in line:  # an escape can name half of a surrogate pair, which no tokenizer and no file takes
                 json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
-            advice = 'each line must hold one object, such as {"text": "fine", "label": 1}'
-            raise lines.fault(row, f"no JSON object: {error}; {advice}") from error
+            fault = f"no JSON object: {error}".replace(": line 1 column", " at column")
+            raise lines.fault(row, fault + '; each line must hold one, as {"text": "fine", "label": 1}') from error
         if not columns:
             columns = list(record)
             _check_columns(columns, lines.path)

@@ -150,8 +150,8 @@ def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
         if mismatched and all(key.startswith(HEAD) for key in mismatched):
             (_, found, _), *_ = [item for item in report["mismatched_keys"] if item[0].startswith("classifier")]
             raise ModelError(
-                f"model.name {name!r} has a head for {found[0]} labels and the data has {num_labels}; name a base without "
-                "a head, or data with the same labels"
+                f"model.name {name!r} has a head for {found[0]} labels and the data has {num_labels}; name a base "
+                "without a head, or data with the same labels"
             )
         listed = ", ".join(sorted(missing | mismatched)[:4])
         raise ModelError(

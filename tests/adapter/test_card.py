@@ -6,8 +6,14 @@ from lora_sentiment.adapter.folder import BaseRecord, Card, DataRecord, Probe
 from lora_sentiment.model.config import LoraMethod
 
 REPORT = {
-    "test": {"accuracy": {"value": 0.91, "low": 0.9, "high": 0.92}, "auroc": {"value": None, "low": None, "high": None}},
-    "validation": {"accuracy": {"value": 0.9, "low": 0.8, "high": 1.0}, "auroc": {"value": 0.5, "low": 0.4, "high": 0.6}},
+    "test": {
+        "accuracy": {"value": 0.91, "low": 0.9, "high": 0.92},
+        "auroc": {"value": None, "low": None, "high": None},
+    },
+    "validation": {
+        "accuracy": {"value": 0.9, "low": 0.8, "high": 1.0},
+        "auroc": {"value": 0.5, "low": 0.4, "high": 0.6},
+    },
     "parameters": {"adapter": 10, "head": 20, "trainable": 30, "base": 100, "share": 0.3},
     "train": {"steps": 5, "best_step": 4, "tokens": 1000, "seconds": 2.0, "tokens_per_second": 500.0, "engine": "fast"},
 }  # fmt: skip

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import os
@@ -148,9 +149,9 @@ def test_formats_name_every_suffix():
         ("a.csv", 'a\n"' + "x\n" * 5_000_001, "row 1 (line 2): a field is longer than 10,000,000 characters; close"),
         ("a.csv", "a\n" + "x" * 10_000_001, "line 2 is longer than 10,000,000 characters"),
         ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', "row 2 (line 3): no JSON object: Expecting property name enclosed"
-         " in double quotes: line 1 column 9"),
-        ("a.json", '[\n{"a": 1}\n]\n', "row 1 (line 1): no JSON object: Expecting value"),
-        ("a.jsonl", '{"a": 1}\n[1]\n', "row 2 (line 2): no JSON object: found a list; each line must hold one object"),
+         " in double quotes at column 9"),
+        ("a.json", '[\n{"a": 1}\n]\n', "row 1 (line 1): no JSON object: Expecting value at column 2"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "row 2 (line 2): no JSON object: found a list; each line must hold one"),
         ("a.jsonl", "{}\n", "the table has no columns"),
         ("a.jsonl", '{"": 1}\n', "column 1 of 1 has no name"),
         ("a.jsonl", '{"a": 1, "a": 2}\n', "row 1 (line 1): no JSON object: a key stands twice among ['a', 'a']"),
@@ -340,6 +341,16 @@ def test_nothing_appears_before_the_end(tmp_path):
         writer.write({"a": ["x"]})
         assert not (tmp_path / "a.csv").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DataError, match=r"a.csv.gz: cannot be written: No space left on device; check its"):
+        write(tmp_path / "a.csv.gz", {"a": ["x"]})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_the_caller_stays_what_it_is(tmp_path):

@@ -135,7 +135,7 @@ def test_trainable_layer_norms_and_embeddings_get_their_gradients() -> None:
 
 @pytest.mark.parametrize("length", [9, 150])
 def test_inference_gives_the_logits_of_training_without_dropout(length: int) -> None:
-    model = make_lora(ALL_LINEARS, p=0.1).eval()
+    model = make_lora(ALL_LINEARS, p=0.1, lora_dropout=0.3).eval()
     input_ids, attention_mask = make_batch(length)
     expected = model(input_ids=input_ids, attention_mask=attention_mask).logits
     assert use_fast_encoder(model, compute_dtype=torch.float32) is None
@@ -148,7 +148,7 @@ def test_inference_gives_the_logits_of_training_without_dropout(length: int) -> 
 def test_training_works_after_a_first_forward_in_inference_mode() -> None:
     model = make_lora()
     input_ids, attention_mask = make_batch(9)
-    use_fast_encoder(model, compute_dtype=torch.float32)
+    use_fast_encoder(model, compute_dtype=torch.bfloat16)
     with torch.inference_mode():
         model(input_ids=input_ids, attention_mask=attention_mask)
     _, grads = logits_and_grads(model, input_ids, attention_mask)
