@@ -31,7 +31,13 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
     torch.manual_seed(0)
     config = DistilBertConfig(
-        vocab_size=len(vocab), dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=64
+        vocab_size=len(vocab),
+        dim=32,
+        hidden_dim=64,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
     )
     DistilBertModel(config).save_pretrained(folder)
     DistilBertTokenizerFast(vocab=vocab, do_lower_case=True, model_max_length=64).save_pretrained(folder)

@@ -154,9 +154,8 @@ def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
                 "without a head, or data with the same labels"
             )
         listed = ", ".join(sorted(missing | mismatched)[:4])
-        raise ModelError(
-            f"model.name {name!r} does not fill the encoder: {len(missing | mismatched)} tensors, {listed}, ..."
-        )
+        count = len(missing | mismatched)
+        raise ModelError(f"model.name {name!r} leaves {count} tensors of the encoder unfilled: {listed}, ...")
     return any(key.startswith(HEAD) for key in report["missing_keys"])
 
 

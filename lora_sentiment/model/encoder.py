@@ -32,8 +32,6 @@ from lora_sentiment.model.kernels import (
     linear,
 )
 
-LINEARS = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
-
 
 @dataclass(frozen=True)
 class LowRank:
@@ -153,10 +151,23 @@ def _unfit_embedding_or_norm(encoder: DistilBertModel) -> str | None:
     return None
 
 
+def _named_linears(block: TransformerBlock) -> tuple[tuple[str, nn.Module], ...]:
+    # Looked up in every forward, because PEFT replaces modules; get_submodule takes several times as long.
+    inner, ffn = block.attention, block.ffn
+    return (
+        ("attention.q_lin", inner.q_lin),
+        ("attention.k_lin", inner.k_lin),
+        ("attention.v_lin", inner.v_lin),
+        ("attention.out_lin", inner.out_lin),
+        ("ffn.lin1", ffn.lin1),
+        ("ffn.lin2", ffn.lin2),
+    )
+
+
 def _unfit_linear(encoder: DistilBertModel) -> str | None:
     for index, block in enumerate(encoder.transformer.layer):
-        for name in LINEARS:
-            answer = low_rank(block.get_submodule(name))
+        for name, module in _named_linears(cast(TransformerBlock, block)):
+            answer = low_rank(module)
             if isinstance(answer, str):
                 return f"transformer.layer.{index}.{name}: {answer}"
     return None
@@ -268,8 +279,8 @@ class _FastForward:
     def _linears(self, index: int, block: TransformerBlock) -> _Linears:
         """The linears of one layer with the adapters as they are now."""
         parts = []
-        for name in LINEARS:
-            answer = low_rank(block.get_submodule(name))
+        for name, module in _named_linears(block):
+            answer = low_rank(module)
             if isinstance(answer, str):
                 where = f"transformer.layer.{index}.{name}"
                 raise ModelError(f"{where}: {answer}; the fast encoder cannot compute that: use the stock encoder")

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-# Fused attention beats explicit products for fp32 on a CPU from about this length; below it, and always in bf16 or
-# fp16, its backward loses (measured on AVX2 and AMX cores). A constant, never a timing: results must repeat.
-FUSED_ATTENTION_FROM = 128
+# On a CPU, fused attention is the faster one for fp32 inference from about this length, and keeps less for training at
+# the same speed. Below it, and always in bf16 or fp16, explicit products win (measured on AVX2 and AMX cores). A
+# constant and never a timing at run time, because results must repeat.
+FUSED_ATTENTION_FROM = 192
 
-# Attention probabilities per chunk of examples: 8 MiB in fp32 stays in the cache between the passes over it, and
-# stays below the 32 MiB from which glibc hands every freed buffer back to the kernel.
+# Attention weights per chunk of examples: 8 MiB in fp32 stay in the cache between the passes over them, and below the
+# 32 MiB from which glibc hands every freed buffer back to the kernel.
 CHUNK_ELEMENTS = 2**21
 
 

@@ -20,10 +20,10 @@ IDS = [[2, 5, 6, 3], [2, 9, 3]]
 def save_random(path, tiny_base, method, *, tolerance=1e-4):
     """Save a model whose trained tensors are random; return it and its base."""
     path.mkdir()
+    torch.manual_seed(1)
     config = ModelConfig(name=str(tiny_base), max_length=16)
     base = load_base(config, labels=LABELS)
     model = make_trainable(base, method, dtype=torch.float32).eval()
-    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainable_tensors(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -39,7 +39,7 @@ def make_classifier(*, p: float = 0.0, **changes: Any) -> DistilBertForSequenceC
         hidden_dim=HIDDEN_DIM,
         n_layers=NUM_LAYERS,
         n_heads=4,
-        max_position_embeddings=160,
+        max_position_embeddings=200,
         initializer_range=0.2,
         dropout=p,
         attention_dropout=p,
@@ -104,7 +104,7 @@ def assert_exact(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("length", [1, 7, 33, 150])
+@pytest.mark.parametrize("length", [1, 7, 33, 200])
 @pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS])
 def test_fp32_logits_and_gradients_are_those_of_the_stock_encoder(
     target_modules: list[str], length: int, padded: bool
@@ -133,7 +133,7 @@ def test_trainable_layer_norms_and_embeddings_get_their_gradients() -> None:
     assert_exact(model, *make_batch(9))
 
 
-@pytest.mark.parametrize("length", [9, 150])
+@pytest.mark.parametrize("length", [9, 200])
 def test_inference_gives_the_logits_of_training_without_dropout(length: int) -> None:
     model = make_lora(ALL_LINEARS, p=0.1, lora_dropout=0.3).eval()
     input_ids, attention_mask = make_batch(length)
@@ -162,6 +162,15 @@ def test_no_attention_mask_means_that_every_token_counts() -> None:
     assert torch.equal(model(input_ids=input_ids).logits, model(input_ids, attention_mask).logits)
 
 
+def test_autocast_around_it_does_not_change_its_dtype() -> None:
+    model = make_lora()
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    encoder, batch = find_encoder(model), make_batch(9)
+    expected = encoder(*batch).last_hidden_state
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encoder(*batch).last_hidden_state, expected)
+
+
 def test_only_the_first_token_comes_out_and_the_stock_encoder_comes_back() -> None:
     model = make_lora()
     input_ids, attention_mask = make_batch(9)
@@ -175,14 +184,16 @@ def test_only_the_first_token_comes_out_and_the_stock_encoder_comes_back() -> No
 def test_bf16_is_close_to_stock_bf16_and_its_gradients_are_fp32(target_modules: list[str]) -> None:
     model = make_lora(target_modules)
     input_ids, attention_mask = make_batch(33)
-    exact_logits, exact = logits_and_grads(model, input_ids, attention_mask)
+    _, exact = logits_and_grads(model, input_ids, attention_mask)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        stock_logits, stock = logits_and_grads(model, input_ids, attention_mask)
+        stock_logits, _ = logits_and_grads(model, input_ids, attention_mask)
     assert use_fast_encoder(model, compute_dtype=torch.bfloat16) is None
     logits, grads = logits_and_grads(model, input_ids, attention_mask)
     assert all(grad.dtype == torch.float32 for grad in grads.values())
-    assert (logits - exact_logits).norm() <= 2 * (stock_logits - exact_logits).norm() + 0.01 * exact_logits.norm()
-    assert largest_grad_distance(exact, grads) <= 2 * largest_grad_distance(exact, stock) + 0.02
+    assert (logits - stock_logits).norm() <= 0.04 * stock_logits.norm()
+    # Single tensors move by tens of percent in bf16, stock or not, when a unit of the head's ReLU flips.
+    difference = torch.cat([(grads[name] - grad).flatten() for name, grad in exact.items()])
+    assert difference.norm() <= 0.2 * torch.cat([grad.flatten() for grad in exact.values()]).norm()
 
 
 def make_adapters(*slots: tuple[int, int]) -> tuple[Adapter, ...]:
@@ -258,8 +269,8 @@ def test_attention_dropout_keeps_the_mean() -> None:
     torch.manual_seed(0)
     qkv = torch.randn(2, 6, 24)
     expected = attention(qkv, None, num_heads=2, dropout_p=0.0)
-    draws = torch.stack([attention(qkv, None, num_heads=2, dropout_p=0.2) for _ in range(3000)])
-    standard_error = draws.std(0) / 3000**0.5
+    draws = torch.stack([attention(qkv, None, num_heads=2, dropout_p=0.2) for _ in range(1500)])
+    standard_error = draws.std(0) / 1500**0.5
     assert ((draws.mean(0) - expected).abs() < 5 * standard_error).all()
 
 
@@ -285,12 +296,12 @@ def test_dropout_has_the_strength_of_the_stock_encoder(changes: dict[str, float]
 
     def draw() -> Tensor:
         with torch.no_grad():
-            return torch.stack([model(input_ids=input_ids, attention_mask=attention_mask).logits for _ in range(150)])
+            return torch.stack([model(input_ids=input_ids, attention_mask=attention_mask).logits for _ in range(80)])
 
     stock = draw()
     use_fast_encoder(model, compute_dtype=torch.float32)
     fast = draw()
-    standard_error = ((stock.var(0) + fast.var(0)) / 150).sqrt()
+    standard_error = ((stock.var(0) + fast.var(0)) / 80).sqrt()
     assert ((stock.mean(0) - fast.mean(0)).abs() < 5 * standard_error).all()
     assert 0.7 < float(fast.std(0).mean() / stock.std(0).mean()) < 1.4
 
