@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 
 from lora_sentiment.errors import LoraSentimentError
 from lora_sentiment.recipe import Recipe, make_schema
@@ -95,18 +93,12 @@ def _show_scores(scores: Mapping[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; what this package raises on purpose is shown as a message, without a traceback."""
     is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()], force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%X", force=True)
     logging.getLogger("lora_sentiment").setLevel(logging.INFO if is_main else logging.WARNING)
     try:
         app(arguments)
     except LoraSentimentError as error:
-        # Every process of a launch sees the same fault; one message is enough.
-        if is_main:
-            typer.echo(f"error: {error}", err=True)
+        who = "" if is_main else f" (process {os.environ['RANK']})"
+        typer.echo(f"error{who}: {error}", err=True)
         sys.exit(1)
     sys.exit(0)
-
-
-def _handler() -> RichHandler:
-    console = Console(stderr=True, soft_wrap=True)
-    return RichHandler(console=console, show_path=False, show_level=False, highlighter=None, log_time_format="%X")

@@ -114,7 +114,9 @@ def train(recipe: Recipe) -> Run:
     verdict = _judge(recipe, setup, encoded, accelerator)
     report: dict[str, Any] = {}
     if accelerator.is_main_process:
-        report = _save(recipe, setup, history, verdict, run_folder / "adapter")
+        with accelerator.autocast():
+            trained = adapter_folder.compute_probe(setup.model.eval(), _probe_ids(setup.base, recipe.model.max_length))
+        report = _save(recipe, setup, history, verdict, trained, run_folder / "adapter")
         adapter_folder.publish(run_folder / "adapter", recipe.folder, overwrite=recipe.output.overwrite)
         log.info("saved and verified: %s", recipe.folder)
     accelerator.end_training()
@@ -123,8 +125,11 @@ def train(recipe: Recipe) -> Run:
 
 def _claim(recipe: Recipe) -> Path:
     """Refuse a taken output folder before anything is loaded; make the run's own folder beside it."""
-    if recipe.folder.exists() and not recipe.output.overwrite:
-        raise RecipeError(f"{recipe.folder}: exists; set output.overwrite=true or another output.dir")
+    if recipe.folder.exists():
+        if not recipe.output.overwrite:
+            raise RecipeError(f"{recipe.folder}: exists; set output.overwrite=true or another output.dir")
+        if not (recipe.folder / "card.json").is_file():
+            raise RecipeError(f"{recipe.folder}: is no adapter folder, so it is not replaced; set another output.dir")
     run_folder = recipe.folder.with_name(recipe.folder.name + ".run")
     if PartialState().is_main_process:
         shutil.rmtree(run_folder, ignore_errors=True)
@@ -208,12 +213,14 @@ def _judge(recipe: Recipe, setup: _Setup, encoded: dict[str, Encoded], accelerat
     return verdict
 
 
-def _save(recipe: Recipe, setup: _Setup, history: History, verdict: _Verdict, folder: Path) -> dict[str, Any]:
+def _save(
+    recipe: Recipe, setup: _Setup, history: History, verdict: _Verdict, trained: adapter_folder.Probe, folder: Path
+) -> dict[str, Any]:
     """Write everything that leaves the run into a folder; return the report."""
     labels, data = setup.data.labels, setup.data
     card = adapter_folder.save(
         folder,
-        setup.model.eval(),
+        setup.model,
         base=setup.base,
         labels=labels,
         model_config=recipe.model,
@@ -224,7 +231,7 @@ def _save(recipe: Recipe, setup: _Setup, history: History, verdict: _Verdict, fo
             validation_sha256=data.validation.fingerprint(),
         ),
         machine=_machine(setup),
-        probe_ids=_probe_ids(setup.base, recipe.model.max_length),
+        trained=trained,
         # bf16 keeps eight bits of a value; the rebuilt model is fp32.
         tolerance=1e-4 if setup.dtype == torch.float32 else 0.1,
     )

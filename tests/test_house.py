@@ -14,6 +14,7 @@ PACKAGE = Path(lora_sentiment.__file__).parent
 ORDER = [
     "errors",
     "section",
+    "progress",
     "bundled",
     "data.config",
     "data.tables",

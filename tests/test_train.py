@@ -111,15 +111,33 @@ def test_the_fast_engine_says_where_it_cannot_run(toy_recipe):
     assert found.report["train"]["engine"].startswith("stock (")
 
 
-@pytest.mark.parametrize("extra", ["train.gradient_checkpointing=true", "model.dtype=bfloat16", "train.engine=stock"])
-def test_options_reach_the_walk(toy_recipe, extra):
-    assert run(toy_recipe, extra, "train.max_steps=2").adapter.is_dir()
+@pytest.mark.parametrize("engine", ["fast", "stock"])
+def test_bfloat16_walks_with_both_engines(toy_recipe, engine):
+    found = run(toy_recipe, "model.dtype=bfloat16", f"train.engine={engine}", "train.max_steps=2")
+    assert load(found.adapter).card.machine["dtype"] == "bfloat16"
+
+
+def test_gradient_checkpointing_takes_the_stock_engine_and_says_so(toy_recipe):
+    found = run(toy_recipe, "train.gradient_checkpointing=true", "train.max_steps=2")
+    assert found.report["train"]["engine"] == "stock (transformer: gradient checkpointing is on)"
+
+
+@pytest.mark.gpu
+def test_fp16_with_loss_scaling_walks_on_a_gpu(toy_recipe):
+    found = run(toy_recipe, "model.dtype=float16", "train.num_train_epochs=4")
+    assert found.history.steps[-1].loss < found.history.steps[0].loss
 
 
 def test_a_taken_folder_is_refused_before_anything_is_loaded(toy_recipe):
     (toy_recipe.parent / "adapter").mkdir()
     with pytest.raises(RecipeError, match=r"exists; set output\.overwrite=true"):
         run(toy_recipe, "data.source=nowhere.csv")
+
+
+def test_only_an_adapter_folder_is_ever_replaced(toy_recipe):
+    (toy_recipe.parent / "adapter").mkdir()
+    with pytest.raises(RecipeError, match="is no adapter folder, so it is not replaced"):
+        run(toy_recipe, "output.overwrite=true")
 
 
 def test_nothing_is_left_in_place_of_an_adapter_when_a_run_fails(toy_recipe):

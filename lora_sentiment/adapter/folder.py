@@ -118,7 +118,7 @@ def save(
     method: Method,
     data: DataRecord,
     machine: dict[str, Any],
-    probe_ids: list[list[int]],
+    trained: Probe,
     tolerance: float,
 ) -> Card:
     """Write weights, tokenizer and card, then rebuild the model from them and hold it against the trained one.
@@ -127,14 +127,14 @@ def save(
 
     Args:
         folder: Existing empty folder.
-        model: The trained model, in eval mode.
+        model: The trained model.
         base: What it was made from.
         labels: Label names in order.
         model_config: The recipe's `model` section.
         method: The recipe's `method` section.
         data: Which rows it was trained on.
         machine: Facts that fix the bytes.
-        probe_ids: Token ids of texts of our own.
+        trained: What the trained model answers texts of our own, in its compute dtype.
         tolerance: Largest difference allowed between a logit of the trained model and of the rebuilt one, in units of
             max(1, largest logit): rounding of the compute dtype.
 
@@ -146,9 +146,9 @@ def save(
     if again.sha256 != base.sha256:
         raise AdapterError(f"the base {base.name!r} changed on disk during training; its hash was {base.sha256[:12]}")
     rebuilt = _rebuild(folder, again, method)
-    probe = compute_probe(rebuilt, probe_ids)
-    stored, trained = np.array(probe.logits), np.array(compute_probe(model, probe_ids).logits)
-    difference = float(np.abs(stored - trained).max()) / max(1.0, float(np.abs(stored).max()))
+    probe = compute_probe(rebuilt, trained.input_ids)
+    stored = np.array(probe.logits)
+    difference = float(np.abs(stored - np.array(trained.logits)).max()) / max(1.0, float(np.abs(stored).max()))
     if not difference <= tolerance:
         raise AdapterError(
             f"{folder}: the saved adapter answers otherwise than the trained model (by {difference:.2g})"
@@ -246,26 +246,29 @@ def write_json(path: Path, values: Any) -> None:
 def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
     """Move a finished folder to its place: every file synced, then one rename.
 
+    Args:
+        aside: The finished folder, inside the run's own.
+        folder: Its place; what stands there is moved beside `aside` first and deleted last.
+        overwrite: Whether the place may be taken.
+
     Raises:
         AdapterError: If the place is taken and must not be overwritten.
     """
     for path in aside.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    old = None
+    replaced = aside.with_name("replaced")
     if folder.exists():
         if not overwrite:
             raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; set output.overwrite=true")
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+        folder.rename(replaced)
     aside.rename(folder)
     if os.name == "posix":
         handle = os.open(folder.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    if old:
-        shutil.rmtree(old)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def hash_file(path: Path) -> str:

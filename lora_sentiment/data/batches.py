@@ -6,13 +6,14 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from lora_sentiment.data.rows import Rows
+from lora_sentiment.progress import make_bar
 
 BUCKET_STEPS = 50
 """Optimizer steps whose rows are sorted together: enough to pad little, few enough to keep the order random."""
+TOKENISE_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,16 @@ def encode(
     flat: list[NDArray[np.int32]] = []
     lengths = np.zeros(len(rows) + 1, dtype=np.int64)
     truncated = 0
-    for start in tqdm(range(0, len(rows), 1000), desc="tokenising", unit="k rows", disable=not progress):
-        texts = list(rows.texts[start : start + 1000])
-        for i, ids in enumerate(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], start):
-            if len(ids) > room:
-                truncated += 1
-                ids = ids[:front] + ids[len(ids) - (room - front) :]
-            flat.append(np.array([tokenizer.cls_token_id, *ids, tokenizer.sep_token_id], dtype=np.int32))
-            lengths[i + 1] = len(ids) + 2
+    with make_bar(len(rows), desc="tokenising", unit="rows", show=progress) as bar:
+        for start in range(0, len(rows), TOKENISE_ROWS):
+            texts = list(rows.texts[start : start + TOKENISE_ROWS])
+            for i, ids in enumerate(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], start):
+                if len(ids) > room:
+                    truncated += 1
+                    ids = ids[:front] + ids[len(ids) - (room - front) :]
+                flat.append(np.array([tokenizer.cls_token_id, *ids, tokenizer.sep_token_id], dtype=np.int32))
+                lengths[i + 1] = len(ids) + 2
+            bar.update(len(texts))
     return Encoded(np.concatenate(flat), np.cumsum(lengths), rows.labels, truncated, int(tokenizer.pad_token_id))
 
 

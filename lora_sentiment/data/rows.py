@@ -107,6 +107,7 @@ def load_data(config: DataConfig) -> Data:
         DataError: For a source, column, label or row that cannot be used.
     """
     source = _find(config)
+    _check_files(config, source)
     rows, names, train_counts = _load_split(config, source, "train", config.labels, config.max_train_rows)
     if len(set(rows.labels.tolist())) < 2:
         raise DataError(
@@ -147,6 +148,7 @@ def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tup
         DataError: As `load_data`, and if the source has no such split.
     """
     source = _find(config)
+    _check_files(config, source)
     if not source.hub and isinstance(config.source, str):
         split = "train"
     if split not in source.splits:
@@ -173,17 +175,19 @@ def carve(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
     groups: dict[str, list[int]] = {}
     for position, text in enumerate(rows.texts):
         groups.setdefault(text, []).append(position)
-    carved = np.zeros(len(rows), dtype=bool)
-    for label in np.unique(rows.labels):
+    by_label: dict[int, list[list[int]]] = {}
+    for group in groups.values():
         # A text that stands under two labels goes with the label of its first row.
-        own = [group for group in groups.values() if rows.labels[group[0]] == label]
+        by_label.setdefault(int(rows.labels[group[0]]), []).append(group)
+    carved = np.zeros(len(rows), dtype=bool)
+    for _, own in sorted(by_label.items()):
         wanted = max(1, round(sum(map(len, own)) * fraction))
         taken = 0
-        for group in generator.permutation(len(own)):
+        for i in generator.permutation(len(own)):
             if taken >= wanted:
                 break
-            carved[own[group]] = True
-            taken += len(own[group])
+            carved[own[i]] = True
+            taken += len(own[i])
     for label in np.unique(rows.labels):
         if carved[rows.labels == label].all():
             raise DataError(
@@ -251,6 +255,12 @@ def _files(pattern: str) -> list[Path]:
     return paths
 
 
+def _check_files(config: DataConfig, source: _Source) -> None:
+    """Look at the header of every file, test included: a missing column must not show after an hour of training."""
+    for path in [path for paths in source.splits.values() for path in paths]:
+        _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
+
+
 def _hub_splits(config: DataConfig) -> list[str]:
     from datasets import get_dataset_split_names
 
@@ -272,9 +282,10 @@ class _ExplainHub:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HfHubHTTPError
 
-        if isinstance(error, (OSError, ValueError, HfHubHTTPError)) and not isinstance(error, DataError):
+        if isinstance(error, (OSError, ValueError, HfHubHTTPError, DatasetsError)) and not isinstance(error, DataError):
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise DataError(
                 f"data.source {self.config.source!r} is no file here and could not be had from the Hub: {reason}"
@@ -330,7 +341,6 @@ def _read_columns(
     if source.hub:
         return _read_hub(config, split)
     for path in source.splits[split]:
-        _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
         for batch in read_table(path, encoding=config.encoding):
             texts += batch[config.text_column]
             values += batch[config.label_column]
@@ -370,6 +380,10 @@ def _map_labels(
     }
     if names is None:
         names = tuple(str(value) for value in sorted(present, key=_label_order))
+        if not names:
+            raise DataError(
+                f"{where}: the label column holds neither text nor integers; its first value is {values[0]!r}"
+            )
         if len(names) > max(100, len(values) // 2):
             raise DataError(
                 f"{where}: the label column holds {len(names)} different values in {len(values)} rows; is it one?"

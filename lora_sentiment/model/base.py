@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -55,7 +56,7 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
             has another number of labels, or `max_length` is more than its positions.
     """
     names = dict(enumerate(labels))
-    where = {"revision": config.revision}
+    where = {"revision": config.revision, "trust_remote_code": False}
     with _quiet(), _explain(config.name):
         found = AutoConfig.from_pretrained(config.name, **where)
         _check_architecture(found, config)
@@ -63,16 +64,18 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
             if getattr(config, key) is not None:
                 setattr(found, key, getattr(config, key))
         found.num_labels, found.id2label, found.label2id = len(labels), names, {v: k for k, v in names.items()}
-        tokenizer = AutoTokenizer.from_pretrained(config.name, use_fast=True, **where)
+        tokenizer = AutoTokenizer.from_pretrained(config.name, **where)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             config.name,
             config=found,
             dtype=torch.float32,
+            use_safetensors=True,  # never a pickle
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **where,
         )
     new_head = _check_tensors(report, config.name, len(labels))
+    _check_tokenizer(tokenizer, config.name, found.vocab_size)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -142,6 +145,16 @@ def _check_architecture(found: Any, config: ModelConfig) -> None:
         )
 
 
+def _check_tokenizer(tokenizer: Any, name: str, vocab_size: int) -> None:
+    if not tokenizer.is_fast:
+        raise ModelError(f"model.name {name!r} has no fast tokenizer; it needs a tokenizer.json")
+    for role in ("cls_token", "sep_token", "pad_token"):
+        if getattr(tokenizer, role) is None:
+            raise ModelError(f"the tokenizer of model.name {name!r} has no {role}; DistilBERT's has one")
+    if len(tokenizer) > vocab_size:
+        raise ModelError(f"the tokenizer of model.name {name!r} has {len(tokenizer)} tokens and the model {vocab_size}")
+
+
 def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
     """Refuse a checkpoint that does not fill the encoder; return True where the head is new."""
     missing = {key for key in report["missing_keys"] if not key.startswith(HEAD)}
@@ -178,6 +191,6 @@ def _explain(name: str) -> Iterator[None]:
     """Turn what the Hub client and transformers raise for a bad name or folder into one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"model.name {name!r} could not be loaded: {reason}") from error

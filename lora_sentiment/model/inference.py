@@ -5,9 +5,9 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
-from tqdm.auto import tqdm
 
 from lora_sentiment.data.batches import Encoded, cut, make_batch, shard
+from lora_sentiment.progress import make_bar
 
 INFERENCE_TOKENS = 8192
 """Padded tokens of one forward without gradients."""
@@ -36,7 +36,7 @@ def predict_logits(
     logits = torch.zeros(len(encoded), num_labels, device=accelerator.device)
     was_training = model.training
     model.eval()
-    bar = tqdm(total=int(lengths[own].sum()), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    bar = make_bar(int(lengths[own].sum()), desc=progress or "", unit="tok", show=progress is not None)
     with torch.inference_mode(), bar:
         for part in parts:
             batch = make_batch(encoded, part, device=accelerator.device)

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from lora_sentiment.data.batches import Encoded, cut, make_batch, plan_epoch, shard
@@ -19,6 +18,7 @@ from lora_sentiment.errors import TrainingError
 from lora_sentiment.evaluation.metrics import METRICS, quick_score
 from lora_sentiment.model.inference import predict_logits
 from lora_sentiment.model.methods import trainable_tensors
+from lora_sentiment.progress import make_bar
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.losses import loss_sum
 
@@ -128,7 +128,7 @@ class _Loop:
 
     def run(self) -> History:
         """Walk all steps; evaluate once an epoch or every `eval_steps`, and after the last step."""
-        bar = tqdm(total=self.num_steps, desc="training", unit="step", disable=not self.accelerator.is_main_process)
+        bar = make_bar(self.num_steps, desc="training", unit="step", show=self.accelerator.is_main_process)
         self.model.train()
         every = self.config.eval_steps or self.steps_per_epoch
         with bar:

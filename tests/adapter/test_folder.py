@@ -7,7 +7,16 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 
 from lora_sentiment.adapter import folder as folder_module
-from lora_sentiment.adapter.folder import DataRecord, hash_file, load, load_card, publish, save, write_json
+from lora_sentiment.adapter.folder import (
+    DataRecord,
+    compute_probe,
+    hash_file,
+    load,
+    load_card,
+    publish,
+    save,
+    write_json,
+)
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
 from lora_sentiment.model.config import FullMethod, LoraMethod, ModelConfig
@@ -36,7 +45,7 @@ def save_random(path, tiny_base, method, *, tolerance=1e-4):
         method=method,
         data=DataRecord(config={"source": "x"}, train_sha256="0", validation_sha256="1"),
         machine={"threads": 2},
-        probe_ids=IDS,
+        trained=compute_probe(model, IDS),
         tolerance=tolerance,
     )
     return model, base
@@ -206,12 +215,12 @@ def test_no_card_is_refused(tmp_path):
 
 def test_publishing_takes_a_free_place_or_replaces_when_told(tmp_path):
     for name, text in (("first", "1"), ("second", "2")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(text)
-    publish(tmp_path / "first", tmp_path / "out", overwrite=False)
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "file").write_text(text)
+    publish(tmp_path / "run/first", tmp_path / "out", overwrite=False)
     with pytest.raises(AdapterError, match="exists"):
-        publish(tmp_path / "second", tmp_path / "out", overwrite=False)
+        publish(tmp_path / "run/second", tmp_path / "out", overwrite=False)
     assert (tmp_path / "out/file").read_text() == "1"
-    publish(tmp_path / "second", tmp_path / "out", overwrite=True)
+    publish(tmp_path / "run/second", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/file").read_text() == "2"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert list((tmp_path / "run").iterdir()) == []

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows, carve, clean_text, load_data, load_rows, load_test, sample
+from lora_sentiment.data.tables import read_table
 from lora_sentiment.errors import DataError
 from tests.conftest import toy_rows, write_csv
 
@@ -59,11 +61,31 @@ def test_string_labels_are_sorted_and_counted(toy):
     assert Counter(data.validation.labels.tolist()) == {0: 6, 1: 6}
 
 
-def test_the_test_split_is_read_apart(toy):
-    (toy / "test.csv").unlink()
+def test_the_test_split_is_read_apart(toy, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        rows_module, "read_table", lambda path, **values: read.append(path.name) or read_table(path, **values)
+    )
     data = load_data(config(toy))
-    with pytest.raises(DataError, match="test"):
-        load_test(config(toy), labels=data.labels)
+    assert read == ["train.csv"]
+    assert len(load_test(config(toy), labels=data.labels)[0]) == 41
+    assert read == ["train.csv", "test.csv"]
+
+
+def test_a_test_file_that_is_missing_or_lacks_a_column_shows_at_the_start(toy):
+    write_csv(toy / "test.csv", toy_rows(4), header=("text", "lable"))
+    with pytest.raises(DataError, match=r"test\.csv: no column 'label'"):
+        load_data(config(toy))
+    (toy / "test.csv").unlink()
+    with pytest.raises(DataError, match=r"test\.csv"):
+        load_data(config(toy))
+
+
+def test_labels_that_are_neither_text_nor_integers_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": 0.5}\n{"text": "b", "label": 1.0}\n')
+    with pytest.raises(DataError, match=r"neither text nor integers; its first value is 0\.5"):
+        load_data(DataConfig(source=str(path)))
 
 
 @pytest.mark.parametrize(
