@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -54,7 +54,9 @@ def evaluate(
     source: Annotated[
         str | None, typer.Option(help="Judge on this file or Hub data set instead of the recorded one.")
     ] = None,
-    split: Annotated[str, typer.Option(help="test, or validation as training carved it.")] = "test",
+    split: Annotated[
+        Literal["test", "validation"], typer.Option(help="test, or validation as training carved it.")
+    ] = "test",
     base: Annotated[str | None, typer.Option(help="Where to find the base, if not where the card says.")] = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Json = False,
@@ -63,6 +65,8 @@ def evaluate(
     from lora_sentiment.evaluate import evaluate as run_evaluate
 
     found = run_evaluate(adapter, source=source, split=split, base=base, dtype=dtype)
+    if not _is_main():
+        return
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
@@ -90,9 +94,13 @@ def _show_scores(scores: Mapping[str, Any]) -> None:
         typer.echo(f"  {metric:<9} {show_interval(interval)}")
 
 
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; what this package raises on purpose is shown as a message, without a traceback."""
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = _is_main()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%X", force=True)
     logging.getLogger("lora_sentiment").setLevel(logging.INFO if is_main else logging.WARNING)
     try:

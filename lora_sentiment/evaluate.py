@@ -3,13 +3,12 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lora_sentiment.adapter.folder import load
+from lora_sentiment.adapter.folder import Card, load
 from lora_sentiment.data.batches import encode
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows, load_data, load_rows, load_test
-from lora_sentiment.errors import DataError
+from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.metrics import score
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.launch import make_accelerator
@@ -34,7 +33,12 @@ class Evaluation:
 
 
 def evaluate(
-    folder: Path, *, source: str | None = None, split: str = "test", base: str | None = None, dtype: str = "auto"
+    folder: Path,
+    *,
+    source: str | None = None,
+    split: Literal["test", "validation"] = "test",
+    base: str | None = None,
+    dtype: str = "auto",
 ) -> Evaluation:
     """Score an adapter folder.
 
@@ -49,6 +53,8 @@ def evaluate(
         AdapterError: If the folder, base or tokenizer is not the one that was saved.
         DataError: If the rows cannot be read, or there is no such split.
     """
+    if split not in ("test", "validation"):
+        raise DataError(f"split: found {split!r}; allowed: test, validation")
     accelerator = make_accelerator(dtype)
     loaded = load(folder, base=base)
     card = loaded.card
@@ -56,7 +62,7 @@ def evaluate(
     model = loaded.model.requires_grad_(False).to(accelerator.device, compute_dtype)
     if reason := use_fast_encoder(model, compute_dtype=compute_dtype):
         log.info("stock engine: %s", reason)
-    rows = _read(DataConfig.model_validate(card.data.config), source, split, tuple(card.labels))
+    rows = _read(card, source, split)
     main = accelerator.is_main_process
     encoded = encode(
         rows, tokenizer=loaded.tokenizer, max_length=card.max_length, truncation=card.truncation, progress=main
@@ -66,17 +72,24 @@ def evaluate(
     return Evaluation(split=split, num_rows=len(rows), scores=found)
 
 
-def _read(config: DataConfig, source: str | None, split: str, labels: tuple[str, ...]) -> Rows:
+def _read(card: Card, source: str | None, split: str) -> Rows:
     """Return the rows of a split: of a source given now, or of the recorded one."""
+    config, labels = card.data.config, tuple(card.labels)
     if source is not None:
         # A lone file is what to judge on, whatever split its maker called it.
-        return load_rows(config.model_copy(update={"source": source}), split=split, labels=labels)[0]
-    if split == "validation":
-        return load_data(config).validation
-    found = load_test(config, labels=labels)
-    if found is not None:
+        given = config.model_copy(update={"source": source, "config": None, "revision": None})
+        return load_rows(given, split=split, labels=labels)[0]
+    if split == "test" and (found := load_test(config, labels=labels)):
         return found[0]
-    carved = load_data(config).carved_test if config.test_fraction else None
-    if carved is None:
-        raise DataError(f"{config.source}: has no test split; name rows with --source, or use --split validation")
+    data = load_data(config)
+    carved, recorded = data.validation, card.data.validation_sha256
+    if split == "test":
+        if data.carved_test is None or card.data.carved_test_sha256 is None:
+            raise DataError(f"{config.source}: has no test split; name rows with --source, or use --split validation")
+        carved, recorded = data.carved_test, card.data.carved_test_sha256
+    if carved.fingerprint() != recorded:
+        raise AdapterError(
+            f"{config.source}: changed since training, so its {split} rows are other ones and may have been trained "
+            "on; name rows with --source"
+        )
     return carved

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import RecipeError
-from lora_sentiment.model.config import Method, ModelConfig
+from lora_sentiment.model.config import FullMethod, LoraMethod, Method, ModelConfig
 from lora_sentiment.section import Section, did_you_mean
 from lora_sentiment.training.config import OutputConfig, TrainConfig
 
@@ -39,6 +39,13 @@ class Recipe(Section):
             return {**values, "method": {"kind": "lora", **method}}
         return values
 
+    @model_validator(mode="after")
+    def _engine_can_run(self) -> Self:
+        if self.train.engine == "fast" and (self.method.kind == "full" or self.train.gradient_checkpointing):
+            why = "method.kind=full" if self.method.kind == "full" else "train.gradient_checkpointing"
+            raise ValueError(f"train.engine=fast cannot run with {why}; set train.engine=auto")
+        return self
+
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
         """Read a recipe file and apply overrides.
@@ -52,12 +59,19 @@ class Recipe(Section):
         """
         path = Path(path)
         values = {"name": path.stem, **_read_yaml(path)}
+        faults = []
         for override in overrides:
-            _apply(values, override)
+            try:
+                _apply(values, override)
+            except RecipeError as error:
+                faults.append(str(error))
         try:
-            return cls.model_validate(values)
+            recipe = cls.model_validate(values)
         except ValidationError as error:
-            raise RecipeError("\n".join(f"{path}: {fault}" for fault in _faults(error))) from None
+            faults += [f"{path}: {fault}" for fault in _faults(error)]
+        if faults:
+            raise RecipeError("\n".join(faults))
+        return recipe
 
     @property
     def folder(self) -> Path:
@@ -66,7 +80,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, defaults included, as YAML that `load` reads back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,7 +89,7 @@ class _Loader(yaml.SafeLoader):
     PyYAML speaks 1.1, where `2e-4` is a string and a label named `no` is False.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own attribute
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -89,6 +103,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that 1.1 or 1.2 would read as something else."""
+
+
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -100,7 +118,10 @@ for _tag, _pattern, _first in (
     ),
 ):
     # PyYAML looks patterns up by the scalar's first character; an empty scalar has none and is looked up as ''.
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+# 1.1 reads 010 as eight.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers["\0"]
 
 
@@ -151,20 +172,21 @@ def _faults(error: ValidationError) -> list[str]:
         key = ".".join(str(part) for part in item["loc"] if not _is_tag(str(part)))
         if item["loc"][:1] == ("method",) and len(item["loc"]) > 2 and item["loc"][1] in ("lora", "full"):
             key = ".".join(["method", *[str(p) for p in item["loc"][2:] if not _is_tag(str(p))]])
-        lines.setdefault(key, []).append(_explain(item, key))
-    return [f"{key}: {' or '.join(dict.fromkeys(texts))}" for key, texts in lines.items()]
+        lines.setdefault(key, []).append(_explain(item))
+    return [f"{key}: ".removeprefix(": ") + " or ".join(dict.fromkeys(texts)) for key, texts in lines.items()]
 
 
 def _is_tag(part: str) -> bool:
     return part in ("str", "int", "float", "bool") or part.startswith(("dict[", "tuple[", "literal[", "function-"))
 
 
-def _explain(item: Any, key: str) -> str:
+def _explain(item: Any) -> str:
+    """Say of one of pydantic's errors what was found and what is allowed."""
     found, context = item["input"], item.get("ctx", {})
     match item["type"]:
         case "extra_forbidden":
-            section, _, name = key.rpartition(".")
-            allowed = _keys_of(section, item)
+            name = str(item["loc"][-1])
+            allowed = _keys_of(item["loc"])
             return f"unknown key{did_you_mean(name, allowed)} (allowed: {', '.join(allowed)})"
         case "missing":
             return "is missing; it has no default"
@@ -182,18 +204,16 @@ def _explain(item: Any, key: str) -> str:
             return f"found {found!r}; {item['msg'].replace('Input should be', 'allowed:')}"
 
 
-def _keys_of(section: str, item: Any) -> list[str]:
-    """Return the keys that the section at this path takes."""
-    from lora_sentiment.model.config import FullMethod, LoraMethod
-
-    if section == "method":
-        return list((FullMethod if "full" in item["loc"] else LoraMethod).model_fields)
-    if not section:
+def _keys_of(loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys allowed beside the one at this place of pydantic's."""
+    if len(loc) == 1:
         return list(Recipe.model_fields)
-    kind = Recipe.model_fields[section].annotation
-    assert isinstance(kind, type)
-    assert issubclass(kind, BaseModel)
-    return list(kind.model_fields)
+    if loc[0] == "method":
+        return list((FullMethod if loc[1] == "full" else LoraMethod).model_fields)
+    section = Recipe.model_fields[str(loc[0])].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, BaseModel)
+    return list(section.model_fields)
 
 
 def make_schema() -> dict[str, Any]:

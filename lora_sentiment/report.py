@@ -24,6 +24,7 @@ def make_report(
     engine: str,
     counts: Mapping[str, Counts],
     encoded: Mapping[str, Encoded],
+    seen_test_rows: int,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """Return the report of a finished run.
@@ -36,6 +37,7 @@ def make_report(
         engine: `fast`, or `stock` with the reason.
         counts: Split to what was done while it was read.
         encoded: Split to its token ids.
+        seen_test_rows: Test rows whose text stands in train or validation too.
         peak_memory_bytes: Most memory held, in bytes.
     """
     return {
@@ -54,6 +56,7 @@ def make_report(
             "evaluations": [vars(point) for point in history.evaluations],
         },
         "data": {
+            "seen_test_rows": seen_test_rows,
             **{split: found.as_dict() for split, found in counts.items()},
             "tokens": {
                 split: {

@@ -22,10 +22,10 @@ from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, encode
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_test
-from lora_sentiment.errors import ModelError, RecipeError, TrainingError
+from lora_sentiment.errors import DataError, ModelError, RecipeError, TrainingError
 from lora_sentiment.evaluation.metrics import confusion_matrix, score
 from lora_sentiment.evaluation.statistics import Interval, show_interval
-from lora_sentiment.launch import make_accelerator
+from lora_sentiment.launch import join_launch, make_accelerator
 from lora_sentiment.model.base import Base, hash_tensors, load_base, resolve_dtype
 from lora_sentiment.model.config import LoraMethod
 from lora_sentiment.model.encoder import use_fast_encoder
@@ -77,6 +77,7 @@ class _Verdict:
     encoded: dict[str, Encoded]
     logits: dict[str, NDArray[np.float32]]
     scores: dict[str, Mapping[str, Interval]]
+    seen_test_rows: int = 0
 
 
 def train(recipe: Recipe) -> Run:
@@ -87,8 +88,8 @@ def train(recipe: Recipe) -> Run:
     Raises:
         LoraSentimentError: For anything about recipe, launch, data, base or run that a person can mend.
     """
-    with PartialState().main_process_first():
-        run_folder = _claim(recipe)
+    state = join_launch()
+    run_folder = _claim(recipe, state)
     accelerator = make_accelerator(recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder)
     setup = _set_up(recipe, accelerator)
     encoded = {
@@ -111,42 +112,52 @@ def train(recipe: Recipe) -> Run:
         raise TrainingError(
             "a frozen tensor of the base changed during training; nothing was saved; please report this"
         )
-    verdict = _judge(recipe, setup, encoded, accelerator)
+    aside = run_folder / "adapter"
+    # Saved before the test split is read: a bad row there must not cost the run.
+    card = _save_adapter(recipe, setup, accelerator, aside) if accelerator.is_main_process else None
+    verdict = _judge(recipe, setup, encoded, accelerator, aside)
     report: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        with accelerator.autocast():
-            trained = adapter_folder.compute_probe(setup.model.eval(), _probe_ids(setup.base, recipe.model.max_length))
-        report = _save(recipe, setup, history, verdict, trained, run_folder / "adapter")
-        adapter_folder.publish(run_folder / "adapter", recipe.folder, overwrite=recipe.output.overwrite)
+    if card is not None:
+        report = _save_report(recipe, setup, card, history, verdict, aside)
+        adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
         log.info("saved and verified: %s", recipe.folder)
     accelerator.end_training()
     return Run(recipe.folder, history, report)
 
 
-def _claim(recipe: Recipe) -> Path:
-    """Refuse a taken output folder before anything is loaded; make the run's own folder beside it."""
-    if recipe.folder.exists():
-        if not recipe.output.overwrite:
-            raise RecipeError(f"{recipe.folder}: exists; set output.overwrite=true or another output.dir")
-        if not (recipe.folder / "card.json").is_file():
-            raise RecipeError(f"{recipe.folder}: is no adapter folder, so it is not replaced; set another output.dir")
-    run_folder = recipe.folder.with_name(recipe.folder.name + ".run")
-    if PartialState().is_main_process:
-        shutil.rmtree(run_folder, ignore_errors=True)
-        (run_folder / "adapter").mkdir(parents=True)
+def _claim(recipe: Recipe, state: PartialState) -> Path:
+    """Refuse a taken output folder before anything is loaded; make the run's own folder beside it.
+
+    Every process looks first and the main one writes after all have looked, so that all raise alike.
+    """
+    folder, run_folder = recipe.folder, recipe.folder.with_name(recipe.folder.name + ".run")
+    if folder.exists() and not recipe.output.overwrite:
+        raise RecipeError(f"{folder}: exists; set output.overwrite=true or another output.dir")
+    if folder.exists() and not (folder / "card.json").is_file():
+        raise RecipeError(f"{folder}: is no adapter folder, so it is not replaced; set another output.dir")
+    for left in (run_folder / "adapter" / "card.json", run_folder / "replaced"):
+        if left.exists() and not (folder.exists() and recipe.output.overwrite):
+            raise RecipeError(f"{run_folder}: holds an adapter of an earlier run; move it away, or delete the folder")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        try:
+            if run_folder.exists():
+                shutil.rmtree(run_folder)
+            (run_folder / "adapter").mkdir(parents=True)
+        except OSError as error:
+            raise RecipeError(f"output.dir: {run_folder} cannot be made: {error.strerror}") from error
+    state.wait_for_everyone()
     return run_folder
 
 
 def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
     """Load data and base, and make the base trainable on this process's device."""
-    with accelerator.main_process_first():
-        data = load_data(recipe.data)
+    data = load_data(recipe.data)
     for split, counts in data.counts.items():
         log.info("%s: %s", split, counts)
     log.info("training on %s rows, choosing on %s", f"{len(data.train):,}", f"{len(data.validation):,}")
     set_seed(recipe.train.seed)
-    with accelerator.main_process_first():
-        base = load_base(recipe.model, labels=data.labels)
+    base = load_base(recipe.model, labels=data.labels)
     dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
     log.info(
         "base %s (%s): %s", base.name, "new head" if base.new_head else "its own head", _counts(recipe, base, data)
@@ -195,70 +206,93 @@ def _encode(rows: Rows, split: str, setup: _Setup, recipe: Recipe, accelerator: 
     return found
 
 
-def _judge(recipe: Recipe, setup: _Setup, encoded: dict[str, Encoded], accelerator: Accelerator) -> _Verdict:
-    """Score validation and test; this is the one place where the test split is read."""
-    verdict = _Verdict(dict(setup.data.counts), dict(encoded), {}, {})
-    rows = setup.data.carved_test
-    if rows is None and (found := load_test(recipe.data, labels=setup.data.labels)):
-        rows, verdict.counts["test"] = found
-    if rows is not None:
-        verdict.encoded["test"] = _encode(rows, "test", setup, recipe, accelerator)
-    bar = accelerator.is_main_process
-    for split in [name for name in verdict.encoded if name != "train"]:
-        split_rows = verdict.encoded[split]
-        logits = predict_logits(setup.model, split_rows, accelerator=accelerator, progress=split if bar else None)
-        verdict.logits[split] = logits
-        verdict.scores[split] = score(logits, split_rows.labels)
-        log.info("%s: accuracy %s", split, show_interval(verdict.scores[split]["accuracy"].as_dict()))
-    return verdict
-
-
-def _save(
-    recipe: Recipe, setup: _Setup, history: History, verdict: _Verdict, trained: adapter_folder.Probe, folder: Path
-) -> dict[str, Any]:
-    """Write everything that leaves the run into a folder; return the report."""
-    labels, data = setup.data.labels, setup.data
-    card = adapter_folder.save(
+def _save_adapter(recipe: Recipe, setup: _Setup, accelerator: Accelerator, folder: Path) -> adapter_folder.Card:
+    """Write weights, tokenizer and card, and hold the rebuilt model against the trained one."""
+    data = setup.data
+    with accelerator.autocast():
+        trained = adapter_folder.compute_probe(setup.model.eval(), _probe_ids(setup.base, recipe.model.max_length))
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return adapter_folder.save(
         folder,
         setup.model,
         base=setup.base,
-        labels=labels,
+        labels=data.labels,
         model_config=recipe.model,
         method=recipe.method,
         data=adapter_folder.DataRecord(
-            config=recipe.data.model_dump(mode="json"),
+            config=recipe.data,
             train_sha256=data.train.fingerprint(),
             validation_sha256=data.validation.fingerprint(),
+            carved_test_sha256=data.carved_test.fingerprint() if data.carved_test else None,
         ),
         machine=_machine(setup),
         trained=trained,
         # bf16 keeps eight bits of a value; the rebuilt model is fp32.
         tolerance=1e-4 if setup.dtype == torch.float32 else 0.1,
     )
+
+
+def _judge(
+    recipe: Recipe, setup: _Setup, encoded: dict[str, Encoded], accelerator: Accelerator, aside: Path
+) -> _Verdict:
+    """Score validation and test; this is the one place where the test split is read."""
+    data = setup.data
+    verdict = _Verdict(dict(data.counts), dict(encoded), {}, {})
+    try:
+        found = None if data.carved_test else load_test(recipe.data, labels=data.labels)
+    except DataError as error:
+        raise DataError(
+            f"{error}\nthe trained adapter is safe in {aside}; mend the rows and evaluate it there"
+        ) from error
+    rows = data.carved_test
+    if found:
+        rows, verdict.counts["test"] = found
+    if rows is not None:
+        verdict.encoded["test"] = _encode(rows, "test", setup, recipe, accelerator)
+        verdict.seen_test_rows = len(rows) - sum(text not in setup.data.seen_texts for text in rows.texts)
+        log.info("test: %d of its texts stand in train or validation too", verdict.seen_test_rows)
+    for split in [name for name in verdict.encoded if name != "train"]:
+        split_rows = verdict.encoded[split]
+        bar = split if accelerator.is_main_process else None
+        logits = predict_logits(setup.model, split_rows, accelerator=accelerator, progress=bar)
+        verdict.logits[split] = logits
+        verdict.scores[split] = score(logits, split_rows.labels)
+        log.info("%s: accuracy %s", split, show_interval(verdict.scores[split]["accuracy"].as_dict()))
+    return verdict
+
+
+def _save_report(
+    recipe: Recipe, setup: _Setup, card: adapter_folder.Card, history: History, verdict: _Verdict, folder: Path
+) -> dict[str, Any]:
+    """Write report, model card and pictures beside the adapter; return the report."""
     report = make_report(
         scores=verdict.scores,
-        parameters=_counts(recipe, setup.base, data),
+        parameters=_counts(recipe, setup.base, setup.data),
         adapter_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         history=history,
         engine=setup.engine,
         counts=verdict.counts,
         encoded=verdict.encoded,
+        seen_test_rows=verdict.seen_test_rows,
         peak_memory_bytes=peak_memory(next(setup.model.parameters()).device),
     )
     adapter_folder.write_json(folder / "report.json", report)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     is_peft = isinstance(recipe.method, LoraMethod)
     (folder / "README.md").write_text(make_model_card(recipe.name, card, report, is_peft=is_peft), encoding="utf-8")
     plot_training(history, folder / "training.png", title=recipe.name)
     split = "test" if "test" in verdict.logits else "validation"
+    labels = setup.data.labels
     matrix = confusion_matrix(verdict.encoded[split].labels, verdict.logits[split].argmax(axis=1), len(labels))
     plot_confusion(matrix, folder / "confusion.png", labels=labels, title=f"{recipe.name}: {split}")
     return report
 
 
 def _probe_ids(base: Base, max_length: int) -> list[list[int]]:
-    encoded = base.tokenizer(probe_texts(), truncation=True, max_length=min(PROBE_TOKENS, max_length))
-    return [list(ids) for ids in encoded["input_ids"]]
+    texts = probe_texts()
+    rows = Rows(texts, np.zeros(len(texts), dtype=np.int64), np.arange(len(texts)))
+    length = min(PROBE_TOKENS, max_length)
+    encoded = encode(rows, tokenizer=base.tokenizer, max_length=length, truncation="head")
+    return [part.tolist() for part in np.split(encoded.input_ids, encoded.offsets[1:-1])]
 
 
 def _machine(setup: _Setup) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 import pytest
 
-from lora_sentiment.errors import DataError
+from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.evaluate import evaluate
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.train import train
@@ -29,6 +29,20 @@ def test_a_source_without_the_split_says_what_to_do(toy_recipe, toy):
     assert "test" not in run.report
     with pytest.raises(DataError, match=r"has no test split; name rows with --source, or use --split validation"):
         evaluate(run.adapter)
+
+
+def test_rows_that_changed_since_training_are_refused(trained, toy):
+    with (toy / "train.csv").open("a") as file:
+        file.write("another,positive\n")
+    with pytest.raises(AdapterError, match="changed since training"):
+        evaluate(trained.adapter, split="validation")
+
+
+def test_an_unknown_split_or_dtype_is_refused(trained):
+    with pytest.raises(DataError, match="found 'train'; allowed: test, validation"):
+        evaluate(trained.adapter, split="train")
+    with pytest.raises(ModelError, match="found 'bf16'; allowed: auto, float32"):
+        evaluate(trained.adapter, dtype="bf16")
 
 
 def test_a_carved_test_split_is_carved_again(toy_recipe, toy):

@@ -18,6 +18,7 @@ ORDER = [
     "bundled",
     "data.config",
     "data.tables",
+    "data.sources",
     "data.rows",
     "data.batches",
     "model.architecture",
@@ -51,10 +52,12 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def imports(tree: ast.AST, *, runtime_only: bool = False) -> set[str]:
+def imports(tree: ast.AST) -> set[str]:
     """Names of our own modules that a tree imports."""
     found = set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("lora_sentiment.") for a in node.names if a.name.startswith("lora_sentiment")}
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_sentiment"):
             name = (node.module or "").removeprefix("lora_sentiment").lstrip(".")
             for alias in node.names:

@@ -73,6 +73,11 @@ def test_yaml_1_2_not_1_1(write):
         (MINIMAL + "train: {batch_size: 8.5}", "train.batch_size: found 8.5"),
         (MINIMAL + "train: {lr_scheduler_type: liner}", "did you mean 'linear'?"),
         (MINIMAL + "train: {report_to: [tensorbord]}", "did you mean 'tensorboard'?"),
+        (MINIMAL + "train: {seed: 4294967296}", "train.seed: found 4294967296"),
+        (MINIMAL + "train: {warmup_ratio: 0.1, lr_scheduler_type: constant}", "train: warmup_ratio does nothing with"),
+        (MINIMAL + "train: {engine: fast, gradient_checkpointing: true}", "train.engine=fast cannot run with"),
+        (MINIMAL + "train: {engine: fast}\nmethod: {kind: full}", "train.engine=fast cannot run with method.kind=full"),
+        ("data: {source: x, encoding: utf-99}\nmodel: {name: a/b}", "data.encoding: found 'utf-99'"),
         (MINIMAL + "method: {kind: lor}", "method: found kind 'lor'; allowed: lora, full"),
         (MINIMAL + "method: {kind: full, r: 8}", "method.r: unknown key (allowed: kind)"),
         (MINIMAL + "method: {rank: 8}", "method.rank: unknown key"),
@@ -117,6 +122,12 @@ def test_a_malformed_override_is_refused(write, override):
         Recipe.load(write(MINIMAL), [override])
 
 
+def test_a_malformed_override_does_not_hide_other_faults(write):
+    with pytest.raises(RecipeError) as raised:
+        Recipe.load(write(MINIMAL), ["train.seed=-1", "nonsense"])
+    assert len(str(raised.value).splitlines()) == 2
+
+
 def test_a_missing_file_suggests_a_near_name(write):
     path = write(MINIMAL)
     with pytest.raises(RecipeError, match=r"did you mean 'mine\.yaml'"):
@@ -137,7 +148,10 @@ def test_a_recipe_is_frozen(write):
 
 
 def test_the_resolved_recipe_reads_back_equal(write):
-    recipe = Recipe.load(write(MINIMAL), ["data.labels=[no, yes]", "train.adam_epsilon=1e-12"])
+    recipe = Recipe.load(
+        write(MINIMAL), ["data.labels=['1e5', no, 'null', '010']", "train.adam_epsilon=1e-12", "train.seed=010"]
+    )
+    assert recipe.train.seed == 10
     assert Recipe.load(write(recipe.to_yaml())) == recipe
 
 

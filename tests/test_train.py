@@ -14,7 +14,7 @@ from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModel
 
 from lora_sentiment.adapter.folder import load
-from lora_sentiment.errors import ModelError, RecipeError
+from lora_sentiment.errors import DataError, ModelError, RecipeError
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.train import train
 
@@ -66,8 +66,11 @@ def test_stock_peft_loads_the_folder_and_agrees(toy_recipe, tiny_base):
 
 @pytest.mark.parametrize("method", ["{kind: lora, r: 4}", "{kind: full}"])
 def test_the_same_recipe_twice_gives_the_same_bytes(toy_recipe, method):
-    for name in ("a", "b"):
-        run(toy_recipe, f"method={method}", f"output.dir={toy_recipe.parent}/{name}", "name=same")
+    """In two processes with other hash seeds: sets come in another order in each."""
+    for name, seed in (("a", "1"), ("b", "2")):
+        command = [sys.executable, "-m", "lora_sentiment.train", str(toy_recipe), f"method={method}", "name=same"]
+        command += [f"output.dir={toy_recipe.parent}/{name}"]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
     for path in (toy_recipe.parent / "a").iterdir():
         if path.name not in ("report.json", "README.md", "recipe.yaml"):  # they hold seconds and the folder's name
             assert path.read_bytes() == (toy_recipe.parent / "b" / path.name).read_bytes(), path.name
@@ -98,16 +101,19 @@ def test_both_engines_train_alike_without_dropout(toy_recipe, engine):
             f"train.engine={name}",
             "model.dropout=0",
             "model.attention_dropout=0",
+            "model.seq_classif_dropout=0",
             "output.overwrite=true",
         )
         losses.append([point.loss for point in found.history.steps])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_the_fast_engine_says_where_it_cannot_run(toy_recipe):
-    with pytest.raises(ModelError, match=r"train\.engine=fast cannot run here"):
-        run(toy_recipe, "train.engine=fast", "method={kind: full}")
-    found = run(toy_recipe, "method={kind: full}")
+def test_the_fast_engine_says_where_it_cannot_run(toy_recipe, monkeypatch):
+    monkeypatch.setattr("lora_sentiment.train.use_fast_encoder", lambda model, compute_dtype: "q_lin: is odd")
+    with pytest.raises(ModelError, match=r"train\.engine=fast cannot run here: q_lin: is odd"):
+        run(toy_recipe, "train.engine=fast")
+    monkeypatch.undo()
+    found = run(toy_recipe, "method={kind: full}", "output.overwrite=true")
     assert found.report["train"]["engine"].startswith("stock (")
 
 
@@ -144,6 +150,32 @@ def test_nothing_is_left_in_place_of_an_adapter_when_a_run_fails(toy_recipe):
     with pytest.raises(ModelError):
         run(toy_recipe, "model.max_length=500")
     assert not (toy_recipe.parent / "adapter").exists()
+
+
+def test_a_bad_test_row_costs_the_report_and_not_the_adapter(toy_recipe):
+    (toy_recipe.parent / "test.csv").write_text("text,label\nfine,positive\nfine,nobody\n")
+    with pytest.raises(DataError, match=r"(?s)row 2: label 'nobody'.*the trained adapter is safe in"):
+        run(toy_recipe)
+    assert load(toy_recipe.parent / "adapter.run/adapter").card.labels == ["negative", "positive"]
+    with pytest.raises(RecipeError, match="holds an adapter of an earlier run"):
+        run(toy_recipe)
+
+
+def test_test_texts_that_were_trained_on_are_counted(toy_recipe):
+    lines = (toy_recipe.parent / "train.csv").read_text().splitlines()
+    (toy_recipe.parent / "test.csv").write_text("\n".join([*lines[:4], "unseen,positive"]))
+    assert run(toy_recipe).report["data"]["seen_test_rows"] == 3
+
+
+def test_an_output_that_cannot_be_made_is_one_message(toy_recipe):
+    with pytest.raises(RecipeError, match="cannot be made"):
+        run(toy_recipe, f"output.dir={toy_recipe}/inside/a/file")
+
+
+def test_a_tracker_that_is_not_installed_is_refused(toy_recipe, monkeypatch):
+    monkeypatch.setattr("lora_sentiment.launch.get_available_trackers", lambda: [])
+    with pytest.raises(RecipeError, match="tensorboard is not installed"):
+        run(toy_recipe, "train.report_to=[tensorboard]")
 
 
 def test_no_text_of_the_data_leaves(toy_recipe):
@@ -202,7 +234,7 @@ def test_a_launch_setting_that_disagrees_is_refused_by_name(toy_recipe):
 
 def test_two_processes_train_as_one(toy_recipe):
     """41 test rows do not divide by two; dropout off, fp32."""
-    off = ("model.dropout=0", "model.attention_dropout=0")
+    off = ("model.dropout=0", "model.attention_dropout=0", "model.seq_classif_dropout=0")
     one = run(toy_recipe, *off)
     torchrun = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
     done = launched(toy_recipe, *off, f"output.dir={toy_recipe.parent}/two", with_command=torchrun)

@@ -1,12 +1,12 @@
 """`README.md` of an adapter folder: a model card with the Hub's metadata and an honest limits section."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_sentiment.adapter.folder import Card
+from lora_sentiment.data.sources import looks_like_files
 from lora_sentiment.evaluation.statistics import show_interval
 
 _HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "auroc": "roc_auc"}
@@ -33,8 +33,8 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
 
 
 def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> ModelCardData:
-    source = card.data.config["source"]
-    dataset = source if isinstance(source, str) and _is_hub_name(source) else None
+    source = card.data.config.source
+    dataset = source if isinstance(source, str) and not looks_like_files(source) else None
     split = "test" if "test" in report else "validation"
     results = [
         EvalResult(
@@ -51,7 +51,7 @@ def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool
     ]
     return ModelCardData(
         model_name=name,
-        base_model=card.base.name if _is_hub_name(card.base.name) else None,
+        base_model=card.base.name if card.base.revision else None,
         library_name="peft" if is_peft else "lora-sentiment",
         pipeline_tag="text-classification",
         tags=["text-classification", "distilbert", card.method.kind],
@@ -61,16 +61,11 @@ def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool
     )
 
 
-def _is_hub_name(name: str) -> bool:
-    files = (".csv", ".tsv", ".jsonl", ".parquet", ".gz")
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not name.endswith(files)
-
-
 def _summary(name: str, card: Card) -> str:
     labels = ", ".join(f"`{label}`" for label in card.labels)
     return (
         f"# {name}\n\nA text classifier with the labels {labels}: `{card.method.kind}` fine-tuning of "
-        f"`{card.base.name}` on `{card.data.config['source']}`, at most {card.max_length} tokens a text (truncation: "
+        f"`{card.base.name}` on `{card.data.config.source}`, at most {card.max_length} tokens a text (truncation: "
         f"{card.truncation}). Made with `lora_sentiment`."
     )
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.model.base import Base, hash_tokenizer, load_base
 from lora_sentiment.model.config import Method, ModelConfig
@@ -45,12 +46,14 @@ class BaseRecord(Section):
 class DataRecord(Section):
     """Which rows it was trained on: names and fingerprints, no text."""
 
-    config: dict[str, Any]
+    config: DataConfig
     """The recipe's resolved `data` section."""
     train_sha256: str
     """Fingerprint of the training rows."""
     validation_sha256: str
     """Fingerprint of the validation rows."""
+    carved_test_sha256: str | None
+    """Fingerprint of the test rows where they were carved out of train, or null."""
 
 
 class Probe(Section):
@@ -260,7 +263,7 @@ def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
     replaced = aside.with_name("replaced")
     if folder.exists():
         if not overwrite:
-            raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; set output.overwrite=true")
+            raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; move it")
         folder.rename(replaced)
     aside.rename(folder)
     if os.name == "posix":
@@ -280,14 +283,22 @@ def hash_file(path: Path) -> str:
 def _save_weights(folder: Path, model: nn.Module, base: Base) -> None:
     """Write PEFT's own files, or `changed.safetensors`; sorted lists and one metadata key, so that bytes repeat."""
     if isinstance(model, PeftModel):
-        tensors, name = dict(get_peft_model_state_dict(model)), PEFT_WEIGHTS
+        tensors, name = _peft_tensors(model), PEFT_WEIGHTS
         config = model.peft_config["default"].to_dict() | {"inference_mode": True}
         write_json(folder / PEFT_CONFIG, {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in config.items()})
     else:
         tensors, name = dict(trainable_tensors(model)), CHANGED_WEIGHTS
     contiguous = {key: tensors[key].detach().to("cpu").contiguous() for key in sorted(tensors)}
     save_file(contiguous, folder / name, metadata={"format": "pt"})
+    # What the last call set must not travel: other runtimes would cut every text at it.
+    base.tokenizer.backend_tokenizer.no_truncation()
+    base.tokenizer.backend_tokenizer.no_padding()
     base.tokenizer.save_pretrained(folder)
+
+
+def _peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    # "auto" would ask the Hub whether the vocabulary grew, and might save the base's embeddings.
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def _rebuild(folder: Path, base: Base, method: Method) -> nn.Module:
@@ -300,7 +311,7 @@ def _rebuild(folder: Path, base: Base, method: Method) -> nn.Module:
 def _fill(model: nn.Module, folder: Path) -> None:
     """Copy the saved tensors into a model, after checking each name, shape and value."""
     if isinstance(model, PeftModel):
-        path, expected = folder / PEFT_WEIGHTS, dict(get_peft_model_state_dict(model))
+        path, expected = folder / PEFT_WEIGHTS, _peft_tensors(model)
     else:
         path, expected = folder / CHANGED_WEIGHTS, dict(trainable_tensors(model))
     try:

@@ -1,5 +1,6 @@
 """The recipe's `data` section."""
 
+import codecs
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -54,6 +55,15 @@ class DataConfig(Section):
             if "train" not in source:
                 raise ValueError("has no 'train'; a source by splits names at least train")
         return source
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_exists(cls, encoding: str) -> str:
+        try:
+            codecs.lookup(encoding)
+        except LookupError:
+            raise ValueError(f"found {encoding!r}; allowed: a text encoding, such as utf-8, cp1252, latin-1") from None
+        return encoding
 
     @field_validator("labels")
     @classmethod

@@ -7,17 +7,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from glob import glob, has_magic
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.data.config import SPLITS, DataConfig
-from lora_sentiment.data.tables import FORMATS, read_table, table_columns
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.data.sources import Source, check_files, find_source, read_columns
 from lora_sentiment.errors import DataError
-from lora_sentiment.section import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,11 @@ class Data:
     carved_test: Rows | None
     counts: dict[str, Counts]
 
+    @cached_property
+    def seen_texts(self) -> frozenset[str]:
+        """The texts that training has seen, to train on or to choose on."""
+        return frozenset(self.train.texts) | frozenset(self.validation.texts)
+
 
 def load_data(config: DataConfig) -> Data:
     """Read train and validation; carve what is missing out of train, stratified, duplicates kept on one side.
@@ -106,8 +109,8 @@ def load_data(config: DataConfig) -> Data:
     Raises:
         DataError: For a source, column, label or row that cannot be used.
     """
-    source = _find(config)
-    _check_files(config, source)
+    source = find_source(config)
+    check_files(config, source)
     rows, names, train_counts = _load_split(config, source, "train", config.labels, config.max_train_rows)
     if len(set(rows.labels.tolist())) < 2:
         raise DataError(
@@ -117,6 +120,7 @@ def load_data(config: DataConfig) -> Data:
     carved_test = None
     if config.test_fraction and "test" not in source.splits:
         rows, carved_test = carve(rows, fraction=config.test_fraction, seed=config.split_seed + 1)
+        carved_test = sample(carved_test, num_rows=config.max_test_rows, seed=config.split_seed)
     if "validation" in source.splits:
         validation, _, counts["validation"] = _load_split(config, source, "validation", names, None)
     else:
@@ -134,9 +138,10 @@ def load_test(config: DataConfig, *, labels: tuple[str, ...]) -> tuple[Rows, Cou
     Raises:
         DataError: As `load_data`.
     """
-    source = _find(config)
+    source = find_source(config)
     if "test" not in source.splits:
         return None
+    check_files(config, source)
     rows, _, counts = _load_split(config, source, "test", labels, config.max_test_rows)
     return rows, counts
 
@@ -147,8 +152,8 @@ def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tup
     Raises:
         DataError: As `load_data`, and if the source has no such split.
     """
-    source = _find(config)
-    _check_files(config, source)
+    source = find_source(config)
+    check_files(config, source)
     if not source.hub and isinstance(config.source, str):
         split = "train"
     if split not in source.splits:
@@ -220,84 +225,14 @@ def clean_text(text: str, counts: Counter[str]) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where each split's columns come from: files, or one Hub data set."""
-
-    splits: dict[str, list[Path]]
-    hub: str | None = None
-
-    def where(self, split: str) -> str:
-        return f"{self.hub} [{split}]" if self.hub else ", ".join(map(str, self.splits[split]))
-
-
-def _find(config: DataConfig) -> _Source:
-    """Resolve `data.source` to splits without reading a row."""
-    if isinstance(config.source, dict):
-        return _Source({split: _files(config.source[split]) for split in SPLITS if split in config.source})
-    if _looks_like_files(config.source):
-        return _Source({"train": _files(config.source)})
-    return _Source({split: [] for split in _hub_splits(config)}, hub=config.source)
-
-
-def _looks_like_files(source: str) -> bool:
-    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.endswith(tuple(FORMATS))
-    return not hub_name or Path(source).exists()
-
-
-def _files(pattern: str) -> list[Path]:
-    # Not Path.glob, which refuses absolute patterns.
-    paths = [Path(p) for p in sorted(glob(pattern, recursive=True))]  # noqa: PTH207
-    if not paths and not has_magic(pattern):
-        paths = [Path(pattern)]
-    if not paths:
-        raise DataError(f"data.source {pattern!r} matches no file")
-    return paths
-
-
-def _check_files(config: DataConfig, source: _Source) -> None:
-    """Look at the header of every file, test included: a missing column must not show after an hour of training."""
-    for path in [path for paths in source.splits.values() for path in paths]:
-        _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
-
-
-def _hub_splits(config: DataConfig) -> list[str]:
-    from datasets import get_dataset_split_names
-
-    with _ExplainHub(config):
-        found = get_dataset_split_names(config.source, config.config, revision=config.revision)
-    if "train" not in found:
-        raise DataError(
-            f"data.source {config.source!r} has the splits {', '.join(map(str, found))}; training needs 'train'"
-        )
-    return [split for split in SPLITS if split in found]
-
-
-class _ExplainHub:
-    """Turn what the Hub client and `datasets` raise for a data set into one line."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from datasets.exceptions import DatasetsError
-        from huggingface_hub.errors import HfHubHTTPError
-
-        if isinstance(error, (OSError, ValueError, HfHubHTTPError, DatasetsError)) and not isinstance(error, DataError):
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise DataError(
-                f"data.source {self.config.source!r} is no file here and could not be had from the Hub: {reason}"
-            ) from error
-
-
 def _load_split(
-    config: DataConfig, source: _Source, split: str, labels: tuple[str, ...] | None, max_rows: int | None
+    config: DataConfig, source: Source, split: str, labels: tuple[str, ...] | None, max_rows: int | None
 ) -> tuple[Rows, tuple[str, ...], Counts]:
     """Read one split whole: clean it, map its labels, drop or refuse bad rows, sample."""
-    texts, values, own_names = _read_columns(config, source, split)
+    texts, values, own_names = read_columns(config, source, split)
     where = source.where(split)
+    if own_names and labels and own_names != labels:
+        values = _rename(values, own_names, labels, where)
     names, index = _map_labels(values, labels or own_names, where)
     counts = Counts(read=len(texts))
     kept: list[int] = []
@@ -314,16 +249,20 @@ def _load_split(
         raise DataError(f"{where}: no usable row among {len(texts)}")
     positions = np.array(kept, dtype=np.int64)
     rows = Rows([texts[i] for i in kept], np.array([index[i] for i in kept], dtype=np.int64), positions + 1)
-    if max_rows is not None and max_rows < len(rows):
-        rows = sample(rows, num_rows=max_rows, seed=config.split_seed)
+    rows = sample(rows, num_rows=max_rows, seed=config.split_seed)
     counts.kept = len(rows)
     counts.duplicates = len(rows) - len(set(rows.texts))
     counts.labels = {name: int((rows.labels == i).sum()) for i, name in enumerate(names)}
     return rows, names, counts
 
 
-def sample(rows: Rows, *, num_rows: int, seed: int) -> Rows:
-    """Return a stratified sample of rows in their order: each label keeps its share to within one row."""
+def sample(rows: Rows, *, num_rows: int | None, seed: int) -> Rows:
+    """Return a stratified sample of rows in their order: each label keeps its share to within one row.
+
+    All rows, where there are no more than asked for or `num_rows` is None.
+    """
+    if num_rows is None or num_rows >= len(rows):
+        return rows
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(rows))
     # Sorted by label, every k-th row: the shares follow without rounding rules.
@@ -332,43 +271,13 @@ def sample(rows: Rows, *, num_rows: int, seed: int) -> Rows:
     return rows.take(np.sort(taken))
 
 
-def _read_columns(
-    config: DataConfig, source: _Source, split: str
-) -> tuple[list[Any], list[Any], tuple[str, ...] | None]:
-    """Return the text and label columns of a split, and the label names that the source itself states."""
-    texts: list[Any] = []
-    values: list[Any] = []
-    if source.hub:
-        return _read_hub(config, split)
-    for path in source.splits[split]:
-        for batch in read_table(path, encoding=config.encoding):
-            texts += batch[config.text_column]
-            values += batch[config.label_column]
-    if not texts:
-        raise DataError(f"{source.where(split)}: has no rows")
-    return texts, values, None
-
-
-def _read_hub(config: DataConfig, split: str) -> tuple[list[Any], list[Any], tuple[str, ...] | None]:
-    from datasets import ClassLabel, load_dataset
-
-    with _ExplainHub(config):
-        table = load_dataset(config.source, config.config, split=split, revision=config.revision)
-    _check_columns(config, table.column_names, f"{config.source} [{split}]")
-    feature = table.features[config.label_column]
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    columns = table.select_columns([config.text_column, config.label_column]).with_format("arrow")[:]
-    return columns[config.text_column].to_pylist(), columns[config.label_column].to_pylist(), names
-
-
-def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> None:
-    for key in ("text_column", "label_column"):
-        wanted = getattr(config, key)
-        if wanted not in columns:
-            hint = did_you_mean(wanted, list(columns))
-            raise DataError(
-                f"{where}: no column {wanted!r}; the columns are {', '.join(columns)}{hint}; set data.{key}"
-            )
+def _rename(values: list[Any], own: tuple[str, ...], names: tuple[str, ...], where: str) -> list[Any]:
+    """Turn integers under a data set's own names into ours: by name, or by position where all names are new."""
+    if set(own) <= set(names):
+        return [own[v] if isinstance(v, int) and 0 <= v < len(own) else v for v in values]
+    if set(own) & set(names) or len(own) != len(names):
+        raise DataError(f"{where}: its labels are {', '.join(own)}, and not {', '.join(names)}")
+    return values
 
 
 def _map_labels(
@@ -379,7 +288,7 @@ def _map_labels(
         value for value in values if isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
     }
     if names is None:
-        names = tuple(str(value) for value in sorted(present, key=_label_order))
+        names = tuple(sorted({str(value) for value in present}, key=_label_order))
         if not names:
             raise DataError(
                 f"{where}: the label column holds neither text nor integers; its first value is {values[0]!r}"
@@ -389,8 +298,8 @@ def _map_labels(
                 f"{where}: the label column holds {len(names)} different values in {len(values)} rows; is it one?"
             )
     index: dict[Any, int] = {name: i for i, name in enumerate(names)}
-    numbers = {str(value) for value in present}
-    if all(re.fullmatch(r"-?\d+", text) for text in numbers) and not numbers <= set(names):
+    integer = re.compile(r"-?\d+")
+    if not any(map(integer.fullmatch, names)) and all(integer.fullmatch(str(value)) for value in present):
         # Integers against names given in order: 0 is the first name, 1 the second.
         index = {text: i for i in range(len(names)) for text in (str(i), i)}
     return names, [
@@ -399,8 +308,7 @@ def _map_labels(
     ]
 
 
-def _label_order(value: Any) -> tuple[int, int, str]:
-    text = str(value)
+def _label_order(text: str) -> tuple[int, int, str]:
     return (0, int(text), text) if re.fullmatch(r"-?\d+", text) else (1, 0, text)
 
 

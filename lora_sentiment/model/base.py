@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.architecture import HEAD, Shape
 from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.section import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,11 +61,11 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
     with _quiet(), _explain(config.name):
         found = AutoConfig.from_pretrained(config.name, **where)
         _check_architecture(found, config)
-        for key in ("dropout", "attention_dropout"):
+        for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
             if getattr(config, key) is not None:
                 setattr(found, key, getattr(config, key))
         found.num_labels, found.id2label, found.label2id = len(labels), names, {v: k for k, v in names.items()}
-        tokenizer = AutoTokenizer.from_pretrained(config.name, **where)
+        tokenizer: Any = AutoTokenizer.from_pretrained(config.name, **where)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             config.name,
             config=found,
@@ -91,8 +92,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the compute dtype for `model.dtype` on a device.
 
     `auto` takes bfloat16 only where the hardware multiplies it: GTX 16xx cards, say, report support but emulate it.
+
+    Raises:
+        ModelError: If there is no dtype of that name.
     """
     if name != "auto":
+        if name not in DTYPES:
+            raise ModelError(
+                f"dtype: found {name!r}; allowed: auto, {', '.join(DTYPES)}{did_you_mean(name, list(DTYPES))}"
+            )
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

@@ -22,9 +22,12 @@ class ModelConfig(Section):
     truncation: Literal["head", "head_tail"] = "head"
     """Which tokens of a longer text stay: the first, or the first quarter and the last three quarters."""
     dropout: float | None = Field(None, ge=0, lt=1)
-    """Dropout of the encoder's hidden states while training; by default as the checkpoint ships it."""
+    """Dropout of the encoder's hidden states while training; by default as the checkpoint ships it. On a CPU the fast
+    engine rounds this and attention_dropout to 256ths (0.1 becomes 26/256) and scales by what it realised."""
     attention_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout of the attention probabilities while training; by default as the checkpoint ships it."""
+    seq_classif_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout between the two head layers while training; by default as the checkpoint ships it."""
 
 
 class LoraMethod(Section):

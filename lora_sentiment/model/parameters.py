@@ -8,7 +8,7 @@ from lora_sentiment.model.config import FullMethod, LoraMethod
 MICRO_BATCH_BYTES = 1 << 30
 """Activations that one micro-batch may save for backward, in bytes. Fixed, so that the cut repeats everywhere."""
 MAX_MICRO_BATCH_TOKENS = 4096
-"""Past this, buffers grow beyond 32 MiB, which glibc returns at every free: page faults cost more than they save."""
+"""A larger one does not run faster on a CPU: its buffers outgrow the caches and what glibc keeps between uses."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The recipe's `train` section; the names are those of transformers' TrainingArguments."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lora_sentiment.section import Names, Section, did_you_mean
 
@@ -38,7 +38,7 @@ class TrainConfig(Section):
     """Share of the steps over which the rate rises from 0."""
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the training loss (Szegedy et al. 2016)."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the head's and the adapter's initial values, the order of rows, and dropout."""
     eval_steps: int | None = Field(None, ge=1)
     """Optimizer steps between evaluations on validation; by default once an epoch."""
@@ -52,6 +52,12 @@ class TrainConfig(Section):
     """Encoder forward: auto takes the fast exact one where it can and says so; fast raises where it cannot."""
     report_to: Names = ()
     """Accelerate trackers beside metrics.csv, which is always written."""
+
+    @model_validator(mode="after")
+    def _warmup_is_honoured(self) -> Self:
+        if self.warmup_ratio and self.lr_scheduler_type == "constant":
+            raise ValueError("warmup_ratio does nothing with lr_scheduler_type constant; use constant_with_warmup")
+        return self
 
     @field_validator("report_to")
     @classmethod

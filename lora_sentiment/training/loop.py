@@ -1,10 +1,10 @@
 """The training loop: optimizer steps of whole batches, evaluations, the best tensors kept."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from lora_sentiment.model.methods import trainable_tensors
 from lora_sentiment.progress import make_bar
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.losses import loss_sum
+
+log = logging.getLogger("lora_sentiment")
+
+MAX_SKIPPED_STEPS = 20
+"""Optimizer steps in a row that fp16's loss scaling may skip before the run is given up."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class _Loop:
         self.history = History(max_tokens=max_tokens)
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.sign = 1 if METRICS[config.metric_for_best_model].greater_is_better else -1
-        self.best_metric, self.waited = -math.inf, 0
+        self.best_metric, self.waited, self.skipped = -math.inf, 0, 0
 
     def run(self) -> History:
         """Walk all steps; evaluate once an epoch or every `eval_steps`, and after the last step."""
@@ -138,7 +143,7 @@ class _Loop:
                 speed = self.history.tokens / self.history.seconds
                 bar.set_postfix(loss=f"{point.loss:.4f}", tok_s=f"{speed:,.0f}", refresh=False)
                 if step % every == 0 or step == self.num_steps:
-                    self._evaluate(step, bar)
+                    self._evaluate(step)
                     if self.history.stopped_early:
                         break
         with torch.no_grad():
@@ -197,16 +202,18 @@ class _Loop:
         """Clip, step the optimizer, and the schedule unless fp16's scaler skipped the step; return the norm."""
         limit = self.config.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
-        # With fp16 the scaler meets infinities on purpose: it skips the step and halves the scale.
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
+        # fp16's scaler meets infinities on purpose: it skips the step and halves the scale. Accelerate's own flag for
+        # that stays False with a fused optimizer, so the norm decides.
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped > (MAX_SKIPPED_STEPS if self.accelerator.scaler else 0):
             raise TrainingError(f"step {step}: the gradient's norm is {norm}; lower train.learning_rate")
         self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:
+        if not self.skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
         return norm
 
-    def _evaluate(self, step: int, bar: Any) -> None:
+    def _evaluate(self, step: int) -> None:
         """Judge the tensors on validation; keep them if they are the best so far."""
         main = self.accelerator.is_main_process
         logits = predict_logits(
@@ -226,7 +233,7 @@ class _Loop:
         self.history.evaluations.append(point)
         self._log(step, epoch=point.epoch, eval_accuracy=accuracy, eval_log_loss=log_loss, eval_best=int(best))
         mark = " (best so far)" if best else ""
-        bar.write(f"step {step}: validation accuracy {accuracy:.4f}, log-loss {log_loss:.4f}{mark}")
+        log.info("step %d: validation accuracy %.4f, log-loss %.4f%s", step, accuracy, log_loss, mark)
 
     def _log(self, step: int, **values: float) -> None:
         self.accelerator.log(values | {"tokens": self.history.tokens, "seconds": self.history.seconds}, step=step)

@@ -3,6 +3,7 @@ import yaml
 
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.folder import BaseRecord, Card, DataRecord, Probe
+from lora_sentiment.data.config import DataConfig
 from lora_sentiment.model.config import LoraMethod
 
 REPORT = {
@@ -19,17 +20,19 @@ REPORT = {
 }  # fmt: skip
 
 
-def card(source="stanfordnlp/imdb", base="distilbert/distilbert-base-uncased"):
+def card(source="stanfordnlp/imdb", base="distilbert/distilbert-base-uncased", revision="0" * 40):
     return Card(
         schema=1,
         labels=["neg", "pos"],
         max_length=256,
         truncation="head",
         method=LoraMethod(),
-        base=BaseRecord(name=base, revision=None, base_sha256="0" * 64),
+        base=BaseRecord(name=base, revision=revision, base_sha256="0" * 64),
         tokenizer_sha256="1" * 64,
         files={},
-        data=DataRecord(config={"source": source}, train_sha256="2", validation_sha256="3"),
+        data=DataRecord(
+            config=DataConfig(source=source), train_sha256="2", validation_sha256="3", carved_test_sha256=None
+        ),
         calibration=None,
         versions={},
         machine={},
@@ -51,9 +54,9 @@ def test_hub_names_become_metadata():
     assert result["dataset"]["split"] == "test"
 
 
-@pytest.mark.parametrize("source", ["reviews/train.csv", "/data/x", {"train": "a.csv"}])
+@pytest.mark.parametrize("source", ["reviews/train.csv", "reviews/train.json", "/data/x/*.csv", {"train": "a.csv"}])
 def test_files_and_folders_do_not(source):
-    found = metadata(make_model_card("x", card(source, base="/models/mine"), REPORT, is_peft=False))
+    found = metadata(make_model_card("x", card(source, base="models/mine", revision=None), REPORT, is_peft=False))
     assert "datasets" not in found
     assert "base_model" not in found
 

@@ -17,6 +17,7 @@ from lora_sentiment.adapter.folder import (
     save,
     write_json,
 )
+from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
 from lora_sentiment.model.config import FullMethod, LoraMethod, ModelConfig
@@ -43,7 +44,9 @@ def save_random(path, tiny_base, method, *, tolerance=1e-4):
         labels=LABELS,
         model_config=config,
         method=method,
-        data=DataRecord(config={"source": "x"}, train_sha256="0", validation_sha256="1"),
+        data=DataRecord(
+            config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1", carved_test_sha256=None
+        ),
         machine={"threads": 2},
         trained=compute_probe(model, IDS),
         tolerance=tolerance,
@@ -103,6 +106,21 @@ def test_saving_twice_gives_the_same_bytes(tmp_path, tiny_base, method):
         save_random(tmp_path / name, tiny_base, method)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_the_saved_tokenizer_cuts_and_pads_nothing(tmp_path, tiny_base, method, monkeypatch):
+    original = load_base
+
+    def load_used_base(*arguments, **values):
+        base = original(*arguments, **values)
+        base.tokenizer(["a"], truncation=True, max_length=4, padding=True)
+        return base
+
+    monkeypatch.setitem(globals(), "load_base", load_used_base)
+    save_random(tmp_path / "a", tiny_base, method)
+    saved = json.loads((tmp_path / "a/tokenizer.json").read_text())
+    assert saved["truncation"] is None
+    assert saved["padding"] is None
 
 
 def test_saving_leaves_the_base_bit_identical(tmp_path, tiny_base):

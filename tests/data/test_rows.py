@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import numpy as np
@@ -6,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_sentiment.data import rows as rows_module
+from lora_sentiment.data import sources
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows, carve, clean_text, load_data, load_rows, load_test, sample
 from lora_sentiment.data.tables import read_table
@@ -64,7 +66,7 @@ def test_string_labels_are_sorted_and_counted(toy):
 def test_the_test_split_is_read_apart(toy, monkeypatch):
     read = []
     monkeypatch.setattr(
-        rows_module, "read_table", lambda path, **values: read.append(path.name) or read_table(path, **values)
+        sources, "read_table", lambda path, **values: read.append(path.name) or read_table(path, **values)
     )
     data = load_data(config(toy))
     assert read == ["train.csv"]
@@ -95,10 +97,13 @@ def test_labels_that_are_neither_text_nor_integers_are_refused(tmp_path):
         (["0", "1", "0", "1"], ("neg", "pos"), ("neg", "pos"), [0, 1, 0, 1]),
         (["pos", "neg", "pos", "neg"], ("pos", "neg"), ("pos", "neg"), [0, 1, 0, 1]),
         (["1", "2", "1", "2"], ("2", "1"), ("2", "1"), [1, 0, 1, 0]),
+        ([1, "1", 2, 2], None, ("1", "2"), [0, 0, 1, 1]),
     ],
 )
 def test_labels_map_to_names(tmp_path, values, names, expected, found):
-    path = write_csv(tmp_path / "a.csv", [(f"text {i}", value) for i, value in enumerate(values)])
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"text {i}", "label": value}) for i, value in enumerate(values)]
+    path.write_text("\n".join(lines))
     given_config = DataConfig(source={"train": str(path), "validation": str(path)}, labels=names)
     data = load_data(given_config)
     assert data.labels == expected
@@ -125,6 +130,30 @@ def test_a_bad_row_is_an_error_or_counted(toy, row, message):
 def test_a_label_outside_the_names_is_a_bad_row(toy):
     with pytest.raises(DataError, match="row 1: label 'positive' is none of good, bad"):
         load_data(config(toy, labels=["good", "bad"]))
+
+
+def test_integers_are_no_positions_where_the_names_are_integers(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("a", "0"), ("b", "1")])
+    with pytest.raises(DataError, match="row 1: label '0' is none of 1, 2"):
+        load_rows(DataConfig(source=str(path)), split="test", labels=("1", "2"))
+
+
+@pytest.mark.parametrize(
+    ("own", "ours", "expected"),
+    [
+        (("positive", "negative"), ("negative", "positive"), ["positive", "negative", -1]),
+        (("neg", "pos"), ("negative", "positive"), [0, 1, -1]),
+        (("a", "b"), ("b", "c", "a"), ["a", "b", -1]),
+    ],
+)
+def test_a_data_sets_own_names_are_matched_by_name_or_renamed(own, ours, expected):
+    assert rows_module._rename([0, 1, -1], own, ours, "x") == expected
+
+
+@pytest.mark.parametrize(("own", "ours"), [(("a", "b"), ("a", "c")), (("a", "b", "c"), ("x", "y"))])
+def test_names_that_half_match_are_refused(own, ours):
+    with pytest.raises(DataError, match="its labels are a, b"):
+        rows_module._rename([0], own, ours, "x")
 
 
 def test_one_class_only_is_refused(toy):
@@ -154,6 +183,7 @@ def test_test_can_be_carved_and_shares_no_text(toy):
     data = load_data(DataConfig(source=str(toy / "train.csv"), test_fraction=0.2, validation_fraction=0.25))
     parts = [set(data.train.texts), set(data.validation.texts), set(data.carved_test.texts)]
     assert len(data.carved_test) == 24
+    assert data.seen_texts == parts[0] | parts[1]
     assert not parts[0] & parts[1]
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
