@@ -24,7 +24,8 @@ def join_launch() -> PartialState:
     Also sets torch's threads: `accelerate launch` sets OMP_NUM_THREADS=1, which leaves every core but one idle.
 
     Raises:
-        RecipeError: If the launcher was told to use DeepSpeed, FSDP or gradient accumulation.
+        RecipeError: If the launcher was told to use DeepSpeed, FSDP or gradient accumulation, or its processes were
+            not joined.
     """
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
         if os.environ.get(variable, "false").lower() == "true":
@@ -35,7 +36,11 @@ def join_launch() -> PartialState:
             f"accelerate launch was told --gradient_accumulation_steps {accumulation}; leave it out: train.batch_size "
             "counts examples per optimizer step, and they are cut into micro-batches by memory"
         )
-    state = PartialState()
+    # Accelerate joins processes on CPUs only when told that there is no accelerator.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise RecipeError(f"{launched} processes were launched and Accelerate joined {state.num_processes} of them")
     set_threads(state)
     return state
 

@@ -210,7 +210,9 @@ def test_the_model_card_is_valid_hub_metadata(toy_recipe):
 
 def launched(recipe: Path, *overrides: str, with_command=("accelerate.commands.launch", "--num_processes", "1")):
     command = [sys.executable, "-m", *with_command, "-m", "lora_sentiment.train", str(recipe), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False, timeout=300
+    )
 
 
 def test_both_threads_are_used_under_the_launcher(toy_recipe):
@@ -236,7 +238,7 @@ def test_two_processes_train_as_one(toy_recipe):
     """41 test rows do not divide by two; dropout off, fp32."""
     off = ("model.dropout=0", "model.attention_dropout=0", "model.seq_classif_dropout=0")
     one = run(toy_recipe, *off)
-    torchrun = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = launched(toy_recipe, *off, f"output.dir={toy_recipe.parent}/two", with_command=torchrun)
     assert done.returncode == 0, done.stderr
     report = json.loads((toy_recipe.parent / "two/report.json").read_text())
