@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import extract_commit_hash
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.architecture import HEAD, Shape
@@ -57,8 +59,10 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
             has another number of labels, or `max_length` is more than its positions.
     """
     names = dict(enumerate(labels))
-    where = {"revision": config.revision, "trust_remote_code": False}
     with _quiet(), _explain(config.name):
+        # Resolved once: a Hub name could move between one file and the next.
+        revision = extract_commit_hash(cached_file(config.name, "config.json", revision=config.revision), None)
+        where = {"revision": revision or config.revision, "trust_remote_code": False}
         found = AutoConfig.from_pretrained(config.name, **where)
         _check_architecture(found, config)
         for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
@@ -81,7 +85,7 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
         model=model,
         tokenizer=tokenizer,
         name=config.name,
-        revision=getattr(found, "_commit_hash", None),
+        revision=revision,
         sha256=hash_tensors(encoder_tensors(model)),
         shape=Shape.from_config(found.to_dict()),
         new_head=new_head,
