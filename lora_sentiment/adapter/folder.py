@@ -52,7 +52,7 @@ class DataRecord(Section):
     """Fingerprint of the training rows."""
     validation_sha256: str
     """Fingerprint of the validation rows."""
-    carved_test_sha256: str | None
+    carved_test_sha256: str | None = None
     """Fingerprint of the test rows where they were carved out of train, or null."""
 
 
