@@ -10,9 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.architecture import HEAD, Shape
