@@ -22,6 +22,7 @@ def test_sorted_batches_give_each_rows_own_logits_in_order(tiny_base, monkeypatc
     logits = predict_logits(model, encoded, accelerator=Accelerator())
     assert model.training
     model.eval()
+    # 1e-5: what is promised for fp32; another padded shape adds up in another order.
     for row, text in zip(logits, texts, strict=True):
         alone = model(**{"input_ids": base.tokenizer(text, return_tensors="pt")["input_ids"]}).logits[0]
-        np.testing.assert_allclose(row, alone.detach().numpy(), atol=1e-6)
+        np.testing.assert_allclose(row, alone.detach().numpy(), atol=1e-5)
