@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -101,6 +102,8 @@ def _is_main() -> bool:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; what this package raises on purpose is shown as a message, without a traceback."""
     is_main = _is_main()
+    # transformers' own deprecations are no news to a user of this package.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%X", force=True)
     logging.getLogger("lora_sentiment").setLevel(logging.INFO if is_main else logging.WARNING)
     try:
@@ -110,3 +113,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         typer.echo(f"error{who}: {error}", err=True)
         sys.exit(1)
     sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

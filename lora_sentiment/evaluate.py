@@ -79,13 +79,21 @@ def _read(card: Card, source: str | None, split: str) -> Rows:
         # A lone file is what to judge on, whatever split its maker called it.
         given = config.model_copy(update={"source": source, "config": None, "revision": None})
         return load_rows(given, split=split, labels=labels)[0]
-    if split == "test" and (found := load_test(config, labels=labels)):
+    try:
+        return _read_recorded(card, split)
+    except DataError as error:
+        raise DataError(f"{error}; other rows can be named with --source") from error
+
+
+def _read_recorded(card: Card, split: str) -> Rows:
+    config = card.data.config
+    if split == "test" and (found := load_test(config, labels=tuple(card.labels))):
         return found[0]
     data = load_data(config)
     carved, recorded = data.validation, card.data.validation_sha256
     if split == "test":
         if data.carved_test is None or card.data.carved_test_sha256 is None:
-            raise DataError(f"{config.source}: has no test split; name rows with --source, or use --split validation")
+            raise DataError(f"{config.source}: has no test split; use --split validation")
         carved, recorded = data.carved_test, card.data.carved_test_sha256
     if carved.fingerprint() != recorded:
         raise AdapterError(

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -39,13 +39,6 @@ class Recipe(Section):
             return {**values, "method": {"kind": "lora", **method}}
         return values
 
-    @model_validator(mode="after")
-    def _engine_can_run(self) -> Self:
-        if self.train.engine == "fast" and (self.method.kind == "full" or self.train.gradient_checkpointing):
-            why = "method.kind=full" if self.method.kind == "full" else "train.gradient_checkpointing"
-            raise ValueError(f"train.engine=fast cannot run with {why}; set train.engine=auto")
-        return self
-
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
         """Read a recipe file and apply overrides.
@@ -69,6 +62,7 @@ class Recipe(Section):
             recipe = cls.model_validate(values)
         except ValidationError as error:
             faults += [f"{path}: {fault}" for fault in _faults(error)]
+        faults += [f"{path}: {fault}" for fault in _conflicts(values)]
         if faults:
             raise RecipeError("\n".join(faults))
         return recipe
@@ -76,7 +70,7 @@ class Recipe(Section):
     @property
     def folder(self) -> Path:
         """The adapter folder that a run of this recipe writes."""
-        return Path(self.output.dir or f"adapters/{self.name}")
+        return Path(self.output.dir or f"adapters/{self.name}").expanduser()
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, defaults included, as YAML that `load` reads back equal."""
@@ -178,6 +172,26 @@ def _faults(error: ValidationError) -> list[str]:
 
 def _is_tag(part: str) -> bool:
     return part in ("str", "int", "float", "bool") or part.startswith(("dict[", "tuple[", "literal[", "function-"))
+
+
+def _conflicts(values: dict[str, Any]) -> list[str]:
+    """Return the faults that only two sections together make."""
+
+    def stated(section: str, key: str) -> Any:
+        found = values.get(section)
+        return found.get(key) if isinstance(found, dict) else None
+
+    clashes = {
+        "method.kind=full": stated("method", "kind") == "full",
+        "train.gradient_checkpointing=true": stated("train", "gradient_checkpointing") is True,
+    }
+    if stated("train", "engine") != "fast":
+        return []
+    return [
+        f"train.engine: fast cannot run with {clash}; set train.engine=auto"
+        for clash, holds in clashes.items()
+        if holds
+    ]
 
 
 def _explain(item: Any) -> str:

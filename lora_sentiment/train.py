@@ -78,6 +78,7 @@ class _Verdict:
     logits: dict[str, NDArray[np.float32]]
     scores: dict[str, Mapping[str, Interval]]
     seen_test_rows: int = 0
+    test_fault: DataError | None = None
 
 
 def train(recipe: Recipe) -> Run:
@@ -115,13 +116,18 @@ def train(recipe: Recipe) -> Run:
     aside = run_folder / "adapter"
     # Saved before the test split is read: a bad row there must not cost the run.
     card = _save_adapter(recipe, setup, accelerator, aside) if accelerator.is_main_process else None
-    verdict = _judge(recipe, setup, encoded, accelerator, aside)
+    verdict = _judge(recipe, setup, encoded, accelerator)
     report: dict[str, Any] = {}
     if card is not None:
         report = _save_report(recipe, setup, card, history, verdict, aside)
         adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
         log.info("saved and verified: %s", recipe.folder)
     accelerator.end_training()
+    if verdict.test_fault is not None:
+        raise DataError(
+            f"{verdict.test_fault}\nthe adapter is saved in {recipe.folder}, judged on validation only; mend the rows, "
+            "or name others: lora-sentiment evaluate ADAPTER --source ROWS"
+        ) from verdict.test_fault
     return Run(recipe.folder, history, report)
 
 
@@ -232,21 +238,16 @@ def _save_adapter(recipe: Recipe, setup: _Setup, accelerator: Accelerator, folde
     )
 
 
-def _judge(
-    recipe: Recipe, setup: _Setup, encoded: dict[str, Encoded], accelerator: Accelerator, aside: Path
-) -> _Verdict:
+def _judge(recipe: Recipe, setup: _Setup, encoded: dict[str, Encoded], accelerator: Accelerator) -> _Verdict:
     """Score validation and test; this is the one place where the test split is read."""
     data = setup.data
     verdict = _Verdict(dict(data.counts), dict(encoded), {}, {})
-    try:
-        found = None if data.carved_test else load_test(recipe.data, labels=data.labels)
-    except DataError as error:
-        raise DataError(
-            f"{error}\nthe trained adapter is safe in {aside}; mend the rows and evaluate it there"
-        ) from error
     rows = data.carved_test
-    if found:
-        rows, verdict.counts["test"] = found
+    try:
+        if rows is None and (found := load_test(recipe.data, labels=data.labels)):
+            rows, verdict.counts["test"] = found
+    except DataError as error:
+        verdict.test_fault = error
     if rows is not None:
         verdict.encoded["test"] = _encode(rows, "test", setup, recipe, accelerator)
         verdict.seen_test_rows = len(rows) - sum(text not in setup.data.seen_texts for text in rows.texts)

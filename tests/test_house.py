@@ -1,6 +1,8 @@
 """The structure that CONTRIBUTING.md promises, read from the syntax trees."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,9 +116,13 @@ def test_the_error_tree_is_the_one_its_docstring_draws():
     assert all(issubclass(value, errors.LoraSentimentError) for value in classes.values())
 
 
-def test_exported_names_exist():
-    assert all(getattr(lora_sentiment, name) is not None for name in lora_sentiment.__all__)
-    assert not hasattr(lora_sentiment, "nothing")
+def test_the_readmes_imports_work_in_a_fresh_process():
+    """A function and a module of one name cannot both be had from the package."""
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if line.startswith("from lora_sentiment")]
+    assert len(lines) >= 2
+    code = "\n".join([*lines, "assert callable(train) and callable(Recipe.load)"])
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

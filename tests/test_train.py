@@ -152,11 +152,20 @@ def test_nothing_is_left_in_place_of_an_adapter_when_a_run_fails(toy_recipe):
     assert not (toy_recipe.parent / "adapter").exists()
 
 
-def test_a_bad_test_row_costs_the_report_and_not_the_adapter(toy_recipe):
+def test_a_bad_test_row_costs_the_test_figures_and_not_the_run(toy_recipe):
     (toy_recipe.parent / "test.csv").write_text("text,label\nfine,positive\nfine,nobody\n")
-    with pytest.raises(DataError, match=r"(?s)row 2: label 'nobody'.*the trained adapter is safe in"):
+    with pytest.raises(DataError, match=r"(?s)row 2: label 'nobody'.*the adapter is saved in .*validation only"):
         run(toy_recipe)
-    assert load(toy_recipe.parent / "adapter.run/adapter").card.labels == ["negative", "positive"]
+    assert load(toy_recipe.parent / "adapter").card.labels == ["negative", "positive"]
+    report = json.loads((toy_recipe.parent / "adapter/report.json").read_text())
+    assert "validation" in report
+    assert "test" not in report
+
+
+def test_an_adapter_that_an_earlier_run_left_is_not_deleted(toy_recipe):
+    left = toy_recipe.parent / "adapter.run/adapter"
+    left.mkdir(parents=True)
+    (left / "card.json").write_text("{}")
     with pytest.raises(RecipeError, match="holds an adapter of an earlier run"):
         run(toy_recipe)
 

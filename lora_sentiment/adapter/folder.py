@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lora_sentiment.data.config import DataConfig
-from lora_sentiment.errors import AdapterError
+from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.model.base import Base, hash_tokenizer, load_base
 from lora_sentiment.model.config import Method, ModelConfig
 from lora_sentiment.model.methods import make_trainable, trainable_tensors
@@ -198,7 +198,10 @@ def load(folder: Path, *, base: str | None = None) -> Loaded:
     config = ModelConfig(
         name=base or card.base.name, revision=None if base else card.base.revision, max_length=card.max_length
     )
-    loaded = load_base(config, labels=tuple(card.labels))
+    try:
+        loaded = load_base(config, labels=tuple(card.labels))
+    except ModelError as error:
+        raise ModelError(f"{error}; if the base is elsewhere now, name it with --base") from error
     if loaded.sha256 != card.base.base_sha256:
         raise AdapterError(
             f"{folder}: was trained on the base {card.base.name!r} with hash {card.base.base_sha256[:12]}; "
@@ -290,6 +293,8 @@ def _save_weights(folder: Path, model: nn.Module, base: Base) -> None:
         tensors, name = dict(trainable_tensors(model)), CHANGED_WEIGHTS
     contiguous = {key: tensors[key].detach().to("cpu").contiguous() for key in sorted(tensors)}
     save_file(contiguous, folder / name, metadata={"format": "pt"})
+    # safetensors writes for the owner alone, where every other file here can be read by all.
+    (folder / name).chmod(0o644)
     # What the last call set must not travel: other runtimes would cut every text at it.
     base.tokenizer.backend_tokenizer.no_truncation()
     base.tokenizer.backend_tokenizer.no_padding()

@@ -196,8 +196,8 @@ def carve(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
     for label in np.unique(rows.labels):
         if carved[rows.labels == label].all():
             raise DataError(
-                f"label {label} has too few distinct texts to split ({int((rows.labels == label).sum())} rows); "
-                "give more rows of it, or name a validation split in data.source"
+                f"label number {label} (from 0) has too few distinct texts to carve {fraction:.0%} out of its "
+                f"{int((rows.labels == label).sum())} rows; give more rows, carve less, or name a split in data.source"
             )
     return rows.take(np.flatnonzero(~carved)), rows.take(np.flatnonzero(carved))
 

@@ -31,12 +31,19 @@ class Source:
 
 
 def find_source(config: DataConfig) -> Source:
-    """Resolve `data.source` to splits without reading a row."""
+    """Resolve `data.source` to splits without reading a row.
+
+    Raises:
+        DataError: If there is no such file or data set, or files are given a Hub data set's options.
+    """
+    if isinstance(config.source, str) and not looks_like_files(config.source):
+        return Source({split: [] for split in _hub_splits(config)}, hub=config.source)
+    for key in ("config", "revision"):
+        if getattr(config, key) is not None:
+            raise DataError(f"data.{key}: found {getattr(config, key)!r}, but {config.source!r} are files")
     if isinstance(config.source, dict):
         return Source({split: _files(config.source[split]) for split in SPLITS if split in config.source})
-    if looks_like_files(config.source):
-        return Source({"train": _files(config.source)})
-    return Source({split: [] for split in _hub_splits(config)}, hub=config.source)
+    return Source({"train": _files(config.source)})
 
 
 def looks_like_files(source: str) -> bool:

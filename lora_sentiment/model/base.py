@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
             has another number of labels, or `max_length` is more than its positions.
     """
     names = dict(enumerate(labels))
+    if config.name.startswith((".", "/", "~")) and not Path(config.name).is_dir():
+        raise ModelError(f"model.name {config.name!r}: no such folder")
+    if config.revision and Path(config.name).is_dir():
+        raise ModelError(f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no revisions")
     with _quiet(), _explain(config.name):
         # Resolved once: a Hub name could move between one file and the next.
         revision = extract_commit_hash(cached_file(config.name, "config.json", revision=config.revision), None)
@@ -83,7 +88,8 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
     return Base(
         model=model,
         tokenizer=tokenizer,
-        name=config.name,
+        # A folder is recorded whole: the adapter must find it from anywhere.
+        name=str(Path(config.name).resolve()) if Path(config.name).is_dir() else config.name,
         revision=revision,
         sha256=hash_tensors(encoder_tensors(model)),
         shape=Shape.from_config(found.to_dict()),
@@ -204,4 +210,4 @@ def _explain(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"model.name {name!r} could not be loaded: {reason}") from error
+        raise ModelError(f"base {name!r} could not be loaded: {reason}") from error

@@ -1,5 +1,6 @@
 """The recipe's `train` section; the names are those of transformers' TrainingArguments."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -74,5 +75,13 @@ class OutputConfig(Section):
 
     dir: str | None = None
     """Adapter folder to write; by default adapters/<name>."""
+
+    @field_validator("dir")
+    @classmethod
+    def _dir_has_a_name(cls, folder: str | None) -> str | None:
+        if folder is not None and Path(folder).name in ("", ".."):
+            raise ValueError(f"found {folder!r}; allowed: a folder with a name of its own, such as adapters/mine")
+        return folder
+
     overwrite: bool = False
     """Replace an existing adapter folder; otherwise it is refused before anything is loaded."""

@@ -174,6 +174,12 @@ def test_a_missing_file_and_an_empty_glob_say_so(toy):
         load_data(DataConfig(source=str(toy / "x*.csv")))
 
 
+@pytest.mark.parametrize("key", ["config", "revision"])
+def test_files_have_no_hub_options(toy, key):
+    with pytest.raises(DataError, match=f"data.{key}: found 'x', but .* are files"):
+        load_data(config(toy, **{key: "x"}))
+
+
 def test_a_glob_reads_all_its_files(toy):
     data = load_data(DataConfig(source=str(toy / "*.csv")))
     assert data.counts["train"].read == 161
@@ -217,7 +223,7 @@ def test_a_carve_is_stratified_and_its_seed_decides():
 
 
 def test_a_carve_that_would_empty_a_label_is_refused():
-    with pytest.raises(DataError, match="label 1 has too few distinct texts"):
+    with pytest.raises(DataError, match=r"label number 1 \(from 0\) has too few distinct texts"):
         carve(make_rows(["a", "b", "c", "d", "d"], [0, 0, 0, 1, 1]), fraction=0.3, seed=0)
 
 

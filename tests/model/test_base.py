@@ -103,8 +103,20 @@ def test_a_checkpoint_that_leaves_encoder_tensors_unfilled_is_refused(tiny_base,
 
 def test_a_name_that_is_nowhere_is_one_line(tmp_path):
     with pytest.raises(ModelError, match="could not be loaded") as raised:
-        load_base(config(tmp_path / "nothing"), labels=LABELS)
+        load_base(config("nothing/here"), labels=LABELS)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_not_there_or_has_no_revisions_says_so(tmp_path, tiny_base):
+    with pytest.raises(ModelError, match="no such folder"):
+        load_base(config(tmp_path / "nothing"), labels=LABELS)
+    with pytest.raises(ModelError, match="is a folder, which has no revisions"):
+        load_base(config(tiny_base, revision="abc"), labels=LABELS)
+
+
+def test_a_relative_folder_is_recorded_whole(tiny_base, monkeypatch):
+    monkeypatch.chdir(tiny_base.parent)
+    assert load_base(config(tiny_base.name), labels=LABELS).name == str(tiny_base)
 
 
 @pytest.mark.parametrize(
