@@ -13,8 +13,8 @@ from torch.autograd import Function
 from torch.nn import functional
 
 # On a CPU, fused attention is the faster one for fp32 inference from about this length, and keeps less for training at
-# the same speed. Below it, and always in bf16 or fp16, explicit products win. Measured in fp32 on
-# AVX2 cores; a constant and never a timing at run time, because results must repeat.
+# the same speed (measured in fp32 on AVX2 cores). Shorter dtypes take explicit products at every length, which earlier
+# measurements on AMX cores favoured. A constant and never a timing at run time, because results must repeat.
 FUSED_ATTENTION_FROM = 192
 
 # Attention weights per chunk of examples: 8 MiB in fp32 stay in the cache between the passes over them, and below the
