@@ -15,7 +15,11 @@ from lora_sentiment.errors import LoraSentimentError
 from lora_sentiment.recipe import Recipe, make_schema
 
 app = typer.Typer(
-    name="lora-sentiment", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    name="lora-sentiment",
+    help="Fine-tune DistilBERT classifiers with LoRA, and judge them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
@@ -104,7 +108,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     is_main = _is_main()
     # transformers' own deprecations are no news to a user of this package.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%X", force=True)
+    # Not the root logger: the Hub client shows its own lines, which would then stand twice.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
+    logging.getLogger("lora_sentiment").handlers = [handler]
     logging.getLogger("lora_sentiment").setLevel(logging.INFO if is_main else logging.WARNING)
     try:
         app(arguments)

@@ -31,7 +31,7 @@ from lora_sentiment.model.config import LoraMethod
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
 from lora_sentiment.model.methods import frozen_tensors, make_trainable
-from lora_sentiment.model.parameters import count_parameters, micro_batch_tokens
+from lora_sentiment.model.parameters import ParameterCounts, count_parameters, micro_batch_tokens
 from lora_sentiment.plots import plot_confusion, plot_training
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.report import make_report, peak_memory
@@ -184,7 +184,7 @@ def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
     return _Setup(data, base, model, dtype, engine, max_tokens)
 
 
-def _counts(recipe: Recipe, base: Base, data: Data) -> Any:
+def _counts(recipe: Recipe, base: Base, data: Data) -> ParameterCounts:
     return count_parameters(base.shape, recipe.method, num_labels=len(data.labels))
 
 

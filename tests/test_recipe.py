@@ -211,6 +211,15 @@ def test_every_recipe_validates_against_class_and_schema(path):
     jsonschema.validate(values, make_schema())
 
 
+def test_the_readmes_recipe_is_a_recipe(write):
+    readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
+    recipe = Recipe.load(write(readme.split("```yaml\n")[1].split("```")[0]))
+    shipped = Recipe.load(RECIPES / "imdb_lora.yaml")
+    assert recipe.method == shipped.method
+    assert recipe.model == shipped.model
+    assert recipe.train.learning_rate == shipped.train.learning_rate
+
+
 def test_reading_a_recipe_imports_nothing_heavy():
     code = (
         "import sys, lora_sentiment.recipe, lora_sentiment.cli, lora_sentiment.model.parameters\n"

@@ -97,7 +97,8 @@ class _ExplainHub:
         ):
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise DataError(
-                f"data.source {self.config.source!r} is no file here and could not be had from the Hub: {reason}"
+                f"data.source {self.config.source!r} is no file here and could not be had from the Hub: {reason}; "
+                "check name and connection, or name files"
             ) from error
 
 
