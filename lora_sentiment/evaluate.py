@@ -11,7 +11,7 @@ from lora_sentiment.data.rows import Rows, load_data, load_rows, load_test
 from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.metrics import score
 from lora_sentiment.evaluation.statistics import Interval
-from lora_sentiment.launch import make_accelerator
+from lora_sentiment.launch import join_launch, make_accelerator
 from lora_sentiment.model.base import resolve_dtype
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
@@ -55,7 +55,7 @@ def evaluate(
     """
     if split not in ("test", "validation"):
         raise DataError(f"split: found {split!r}; allowed: test, validation")
-    accelerator = make_accelerator(dtype)
+    accelerator = make_accelerator(join_launch(), dtype)
     loaded = load(folder, base=base)
     card = loaded.card
     compute_dtype = resolve_dtype(dtype, accelerator.device)

@@ -46,20 +46,20 @@ def join_launch() -> PartialState:
 
 
 def make_accelerator(
-    dtype_name: str, *, report_to: tuple[str, ...] = (), run_folder: Path | None = None
+    state: PartialState, dtype_name: str, *, report_to: tuple[str, ...] = (), run_folder: Path | None = None
 ) -> Accelerator:
     """Return the Accelerator for a compute dtype.
 
     Args:
+        state: What `join_launch` returned.
         dtype_name: The recipe's `model.dtype`.
         report_to: Accelerate trackers beside the csv.
         run_folder: Where trackers write; None for no trackers.
 
     Raises:
-        RecipeError: As `join_launch`, and if the launcher was told another precision or a tracker is not installed.
+        RecipeError: If the launcher was told another precision or a tracker is not installed.
         ModelError: If the dtype cannot be computed on this device.
     """
-    state = join_launch()
     dtype = resolve_dtype(dtype_name, state.device)
     if dtype == torch.float16 and state.device.type == "cpu":
         raise ModelError("model.dtype=float16 needs a GPU; on this CPU use auto, float32 or bfloat16")

@@ -91,7 +91,7 @@ def train(recipe: Recipe) -> Run:
     """
     state = join_launch()
     run_folder = _claim(recipe, state)
-    accelerator = make_accelerator(recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder)
+    accelerator = make_accelerator(state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder)
     setup = _set_up(recipe, accelerator)
     encoded = {
         "train": _encode(setup.data.train, "train", setup, recipe, accelerator),

@@ -5,7 +5,7 @@ import torch
 from accelerate import PartialState
 
 from lora_sentiment.errors import ModelError, RecipeError
-from lora_sentiment.launch import make_accelerator, set_threads
+from lora_sentiment.launch import join_launch, make_accelerator, set_threads
 
 
 @pytest.mark.parametrize(
@@ -20,18 +20,18 @@ from lora_sentiment.launch import make_accelerator, set_threads
 def test_launch_settings_that_disagree_are_refused_by_name(monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
     with pytest.raises(RecipeError, match=message):
-        make_accelerator("float32")
+        make_accelerator(join_launch(), "float32")
 
 
 def test_a_launch_setting_that_agrees_is_fine(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert make_accelerator("float32").mixed_precision == "no"
+    assert make_accelerator(join_launch(), "float32").mixed_precision == "no"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is right on a GPU")
 def test_fp16_on_a_cpu_is_refused():
     with pytest.raises(ModelError, match="float16 needs a GPU"):
-        make_accelerator("float16")
+        make_accelerator(join_launch(), "float16")
 
 
 def test_threads_are_the_usable_cores_divided_among_local_processes(monkeypatch):
