@@ -7,11 +7,13 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from lora_sentiment.data.config import report_roles
 from lora_sentiment.errors import LoraSentimentError
+from lora_sentiment.model.parameters import show_parameters
 from lora_sentiment.recipe import Recipe, make_schema
 
 app = typer.Typer(
@@ -43,14 +45,12 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = F
         return
     parameters = run.report["parameters"]
     typer.echo(f"adapter     {run.adapter}")
-    typer.echo(
-        f"trainable   {parameters['adapter']:,} adapter + {parameters['head']:,} head = {parameters['trainable']:,} "
-        f"({parameters['share']:.3%} of {parameters['base']:,}); {parameters['adapter_bytes']:,} bytes saved"
-    )
-    for split in ("validation", "test"):
-        if split in run.report:
-            typer.echo(f"{split} (95 % intervals)")
-            _show_scores(run.report[split])
+    typer.echo(f"parameters  {show_parameters(parameters)}; {parameters['adapter_bytes']:,} bytes saved")
+    if "quantisation" in run.report:
+        typer.echo(f"quantised   {run.report['quantisation']['verdict']}")
+    for role in report_roles(run.report):
+        typer.echo(f"{role} (95 % intervals)")
+        _show_scores(run.report[role])
 
 
 @app.command()
@@ -60,7 +60,7 @@ def evaluate(
         str | None, typer.Option(help="Judge on this file or Hub data set instead of the recorded one.")
     ] = None,
     split: Annotated[
-        Literal["test", "validation"], typer.Option(help="test, or validation as training carved it.")
+        str, typer.Option(help="A judged role, such as test, or validation; of --source a split's own name.")
     ] = "test",
     base: Annotated[str | None, typer.Option(help="Where to find the base, if not where the card says.")] = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")] = "auto",
@@ -95,8 +95,9 @@ def schema() -> None:
 def _show_scores(scores: Mapping[str, Any]) -> None:
     from lora_sentiment.evaluation.statistics import show_interval
 
+    width = max(map(len, scores))
     for metric, interval in scores.items():
-        typer.echo(f"  {metric:<9} {show_interval(interval)}")
+        typer.echo(f"  {metric:<{width}} {show_interval(interval)}")
 
 
 def _is_main() -> bool:

@@ -3,13 +3,14 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_sentiment.adapter.folder import Card, load
 from lora_sentiment.data.batches import encode
-from lora_sentiment.data.rows import Rows, load_data, load_rows, load_test
+from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
+from lora_sentiment.data.sources import find_source
 from lora_sentiment.errors import AdapterError, DataError
-from lora_sentiment.evaluation.metrics import score
+from lora_sentiment.evaluation.calibration import score_calibrated
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.launch import join_launch, make_accelerator
 from lora_sentiment.model.base import resolve_dtype
@@ -36,7 +37,7 @@ def evaluate(
     folder: Path,
     *,
     source: str | None = None,
-    split: Literal["test", "validation"] = "test",
+    split: str = "test",
     base: str | None = None,
     dtype: str = "auto",
 ) -> Evaluation:
@@ -45,7 +46,8 @@ def evaluate(
     Args:
         folder: An adapter folder; its base is found where the card says and its hash checked.
         source: Rows to judge on instead of the recorded source: a file or Hub data set, read with the recorded columns.
-        split: `test`, or `validation` as training carved it.
+        split: A judged role, such as `test`, or `validation` as training had it; of a source given now, the name of
+            its split.
         base: Where to find the base, if not where the card says.
         dtype: Compute dtype, as `model.dtype` of a recipe.
 
@@ -53,10 +55,8 @@ def evaluate(
         AdapterError: If the folder, base or tokenizer is not the one that was saved.
         DataError: If the rows cannot be read, or there is no such split.
     """
-    if split not in ("test", "validation"):
-        raise DataError(f"split: found {split!r}; allowed: test, validation")
     accelerator = make_accelerator(join_launch(), dtype)
-    loaded = load(folder, base=base)
+    loaded = load(folder, base=base, device=accelerator.device)
     card = loaded.card
     compute_dtype = resolve_dtype(dtype, accelerator.device)
     model = loaded.model.requires_grad_(False).to(accelerator.device, compute_dtype)
@@ -68,7 +68,7 @@ def evaluate(
         rows, tokenizer=loaded.tokenizer, max_length=card.max_length, truncation=card.truncation, progress=main
     )
     logits = predict_logits(model, encoded, accelerator=accelerator, progress=split if main else None)
-    found = score(logits, encoded.labels)
+    found = score_calibrated(logits, encoded.labels, calibration=card.calibration)
     return Evaluation(split=split, num_rows=len(rows), scores=found)
 
 
@@ -85,19 +85,27 @@ def _read(card: Card, source: str | None, split: str) -> Rows:
         raise DataError(f"{error}; other rows can be named with --source") from error
 
 
-def _read_recorded(card: Card, split: str) -> Rows:
+def _read_recorded(card: Card, role: str) -> Rows:
+    """Return the rows that training judged or chose on, by their role."""
     config = card.data.config
-    if split == "test" and (found := load_test(config, labels=tuple(card.labels))):
-        return found[0]
+    judged = find_source(config).judged
+    if role in judged:
+        rows, counts = load_judged(config, role=role, labels=tuple(card.labels))
+        if rows is None:
+            raise DataError(f"{config.source}: the {counts.read:,} rows of {role} have no labels (all are -1)")
+        return rows
+    allowed = [*(judged or ["test"]), "validation"]
+    if role not in allowed:
+        raise DataError(f"split: found {role!r}; allowed: {', '.join(allowed)}")
     data = load_data(config)
     carved, recorded = data.validation, card.data.validation_sha256
-    if split == "test":
+    if role != "validation":
         if data.carved_test is None or card.data.carved_test_sha256 is None:
             raise DataError(f"{config.source}: has no test split; use --split validation")
         carved, recorded = data.carved_test, card.data.carved_test_sha256
     if carved.fingerprint() != recorded:
         raise AdapterError(
-            f"{config.source}: changed since training, so its {split} rows are other ones and may have been trained "
+            f"{config.source}: changed since training, so its {role} rows are other ones and may have been trained "
             "on; name rows with --source"
         )
     return carved

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import RecipeError
-from lora_sentiment.model.config import FullMethod, LoraMethod, Method, ModelConfig
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.method_config import METHODS, Method, why_not_quantised
 from lora_sentiment.section import Section, did_you_mean
 from lora_sentiment.training.config import OutputConfig, TrainConfig
 
@@ -164,7 +165,7 @@ def _faults(error: ValidationError) -> list[str]:
     for item in error.errors(include_url=False):
         # The union's own tags ('lora', 'str', 'literal[...]') stand in `loc` beside the keys a person wrote.
         key = ".".join(str(part) for part in item["loc"] if not _is_tag(str(part)))
-        if item["loc"][:1] == ("method",) and len(item["loc"]) > 2 and item["loc"][1] in ("lora", "full"):
+        if item["loc"][:1] == ("method",) and len(item["loc"]) > 1 and item["loc"][1] in METHODS:
             key = ".".join(["method", *[str(p) for p in item["loc"][2:] if not _is_tag(str(p))]])
         lines.setdefault(key, []).append(_explain(item))
     return [f"{key}: ".removeprefix(": ") + " or ".join(dict.fromkeys(texts)) for key, texts in lines.items()]
@@ -181,17 +182,33 @@ def _conflicts(values: dict[str, Any]) -> list[str]:
         found = values.get(section)
         return found.get(key) if isinstance(found, dict) else None
 
+    kind = stated("method", "kind") or "lora"
+    quantize = stated("model", "quantize") or "none"
+    faults = []
+    if quantize != "none" and (reason := _refusal(values.get("method") or {}, kind)):
+        faults.append(f"model.quantize: {quantize} cannot be: {reason}; set model.quantize=none")
+    if kind == "full" and stated("model", "head") in ("classifier", "low_rank"):
+        faults.append("model.head: method full trains the whole head; set model.head=full")
     clashes = {
-        "method.kind=full": stated("method", "kind") == "full",
+        f"method.kind={kind}": kind in ("adalora", "ia3", "vera"),
+        "method.use_dora=true": stated("method", "use_dora") is True,
+        f"model.quantize={quantize}": quantize != "none",
         "train.gradient_checkpointing=true": stated("train", "gradient_checkpointing") is True,
     }
-    if stated("train", "engine") != "fast":
-        return []
-    return [
-        f"train.engine: fast cannot run with {clash}; set train.engine=auto"
-        for clash, holds in clashes.items()
-        if holds
-    ]
+    if stated("train", "engine") == "fast":
+        faults += [
+            f"train.engine: fast cannot run with {clash}; set train.engine=auto" for clash in clashes if clashes[clash]
+        ]
+    return faults
+
+
+def _refusal(section: Any, kind: Any) -> str | None:
+    """Return why the method of a recipe cannot be on a quantised base, as far as its section can be read."""
+    try:
+        method = TypeAdapter(Method).validate_python({**section, "kind": kind})
+    except (ValidationError, TypeError):
+        return None  # reported already, as a fault of the section itself
+    return why_not_quantised(method)
 
 
 def _explain(item: Any) -> str:
@@ -223,7 +240,7 @@ def _keys_of(loc: tuple[int | str, ...]) -> list[str]:
     if len(loc) == 1:
         return list(Recipe.model_fields)
     if loc[0] == "method":
-        return list((FullMethod if loc[1] == "full" else LoraMethod).model_fields)
+        return list(METHODS[str(loc[1])].model_fields)
     section = Recipe.model_fields[str(loc[0])].annotation
     assert isinstance(section, type)
     assert issubclass(section, BaseModel)

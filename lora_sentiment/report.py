@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.rows import Counts
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.model.parameters import ParameterCounts
+from lora_sentiment.model.quantisation import Quantisation
 from lora_sentiment.training.loop import History
 
 SCHEMA = 1
@@ -24,22 +26,25 @@ def make_report(
     engine: str,
     counts: Mapping[str, Counts],
     encoded: Mapping[str, Encoded],
-    seen_test_rows: int,
+    seen_rows: Mapping[str, int],
+    quantisation: Quantisation | None,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """Return the report of a finished run.
 
     Args:
-        scores: Split to metric to value and interval.
+        scores: Role to metric to value and interval.
         parameters: What was trained.
         adapter_bytes: Size of the saved tensors on disk.
         history: Steps and evaluations.
         engine: `fast`, or `stock` with the reason.
-        counts: Split to what was done while it was read.
-        encoded: Split to its token ids.
-        seen_test_rows: Test rows whose text stands in train or validation too.
+        counts: Role to what was done while it was read.
+        encoded: Role to its token ids.
+        seen_rows: Judged role to its rows whose text stands in train or validation too.
+        quantisation: What quantising the base saved and cost, where it was quantised.
         peak_memory_bytes: Most memory held, in bytes.
     """
+    quantised = quantisation and quantisation.as_dict(peak_memory_bytes=peak_memory_bytes)
     return {
         "schema": SCHEMA,
         **{split: {name: interval.as_dict() for name, interval in found.items()} for split, found in scores.items()},
@@ -55,8 +60,9 @@ def make_report(
             "engine": engine,
             "evaluations": [vars(point) for point in history.evaluations],
         },
+        **({"quantisation": quantised} if quantised else {}),
         "data": {
-            "seen_test_rows": seen_test_rows,
+            "seen_rows": dict(seen_rows),
             **{split: found.as_dict() for split, found in counts.items()},
             "tokens": {
                 split: {
@@ -75,11 +81,14 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes held so far: allocated on a CUDA device, resident in this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage, which on Linux starts from the peak of the process that started this one.
+        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
     if sys.platform == "win32":
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    # Linux counts kibibytes, macOS bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

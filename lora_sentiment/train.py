@@ -6,7 +6,7 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,25 @@ from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, encode
-from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_test
+from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
 from lora_sentiment.errors import DataError, ModelError, RecipeError, TrainingError
-from lora_sentiment.evaluation.metrics import confusion_matrix, score
+from lora_sentiment.evaluation.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated
+from lora_sentiment.evaluation.metrics import confusion_matrix
 from lora_sentiment.evaluation.statistics import Interval, show_interval
+from lora_sentiment.files import write_json
 from lora_sentiment.launch import join_launch, make_accelerator
 from lora_sentiment.model.base import Base, hash_tensors, load_base, resolve_dtype
-from lora_sentiment.model.config import LoraMethod
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
-from lora_sentiment.model.methods import frozen_tensors, make_trainable
+from lora_sentiment.model.method_config import PeftMethod
+from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_trainable
 from lora_sentiment.model.parameters import ParameterCounts, count_parameters, micro_batch_tokens
+from lora_sentiment.model.quantisation import Quantisation, measure_quantisation
 from lora_sentiment.plots import plot_confusion, plot_training
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.report import make_report, peak_memory
-from lora_sentiment.training.loop import History, fit
+from lora_sentiment.training.loop import History, count_steps, fit
+from lora_sentiment.training.losses import make_class_weights
 
 log = logging.getLogger("lora_sentiment")
 
@@ -67,18 +71,19 @@ class _Setup:
     dtype: torch.dtype
     engine: str
     max_tokens: int
+    quantisation: Quantisation | None
 
 
 @dataclass
 class _Verdict:
-    """What a trained model answers: everything by split."""
+    """What a trained model answers: everything by role."""
 
     counts: dict[str, Counts]
     encoded: dict[str, Encoded]
     logits: dict[str, NDArray[np.float32]]
-    scores: dict[str, Mapping[str, Interval]]
-    seen_test_rows: int = 0
-    test_fault: DataError | None = None
+    scores: dict[str, Mapping[str, Interval]] = field(default_factory=dict)
+    seen_rows: dict[str, int] = field(default_factory=dict)
+    faults: list[DataError] = field(default_factory=list)
 
 
 def train(recipe: Recipe) -> Run:
@@ -106,6 +111,7 @@ def train(recipe: Recipe) -> Run:
         validation=encoded["validation"],
         numbers=setup.data.train.numbers,
         config=recipe.train,
+        method=recipe.method,
         accelerator=accelerator,
         max_tokens=setup.max_tokens,
     )
@@ -113,21 +119,27 @@ def train(recipe: Recipe) -> Run:
         raise TrainingError(
             "a frozen tensor of the base changed during training; nothing was saved; please report this"
         )
+    make_head_dense(setup.model)
     aside = run_folder / "adapter"
-    # Saved before the test split is read: a bad row there must not cost the run.
-    card = _save_adapter(recipe, setup, accelerator, aside) if accelerator.is_main_process else None
-    verdict = _judge(recipe, setup, encoded, accelerator)
+    logits = _predict(setup, encoded["validation"], "validation", accelerator)
+    calibration = {"temperature": fit_temperature(logits, encoded["validation"].labels)}
+    log.info("temperature fitted on validation: %.3f, within %s to %s", calibration["temperature"], *TEMPERATURE_BOUNDS)
+    # Saved before what is judged is read: a bad row there must not cost the run.
+    card = _save_adapter(recipe, setup, accelerator, aside, calibration) if accelerator.is_main_process else None
+    verdict = _Verdict(dict(setup.data.counts), encoded, {"validation": logits})
+    _judge(recipe, setup, verdict, accelerator, calibration)
     report: dict[str, Any] = {}
     if card is not None:
         report = _save_report(recipe, setup, card, history, verdict, aside)
         adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
         log.info("saved and verified: %s", recipe.folder)
     accelerator.end_training()
-    if verdict.test_fault is not None:
+    if verdict.faults:
+        faults = "\n".join(map(str, verdict.faults))
         raise DataError(
-            f"{verdict.test_fault}\nthe adapter is saved in {recipe.folder}, judged on validation only; mend the rows, "
-            "or name others: lora-sentiment evaluate ADAPTER --source ROWS"
-        ) from verdict.test_fault
+            f"{faults}\nthe adapter is saved in {recipe.folder}, judged on {', '.join(verdict.scores)} only; mend the "
+            "rows, or name others: lora-sentiment evaluate ADAPTER --source ROWS"
+        ) from verdict.faults[0]
     return Run(recipe.folder, history, report)
 
 
@@ -162,13 +174,21 @@ def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
     for split, counts in data.counts.items():
         log.info("%s: %s", split, counts)
     log.info("training on %s rows, choosing on %s", f"{len(data.train):,}", f"{len(data.validation):,}")
+    # Before the base is loaded: a wrong number of weights should not cost that time.
+    weights = make_class_weights(recipe.train.class_weights, labels=data.train.labels, names=data.labels)
+    if weights is not None:
+        pairs = zip(data.labels, weights, strict=True)
+        log.info("class weights: %s", ", ".join(f"{name} {weight:.3g}" for name, weight in pairs))
     set_seed(recipe.train.seed)
-    base = load_base(recipe.model, labels=data.labels)
+    base = load_base(recipe.model, labels=data.labels, device=accelerator.device)
     dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
     log.info(
         "base %s (%s): %s", base.name, "new head" if base.new_head else "its own head", _counts(recipe, base, data)
     )
-    model = make_trainable(base, recipe.method, dtype=dtype).to(accelerator.device)
+    quantisation = _measure(recipe, base, data, dtype, accelerator) if recipe.model.quantize != "none" else None
+    num_steps = count_steps(len(data.train), recipe.train)
+    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps)
+    model = model.to(accelerator.device)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     engine = _choose_engine(model, recipe.train.engine, dtype)
@@ -181,11 +201,23 @@ def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
     log.info(
         "%s on %s, %s engine, micro-batches of at most %s tokens", dtype, accelerator.device, engine, f"{max_tokens:,}"
     )
-    return _Setup(data, base, model, dtype, engine, max_tokens)
+    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation)
 
 
 def _counts(recipe: Recipe, base: Base, data: Data) -> ParameterCounts:
-    return count_parameters(base.shape, recipe.method, num_labels=len(data.labels))
+    return count_parameters(base.shape, recipe.method, recipe.model, num_labels=len(data.labels))
+
+
+def _measure(recipe: Recipe, base: Base, data: Data, dtype: torch.dtype, accelerator: Accelerator) -> Quantisation:
+    """Hold a quantised base against the unquantised one before anything is wrapped around it."""
+    return measure_quantisation(
+        base,
+        recipe.model,
+        labels=data.labels,
+        input_ids=_probe_ids(base, recipe.model.max_length),
+        dtype=dtype,
+        device=accelerator.device,
+    )
 
 
 def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
@@ -212,7 +244,9 @@ def _encode(rows: Rows, split: str, setup: _Setup, recipe: Recipe, accelerator: 
     return found
 
 
-def _save_adapter(recipe: Recipe, setup: _Setup, accelerator: Accelerator, folder: Path) -> adapter_folder.Card:
+def _save_adapter(
+    recipe: Recipe, setup: _Setup, accelerator: Accelerator, folder: Path, calibration: dict[str, float]
+) -> adapter_folder.Card:
     """Write weights, tokenizer and card, and hold the rebuilt model against the trained one."""
     data = setup.data
     with accelerator.autocast():
@@ -232,34 +266,43 @@ def _save_adapter(recipe: Recipe, setup: _Setup, accelerator: Accelerator, folde
             carved_test_sha256=data.carved_test.fingerprint() if data.carved_test else None,
         ),
         machine=_machine(setup),
+        calibration=calibration,
         trained=trained,
         # bf16 keeps eight bits of a value; the rebuilt model is fp32.
         tolerance=1e-4 if setup.dtype == torch.float32 else 0.1,
     )
 
 
-def _judge(recipe: Recipe, setup: _Setup, encoded: dict[str, Encoded], accelerator: Accelerator) -> _Verdict:
-    """Score validation and test; this is the one place where the test split is read."""
+def _judge(
+    recipe: Recipe, setup: _Setup, verdict: _Verdict, accelerator: Accelerator, calibration: dict[str, float]
+) -> None:
+    """Score validation and every judged role; this is the one place where what is judged is read."""
     data = setup.data
-    verdict = _Verdict(dict(data.counts), dict(encoded), {}, {})
-    rows = data.carved_test
-    try:
-        if rows is None and (found := load_test(recipe.data, labels=data.labels)):
-            rows, verdict.counts["test"] = found
-    except DataError as error:
-        verdict.test_fault = error
-    if rows is not None:
-        verdict.encoded["test"] = _encode(rows, "test", setup, recipe, accelerator)
-        verdict.seen_test_rows = len(rows) - sum(text not in setup.data.seen_texts for text in rows.texts)
-        log.info("test: %d of its texts stand in train or validation too", verdict.seen_test_rows)
-    for split in [name for name in verdict.encoded if name != "train"]:
-        split_rows = verdict.encoded[split]
-        bar = split if accelerator.is_main_process else None
-        logits = predict_logits(setup.model, split_rows, accelerator=accelerator, progress=bar)
-        verdict.logits[split] = logits
-        verdict.scores[split] = score(logits, split_rows.labels)
-        log.info("%s: accuracy %s", split, show_interval(verdict.scores[split]["accuracy"].as_dict()))
-    return verdict
+    rows = {"test": data.carved_test} if data.carved_test else {}
+    for role in data.judged:
+        try:
+            found, verdict.counts[role] = load_judged(recipe.data, role=role, labels=data.labels)
+        except DataError as error:
+            verdict.faults.append(error)
+            continue
+        if found is None:
+            num_rows = f"{verdict.counts[role].read:,}"
+            log.warning("%s: %s rows without labels (all are -1): not judged", role, num_rows)
+        else:
+            rows[role] = found
+    for role, judged in rows.items():
+        verdict.encoded[role] = _encode(judged, role, setup, recipe, accelerator)
+        verdict.seen_rows[role] = sum(text in data.seen_texts for text in judged.texts)
+        log.info("%s: %d of its texts stand in train or validation too", role, verdict.seen_rows[role])
+        verdict.logits[role] = _predict(setup, verdict.encoded[role], role, accelerator)
+    for role, logits in verdict.logits.items():
+        verdict.scores[role] = score_calibrated(logits, verdict.encoded[role].labels, calibration=calibration)
+        log.info("%s: accuracy %s", role, show_interval(verdict.scores[role]["accuracy"].as_dict()))
+
+
+def _predict(setup: _Setup, rows: Encoded, role: str, accelerator: Accelerator) -> NDArray[np.float32]:
+    bar = role if accelerator.is_main_process else None
+    return predict_logits(setup.model, rows, accelerator=accelerator, progress=bar)
 
 
 def _save_report(
@@ -274,17 +317,21 @@ def _save_report(
         engine=setup.engine,
         counts=verdict.counts,
         encoded=verdict.encoded,
-        seen_test_rows=verdict.seen_test_rows,
+        seen_rows=verdict.seen_rows,
+        quantisation=setup.quantisation,
         peak_memory_bytes=peak_memory(next(setup.model.parameters()).device),
     )
-    adapter_folder.write_json(folder / "report.json", report)
-    is_peft = isinstance(recipe.method, LoraMethod)
+    if setup.quantisation:
+        log.info("quantisation: %s", report["quantisation"]["verdict"])
+    write_json(folder / "report.json", report)
+    is_peft = isinstance(recipe.method, PeftMethod)
     (folder / "README.md").write_text(make_model_card(recipe.name, card, report, is_peft=is_peft), encoding="utf-8")
     plot_training(history, folder / "training.png", title=recipe.name)
-    split = "test" if "test" in verdict.logits else "validation"
+    # Validation stands first: without a role to judge it is the last.
+    role = "test" if "test" in verdict.logits else list(verdict.logits)[-1]
     labels = setup.data.labels
-    matrix = confusion_matrix(verdict.encoded[split].labels, verdict.logits[split].argmax(axis=1), len(labels))
-    plot_confusion(matrix, folder / "confusion.png", labels=labels, title=f"{recipe.name}: {split}")
+    matrix = confusion_matrix(verdict.encoded[role].labels, verdict.logits[role].argmax(axis=1), len(labels))
+    plot_confusion(matrix, folder / "confusion.png", labels=labels, title=f"{recipe.name}: {role}")
     return report
 
 

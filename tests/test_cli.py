@@ -38,6 +38,9 @@ def test_train_then_evaluate(capsys, toy_recipe):
     code, out, _ = call(capsys, "train", toy_recipe)
     assert code == 0
     assert "adapter + 1,122 head" in out
+    assert out.index("validation (95 %") < out.index("test (95 %")
+    assert "\n  calibrated_log_loss 0." in out
+    assert "\n  accuracy            " in out
     adapter = toy_recipe.parent / "adapter"
     code, out, _ = call(capsys, "evaluate", adapter)
     assert code == 0

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from lora_sentiment.errors import AdapterError, DataError, ModelError
@@ -50,3 +52,39 @@ def test_a_carved_test_split_is_carved_again(toy_recipe, toy):
     found = evaluate(run.adapter)
     assert found.num_rows == 24
     assert found.scores["log_loss"].value == pytest.approx(run.report["test"]["log_loss"]["value"], abs=1e-5)
+
+
+@pytest.fixture
+def with_dev(toy_recipe, toy):
+    lines = (toy / "test.csv").read_text().splitlines(keepends=True)
+    (toy / "dev.csv").write_text("".join(lines[:22]))
+    return train(Recipe.load(toy_recipe, [f"data.source={{train: {toy}/train.csv, dev: {toy}/dev.csv}}"]))
+
+
+def test_every_judged_role_can_be_judged_again(with_dev):
+    found = evaluate(with_dev.adapter, split="dev")
+    assert (found.split, found.num_rows) == ("dev", 21)
+    assert set(found.scores) == set(with_dev.report["dev"]) >= {"calibrated_log_loss", "calibrated_ece"}
+    for name, interval in found.scores.items():
+        assert interval.value == pytest.approx(with_dev.report["dev"][name]["value"], abs=1e-5), name
+    assert evaluate(with_dev.adapter, split="validation").num_rows == 12
+
+
+def test_a_role_that_was_not_judged_is_refused_with_those_that_were(with_dev):
+    with pytest.raises(DataError, match="found 'test'; allowed: dev, validation"):
+        evaluate(with_dev.adapter)
+
+
+def test_hidden_labels_cannot_be_judged_again(with_dev, toy):
+    (toy / "dev.csv").write_text("text,label\nfine,-1\n")
+    with pytest.raises(DataError, match=r"the 1 rows of dev have no labels \(all are -1\)"):
+        evaluate(with_dev.adapter, split="dev")
+
+
+def test_an_adapter_without_a_temperature_is_judged_without(trained):
+    path = trained.adapter / "card.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "calibration": None}))
+    assert set(trained.report["test"]) - set(evaluate(trained.adapter).scores) == {
+        "calibrated_log_loss",
+        "calibrated_ece",
+    }

@@ -15,6 +15,7 @@ from lora_sentiment.recipe import Recipe, make_schema
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINIMAL = "data: {source: stanfordnlp/imdb}\nmodel: {name: a/b}\n"
+BASE = "data: {source: stanfordnlp/imdb}\nmodel: "
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_defaults_and_name_from_the_file(write):
     assert recipe.name == "mine"
     assert str(recipe.folder) == "adapters/mine"
     assert recipe.method.kind == "lora"
-    assert recipe.method.linears == ("q_lin", "v_lin")
+    assert recipe.method.target_modules == ("q_lin", "v_lin")
     assert recipe.train.learning_rate == 5e-4
 
 
@@ -43,7 +44,7 @@ def test_overrides_take_dotted_keys_and_yaml_values(write):
     )
     assert recipe.train.learning_rate == 2e-4
     assert recipe.data.source == {"train": "a.csv", "test": "b.csv"}
-    assert recipe.method.linears == ("v_lin", "lin1")
+    assert recipe.method.target_modules == ("v_lin", "lin1")
 
 
 def test_a_whole_section_can_be_replaced(write):
@@ -82,11 +83,42 @@ def test_yaml_1_2_not_1_1(write):
             "train.engine: fast cannot run with train.grad",
         ),
         (
-            MINIMAL + "train: {engine: fast}\nmethod: {kind: full}",
+            MINIMAL + "train: {engine: fast}\nmethod: {kind: ia3}",
             "train.engine: fast cannot run with method",
         ),
         ("data: {source: x, encoding: utf-99}\nmodel: {name: a/b}", "data.encoding: found 'utf-99'"),
-        (MINIMAL + "method: {kind: lor}", "method: found kind 'lor'; allowed: lora, full"),
+        (MINIMAL + "method: {kind: lor}", "method: found kind 'lor'; allowed: lora, adalora, ia3, vera, unfreeze"),
+        (MINIMAL + "method: {target_modules: q_lin}", "method.target_modules: found 'q_lin'; allowed: a list of names"),
+        (MINIMAL + "method: {target_modules: '(q_lin'}", "method.target_modules: '(q_lin' is no regular expression"),
+        (
+            MINIMAL + "method: {target_modules: '.*q', layers_to_transform: [1]}",
+            "layers_to_transform does nothing with a",
+        ),
+        (MINIMAL + "method: {r: 3, init_lora_weights: orthogonal}", "orthogonal needs even ranks; found 3"),
+        (MINIMAL + "method: {rank_pattern: {'(': 3}}", "method.rank_pattern: '(' is no regular expression"),
+        (MINIMAL + "method: {init_lora_weights: loftq}", "method.init_lora_weights: "),
+        (MINIMAL + "method: {kind: adalora, target_r: 16}", "method: target_r 16 is more than init_r 12"),
+        (MINIMAL + "method: {kind: unfreeze}", "method: name either last_layers"),
+        (MINIMAL + "method: {kind: unfreeze, last_layers: 1, patterns: [a]}", "method: name either last_layers"),
+        (MINIMAL + "method: {kind: unfreeze, patterns: []}", "method: name either last_layers"),
+        (BASE + "{name: a/b, double_quant: true}", "model: double_quant does nothing with quantize none"),
+        (BASE + "{name: a/b, head_r: 4}", "model: head_r does nothing with head full; set model.head=low_rank"),
+        (
+            BASE + "{name: a/b, quantize: nf4}\nmethod: {kind: full}",
+            "model.quantize: nf4 cannot be: method full trains the base's own tensors",
+        ),
+        (
+            BASE + "{name: a/b, quantize: int8}\nmethod: {init_lora_weights: pissa}",
+            "model.quantize: int8 cannot be: init_lora_weights pissa changes the base's weights",
+        ),
+        (
+            BASE + "{name: a/b, quantize: nf4}\ntrain: {engine: fast}",
+            "train.engine: fast cannot run with model.quantize=nf4",
+        ),
+        (
+            BASE + "{name: a/b, head: classifier}\nmethod: {kind: full}",
+            "model.head: method full trains the whole head; set model.head=full",
+        ),
         (MINIMAL + "method: {kind: full, r: 8}", "method.r: unknown key (allowed: kind)"),
         (MINIMAL + "method: {rank: 8}", "method.rank: unknown key"),
         (

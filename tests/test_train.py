@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModel
 
-from lora_sentiment.adapter.folder import load
+from lora_sentiment.adapter.folder import compute_probe, load
+from lora_sentiment.data.config import REPORT_BLOCKS
 from lora_sentiment.errors import DataError, ModelError, RecipeError
+from lora_sentiment.evaluation.metrics import score
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.train import train
 
@@ -42,7 +45,8 @@ def test_a_run_writes_the_adapter_folder_and_nothing_of_the_base(toy_recipe):
     assert (found.adapter / "adapter_model.safetensors").stat().st_size < 60_000
     report = json.loads((found.adapter / "report.json").read_text())
     assert report == found.report
-    assert set(report["test"]) == {"accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"}
+    plain = {"accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"}
+    assert set(report["test"]) == plain | {"calibrated_log_loss", "calibrated_ece"}
     assert (
         report["test"]["accuracy"]["low"] <= report["test"]["accuracy"]["value"] <= report["test"]["accuracy"]["high"]
     )
@@ -162,6 +166,93 @@ def test_a_bad_test_row_costs_the_test_figures_and_not_the_run(toy_recipe):
     assert "test" not in report
 
 
+@pytest.fixture
+def three_roles(toy_recipe):
+    """Overrides that name a dev file beside the test one."""
+    folder = toy_recipe.parent
+    lines = (folder / "test.csv").read_text().splitlines(keepends=True)
+    (folder / "dev.csv").write_text("".join(lines[:22]))
+    return f"data.source={{train: {folder}/train.csv, dev: {folder}/dev.csv, test: {folder}/test.csv}}"
+
+
+def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
+    found = run(toy_recipe, three_roles)
+    report = json.loads((found.adapter / "report.json").read_text())
+    assert {"validation", "dev", "test"} <= set(report)
+    # No other key may stand where a role could have its name.
+    assert {*report, *report["data"]} <= {*REPORT_BLOCKS, "validation", "dev", "test"}
+    assert [report["data"]["tokens"][role]["rows"] for role in ("validation", "dev", "test")] == [12, 21, 41]
+    assert report["data"]["dev"]["kept"] == 21
+    assert report["data"]["seen_rows"] == {"dev": 0, "test": 0}
+    table = (found.adapter / "README.md").read_text()
+    assert "| metric | validation | dev | test |" in table
+
+
+def test_hidden_labels_are_said_and_the_rest_is_judged(toy_recipe, three_roles, caplog):
+    (toy_recipe.parent / "test.csv").write_text("text,label\nfine,-1\npoor,-1\n")
+    found = run(toy_recipe, three_roles)
+    assert "test: 2 rows without labels (all are -1): not judged" in caplog.text
+    assert "test" not in found.report
+    assert found.report["data"]["test"]["unlabelled"] == 2
+    assert "dev" in found.report
+
+
+def test_a_bad_row_in_one_role_costs_that_role_only(toy_recipe, three_roles):
+    (toy_recipe.parent / "dev.csv").write_text("text,label\nfine,nobody\n")
+    with pytest.raises(DataError, match=r"(?s)label 'nobody'.*is saved in .*judged on validation, test only"):
+        run(toy_recipe, three_roles)
+    report = json.loads((toy_recipe.parent / "adapter/report.json").read_text())
+    assert "test" in report
+    assert "dev" not in report
+
+
+@pytest.mark.parametrize(("test_rows", "drawn"), [("fine,positive", "test"), ("fine,-1", "dev")])
+def test_the_confusion_matrix_is_of_test_or_else_the_last_role(toy_recipe, three_roles, monkeypatch, test_rows, drawn):
+    titles = []
+    monkeypatch.setattr("lora_sentiment.train.plot_confusion", lambda *_, title, **__: titles.append(title))
+    (toy_recipe.parent / "test.csv").write_text(f"text,label\n{test_rows}\n")
+    run(toy_recipe, three_roles, "train.max_steps=1")
+    assert titles == [f"toy: {drawn}"]
+
+
+def test_the_temperature_is_fitted_on_validation_and_kept_in_the_card(toy_recipe, monkeypatch):
+    fitted = []
+
+    def fit(logits, labels):
+        fitted.append((logits, labels))
+        return 2.5
+
+    monkeypatch.setattr("lora_sentiment.train.fit_temperature", fit)
+    found = run(toy_recipe)
+    ((logits, labels),) = fitted
+    assert load(found.adapter).card.calibration == {"temperature": 2.5}
+    assert "temperature 2.500" in (found.adapter / "README.md").read_text()
+    by_hand = score(logits, labels, temperature=2.5)
+    validation = found.report["validation"]
+    assert validation["calibrated_log_loss"] == by_hand["log_loss"].as_dict()
+    assert validation["calibrated_ece"] == by_hand["ece"].as_dict()
+    assert validation["log_loss"] == score(logits, labels)["log_loss"].as_dict()
+
+
+def test_the_temperature_lowers_the_log_loss_of_validation(toy_recipe):
+    found = run(toy_recipe)
+    validation = found.report["validation"]
+    assert validation["calibrated_log_loss"]["value"] < validation["log_loss"]["value"]
+
+
+def test_a_wrong_number_of_class_weights_is_refused_before_the_base_is_loaded(toy_recipe):
+    with pytest.raises(RecipeError, match=r"found 3 weights; .* in this order: negative, positive"):
+        run(toy_recipe, "train.class_weights=[1, 2, 3]", "model.name=nowhere/at-all")
+
+
+def test_class_weights_are_logged_by_name_and_trained_with(toy_recipe, caplog):
+    caplog.set_level("INFO", "lora_sentiment")
+    plain = run(toy_recipe, "train.max_steps=1", "train.class_weights=balanced")
+    assert "class weights: negative 1, positive 1" in caplog.text
+    weighted = run(toy_recipe, "train.max_steps=1", "train.class_weights=[1, 9]", "output.overwrite=true")
+    assert weighted.history.steps[0].loss != plain.history.steps[0].loss
+
+
 def test_an_adapter_that_an_earlier_run_left_is_not_deleted(toy_recipe):
     left = toy_recipe.parent / "adapter.run/adapter"
     left.mkdir(parents=True)
@@ -173,7 +264,7 @@ def test_an_adapter_that_an_earlier_run_left_is_not_deleted(toy_recipe):
 def test_test_texts_that_were_trained_on_are_counted(toy_recipe):
     lines = (toy_recipe.parent / "train.csv").read_text().splitlines()
     (toy_recipe.parent / "test.csv").write_text("\n".join([*lines[:4], "unseen,positive"]))
-    assert run(toy_recipe).report["data"]["seen_test_rows"] == 3
+    assert run(toy_recipe).report["data"]["seen_rows"] == {"test": 3}
 
 
 def test_an_output_that_cannot_be_made_is_one_message(toy_recipe):
@@ -244,8 +335,9 @@ def test_a_launch_setting_that_disagrees_is_refused_by_name(toy_recipe):
 
 
 def test_two_processes_train_as_one(toy_recipe):
-    """41 test rows do not divide by two; dropout off, fp32."""
+    """41 test rows do not divide by two, nor a step's weights; dropout off, fp32."""
     off = ("model.dropout=0", "model.attention_dropout=0", "model.seq_classif_dropout=0")
+    off += ("train.class_weights=[1, 3]", "train.label_smoothing_factor=0.1")
     one = run(toy_recipe, *off)
     torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = launched(toy_recipe, *off, f"output.dir={toy_recipe.parent}/two", with_command=torchrun)
@@ -273,3 +365,22 @@ def test_the_main_command_walks_the_hub(hub, tmp_path):
     card = json.loads((tmp_path / "imdb/card.json").read_text())
     assert card["labels"] == ["neg", "pos"]
     assert re.fullmatch(r"[0-9a-f]{40}", card["base"]["revision"])
+
+
+def test_a_quantised_run_says_what_it_saved_and_its_card_opens_it(toy_recipe):
+    overrides = ["model.quantize=nf4", "model.double_quant=true", "train.max_steps=3", "model.dtype=float32"]
+    quantised = run(toy_recipe, *overrides)
+    found = quantised.report["quantisation"]
+    assert found["base_bytes"] < found["unquantised_bytes"]
+    assert "nf4 made the encoder's weights" in found["verdict"]
+    text = (quantised.adapter / "README.md").read_text(encoding="utf-8")
+    assert found["verdict"] in text
+    snippet = text.split("```python\n")[1].split("```")[0].replace('"toy"', f'"{quantised.adapter}"')
+    names = {}
+    exec(snippet, names)  # noqa: S102 - the card's own example, as a person would paste it
+    stock = names["model"].eval()
+    ours = load(quantised.adapter)
+    np.testing.assert_allclose(
+        compute_probe(stock, ours.card.probe.input_ids).logits, ours.card.probe.logits, atol=1e-5
+    )
+    assert ours.card.base.quantize == "nf4"

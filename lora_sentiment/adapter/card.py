@@ -6,8 +6,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_sentiment.adapter.folder import Card
+from lora_sentiment.data.config import report_roles
 from lora_sentiment.data.sources import looks_like_files
 from lora_sentiment.evaluation.statistics import show_interval
+from lora_sentiment.model.parameters import show_parameters
 
 _HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "auroc": "roc_auc"}
 
@@ -35,18 +37,21 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
 def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> ModelCardData:
     source = card.data.config.source
     dataset = source if isinstance(source, str) and not looks_like_files(source) else None
-    split = "test" if "test" in report else "validation"
+    roles = report_roles(report)
+    # Validation chose the tensors and fitted the temperature, so it is a result only where nothing else is.
+    judged = [role for role in roles if role != "validation"] or roles
     results = [
         EvalResult(
             task_type="text-classification",
             dataset_type=dataset or "local-files",
             dataset_name=dataset or "local files",
-            dataset_split=split,
+            dataset_split=(card.data.config.splits or {}).get(role, role),
             metric_type=_HUB_METRICS[metric],
             metric_name=metric,
             metric_value=round(interval["value"], 4),
         )
-        for metric, interval in report[split].items()
+        for role in judged
+        for metric, interval in report[role].items()
         if metric in _HUB_METRICS and interval["value"] is not None
     ]
     return ModelCardData(
@@ -71,11 +76,15 @@ def _summary(name: str, card: Card) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> str:
-    splits = [split for split in ("validation", "test") if split in report]
-    lines = ["## Results", "", "| metric | " + " | ".join(splits) + " |", "|---" * (len(splits) + 1) + "|"]
-    for metric in report[splits[0]]:
-        lines.append(f"| {metric} | " + " | ".join(show_interval(report[split][metric]) for split in splits) + " |")
-    lines += ["", "Brackets hold 95 % bootstrap intervals over the rows of one run; test rows chose nothing."]
+    roles = report_roles(report)
+    lines = ["## Results", "", "| metric | " + " | ".join(roles) + " |", "|---" * (len(roles) + 1) + "|"]
+    for metric in report[roles[0]]:
+        lines.append(f"| {metric} | " + " | ".join(show_interval(report[role][metric]) for role in roles) + " |")
+    lines += [
+        "",
+        "Brackets hold 95 % bootstrap intervals over the rows of one run; validation chose the tensors, other rows "
+        "chose nothing.",
+    ]
     return "\n".join(lines)
 
 
@@ -83,20 +92,36 @@ def _usage(name: str, card: Card, *, is_peft: bool) -> str:
     own = f"## Use\n\n```sh\nlora-sentiment evaluate {name}  # this folder; checks the base by its hash\n```\n\n"
     if not is_peft:
         return own + "`changed.safetensors` holds every trained tensor under stock transformers' own names."
+    bits = _bits(card)
+    extra = f",\n    quantization_config=BitsAndBytesConfig({bits})," if bits else ""
     return (
         f"{own}With stock PEFT (labels in order: {', '.join(card.labels)}):\n\n```python\nimport torch\n"
-        "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n\n"
+        "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer"
+        f"{', BitsAndBytesConfig' if bits else ''}\n\n"
         "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
-        f'    "{name}", num_labels={len(card.labels)}, dtype=torch.float32\n)\n'
+        f'    "{name}", num_labels={len(card.labels)}, dtype=torch.float32{extra}\n)\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
     )
 
 
+def _bits(card: Card) -> str:
+    """Return the arguments that give stock transformers the quantised base of training; empty where it was not."""
+    skip = 'llm_int8_skip_modules=["pre_classifier", "classifier"]'
+    match card.base.quantize:
+        case "none":
+            return ""
+        case "int8":
+            return f"load_in_8bit=True, {skip}"
+        case kind:
+            double = f"bnb_4bit_use_double_quant={card.base.double_quant}"
+            return f'load_in_4bit=True, bnb_4bit_quant_type="{kind}", {double}, {skip}'
+
+
 def _training(card: Card, report: Mapping[str, Any]) -> str:
-    parameters, train = report["parameters"], report["train"]
+    train = report["train"]
+    precision = f"- base quantised: {report['quantisation']['verdict']}\n" if "quantisation" in report else ""
     return (
-        f"## Training\n\n- trainable parameters: {parameters['adapter']:,} adapter + {parameters['head']:,} head = "
-        f"{parameters['trainable']:,} ({parameters['share']:.3%} of {parameters['base']:,})\n"
+        f"## Training\n\n- parameters: {show_parameters(report['parameters'])}\n{precision}"
         f"- {train['steps']:,} optimizer steps, kept: step {train['best_step']:,}; {train['tokens']:,} tokens in "
         f"{train['seconds']:,.0f} s ({train['tokens_per_second']:,.0f} tokens/s, {train['engine']} engine)\n"
         f"- base: `{card.base.name}`, revision `{card.base.revision}`, encoder SHA-256 `{card.base.base_sha256}`\n"
@@ -112,6 +137,17 @@ def _limits(card: Card) -> str:
         "The figures hold for rows like those it was judged on; other topics, languages or lengths can be much worse.",
         "Its base and its data carry biases: names, dialects and groups of people can shift a score. Do not use it to "
         "decide about people.",
-        "Probabilities are as the model gives them; `ece` above says how far to trust them.",
+        _probabilities(card),
     )
     return "\n".join(["## Limits\n", *(f"- {limit}" for limit in limits)])
+
+
+def _probabilities(card: Card) -> str:
+    plain = "Probabilities are as the model gives them; `ece` above says how far to trust them"
+    if card.calibration is None:
+        return f"{plain}."
+    return (
+        f"{plain}. Divide the logits by the temperature {card.calibration['temperature']:.3f}, fitted on validation "
+        "and kept in `card.json`, and they are the calibrated ones of `calibrated_log_loss` and `calibrated_ece`; on "
+        "validation itself these flatter, and no decision changes."
+    )

@@ -1,6 +1,5 @@
 """The adapter folder: the only code that knows its files. It saves, loads and verifies them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,22 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from lora_sentiment.adapter.weights import PEFT_CONFIG, rebuild, save_as_plain_lora, save_weights
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.model.base import Base, hash_tokenizer, load_base
-from lora_sentiment.model.config import Method, ModelConfig
-from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.method_config import LoraMethod, Method
 from lora_sentiment.section import Section
 
 SCHEMA = 1
-PEFT_WEIGHTS, PEFT_CONFIG, CHANGED_WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "changed.safetensors"
 PROBE_TOLERANCE = 1e-4
 """Largest difference in fp32 between a stored probe logit and today's: another CPU adds up in another order."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
@@ -40,7 +37,11 @@ class BaseRecord(Section):
     revision: str | None
     """Commit that the Hub resolved, or null for a folder."""
     base_sha256: str
-    """Hash of the encoder's tensors by name, shape and value."""
+    """Hash of the unquantised encoder's tensors by name, shape and value."""
+    quantize: Literal["none", "int8", "nf4", "fp4"] = "none"
+    """Precision of the frozen linears that it was trained on."""
+    double_quant: bool = False
+    """Whether the 4-bit scales were quantised too."""
 
 
 class DataRecord(Section):
@@ -101,7 +102,7 @@ class Loaded:
     """An adapter on its base, ready to answer.
 
     Attributes:
-        model: In fp32 on the CPU, in eval mode.
+        model: In fp32 on the CPU, in eval mode; a quantised base's linears stay quantised.
         tokenizer: The base's tokenizer.
         card: What was recorded at training.
     """
@@ -123,6 +124,7 @@ def save(
     machine: dict[str, Any],
     trained: Probe,
     tolerance: float,
+    calibration: dict[str, float] | None = None,
 ) -> Card:
     """Write weights, tokenizer and card, then rebuild the model from them and hold it against the trained one.
 
@@ -140,16 +142,13 @@ def save(
         trained: What the trained model answers texts of our own, in its compute dtype.
         tolerance: Largest difference allowed between a logit of the trained model and of the rebuilt one, in units of
             max(1, largest logit): rounding of the compute dtype.
+        calibration: Temperature fitted on validation, or None.
 
     Raises:
         AdapterError: If the rebuilt model answers otherwise than the trained one.
     """
-    _save_weights(folder, model, base)
-    again = load_base(model_config, labels=labels)
-    if again.sha256 != base.sha256:
-        raise AdapterError(f"the base {base.name!r} changed on disk during training; its hash was {base.sha256[:12]}")
-    rebuilt = _rebuild(folder, again, method)
-    probe = compute_probe(rebuilt, trained.input_ids)
+    again = _save_files(folder, model, base, labels=labels, config=model_config, method=method)
+    probe = compute_probe(rebuild(folder, again, method, model_config), trained.input_ids)
     stored = np.array(probe.logits)
     difference = float(np.abs(stored - np.array(trained.logits)).max()) / max(1.0, float(np.abs(stored).max()))
     if not difference <= tolerance:
@@ -163,11 +162,17 @@ def save(
         max_length=model_config.max_length,
         truncation=model_config.truncation,
         method=method,
-        base=BaseRecord(name=base.name, revision=base.revision, base_sha256=base.sha256),
+        base=BaseRecord(
+            name=base.name,
+            revision=base.revision,
+            base_sha256=base.sha256,
+            quantize=model_config.quantize,
+            double_quant=model_config.double_quant,
+        ),
         tokenizer_sha256=hash_tokenizer(base.tokenizer),
         files={path.name: hash_file(path) for path in sorted(decisive)},
         data=data,
-        calibration=None,
+        calibration=calibration,
         versions={name: version(name) for name in PACKAGES},
         machine=machine,
         probe=probe,
@@ -176,12 +181,13 @@ def save(
     return card
 
 
-def load(folder: Path, *, base: str | None = None) -> Loaded:
+def load(folder: Path, *, base: str | None = None, device: torch.device | None = None) -> Loaded:
     """Rebuild a trained model from its folder alone, and check that it is the one that was saved.
 
     Args:
         folder: An adapter folder.
         base: Where to find the base, if not where the card says; it must hash to the same value.
+        device: Where a quantised base is made and stays; the CPU by default.
 
     Raises:
         AdapterError: If a file is missing or altered, the base or tokenizer is another one, a tensor is missing, extra,
@@ -196,10 +202,15 @@ def load(folder: Path, *, base: str | None = None) -> Loaded:
         if hash_file(path) != expected:
             raise AdapterError(f"{path}: was altered after training (its SHA-256 is not the one in card.json)")
     config = ModelConfig(
-        name=base or card.base.name, revision=None if base else card.base.revision, max_length=card.max_length
+        name=base or card.base.name,
+        revision=None if base else card.base.revision,
+        max_length=card.max_length,
+        dtype="float32",
+        quantize=card.base.quantize,
+        double_quant=card.base.double_quant,
     )
     try:
-        loaded = load_base(config, labels=tuple(card.labels))
+        loaded = load_base(config, labels=tuple(card.labels), device=device)
     except ModelError as error:
         raise ModelError(f"{error}; if the base is elsewhere now, name it with --base") from error
     if loaded.sha256 != card.base.base_sha256:
@@ -209,7 +220,7 @@ def load(folder: Path, *, base: str | None = None) -> Loaded:
         )
     if hash_tokenizer(loaded.tokenizer) != card.tokenizer_sha256:
         raise AdapterError(f"{folder}: was trained with another tokenizer than the one of {config.name!r}")
-    model = _rebuild(folder, loaded, card.method)
+    model = rebuild(folder, loaded, card.method, config)
     _verify_probe(model, card, folder)
     return Loaded(model=model, tokenizer=loaded.tokenizer, card=card)
 
@@ -244,11 +255,6 @@ def compute_probe(model: nn.Module, input_ids: list[list[int]]) -> Probe:
     return Probe(input_ids=input_ids, logits=logits)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON with sorted keys, so that bytes repeat."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
     """Move a finished folder to its place: every file synced, then one rename.
 
@@ -277,72 +283,29 @@ def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
         shutil.rmtree(replaced)
 
 
-def hash_file(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _save_weights(folder: Path, model: nn.Module, base: Base) -> None:
-    """Write PEFT's own files, or `changed.safetensors`; sorted lists and one metadata key, so that bytes repeat."""
-    if isinstance(model, PeftModel):
-        tensors, name = _peft_tensors(model), PEFT_WEIGHTS
-        config = model.peft_config["default"].to_dict() | {"inference_mode": True}
-        write_json(folder / PEFT_CONFIG, {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in config.items()})
+def _save_files(
+    folder: Path, model: nn.Module, base: Base, *, labels: tuple[str, ...], config: ModelConfig, method: Method
+) -> Base:
+    """Write weights and tokenizer; return the base freshly loaded, which must be the one that was trained on."""
+    device = next(model.parameters()).device
+    again = load_base(config, labels=labels, device=device)
+    if again.sha256 != base.sha256:
+        raise AdapterError(f"the base {base.name!r} changed on disk during training; its hash was {base.sha256[:12]}")
+    if isinstance(method, LoraMethod) and method.changes_base:
+        # This takes the start values out of the fresh base, and so uses it up.
+        save_as_plain_lora(folder, model, again, method, config)
+        again = load_base(config, labels=labels, device=device)
     else:
-        tensors, name = dict(trainable_tensors(model)), CHANGED_WEIGHTS
-    contiguous = {key: tensors[key].detach().to("cpu").contiguous() for key in sorted(tensors)}
-    save_file(contiguous, folder / name, metadata={"format": "pt"})
-    # safetensors writes for the owner alone, where every other file here can be read by all.
-    (folder / name).chmod(0o644)
+        save_weights(folder, model)
+    _save_tokenizer(folder, base)
+    return again
+
+
+def _save_tokenizer(folder: Path, base: Base) -> None:
     # What the last call set must not travel: other runtimes would cut every text at it.
     base.tokenizer.backend_tokenizer.no_truncation()
     base.tokenizer.backend_tokenizer.no_padding()
     base.tokenizer.save_pretrained(folder)
-
-
-def _peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    # "auto" would ask the Hub whether the vocabulary grew, and might save the base's embeddings.
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
-
-
-def _rebuild(folder: Path, base: Base, method: Method) -> nn.Module:
-    """Return the model that a folder's weights make of a freshly loaded base, in fp32, in eval mode."""
-    model = make_trainable(base, method, dtype=torch.float32)
-    _fill(model, folder)
-    return model.eval()
-
-
-def _fill(model: nn.Module, folder: Path) -> None:
-    """Copy the saved tensors into a model, after checking each name, shape and value."""
-    if isinstance(model, PeftModel):
-        path, expected = folder / PEFT_WEIGHTS, _peft_tensors(model)
-    else:
-        path, expected = folder / CHANGED_WEIGHTS, dict(trainable_tensors(model))
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from error
-    for label, names in (
-        ("is missing", expected.keys() - found.keys()),
-        ("is unknown", found.keys() - expected.keys()),
-    ):
-        if names:
-            raise AdapterError(f"{path}: tensor {min(names)} {label} ({len(names)} in all)")
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise AdapterError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{path}: {name} holds a value that is not finite")
-    if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, found)
-    else:
-        with torch.no_grad():
-            for name, parameter in expected.items():
-                parameter.copy_(found[name])
 
 
 def _verify_probe(model: nn.Module, card: Card, folder: Path) -> None:

@@ -1,20 +1,28 @@
 """The recipe's `data` section."""
 
 import codecs
-from typing import Literal
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from lora_sentiment.section import Names, Section, did_you_mean
+from lora_sentiment.section import Names, Section
 
 SPLITS = ("train", "validation", "test")
+"""The roles of a source that names none itself."""
+REPORT_BLOCKS = ("schema", "parameters", "train", "data", "quantisation", "seen_rows", "tokens")
+"""Keys of report.json, and of its `data` block, that are no role; a judged role has its own block beside them."""
 
 
 class DataConfig(Section):
     """Which texts and labels, how they are cleaned, and how they are split."""
 
     source: str | dict[str, str]
-    """Hub data set, file, glob, or {train: .., validation: .., test: ..} of files."""
+    """Hub data set, file, glob, or files by role: {train: .., validation: .., test: ..}; see splits."""
+    splits: dict[str, str] | None = None
+    """Role to name of a split of the Hub data set: train, validation (else carved), any other is judged at the end."""
     config: str | None = None
     """Configuration of the Hub data set."""
     revision: str | None = None
@@ -34,13 +42,13 @@ class DataConfig(Section):
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of train carved out for validation when there is no validation split; stratified."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of train carved out for test when there is no test split; 0 means no test."""
+    """Share of train carved out for test when there is no split to judge; 0 means no test."""
     split_seed: int = Field(0, ge=0)
     """Seed of the carve and of the row samples, apart from train.seed: another seed trains on the same rows."""
     max_train_rows: int | None = Field(None, ge=2)
     """Use a stratified sample of this many rows of the train split (the validation carve included)."""
     max_test_rows: int | None = Field(None, ge=1)
-    """Use a stratified sample of this many rows of the test split."""
+    """Use a stratified sample of this many rows of each split that is judged."""
 
     @field_validator("source")
     @classmethod
@@ -48,13 +56,21 @@ class DataConfig(Section):
         if not source:
             raise ValueError("is empty; name a Hub data set, a file, a glob, or {train: .., test: ..}")
         if isinstance(source, dict):
-            for split in source:
-                if split not in SPLITS:
-                    hint = did_you_mean(split, list(SPLITS))
-                    raise ValueError(f"found split {split!r}; allowed: {', '.join(SPLITS)}{hint}")
-            if "train" not in source:
-                raise ValueError("has no 'train'; a source by splits names at least train")
+            _check_roles(source)
         return source
+
+    @field_validator("splits")
+    @classmethod
+    def _roles_are_known(cls, splits: dict[str, str] | None, info: ValidationInfo) -> dict[str, str] | None:
+        if splits is None:
+            return None
+        if isinstance(info.data.get("source"), dict):
+            raise ValueError("names splits of a Hub data set, but data.source names files by role already; drop one")
+        _check_roles(splits)
+        twice = [name for name in splits.values() if list(splits.values()).count(name) > 1]
+        if twice:
+            raise ValueError(f"found split {twice[0]!r} under two roles; allowed: each split once")
+        return splits
 
     @field_validator("encoding")
     @classmethod
@@ -71,3 +87,30 @@ class DataConfig(Section):
         if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
             raise ValueError(f"found {list(labels)}; allowed: two or more names, each once")
         return labels
+
+
+def report_roles(report: Mapping[str, Any]) -> list[str]:
+    """Return the roles that a report has figures of: validation first, then what was judged at the end."""
+    judged = [name for name in report if name not in (*REPORT_BLOCKS, "validation")]
+    return [*(["validation"] if "validation" in report else []), *judged]
+
+
+def _check_roles(roles: Iterable[str]) -> None:
+    """Refuse what is no role: any role beside train and validation is judged, so a misspelt one would go unnoticed.
+
+    Raises:
+        ValueError: For the first that is none, or if none is train.
+    """
+    for role in roles:
+        if role in SPLITS:
+            continue
+        near = get_close_matches(role, SPLITS, n=1, cutoff=0.75) or (["validation"] if role.startswith("val") else [])
+        if near and role.isalpha():
+            raise ValueError(f"found split {role!r}; did you mean {near[0]!r}? (else choose a name less like it)")
+        if role in REPORT_BLOCKS or not re.fullmatch(r"[a-z][a-z0-9_]*", role):
+            raise ValueError(
+                f"found split {role!r}; allowed: {', '.join(SPLITS)}, or a name of your own for what is judged: small "
+                f"letters, digits and _, none of {', '.join(name for name in REPORT_BLOCKS if name not in SPLITS)}"
+            )
+    if "train" not in roles:
+        raise ValueError("has no 'train'; splits by role name at least train")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.config import DataConfig
-from lora_sentiment.data.sources import Source, check_files, find_source, read_columns
+from lora_sentiment.data.sources import Columns, Source, check_files, find_source, looks_like_files, read_columns
 from lora_sentiment.errors import DataError
 
 
@@ -58,6 +58,7 @@ class Counts:
         dropped: Reason to the row numbers dropped for it, counted from 1 in the source.
         duplicates: Rows whose text stood earlier in the split.
         labels: Label name to number of rows kept.
+        unlabelled: Rows of a split whose labels are all -1, as GLUE hides those of its test splits; it is not judged.
     """
 
     read: int = 0
@@ -66,6 +67,7 @@ class Counts:
     dropped: dict[str, list[int]] = field(default_factory=dict)
     duplicates: int = 0
     labels: dict[str, int] = field(default_factory=dict)
+    unlabelled: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as report.json holds them."""
@@ -81,19 +83,21 @@ class Counts:
 
 @dataclass(frozen=True)
 class Data:
-    """What training needs: the test split is not among it, it is read at the end by `load_test`.
+    """What training needs: what is judged at the end is not among it, `load_judged` reads it then.
 
     Attributes:
         labels: Label names; the index of a name is its label.
         train: Rows to train on.
         validation: Rows to choose on.
-        carved_test: Rows carved from train for test, where the recipe asks for that.
+        judged: The roles of the source that are judged at the end.
+        carved_test: Rows carved from train for test, where the recipe asks for that and the source has none to judge.
         counts: Split to what was done while reading it.
     """
 
     labels: tuple[str, ...]
     train: Rows
     validation: Rows
+    judged: tuple[str, ...]
     carved_test: Rows | None
     counts: dict[str, Counts]
 
@@ -118,47 +122,52 @@ def load_data(config: DataConfig) -> Data:
         )
     counts = {"train": train_counts}
     carved_test = None
-    if config.test_fraction and "test" not in source.splits:
+    if config.test_fraction and not source.judged:
         rows, carved_test = carve(rows, fraction=config.test_fraction, seed=config.split_seed + 1)
         carved_test = sample(carved_test, num_rows=config.max_test_rows, seed=config.split_seed)
-    if "validation" in source.splits:
+    if "validation" in source.roles:
         validation, _, counts["validation"] = _load_split(config, source, "validation", names, None)
     else:
         rows, validation = carve(rows, fraction=config.validation_fraction, seed=config.split_seed)
-    return Data(labels=names, train=rows, validation=validation, carved_test=carved_test, counts=counts)
+    return Data(names, train=rows, validation=validation, judged=source.judged, carved_test=carved_test, counts=counts)
 
 
-def load_test(config: DataConfig, *, labels: tuple[str, ...]) -> tuple[Rows, Counts] | None:
-    """Read the test split, or return None where the source has none.
+def load_judged(config: DataConfig, *, role: str, labels: tuple[str, ...]) -> tuple[Rows | None, Counts]:
+    """Read the rows of a role that is judged at the end; None where all their labels are -1, hidden as GLUE does.
 
     Args:
         config: The recipe's `data` section.
+        role: One of `Data.judged`.
         labels: Label names as training used them.
 
     Raises:
         DataError: As `load_data`.
     """
     source = find_source(config)
-    if "test" not in source.splits:
-        return None
     check_files(config, source)
-    rows, _, counts = _load_split(config, source, "test", labels, config.max_test_rows)
+    columns = read_columns(config, source, role)
+    if "-1" not in labels and all(value in (-1, "-1") for value in columns[1]):
+        return None, Counts(read=len(columns[1]), unlabelled=len(columns[1]))
+    rows, _, counts = _make_rows(config, columns, source.where(role), labels, config.max_test_rows)
     return rows, counts
 
 
 def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tuple[Rows, Counts]:
-    """Read all rows of one split, or of a lone file whatever it is called.
+    """Read all rows of one split of a Hub data set, by its own name, or of files whatever they are called.
+
+    Args:
+        config: The recipe's `data` section; its source is text.
+        split: Name of a split; of files only a name.
+        labels: Label names as training used them.
 
     Raises:
-        DataError: As `load_data`, and if the source has no such split.
+        DataError: As `load_data`, and if the data set has no such split.
     """
-    source = find_source(config)
+    lone = isinstance(config.source, str) and looks_like_files(config.source)
+    role = "train" if lone else split
+    source = find_source(config.model_copy(update={"splits": None if lone else {split: split}}))
     check_files(config, source)
-    if not source.hub and isinstance(config.source, str):
-        split = "train"
-    if split not in source.splits:
-        raise DataError(f"data.source {config.source!r} has no {split!r} split; it has {', '.join(source.splits)}")
-    rows, _, counts = _load_split(config, source, split, labels, None)
+    rows, _, counts = _load_split(config, source, role, labels, None)
     return rows, counts
 
 
@@ -226,11 +235,16 @@ def clean_text(text: str, counts: Counter[str]) -> str:
 
 
 def _load_split(
-    config: DataConfig, source: Source, split: str, labels: tuple[str, ...] | None, max_rows: int | None
+    config: DataConfig, source: Source, role: str, labels: tuple[str, ...] | None, max_rows: int | None
 ) -> tuple[Rows, tuple[str, ...], Counts]:
-    """Read one split whole: clean it, map its labels, drop or refuse bad rows, sample."""
-    texts, values, own_names = read_columns(config, source, split)
-    where = source.where(split)
+    return _make_rows(config, read_columns(config, source, role), source.where(role), labels, max_rows)
+
+
+def _make_rows(
+    config: DataConfig, columns: Columns, where: str, labels: tuple[str, ...] | None, max_rows: int | None
+) -> tuple[Rows, tuple[str, ...], Counts]:
+    """Make rows of a whole split: clean it, map its labels, drop or refuse bad rows, sample."""
+    texts, values, own_names = columns
     if own_names and labels and own_names != labels:
         values = _rename(values, own_names, labels, where)
     names, index = _map_labels(values, labels or own_names, where)

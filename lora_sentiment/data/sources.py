@@ -15,35 +15,48 @@ from lora_sentiment.section import did_you_mean
 
 @dataclass(frozen=True)
 class Source:
-    """Where each split's columns come from.
+    """Where the columns of each role come from.
 
     Attributes:
-        splits: Split to its files; no files where the Hub has them.
+        files: Role to its files; empty where the Hub has them.
+        hub_splits: Role to the name of its split on the Hub; empty where there are files.
         hub: Name of the Hub data set, or None.
     """
 
-    splits: dict[str, list[Path]]
+    files: dict[str, list[Path]]
+    hub_splits: dict[str, str]
     hub: str | None = None
 
-    def where(self, split: str) -> str:
-        """Return what messages call a split: the data set and split, or the files."""
-        return f"{self.hub} [{split}]" if self.hub else ", ".join(map(str, self.splits[split]))
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All roles, in the order that the recipe gives them."""
+        return tuple(self.files or self.hub_splits)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The roles that are judged once, at the end: all but train and validation."""
+        return tuple(role for role in self.roles if role not in ("train", "validation"))
+
+    def where(self, role: str) -> str:
+        """Return what messages call the rows of a role: the data set and split, or the files."""
+        return f"{self.hub} [{self.hub_splits[role]}]" if self.hub else ", ".join(map(str, self.files[role]))
 
 
 def find_source(config: DataConfig) -> Source:
-    """Resolve `data.source` to splits without reading a row.
+    """Resolve `data.source` to roles without reading a row.
 
     Raises:
-        DataError: If there is no such file or data set, or files are given a Hub data set's options.
+        DataError: If there is no such file, data set or split, or files are given a Hub data set's options.
     """
     if isinstance(config.source, str) and not looks_like_files(config.source):
-        return Source({split: [] for split in _hub_splits(config)}, hub=config.source)
-    for key in ("config", "revision"):
+        return Source({}, _hub_splits(config), hub=config.source)
+    for key in ("splits", "config", "revision"):
         if getattr(config, key) is not None:
-            raise DataError(f"data.{key}: found {getattr(config, key)!r}, but {config.source!r} are files")
+            instead = "; files by role are data.source={train: .., test: ..}" if key == "splits" else ""
+            raise DataError(f"data.{key}: found {getattr(config, key)!r}, but {config.source!r} are files{instead}")
     if isinstance(config.source, dict):
-        return Source({split: _files(config.source[split]) for split in SPLITS if split in config.source})
-    return Source({"train": _files(config.source)})
+        return Source({role: _files(pattern) for role, pattern in config.source.items()}, {})
+    return Source({"train": _files(config.source)}, {})
 
 
 def looks_like_files(source: str) -> bool:
@@ -64,20 +77,30 @@ def _files(pattern: str) -> list[Path]:
 
 def check_files(config: DataConfig, source: Source) -> None:
     """Look at the header of every file, test included: a missing column must not show after an hour of training."""
-    for path in [path for paths in source.splits.values() for path in paths]:
+    for path in [path for paths in source.files.values() for path in paths]:
         _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
 
 
-def _hub_splits(config: DataConfig) -> list[str]:
+def _hub_splits(config: DataConfig) -> dict[str, str]:
+    """Return role to name of a split of the Hub data set, in the order of `data.splits`."""
     from datasets import get_dataset_split_names
 
     with _ExplainHub(config):
-        found = get_dataset_split_names(config.source, config.config, revision=config.revision)
-    if "train" not in found:
+        found = [str(name) for name in get_dataset_split_names(config.source, config.config, revision=config.revision)]
+    if config.splits is None and "train" not in found:
         raise DataError(
-            f"data.source {config.source!r} has the splits {', '.join(map(str, found))}; training needs 'train'"
+            f"data.source {config.source!r} has the splits {', '.join(found)}; training needs 'train', or name it: "
+            "data.splits={train: ..}"
         )
-    return [split for split in SPLITS if split in found]
+    splits = config.splits or {split: split for split in SPLITS if split in found}
+    for role, name in splits.items():
+        if name not in found:
+            key = "data.source" if role == name else f"data.splits.{role}"
+            raise DataError(
+                f"{key}: {config.source!r} has no split {name!r}; it has {', '.join(found)}"
+                f"{did_you_mean(name, found)}"
+            )
+    return splits
 
 
 class _ExplainHub:
@@ -102,22 +125,26 @@ class _ExplainHub:
             ) from error
 
 
-def read_columns(config: DataConfig, source: Source, split: str) -> tuple[list[Any], list[Any], tuple[str, ...] | None]:
-    """Return the text and label columns of a split, and the label names that the source itself states."""
+Columns = tuple[list[Any], list[Any], tuple[str, ...] | None]
+"""Texts, label values, and the label names that the source itself states."""
+
+
+def read_columns(config: DataConfig, source: Source, role: str) -> Columns:
+    """Return the text and label columns of a role's rows."""
     texts: list[Any] = []
     values: list[Any] = []
     if source.hub:
-        return _read_hub(config, split)
-    for path in source.splits[split]:
+        return _read_hub(config, source.hub_splits[role])
+    for path in source.files[role]:
         for batch in read_table(path, encoding=config.encoding):
             texts += batch[config.text_column]
             values += batch[config.label_column]
     if not texts:
-        raise DataError(f"{source.where(split)}: has no rows")
+        raise DataError(f"{source.where(role)}: has no rows")
     return texts, values, None
 
 
-def _read_hub(config: DataConfig, split: str) -> tuple[list[Any], list[Any], tuple[str, ...] | None]:
+def _read_hub(config: DataConfig, split: str) -> Columns:
     from datasets import ClassLabel, load_dataset
 
     with _ExplainHub(config):

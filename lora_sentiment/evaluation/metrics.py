@@ -6,6 +6,7 @@ also an `evaluate.Metric`, so it works wherever one is expected; nothing here re
 """
 
 import difflib
+from collections.abc import Collection
 from typing import ClassVar
 
 import datasets
@@ -66,7 +67,7 @@ class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate h
         return ""
 
     def _compute(self, *, predictions: npt.ArrayLike, references: npt.ArrayLike) -> dict[str, float]:
-        probabilities, labels = _checked(predictions, references)
+        probabilities, labels = checked(predictions, references)
         if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
             raise ModelError("predictions: found rows that are no probabilities; apply softmax to logits first")
         return {self.name: float(self.values(probabilities, labels, np.ones((1, len(labels))))[0])}
@@ -183,11 +184,12 @@ def score(
     labels: npt.ArrayLike,
     *,
     temperature: float = 1.0,
+    names: Collection[str] | None = None,
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Score a classifier by every metric, each with a percentile bootstrap interval over the rows.
+    """Score a classifier by metrics, each with a percentile bootstrap interval over the rows.
 
     All metrics see the same resamples. Where a metric has no value, its interval holds None and a note says why.
 
@@ -195,6 +197,7 @@ def score(
         logits: (num_rows, num_labels), at least two labels.
         labels: Integers from 0 to num_labels - 1: (num_rows,).
         temperature: The logits are divided by it before softmax.
+        names: Keys of `METRICS`; all by default.
         confidence: Share of the resamples inside each interval.
         num_resamples: Number of bootstrap resamples.
         seed: Seed of the resamples.
@@ -202,13 +205,14 @@ def score(
     Raises:
         ModelError: The logits have another shape or are not finite, or the temperature is not positive.
         DataError: There are no rows, or the labels do not fit the logits.
-        RecipeError: `confidence` or `num_resamples` is out of range.
+        RecipeError: `confidence` or `num_resamples` is out of range, or there is no metric of a name.
     """
-    checked_logits, checked_labels = _checked(logits, labels)
+    metrics = {name: find_metric(name) for name in (METRICS if names is None else names)}
+    checked_logits, checked_labels = checked(logits, labels)
     probabilities = softmax(checked_logits, temperature=temperature)
-    resampled: dict[str, list[Floats]] = {name: [] for name in METRICS}
+    resampled: dict[str, list[Floats]] = {name: [] for name in metrics}
     for weights in resample_weights(len(checked_labels), num_resamples=num_resamples, seed=seed):
-        for name, metric in METRICS.items():
+        for name, metric in metrics.items():
             resampled[name].append(metric.values(probabilities, checked_labels, weights))
     every_row_once = np.ones((1, len(checked_labels)))
     return {
@@ -218,7 +222,7 @@ def score(
             confidence=confidence,
             undefined_if=metric.undefined_if,
         )
-        for name, metric in METRICS.items()
+        for name, metric in metrics.items()
     }
 
 
@@ -236,7 +240,7 @@ def quick_score(logits: npt.ArrayLike, labels: npt.ArrayLike, metric_name: str) 
         DataError: There are no rows, the labels do not fit the logits, or the metric has no value on these rows.
     """
     metric = find_metric(metric_name)
-    checked_logits, checked_labels = _checked(logits, labels)
+    checked_logits, checked_labels = checked(logits, labels)
     every_row_once = np.ones((1, len(checked_labels)))
     value = float(metric.values(softmax(checked_logits), checked_labels, every_row_once)[0])
     if np.isnan(value):
@@ -293,8 +297,13 @@ def _group_sums(weights: Floats, groups: Integers, num_groups: int) -> Floats:
     return np.stack([np.bincount(groups, weights=row, minlength=num_groups) for row in weights])
 
 
-def _checked(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Integers]:
-    """Return logits or probabilities as float64 and labels as int64, or say what is wrong with them."""
+def checked(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Integers]:
+    """Return logits or probabilities as float64 and labels as int64, or say what is wrong with them.
+
+    Raises:
+        ModelError: The scores are not (num_rows, num_labels) with two labels or more, or not finite.
+        DataError: There are no rows, or the labels are no integers from 0 to num_labels - 1, one a row.
+    """
     matrix = np.asarray(scores, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[1] < 2:
         raise ModelError(

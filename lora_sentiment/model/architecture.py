@@ -35,11 +35,28 @@ class Shape:
             return self.hidden_dim, self.dim
         return self.dim, self.dim
 
+    def tensors(self) -> dict[str, int]:
+        """Return every tensor of the encoder by the checkpoint's own name, with its number of values."""
+        sizes = {
+            "embeddings.word_embeddings.weight": self.vocab_size * self.dim,
+            "embeddings.position_embeddings.weight": self.max_position_embeddings * self.dim,
+            "embeddings.LayerNorm.weight": self.dim,
+            "embeddings.LayerNorm.bias": self.dim,
+        }
+        for i in range(self.n_layers):
+            block = f"transformer.layer.{i}"
+            for name in LINEARS:
+                linear = f"{block}.{'ffn' if name in ('lin1', 'lin2') else 'attention'}.{name}"
+                num_in, num_out = self.linear(name)
+                sizes |= {f"{linear}.weight": num_in * num_out, f"{linear}.bias": num_out}
+            for norm in ("sa_layer_norm", "output_layer_norm"):
+                sizes |= {f"{block}.{norm}.{part}": self.dim for part in ("weight", "bias")}
+        return sizes
+
     @property
     def num_encoder(self) -> int:
-        """Parameters of the encoder: embeddings with their norm, and the blocks with two norms each."""
-        block = sum(i * o + o for i, o in map(self.linear, LINEARS)) + 4 * self.dim
-        return (self.vocab_size + self.max_position_embeddings + 2) * self.dim + self.n_layers * block
+        """Parameters of the encoder."""
+        return sum(self.tensors().values())
 
     def num_head(self, num_labels: int) -> int:
         """Parameters of pre_classifier and classifier."""

@@ -1,16 +1,24 @@
 """The base checkpoint: found, checked, hashed over its values, loaded in fp32."""
 
 import hashlib
+import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -27,11 +35,12 @@ class Base:
     """A loaded base: a DistilBERT sequence classifier in fp32 whose head may be new.
 
     Attributes:
-        model: `DistilBertForSequenceClassification`, every tensor in fp32 on the CPU.
+        model: `DistilBertForSequenceClassification`, every tensor in fp32 on the CPU; with `model.quantize` the
+            encoder's linears are quantised and on the device that was asked for.
         tokenizer: The checkpoint's fast tokenizer.
         name: Hub name or folder, as the recipe gave it.
         revision: Commit that the Hub resolved, or None for a folder.
-        sha256: Hash of the encoder's tensors by name, shape and value.
+        sha256: Hash of the unquantised encoder's tensors by name, shape and value.
         shape: The encoder's shape.
         new_head: True where the checkpoint brought no head of its own.
     """
@@ -45,7 +54,7 @@ class Base:
     new_head: bool
 
 
-def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
+def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.device | None = None) -> Base:
     """Load the base of a recipe from Hub, cache or folder.
 
     The head's initial values come from torch's global generator where the checkpoint has none, so seed it first.
@@ -53,6 +62,7 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
     Args:
         config: The recipe's `model` section.
         labels: Label names in order; their number sizes the head.
+        device: Where quantised linears are made and stay; the CPU by default.
 
     Raises:
         ModelError: If nothing can be loaded, the checkpoint is no DistilBERT, an encoder tensor is missing, its head
@@ -85,13 +95,16 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...]) -> Base:
         )
     new_head = _check_tensors(report, config.name, len(labels))
     _check_tokenizer(tokenizer, config.name, found.vocab_size)
+    sha256 = hash_tensors(encoder_tensors(model))
+    if config.quantize != "none":
+        model = _quantise(model, config, found, where, device or torch.device("cpu"))
     return Base(
         model=model,
         tokenizer=tokenizer,
         # A folder is recorded whole: the adapter must find it from anywhere.
         name=str(Path(config.name).resolve()) if Path(config.name).is_dir() else config.name,
         revision=revision,
-        sha256=hash_tensors(encoder_tensors(model)),
+        sha256=sha256,
         shape=Shape.from_config(found.to_dict()),
         new_head=new_head,
     )
@@ -118,11 +131,42 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def _quantise(
+    plain: nn.Module, config: ModelConfig, found: Any, where: dict[str, Any], device: torch.device
+) -> nn.Module:
+    """Load the checkpoint once more with its encoder's linears quantised, and give it the head of `plain`."""
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if config.quantize != "int8":
+        bits = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": config.quantize,
+            "bnb_4bit_use_double_quant": config.double_quant,
+            "bnb_4bit_compute_dtype": resolve_dtype(config.dtype, device),
+        }
+    # It warns at every layer and call that int8 products round their input to fp16, which is what int8 means.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with _quiet(), _explain(config.name), torch.random.fork_rng(devices=[]):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            config.name,
+            config=found,
+            dtype=torch.float32,
+            use_safetensors=True,
+            quantization_config=BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+                **bits, llm_int8_skip_modules=list(HEAD)
+            ),
+            device_map={"": str(device)},
+            **where,
+        )
+    for name in HEAD:
+        model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
+    return cast(nn.Module, model)
+
+
 def encoder_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the base encoder's (name, tensor) under the checkpoint's own names, whatever PEFT wrapped around them."""
     for name, tensor in model.named_parameters():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if name.startswith("distilbert.") and ".lora_" not in name:
+        if name.startswith("distilbert.") and not re.search(r"\.(lora|ia3|vera)_", name):
             yield name.removeprefix("distilbert."), tensor
 
 

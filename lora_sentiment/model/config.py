@@ -1,11 +1,13 @@
-"""The recipe's `model` and `method` sections."""
+"""The recipe's `model` section."""
 
-from typing import Annotated, Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
-from lora_sentiment.model.architecture import LINEARS
-from lora_sentiment.section import Names, Section, did_you_mean
+from lora_sentiment.section import Section
+
+DEFAULT_HEAD_R = 8
+"""Rank of a low-rank head's update where the recipe gives none."""
 
 
 class ModelConfig(Section):
@@ -28,51 +30,19 @@ class ModelConfig(Section):
     """Dropout of the attention probabilities while training; by default as the checkpoint ships it."""
     seq_classif_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout between the two head layers while training; by default as the checkpoint ships it."""
+    quantize: Literal["none", "int8", "nf4", "fp4"] = "none"
+    """Precision of the frozen linears, by bitsandbytes; the head is never quantised."""
+    double_quant: bool = False
+    """Quantise the 4-bit scales too (Dettmers et al. 2023)."""
+    head: Literal["full", "classifier", "low_rank"] = "full"
+    """What of the head is trained: both layers, classifier alone, or classifier and a low-rank update of the other."""
+    head_r: int | None = Field(None, ge=1)
+    """Rank of that update; 8 by default."""
 
-
-class LoraMethod(Section):
-    """LoRA (Hu et al. 2021): low-rank updates of frozen linears; field names and defaults are PEFT's own."""
-
-    kind: Literal["lora"] = "lora"
-    """Low-rank adapters on frozen weights."""
-    r: int = Field(8, ge=1)
-    """Rank of each update."""
-    lora_alpha: int = Field(8, ge=1)
-    """The update is scaled by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout of the adapter's input while training."""
-    target_modules: Names | Literal["all-linear"] = ("q_lin", "v_lin")
-    """Linears that get an adapter: names from q_lin, k_lin, v_lin, out_lin, lin1, lin2, or all-linear."""
-    use_rslora: bool = False
-    """Rank-stabilised scaling (Kalajdzievski 2023)."""
-
-    @field_validator("target_modules")
-    @classmethod
-    def _targets_exist(cls, targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
-        if isinstance(targets, str):
-            return targets
-        for name in targets:
-            if name not in LINEARS:
-                allowed = ", ".join(LINEARS)
-                hint = did_you_mean(name, list(LINEARS))
-                raise ValueError(
-                    f"{name!r} is no linear layer of distilbert; choose from {allowed}, or all-linear{hint}"
-                )
-        if not targets or len(set(targets)) != len(targets):
-            raise ValueError(f"found {list(targets)}; allowed: one or more of {', '.join(LINEARS)}, each once")
-        return targets
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """The adapted linears by name, in the block's order."""
-        return tuple(name for name in LINEARS if self.target_modules == "all-linear" or name in self.target_modules)
-
-
-class FullMethod(Section):
-    """Full fine-tuning: every parameter is trained."""
-
-    kind: Literal["full"]
-    """Train every parameter of encoder and head."""
-
-
-Method = Annotated[LoraMethod | FullMethod, Field(discriminator="kind")]
+    @model_validator(mode="after")
+    def _options_are_honoured(self) -> Self:
+        if self.double_quant and self.quantize not in ("nf4", "fp4"):
+            raise ValueError(f"double_quant does nothing with quantize {self.quantize}; set model.quantize=nf4 or fp4")
+        if self.head_r is not None and self.head != "low_rank":
+            raise ValueError(f"head_r does nothing with head {self.head}; set model.head=low_rank")
+        return self

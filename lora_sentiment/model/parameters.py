@@ -1,9 +1,24 @@
 """Parameter counts and memory, from shapes alone: no weights are loaded and nothing is timed."""
 
+import fnmatch
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from lora_sentiment.errors import ModelError
 from lora_sentiment.model.architecture import Shape
-from lora_sentiment.model.config import FullMethod, LoraMethod
+from lora_sentiment.model.config import DEFAULT_HEAD_R, ModelConfig
+from lora_sentiment.model.method_config import (
+    AdaloraMethod,
+    FullMethod,
+    HeadMethod,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PeftMethod,
+    UnfreezeMethod,
+    VeraMethod,
+)
+from lora_sentiment.model.targets import Target, find_targets
 
 MICRO_BATCH_BYTES = 1 << 30
 """Activations that one micro-batch may save for backward, in bytes. Fixed, so that the cut repeats everywhere."""
@@ -16,16 +31,20 @@ class ParameterCounts:
     """How many parameters are trained, where they stand, and what share of full fine-tuning that is.
 
     Attributes:
-        adapter: In adapters beside the encoder; 0 for full fine-tuning.
-        head: In pre_classifier and classifier.
+        adapter: Trained in adapters beside the encoder.
+        encoder: Trained of the encoder's own.
+        head: Trained in pre_classifier and classifier.
         trainable: All that is trained.
+        saved: Values in the adapter folder: the head is saved dense, whatever of it was trained.
         base: Encoder and head, which is what full fine-tuning trains.
         share: trainable / base.
     """
 
     adapter: int
+    encoder: int
     head: int
     trainable: int
+    saved: int
     base: int
     share: float
 
@@ -34,20 +53,109 @@ class ParameterCounts:
         return asdict(self)
 
     def __str__(self) -> str:
-        parts = f"{self.adapter:,} adapter + {self.head:,} head" if self.adapter else "all"
-        return f"{parts} = {self.trainable:,} trainable, {self.share:.3%} of {self.base:,}"
+        return show_parameters(self.as_dict())
 
 
-def count_parameters(shape: Shape, method: LoraMethod | FullMethod, *, num_labels: int) -> ParameterCounts:
-    """Count what a method trains: LoRA adds r * (in + out) for every adapted linear (Hu et al. 2021, section 4.2)."""
-    head = shape.num_head(num_labels)
-    base = shape.num_encoder + head
-    if isinstance(method, FullMethod):
-        return ParameterCounts(adapter=0, head=head, trainable=base, base=base, share=1.0)
-    adapter = shape.n_layers * sum(method.r * sum(shape.linear(name)) for name in method.linears)
+def show_parameters(counts: Mapping[str, float]) -> str:
+    """Say counts, as `as_dict` or report.json hold them, in one line."""
+    parts = " + ".join(f"{counts[name]:,} {name}" for name in ("adapter", "encoder", "head") if counts[name])
+    return f"{parts} = {counts['trainable']:,} trainable ({counts['share']:.3%} of {counts['base']:,})"
+
+
+def count_parameters(shape: Shape, method: Method, model: ModelConfig, *, num_labels: int) -> ParameterCounts:
+    """Count what a method trains and what its folder holds.
+
+    LoRA adds r * (in + out) for every adapted linear (Hu et al. 2021, section 4.2).
+
+    Raises:
+        ModelError: If a pattern of the method matches nothing.
+    """
+    head, dense_head = _head(shape, model, num_labels), shape.num_head(num_labels)
+    base = shape.num_encoder + dense_head
+    adapter = encoder = extra = 0
+    match method:
+        case FullMethod():
+            encoder = shape.num_encoder
+        case UnfreezeMethod():
+            encoder = sum(shape.tensors()[name] for name in unfrozen_names(shape, method))
+        case HeadMethod():
+            pass
+        case _:
+            targets = find_targets(shape, method)
+            adapter = sum(_adapter(method, target) for target in targets.values())
+            extra = _untrained(method, list(targets.values()))
+    trainable = adapter + encoder + head
     return ParameterCounts(
-        adapter=adapter, head=head, trainable=adapter + head, base=base, share=(adapter + head) / base
+        adapter=adapter,
+        encoder=encoder,
+        head=head,
+        trainable=trainable,
+        saved=adapter + extra + encoder + dense_head,
+        base=base,
+        share=trainable / base,
     )
+
+
+def unfrozen_names(shape: Shape, method: UnfreezeMethod) -> list[str]:
+    """Return the encoder's tensors that `unfreeze` trains, under the checkpoint's own names.
+
+    Raises:
+        ModelError: If a pattern matches nothing, or the base has fewer blocks.
+    """
+    names = list(shape.tensors())
+    if method.last_layers is not None:
+        if method.last_layers > shape.n_layers:
+            raise ModelError(f"method.last_layers is {method.last_layers}; the base has {shape.n_layers} blocks")
+        first = shape.n_layers - method.last_layers
+        return [name for name in names if name.startswith("transformer.") and int(name.split(".")[2]) >= first]
+    found = set()
+    for pattern in method.patterns or ():
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ModelError(
+                f"method.patterns: {pattern!r} matches no tensor of the encoder; they have names such as {names[-1]} "
+                "(the head is governed by model.head)"
+            )
+        found.update(matching)
+    return [name for name in names if name in found]
+
+
+def _head(shape: Shape, model: ModelConfig, num_labels: int) -> int:
+    classifier = (shape.dim + 1) * num_labels
+    match model.head:
+        case "full":
+            return shape.num_head(num_labels)
+        case "classifier":
+            return classifier
+        case "low_rank":
+            return classifier + 2 * (model.head_r or DEFAULT_HEAD_R) * shape.dim + shape.dim
+
+
+def _adapter(method: PeftMethod, target: Target) -> int:
+    both = target.in_features + target.out_features
+    match method:
+        case LoraMethod():
+            # DoRA trains one magnitude for each row of the weight.
+            return target.rank * both + (target.out_features if method.use_dora else 0)
+        case AdaloraMethod():
+            return target.rank * (both + 1)
+        case Ia3Method():
+            return target.in_features if target.feed_forward else target.out_features
+        case VeraMethod():
+            return target.rank + target.out_features
+
+
+def _untrained(method: PeftMethod, targets: list[Target]) -> int:
+    """Count what a method saves beside what it trains."""
+    match method:
+        case LoraMethod() if method.changes_base:
+            # Saved as plain LoRA of twice the rank.
+            return sum(_adapter(method, target) for target in targets)
+        case VeraMethod():
+            # One pair for all, as wide as the widest.
+            return method.r * (max(t.in_features for t in targets) + max(t.out_features for t in targets))
+        case _:
+            return 0
 
 
 def activation_bytes(shape: Shape, *, length: int, element_bytes: int) -> int:

@@ -1,13 +1,17 @@
 """The recipe's `train` section; the names are those of transformers' TrainingArguments."""
 
+import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from lora_sentiment.section import Names, Section, did_you_mean
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+
+ClassWeights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=2)]
+"""A YAML list of positive numbers, one a label."""
 
 
 class TrainConfig(Section):
@@ -39,6 +43,8 @@ class TrainConfig(Section):
     """Share of the steps over which the rate rises from 0."""
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the training loss (Szegedy et al. 2016)."""
+    class_weights: Literal["balanced"] | ClassWeights | None = None
+    """Weight of each label in the training loss: balanced (rows / (labels * rows of the label)), or a list of them."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the head's and the adapter's initial values, the order of rows, and dropout."""
     eval_steps: int | None = Field(None, ge=1)
@@ -59,6 +65,19 @@ class TrainConfig(Section):
         if self.warmup_ratio and self.lr_scheduler_type == "constant":
             raise ValueError("warmup_ratio does nothing with lr_scheduler_type constant; use constant_with_warmup")
         return self
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weights_are_positive(cls, weights: Any) -> Any:
+        # Before the union, which would tell what is wrong with the value as each of its members.
+        are_numbers = isinstance(weights, (list, tuple)) and all(
+            isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < math.inf
+            for weight in weights
+        )
+        if weights not in (None, "balanced") and not (are_numbers and len(weights) > 1):
+            hint = did_you_mean(weights, ["balanced"]) if isinstance(weights, str) else ""
+            raise ValueError(f"found {weights!r}; allowed: balanced, or a list of positive numbers, one a label{hint}")
+        return weights
 
     @field_validator("report_to")
     @classmethod

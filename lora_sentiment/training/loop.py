@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +17,11 @@ from lora_sentiment.data.batches import Encoded, cut, make_batch, plan_epoch, sh
 from lora_sentiment.errors import TrainingError
 from lora_sentiment.evaluation.metrics import METRICS, quick_score
 from lora_sentiment.model.inference import predict_logits
-from lora_sentiment.model.methods import trainable_tensors
+from lora_sentiment.model.method_config import Method
+from lora_sentiment.model.methods import after_step, learning_rate_ratios, penalty, trainable_tensors
 from lora_sentiment.progress import make_bar
 from lora_sentiment.training.config import TrainConfig
-from lora_sentiment.training.losses import loss_sum
+from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
 
 log = logging.getLogger("lora_sentiment")
 
@@ -30,7 +31,7 @@ MAX_SKIPPED_STEPS = 20
 
 @dataclass(frozen=True)
 class TrainPoint:
-    """One optimizer step: its mean loss over the step's examples, and the rate it was taken at."""
+    """One optimizer step: its (weighted) mean loss over the step's examples, and the rate it was taken at."""
 
     step: int
     epoch: float
@@ -81,6 +82,7 @@ def fit(
     validation: Encoded,
     numbers: NDArray[np.int64],
     config: TrainConfig,
+    method: Method,
     accelerator: Accelerator,
     max_tokens: int,
 ) -> History:
@@ -92,13 +94,14 @@ def fit(
         validation: Rows that decide which tensors are best.
         numbers: Source row number of each training row, for messages, shape (num_rows,).
         config: The recipe's `train` section.
+        method: The recipe's `method` section: its learning rates, and what it does between steps.
         accelerator: Carries gradients and logits between processes, scales fp16 losses, logs.
         max_tokens: Most padded tokens of a micro-batch.
 
     Raises:
         TrainingError: When a loss is not finite, with step and row numbers.
     """
-    return _Loop(model, train, validation, numbers, config, accelerator, max_tokens).run()
+    return _Loop(model, train, validation, numbers, config, method, accelerator, max_tokens).run()
 
 
 class _Loop:
@@ -111,16 +114,19 @@ class _Loop:
         validation: Encoded,
         numbers: NDArray[np.int64],
         config: TrainConfig,
+        method: Method,
         accelerator: Accelerator,
         max_tokens: int,
     ) -> None:
-        self.model, self.config, self.accelerator = model, config, accelerator
+        self.model, self.config, self.method, self.accelerator = model, config, method, accelerator
         self.train, self.validation, self.numbers = train, validation, numbers
         self.lengths = train.lengths
+        names = list(model.config.id2label.values())  # type: ignore[union-attr, operator]
+        self.class_weights = make_class_weights(config.class_weights, labels=train.labels, names=names)
         self.parameters = trainable_tensors(model)
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
-        self.num_steps = config.max_steps or math.ceil(config.num_train_epochs * self.steps_per_epoch)
-        optimizer = make_optimizer(self.parameters, config)
+        self.num_steps = count_steps(len(train), config)
+        optimizer = make_optimizer(self.parameters, config, ratios=learning_rate_ratios(model, method))
         # The scheduler is not prepared: a prepared one steps num_processes times per update.
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, optimizer, math.ceil(self.num_steps * config.warmup_ratio), self.num_steps
@@ -161,19 +167,24 @@ class _Loop:
                 yield step, index
 
     def _step(self, step: int, index: NDArray[np.int64]) -> TrainPoint:
-        """Take one optimizer step: gradients of the mean loss over the step's examples, however they are cut."""
+        """Take one optimizer step: gradients of the (weighted) mean loss over its examples, however they are cut."""
         began = time.perf_counter()
         own = shard(
             index, self.lengths, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes
         )
         loss = torch.zeros((), device=self.accelerator.device)
+        total = total_weight(self.train.labels[index], self.class_weights)
         for part in cut(own, self.lengths, max_tokens=self.history.max_tokens):
             batch = make_batch(self.train, part, device=self.accelerator.device)
             with self.accelerator.autocast():
                 logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            part_loss = loss_sum(logits, batch.labels, label_smoothing=self.config.label_smoothing_factor) / len(index)
+            part_loss = self._loss_sum(logits, batch.labels) / total
             self.accelerator.backward(part_loss)
             loss += part_loss.detach()
+        extra = penalty(self.model, self.method)
+        if extra is not None:
+            # Gradients are summed over processes, and every process has the whole penalty.
+            self.accelerator.backward(extra / self.accelerator.num_processes)
         mean_loss = self._reduce(loss)
         if not math.isfinite(mean_loss):
             raise TrainingError(self._not_finite(step, index, mean_loss))
@@ -185,6 +196,10 @@ class _Loop:
         self.history.steps.append(point)
         self._log(step, epoch=point.epoch, loss=mean_loss, learning_rate=rate, grad_norm=norm)
         return point
+
+    def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        weights = None if self.class_weights is None else torch.from_numpy(self.class_weights).to(logits.device)
+        return loss_sum(logits, labels, class_weights=weights, label_smoothing=self.config.label_smoothing_factor)
 
     def _reduce(self, loss: torch.Tensor) -> float:
         """Add up gradients and loss over all processes, in one flat tensor; return the loss."""
@@ -209,6 +224,7 @@ class _Loop:
             raise TrainingError(f"step {step}: the gradient's norm is {norm}; lower train.learning_rate")
         self.optimizer.step()
         if not self.skipped:
+            after_step(self.model, self.method, step=step)
             self.scheduler.step()
         self.optimizer.zero_grad()
         return norm
@@ -246,14 +262,32 @@ class _Loop:
         )
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return fused AdamW (Loshchilov & Hutter 2019); biases and norms (one axis) are not decayed."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def count_steps(num_rows: int, config: TrainConfig) -> int:
+    """Return the optimizer steps of a run over this many training rows."""
+    return config.max_steps or math.ceil(config.num_train_epochs * math.ceil(num_rows / config.batch_size))
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], config: TrainConfig, *, ratios: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """Return fused AdamW (Loshchilov & Hutter 2019); biases and norms (one axis) are not decayed.
+
+    Args:
+        parameters: What is trained, by name.
+        config: The recipe's `train` section.
+        ratios: Names of the tensors that take another rate than the rest, and how many times it.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((ratios.get(name, 1.0), decay), []).append(parameter)
+    # The first group is one at the plain rate: that is the rate which is logged.
+    ordered = sorted(groups.items(), key=lambda group: group[0][0] != 1.0)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": members, "lr": config.learning_rate * ratio, "weight_decay": decay}
+            for (ratio, decay), members in ordered
+        ],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

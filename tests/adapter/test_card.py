@@ -4,7 +4,7 @@ import yaml
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.folder import BaseRecord, Card, DataRecord, Probe
 from lora_sentiment.data.config import DataConfig
-from lora_sentiment.model.config import LoraMethod
+from lora_sentiment.model.method_config import LoraMethod
 
 REPORT = {
     "test": {
@@ -15,7 +15,7 @@ REPORT = {
         "accuracy": {"value": 0.9, "low": 0.8, "high": 1.0},
         "auroc": {"value": 0.5, "low": 0.4, "high": 0.6},
     },
-    "parameters": {"adapter": 10, "head": 20, "trainable": 30, "base": 100, "share": 0.3},
+    "parameters": {"adapter": 10, "encoder": 0, "head": 20, "trainable": 30, "base": 100, "share": 0.3},
     "train": {"steps": 5, "best_step": 4, "tokens": 1000, "seconds": 2.0, "tokens_per_second": 500.0, "engine": "fast"},
 }  # fmt: skip
 
@@ -68,3 +68,31 @@ def test_the_text_states_results_use_and_limits():
     assert "AutoPeftModelForSequenceClassification" in text
     assert "num_labels=2" in text
     assert "## Limits" in text
+
+
+def test_every_judged_role_is_a_result_under_its_own_split():
+    report = {**REPORT, "dev": REPORT["validation"]}
+    splits = {"train": "train", "dev": "validation", "test": "test"}
+    own = card("stanfordnlp/sst2")
+    own = own.model_copy(
+        update={"data": own.data.model_copy(update={"config": DataConfig(source="a/b", splits=splits)})}
+    )
+    text = make_model_card("sst2", own, report, is_peft=True)
+    results = metadata(text)["model-index"][0]["results"]
+    assert {r["dataset"]["split"]: r["metrics"][0]["value"] for r in results} == {"test": 0.91, "validation": 0.9}
+    assert "| metric | validation | test | dev |" in text
+
+
+def test_validation_is_a_result_where_nothing_else_was_judged():
+    report = {name: block for name, block in REPORT.items() if name != "test"}
+    (result,) = metadata(make_model_card("x", card(), report, is_peft=True))["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "validation"
+
+
+def test_the_limits_say_what_is_calibrated():
+    plain = make_model_card("x", card(), REPORT, is_peft=True)
+    assert "Probabilities are as the model gives them; `ece` above says how far to trust them.\n" in plain
+    own = card().model_copy(update={"calibration": {"temperature": 1.2345}})
+    text = make_model_card("x", own, REPORT, is_peft=True)
+    assert "Divide the logits by the temperature 1.234" in text
+    assert "`calibrated_log_loss`" in text

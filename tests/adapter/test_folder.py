@@ -6,22 +6,24 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 
-from lora_sentiment.adapter import folder as folder_module
+from lora_sentiment.adapter import weights as weights_module
 from lora_sentiment.adapter.folder import (
     DataRecord,
     compute_probe,
-    hash_file,
     load,
     load_card,
     publish,
     save,
-    write_json,
 )
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError
+from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
-from lora_sentiment.model.config import FullMethod, LoraMethod, ModelConfig
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.method_config import FullMethod, LoraMethod
 from lora_sentiment.model.methods import make_trainable, trainable_tensors
+
+CONFIG = ModelConfig(name="any")
 
 LABELS = ("no", "yes", "maybe")
 IDS = [[2, 5, 6, 3], [2, 9, 3]]
@@ -33,7 +35,7 @@ def save_random(path, tiny_base, method, *, tolerance=1e-4):
     torch.manual_seed(1)
     config = ModelConfig(name=str(tiny_base), max_length=16)
     base = load_base(config, labels=LABELS)
-    model = make_trainable(base, method, dtype=torch.float32).eval()
+    model = make_trainable(base, method, CONFIG, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in trainable_tensors(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -129,14 +131,14 @@ def test_saving_leaves_the_base_bit_identical(tmp_path, tiny_base):
 
 
 def test_a_save_that_answers_otherwise_is_refused(tmp_path, tiny_base, monkeypatch):
-    fill = folder_module._fill
+    fill = weights_module._fill
 
     def fill_wrongly(model, path):
         fill(model, path)
         with torch.no_grad():
-            next(iter(trainable_tensors(model).values())).add_(1)
+            next(p for name, p in model.named_parameters() if "lora_B" in name).add_(1)
 
-    monkeypatch.setattr(folder_module, "_fill", fill_wrongly)
+    monkeypatch.setattr(weights_module, "_fill", fill_wrongly)
     with pytest.raises(AdapterError, match="answers otherwise than the trained model"):
         save_random(tmp_path / "a", tiny_base, LoraMethod(r=4))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data import sources
 from lora_sentiment.data.config import DataConfig
-from lora_sentiment.data.rows import Rows, carve, clean_text, load_data, load_rows, load_test, sample
+from lora_sentiment.data.rows import Rows, carve, clean_text, load_data, load_judged, load_rows, sample
 from lora_sentiment.data.tables import read_table
 from lora_sentiment.errors import DataError
 from tests.conftest import toy_rows, write_csv
@@ -70,7 +70,7 @@ def test_the_test_split_is_read_apart(toy, monkeypatch):
     )
     data = load_data(config(toy))
     assert read == ["train.csv"]
-    assert len(load_test(config(toy), labels=data.labels)[0]) == 41
+    assert len(load_judged(config(toy), role="test", labels=data.labels)[0]) == 41
     assert read == ["train.csv", "test.csv"]
 
 
@@ -243,3 +243,97 @@ def test_the_fingerprint_sees_texts_labels_and_order():
         make_rows(["ab", ""], [0, 1]).fingerprint(),
     }
     assert len(prints) == 4
+
+
+def test_every_role_is_judged_in_the_recipes_order(toy):
+    files = {"train": "train.csv", "dev": "test.csv", "test_2": "test.csv"}
+    several = DataConfig(source={role: str(toy / name) for role, name in files.items()}, test_fraction=0.2)
+    data = load_data(several)
+    assert data.judged == ("dev", "test_2")
+    assert data.carved_test is None
+    assert len(data.train) + len(data.validation) == 120
+    rows, counts = load_judged(several, role="dev", labels=data.labels)
+    assert len(rows) == counts.kept == 41
+
+
+def test_the_sample_of_judged_rows_is_of_every_role(toy):
+    several = config(toy, max_test_rows=10)
+    assert len(load_judged(several, role="test", labels=("negative", "positive"))[0]) == 10
+
+
+@pytest.mark.parametrize("hidden", [-1, "-1"])
+def test_hidden_labels_are_counted_and_not_judged(toy, hidden):
+    (toy / "test.jsonl").write_text("".join(json.dumps({"text": t, "label": hidden}) + "\n" for t in "abc"))
+    several = DataConfig(source={"train": str(toy / "train.csv"), "test": str(toy / "test.jsonl")})
+    rows, counts = load_judged(several, role="test", labels=("negative", "positive"))
+    assert rows is None
+    assert (counts.read, counts.unlabelled, counts.kept) == (3, 3, 0)
+    assert counts.as_dict()["unlabelled"] == 3
+
+
+def test_some_hidden_labels_are_bad_rows_and_minus_one_can_be_a_label(toy):
+    write_csv(toy / "test.csv", [("a", "-1"), ("b", "positive")])
+    with pytest.raises(DataError, match="row 1: label '-1' is none of negative, positive"):
+        load_judged(config(toy), role="test", labels=("negative", "positive"))
+    write_csv(toy / "test.csv", [("a", "-1"), ("b", "-1")])
+    assert load_judged(config(toy), role="test", labels=("-1", "1"))[0].labels.tolist() == [0, 0]
+
+
+def test_files_have_no_splits_to_name(toy):
+    with pytest.raises(DataError, match=r"data\.splits: found .* but .* are files; files by role are data\.source="):
+        load_data(DataConfig(source=str(toy / "train.csv"), splits={"train": "train"}))
+
+
+@pytest.fixture
+def hub_set(monkeypatch):
+    """A Hub data set with the splits of SST-2, whose test labels are hidden."""
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+    )
+    own = {"train": toy_rows(60), "validation": toy_rows(80)[60:], "test": [(text, -1) for text, _ in toy_rows(9)]}
+
+    def load(name, configuration, *, split, revision):
+        columns = {"text": [text for text, _ in own[split]], "label": [label for _, label in own[split]]}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: list(own))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return DataConfig(source="own/sst2")
+
+
+def test_a_hub_data_sets_splits_take_the_roles_that_the_recipe_gives(hub_set):
+    given_config = hub_set.model_copy(update={"splits": {"train": "train", "dev": "validation", "test": "test"}})
+    data = load_data(given_config)
+    assert data.judged == ("dev", "test")
+    assert (len(data.train), len(data.validation)) == (54, 6)  # carved, because no split has the role
+    assert len(load_judged(given_config, role="dev", labels=data.labels)[0]) == 20
+    assert load_judged(given_config, role="test", labels=data.labels)[0] is None
+
+
+def test_without_roles_a_hub_data_sets_splits_are_what_they_are_called(hub_set):
+    data = load_data(hub_set)
+    assert (len(data.train), len(data.validation), data.judged) == (60, 20, ("test",))
+
+
+def test_a_misspelt_split_names_the_ones_there(hub_set):
+    wrong = hub_set.model_copy(update={"splits": {"train": "train", "dev": "validaton"}})
+    message = (
+        r"data\.splits\.dev: 'own/sst2' has no split 'validaton'; it has train, validation, test; did you mean 'valid"
+    )
+    with pytest.raises(DataError, match=message):
+        load_data(wrong)
+
+
+def test_rows_to_judge_are_a_split_by_its_own_name(hub_set):
+    rows, _ = load_rows(hub_set, split="validation", labels=("negative", "positive"))
+    assert len(rows) == 20
+    with pytest.raises(DataError, match="has no split 'dev'; it has train, validation, test"):
+        load_rows(hub_set, split="dev", labels=("negative", "positive"))
+
+
+def test_recorded_splits_do_not_bind_a_file_that_is_given_instead(toy):
+    recorded = DataConfig(source="own/sst2", splits={"train": "train", "dev": "validation"})
+    instead = recorded.model_copy(update={"source": str(toy / "test.csv")})
+    assert len(load_rows(instead, split="test", labels=("negative", "positive"))[0]) == 41

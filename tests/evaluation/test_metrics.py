@@ -294,3 +294,13 @@ def test_rows_that_do_not_fit_are_refused(logits, labels, error, message):
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ModelError, match="temperature: found"):
         score(*draw(5, 2), temperature=temperature)
+
+
+def test_some_metrics_alone_have_the_same_intervals():
+    logits, labels = draw(60, 3)
+    every = score(logits, labels, num_resamples=50)
+    assert score(logits, labels, num_resamples=50, names=["ece", "mcc"]) == {
+        name: every[name] for name in ("ece", "mcc")
+    }
+    with pytest.raises(RecipeError, match="'f1' is no metric"):
+        score(logits, labels, names=["f1"])

@@ -7,8 +7,11 @@ from transformers import AutoTokenizer, BertConfig, BertModel, DistilBertForSequ
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model import base as base_module
 from lora_sentiment.model.base import encoder_tensors, hash_tensors, hash_tokenizer, load_base, resolve_dtype
-from lora_sentiment.model.config import LoraMethod, ModelConfig
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.method_config import LoraMethod
 from lora_sentiment.model.methods import make_trainable
+
+CONFIG = ModelConfig(name="any")
 
 LABELS = ("no", "yes")
 
@@ -39,7 +42,7 @@ def test_the_hash_is_of_values_not_of_storage(tiny_base, tmp_path):
 
 def test_the_hash_does_not_see_head_and_wrapping(tiny_base):
     base = load_base(config(tiny_base), labels=LABELS)
-    wrapped = make_trainable(base, LoraMethod(), dtype=torch.float32)
+    wrapped = make_trainable(base, LoraMethod(), CONFIG, dtype=torch.float32)
     assert hash_tensors(encoder_tensors(wrapped)) == base.sha256
     assert load_base(config(tiny_base), labels=tuple("abc")).sha256 == base.sha256
 

@@ -7,14 +7,17 @@ from accelerate import Accelerator
 
 from lora_sentiment.data.batches import encode
 from lora_sentiment.data.rows import Rows
-from lora_sentiment.errors import TrainingError
+from lora_sentiment.errors import RecipeError, TrainingError
 from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import LoraMethod, ModelConfig
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.method_config import LoraMethod
 from lora_sentiment.model.methods import make_trainable, trainable_tensors
 from lora_sentiment.training import loop
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.loop import fit, make_optimizer
 from tests.conftest import toy_rows
+
+CONFIG = ModelConfig(name="any")
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def run(tiny_base):
         config = ModelConfig(name=str(tiny_base), max_length=16, dropout=dropout, attention_dropout=dropout)
         base = load_base(config, labels=("negative", "positive"))
         base.model.dropout.p = dropout
-        model = make_trainable(base, LoraMethod(r=4, lora_alpha=8), dtype=torch.float32)
+        model = make_trainable(base, LoraMethod(r=4, lora_alpha=8), CONFIG, dtype=torch.float32)
         if prepare:
             prepare(model)
         rows = toy_rows(num_rows)
@@ -41,6 +44,7 @@ def run(tiny_base):
             validation=encoded,
             numbers=np.arange(1, len(rows) + 1),
             config=TrainConfig(**{"batch_size": 16, "learning_rate": 1e-2, "num_train_epochs": 1.0, **values}),
+            method=LoraMethod(r=4, lora_alpha=8),
             accelerator=Accelerator(),
             max_tokens=max_tokens,
         )
@@ -161,6 +165,28 @@ def test_gradients_are_clipped(run):
 
 def test_biases_and_norms_are_not_decayed():
     parameters = {"w": torch.nn.Parameter(torch.ones(2, 2)), "b": torch.nn.Parameter(torch.ones(2))}
-    groups = make_optimizer(parameters, TrainConfig(weight_decay=0.3)).param_groups
+    groups = make_optimizer(parameters, TrainConfig(weight_decay=0.3), ratios={}).param_groups
     assert [(len(g["params"]), g["params"][0].ndim, g["weight_decay"]) for g in groups] == [(1, 2, 0.3), (1, 1, 0.0)]
     assert groups[0]["fused"]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_weighted_loss_does_not_depend_on_the_cut(run, smoothing):
+    values = {"class_weights": (0.2, 3.0), "label_smoothing_factor": smoothing, "num_rows": 50}
+    losses = [[point.loss for point in run(max_tokens=cut, **values)[1].steps] for cut in (10_000, 45, 1)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_weights_of_one_train_the_same_bits_and_others_do_not(run):
+    found = [run(class_weights=weights, max_steps=3) for weights in (None, (1.0, 1.0), "balanced", (1.0, 4.0))]
+    plain = trainable_tensors(found[0][0])
+    for model, history in found[1:3]:  # as many rows of either label: balanced is one, too
+        assert history.steps == found[0][1].steps
+        assert all(torch.equal(p, plain[name]) for name, p in trainable_tensors(model).items())
+    assert found[3][1].steps[0].loss != found[0][1].steps[0].loss
+
+
+def test_a_wrong_number_of_weights_is_refused(run):
+    with pytest.raises(RecipeError, match=r"found 3 weights; .* 2 labels, in this order: negative, positive"):
+        run(class_weights=(1.0, 2.0, 3.0))

@@ -1,0 +1,205 @@
+"""Every method on every precision: trained two steps, saved, reloaded, counted, and opened by stock PEFT."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import toy_rows
+from peft import PeftModel
+from pydantic import TypeAdapter
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, save
+from lora_sentiment.data.batches import encode
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.data.rows import Rows
+from lora_sentiment.errors import ModelError
+from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.method_config import Method, PeftMethod
+from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_trainable, trainable_tensors
+from lora_sentiment.model.parameters import count_parameters
+from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.training.loop import fit
+
+LABELS = ("negative", "positive")
+REGEX = r".*\.layer\.1\..*\.(q_lin|lin2)"
+METHODS = {
+    "lora": {"kind": "lora", "r": 4, "lora_alpha": 8},
+    "lora-rs": {"kind": "lora", "use_rslora": True, "target_modules": "all-linear"},
+    "lora-dora": {"kind": "lora", "use_dora": True},
+    "lora-gaussian": {"kind": "lora", "init_lora_weights": "gaussian", "lora_dropout": 0.1},
+    "lora-orthogonal": {"kind": "lora", "init_lora_weights": "orthogonal"},
+    "lora-random": {"kind": "lora", "init_lora_weights": False},
+    "lora-pissa": {"kind": "lora", "init_lora_weights": "pissa", "r": 4, "use_rslora": True},
+    "lora-olora": {"kind": "lora", "init_lora_weights": "olora", "r": 4, "rank_pattern": {"v_lin": 2}},
+    "lora-plus": {"kind": "lora", "loraplus_lr_ratio": 4.0},
+    "lora-layers": {"kind": "lora", "layers_to_transform": [1], "target_modules": ["lin1", "k_lin"]},
+    "lora-patterns": {"kind": "lora", "rank_pattern": {"q_lin": 2}, "alpha_pattern": {"layer.1.attention.v_lin": 3}},
+    "lora-regex": {"kind": "lora", "target_modules": REGEX},
+    "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3, "target_modules": "all-linear"},
+    "ia3": {"kind": "ia3"},
+    "ia3-regex": {"kind": "ia3", "target_modules": REGEX},
+    "vera": {"kind": "vera", "r": 16, "target_modules": "all-linear"},
+    "unfreeze-layers": {"kind": "unfreeze", "last_layers": 1},
+    "unfreeze-patterns": {"kind": "unfreeze", "patterns": ["*.bias", "transformer.layer.0.attention.*"]},
+    "head": {"kind": "head"},
+    "full": {"kind": "full"},
+}
+PRECISIONS = ("none", "int8", "nf4")
+REFUSED = {
+    "full": "trains the base's own tensors",
+    "unfreeze-layers": "trains the base's own tensors",
+    "unfreeze-patterns": "trains the base's own tensors",
+    "vera": "no VeRA for quantised",
+    "lora-pissa": "changes the base's weights",
+    "lora-olora": "changes the base's weights",
+    "lora-orthogonal": "in the dtype of the weights",
+}
+PAIRS = [
+    pair
+    for pair in itertools.product(METHODS, PRECISIONS)
+    if pair[1] == "none" or (pair[0] not in REFUSED and pair != ("lora-dora", "int8"))
+]
+IDS = [[2, 5, 6, 3], [2, 9, 14, 8, 3], [2, 7, 8, 9, 3]]
+
+
+def make(name, quantize, tiny_base, *, head="full"):
+    """Return a toy base wrapped with a method, and what it was made of."""
+    method = TypeAdapter(Method).validate_python(METHODS[name])
+    config = ModelConfig(
+        name=str(tiny_base), max_length=16, dtype="float32", quantize=quantize, dropout=0.0, attention_dropout=0.0,
+        double_quant=quantize == "nf4", seq_classif_dropout=0.0, head=head,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = load_base(config, labels=LABELS)
+    return base, method, config, make_trainable(base, method, config, dtype=torch.float32, num_steps=3)
+
+
+def train(model, base, method, *, steps=3):
+    """Take a few steps over the same rows, so that their losses can be compared."""
+    rows = toy_rows(48)
+    labels = np.array([LABELS.index(label) for _, label in rows])
+    encoded = encode(
+        Rows([text for text, _ in rows], labels, np.arange(48)),
+        tokenizer=base.tokenizer, max_length=16, truncation="head",
+    )  # fmt: skip
+    return fit(
+        model,
+        train=encoded,
+        validation=encoded,
+        numbers=np.arange(48),
+        config=TrainConfig(
+            batch_size=48, learning_rate=1e-2, lr_scheduler_type="constant", max_steps=steps, eval_steps=steps
+        ),
+        method=method,
+        accelerator=Accelerator(),
+        max_tokens=4096,
+    )
+
+
+def write(folder, model, base, method, config):
+    folder.mkdir()
+    record = DataRecord(config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1")
+    return save(
+        folder, model, base=base, labels=LABELS, model_config=config, method=method, data=record, machine={},
+        trained=compute_probe(model, IDS), tolerance=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "quantize"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def test_every_method_on_every_precision(name, quantize, tiny_base, tmp_path):
+    base, method, config, model = make(name, quantize, tiny_base)
+    counts = count_parameters(base.shape, method, config, num_labels=2)
+    assert sum(p.numel() for p in trainable_tensors(model).values()) == counts.trainable
+    frozen = hash_tensors(frozen_tensors(model).items())
+    history = train(model, base, method)
+    assert history.steps[-1].loss < history.steps[0].loss
+    assert hash_tensors(frozen_tensors(model).items()) == frozen
+
+    model.eval()
+    write(tmp_path / "a", model, base, method, config)
+    loaded = load(tmp_path / "a")
+    answers = np.array(compute_probe(model, IDS).logits)
+    # What was taken out of the base and put back is rounded twice; what was pruned adds up in another order.
+    tolerance = {"lora-pissa": 3e-5, "lora-olora": 3e-5, "adalora": 5e-6}.get(name, 1e-6)
+    np.testing.assert_allclose(compute_probe(loaded.model, IDS).logits, answers, atol=tolerance, rtol=0)
+    if isinstance(method, PeftMethod):
+        np.testing.assert_allclose(stock_logits(tmp_path / "a", tiny_base, quantize), answers, atol=3e-5, rtol=0)
+
+
+def stock_logits(folder, tiny_base, quantize):
+    """What stock PEFT makes of a folder on a base that stock transformers loaded."""
+    bits = {
+        "int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    }.get(quantize)
+    quantised = BitsAndBytesConfig(**bits, llm_int8_skip_modules=["pre_classifier", "classifier"]) if bits else None
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        tiny_base, num_labels=2, dtype=torch.float32, quantization_config=quantised
+    )
+    return compute_probe(PeftModel.from_pretrained(plain, folder).eval(), IDS).logits
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_refused_pair_says_why(name, quantize, tiny_base):
+    with pytest.raises(ModelError, match=f"model.quantize={quantize}.*{REFUSED[name]}"):
+        make(name, quantize, tiny_base)
+
+
+def test_dora_on_int8_is_refused_on_a_cpu(tiny_base):
+    with pytest.raises(ModelError, match=r"int8.*use nf4"):
+        make("lora-dora", "int8", tiny_base)
+
+
+@pytest.mark.parametrize("name", ["lora-pissa", "lora-olora"])
+def test_an_adapter_taken_out_of_the_base_is_saved_as_plain_lora(name, tiny_base, tmp_path):
+    base, method, config, model = make(name, "none", tiny_base)
+    assert hash_tensors(encoder_tensors(model)) != base.sha256
+    train(model, base, method)
+    write(tmp_path / "a", model.eval(), base, method, config)
+    loaded = load(tmp_path / "a")
+    assert hash_tensors(encoder_tensors(loaded.model)) == base.sha256
+    lora = loaded.model.peft_config["default"]
+    assert (lora.r, lora.init_lora_weights) == (8, True)
+
+
+def test_adalora_is_pruned_to_its_target(tiny_base, tmp_path):
+    base, method, config, model = make("adalora", "none", tiny_base)
+    train(model, base, method)
+    write(tmp_path / "a", model.eval(), base, method, config)
+    left = load(tmp_path / "a").model.peft_config["default"].rank_pattern
+    assert sum(map(sum, left.values())) == method.target_r * len(left)
+
+
+def test_loraplus_trains_b_faster(tiny_base):
+    base, method, _, model = make("lora-plus", "none", tiny_base)
+    before = {name: p.detach().clone() for name, p in trainable_tensors(model).items()}
+    train(model, base, method, steps=1)
+    # Adam's first step moves every value by its rate, whatever the gradient.
+    moved = {name: float((p.detach() - before[name]).abs().median()) for name, p in trainable_tensors(model).items()}
+    for name, distance in moved.items():
+        if ".lora_B." in name:
+            assert distance == pytest.approx(4e-2, rel=1e-2)
+        elif "classifier" in name:
+            assert distance == pytest.approx(1e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("head", ["classifier", "low_rank"])
+@pytest.mark.parametrize("name", ["lora", "head", "unfreeze-layers"])
+def test_a_smaller_head_is_saved_dense(name, head, tiny_base, tmp_path):
+    base, method, config, model = make(name, "none", tiny_base, head=head)
+    counts = count_parameters(base.shape, method, config, num_labels=2)
+    assert sum(p.numel() for p in trainable_tensors(model).values()) == counts.trainable
+    assert counts.head < base.shape.num_head(2)
+    history = train(model, base, method)
+    assert history.steps[-1].loss < history.steps[0].loss
+    trained = compute_probe(model.eval(), IDS).logits
+    make_head_dense(model)
+    write(tmp_path / "a", model, base, method, config)
+    np.testing.assert_allclose(compute_probe(load(tmp_path / "a").model, IDS).logits, trained, atol=1e-6)
+    if name == "lora":
+        np.testing.assert_allclose(stock_logits(tmp_path / "a", tiny_base, "none"), trained, atol=1e-5)
