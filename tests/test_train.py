@@ -172,7 +172,7 @@ def three_roles(toy_recipe):
     folder = toy_recipe.parent
     lines = (folder / "test.csv").read_text().splitlines(keepends=True)
     (folder / "dev.csv").write_text("".join(lines[:22]))
-    return f"data.source={{train: {folder}/train.csv, dev: {folder}/dev.csv, test: {folder}/test.csv}}"
+    return f"data.source={{train: {folder}/train.csv, test: {folder}/test.csv, dev: {folder}/dev.csv}}"
 
 
 def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
@@ -185,7 +185,7 @@ def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
     assert report["data"]["dev"]["kept"] == 21
     assert report["data"]["seen_rows"] == {"dev": 0, "test": 0}
     table = (found.adapter / "README.md").read_text()
-    assert "| metric | validation | dev | test |" in table
+    assert "| metric | validation | test | dev |" in table
 
 
 def test_hidden_labels_are_said_and_the_rest_is_judged(toy_recipe, three_roles, caplog):
@@ -377,7 +377,7 @@ def test_a_quantised_run_says_what_it_saved_and_its_card_opens_it(toy_recipe):
     assert found["verdict"] in text
     snippet = text.split("```python\n")[1].split("```")[0].replace('"toy"', f'"{quantised.adapter}"')
     names = {}
-    exec(snippet, names)  # noqa: S102 - the card's own example, as a person would paste it
+    exec(snippet, names)  # the card's own example, as a person would paste it
     stock = names["model"].eval()
     ours = load(quantised.adapter)
     np.testing.assert_allclose(

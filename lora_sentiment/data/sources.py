@@ -97,8 +97,7 @@ def _hub_splits(config: DataConfig) -> dict[str, str]:
         if name not in found:
             key = "data.source" if role == name else f"data.splits.{role}"
             raise DataError(
-                f"{key}: {config.source!r} has no split {name!r}; it has {', '.join(found)}"
-                f"{did_you_mean(name, found)}"
+                f"{key}: {config.source!r} has no split {name!r}; it has {', '.join(found)}{did_you_mean(name, found)}"
             )
     return splits
 

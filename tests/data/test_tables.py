@@ -405,7 +405,7 @@ def test_a_column_keeps_the_type_of_its_first_parquet_batch(tmp_path):
 def read_or_refuse(path):
     """Tells whether a file is read, or refused in one line."""
     try:
-        read(path)
+        list(read_table(path))  # which may hold no rows
     except DataError as error:
         return "\n" not in str(error)
     return True

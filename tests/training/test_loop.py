@@ -15,6 +15,7 @@ from lora_sentiment.model.methods import make_trainable, trainable_tensors
 from lora_sentiment.training import loop
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.loop import fit, make_optimizer
+from lora_sentiment.training.losses import loss_sum
 from tests.conftest import toy_rows
 
 CONFIG = ModelConfig(name="any")
@@ -190,3 +191,18 @@ def test_weights_of_one_train_the_same_bits_and_others_do_not(run):
 def test_a_wrong_number_of_weights_is_refused(run):
     with pytest.raises(RecipeError, match=r"found 3 weights; .* 2 labels, in this order: negative, positive"):
         run(class_weights=(1.0, 2.0, 3.0))
+
+
+def test_a_steps_loss_is_torchs_weighted_mean(run, monkeypatch):
+    seen = []
+
+    def spy(logits, labels, **values):
+        seen.append((logits.detach(), labels))
+        return loss_sum(logits, labels, **values)
+
+    monkeypatch.setattr(loop, "loss_sum", spy)
+    _, history = run(class_weights=(0.2, 3.0), label_smoothing_factor=0.1, batch_size=90, max_steps=1)
+    assert len(seen) > 1
+    logits, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    expected = torch.nn.functional.cross_entropy(logits, labels, weight=torch.tensor([0.2, 3.0]), label_smoothing=0.1)
+    assert history.steps[0].loss == pytest.approx(float(expected), rel=1e-5)
