@@ -87,9 +87,85 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json 
 
 
 @app.command()
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="RECIPE-or-ADAPTER...", help="Recipe files, adapter folders.")],
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw trained parameters against accuracy, sized by memory, into this PNG.")
+    ] = None,
+) -> None:
+    """Set recipes and adapters side by side: what each trains, saves and holds, and, where it ran, what it gave.
+
+    No weights and no data are read. A recipe's own output folder is looked at; the first row is what the others are
+    paired with, on the rows that both were judged on.
+    """
+    from lora_sentiment import compare as comparison
+
+    rows = comparison.compare(paths)
+    if plot:
+        comparison.draw(rows, plot)
+    if as_json:
+        typer.echo(json.dumps([row.as_dict() for row in rows]))
+    elif markdown:
+        typer.echo(comparison.to_markdown(rows))
+    else:
+        _show_table(comparison.make_columns(rows), comparison.make_notes(rows), left=comparison.LEFT)
+
+
+@app.command()
+def estimate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="Memory that the process may hold, such as 4GiB.")] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Take two real steps in a fresh process, and show the estimate's error.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Estimate a recipe's memory by length, and the largest micro-batch that fits a budget, without weights or data."""
+    from lora_sentiment import estimate as estimation
+
+    loaded = Recipe.load(recipe, overrides or ())
+    found = estimation.estimate(loaded, budget=estimation.parse_bytes(budget) if budget else None)
+    probed = None
+    if probe:
+        from lora_sentiment.probe import probe as run_probe
+
+        probed = run_probe(loaded)
+    if as_json:
+        typer.echo(json.dumps({**found.as_dict(), "probe": probed and probed.as_dict()}))
+        return
+    notes = estimation.make_notes(found)
+    if probed:
+        notes.append(
+            f"probe: {probed.rows} rows of {probed.length} tokens held {probed.measured / 2**20:,.0f} MiB beyond the "
+            f"{probed.baseline / 2**20:,.0f} MiB of its imports; estimated {probed.estimated / 2**20:,.0f} MiB "
+            f"({probed.error:+.1%})"
+        )
+    _show_table(estimation.make_columns(found), notes, left=())
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, which editors use to complete and check."""
     typer.echo(json.dumps(make_schema(), indent=2))
+
+
+def _show_table(columns: Mapping[str, list[str]], notes: list[str], *, left: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    # A pipe has no width: nothing is cut there.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 400)
+    console.print(table)
+    for note in notes:
+        typer.echo(f"* {note}")
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""The fast forward of DistilBERT: exact, for frozen linears with or without LoRA, and for the [CLS] token only.
+"""The fast forward of DistilBERT: exact, for plain linears with or without LoRA, and for the [CLS] token only.
 
 `use_fast_encoder` replaces the forward of one DistilBertModel instance and nothing else. It owns no parameter and no
-weight format: adapters are read from PEFT's modules in every forward, and prepared copies of frozen weights are
-rebuilt when their sources change.
+weight format: adapters and trainable weights are read from the modules in every forward, and prepared copies of frozen
+weights are rebuilt when their sources change.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class LowRank:
 
 
 def low_rank(module: nn.Module) -> LowRank | str:
-    """Reads one linear of the encoder as a frozen weight plus at most one low-rank pair, or says why it is not one."""
+    """Reads one linear of the encoder as a weight plus at most one low-rank pair, or says why it is not one."""
     base = module.get_base_layer() if type(module) is lora.Linear else module
     if type(base) is not nn.Linear:
         return f"{type(base).__name__} is neither a torch.nn.Linear nor PEFT's LoRA of one"
@@ -57,8 +57,6 @@ def low_rank(module: nn.Module) -> LowRank | str:
         return f"its base weight is quantised ({base.weight.dtype})"
     if base.bias is None:
         return "it has no bias"
-    if base.weight.requires_grad or base.bias.requires_grad:
-        return "its base weight or bias is trainable"
     if type(module) is not lora.Linear:
         return LowRank(base.weight, base.bias)
     if module.merged:
@@ -183,28 +181,30 @@ class _Linears(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """The frozen weights of one layer in the compute dtype, and what they were made from.
+    """Frozen tensors one below the other in the compute dtype, and what they were made from.
 
     The sources are held, so that no other tensor can come to lie at the address in the stamp.
     """
 
     sources: tuple[Tensor, ...]
     stamp: tuple[tuple[int, int], ...]
-    linears: _Linears
+    stacked: Tensor
 
 
 def _stamp(sources: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in sources)
 
 
+def _stack(sources: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    tensors = [tensor.to(dtype) for tensor in sources]
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
 def _prepare(sources: tuple[Tensor, ...], dtype: torch.dtype) -> _Prepared:
     # What is made under inference_mode cannot be kept for a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
-        frozen = [(tensor.clone() if tensor.is_inference() else tensor.detach()).to(dtype) for tensor in sources]
-        weights, biases = frozen[::2], frozen[1::2]
-        qkv = Linear(torch.cat(weights[:3]), torch.cat(biases[:3]))
-        rest = [Linear(weight, bias) for weight, bias in zip(weights[3:], biases[3:], strict=True)]
-    return _Prepared(sources, _stamp(sources), _Linears(qkv, *rest))
+        frozen = tuple(tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in sources)
+        return _Prepared(sources, _stamp(sources), _stack(frozen, dtype))
 
 
 class _FastForward:
@@ -213,7 +213,7 @@ class _FastForward:
     def __init__(self, encoder: DistilBertModel, compute_dtype: torch.dtype) -> None:
         self.encoder = encoder
         self.dtype = compute_dtype
-        self.prepared: list[_Prepared | None] = [None] * len(encoder.transformer.layer)
+        self.prepared: dict[tuple[int, int, str], _Prepared] = {}
 
     def forward(
         self,
@@ -277,7 +277,7 @@ class _FastForward:
         return float(module.p) if self.encoder.training else 0.0
 
     def _linears(self, index: int, block: TransformerBlock) -> _Linears:
-        """The linears of one layer with the adapters as they are now."""
+        """The linears of one layer as they are now."""
         parts = []
         for name, module in _named_linears(block):
             answer = low_rank(module)
@@ -285,19 +285,23 @@ class _FastForward:
                 where = f"transformer.layer.{index}.{name}"
                 raise ModelError(f"{where}: {answer}; the fast encoder cannot compute that: use the stock encoder")
             parts.append(answer)
-        frozen = self._frozen(index, tuple(tensor for part in parts for tensor in (part.weight, part.bias)))
-        return _Linears(
-            frozen.qkv._replace(adapters=_adapters(parts[:3])),
-            frozen.out_lin._replace(adapters=_adapters(parts[3:4])),
-            frozen.lin1._replace(adapters=_adapters(parts[4:5])),
-            frozen.lin2._replace(adapters=_adapters(parts[5:6])),
-        )
+        stacks = (parts[:3], parts[3:4], parts[4:5], parts[5:6])
+        return _Linears(*(self._linear(index, position, stack) for position, stack in enumerate(stacks)))
 
-    def _frozen(self, index: int, sources: tuple[Tensor, ...]) -> _Linears:
-        ready = self.prepared[index]
+    def _linear(self, index: int, position: int, parts: list[LowRank]) -> Linear:
+        weight = self._stacked((index, position, "weight"), tuple(part.weight for part in parts))
+        bias = self._stacked((index, position, "bias"), tuple(part.bias for part in parts))
+        return Linear(weight, bias, _adapters(parts))
+
+    def _stacked(self, key: tuple[int, int, str], sources: tuple[Tensor, ...]) -> Tensor:
+        if any(tensor.requires_grad for tensor in sources):
+            # Never kept: an optimizer that writes to `.data` leaves the stamp as it was.
+            self.prepared.pop(key, None)
+            return _stack(sources, self.dtype)
+        ready = self.prepared.get(key)
         if ready is None or ready.stamp != _stamp(sources):
-            ready = self.prepared[index] = _prepare(sources, self.dtype)
-        return ready.linears
+            ready = self.prepared[key] = _prepare(sources, self.dtype)
+        return ready.stacked
 
     def _all_attend(
         self, x: Tensor, mask: Tensor | None, qkv: Linear, module: DistilBertSelfAttention
@@ -337,4 +341,6 @@ def _split_query(qkv: Linear) -> tuple[Linear, Linear]:
         for adapter in qkv.adapters
         if adapter.start >= dim
     )
-    return Linear(qkv.weight[:dim], qkv.bias[:dim], query), Linear(qkv.weight[dim:], qkv.bias[dim:], others)
+    # The gradient of a split is one concatenation; each slice would add a whole one, mostly of zeros.
+    weights, biases = qkv.weight.split_with_sizes((dim, 2 * dim)), qkv.bias.split_with_sizes((dim, 2 * dim))
+    return Linear(weights[0], biases[0], query), Linear(weights[1], biases[1], others)

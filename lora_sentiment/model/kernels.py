@@ -1,4 +1,4 @@
-"""The arithmetic of the fast encoder: a frozen linear with low-rank adapters, the FFN, attention and dropout.
+"""The arithmetic of the fast encoder: a linear with low-rank adapters, the FFN, attention and dropout.
 
 Everything here is a function of tensors. A function that would keep more than it needs for the backward pass has
 one of its own; where no gradient is wanted the plain computation runs and nothing is kept.
@@ -38,7 +38,10 @@ class Adapter(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A frozen linear in the compute dtype, weight: (out_features, in_features), with its adapters."""
+    """A linear in the compute dtype, weight: (out_features, in_features), with its adapters.
+
+    Each tensor is frozen or trained as its own `requires_grad` says.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -51,13 +54,13 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
     In fp32 the adapters are added to a copy of the weight (one product, exact to rounding). In a shorter dtype that
     would round small updates away, so there they are applied to x.
     """
-    plain = tuple(adapter for adapter in layer.adapters if not adapter.dropout)
-    pairs = [tensor for adapter in plain for tensor in (adapter.A, adapter.B)]
-    if _wants_grad(*pairs):
-        y: Tensor = _Linear.apply(x, layer._replace(adapters=plain), *pairs)  # type: ignore[no-untyped-call]
+    plain = layer._replace(adapters=tuple(adapter for adapter in layer.adapters if not adapter.dropout))
+    if plain.adapters and _wants_grad(*_tensors(plain)):
+        y: Tensor = _Linear.apply(x, plain, *_tensors(plain))  # type: ignore[no-untyped-call]
     else:
-        y = functional.linear(x, _effective_weight(layer._replace(adapters=plain), x.dtype), layer.bias)
-        y = _add_low_rank(y, x, plain)
+        # Without adapters autograd's own linear keeps what is needed and no more: x only where the weight is trained.
+        y = functional.linear(x, _effective_weight(plain, x.dtype), plain.bias)
+        y = _add_low_rank(y, x, plain.adapters)
     for adapter in layer.adapters:
         if adapter.dropout:
             dropped = dropout(x, adapter.dropout)
@@ -69,11 +72,10 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
 
 def feed_forward(x: Tensor, lin1: Linear, lin2: Linear) -> Tensor:
     """Returns lin2(gelu(lin1(x))) with the exact, erf-based GELU; x: (..., dim). Keeps the pre-activation only."""
-    adapters = lin1.adapters + lin2.adapters
-    pairs = [tensor for adapter in adapters for tensor in (adapter.A, adapter.B)]
-    if any(adapter.dropout for adapter in adapters) or not _wants_grad(x, *pairs):
+    tensors = _tensors(lin1) + _tensors(lin2)
+    if any(adapter.dropout for adapter in lin1.adapters + lin2.adapters) or not _wants_grad(x, *tensors):
         return linear(functional.gelu(linear(x, lin1)), lin2)
-    y: Tensor = _FeedForward.apply(x, lin1, lin2, *pairs)  # type: ignore[no-untyped-call]
+    y: Tensor = _FeedForward.apply(x, lin1, lin2, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -160,6 +162,12 @@ def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def _tensors(layer: Linear) -> tuple[Tensor, ...]:
+    """All that may be trained in a layer, in the order of the gradients that `_project_backward` returns."""
+    pairs = (tensor for adapter in layer.adapters for tensor in (adapter.A, adapter.B))
+    return layer.weight, layer.bias, *pairs
+
+
 def _is_folded(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
@@ -192,17 +200,22 @@ def _project(x: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
 
 
 def _project_backward(
-    grad: Tensor, x: Tensor | None, weight: Tensor, adapters: Sequence[Adapter], *, input_needs_grad: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of `_project` with respect to x and to A, B of each adapter; `weight` is the one it returned.
+    grad: Tensor, x: Tensor | None, weight: Tensor, adapters: Sequence[Adapter], *, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of `_project` with respect to x, the weight, the bias and A, B of each adapter.
 
+    `weight` is the one that `_project` returned: the adapters in it are added, so that its gradient is the base's too.
+    `needs` says which of the first three are wanted; x is None where neither the weight nor an adapter is trained.
     The thin products are written with the transposed, r-wide factor first: BLAS libraries run (r, tokens) x
     (tokens, dim) several times faster than its transpose.
     """
-    grad_x = grad @ weight if input_needs_grad else None
-    grads: list[Tensor | None] = []
+    needs_x, needs_weight, needs_bias = needs
+    grad_x = grad @ weight if needs_x else None
+    grad_bias = grad.sum(0) if needs_bias else None
+    if x is None:
+        return [grad_x, None, grad_bias]
+    grads = [grad_x, grad.t() @ x if needs_weight else None, grad_bias]
     for adapter in adapters:
-        assert x is not None
         grad_y = grad[:, adapter.start : adapter.stop]
         down, up = adapter.A.to(grad.dtype), adapter.B.to(grad.dtype)
         grad_reduced = (up * adapter.scale).t() @ grad_y.t()
@@ -211,7 +224,7 @@ def _project_backward(
         grads.append((reduced.t() @ grad_y).t().to(adapter.B.dtype))
         if grad_x is not None and not _is_folded(grad.dtype):
             grad_x.addmm_(grad_reduced.t(), down)
-    return grad_x, grads
+    return grads
 
 
 def _restore(adapters: Sequence[Adapter], pairs: Sequence[Tensor]) -> list[Adapter]:
@@ -221,50 +234,56 @@ def _restore(adapters: Sequence[Adapter], pairs: Sequence[Tensor]) -> list[Adapt
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Linear, *pairs: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Linear, *tensors: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y, weight = _project(rows, layer)
-        ctx.save_for_backward(rows, weight, *pairs)
+        ctx.save_for_backward(rows, weight, *tensors[2:])
         ctx.adapters, ctx.shape = layer.adapters, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, *pairs = ctx.saved_tensors
-        grad_x, grad_pairs = _project_backward(
+        needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_x, *others = _project_backward(
             grads[0].reshape(-1, grads[0].shape[-1]),
             rows,
             weight,
             _restore(ctx.adapters, pairs),
-            input_needs_grad=ctx.needs_input_grad[0],
+            needs=(needs_x, needs_weight, needs_bias),
         )
-        return (None if grad_x is None else grad_x.view(ctx.shape), None, *grad_pairs)
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, *others)
 
 
 class _FeedForward(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lin1: Linear, lin2: Linear, *pairs: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lin1: Linear, lin2: Linear, *tensors: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         hidden, weight1 = _project(rows, lin1)
         y, weight2 = _project(functional.gelu(hidden), lin2)
-        ctx.save_for_backward(rows if lin1.adapters else None, hidden, weight1, weight2, *pairs)
+        ctx.split = len(_tensors(lin1))
+        keeps_rows = lin1.adapters or lin1.weight.requires_grad
+        pairs = (*tensors[2 : ctx.split], *tensors[ctx.split + 2 :])
+        ctx.save_for_backward(rows if keeps_rows else None, hidden, weight1, weight2, *pairs)
         ctx.adapters, ctx.shape = (lin1.adapters, lin2.adapters), x.shape
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, weight1, weight2, *pairs = ctx.saved_tensors
-        split = 2 * len(ctx.adapters[0])
-        adapters1, adapters2 = _restore(ctx.adapters[0], pairs[:split]), _restore(ctx.adapters[1], pairs[split:])
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        needs1, needs2 = needs[: ctx.split], needs[ctx.split :]
+        adapters1 = _restore(ctx.adapters[0], pairs[: ctx.split - 2])
+        adapters2 = _restore(ctx.adapters[1], pairs[ctx.split - 2 :])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        inner = functional.gelu(hidden) if adapters2 else None
-        grad_inner, grad_pairs2 = _project_backward(grad, inner, weight2, adapters2, input_needs_grad=True)
-        assert grad_inner is not None
+        inner = functional.gelu(hidden) if adapters2 or needs2[0] else None
+        needs_inner = needs_x or any(needs1)
+        grad_inner, *others2 = _project_backward(grad, inner, weight2, adapters2, needs=(needs_inner, *needs2[:2]))
+        if grad_inner is None:
+            return (None, None, None, *(None for _ in needs1), *others2)
         grad_hidden = torch.ops.aten.gelu_backward(grad_inner, hidden)
-        grad_x, grad_pairs1 = _project_backward(
-            grad_hidden, rows, weight1, adapters1, input_needs_grad=ctx.needs_input_grad[0]
-        )
-        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *grad_pairs1, *grad_pairs2)
+        grad_x, *others1 = _project_backward(grad_hidden, rows, weight1, adapters1, needs=(needs_x, *needs1[:2]))
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *others1, *others2)
 
 
 class _Attention(Function):

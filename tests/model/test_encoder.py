@@ -1,7 +1,7 @@
 """The fast encoder gives the numbers of the stock one, or says why it cannot."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -16,7 +17,6 @@ from transformers.models.distilbert.modeling_distilbert import DistilBertModel
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.encoder import LowRank, low_rank, use_fast_encoder, use_stock_encoder
-from lora_sentiment.model.kernels import Adapter, Linear, attention, dropout, feed_forward, keep_probability, linear
 
 ALL_LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 DIM, HIDDEN_DIM, NUM_LAYERS = 32, 80, 3
@@ -31,13 +31,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make_classifier(*, p: float = 0.0, **changes: Any) -> DistilBertForSequenceClassification:
+def make_classifier(
+    *, p: float = 0.0, n_layers: int = NUM_LAYERS, **changes: Any
+) -> DistilBertForSequenceClassification:
     torch.manual_seed(0)
     config = DistilBertConfig(
         vocab_size=100,
         dim=DIM,
         hidden_dim=HIDDEN_DIM,
-        n_layers=NUM_LAYERS,
+        n_layers=n_layers,
         n_heads=4,
         max_position_embeddings=200,
         initializer_range=0.2,
@@ -89,7 +91,9 @@ def find_encoder(model: nn.Module) -> DistilBertModel:
 
 def largest_grad_distance(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
     assert expected.keys() == found.keys()
-    # With a single token softmax has no gradient; what is left of q's and k's is rounding.
+    # With a single token softmax has no gradient, and never one for k's bias; what is left of q's and k's is rounding.
+    k_biases = [name for name in expected if "k_lin" in name and name.endswith("bias")]
+    assert all(max(expected[name].norm(), found[name].norm()) < 1e-6 for name in k_biases)
     big = [name for name, grad in expected.items() if grad.norm() > 1e-6]
     return max(float((expected[name] - found[name]).norm() / expected[name].norm()) for name in big)
 
@@ -125,12 +129,49 @@ def test_a_model_without_adapters_is_exact() -> None:
     assert_exact(model, *make_batch(9))
 
 
-def test_trainable_layer_norms_and_embeddings_get_their_gradients() -> None:
-    model = make_lora()
+def train(model: nn.Module, *names: str, only: bool = False) -> nn.Module:
+    """Makes the encoder's base tensors with one of `names` in their names trainable, and with `only` no others."""
     for name, parameter in find_encoder(model).named_parameters():
-        if "norm" in name.lower() or "embeddings" in name:
-            parameter.requires_grad_(True)
-    assert_exact(model, *make_batch(9))
+        chosen = any(part in name for part in names) and "lora_" not in name
+        parameter.requires_grad_(chosen or (parameter.requires_grad and not only))
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [""],
+        ["layer.1.", "layer.2."],
+        ["layer.2.", "layer.0.attention.q_lin.bias"],
+        ["layer.0."],
+        ["bias"],
+        ["norm.", "LayerNorm."],
+        ["embeddings."],
+        ["q_lin.weight"],
+        ["v_lin", "lin1.weight"],
+        ["layer.1.ffn.lin2.bias"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [9, 200])
+def test_trained_base_tensors_get_the_gradients_of_the_stock_encoder(names: list[str], length: int) -> None:
+    assert_exact(train(make_classifier(), *names, only=True), *make_batch(length))
+
+
+@pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ALL_LINEARS])
+@pytest.mark.parametrize("names", [[""], ["bias"], ["norm.", "embeddings."], ["k_lin", "lin1", "layer.2."]], ids=str)
+def test_lora_and_trained_base_tensors_mix(names: list[str], target_modules: list[str]) -> None:
+    assert_exact(train(make_lora(target_modules), *names), *make_batch(9))
+
+
+def test_the_padding_token_is_embedded_and_not_trained() -> None:
+    model = train(make_classifier(), "word_embeddings")
+    input_ids, attention_mask = make_batch(9)
+    input_ids[:, 4:6] = find_encoder(model).embeddings.word_embeddings.padding_idx
+    assert_exact(model, input_ids, attention_mask)
+    grad = find_encoder(model).embeddings.word_embeddings.weight.grad
+    assert not grad[0].any()
+    assert grad[input_ids[0, 1]].any()
 
 
 @pytest.mark.parametrize("length", [9, 200])
@@ -180,9 +221,13 @@ def test_only_the_first_token_comes_out_and_the_stock_encoder_comes_back() -> No
     assert find_encoder(model)(input_ids, attention_mask).last_hidden_state.shape == (5, 9, DIM)
 
 
-@pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ALL_LINEARS])
-def test_bf16_is_close_to_stock_bf16_and_its_gradients_are_fp32(target_modules: list[str]) -> None:
-    model = make_lora(target_modules)
+@pytest.mark.parametrize(
+    "make",
+    [make_lora, lambda: make_lora(ALL_LINEARS), lambda: make_classifier().train(), lambda: train(make_lora(), "lin")],
+    ids=["lora", "lora everywhere", "full", "lora and linears"],
+)
+def test_bf16_is_close_to_stock_bf16_and_its_gradients_are_fp32(make: Callable[[], nn.Module]) -> None:
+    model = make()
     input_ids, attention_mask = make_batch(33)
     _, exact = logits_and_grads(model, input_ids, attention_mask)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -194,84 +239,6 @@ def test_bf16_is_close_to_stock_bf16_and_its_gradients_are_fp32(target_modules: 
     # Single tensors move by tens of percent in bf16, stock or not, when a unit of the head's ReLU flips.
     difference = torch.cat([(grads[name] - grad).flatten() for name, grad in exact.items()])
     assert difference.norm() <= 0.2 * torch.cat([grad.flatten() for grad in exact.values()]).norm()
-
-
-def make_adapters(*slots: tuple[int, int]) -> tuple[Adapter, ...]:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    return tuple(Adapter(draw(2, 4), draw(stop - start, 2), 0.5, start, stop) for start, stop in slots)
-
-
-def with_pairs(adapters: tuple[Adapter, ...], pairs: tuple[Tensor, ...]) -> tuple[Adapter, ...]:
-    return tuple(old._replace(A=A, B=B) for old, A, B in zip(adapters, pairs[::2], pairs[1::2], strict=True))
-
-
-def test_adapters_that_are_not_folded_into_the_weight_have_exact_gradients() -> None:
-    torch.manual_seed(0)
-    adapters = make_adapters((0, 4), (8, 12))
-    frozen = Linear(torch.randn(12, 4).double(), torch.randn(12).double())
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    pairs = tuple(tensor for adapter in adapters for tensor in adapter[:2])
-    expected = functional.linear(x, frozen.weight, frozen.bias)
-    for adapter in adapters:
-        delta = x @ adapter.A.t() @ adapter.B.t() * adapter.scale
-        expected = expected + functional.pad(delta, (adapter.start, 12 - adapter.stop))
-
-    def run(x: Tensor, *pairs: Tensor) -> Tensor:
-        return linear(x, frozen._replace(adapters=with_pairs(adapters, pairs)))
-
-    assert torch.allclose(run(x, *pairs), expected)
-    assert torch.autograd.gradcheck(run, (x, *pairs))
-
-
-def test_the_feed_forward_has_exact_gradients() -> None:
-    torch.manual_seed(0)
-    up, down = make_adapters((0, 4)), make_adapters((0, 4))
-    lin1 = Linear(torch.randn(4, 4).double(), torch.randn(4).double())
-    lin2 = Linear(torch.randn(4, 4).double(), torch.randn(4).double())
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-
-    def run(x: Tensor, *pairs: Tensor) -> Tensor:
-        adapted1 = lin1._replace(adapters=with_pairs(up, pairs[:2]))
-        return feed_forward(x, adapted1, lin2._replace(adapters=with_pairs(down, pairs[2:])))
-
-    assert torch.autograd.gradcheck(run, (x, *up[0][:2], *down[0][:2]))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_attention_by_explicit_products_has_exact_gradients(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_sentiment.model.kernels.CHUNK_ELEMENTS", 2 * 2 * 5 * 5)  # two examples per chunk
-    torch.manual_seed(0)
-    qkv = torch.randn(3, 5, 12, dtype=torch.float64, requires_grad=True)
-    mask = torch.zeros(3, 1, 1, 5, dtype=torch.float64)
-    mask[1, ..., 3:] = torch.finfo(torch.float64).min
-
-    def run(qkv: Tensor) -> Tensor:
-        torch.manual_seed(3)
-        return attention(qkv, mask, num_heads=2, dropout_p=p)
-
-    assert torch.autograd.gradcheck(run, (qkv,))
-
-
-def test_dropout_keeps_the_mean_and_drops_the_same_entries_of_the_gradient() -> None:
-    torch.manual_seed(0)
-    x = torch.ones(400, 500, requires_grad=True)
-    y = dropout(x, 0.1)
-    y.sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, y.detach())
-    assert abs(float((y == 0).float().mean()) - (1 - keep_probability(0.1))) < 0.003
-    assert abs(float(y.detach().mean()) - 1) < 0.003
-
-
-def test_attention_dropout_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    qkv = torch.randn(2, 6, 24)
-    expected = attention(qkv, None, num_heads=2, dropout_p=0.0)
-    draws = torch.stack([attention(qkv, None, num_heads=2, dropout_p=0.2) for _ in range(1500)])
-    standard_error = draws.std(0) / 1500**0.5
-    assert ((draws.mean(0) - expected).abs() < 5 * standard_error).all()
 
 
 @pytest.mark.parametrize("changes", [{"p": 0.1}, {"lora_dropout": 0.3}])
@@ -330,6 +297,46 @@ def test_changed_weights_are_noticed() -> None:
         use_fast_encoder(model, compute_dtype=torch.float32)
 
 
+def test_full_fine_tuning_takes_the_steps_of_the_stock_encoder() -> None:
+    models = [make_classifier().train(), make_classifier().train()]
+    use_fast_encoder(models[0], compute_dtype=torch.float32)
+    batch = make_batch(9)
+    for model in models:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        for _ in range(3):
+            logits_and_grads(model, *batch)
+            optimizer.step()
+    fast, stock = (logits_and_grads(model, *batch)[0] for model in models)
+    assert not torch.allclose(stock, make_classifier()(*batch).logits, atol=0.1)
+    assert torch.allclose(fast, stock, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["attention.q_lin.weight", "attention.v_lin.bias", "ffn.lin1.weight", "ffn.lin2.bias"])
+def test_trained_tensors_are_never_stale(name: str, dtype: torch.dtype) -> None:
+    model, batch = make_classifier().eval(), make_batch(9)
+    parameter = find_encoder(model).transformer.layer[1].get_parameter(name)
+
+    def assert_noticed(change: Callable[[], object]) -> None:
+        change()
+        with torch.no_grad():
+            found = model(*batch).logits
+            use_fast_encoder(model, compute_dtype=dtype)
+            assert torch.equal(found, model(*batch).logits)
+
+    use_fast_encoder(model, compute_dtype=dtype)
+    assert_noticed(lambda: None)
+    assert_noticed(lambda: parameter.data.mul_(3))
+    assert_noticed(lambda: setattr(parameter, "data", torch.randn_like(parameter)))
+    parameter.requires_grad_(False)
+    assert_noticed(lambda: None)
+    parameter.requires_grad_(True)
+    model(*batch)
+    parameter.data.mul_(3)
+    parameter.requires_grad_(False)
+    assert_noticed(lambda: None)
+
+
 def test_disabled_adapters_give_the_base_model() -> None:
     model = make_lora()
     batch = make_batch(9)
@@ -347,11 +354,6 @@ def quantise(model: nn.Module) -> nn.Module:
 
 def merge(model: PeftModel) -> PeftModel:
     model.merge_adapter()
-    return model
-
-
-def train_base(model: nn.Module) -> nn.Module:
-    find_encoder(model).transformer.layer[1].ffn.lin2.weight.requires_grad_(True)
     return model
 
 
@@ -386,8 +388,6 @@ REFUSED = {
         "nor PEFT's LoRA",
     ),
     "quantised": (lambda: quantise(frozen_classifier()), "layer.1.ffn.lin1", "quantised"),
-    "trainable": (lambda: train_base(make_lora()), "layer.1.ffn.lin2", "trainable"),
-    "full": (make_classifier, "layer.0.attention.q_lin", "trainable"),
     "merged": (lambda: merge(make_lora()), "layer.0.attention.q_lin", "merged"),
     "two adapters": (lambda: add_second(make_lora()), "layer.0.attention.q_lin", "several adapters"),
     "bias": (lambda: make_lora(lora_bias=True), "layer.0.attention.q_lin", "lora_bias"),
@@ -503,3 +503,54 @@ def test_the_input_gradient_of_the_first_layer_is_not_computed() -> None:
     with counted() as products:
         logits_and_grads(model, input_ids, attention_mask)
     assert products[input_ids.numel(), 3 * DIM, DIM] == NUM_LAYERS - 2
+
+
+def test_each_trained_weight_takes_one_product_and_the_last_query_that_of_the_first_tokens() -> None:
+    model = make_classifier().train()
+    input_ids, attention_mask = make_batch(9)
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    with counted() as products:
+        logits_and_grads(model, input_ids, attention_mask)
+    tokens, rows, earlier = input_ids.numel(), len(input_ids), NUM_LAYERS - 1
+    assert {shape: count for shape, count in products.items() if shape[1] == tokens} == {
+        (3 * DIM, tokens, DIM): earlier,
+        (DIM, tokens, DIM): earlier,
+        (HIDDEN_DIM, tokens, DIM): earlier,
+        (DIM, tokens, HIDDEN_DIM): earlier,
+        (2 * DIM, tokens, DIM): 1,
+    }
+    assert products[DIM, rows, HIDDEN_DIM] == products[HIDDEN_DIM, rows, DIM] == 1
+
+
+def count_kept(model: nn.Module) -> int:
+    """Elements kept for backward, parameters aside; what several operations share counts once."""
+    kept: dict[int, Tensor] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    use_fast_encoder(model, compute_dtype=torch.float32)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(*make_batch(9)).logits.sum()
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() // 4 for address, tensor in kept.items() if address not in parameters)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_blocks_before_the_first_trained_one_keep_nothing(p: float) -> None:
+    shallow = train(make_classifier(p=p, n_layers=1), "layer.0.", only=True)
+    deep = train(make_classifier(p=p), "layer.2.", only=True)
+    assert count_kept(deep) == count_kept(shallow)
+
+
+def test_a_trained_block_keeps_each_activation_once() -> None:
+    one, two = (count_kept(train(make_classifier(n_layers=n), "layer.", only=True)) for n in (1, 2))
+    tokens, pairs = 5 * 9, 4 * 5 * 9 * 9
+    norms = 2 * (DIM + 2)  # the input of each with its mean and deviation
+    inputs = (
+        3 * DIM + HIDDEN_DIM
+    )  # of q, k and v, out_lin and lin1; what lin2 takes is computed anew from lin1's output
+    attended = 3 * DIM  # q, k and v, which attention keeps with its weights
+    assert two - one == tokens * (norms + inputs + attended) + pairs + 3 * DIM * DIM  # q's, k's and v's weight in one
