@@ -1,6 +1,7 @@
-"""Pictures of a run: the training curve and the confusion matrix."""
+"""Pictures: the training curve and the confusion matrix of a run, and several runs side by side."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,53 @@ def plot_confusion(matrix: NDArray[np.int64], path: Path, *, labels: Sequence[st
     axes.set(xlabel="predicted", ylabel="true", title=title)
     axes.set_xticks(ticks, labels, rotation=45 if len(labels) > 3 else 0)
     axes.set_yticks(ticks, labels)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One run in the picture of what is trained against what it gives.
+
+    Attributes:
+        name: Written beside the point.
+        trainable: Trained parameters.
+        accuracy: Value, with the ends of its interval `low` and `high`.
+        low: Lower end.
+        high: Upper end.
+        memory_bytes: Peak memory, which sizes the point.
+    """
+
+    name: str
+    trainable: int
+    accuracy: float
+    low: float
+    high: float
+    memory_bytes: int
+
+
+def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> None:
+    """Draw accuracy with its interval against trained parameters; a point's area is its peak memory.
+
+    The line joins the runs that no other beats with fewer trained parameters.
+    """
+    largest = max(point.memory_bytes for point in points)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for point in points:
+        ends = [[100 * (point.accuracy - point.low)], [100 * (point.high - point.accuracy)]]
+        axes.errorbar(point.trainable, 100 * point.accuracy, yerr=ends, color=GREY, capsize=3, zorder=1)
+        label = f"{point.name} ({point.memory_bytes / 2**30:.1f} GiB)"
+        place = (point.trainable, 100 * point.accuracy)
+        axes.annotate(label, place, textcoords="offset points", xytext=(7, 5), fontsize=8)
+    sizes = [300 * point.memory_bytes / largest for point in points]
+    xs, ys = [point.trainable for point in points], [100 * point.accuracy for point in points]
+    axes.scatter(xs, ys, s=sizes, color=BLUE, alpha=0.8, zorder=2)
+    front = [p for p in points if not any(q.trainable <= p.trainable and q.accuracy > p.accuracy for q in points)]
+    front.sort(key=lambda point: point.trainable)
+    axes.plot([p.trainable for p in front], [100 * p.accuracy for p in front], "--", color=ORANGE, zorder=0)
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy in %, 95 % interval", title=title)
+    axes.margins(x=0.25, y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.adapter.card import make_model_card
+from lora_sentiment.adapter.predictions import Predictions, save_predictions
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, encode
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
@@ -81,6 +82,7 @@ class _Verdict:
     counts: dict[str, Counts]
     encoded: dict[str, Encoded]
     logits: dict[str, NDArray[np.float32]]
+    fingerprints: dict[str, str]
     scores: dict[str, Mapping[str, Interval]] = field(default_factory=dict)
     seen_rows: dict[str, int] = field(default_factory=dict)
     faults: list[DataError] = field(default_factory=list)
@@ -126,7 +128,8 @@ def train(recipe: Recipe) -> Run:
     log.info("temperature fitted on validation: %.3f, within %s to %s", calibration["temperature"], *TEMPERATURE_BOUNDS)
     # Saved before what is judged is read: a bad row there must not cost the run.
     card = _save_adapter(recipe, setup, accelerator, aside, calibration) if accelerator.is_main_process else None
-    verdict = _Verdict(dict(setup.data.counts), encoded, {"validation": logits})
+    fingerprints = {"validation": setup.data.validation.fingerprint()}
+    verdict = _Verdict(dict(setup.data.counts), encoded, {"validation": logits}, fingerprints)
     _judge(recipe, setup, verdict, accelerator, calibration)
     report: dict[str, Any] = {}
     if card is not None:
@@ -295,6 +298,7 @@ def _judge(
         verdict.seen_rows[role] = sum(text in data.seen_texts for text in judged.texts)
         log.info("%s: %d of its texts stand in train or validation too", role, verdict.seen_rows[role])
         verdict.logits[role] = _predict(setup, verdict.encoded[role], role, accelerator)
+        verdict.fingerprints[role] = judged.fingerprint()
     for role, logits in verdict.logits.items():
         verdict.scores[role] = score_calibrated(logits, verdict.encoded[role].labels, calibration=calibration)
         log.info("%s: accuracy %s", role, show_interval(verdict.scores[role]["accuracy"].as_dict()))
@@ -324,6 +328,11 @@ def _save_report(
     if setup.quantisation:
         log.info("quantisation: %s", report["quantisation"]["verdict"])
     write_json(folder / "report.json", report)
+    found = {
+        role: Predictions(logits, verdict.encoded[role].labels, verdict.fingerprints[role])
+        for role, logits in verdict.logits.items()
+    }
+    save_predictions(folder, found)
     is_peft = isinstance(recipe.method, PeftMethod)
     (folder / "README.md").write_text(make_model_card(recipe.name, card, report, is_peft=is_peft), encoding="utf-8")
     plot_training(history, folder / "training.png", title=recipe.name)

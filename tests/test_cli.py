@@ -52,7 +52,17 @@ def test_train_as_json(capsys, toy_recipe):
     assert json.loads(call(capsys, "train", toy_recipe, "--json")[1])["schema"] == 1
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["validate", "--help"], ["compare", "--help"], ["estimate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["validate", "--help"],
+        ["compare", "--help"],
+        ["estimate", "--help"],
+    ],
+)
 def test_every_verb_has_help(capsys, arguments):
     assert call(capsys, *arguments)[0] == 0
 

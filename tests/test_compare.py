@@ -169,7 +169,7 @@ def test_what_is_neither_recipe_nor_adapter_is_refused(tmp_path):
 
 def test_a_damaged_report_is_named(runs, tmp_path):
     shutil.copytree(runs / "probe", tmp_path / "bad")
-    for text in ("{", "[]", '{"test": {}, "train": {}}'):
+    for text in ("{", "[]", '{"train": {}}', '{"test": {}, "train": {}}'):
         (tmp_path / "bad/report.json").write_text(text, encoding="utf-8")
         with pytest.raises(AdapterError, match=r"report\.json"):
             compare([tmp_path / "bad"])

@@ -27,6 +27,7 @@ FILES = {
     "adapter_model.safetensors",
     "card.json",
     "confusion.png",
+    "predictions.safetensors",
     "recipe.yaml",
     "report.json",
     "tokenizer.json",

@@ -118,10 +118,18 @@ def nodes(root):
     return seen
 
 
-@pytest.mark.parametrize("method", [{"kind": kind} for kind in METHODS if kind != "unfreeze"], ids=str)
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *({"kind": kind} for kind in METHODS if kind != "unfreeze"),
+        {"kind": "unfreeze", "last_layers": 1},
+        {"kind": "lora", "use_dora": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_the_engine_that_is_estimated_is_the_one_that_runs(tiny_base, method, quantize):
-    if quantize != "none" and method["kind"] in ("full", "vera"):
+    if quantize != "none" and method["kind"] in ("full", "unfreeze", "vera"):
         pytest.skip("refused on a quantised base")
     _, plan = make(tiny_base, method, quantize=quantize)
     assert runs_fast(plan.method, plan.model, engine="auto", checkpointing=False) == plan.fast

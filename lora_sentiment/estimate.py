@@ -1,0 +1,317 @@
+"""What a recipe will hold in memory, before it runs: from shapes alone."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_sentiment.errors import ModelError, RecipeError
+from lora_sentiment.model.architecture import Shape
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.memory import GLIBC_KEEPS, Memory, Plan, estimate_memory, runs_fast
+from lora_sentiment.model.method_config import Method
+from lora_sentiment.model.parameters import micro_batch_tokens
+from lora_sentiment.recipe import Recipe
+
+BASELINE_BYTES = 585 * 2**20
+"""Resident memory of the interpreter, the imports and one step of a toy model, measured with torch 2.13 for CPUs."""
+LENGTHS = (64, 128, 256, 512)
+_KNOWN = {
+    f"{owner}{name}": Shape(vocab_size=vocab_size)
+    for owner in ("", "distilbert/")
+    for name, vocab_size in (
+        ("distilbert-base-uncased", 30522),
+        ("distilbert-base-uncased-finetuned-sst-2-english", 30522),
+        ("distilbert-base-cased", 28996),
+        ("distilbert-base-german-cased", 31102),
+        ("distilbert-base-multilingual-cased", 119547),
+    )
+}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a base and a run without weights or data.
+
+    Attributes:
+        shape: The encoder's shape.
+        config: What else the base's `config.json` says.
+        num_labels: Labels of the head.
+        element_bytes: Bytes of the compute dtype.
+        assumed: What could not be looked up and was assumed, in words; one sentence each.
+    """
+
+    shape: Shape
+    config: Mapping[str, Any]
+    num_labels: int
+    element_bytes: int
+    assumed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One length: the recipe's own micro-batch and the largest that fits the budget.
+
+    Attributes:
+        length: Tokens of each text.
+        rows: Texts of a micro-batch as the recipe cuts it.
+        memory: What such a run holds beyond the baseline, in bytes.
+        fitting_rows: Most texts of a micro-batch within the budget; None without a budget.
+    """
+
+    length: int
+    rows: int
+    memory: Memory
+    fitting_rows: int | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A recipe's memory by length, the longest last."""
+
+    cuts: tuple[Cut, ...]
+    budget: int | None
+    engine: str
+    assumed: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes in use at once, baseline included."""
+        return BASELINE_BYTES + max(cut.memory.peak for cut in self.cuts)
+
+    @property
+    def resident(self) -> int:
+        """Most bytes that a run on a CPU may hold, baseline and freed buffers that glibc keeps included."""
+        return BASELINE_BYTES + max(cut.memory.resident for cut in self.cuts)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the recipe's own micro-batches stay within the budget; None without one."""
+        return None if self.budget is None else self.resident <= self.budget
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON, in bytes."""
+        cuts = [
+            {"length": cut.length, "rows": cut.rows, "fitting_rows": cut.fitting_rows, **cut.memory.as_dict()}
+            for cut in self.cuts
+        ]
+        return {
+            "engine": self.engine,
+            "baseline": BASELINE_BYTES,
+            "peak": self.peak,
+            "resident": self.resident,
+            "budget": self.budget,
+            "fits": self.fits,
+            "lengths": cuts,
+            "assumed": list(self.assumed),
+        }
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as 4GiB, 3.5 GB or 800MiB.
+
+    Raises:
+        RecipeError: If it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B)", text)
+    if not match:
+        raise RecipeError(f"budget: found {text!r}; allowed: a number and {', '.join(_UNITS)}, such as 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def look_up(model: ModelConfig, labels: int | None, *, auto_bytes: int | None = None) -> Facts:
+    """Find the facts of a base in its folder or the Hub cache, else among the public ones known here.
+
+    Args:
+        model: The recipe's `model` section.
+        labels: Number of labels where it is known.
+        auto_bytes: Bytes of the dtype that `model.dtype` auto stands for; by default what it is on this machine.
+
+    Raises:
+        ModelError: If the base is nowhere and its shape is not known.
+    """
+    assumed = []
+    config = _read_config(model)
+    if config is None:
+        if model.name not in _KNOWN:
+            raise ModelError(
+                f"model.name {model.name!r}: no such folder, not in the Hub cache and no shape known by heart; name a "
+                "folder, or fetch its config.json first: hf download NAME config.json"
+            )
+        assumed.append(f"{model.name} is not on this machine: its shape is assumed from its public name")
+    shape = _KNOWN[model.name] if config is None else Shape.from_config(config)
+    own = len((config or {}).get("id2label", ()))
+    if labels is None:
+        labels = own or 2
+        source = "as many as the base's head has" if own else "the data is not read; name them in data.labels"
+        assumed.append(f"{labels} labels are assumed: {source}")
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(model.dtype) or auto_bytes or _native_bytes()
+    if model.dtype == "auto":
+        assumed.append(f"model.dtype auto is taken as {'float32' if size == 4 else 'a 16-bit dtype'}")
+    return Facts(shape, config or {}, labels, size, tuple(assumed))
+
+
+def make_plan(facts: Facts, method: Method, model: ModelConfig, *, engine: str, checkpointing: bool) -> Plan:
+    """Return what fixes the memory of a run.
+
+    Raises:
+        ModelError: If a pattern of the method matches nothing.
+    """
+    dropouts = {}
+    for name in ("dropout", "attention_dropout"):
+        stated = getattr(model, name)
+        dropouts[name] = float(facts.config.get(name, 0.1) if stated is None else stated)
+    fast = runs_fast(method, model, engine=engine, checkpointing=checkpointing)
+    return Plan(
+        facts.shape,
+        method,
+        model,
+        num_labels=facts.num_labels,
+        element_bytes=facts.element_bytes,
+        fast=fast,
+        checkpointing=checkpointing,
+        **dropouts,
+    )
+
+
+def plan_recipe(recipe: Recipe) -> tuple[Plan, tuple[str, ...]]:
+    """Return a recipe's plan and what was assumed for it.
+
+    Raises:
+        ModelError: If the base's shape is not known, or a pattern of the method matches nothing.
+    """
+    facts = look_up(recipe.model, len(recipe.data.labels) if recipe.data.labels else None)
+    train = recipe.train
+    plan = make_plan(
+        facts, recipe.method, recipe.model, engine=train.engine, checkpointing=train.gradient_checkpointing
+    )
+    return plan, facts.assumed
+
+
+def cut_rows(plan: Plan, recipe: Recipe, *, length: int) -> int:
+    """Return how many texts of one length the recipe puts into a micro-batch."""
+    tokens = recipe.train.max_tokens_per_micro_batch or micro_batch_tokens(
+        plan.shape,
+        max_length=recipe.model.max_length,
+        element_bytes=plan.element_bytes,
+        checkpointing=plan.checkpointing,
+    )
+    return min(max(1, tokens // length), recipe.train.batch_size)
+
+
+def estimate(recipe: Recipe, *, budget: int | None = None) -> Estimate:
+    """Estimate a recipe's memory at several lengths up to its longest.
+
+    Args:
+        recipe: The recipe.
+        budget: Bytes that the process may hold, baseline included.
+
+    Raises:
+        ModelError: If the base's shape is not known, or a pattern of the method matches nothing.
+    """
+    plan, assumed = plan_recipe(recipe)
+    longest = recipe.model.max_length
+    cuts = []
+    for length in [*(length for length in LENGTHS if length < longest), longest]:
+        rows = cut_rows(plan, recipe, length=length)
+        memory = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
+        fitting = None if budget is None else _fitting_rows(plan, budget - BASELINE_BYTES, length=length)
+        cuts.append(Cut(length, rows, memory, fitting))
+    return Estimate(tuple(cuts), budget, "fast" if plan.fast else "stock", assumed)
+
+
+def make_columns(found: Estimate) -> dict[str, list[str]]:
+    """Return the table by column: heading to one cell a length, sizes in MiB."""
+    memories = [cut.memory for cut in found.cuts]
+
+    def sizes(name: str) -> list[str]:
+        return [f"{getattr(memory, name) / 2**20:,.0f}" for memory in memories]
+
+    names = ("weights", "kept", "gradients", "optimizer", "activations", "workspace", "loading", "evaluating")
+    columns = {
+        "length": [str(cut.length) for cut in found.cuts],
+        "rows": [str(cut.rows) for cut in found.cuts],
+        **{name: sizes(name) for name in names},
+        "peak": [f"{(BASELINE_BYTES + memory.peak) / 2**20:,.0f}" for memory in memories],
+        "with freed": [f"{(BASELINE_BYTES + memory.resident) / 2**20:,.0f}" for memory in memories],
+    }
+    if found.budget is not None:
+        columns["rows that fit"] = [str(cut.fitting_rows) for cut in found.cuts]
+    return columns
+
+
+def make_notes(found: Estimate) -> list[str]:
+    """Return what a reader of the table must know, the verdict on the budget first."""
+    notes = []
+    if found.budget is not None:
+        longest = found.cuts[-1]
+        most = (longest.fitting_rows or 0) * longest.length
+        within = f"{found.resident / 2**20:,.0f} of {found.budget / 2**20:,.0f} MiB"
+        if found.fits:
+            notes.append(f"fits: {within}; the largest cut that does is train.max_tokens_per_micro_batch={most}")
+        elif most:
+            notes.append(f"does not fit: {within}; set train.max_tokens_per_micro_batch={most}")
+        else:
+            notes.append(
+                f"does not fit: {within}, and no single row of {longest.length} tokens does; lower model.max_length, "
+                "train less (method.kind=lora), or set train.gradient_checkpointing=true"
+            )
+    return [
+        *notes,
+        f"{found.engine} engine; MiB; rows: a micro-batch as the recipe cuts it; kept: the copy of the best tensors",
+        f"peak: the largest of loading, evaluating and a step (all before it), with {BASELINE_BYTES / 2**20:,.0f} MiB "
+        "of interpreter and imports",
+        f"with freed: on a CPU glibc keeps freed buffers, up to {GLIBC_KEEPS:.0%} of activations and workspace",
+        *found.assumed,
+    ]
+
+
+def _fitting_rows(plan: Plan, budget: int, *, length: int) -> int:
+    """Return the most texts of a length that a micro-batch may have within a budget; 0 where none fits."""
+
+    def fits(rows: int) -> bool:
+        return estimate_memory(plan, rows=rows, length=length, batch_size=2 * rows).resident <= budget
+
+    low, high = 0, 1
+    while high < 2**16 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _read_config(model: ModelConfig) -> dict[str, Any] | None:
+    """Return a base's `config.json` from its folder or the Hub cache; None where it is in neither."""
+    folder = Path(model.name).expanduser()
+    if folder.is_dir():
+        path: Path | None = folder / "config.json"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+        except ValueError as error:
+            raise ModelError(f"model.name {model.name!r}: no such folder, and no name of the Hub") from error
+        path = Path(cached) if isinstance(cached, str) else None
+    if path is None:
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if config.get("model_type") != "distilbert":
+        raise ModelError(f"{path}: is a {config.get('model_type')} model; this package adapts distilbert checkpoints")
+    return dict(config)
+
+
+def _native_bytes() -> int:
+    """Return the bytes of the dtype that `auto` takes on this machine, as `resolve_dtype` decides it, without torch."""
+    if Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0"):
+        return 2
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    return 2 if "amx_bf16" in flags or "avx512_bf16" in flags else 4
