@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -198,3 +199,17 @@ def test_comparing_runs_imports_no_torch(runs):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "[]"
     assert "p=" in done.stdout
+
+
+def test_the_readme_has_the_table_of_the_recipes(tmp_path):
+    # As a newcomer sees it: no base in the cache, no adapter trained.
+    names = [str(path) for path in sorted(RECIPES.glob("*.yaml"))]
+    shown = subprocess.run(
+        [sys.executable, "-m", "lora_sentiment.cli", "compare", *names, "--markdown"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(RECIPES.parent)},
+    )
+    assert shown.stdout.strip() in (RECIPES.parent / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import toy_rows
 from peft import PeftModel
 from pydantic import TypeAdapter
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
@@ -23,6 +22,7 @@ from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_t
 from lora_sentiment.model.parameters import count_parameters
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.loop import fit
+from tests.conftest import toy_rows
 
 LABELS = ("negative", "positive")
 REGEX = r".*\.layer\.1\..*\.(q_lin|lin2)"

@@ -118,8 +118,13 @@ def test_the_fast_engine_says_where_it_cannot_run(toy_recipe, monkeypatch):
     with pytest.raises(ModelError, match=r"train\.engine=fast cannot run here: q_lin: is odd"):
         run(toy_recipe, "train.engine=fast")
     monkeypatch.undo()
-    found = run(toy_recipe, "method={kind: full}", "output.overwrite=true")
+    found = run(toy_recipe, "method={kind: ia3}", "output.overwrite=true")
     assert found.report["train"]["engine"].startswith("stock (")
+
+
+def test_full_fine_tuning_takes_the_fast_engine(toy_recipe):
+    found = run(toy_recipe, "method={kind: full}", "train.max_steps=2")
+    assert found.report["train"]["engine"] == "fast"
 
 
 @pytest.mark.parametrize("engine", ["fast", "stock"])
