@@ -102,20 +102,22 @@ def compare(paths: Sequence[Path]) -> list[Row]:
 def _row(path: Path) -> Row:
     """Read one recipe or adapter."""
     notes: list[str] = []
+    folder: Path | None
     if path.is_dir():
         if not (path / "recipe.yaml").is_file():
             raise AdapterError(f"{path}: is no adapter folder of this package (no recipe.yaml)")
         recipe, folder = Recipe.load(path / "recipe.yaml"), path
-        labels: int | None = len(_read_json(path / "card.json")["labels"])
+        labels: int | None = _num_labels(path)
     else:
         recipe = Recipe.load(path)
         folder, labels = recipe.folder, len(recipe.data.labels) if recipe.data.labels else None
         if folder.is_dir() and (reason := _why_other(folder, recipe)):
             notes.append(reason)
-            folder = Path()
-    ran = (folder / "report.json").is_file()
-    if ran and labels is None:
-        labels = len(_read_json(folder / "card.json")["labels"])
+            folder = None
+    if folder is not None and not (folder / "report.json").is_file():
+        folder = None
+    if folder is not None and labels is None:
+        labels = _num_labels(folder)
     # Not what this machine has, so that the same recipes give the same table everywhere.
     facts = look_up(recipe.model, labels, auto_bytes=FP32)
     train = recipe.train
@@ -128,18 +130,27 @@ def _row(path: Path) -> Row:
     )
     return Row(
         name=recipe.name,
-        folder=folder if ran else None,
+        folder=folder,
         base=Path(recipe.model.name).name if Path(recipe.model.name).is_absolute() else recipe.model.name,
         method=describe(recipe.method, recipe.model.head),
         quantize=recipe.model.quantize + (", double" if recipe.model.double_quant else ""),
         counts=count_parameters(facts.shape, recipe.method, recipe.model, num_labels=facts.num_labels),
-        file_bytes=_file_bytes(folder) or adapter_bytes(facts.shape, recipe.method, num_labels=facts.num_labels),
+        file_bytes=(folder and _file_bytes(folder))
+        or adapter_bytes(facts.shape, recipe.method, num_labels=facts.num_labels),
         optimizer_bytes=memory.optimizer,
         memory_bytes=BASELINE_BYTES + memory.peak,
-        measured=_measured(folder) if ran else None,
+        measured=_measured(folder) if folder else None,
         paired=None,
         notes=(*notes, *facts.assumed),
     )
+
+
+def _num_labels(folder: Path) -> int:
+    """Return how many labels the card of an adapter folder names."""
+    labels = _read_json(folder / "card.json").get("labels")
+    if not isinstance(labels, list):
+        raise AdapterError(f"{folder / 'card.json'}: has no list of labels")
+    return len(labels)
 
 
 def describe(method: Method, head: str) -> str:

@@ -13,7 +13,7 @@ from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.calibration import score_calibrated
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.launch import join_launch, make_accelerator
-from lora_sentiment.model.base import resolve_dtype
+from lora_sentiment.model.base import cast_frozen, resolve_dtype
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
 
@@ -59,7 +59,7 @@ def evaluate(
     loaded = load(folder, base=base, device=accelerator.device)
     card = loaded.card
     compute_dtype = resolve_dtype(dtype, accelerator.device)
-    model = loaded.model.requires_grad_(False).to(accelerator.device, compute_dtype)
+    model = cast_frozen(loaded.model, dtype=compute_dtype, device=accelerator.device)
     if reason := use_fast_encoder(model, compute_dtype=compute_dtype):
         log.info("stock engine: %s", reason)
     rows = _read(card, source, split)

@@ -126,7 +126,9 @@ def _make_model(recipe: Recipe, plan: Plan, labels: list[str], device: Any) -> A
 
     base = load_base(recipe.model, labels=tuple(labels), device=device)
     dtype = resolve_dtype(recipe.model.dtype, device)
-    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=STEPS).to(device)
+    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=10**6).to(
+        device
+    )  # AdaLoRA's pruning lies beyond
     if plan.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     reason = "asked for" if recipe.train.engine == "stock" else use_fast_encoder(model, compute_dtype=dtype)

@@ -32,13 +32,14 @@ from lora_sentiment.launch import join_launch, make_accelerator
 from lora_sentiment.model.base import Base, hash_tensors, load_base, resolve_dtype
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
+from lora_sentiment.model.memory import Plan
 from lora_sentiment.model.method_config import PeftMethod
-from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_trainable
+from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
 from lora_sentiment.model.parameters import ParameterCounts, count_parameters, micro_batch_tokens
-from lora_sentiment.model.quantisation import Quantisation, measure_quantisation
+from lora_sentiment.model.quantisation import Cut, Quantisation, measure_quantisation
 from lora_sentiment.plots import plot_confusion, plot_training
 from lora_sentiment.recipe import Recipe
-from lora_sentiment.report import make_report, peak_memory
+from lora_sentiment.report import make_report, peak_memory, reset_peak_memory
 from lora_sentiment.training.loop import History, count_steps, fit
 from lora_sentiment.training.losses import make_class_weights
 
@@ -73,6 +74,7 @@ class _Setup:
     engine: str
     max_tokens: int
     quantisation: Quantisation | None
+    loading_peak: int
 
 
 @dataclass
@@ -173,6 +175,31 @@ def _claim(recipe: Recipe, state: PartialState) -> Path:
 
 def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
     """Load data and base, and make the base trainable on this process's device."""
+    device = accelerator.device
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=device)
+    data = _load_data(recipe)
+    set_seed(recipe.train.seed)
+    base = load_base(recipe.model, labels=data.labels, device=device)
+    log.info(
+        "base %s (%s): %s", base.name, "new head" if base.new_head else "its own head", _counts(recipe, base, data)
+    )
+    loading_peak, quantisation = peak_memory(device), None
+    if recipe.model.quantize != "none":
+        quantisation = _measure(recipe, base, data, dtype, device)
+        reset_peak_memory(device)  # the unquantised base beside it is the measurement's, not the run's
+    num_steps = count_steps(len(data.train), recipe.train)
+    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps).to(device)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    engine = _choose_engine(model, recipe.train.engine, dtype)
+    max_tokens = _max_tokens(recipe, base, dtype)
+    log.info("%s on %s, %s engine, micro-batches of at most %s tokens", dtype, device, engine, f"{max_tokens:,}")
+    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak)
+
+
+def _load_data(recipe: Recipe) -> Data:
+    """Read train and validation and say what was found."""
     data = load_data(recipe.data)
     for split, counts in data.counts.items():
         log.info("%s: %s", split, counts)
@@ -182,44 +209,45 @@ def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
     if weights is not None:
         pairs = zip(data.labels, weights, strict=True)
         log.info("class weights: %s", ", ".join(f"{name} {weight:.3g}" for name, weight in pairs))
-    set_seed(recipe.train.seed)
-    base = load_base(recipe.model, labels=data.labels, device=accelerator.device)
-    dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
-    log.info(
-        "base %s (%s): %s", base.name, "new head" if base.new_head else "its own head", _counts(recipe, base, data)
-    )
-    quantisation = _measure(recipe, base, data, dtype, accelerator) if recipe.model.quantize != "none" else None
-    num_steps = count_steps(len(data.train), recipe.train)
-    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps)
-    model = model.to(accelerator.device)
-    if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    engine = _choose_engine(model, recipe.train.engine, dtype)
-    max_tokens = recipe.train.max_tokens_per_micro_batch or micro_batch_tokens(
-        base.shape,
-        max_length=recipe.model.max_length,
-        element_bytes=dtype.itemsize,
-        checkpointing=recipe.train.gradient_checkpointing,
-    )
-    log.info(
-        "%s on %s, %s engine, micro-batches of at most %s tokens", dtype, accelerator.device, engine, f"{max_tokens:,}"
-    )
-    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation)
+    return data
 
 
 def _counts(recipe: Recipe, base: Base, data: Data) -> ParameterCounts:
     return count_parameters(base.shape, recipe.method, recipe.model, num_labels=len(data.labels))
 
 
-def _measure(recipe: Recipe, base: Base, data: Data, dtype: torch.dtype, accelerator: Accelerator) -> Quantisation:
+def _measure(recipe: Recipe, base: Base, data: Data, dtype: torch.dtype, device: torch.device) -> Quantisation:
     """Hold a quantised base against the unquantised one before anything is wrapped around it."""
+    plan = Plan(
+        base.shape,
+        recipe.method,
+        recipe.model,
+        num_labels=len(data.labels),
+        element_bytes=dtype.itemsize,
+        fast=False,
+        checkpointing=recipe.train.gradient_checkpointing,
+        dropout=float(base.model.config.dropout),  # type: ignore[union-attr, arg-type]
+        attention_dropout=float(base.model.config.attention_dropout),  # type: ignore[union-attr, arg-type]
+    )
+    length = recipe.model.max_length
+    rows = min(max(1, _max_tokens(recipe, base, dtype) // length), recipe.train.batch_size)
     return measure_quantisation(
         base,
-        recipe.model,
-        labels=data.labels,
-        input_ids=_probe_ids(base, recipe.model.max_length),
+        plan,
+        engine=recipe.train.engine,
+        cut=Cut(rows=rows, length=length, batch_size=recipe.train.batch_size),
+        input_ids=_probe_ids(base, length),
         dtype=dtype,
-        device=accelerator.device,
+        device=device,
+    )
+
+
+def _max_tokens(recipe: Recipe, base: Base, dtype: torch.dtype) -> int:
+    return recipe.train.max_tokens_per_micro_batch or micro_batch_tokens(
+        base.shape,
+        max_length=recipe.model.max_length,
+        element_bytes=dtype.itemsize,
+        checkpointing=recipe.train.gradient_checkpointing,
     )
 
 
@@ -323,7 +351,7 @@ def _save_report(
         encoded=verdict.encoded,
         seen_rows=verdict.seen_rows,
         quantisation=setup.quantisation,
-        peak_memory_bytes=peak_memory(next(setup.model.parameters()).device),
+        peak_memory_bytes=max(setup.loading_peak, peak_memory(next(setup.model.parameters()).device)),
     )
     if setup.quantisation:
         log.info("quantisation: %s", report["quantisation"]["verdict"])

@@ -88,3 +88,13 @@ def test_an_adapter_without_a_temperature_is_judged_without(trained):
         "calibrated_log_loss",
         "calibrated_ece",
     }
+
+
+@pytest.mark.parametrize("method", ["{kind: head}", "{kind: lora}"])
+@pytest.mark.parametrize(("quantize", "dtype"), [("nf4", "bfloat16"), ("int8", "float32")])
+def test_a_quantised_adapter_is_rebuilt_and_judged(toy_recipe, method, quantize, dtype):
+    overrides = [f"method={method}", f"model.quantize={quantize}", f"model.dtype={dtype}", "train.max_steps=2"]
+    run = train(Recipe.load(toy_recipe, overrides))
+    found = evaluate(run.adapter, dtype=dtype)
+    tolerance = 1e-4 if dtype == "float32" else 0.02
+    assert found.scores["log_loss"].value == pytest.approx(run.report["test"]["log_loss"]["value"], abs=tolerance)

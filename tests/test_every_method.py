@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from pydantic import TypeAdapter
+from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, save
@@ -37,9 +38,14 @@ METHODS = {
     "lora-olora": {"kind": "lora", "init_lora_weights": "olora", "r": 4, "rank_pattern": {"v_lin": 2}},
     "lora-plus": {"kind": "lora", "loraplus_lr_ratio": 4.0},
     "lora-layers": {"kind": "lora", "layers_to_transform": [1], "target_modules": ["lin1", "k_lin"]},
-    "lora-patterns": {"kind": "lora", "rank_pattern": {"q_lin": 2}, "alpha_pattern": {"layer.1.attention.v_lin": 3}},
+    "lora-patterns": {
+        "kind": "lora",
+        # Keys that overlap: the first that matches counts, and it comes last in the alphabet.
+        "rank_pattern": {"v_lin": 2, ".*layer.1.*v_lin": 6},
+        "alpha_pattern": {"q_lin": 3, ".*layer.0.*": 16},
+    },
     "lora-regex": {"kind": "lora", "target_modules": REGEX},
-    "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3, "target_modules": "all-linear"},
+    "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3, "target_modules": ["q_lin", "k_lin", "out_lin"]},
     "ia3": {"kind": "ia3"},
     "ia3-regex": {"kind": "ia3", "target_modules": REGEX},
     "vera": {"kind": "vera", "r": 16, "target_modules": "all-linear"},
@@ -78,7 +84,7 @@ def make(name, quantize, tiny_base, *, head="full"):
     return base, method, config, make_trainable(base, method, config, dtype=torch.float32, num_steps=3)
 
 
-def train(model, base, method, *, steps=3):
+def train(model, base, method, *, steps=3, eval_steps=None):
     """Take a few steps over the same rows, so that their losses can be compared."""
     rows = toy_rows(48)
     labels = np.array([LABELS.index(label) for _, label in rows])
@@ -92,7 +98,11 @@ def train(model, base, method, *, steps=3):
         validation=encoded,
         numbers=np.arange(48),
         config=TrainConfig(
-            batch_size=48, learning_rate=1e-2, lr_scheduler_type="constant", max_steps=steps, eval_steps=steps
+            batch_size=48,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            max_steps=steps,
+            eval_steps=eval_steps or steps,
         ),
         method=method,
         accelerator=Accelerator(),
@@ -122,6 +132,8 @@ def test_every_method_on_every_precision(name, quantize, tiny_base, tmp_path):
     model.eval()
     write(tmp_path / "a", model, base, method, config)
     loaded = load(tmp_path / "a")
+    with safe_open(next((tmp_path / "a").glob("*.safetensors")), "pt") as file:
+        assert sum(file.get_tensor(key).numel() for key in file.keys()) == counts.saved  # noqa: SIM118 - no mapping
     answers = np.array(compute_probe(model, IDS).logits)
     # What was taken out of the base and put back is rounded twice; what was pruned adds up in another order.
     tolerance = {"lora-pissa": 3e-5, "lora-olora": 3e-5, "adalora": 5e-6}.get(name, 1e-6)
@@ -170,6 +182,19 @@ def test_an_adapter_taken_out_of_the_base_is_saved_as_plain_lora(name, tiny_base
 def test_adalora_is_pruned_to_its_target(tiny_base, tmp_path):
     base, method, config, model = make("adalora", "none", tiny_base)
     train(model, base, method)
+    write(tmp_path / "a", model.eval(), base, method, config)
+    left = load(tmp_path / "a").model.peft_config["default"].rank_pattern
+    assert sum(map(sum, left.values())) == method.target_r * len(left)
+
+
+def test_adalora_keeps_nothing_that_is_not_pruned_to_the_end(tiny_base, tmp_path):
+    base, method, config, _ = make("adalora", "none", tiny_base)
+    # Pruned at steps 5 and 10 only; what was pruned grows back in between.
+    method = method.model_copy(update={"deltaT": 5})
+    torch.manual_seed(0)
+    model = make_trainable(load_base(config, labels=LABELS), method, config, dtype=torch.float32, num_steps=12)
+    history = train(model, base, method, steps=12, eval_steps=4)
+    assert history.best_step == 12
     write(tmp_path / "a", model.eval(), base, method, config)
     left = load(tmp_path / "a").model.peft_config["default"].rank_pattern
     assert sum(map(sum, left.values())) == method.target_r * len(left)

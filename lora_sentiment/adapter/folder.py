@@ -288,6 +288,8 @@ def _save_files(
 ) -> Base:
     """Write weights and tokenizer; return the base freshly loaded, which must be the one that was trained on."""
     device = next(model.parameters()).device
+    # Rebuilt in fp32 whatever it was trained in, as `load` will: the stored probe must not hang on a machine's dtype.
+    config = config.model_copy(update={"dtype": "float32"})
     again = load_base(config, labels=labels, device=device)
     if again.sha256 != base.sha256:
         raise AdapterError(f"the base {base.name!r} changed on disk during training; its hash was {base.sha256[:12]}")

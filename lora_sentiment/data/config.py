@@ -65,7 +65,9 @@ class DataConfig(Section):
         if splits is None:
             return None
         if isinstance(info.data.get("source"), dict):
-            raise ValueError("names splits of a Hub data set, but data.source names files by role already; drop one")
+            raise ValueError(
+                "names splits of a Hub data set, but data.source names files by role already; set data.splits=null"
+            )
         _check_roles(splits)
         twice = [name for name in splits.values() if list(splits.values()).count(name) > 1]
         if twice:

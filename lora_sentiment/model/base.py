@@ -82,6 +82,7 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
         for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
             if getattr(config, key) is not None:
                 setattr(found, key, getattr(config, key))
+        own_names = [str(name) for _, name in sorted(found.id2label.items())]
         found.num_labels, found.id2label, found.label2id = len(labels), names, {v: k for k, v in names.items()}
         tokenizer: Any = AutoTokenizer.from_pretrained(config.name, **where)
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -94,6 +95,8 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
             **where,
         )
     new_head = _check_tensors(report, config.name, len(labels))
+    if not new_head:
+        _check_own_labels(own_names, labels, config.name)
     _check_tokenizer(tokenizer, config.name, found.vocab_size)
     sha256 = hash_tensors(encoder_tensors(model))
     if config.quantize != "none":
@@ -160,6 +163,19 @@ def _quantise(
     for name in HEAD:
         model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
     return cast(nn.Module, model)
+
+
+def cast_frozen(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Freeze a model and put it into a compute dtype on a device, in place; quantised tensors stay what they are."""
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # bitsandbytes' 4-bit linear
+            cast(Any, module).compute_dtype = dtype
+    # A quantised base was made on its device, and transformers refuses to move it.
+    return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 def encoder_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -231,6 +247,16 @@ def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
         count = len(missing | mismatched)
         raise ModelError(f"model.name {name!r} leaves {count} tensors of the encoder unfilled: {listed}, ...")
     return any(key.startswith(HEAD) for key in report["missing_keys"])
+
+
+def _check_own_labels(own: list[str], labels: tuple[str, ...], name: str) -> None:
+    """Refuse a trained head whose labels stand in another order: it would start with its answers swapped."""
+    ours, theirs = [label.lower() for label in labels], [label.lower() for label in own]
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise ModelError(
+            f"model.name {name!r} has a head for the labels {', '.join(own)}, in this order; set "
+            f"data.labels=[{', '.join(sorted(labels, key=lambda label: theirs.index(label.lower())))}]"
+        )
 
 
 @contextmanager

@@ -50,12 +50,8 @@ def make_trainable(
     Raises:
         ModelError: If the method does not fit the base or its precision.
     """
-    if config.quantize != "none" and (reason := why_not_quantised(method)):
-        raise ModelError(f"model.quantize={config.quantize}: {reason}")
-    on_cpu = next(base.model.parameters()).device.type == "cpu"
-    if config.quantize == "int8" and isinstance(method, LoraMethod) and method.use_dora and on_cpu:
-        # peft 0.21 moves the weight "back to the CPU" after each look at its norm; bitsandbytes then drops its scales.
-        raise ModelError("model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use nf4 or fp4")
+    device = next(base.model.parameters()).device
+    refuse_unfit(method, config, dtype=dtype, device=device)
     match method:
         case FullMethod():
             model: nn.Module = base.model.requires_grad_(True)
@@ -67,20 +63,46 @@ def make_trainable(
         case _:
             model = _wrap(base, method, num_steps)
     _choose_head(model, config, new_head=base.new_head)
+    head = {id(parameter) for layer in head_layers(model).values() for parameter in layer.parameters()}
     for parameter in model.parameters():
-        # Half-precision trainable tensors train badly (peft#341): small updates round away. Quantised ones stay.
+        # Half-precision trainable tensors train badly (peft#341): small updates round away. A frozen head layer is
+        # saved with the rest. Quantised tensors stay.
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+            wide = parameter.requires_grad or id(parameter) in head
+            parameter.data = parameter.data.to(torch.float32 if wide else dtype)
     return model
 
 
+def refuse_unfit(method: Method, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a method that cannot be trained in this precision, before anything is loaded.
+
+    Raises:
+        ModelError: With the reason and what to do.
+    """
+    if config.quantize != "none" and (reason := why_not_quantised(method)):
+        raise ModelError(f"model.quantize={config.quantize}: {reason}; set model.quantize=none")
+    if config.quantize == "int8" and isinstance(method, LoraMethod) and method.use_dora and device.type == "cpu":
+        # peft 0.21 moves the weight "back to the CPU" after each look at its norm; bitsandbytes then drops its scales.
+        raise ModelError("model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use nf4 or fp4")
+    if isinstance(method, AdaloraMethod) and dtype == torch.float16:
+        raise ModelError(
+            "method adalora: fp16's loss scaling skips steps that its pruning counts; set model.dtype=float32"
+        )
+
+
 def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftConfig:
-    """Return PEFT's own configuration of a method on a base, the head named as saved."""
+    """Return PEFT's own configuration of a method on a base, the head named as saved.
+
+    Patterns become full names: PEFT would try a regular expression on every module, not on linears alone, and take
+    the first pattern that matches in an order that a sorted file does not keep.
+    """
+    targets = find_targets(base.shape, method)
+    names = target_names(method)
     common: dict[str, Any] = {
         "task_type": TaskType.SEQ_CLS,
         "base_model_name_or_path": base.name,
         "revision": base.revision,
-        "target_modules": target_names(method),
+        "target_modules": sorted(targets) if isinstance(names, str) else names,
         "modules_to_save": list(HEAD),
     }
     # Our fields are PEFT's by name; those left out are ours alone, or were turned into the common ones.
@@ -90,6 +112,8 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
         fields["layers_to_transform"] = list(fields["layers_to_transform"])
     match method:
         case LoraMethod():
+            fields["rank_pattern"] = {name: t.rank for name, t in targets.items() if t.rank != method.r}
+            fields["alpha_pattern"] = {name: t.alpha for name, t in targets.items() if t.alpha != method.lora_alpha}
             return LoraConfig(**common, **fields)
         case AdaloraMethod():
             if method.tinit + method.tfinal >= num_steps:
@@ -98,9 +122,11 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
                 )
             return AdaLoraConfig(**common, **fields, total_step=num_steps)
         case Ia3Method():
-            names = find_targets(base.shape, method)
-            feed_forward = sorted({name.rpartition(".")[2] for name, target in names.items() if target.feed_forward})
-            return IA3Config(**common, feedforward_modules=feed_forward)
+            # Of the same kind as the targets, of which they must be a part.
+            feed_forward = {name for name, target in targets.items() if target.feed_forward}
+            if not isinstance(names, str):
+                feed_forward = {name.rpartition(".")[2] for name in feed_forward}
+            return IA3Config(**common, feedforward_modules=sorted(feed_forward))
         case VeraMethod():
             return VeraConfig(**common, **fields)
 
@@ -161,6 +187,11 @@ def after_step(model: nn.Module, method: Method, *, step: int) -> None:
     """Do what a method wants between an optimizer step, counted from 1, and the gradients' end: AdaLoRA prunes."""
     if isinstance(method, AdaloraMethod):
         model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
+
+
+def is_settled(method: Method, *, step: int, num_steps: int) -> bool:
+    """Return whether tensors after this step may be kept: AdaLoRA's are pruned to their target only at the end."""
+    return not isinstance(method, AdaloraMethod) or step >= num_steps - method.tfinal
 
 
 def as_plain_lora(trained: PeftModel, start: PeftModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

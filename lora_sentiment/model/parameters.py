@@ -146,11 +146,14 @@ def _adapter(method: PeftMethod, target: Target) -> int:
 
 
 def _untrained(method: PeftMethod, targets: list[Target]) -> int:
-    """Count what a method saves beside what it trains."""
+    """Count what a method saves beyond what it trains; less than nothing where it prunes."""
     match method:
         case LoraMethod() if method.changes_base:
             # Saved as plain LoRA of twice the rank.
             return sum(_adapter(method, target) for target in targets)
+        case AdaloraMethod():
+            # Pruned to target_r on average, which is exact where all targets have one shape.
+            return sum((method.target_r - method.init_r) * (t.in_features + t.out_features + 1) for t in targets)
         case VeraMethod():
             # One pair for all, as wide as the widest.
             return method.r * (max(t.in_features for t in targets) + max(t.out_features for t in targets))

@@ -2,27 +2,45 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_sentiment.model.base import Base, load_base
-from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.encoder import use_fast_encoder
+from lora_sentiment.model.memory import Plan, estimate_memory, runs_fast
 
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A run's largest micro-batch.
+
+    Attributes:
+        rows: Its texts.
+        length: Tokens of each.
+        batch_size: Texts of an optimizer step.
+    """
+
+    rows: int
+    length: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class Quantisation:
-    """A quantised base beside the same base unquantised in the compute dtype.
+    """A quantised base beside the same base unquantised in the compute dtype, on the engine that each would run on.
 
     Attributes:
         quantize: `int8`, `nf4` or `fp4`.
         double_quant: Whether the 4-bit scales are quantised too.
         base_bytes: Bytes of the encoder's weights, scales included; embeddings and norms stay as they are.
         unquantised_bytes: The same unquantised.
+        peak_bytes: Estimated peak of the run at its longest length.
+        unquantised_peak_bytes: The same unquantised.
         forward_time_ratio: Time of a forward of the probe over that of the unquantised base: median of alternating
             rounds. It is only reported, it decides nothing.
         cls_relative_difference: Root mean square change of the [CLS] vectors over that of the unquantised ones.
@@ -32,32 +50,34 @@ class Quantisation:
     double_quant: bool
     base_bytes: int
     unquantised_bytes: int
+    peak_bytes: int
+    unquantised_peak_bytes: int
     forward_time_ratio: float
     cls_relative_difference: float
 
-    def as_dict(self, *, peak_memory_bytes: int) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the figures as report.json holds them, with a sentence that says whether it helped."""
-        return {**asdict(self), "verdict": self.verdict(peak_memory_bytes=peak_memory_bytes)}
+        return {**asdict(self), "verdict": self.verdict}
 
-    def verdict(self, *, peak_memory_bytes: int) -> str:
-        """Say in one sentence what was saved and what it cost, and plainly when it did not help."""
-        saved = self.unquantised_bytes - self.base_bytes
-        share = saved / (peak_memory_bytes + max(saved, 0))
-        time_taken = f"{self.forward_time_ratio:.2f} times the time of the unquantised base"
+    @property
+    def verdict(self) -> str:
+        """What was saved and what it cost, and plainly when it did not help: less memory is what it is for."""
+        smaller = (self.unquantised_bytes - self.base_bytes) / 2**20
         figures = (
-            f"{self.quantize} made the encoder's weights {saved / 2**20:,.1f} MiB smaller ({share:.1%} of what the run "
-            f"would have held at its peak); a forward took {time_taken}, and its [CLS] vectors moved by "
+            f"{self.quantize} made the encoder's weights {smaller:,.1f} MiB smaller; the run's estimated peak is "
+            f"{self.peak_bytes / 2**20:,.0f} MiB, unquantised {self.unquantised_peak_bytes / 2**20:,.0f} MiB; a "
+            f"forward took {self.forward_time_ratio:.2f} times as long, and its [CLS] vectors moved by "
             f"{self.cls_relative_difference:.2%}"
         )
-        # Less than a twentieth of the memory lets no larger run fit.
-        return figures if share >= 0.05 or self.forward_time_ratio <= 1 else f"it did not help here: {figures}"
+        return figures if self.peak_bytes < self.unquantised_peak_bytes else f"it did not help here: {figures}"
 
 
 def measure_quantisation(
     base: Base,
-    config: ModelConfig,
+    plan: Plan,
     *,
-    labels: tuple[str, ...],
+    engine: str,
+    cut: Cut,
     input_ids: list[list[int]],
     dtype: torch.dtype,
     device: torch.device,
@@ -66,16 +86,21 @@ def measure_quantisation(
 
     Args:
         base: The quantised base, not yet wrapped.
-        config: The recipe's `model` section.
-        labels: Label names in order.
+        plan: What fixes the memory of the run.
+        engine: The recipe's `train.engine`.
+        cut: How the run's largest micro-batch is cut.
         input_ids: One list of ids a text.
         dtype: Compute dtype of the unquantised base.
         device: Where both run.
     """
+    config = plan.model.model_copy(update={"quantize": "none", "double_quant": False})
     with torch.random.fork_rng(devices=[]):
-        plain = load_base(config.model_copy(update={"quantize": "none", "double_quant": False}), labels=labels)
-    encoders = [loaded.model.get_submodule("distilbert").to(device).eval() for loaded in (plain, base)]
-    encoders[0].to(dtype)
+        plain = load_base(config, labels=tuple(map(str, range(plan.num_labels))))
+    plain.model.to(device, dtype)
+    fast = runs_fast(plan.method, config, engine=engine, checkpointing=plan.checkpointing)
+    if fast:
+        use_fast_encoder(plain.model, compute_dtype=dtype)
+    encoders = [loaded.model.get_submodule("distilbert").eval() for loaded in (plain, base)]
     width = max(map(len, input_ids))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in input_ids], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in input_ids], device=device)
@@ -86,13 +111,19 @@ def measure_quantisation(
             vectors = [_timed(encoder, ids, mask, times) for encoder, times in zip(encoders, seconds, strict=True)]
     unquantised, quantised = vectors
     return Quantisation(
-        quantize=config.quantize,
-        double_quant=config.double_quant,
+        quantize=plan.model.quantize,
+        double_quant=plan.model.double_quant,
         base_bytes=_bytes(encoders[1]),
         unquantised_bytes=_bytes(encoders[0]),
+        peak_bytes=_peak(plan, cut),
+        unquantised_peak_bytes=_peak(replace(plan, model=config, fast=fast), cut),
         forward_time_ratio=statistics.median(seconds[1]) / statistics.median(seconds[0]),
         cls_relative_difference=float((quantised - unquantised).norm() / unquantised.norm()),
     )
+
+
+def _peak(plan: Plan, cut: Cut) -> int:
+    return estimate_memory(plan, rows=cut.rows, length=cut.length, batch_size=cut.batch_size).peak
 
 
 def _timed(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor, seconds: list[float]) -> torch.Tensor:

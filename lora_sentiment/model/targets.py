@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from lora_sentiment.errors import ModelError
-from lora_sentiment.model.architecture import LINEARS, Shape
+from lora_sentiment.model.architecture import HEAD, LINEARS, Shape
 from lora_sentiment.model.method_config import AdaloraMethod, Ia3Method, LoraMethod, PeftMethod, VeraMethod
 
 
@@ -33,6 +33,12 @@ def find_targets(shape: Shape, method: PeftMethod) -> dict[str, Target]:
     Raises:
         ModelError: If a pattern matches no linear, one matches the head, or there is no such block.
     """
+    wanted = target_names(method)
+    if isinstance(wanted, str) and (head := [name for name in HEAD if re.fullmatch(wanted, name)]):
+        raise ModelError(
+            f"method.target_modules {wanted!r} matches {head[0]}; the head gets no adapter, model.head says what of it "
+            "is trained"
+        )
     names = [name for name in linear_names(shape) if _is_target(name, method)]
     if not names:
         raise ModelError(

@@ -18,7 +18,7 @@ from lora_sentiment.errors import TrainingError
 from lora_sentiment.evaluation.metrics import METRICS, quick_score
 from lora_sentiment.model.inference import predict_logits
 from lora_sentiment.model.method_config import Method
-from lora_sentiment.model.methods import after_step, learning_rate_ratios, penalty, trainable_tensors
+from lora_sentiment.model.methods import after_step, is_settled, learning_rate_ratios, penalty, trainable_tensors
 from lora_sentiment.progress import make_bar
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
@@ -237,11 +237,12 @@ class _Loop:
         )
         labels, name = self.validation.labels, self.config.metric_for_best_model
         metric = quick_score(logits, labels, name)
-        best = self.sign * metric > self.best_metric
+        settled = is_settled(self.method, step=step, num_steps=self.num_steps)
+        best = settled and self.sign * metric > self.best_metric
         if best:
             self.best_metric, self.waited, self.history.best_step = self.sign * metric, 0, step
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        else:
+        elif settled:
             self.waited += 1
             self.history.stopped_early = self.waited == self.config.early_stopping_patience
         accuracy, log_loss = (quick_score(logits, labels, key) for key in ("accuracy", "log_loss"))

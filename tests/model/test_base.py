@@ -140,3 +140,12 @@ def test_auto_takes_fp16_on_older_cards(monkeypatch, capability, expected):
 
 def test_the_models_class_is_stock(tiny_base):
     assert type(load_base(config(tiny_base), labels=LABELS).model) is DistilBertForSequenceClassification
+
+
+def test_a_head_whose_labels_stand_in_another_order_is_refused(tiny_base, tmp_path):
+    base = load_base(config(tiny_base), labels=("NEGATIVE", "POSITIVE"))
+    base.model.save_pretrained(tmp_path / "own")
+    base.tokenizer.save_pretrained(tmp_path / "own")
+    assert not load_base(config(tmp_path / "own"), labels=("negative", "positive")).new_head
+    with pytest.raises(ModelError, match=r"set data\.labels=\[negative, positive\]"):
+        load_base(config(tmp_path / "own"), labels=("positive", "negative"))

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel
 
 from lora_sentiment.errors import ModelError
+from lora_sentiment.model.architecture import LINEARS
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import AdaloraMethod, FullMethod, HeadMethod, LoraMethod, UnfreezeMethod
@@ -114,3 +115,21 @@ def test_adalora_pays_for_factors_that_are_not_orthogonal(base):
     # ||2 I - I|| of twelve rows is sqrt(12), for one factor of every two.
     assert penalty(model, method).item() == pytest.approx(0.5 * 12**0.5 / 2, rel=1e-4)
     assert penalty(model, LoraMethod()) is None
+
+
+@pytest.mark.parametrize("pattern", [r".*attention.*", r".*\.layer\.0.*", r".*q_lin|.*embeddings.*"])
+def test_a_regular_expression_adapts_linears_and_nothing_else(base, pattern):
+    model = make_trainable(base, LoraMethod(target_modules=pattern), CONFIG, dtype=torch.float32)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name in trainable_tensors(model) if ".lora_A." in name}
+    assert adapted <= set(LINEARS)
+    assert "q_lin" in adapted
+
+
+def test_a_frozen_head_layer_stays_in_fp32(base):
+    model = make_trainable(base, LoraMethod(), ModelConfig(name="any", head="classifier"), dtype=torch.bfloat16)
+    assert {p.dtype for layer in head_layers(model).values() for p in layer.parameters()} == {torch.float32}
+
+
+def test_adalora_in_fp16_is_refused(base):
+    with pytest.raises(ModelError, match="fp16's loss scaling skips steps"):
+        make_trainable(base, AdaloraMethod(kind="adalora"), CONFIG, dtype=torch.float16, num_steps=9)

@@ -43,7 +43,7 @@ def test_a_target_knows_its_shape_and_rank():
     ("method", "message"),
     [
         (LoraMethod(target_modules=".*nope.*"), r"target_modules '\.\*nope\.\*' matches no linear"),
-        (LoraMethod(target_modules=".*classifier"), "matches no linear of the encoder"),
+        (LoraMethod(target_modules=".*(q_lin|classifier)"), "matches pre_classifier; the head gets no adapter"),
         (LoraMethod(layers_to_transform=(0, 2)), "has 2; the base has blocks 0 to 1"),
         (LoraMethod(rank_pattern={"lin1": 4}), "rank_pattern: 'lin1' matches none of the adapted linears"),
         (LoraMethod(alpha_pattern={"x": 4}), "alpha_pattern: 'x' matches none"),
