@@ -67,8 +67,11 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    # "auto" would ask the Hub whether the vocabulary grew, and might save the base's embeddings.
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with warnings.catch_warnings():
+        # A linear that AdaLoRA pruned away has rank 0, which PEFT takes for a shard of a larger tensor.
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape")
+        # "auto" would ask the Hub whether the vocabulary grew, and might save the base's embeddings.
+        return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ CONFIG = ModelConfig(name="any")
 def test_distilbert_base_at_rank_8_on_q_and_v():
     counts = count_parameters(Shape(), LoraMethod(r=8, target_modules=("q_lin", "v_lin")), CONFIG, num_labels=2)
     assert (counts.adapter, counts.head, counts.trainable, counts.base) == (147_456, 592_130, 739_586, 66_955_010)
-    assert str(counts) == "147,456 adapter + 592,130 head = 739,586 trainable, 1.105% of 66,955,010"
+    assert str(counts) == "147,456 adapter + 592,130 head = 739,586 trainable (1.105% of 66,955,010)"
 
 
 def test_distilbert_base_at_rank_8_on_all_linears():
