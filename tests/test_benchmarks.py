@@ -103,7 +103,7 @@ def test_every_method_makes_a_valid_recipe_and_a_run_of_its_own(dataset):
                 recipe = Recipe.load(job.recipe, job.overrides)
                 keys.add(job.key)
                 assert recipe.train.learning_rate == rate
-                assert recipe.data.max_train_rows == (3000 if stage == "try" else None)
+                assert recipe.data.max_train_rows == (10_000 if stage == "try" else None)
                 assert ("test" in (recipe.data.splits or {})) == (stage == "final")
     assert len(keys) == len(methods.METHODS) * 3 * 2
 
