@@ -1,5 +1,6 @@
 """The adapter folder: the only code that knows its files. It saves, loads and verifies them."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from lora_sentiment.adapter.stamp import check_files
 from lora_sentiment.adapter.weights import PEFT_CONFIG, rebuild, save_as_plain_lora, save_weights
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
@@ -95,6 +97,12 @@ class Card(Section):
     """Facts of the machine and run that fix the bytes: threads, processes, dtype, micro-batch cut."""
     probe: Probe
     """How this adapter answers texts of our own."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what decides an answer: the base, the files, and how texts are cut."""
+        decisive = [self.base.base_sha256, self.base.quantize, self.max_length, self.truncation, self.files]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -195,12 +203,7 @@ def load(folder: Path, *, base: str | None = None, device: torch.device | None =
         ModelError: If the base cannot be loaded.
     """
     card = load_card(folder)
-    for name, expected in card.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise AdapterError(f"{path}: is missing; copy the whole folder")
-        if hash_file(path) != expected:
-            raise AdapterError(f"{path}: was altered after training (its SHA-256 is not the one in card.json)")
+    check_files(folder, card.files)
     config = ModelConfig(
         name=base or card.base.name,
         revision=None if base else card.base.revision,

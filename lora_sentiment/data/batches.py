@@ -1,19 +1,28 @@
-"""From rows to padded batches: encode, truncate, bucket by length, cut into micro-batches."""
+"""From texts to padded batches: encode, truncate, bucket by length, cut into micro-batches.
 
+Importing this imports no torch: an ONNX file answers without.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.progress import make_bar
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
 BUCKET_STEPS = 50
 """Optimizer steps whose rows are sorted together: enough to pad little, few enough to keep the order random."""
 TOKENISE_ROWS = 1000
+INFERENCE_TOKENS = 8192
+"""Padded tokens of one forward without gradients."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +64,88 @@ class Batch:
         num_tokens: Real tokens, padding left out.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    labels: torch.Tensor
+    input_ids: "torch.Tensor"
+    attention_mask: "torch.Tensor | None"
+    labels: "torch.Tensor"
     index: NDArray[np.int64]
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """From a text to what the model reads of it.
+
+    Attributes:
+        tokenizer: The base's tokenizer, which neither truncates nor pads.
+        cls_token_id: First id of every input.
+        sep_token_id: Last id of every input.
+        pad_token_id: Fills a batch's shorter rows.
+        max_length: Most tokens of an input, [CLS] and [SEP] included.
+        truncation: `head` keeps the first tokens of a longer text; `head_tail` its first quarter and last three
+            quarters (after Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.1).
+    """
+
+    tokenizer: Tokenizer
+    cls_token_id: int
+    sep_token_id: int
+    pad_token_id: int
+    max_length: int
+    truncation: Literal["head", "head_tail"]
+
+    @classmethod
+    def of(
+        cls, tokenizer: "PreTrainedTokenizerFast", *, max_length: int, truncation: Literal["head", "head_tail"]
+    ) -> "TextEncoder":
+        """Return the encoder that a transformers tokenizer makes, whose last call's truncation and padding end."""
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        special = (int(tokenizer.cls_token_id), int(tokenizer.sep_token_id), int(tokenizer.pad_token_id))
+        return cls(backend, *special, max_length, truncation)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a text that one input holds."""
+        return self.max_length - 2
+
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return every id of each text, without [CLS] and [SEP]."""
+        return [found.ids for found in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def truncate(self, ids: list[int]) -> list[int]:
+        """Return the ids of a text that fit into one input."""
+        if len(ids) <= self.room:
+            return ids
+        front = self.room if self.truncation == "head" else self.room // 4
+        return ids[:front] + ids[len(ids) - (self.room - front) :]
+
+    def windows(self, ids: list[int], *, stride: int) -> list[list[int]]:
+        """Return a text's ids in windows that each fit into one input, neighbours sharing `stride` tokens.
+
+        The last window ends with the text and so may share more.
+        """
+        step = self.room - stride
+        last = max(0, len(ids) - self.room)
+        starts = [*range(0, last, step), last]
+        return [ids[start : start + self.room] for start in starts]
+
+    def frame(self, ids: list[int]) -> NDArray[np.int32]:
+        """Put [CLS] and [SEP] around the ids of one input."""
+        return np.array([self.cls_token_id, *ids, self.sep_token_id], dtype=np.int32)
+
+    def pack(
+        self, inputs: Sequence[NDArray[np.int32]], *, labels: NDArray[np.int64] | None = None, truncated: int = 0
+    ) -> Encoded:
+        """Lay framed inputs out one after another; without labels theirs are -1."""
+        offsets = np.cumsum([0, *map(len, inputs)], dtype=np.int64)
+        found = np.full(len(inputs), -1, dtype=np.int64) if labels is None else labels
+        return Encoded(np.concatenate(inputs), offsets, found, truncated, self.pad_token_id)
 
 
 def encode(
     rows: Rows,
     *,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     max_length: int,
     truncation: Literal["head", "head_tail"],
     progress: bool = False,
@@ -76,26 +156,20 @@ def encode(
         rows: Texts and labels.
         tokenizer: The base's tokenizer.
         max_length: Most tokens of a row, [CLS] and [SEP] included.
-        truncation: `head` keeps the first tokens of a longer text; `head_tail` its first quarter and last three
-            quarters (after Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.1).
+        truncation: Which tokens of a longer text stay, as in `TextEncoder`.
         progress: Show a bar.
     """
-    room = max_length - 2
-    front = room if truncation == "head" else room // 4
-    flat: list[NDArray[np.int32]] = []
-    lengths = np.zeros(len(rows) + 1, dtype=np.int64)
+    encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
+    inputs: list[NDArray[np.int32]] = []
     truncated = 0
     with make_bar(len(rows), desc="tokenising", unit="rows", show=progress) as bar:
         for start in range(0, len(rows), TOKENISE_ROWS):
-            texts = list(rows.texts[start : start + TOKENISE_ROWS])
-            for i, ids in enumerate(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], start):
-                if len(ids) > room:
-                    truncated += 1
-                    ids = ids[:front] + ids[len(ids) - (room - front) :]
-                flat.append(np.array([tokenizer.cls_token_id, *ids, tokenizer.sep_token_id], dtype=np.int32))
-                lengths[i + 1] = len(ids) + 2
+            texts = rows.texts[start : start + TOKENISE_ROWS]
+            for ids in encoder.tokenise(texts):
+                truncated += len(ids) > encoder.room
+                inputs.append(encoder.frame(encoder.truncate(ids)))
             bar.update(len(texts))
-    return Encoded(np.concatenate(flat), np.cumsum(lengths), rows.labels, truncated, int(tokenizer.pad_token_id))
+    return encoder.pack(inputs, labels=rows.labels, truncated=truncated)
 
 
 def plan_epoch(lengths: NDArray[np.int64], *, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -133,20 +207,30 @@ def shard(index: NDArray[np.int64], lengths: NDArray[np.int64], *, rank: int, nu
     return index[np.argsort(lengths[index], kind="stable")][rank::num_processes]
 
 
-def make_batch(encoded: Encoded, index: NDArray[np.int64], *, device: torch.device) -> Batch:
-    """Pad rows to the longest among them and move them to a device."""
+def pad(encoded: Encoded, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """Pad rows to the longest among them.
+
+    Returns:
+        (input_ids, attention_mask), both (num_rows, longest); the mask is None where no row is padded.
+    """
     lengths = encoded.lengths[index]
     longest = int(lengths.max())
     input_ids = np.full((len(index), longest), encoded.pad_token_id, dtype=np.int64)
     for row, i in enumerate(index):
         input_ids[row, : lengths[row]] = encoded.input_ids[encoded.offsets[i] : encoded.offsets[i + 1]]
-    mask = None
-    if lengths.min() < longest:
-        mask = torch.from_numpy((np.arange(longest) < lengths[:, None]).astype(np.int64)).to(device, non_blocking=True)
+    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64) if lengths.min() < longest else None
+    return input_ids, mask
+
+
+def make_batch(encoded: Encoded, index: NDArray[np.int64], *, device: "torch.device") -> Batch:
+    """Pad rows to the longest among them and move them to a device."""
+    import torch
+
+    input_ids, mask = pad(encoded, index)
     return Batch(
         input_ids=torch.from_numpy(input_ids).to(device, non_blocking=True),
-        attention_mask=mask,
+        attention_mask=None if mask is None else torch.from_numpy(mask).to(device, non_blocking=True),
         labels=torch.from_numpy(encoded.labels[index]).to(device, non_blocking=True),
         index=index,
-        num_tokens=int(lengths.sum()),
+        num_tokens=int(encoded.lengths[index].sum()),
     )

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from lora_sentiment.evaluation.metrics import checked, score, softmax
+from lora_sentiment.evaluation.metrics import checked, score
+from lora_sentiment.evaluation.probabilities import softmax
 from lora_sentiment.evaluation.statistics import Interval
 
 TEMPERATURE_BOUNDS = (0.1, 10.0)

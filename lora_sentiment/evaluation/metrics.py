@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_sentiment.errors import DataError, ModelError, RecipeError
+from lora_sentiment.evaluation.probabilities import softmax
 from lora_sentiment.evaluation.statistics import Interval, percentile_interval, resample_weights
 
 Floats = npt.NDArray[np.float64]
@@ -259,20 +260,6 @@ def find_metric(name: str) -> type[ClassificationMetric]:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise RecipeError(f"'{name}' is no metric; choose from {', '.join(METRICS)}{hint}")
     return METRICS[name]
-
-
-def softmax(logits: npt.ArrayLike, *, temperature: float = 1.0) -> Floats:
-    """Turn logits into probabilities, in float64: (num_rows, num_labels) for (num_rows, num_labels).
-
-    Raises:
-        ModelError: The temperature is not a positive, finite number.
-    """
-    if not 0 < temperature < np.inf:
-        raise ModelError(f"temperature: found {temperature}; give a positive number, 1 leaves the logits as they are")
-    scaled = np.asarray(logits, dtype=np.float64)
-    # The greatest logit becomes 0, so that exp cannot overflow.
-    exponentials = np.exp((scaled - scaled.max(axis=1, keepdims=True)) / temperature)
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
 def confusion_matrix(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_labels: int) -> Integers:

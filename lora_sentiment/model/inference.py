@@ -6,11 +6,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_sentiment.data.batches import Encoded, cut, make_batch, shard
+from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, cut, make_batch, shard
 from lora_sentiment.progress import make_bar
-
-INFERENCE_TOKENS = 8192
-"""Padded tokens of one forward without gradients."""
 
 
 def predict_logits(

@@ -8,7 +8,8 @@ from scipy.optimize import minimize_scalar
 
 from lora_sentiment.errors import DataError, ModelError
 from lora_sentiment.evaluation.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated
-from lora_sentiment.evaluation.metrics import METRICS, score, softmax
+from lora_sentiment.evaluation.metrics import METRICS, score
+from lora_sentiment.evaluation.probabilities import softmax
 
 LEAST, GREATEST = TEMPERATURE_BOUNDS
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from lora_sentiment.errors import DataError, ModelError, RecipeError
-from lora_sentiment.evaluation.metrics import METRICS, confusion_matrix, find_metric, quick_score, score, softmax
+from lora_sentiment.evaluation.metrics import METRICS, confusion_matrix, find_metric, quick_score, score
+from lora_sentiment.evaluation.probabilities import softmax
 
 RANGES = {
     "accuracy": (0, 1),

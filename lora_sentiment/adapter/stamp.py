@@ -1,0 +1,96 @@
+"""The stamp of a merged or exported model: which adapter it holds, on which base, and how it was checked.
+
+It stands in the model's `config.json` under `lora_sentiment`, where stock transformers keeps it whenever it loads and
+saves.
+Nothing here imports torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from lora_sentiment.errors import AdapterError
+from lora_sentiment.files import hash_file, write_json
+from lora_sentiment.section import Section
+
+KEY = "lora_sentiment"
+SCHEMA = 1
+
+
+class Stamp(Section):
+    """What a merged or exported model says about itself."""
+
+    schema_: int = Field(alias="schema")
+    """Version of the stamp's layout."""
+    adapter_sha256: str
+    """Hash of the adapter that was merged: `Card.sha256`."""
+    base_sha256: str
+    """Hash of the unquantised base's encoder."""
+    base: str
+    """The base's name, as the adapter's card gave it."""
+    method: str
+    """What had been trained: `lora`, `full`, ..."""
+    into: Literal["base", "dequantised"]
+    """Whether the adapter was merged into the base as it was published, or as quantising had left it."""
+    dtype: str
+    """Dtype of the weights."""
+    max_length: int
+    """Longest input in tokens."""
+    truncation: Literal["head", "head_tail"]
+    """Which tokens of a longer text stay."""
+    calibration: dict[str, float] | None
+    """Temperature fitted on validation, or null."""
+    compared: dict[str, dict[str, Any]]
+    """What the model was compared on with the adapter, and how far they were apart."""
+    files: dict[str, str]
+    """File name to SHA-256, of every other file that decides an answer."""
+
+
+def read_stamp(folder: Path) -> Stamp | None:
+    """Read the stamp of a model folder; None where its `config.json` has none.
+
+    Raises:
+        AdapterError: If there is no such file, or it or the stamp is malformed or of a newer layout.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise AdapterError(f"{folder}: is no model folder (no config.json)")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{path}: is no JSON: {error}") from error
+    found = values.get(KEY) if isinstance(values, dict) else None
+    if found is None:
+        return None
+    newest = found.get("schema") if isinstance(found, dict) else None
+    if isinstance(newest, int) and newest > SCHEMA:
+        raise AdapterError(f"{path}: {KEY} has schema {newest}; this version reads up to {SCHEMA}; upgrade {KEY}")
+    try:
+        return TypeAdapter(Stamp).validate_json(json.dumps(found))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise AdapterError(f"{path}: {KEY}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def write_stamp(folder: Path, stamp: Stamp) -> None:
+    """Put a stamp into a model folder's `config.json`, last of all its files."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values[KEY] = stamp.model_dump(mode="json", by_alias=True)
+    write_json(path, values)
+
+
+def check_files(folder: Path, files: dict[str, str]) -> None:
+    """Hold a folder's files against their recorded hashes.
+
+    Raises:
+        AdapterError: If one is missing or was altered.
+    """
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise AdapterError(f"{path}: is missing; copy the whole folder")
+        if hash_file(path) != expected:
+            raise AdapterError(f"{path}: was altered after it was saved (its SHA-256 is not the recorded one)")
