@@ -40,6 +40,8 @@ class Stamp(Section):
     """Longest input in tokens."""
     truncation: Literal["head", "head_tail"]
     """Which tokens of a longer text stay."""
+    clean: bool
+    """Whether texts are cleaned before they are tokenised, as they were for training."""
     calibration: dict[str, float] | None
     """Temperature fitted on validation, or null."""
     compared: dict[str, dict[str, Any]]

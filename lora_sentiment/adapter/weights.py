@@ -26,6 +26,7 @@ from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod
 from lora_sentiment.model.methods import as_plain_lora, kept_ranks, make_trainable, trainable_tensors
 
+_STOCK = ("LORA", "ADALORA", "IA3", "VERA")
 PEFT_WEIGHTS, PEFT_CONFIG, CHANGED_WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "changed.safetensors"
 
 
@@ -109,15 +110,51 @@ def rebuild(folder: Path, base: Base, method: Method, config: ModelConfig) -> nn
     return model.eval()
 
 
-def _read_config(folder: Path, base: Base, method: PeftMethod) -> PeftConfig:
-    """Read PEFT's own configuration, which must be of the card's method."""
+def read_stock_config(folder: Path) -> PeftConfig:
+    """Read the configuration of a PEFT folder that this package did not write.
+
+    Raises:
+        AdapterError: If it is malformed, or of a kind that this package does not know.
+    """
+    kind = _peft_type(folder)
+    if kind not in _STOCK:
+        raise AdapterError(f"{folder / PEFT_CONFIG}: has peft_type {kind!r}; this package reads {', '.join(_STOCK)}")
+    config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    return config
+
+
+def rebuild_stock(folder: Path, base: Base) -> nn.Module:
+    """Return the model that a PEFT folder of unknown making makes of a base, in fp32, in eval mode.
+
+    Raises:
+        AdapterError: As `rebuild`, and if part of the head is neither in the folder nor in the base.
+    """
+    config = read_stock_config(folder)
+    config.base_model_name_or_path, config.inference_mode = base.name, True
+    model = get_peft_model(base.model, config)
+    lacking = sorted(set(HEAD) - set(getattr(config, "modules_to_save", None) or ()))
+    if base.new_head and lacking:
+        raise AdapterError(
+            f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base: it was random at training and "
+            f"never saved, so its answers are lost; train again with modules_to_save={list(HEAD)}"
+        )
+    _fill(model, folder)
+    return model.eval()
+
+
+def _peft_type(folder: Path) -> str:
     path = folder / PEFT_CONFIG
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        return str(json.loads(path.read_text(encoding="utf-8"))["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: is no PEFT configuration: {error}") from error
-    if str(kind).lower() != method.kind:
-        raise AdapterError(f"{path}: has peft_type {kind!r}, and card.json says {method.kind!r}")
+
+
+def _read_config(folder: Path, base: Base, method: PeftMethod) -> PeftConfig:
+    """Read PEFT's own configuration, which must be of the card's method."""
+    kind = _peft_type(folder)
+    if kind.lower() != method.kind:
+        raise AdapterError(f"{folder / PEFT_CONFIG}: has peft_type {kind!r}, and card.json says {method.kind!r}")
     config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = base.name  # it may have moved since
     return config

@@ -1,0 +1,356 @@
+"""A model that answers texts, whatever form it was saved in: `load(path).predict(["A lovely film."])`.
+
+An adapter folder, a merged folder, an ONNX file or a stock PEFT folder give one and the same `Classifier`. Importing
+this imports no torch, and neither does loading and asking an ONNX file.
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from lora_sentiment.adapter.stamp import Stamp, check_files, read_stamp
+from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
+from lora_sentiment.data.rows import clean_text
+from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.evaluation.probabilities import softmax
+from lora_sentiment.files import hash_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+log = logging.getLogger("lora_sentiment")
+
+Engine = Callable[[NDArray[np.int64], NDArray[np.int64] | None], NDArray[np.float32]]
+"""From input_ids and attention_mask (or None), both (num_rows, length), to logits: (num_rows, num_labels)."""
+TOKENISE_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier answers for one text.
+
+    Attributes:
+        label: The likeliest label.
+        score: Its probability.
+        scores: The probability of every label, by name.
+    """
+
+    label: str
+    score: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with its labels and the way it reads a text.
+
+    Attributes:
+        labels: Label names; the index of a name is its label.
+        encoder: From a text to token ids.
+        engine: From token ids to logits.
+        clean: Whether texts are cleaned first, as they were for training.
+        temperature: Fitted on validation at training, or None where none is known.
+        sha256: Hash of what decides an answer.
+        unverified: What nobody vouches for, one sentence each; empty where every hash was checked.
+    """
+
+    labels: tuple[str, ...]
+    encoder: TextEncoder
+    engine: Engine
+    clean: bool
+    temperature: float | None
+    sha256: str
+    unverified: tuple[str, ...] = ()
+
+    def predict(self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False) -> list[Prediction]:
+        """Answer texts, in their order.
+
+        Args:
+            texts: None of them empty.
+            stride: Read a longer text whole, in windows that share this many tokens, and average their probabilities;
+                None cuts it as in training.
+            calibrated: Divide logits by the temperature that training fitted.
+
+        Raises:
+            ModelError: If the stride leaves no room, or there is no temperature.
+        """
+        found = self.probabilities(texts, stride=stride, calibrated=calibrated)
+        return [self._prediction(row) for row in found]
+
+    def probabilities(
+        self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False
+    ) -> NDArray[np.float64]:
+        """Return the probability of each label: (num_texts, num_labels); arguments as `predict`'s.
+
+        Texts are computed in order of length, so that little is padded.
+        """
+        if calibrated and self.temperature is None:
+            raise ModelError("calibrated: this model was saved without a temperature; leave it out")
+        if stride is not None and not 0 <= stride < self.encoder.room:
+            raise ModelError(f"stride: found {stride}; allowed: 0 to {self.encoder.room - 1} tokens")
+        pooled = np.zeros((len(texts), len(self.labels)))
+        for start in range(0, len(texts), TOKENISE_ROWS):
+            given = list(texts[start : start + TOKENISE_ROWS])
+            encoded, owners = self._encode(
+                [clean_text(text, Counter()) for text in given] if self.clean else given, stride
+            )
+            temperature = self.temperature if calibrated and self.temperature else 1.0
+            scores = softmax(self._logits(encoded), temperature=temperature)
+            np.add.at(pooled, start + owners, scores / np.bincount(owners)[owners, None])
+        return pooled
+
+    def _encode(self, texts: Sequence[str], stride: int | None) -> tuple[Encoded, NDArray[np.int64]]:
+        """Return the inputs of texts, and whose input each one is."""
+        inputs, owners = [], []
+        for owner, ids in enumerate(self.encoder.tokenise(texts)):
+            own = [self.encoder.truncate(ids)] if stride is None else self.encoder.windows(ids, stride=stride)
+            inputs += [self.encoder.frame(window) for window in own]
+            owners += [owner] * len(own)
+        return self.encoder.pack(inputs), np.array(owners, dtype=np.int64)
+
+    def _logits(self, encoded: Encoded) -> NDArray[np.float32]:
+        logits = np.zeros((len(encoded), len(self.labels)), dtype=np.float32)
+        for part in cut(np.arange(len(encoded)), encoded.lengths, max_tokens=INFERENCE_TOKENS):
+            logits[part] = self.engine(*pad(encoded, part))
+        return logits
+
+    def _prediction(self, scores: NDArray[np.float64]) -> Prediction:
+        best = int(scores.argmax())
+        named = dict(zip(self.labels, scores.tolist(), strict=True))
+        return Prediction(self.labels[best], named[self.labels[best]], named)
+
+
+def load(
+    path: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    base: str | None = None,
+    max_length: int | None = None,
+    dtype: str = "auto",
+) -> Classifier:
+    """Load a model that answers texts.
+
+    Args:
+        path: An adapter folder, a merged or exported folder, an `.onnx` file in one, a stock transformers folder, or a
+            stock PEFT folder.
+        labels: Label names in order; only for a stock PEFT folder, which does not hold them.
+        base: Where to find an adapter's base, if not where it says.
+        max_length: Most tokens of a text; only for stock folders, which do not say what they were trained with.
+        dtype: Compute dtype: `auto`, `float32`, `bfloat16` or `float16`; an ONNX file has its own.
+
+    Raises:
+        AdapterError: If the folder is none of these, is incomplete or was altered, or has another base.
+        ModelError: If the base cannot be loaded, or an option does not fit the form that was found.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return _load_onnx(path, labels=labels, base=base, max_length=max_length, dtype=dtype)
+    if not path.is_dir():
+        raise AdapterError(f"{path}: no such folder or .onnx file")
+    if (path / "card.json").is_file():
+        _refuse(path, "an adapter of this package, which knows them", labels=labels, max_length=max_length)
+        return _load_adapter(path, base, dtype)
+    if (path / "adapter_config.json").is_file():
+        return _load_stock_peft(path, labels, base, max_length, dtype)
+    if (path / "model.safetensors").is_file():
+        _refuse(path, "a whole model, which holds them", labels=labels, base=base)
+        return _load_whole(path, max_length, dtype)
+    if (path / "onnx/model.onnx").is_file():
+        return _load_onnx(path / "onnx/model.onnx", labels=labels, base=base, max_length=max_length, dtype=dtype)
+    raise AdapterError(
+        f"{path}: holds no model; expected card.json (an adapter), adapter_config.json (a PEFT folder), "
+        "model.safetensors (a merged model) or onnx/model.onnx"
+    )
+
+
+def _refuse(path: Path, what: str, **options: object) -> None:
+    """Refuse options that the form of a model leaves no room for."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ModelError(f"{path} is {what}; leave out {' and '.join(given)}")
+
+
+def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
+    from lora_sentiment.adapter.folder import load as load_folder
+    from lora_sentiment.launch import join_launch
+
+    device = join_launch().device
+    loaded = load_folder(path, base=base, device=device)
+    card = loaded.card
+    return Classifier(
+        labels=tuple(card.labels),
+        encoder=TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
+        engine=_make_engine(loaded.model, dtype, device),
+        clean=card.data.config.clean,
+        temperature=(card.calibration or {}).get("temperature"),
+        sha256=card.sha256,
+    )
+
+
+def _load_whole(path: Path, max_length: int | None, dtype: str) -> Classifier:
+    from lora_sentiment.launch import join_launch
+    from lora_sentiment.model.base import load_base
+    from lora_sentiment.model.config import ModelConfig
+
+    stamp = read_stamp(path)
+    if stamp:
+        _refuse(path, "a merged model, which knows it", max_length=max_length)
+        check_files(path, stamp.files)
+    labels = _own_labels(path)
+    length = stamp.max_length if stamp else max_length or _own_length(path)
+    base = load_base(ModelConfig(name=str(path.resolve()), max_length=length, dtype="float32"), labels=labels)
+    if base.new_head:
+        raise AdapterError(f"{path}: is an encoder without a classification head; train one on it first")
+    device = join_launch().device
+    engine = _make_engine(base.model, dtype, device)
+    truncation = stamp.truncation if stamp else "head"
+    encoder = TextEncoder.of(base.tokenizer, max_length=length, truncation=truncation)
+    return _stamped(labels, encoder, engine, stamp, path / "model.safetensors")
+
+
+def _load_onnx(path: Path, *, labels: object, base: object, max_length: int | None, dtype: str) -> Classifier:
+    from lora_sentiment.adapter.onnx import open_session
+
+    _refuse(path, "an ONNX file, which holds them", labels=labels, base=base, dtype=None if dtype == "auto" else dtype)
+    folder = path.parent.parent if path.parent.name == "onnx" else path.parent
+    if not path.is_file():
+        raise AdapterError(f"{path}: no such file")
+    stamp = read_stamp(folder)
+    if stamp:
+        _refuse(path, "a file that knows it", max_length=max_length)
+        check_files(folder, {name: sha for name, sha in stamp.files.items() if not name.endswith(".safetensors")})
+    tokenizer, special = _read_tokenizer(folder)
+    encoder = TextEncoder(
+        tokenizer,
+        *special,
+        max_length=stamp.max_length if stamp else max_length or _own_length(folder),
+        truncation=stamp.truncation if stamp else "head",
+    )
+    return _stamped(_own_labels(folder), encoder, open_session(path), stamp, path)
+
+
+def _load_stock_peft(
+    path: Path, labels: Sequence[str] | None, base: str | None, max_length: int | None, dtype: str
+) -> Classifier:
+    from lora_sentiment.adapter.weights import PEFT_WEIGHTS, read_stock_config, rebuild_stock
+    from lora_sentiment.launch import join_launch
+    from lora_sentiment.model.base import load_base
+    from lora_sentiment.model.config import ModelConfig
+
+    if labels is None:
+        raise ModelError(
+            f"{path} is a stock PEFT folder, which holds no label names; give them in order: "
+            "labels=['negative', 'positive'], on the command line --labels negative,positive"
+        )
+    name = base or read_stock_config(path).base_model_name_or_path
+    if not name:
+        raise ModelError(f"{path}: its adapter_config.json names no base; give it with base=, --base")
+    config = ModelConfig(name=name, max_length=max_length or 8, dtype="float32")
+    loaded = load_base(config, labels=tuple(labels))
+    max_length = max_length or loaded.shape.max_position_embeddings
+    model = rebuild_stock(path, loaded)
+    device = join_launch().device
+    return Classifier(
+        labels=tuple(labels),
+        encoder=TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
+        engine=_make_engine(model, dtype, device),
+        clean=False,
+        temperature=None,
+        sha256=hashlib.sha256(f"{loaded.sha256} {hash_file(path / PEFT_WEIGHTS)}".encode()).hexdigest(),
+        unverified=(
+            f"that {name!r} is the base it was trained on: the folder records no hash of it",
+            f"that {', '.join(labels)} are its labels, in this order",
+            "how texts were cleaned and cut for training, and in which precision the base was",
+        ),
+    )
+
+
+def _stamped(
+    labels: tuple[str, ...], encoder: TextEncoder, engine: Engine, stamp: Stamp | None, weights: Path
+) -> Classifier:
+    """Return the classifier of a whole model, with what its stamp says where it has one."""
+    unverified = () if stamp else ("its weights: no stamp of this package says what they should be",)
+    return Classifier(
+        labels=labels,
+        encoder=encoder,
+        engine=engine,
+        clean=stamp.clean if stamp else False,
+        temperature=(stamp.calibration or {}).get("temperature") if stamp else None,
+        sha256=hash_file(weights),
+        unverified=unverified,
+    )
+
+
+def _make_engine(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
+    """Return the forward of a model on a device, on the fast engine where it can."""
+    import torch
+
+    from lora_sentiment.model.base import cast_frozen, resolve_dtype
+    from lora_sentiment.model.encoder import use_fast_encoder
+
+    dtype = resolve_dtype(dtype_name, device)
+    model = cast_frozen(model, dtype=dtype, device=device).eval()
+    if reason := use_fast_encoder(model, compute_dtype=dtype):
+        log.info("stock engine: %s", reason)
+
+    def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask)
+        return np.asarray(output.logits.float().cpu().numpy(), dtype=np.float32)
+
+    return compute
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path}: is no JSON object")
+    return values
+
+
+def _own_labels(folder: Path) -> tuple[str, ...]:
+    names = _read_json(folder / "config.json").get("id2label")
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))) or len(names) < 2:
+        raise AdapterError(f"{folder}/config.json: id2label names no two labels or more: found {names!r}")
+    return tuple(str(names[str(i)]) for i in range(len(names)))
+
+
+def _own_length(folder: Path) -> int:
+    """Return the longest input of a model without stamp: its tokenizer's, and at most its positions."""
+    positions = int(_read_json(folder / "config.json").get("max_position_embeddings", 512))
+    longest = _read_json(folder / "tokenizer_config.json").get("model_max_length", positions)
+    return min(int(longest), positions)
+
+
+def _read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, int, int]]:
+    """Read a tokenizer and the ids of its [CLS], [SEP] and [PAD] without transformers, which would import torch."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise AdapterError(f"{path}: is missing; copy the whole folder")
+    tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    values = _read_json(folder / "tokenizer_config.json")
+    special: list[int] = []
+    for role in ("cls_token", "sep_token", "pad_token"):
+        token = values.get(role)
+        found = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else str(token))
+        if found is None:
+            raise AdapterError(
+                f"{folder}/tokenizer_config.json: {role} is {token!r}, which the tokenizer does not know"
+            )
+        special.append(found)
+    return tokenizer, (special[0], special[1], special[2])
