@@ -21,19 +21,40 @@ Line = dict[str, Any]
 
 @dataclass
 class Row:
-    """One method on one data set: its finished tries and final runs, and what the latter had right, (seeds, rows)."""
+    """One method on one data set.
+
+    Attributes:
+        dataset: One of methods.DATASETS.
+        method: One of methods.METHODS.
+        tries: Finished tries.
+        finals: Finished runs at the rate that held, one a seed.
+        dropped: Finished runs at rates that did not hold.
+        right: What the final runs had right: (seeds, rows).
+    """
 
     dataset: str
     method: str
     tries: list[Line] = field(default_factory=list)
     finals: list[Line] = field(default_factory=list)
+    dropped: list[Line] = field(default_factory=list)
     right: npt.NDArray[np.bool_] | None = None
 
     @property
-    def rate(self) -> float | None:
-        """The tried rate with the best validation accuracy, then the lowest log-loss; None where none converged."""
+    def rates(self) -> list[float]:
+        """The tried rates that converged, best first: by validation accuracy, then by log-loss."""
         scored = [(line["metrics"]["validation"], line["rate"]) for line in self.tries if "metrics" in line]
-        return max(scored, key=lambda found: (found[0]["accuracy"], -found[0]["log_loss"]))[1] if scored else None
+        scored.sort(key=lambda found: (-found[0]["accuracy"], found[0]["log_loss"]))
+        return [rate for _, rate in scored]
+
+    def holds(self, final: Line) -> bool:
+        """Return whether a run on more rows chose at least as well on validation as the try that it goes back to."""
+        (tried,) = [line for line in self.tries if line["rate"] == final["rate"]]
+        return "metrics" in final and validation_accuracy(final) >= validation_accuracy(tried)
+
+
+def validation_accuracy(line: Line) -> float:
+    """Return a run's accuracy on the rows that it chose on; -1 where it failed."""
+    return float(line["metrics"]["validation"]["accuracy"]) if "metrics" in line else -1.0
 
 
 def judged_role(blocks: dict[str, Any]) -> str:
@@ -94,8 +115,9 @@ def describe(rows: Sequence[Row], arguments: Namespace) -> str:
 {"; ".join(filter(None, facts))}.
 
 - Every method: {arguments.tries} learning rate(s) tried for one epoch of {arguments.tries_rows:,} rows; the one
-  with the best validation accuracy is run for {arguments.epochs:g} epoch(s) with {arguments.seeds} seed(s) and judged
-  once. "edge": that rate was the lowest or highest tried, and a better one may lie beyond.
+  with the best validation accuracy is run for {arguments.epochs:g} epoch(s) with {arguments.seeds} seed(s) and judged.
+  A rate whose run ends below its own try on validation did not hold, and the next best one is run; test decides
+  nothing. "edge": the rate was the lowest or highest tried, and a better one may lie beyond.
 - Brackets are 95 % bootstrap intervals; the difference to full fine-tuning is paired over rows
   {seeds}.
 - "not worse" is said only where the interval's lower end is above {-100 * MARGIN:.1f} points, "worse" only where its
@@ -166,7 +188,8 @@ def result_cells(row: Row, right: npt.NDArray[np.bool_], against: Interval | Non
     accuracy = compare_rows(right, np.zeros_like(right))
     macro_f1 = np.mean([line["metrics"][judged_role(line["metrics"])]["macro_f1"] for line in row.finals])
     tried = sorted(line["rate"] for line in row.tries)
-    edge = " (edge)" if len(tried) > 2 and row.rate in (tried[0], tried[-1]) else ""
+    rate = row.finals[0]["rate"]
+    edge = " (edge)" if len(tried) > 2 and rate in (tried[0], tried[-1]) else ""
     difference = verdict = ""
     if against is not None:
         value, low, high = (100 * float(getattr(against, end)) for end in ("value", "low", "high"))
@@ -177,7 +200,7 @@ def result_cells(row: Row, right: npt.NDArray[np.bool_], against: Interval | Non
         f"{mean('parameters', 'trainable'):,.0f}",
         f"{mean('parameters', 'share'):.3%}",
         f"{mean('parameters', 'adapter_bytes'):,.0f}",
-        f"{row.rate:g}{edge}",
+        f"{rate:g}{edge}",
         f"{accuracy.value:.4f} [{accuracy.low:.4f}, {accuracy.high:.4f}]",
         f"{macro_f1:.4f}",
         difference,
@@ -192,7 +215,7 @@ def result_cells(row: Row, right: npt.NDArray[np.bool_], against: Interval | Non
 
 def tries_table(rows: Sequence[Row]) -> str:
     """Return what every tried rate gave on validation."""
-    table = ["| method | rates tried and their validation accuracy |", "|---|---|"]
+    table = ["| method | rates tried and their validation accuracy | runs whose rate did not hold |", "|---|---|---|"]
     for row in rows:
         shown = [
             f"{line['rate']:g}: {line['metrics']['validation']['accuracy']:.4f}"
@@ -200,7 +223,8 @@ def tries_table(rows: Sequence[Row]) -> str:
             else f"{line['rate']:g}: failed"
             for line in sorted(row.tries, key=lambda line: float(line["rate"]))
         ]
-        table.append(f"| {row.method} | {', '.join(shown)} |")
+        dropped = [f"{line['rate']:g}: {validation_accuracy(line):.4f}" for line in row.dropped]
+        table.append(f"| {row.method} | {', '.join(shown)} | {', '.join(dropped)} |")
     return "\n".join(table)
 
 

@@ -5,8 +5,8 @@
     from lora_sentiment.train import train
     from lora_sentiment.evaluate import evaluate
 
-`load(folder).predict(["A lovely film."])` answers texts. The package itself exports nothing else: `lora_sentiment.train`
-is the module that a launcher runs, and a name cannot be both a module and a function.
+`load(folder).predict(["A lovely film."])` answers texts. The package itself exports nothing else:
+`lora_sentiment.train` is the module that a launcher runs, and a name cannot be both a module and a function.
 """
 
 from typing import TYPE_CHECKING, Any

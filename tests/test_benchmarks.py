@@ -169,7 +169,7 @@ def test_a_torn_line_is_dropped(tmp_path):
 def test_the_best_rate_on_validation_gets_the_final_runs(arguments, fake_runs, tmp_path):
     methods.main([*arguments, "--tries=3", "--seeds=2", "--methods", *TWO])
     finals = [(job.method, job.rate, job.seed) for job in fake_runs if job.stage == "final"]
-    assert finals == [("full", 5e-5, 42), ("full", 5e-5, 43), ("LoRA q,v", 2e-3, 42), ("LoRA q,v", 2e-3, 43)]
+    assert finals == [("full", 5e-5, 42), ("full", 5e-5, 43), ("LoRA q,v", 1e-3, 42), ("LoRA q,v", 1e-3, 43)]
     assert {job.seed for job in fake_runs if job.stage == "try"} == {42}
 
 
@@ -178,7 +178,29 @@ def test_equal_accuracy_is_decided_by_the_log_loss():
         return {"rate": rate, "metrics": {"validation": {"accuracy": 0.5, "log_loss": log_loss}}}
 
     row = methods.Row("sst5", "full", tries=[line(1.0, 0.7), line(2.0, 0.6), line(3.0, 0.8)])
-    assert row.rate == 2.0
+    assert row.rates == [2.0, 1.0, 3.0]
+
+
+def test_a_rate_that_does_not_hold_in_the_whole_run_gives_way_to_the_next(arguments, fake_runs, tmp_path, monkeypatch):
+    plain = methods.run_isolated
+
+    def run(job: methods.Job, cache: Path) -> dict:
+        line = plain(job, cache)
+        if job.stage == "final" and job.rate in lost:
+            line["metrics"]["validation"] = {**line["metrics"]["validation"], "accuracy": 0.2 - 100 * job.rate}
+        return line
+
+    monkeypatch.setattr(methods, "run_isolated", run)
+    lost = [5e-5]
+    methods.main([*arguments, "--tries=3", "--seeds=2", "--methods", "full"])
+    finals = [(job.rate, job.seed) for job in fake_runs if job.stage == "final"]
+    assert finals == [(5e-5, 42), (2e-5, 42), (2e-5, 43)]
+    assert table_rows(tmp_path / "out")["full"][3] == "2e-05 (edge)"
+    assert "| 5e-05: 0.1950 |" in (tmp_path / "out/methods.md").read_text(encoding="utf-8")
+    # Where none holds, the best of them stands.
+    lost += [2e-5, 1e-4]
+    methods.main([*arguments, "--tries=3", "--methods", "full", "--out", str(tmp_path / "none")])
+    assert table_rows(tmp_path / "none")["full"][3] == "2e-05 (edge)"
 
 
 def test_a_rate_that_diverged_is_never_chosen(arguments, fake_runs, tmp_path, monkeypatch):
