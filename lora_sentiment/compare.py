@@ -10,7 +10,7 @@ from lora_sentiment.data.config import report_roles
 from lora_sentiment.errors import AdapterError, RecipeError
 from lora_sentiment.estimate import BASELINE_BYTES, cut_rows, look_up, make_plan
 from lora_sentiment.model.file_size import adapter_bytes
-from lora_sentiment.model.memory import FP32, estimate_memory
+from lora_sentiment.model.memory import estimate_memory
 from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod, UnfreezeMethod
 from lora_sentiment.model.parameters import ParameterCounts, count_parameters
 from lora_sentiment.recipe import Recipe

@@ -10,6 +10,9 @@ HEAD = ("pre_classifier", "classifier")
 LINEARS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
 """The linear layers of a DistilBERT block, in the order of its forward."""
 
+FP32 = 4
+"""Bytes of a trained or saved value."""
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -3,7 +3,7 @@
 import json
 import math
 
-from lora_sentiment.model.architecture import LINEARS, Shape
+from lora_sentiment.model.architecture import FP32, LINEARS, Shape
 from lora_sentiment.model.method_config import (
     AdaloraMethod,
     FullMethod,
@@ -17,8 +17,6 @@ from lora_sentiment.model.method_config import (
 )
 from lora_sentiment.model.parameters import unfrozen_names
 from lora_sentiment.model.targets import Target, find_targets
-
-FP32 = 4
 
 
 def adapter_bytes(shape: Shape, method: Method, *, num_labels: int) -> int:
@@ -58,12 +56,24 @@ def saved_tensors(shape: Shape, method: Method, *, num_labels: int) -> dict[str,
         case HeadMethod():
             return head
         case _:
-            targets = find_targets(shape, method)
             found = {f"base_model.model.{name}": sizes for name, sizes in head.items()}
-            for name, target in targets.items():
+            for name, target in find_targets(shape, method).items():
                 parts = _adapter_shapes(method, target)
                 found |= {f"base_model.model.{name}.{part}": sizes for part, sizes in parts.items()}
-            return found | _shared(method, list(targets.values()))
+            return found | shared_tensors(shape, method)
+
+
+def shared_tensors(shape: Shape, method: Method) -> dict[str, list[int]]:
+    """Return the shapes of what a method's adapters share and nothing trains: VeRA's fixed projections.
+
+    Raises:
+        ModelError: If a pattern of the method matches nothing.
+    """
+    if not isinstance(method, VeraMethod):
+        return {}
+    targets = find_targets(shape, method).values()
+    widest_in, widest_out = (max(getattr(t, side) for t in targets) for side in ("in_features", "out_features"))
+    return {"base_model.vera_A": [method.r, widest_in], "base_model.vera_B": [widest_out, method.r]}
 
 
 def _adapter_shapes(method: PeftMethod, target: Target) -> dict[str, list[int]]:
@@ -82,14 +92,6 @@ def _adapter_shapes(method: PeftMethod, target: Target) -> dict[str, list[int]]:
             return {"ia3_l": [1, num_in] if target.feed_forward else [num_out, 1]}
         case VeraMethod():
             return {"vera_lambda_b": [num_out], "vera_lambda_d": [rank]}
-
-
-def _shared(method: PeftMethod, targets: list[Target]) -> dict[str, list[int]]:
-    """Return VeRA's fixed projections, which are saved too."""
-    if not isinstance(method, VeraMethod):
-        return {}
-    widest_in, widest_out = (max(getattr(t, side) for t in targets) for side in ("in_features", "out_features"))
-    return {"base_model.vera_A": [method.r, widest_in], "base_model.vera_B": [widest_out, method.r]}
 
 
 def _encoder_shape(shape: Shape, name: str) -> list[int]:

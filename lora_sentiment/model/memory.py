@@ -7,8 +7,9 @@ the counts against what autograd really saves. They are exact for fp32; a run in
 import math
 from dataclasses import asdict, dataclass
 
-from lora_sentiment.model.architecture import LINEARS, Shape
+from lora_sentiment.model.architecture import FP32, LINEARS, Shape
 from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.file_size import shared_tensors
 from lora_sentiment.model.method_config import (
     AdaloraMethod,
     FullMethod,
@@ -22,7 +23,6 @@ from lora_sentiment.model.method_config import (
 from lora_sentiment.model.parameters import ParameterCounts, count_parameters, unfrozen_names
 from lora_sentiment.model.targets import Target, find_targets
 
-FP32 = 4
 EVALUATION_TOKENS = 8192
 """Padded tokens of a forward without gradients, as `inference.py` cuts them."""
 FUSED_FROM = 192
@@ -363,7 +363,8 @@ def _weights(plan: Plan, counts: ParameterCounts) -> int:
     own = isinstance(plan.method, FullMethod | UnfreezeMethod | HeadMethod)
     # PEFT keeps the head it was given beside the one it trains.
     head += 0 if own else size * shape.num_head(plan.num_labels)
-    adapters = FP32 * (counts.saved - counts.encoder - shape.num_head(plan.num_labels))
+    shared = sum(math.prod(sizes) for sizes in shared_tensors(shape, plan.method).values())
+    adapters = FP32 * (counts.adapter + shared)
     trained = _trained_names(plan)
     stacked = sum(f"transformer.layer.{i}.attention.q_lin.weight" not in trained for i in range(shape.n_layers))
     prepared = size * stacked * 3 * (shape.dim + 1) * shape.dim if plan.fast else 0

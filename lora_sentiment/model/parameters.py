@@ -35,7 +35,6 @@ class ParameterCounts:
         encoder: Trained of the encoder's own.
         head: Trained in pre_classifier and classifier.
         trainable: All that is trained.
-        saved: Values in the adapter folder: the head is saved dense, whatever of it was trained.
         base: Encoder and head, which is what full fine-tuning trains.
         share: trainable / base.
     """
@@ -44,7 +43,6 @@ class ParameterCounts:
     encoder: int
     head: int
     trainable: int
-    saved: int
     base: int
     share: float
 
@@ -63,16 +61,16 @@ def show_parameters(counts: Mapping[str, float]) -> str:
 
 
 def count_parameters(shape: Shape, method: Method, model: ModelConfig, *, num_labels: int) -> ParameterCounts:
-    """Count what a method trains and what its folder holds.
+    """Count what a method trains.
 
     LoRA adds r * (in + out) for every adapted linear (Hu et al. 2021, section 4.2).
 
     Raises:
         ModelError: If a pattern of the method matches nothing.
     """
-    head, dense_head = _head(shape, model, num_labels), shape.num_head(num_labels)
-    base = shape.num_encoder + dense_head
-    adapter = encoder = extra = 0
+    head = _head(shape, model, num_labels)
+    base = shape.num_encoder + shape.num_head(num_labels)
+    adapter = encoder = 0
     match method:
         case FullMethod():
             encoder = shape.num_encoder
@@ -83,14 +81,12 @@ def count_parameters(shape: Shape, method: Method, model: ModelConfig, *, num_la
         case _:
             targets = find_targets(shape, method)
             adapter = sum(_adapter(method, target) for target in targets.values())
-            extra = _untrained(method, list(targets.values()))
     trainable = adapter + encoder + head
     return ParameterCounts(
         adapter=adapter,
         encoder=encoder,
         head=head,
         trainable=trainable,
-        saved=adapter + extra + encoder + dense_head,
         base=base,
         share=trainable / base,
     )
@@ -143,22 +139,6 @@ def _adapter(method: PeftMethod, target: Target) -> int:
             return target.in_features if target.feed_forward else target.out_features
         case VeraMethod():
             return target.rank + target.out_features
-
-
-def _untrained(method: PeftMethod, targets: list[Target]) -> int:
-    """Count what a method saves beyond what it trains; less than nothing where it prunes."""
-    match method:
-        case LoraMethod() if method.changes_base:
-            # Saved as plain LoRA of twice the rank.
-            return sum(_adapter(method, target) for target in targets)
-        case AdaloraMethod():
-            # Pruned to target_r on average, which is exact where all targets have one shape.
-            return sum((method.target_r - method.init_r) * (t.in_features + t.out_features + 1) for t in targets)
-        case VeraMethod():
-            # One pair for all, as wide as the widest.
-            return method.r * (max(t.in_features for t in targets) + max(t.out_features for t in targets))
-        case _:
-            return 0
 
 
 def activation_bytes(shape: Shape, *, length: int, element_bytes: int) -> int:
