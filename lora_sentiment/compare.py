@@ -9,6 +9,7 @@ from typing import Any
 from lora_sentiment.data.config import report_roles
 from lora_sentiment.errors import AdapterError, RecipeError
 from lora_sentiment.estimate import BASELINE_BYTES, cut_rows, look_up, make_plan
+from lora_sentiment.model.architecture import FP32
 from lora_sentiment.model.file_size import adapter_bytes
 from lora_sentiment.model.memory import estimate_memory
 from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod, UnfreezeMethod
