@@ -21,10 +21,11 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
@@ -35,6 +36,7 @@ from lora_sentiment.section import did_you_mean
 
 Batch = dict[str, list[Any]]
 MAX_CHARACTERS = 10_000_000  # of a line and of a csv field: else one unclosed quote swallows a file whole
+_BUFFER_BYTES = 1 << 16
 ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1")  # the likeliest first; latin-1 decodes every file
 
 _CSV_FAULTS = {
@@ -255,7 +257,8 @@ class _Text(NamedTuple):
 
 def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[Batch]:
     try:
-        with pq.ParquetFile(path) as file:
+        # Read as it is needed: by default a whole row group is held, which for most writers is the file.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             columns = file.schema_arrow.names
             _check_columns(columns, path)
             if not file.metadata.num_rows:
@@ -319,19 +322,50 @@ def table_columns(path: Path, *, encoding: str = "utf-8") -> list[str]:
     return list(next(read_table(path, encoding=encoding, rows_per_batch=1)))
 
 
+def table_types(path: Path, *, encoding: str = "utf-8") -> dict[str, pa.DataType]:
+    """Returns the Arrow type of each column: parquet's own, else one that fits all its values.
+
+    A text format is read whole for that; a column of None is a string's.
+
+    Raises:
+        DataError: As `read_table` does, or the values of a column fit no one type.
+    """
+    columns = table_columns(path, encoding=encoding)
+    if _find_format(path) == "parquet":
+        return {field.name: field.type for field in pq.read_schema(path)}
+    types = dict.fromkeys(columns, pa.null())
+    for batch in read_table(path, encoding=encoding):
+        for name, values in batch.items():
+            try:
+                found = [pa.schema([(name, kind)]) for kind in (types[name], pa.array(values).type)]
+                types[name] = pa.unify_schemas(found, promote_options="permissive").field(name).type
+            except _ARROW_FAULTS as error:
+                fault = f"column {name!r} fits no type of parquet ({' '.join(str(error).split())}); write .jsonl"
+                raise DataError(f"{path}: {fault}, or give all its rows one type of value") from error
+    return {name: pa.string() if kind == pa.null() else kind for name, kind in types.items()}
+
+
 class TableWriter:
     """Writes a table batch by batch, in UTF-8; the file appears whole when the `with` block ends, or not at all.
 
-    An existing file is replaced. In parquet each batch becomes a row group, and the first one fixes the types; a column
-    of None is a string's. A .jsonl without rows is an empty file, which states no columns: `read_table` refuses it.
+    An existing file is replaced. In parquet each batch becomes a row group, and the first one fixes the types that
+    `types` leaves open; a column of None is a string's. A .jsonl without rows is an empty file, which states no
+    columns: `read_table` refuses it.
+
+    Args:
+        path: A file whose name ends in one of `FORMATS`.
+        columns: Names in the file's order.
+        types: Arrow types of parquet's columns, by name; other formats have none.
 
     Raises:
         DataError: The format cannot hold a name or a value, a batch has other columns, or the disk refuses.
     """
 
-    def __init__(self, path: Path, *, columns: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, *, columns: Sequence[str], types: Mapping[str, pa.DataType] = MappingProxyType({})
+    ) -> None:
         _check_columns(columns, path)
-        self._path, self._columns, self._form = path, list(columns), _find_format(path)
+        self._path, self._columns, self._form, self._types = path, list(columns), _find_format(path), types
         self._aside = path.with_name(f".{secrets.token_hex(8)}.tmp")
         self._row = 0  # the header
         self._parquet: Any = None
@@ -373,8 +407,9 @@ class TableWriter:
         arrays: dict[str, pa.Array] = {}
         try:
             for name in self._columns:
-                kind = self._parquet.schema.field(name).type if self._parquet else pa.infer_type(batch[name])
-                arrays[name] = pa.array(batch[name], pa.string() if kind == pa.null() else kind)
+                known = self._parquet.schema.field(name).type if self._parquet else self._types.get(name)
+                inferred = pa.string() if pa.infer_type(batch[name]) == pa.null() else pa.infer_type(batch[name])
+                arrays[name] = pa.array(batch[name], inferred if known is None else known)
             table = pa.table(arrays)
             self._parquet = self._parquet or pq.ParquetWriter(self._file, table.schema)
             self._parquet.write_table(table)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_sentiment.data.tables import FORMATS, TableWriter, read_table, table_columns
+from lora_sentiment.data.tables import FORMATS, TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError
 
 MESSY = Path(__file__).resolve().parents[3] / "shared" / "data" / "messy"
@@ -234,6 +234,16 @@ def test_a_part_of_a_parquet_file_is_refused(tmp_path):
             read(path)
 
 
+def test_no_more_of_a_parquet_file_than_a_batch_is_held(tmp_path):
+    """Of one row group, as most writers leave a file."""
+    path = tmp_path / "a.parquet"
+    write(path, {"a": [os.urandom(500).hex() for _ in range(16_000)]})
+    before = pa.total_allocated_bytes()
+    batches = read_table(path, rows_per_batch=100)
+    next(batches)
+    assert pa.total_allocated_bytes() - before < path.stat().st_size / 3
+
+
 def test_twin_columns_of_a_parquet_file_are_refused(tmp_path):
     pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="column 2 of 2 has the name of column 1"):
@@ -397,6 +407,57 @@ def test_a_column_keeps_the_type_of_its_first_parquet_batch(tmp_path):
             writer.write({"a": ["x"]})
         writer.write({"a": [None]})
     assert read(tmp_path / "a.parquet") == {"a": [1, None]}
+
+
+def test_parquet_is_written_in_the_types_that_are_given(tmp_path):
+    types = {"a": pa.int8(), "b": pa.null(), "c": pa.timestamp("ns"), "d": pa.dictionary(pa.int32(), pa.string())}
+    with TableWriter(tmp_path / "a.parquet", columns=["a", "b", "c", "d", "e"], types=types) as writer:
+        writer.write({"a": [None], "b": [None], "c": [None], "d": [None], "e": [None]})
+        writer.write({"a": [1], "b": [None], "c": [5], "d": ["x"], "e": ["y"]})
+    found = pq.read_table(tmp_path / "a.parquet")
+    assert dict(zip(found.column_names, found.schema.types, strict=True)) == {**types, "e": pa.string()}
+    with (
+        pytest.raises(DataError, match="column 'a' cannot be written: Value 300 too large"),
+        TableWriter(tmp_path / "b.parquet", columns=["a"], types=types) as writer,
+    ):
+        writer.write({"a": [300]})
+
+
+def test_a_parquet_file_tells_its_own_types(tmp_path):
+    table = pa.table({"a": pa.array([1], pa.int8()), "b": pa.nulls(1), "c": pa.array(["x"]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert table_types(tmp_path / "a.parquet") == {field.name: field.type for field in table.schema}
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (1, 2, pa.int64()),
+        (1, 2.5, pa.float64()),
+        (None, True, pa.bool_()),
+        (None, None, pa.string()),
+        ("x", None, pa.string()),
+        ([], ["x"], pa.list_(pa.string())),
+        ({"a": 1}, {"b": "x"}, pa.struct([("a", pa.int64()), ("b", pa.string())])),
+    ],
+)
+@pytest.mark.parametrize("between", [0, 20_000])  # rows, so that both stand in one batch, or in two
+def test_a_type_fits_all_values_of_a_column(tmp_path, first, last, expected, between):
+    write(tmp_path / "a.jsonl", {"a": [first, *[None] * between, last], "b": ["x"] * (between + 2)})
+    assert table_types(tmp_path / "a.jsonl") == {"a": expected, "b": pa.string()}
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, "x"), (True, 1), ([1], 1), (1, 2**70)])
+@pytest.mark.parametrize("between", [0, 20_000])
+def test_values_that_fit_no_one_type_are_refused(tmp_path, first, last, between):
+    write(tmp_path / "a.jsonl", {"a": [first, *[None] * between, last]})
+    with pytest.raises(DataError, match=r"a.jsonl: column 'a' fits no type of parquet .*; write .jsonl, or give"):
+        table_types(tmp_path / "a.jsonl")
+
+
+def test_fields_of_csv_are_strings_of_parquet(tmp_path):
+    assert table_types(save(tmp_path, "a.csv", "a,b\n1,\n")) == {"a": pa.string(), "b": pa.string()}
+    assert table_types(save(tmp_path, "b.csv", "a,b\n")) == {"a": pa.string(), "b": pa.string()}
 
 
 # No other library's error escapes, whatever the bytes

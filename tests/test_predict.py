@@ -1,0 +1,416 @@
+import datetime
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from lora_sentiment.classifier import Classifier
+from lora_sentiment.data.batches import TextEncoder
+from lora_sentiment.data.tables import TableWriter, read_table
+from lora_sentiment.errors import DataError, ModelError
+from lora_sentiment.predict import predict_file, predict_lines
+from tests.conftest import BAD, FILLERS, GOOD, toy_rows
+
+ROOT = Path(__file__).parents[1]
+LABELS = ("negative", "positive")
+
+
+def make_classifier(*, clean=False, temperature=None, sha256="abc", seconds=0.0):
+    """A classifier that counts words, after a while, and remembers how many texts it was asked for."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLERS]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    weights = np.linspace(0.01, 0.3, len(words), dtype=np.float32)
+    weights[[words.index(word) for word in BAD]] *= -1
+
+    def engine(input_ids, attention_mask):
+        time.sleep(seconds)
+        engine.asked += len(input_ids)
+        found = (weights[input_ids] * (1 if attention_mask is None else attention_mask)).sum(axis=1)
+        return np.stack([-found, found], axis=1).astype(np.float32)
+
+    engine.asked = 0
+    encoder = TextEncoder(tokenizer, 2, 3, 0, max_length=8, truncation="head")
+    return Classifier(LABELS, encoder, engine, clean, temperature, sha256)
+
+
+def read(path):
+    batches = list(read_table(path))
+    return {name: [value for batch in batches for value in batch[name]] for name in batches[0]}
+
+
+def write(path, table):
+    with TableWriter(path, columns=list(table)) as writer:
+        writer.write(table)
+    return path
+
+
+def predict(folder, input="in.csv", output="out.csv", classifier=None, **options):
+    options = {"progress": False, **options}
+    return predict_file(classifier or make_classifier(), input=folder / input, output=folder / output, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with in.csv: 50 rows of a number and a text."""
+    write(tmp_path / "in.csv", {"id": [f"0{i}" for i in range(50)], "text": [text for text, _ in toy_rows(50)]})
+    return tmp_path
+
+
+# What is written
+
+
+@pytest.mark.parametrize("input", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.csv.gz"])
+@pytest.mark.parametrize("output", ["out.csv", "out.tsv.gz", "out.jsonl", "out.parquet", "OUT.CSV"])
+def test_columns_and_their_order_are_kept_from_any_format_to_any_other(tmp_path, input, output):
+    texts = [text for text, _ in toy_rows(25)]
+    write(tmp_path / input, {"id": [f"0{i}" for i in range(25)], "text": texts, "more": ["x"] * 25})
+    summary = predict(tmp_path, input, output, rows_per_part=10)
+    found = read(tmp_path / output)
+    expected = make_classifier().predict(texts)
+    assert list(found) == ["id", "text", "more", "label", "score"]
+    assert found["id"] == [f"0{i}" for i in range(25)]
+    assert found["text"] == texts
+    assert found["label"] == [prediction.label for prediction in expected]
+    assert [float(score) for score in found["score"]] == [prediction.score for prediction in expected]
+    assert (summary.rows, summary.bad_rows, summary.parts) == (25, 0, 3)
+    assert summary.labels == {name: found["label"].count(name) for name in LABELS}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([input, output])
+
+
+def test_all_scores_stand_under_their_labels_names(folder):
+    predict(folder, all_scores=True, prefix="my_")
+    found = read(folder / "out.csv")
+    assert list(found)[2:] == ["my_label", "my_score", "my_score_negative", "my_score_positive"]
+    for label, score, *every in zip(*list(found.values())[2:], strict=True):
+        assert score == every[LABELS.index(label)]
+        assert sum(map(float, every)) == pytest.approx(1)
+
+
+def test_stride_and_calibrated_reach_the_classifier(folder):
+    texts = read(folder / "in.csv")["text"]
+    classifier = make_classifier(temperature=3.0)
+    predict(folder, classifier=classifier, stride=2, calibrated=True)
+    expected = classifier.predict(texts, stride=2, calibrated=True)
+    assert [float(score) for score in read(folder / "out.csv")["score"]] == [found.score for found in expected]
+    assert expected != classifier.predict(texts, stride=2)
+    assert expected != classifier.predict(texts, calibrated=True)
+
+
+def test_parquet_columns_keep_their_arrow_types(tmp_path):
+    table = pa.table(
+        {
+            "text": pa.array(["good", "bad", None], pa.large_string()),
+            "small": pa.array([1, None, 3], pa.int16()),
+            "when": pa.array([datetime.datetime(2020, 1, 1), None, None], pa.timestamp("ms", "UTC")),
+            "kind": pa.array(["a", "b", "a"]).dictionary_encode(),
+            "tags": pa.array([["x"], [], None], pa.list_(pa.string())),
+            "void": pa.nulls(3),
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    predict(tmp_path, "in.parquet", "out.parquet", rows_per_part=1, all_scores=True)
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.schema.types == [*table.schema.types, pa.string(), *[pa.float64()] * 3, pa.string()]
+    assert found.select(table.column_names).to_pydict() == table.to_pydict()
+
+
+def test_a_column_that_begins_with_nothing_is_written_to_parquet_with_its_later_type(tmp_path):
+    write(tmp_path / "in.jsonl", {"text": ["good"] * 4, "stars": [None, 1, 2.5, None]})
+    predict(tmp_path, "in.jsonl", "out.parquet", rows_per_part=1)
+    assert pq.read_table(tmp_path / "out.parquet")["stars"].type == pa.float64()
+    assert read(tmp_path / "out.parquet")["stars"] == [None, 1.0, 2.5, None]
+
+
+@pytest.mark.parametrize("output", ["out.csv", "out.jsonl", "out.parquet"])
+def test_a_table_without_rows_gets_its_columns(tmp_path, output):
+    (tmp_path / "in.csv").write_text("text\n")
+    assert predict(tmp_path, output=output).rows == 0
+    if output == "out.jsonl":
+        assert (tmp_path / output).read_bytes() == b""
+    else:
+        assert read(tmp_path / output) == {"text": [], "label": [], "score": []}
+    assert not (tmp_path / f"{output}.parts").exists()
+
+
+# Rows that cannot be judged
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.csv"])
+def test_a_bad_row_gets_an_error_and_its_neighbours_their_labels(tmp_path, output):
+    write(tmp_path / "in.jsonl", {"text": ["good", None, "", " \t", 7, ["x"], "bad"]})
+    if output == "out.csv":  # which cannot hold a list
+        write(tmp_path / "in.jsonl", {"text": ["good", None, "", " \t", 7, True, "bad"]})
+    summary = predict(tmp_path, "in.jsonl", output, all_scores=True, rows_per_part=2)
+    found = read(tmp_path / output)
+    nothing = None if output == "out.jsonl" else ""
+    kind = "list" if output == "out.jsonl" else "bool"
+    assert found["error"] == [nothing, "text is missing", "text is empty", "text is empty", "text is int, not a string",
+                              f"text is {kind}, not a string", nothing]  # fmt: skip
+    assert found["label"] == ["positive", *[nothing] * 5, "negative"]
+    for name in ("score", "score_negative", "score_positive"):
+        assert [value == nothing for value in found[name]] == [False, *[True] * 5, False]
+    assert (summary.rows, summary.bad_rows, summary.labels) == (7, 5, {"negative": 1, "positive": 1})
+
+
+def test_a_file_of_nothing_but_bad_rows_is_answered(tmp_path):
+    write(tmp_path / "in.csv", {"text": ["", ""]})
+    assert predict(tmp_path).bad_rows == 2
+    assert read(tmp_path / "out.csv")["error"] == ["text is empty"] * 2
+
+
+def test_a_text_that_cleaning_empties_is_bad_where_texts_are_cleaned(tmp_path):
+    write(tmp_path / "in.csv", {"text": ["<br />", "&nbsp;", "good"]})
+    assert predict(tmp_path, output="a.csv").bad_rows == 0
+    assert predict(tmp_path, output="b.csv", classifier=make_classifier(clean=True)).bad_rows == 2
+    assert read(tmp_path / "b.csv")["text"] == ["<br />", "&nbsp;", "good"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_column": "texts"}, r"in.csv: has no column 'texts'; found \['id', 'text'\]; did you mean 'text'\?"),
+        ({"text_column": "zzz"}, "has no column 'zzz'.*; name one of them"),
+        ({"output": "in.csv"}, "in.csv: is the input too"),
+        ({"output": "in.csv", "overwrite": True}, "in.csv: is the input too"),
+        ({"output": "there.csv"}, "there.csv: exists already; give another name, or --overwrite"),
+        ({"output": "."}, "is a folder; name a file in it"),
+        ({"output": "out.txt"}, "out.txt: its name tells no known format"),
+        ({"output": "none/out.csv"}, r"none/out.csv.parts: cannot be written: No such file or directory"),
+        ({"input": "other.csv"}, "other.csv: no such file"),
+        ({"rows_per_part": 0}, "rows_per_part: found 0; it must be at least 1"),
+        ({"input": "labelled.csv"}, "labelled.csv: already has 'label', 'error', .*give --prefix, such as predicted_"),
+        ({"input": "torn.csv"}, r"torn.csv: row 3 \(line 4\): found 2 field"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(folder, options, message):
+    (folder / "there.csv").write_text("precious")
+    (folder / "labelled.csv").write_text("text,label,error\ngood,1,2\n")
+    (folder / "torn.csv").write_text("text\ngood\nbad\ngood,bad\n")
+    before = sorted(folder.iterdir())
+    classifier = make_classifier()
+    with pytest.raises(DataError, match=message):
+        predict(folder, classifier=classifier, rows_per_part=options.pop("rows_per_part", 1), **options)
+    assert classifier.engine.asked == 0
+    assert sorted(folder.iterdir()) == before
+    assert (folder / "there.csv").read_text() == "precious"
+
+
+@pytest.mark.parametrize("options", [{"calibrated": True}, {"stride": 6}])
+def test_an_option_that_the_model_cannot_take_leaves_nothing(folder, options):
+    with pytest.raises(ModelError):
+        predict(folder, **options)
+    assert [path.name for path in folder.iterdir()] == ["in.csv"]
+
+
+def test_a_column_without_one_type_is_refused_for_parquet_alone(tmp_path):
+    write(tmp_path / "in.jsonl", {"text": ["good", "bad"], "id": [1, "x"]})
+    with pytest.raises(DataError, match="column 'id' fits no type of parquet"):
+        predict(tmp_path, "in.jsonl", "out.parquet")
+    predict(tmp_path, "in.jsonl", "out.jsonl")
+    assert read(tmp_path / "out.jsonl")["id"] == [1, "x"]
+
+
+def test_an_output_is_replaced_only_when_told(folder):
+    (folder / "out.csv").write_text("old")
+    predict(folder, overwrite=True)
+    assert len(read(folder / "out.csv")["label"]) == 50
+
+
+# Going on after a kill
+
+
+class StopError(Exception):
+    pass
+
+
+def stopped(folder, after, output="out.csv", **options):
+    """A run that fails after so many texts, whose parts stay."""
+    classifier = make_classifier()
+
+    def engine(input_ids, attention_mask):
+        if classifier.engine.asked >= after:
+            raise StopError
+        return classifier.engine(input_ids, attention_mask)
+
+    broken = Classifier(LABELS, classifier.encoder, engine, clean=False, temperature=None, sha256="abc")
+    with pytest.raises(StopError):
+        predict(folder, output=output, classifier=broken, **options)
+
+
+def test_a_stopped_run_leaves_whole_parts_and_no_output(folder):
+    stopped(folder, 25, rows_per_part=10)
+    parts = folder / "out.csv.parts"
+    assert sorted(path.name for path in parts.iterdir()) == [*(f"part-0000{i}.csv" for i in range(3)), "parts.json"]
+    assert len(read(parts / "part-00002.csv")["label"]) == 10
+    assert not (folder / "out.csv").exists()
+
+
+def test_resume_judges_only_what_is_missing(folder):
+    stopped(folder, 25, rows_per_part=10)
+    classifier = make_classifier()
+    summary = predict(folder, classifier=classifier, rows_per_part=10, resume=True)
+    assert classifier.engine.asked == 20
+    assert (summary.rows, summary.parts, sum(summary.labels.values())) == (50, 5, 50)
+    predict(folder, output="whole.csv", rows_per_part=10)
+    assert (folder / "out.csv").read_bytes() == (folder / "whole.csv").read_bytes()
+
+
+def test_resume_without_parts_begins(folder):
+    assert predict(folder, resume=True).rows == 50
+
+
+def test_parts_are_kept_unless_told_to_resume(folder):
+    stopped(folder, 25, rows_per_part=10)
+    with pytest.raises(DataError, match=r"out.csv.parts: holds 3 part\(s\) of an earlier run; --resume goes on"):
+        predict(folder, rows_per_part=10)
+    assert len(list((folder / "out.csv.parts").iterdir())) == 4
+
+
+def test_a_run_that_had_no_part_yet_stands_in_nobodys_way(folder):
+    stopped(folder, 0)
+    assert predict(folder, rows_per_part=5).rows == 50
+
+
+def test_resume_names_all_that_changed(folder):
+    stopped(folder, 25, rows_per_part=10)
+    before = (folder / "in.csv").read_text()
+    (folder / "in.csv").write_text(before.replace("good", "bad"))
+    with pytest.raises(DataError) as caught:
+        predict(folder, classifier=make_classifier(sha256="abd"), rows_per_part=20, stride=2, resume=True)
+    for change in ("input_sha256 was '", "rows_per_part was 10 and is 20", "stride was None and is 2",
+                   "model_sha256 was 'abc' and is 'abd'"):  # fmt: skip
+        assert change in str(caught.value)
+    assert "encoding" not in str(caught.value)
+    assert not (folder / "out.csv").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[]", b'{"mine": 1}'])
+def test_a_folder_that_is_none_of_parts_is_left_alone(folder, content):
+    (folder / "out.csv.parts").mkdir()
+    (folder / "out.csv.parts/diary").write_text("precious")
+    if content is not None:
+        (folder / "out.csv.parts/parts.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"out.csv.parts/parts.json: cannot be read .*; move that folder away"):
+        predict(folder, resume=True)
+    assert (folder / "out.csv.parts/diary").read_text() == "precious"
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["reviews.csv", "reviews.parquet"])
+def test_a_killed_and_resumed_run_gives_the_same_bytes(tmp_path, name):
+    write(tmp_path / f"in-{name}", {"id": list(range(60)), "text": [*(text for text, _ in toy_rows(59)), ""]})
+    code = (
+        "from pathlib import Path\nfrom tests.test_predict import make_classifier, predict\n"
+        f"predict(Path({str(tmp_path)!r}), 'in-{name}', {name!r}, make_classifier(seconds=0.2), rows_per_part=10)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob(f"{name}.parts/part-*"))) >= 2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / name).exists()
+    classifier = make_classifier()
+    summary = predict(tmp_path, f"in-{name}", name, classifier, rows_per_part=10, resume=True)
+    assert 0 < classifier.engine.asked < 59
+    assert (summary.rows, summary.bad_rows) == (60, 1)
+    predict(tmp_path, f"in-{name}", f"whole-{name}", rows_per_part=10)
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"whole-{name}").read_bytes()
+    assert not (tmp_path / f"{name}.parts").exists()
+
+
+# Several processes
+
+
+def test_two_processes_share_the_parts_and_give_the_same_bytes(tmp_path):
+    write(tmp_path / "in.csv", {"text": [text for text, _ in toy_rows(50)]})
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os\nfrom pathlib import Path\nfrom tests.test_predict import make_classifier, predict\n"
+        "classifier = make_classifier()\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "summary = predict(folder, classifier=classifier, rows_per_part=10)\n"
+        "assert (folder / 'out.csv').is_file()\n"
+        "found = [classifier.engine.asked, summary.rows, summary.parts, summary.labels]\n"
+        "(folder / f'rank{os.environ[\"RANK\"]}.json').write_text(json.dumps(found))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    labels = predict(tmp_path, output="whole.csv", rows_per_part=10).labels
+    assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [
+        [30, 50, 5, labels],
+        [20, 50, 5, labels],
+    ]
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not (tmp_path / "out.csv.parts").exists()
+
+
+# Standard input, memory, imports
+
+
+def test_lines_are_answered_in_their_order():
+    lines = ["a good film\n", "\n", "bad\r\n", "dull \udcff", "superb"]
+    answers = list(predict_lines(make_classifier(), iter(lines)))
+    assert [answer.text for answer in answers] == ["a good film", "", "bad", "dull \udcff", "superb"]
+    assert [answer.prediction and answer.prediction.label for answer in answers] == [
+        "positive", None, "negative", None, "positive"]  # fmt: skip
+    assert [answer.error for answer in answers] == [None, "text is empty", None, "text is no Unicode", None]
+
+
+def test_lines_are_answered_before_all_are_read():
+    read = []
+    answers = predict_lines(make_classifier(), (read.append(i) or "good" for i in range(5000)))
+    next(answers)
+    assert len(read) == 1000
+    assert len(list(answers)) == 4999
+
+
+def test_no_more_than_a_part_is_judged_at_once(folder):
+    classifier, longest = make_classifier(), []
+
+    class Watched(Classifier):
+        def predict(self, texts, **options):
+            longest.append(len(texts))
+            return super().predict(texts, **options)
+
+    watched = Watched(LABELS, classifier.encoder, classifier.engine, clean=False, temperature=None, sha256="abc")
+    predict(folder, classifier=watched, rows_per_part=7)
+    assert max(longest) == 7
+    assert sum(longest) == 50
+
+
+def test_a_file_is_predicted_without_torch(tmp_path):
+    (tmp_path / "in.csv.gz").write_bytes(gzip.compress(b"text\ngood\n"))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.test_predict import make_classifier, predict\n"
+        f"predict(Path({str(tmp_path)!r}), 'in.csv.gz', 'out.parquet')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_progress_counts_every_row(folder, capsys):
+    predict(folder, progress=True, rows_per_part=10)
+    assert "50/50" in capsys.readouterr().err
