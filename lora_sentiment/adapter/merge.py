@@ -1,0 +1,406 @@
+"""Merge an adapter into its base: a stock DistilBERT classifier, handed out only if it answers as the adapter does."""
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lora_sentiment.adapter.folder import Card, Loaded, load, load_card
+from lora_sentiment.adapter.merged_card import make_merged_card
+from lora_sentiment.adapter.stamp import SCHEMA, Stamp, read_stamp, write_stamp
+from lora_sentiment.adapter.weights import rebuild
+from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, encode, make_batch
+from lora_sentiment.data.rows import Rows, load_data, sample
+from lora_sentiment.errors import AdapterError, DataError, ModelError
+from lora_sentiment.files import hash_file
+from lora_sentiment.model.base import DTYPES, hash_tokenizer, load_base
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.progress import make_bar
+
+log = logging.getLogger("lora_sentiment")
+
+Into = Literal["base", "dequantised"]
+WEIGHTS = "model.safetensors"
+MAX_DIFFERENCE = 1e-4
+"""Largest difference of a logit in fp32 on an unquantised base, in units of max(1, standard deviation of logits)."""
+ROWS_PER_FLIP = 100
+"""Of a quantised base, or in another dtype: one row in this many may change its label."""
+ROWS_PER_LOSS = 200
+"""And one in this many may be lost to accuracy."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merged model that was found to answer as its adapter.
+
+    Attributes:
+        folder: Where it stands.
+        into: What the adapter was merged into.
+        dtype: Dtype of its weights.
+        compared: `base`, and for an adapter on a quantised base `dequantised`, to what was compared: `probe` and
+            `validation`, each with its `rows`, the largest difference of a logit, the largest one `allowed` (null where
+            flips decide), `flips` of the likeliest label, and on validation both accuracies; or the `reason` why rows
+            could not be had.
+    """
+
+    folder: Path
+    into: Into
+    dtype: str
+    compared: dict[str, dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON."""
+        return {**vars(self), "folder": str(self.folder)}
+
+
+def merge(
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    into: Into = "base",
+    base: str | None = None,
+    max_rows: int = 500,
+    progress: bool = False,
+) -> Merge:
+    """Write an adapter and its base as one stock model, reload it with plain transformers and compare.
+
+    The tolerance: in fp32 on an unquantised base every logit is within MAX_DIFFERENCE. Else at most 1 % of the rows get
+    another label, and accuracy is at most 0.5 points lower; judged on validation rows, or the probe without them.
+
+    Args:
+        adapter: An adapter folder.
+        out: The new folder; it appears finished or not at all.
+        dtype: Dtype of the weights, cast at the end: `float32`, `bfloat16` or `float16`.
+        into: The base as it was published, or, for an adapter on a quantised one, what quantising left of it. Both are
+            compared.
+        base: Where to find the base, if not where the adapter says.
+        max_rows: Most validation rows to compare on.
+        progress: Show bars.
+
+    Raises:
+        AdapterError: If the place is taken, the adapter or base is not the one that was saved, or was merged before,
+            or the merged model answers otherwise than the adapter.
+        ModelError: If an option is none of those allowed, or the base cannot be loaded.
+    """
+    _check_options(dtype, into, max_rows)
+    with write_aside(out) as aside:
+        card = _check_source(adapter, into, base)
+        quantised = card.base.quantize != "none"
+        loaded = load(adapter, base=base)
+        unmerged = _ask(loaded, max_rows=max_rows, progress=progress)
+        compared: dict[str, dict[str, Any]] = {}
+        if quantised:
+            other: Into = "dequantised" if into == "base" else "base"
+            model = _make_merged(adapter, loaded, into=other, base=base).to(DTYPES[dtype])
+            compared[other] = unmerged.compare(model, exact=False)
+        model = _make_merged(adapter, loaded, into=into, base=base)
+        if dtype != "float32":
+            # What rounding did to a merge says nothing of one that was wrong before.
+            _refuse_otherwise(out, unmerged.compare(model, exact=not quantised), _advice(compared, into, "float32"))
+        _save_model(aside, model.to(DTYPES[dtype]), loaded)
+        compared[into] = unmerged.compare(_reload(aside, card), exact=not quantised and dtype == "float32")
+        _refuse_otherwise(out, compared[into], _advice(compared, into, dtype))
+        compared = {choice: compared[choice] for choice in get_args(Into) if choice in compared}
+        stamp = _make_stamp(aside, card, into=into, dtype=dtype, compared=compared)
+        text = make_merged_card(out.name, tuple(card.labels), stamp)
+        (aside / "README.md").write_text(text, encoding="utf-8")
+        write_stamp(aside, stamp)
+    return Merge(out, into, dtype, compared)
+
+
+@contextmanager
+def write_aside(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside a place; once the block is done it takes the place by one rename.
+
+    Whatever the block raises, nothing is left behind.
+
+    Raises:
+        AdapterError: If the place is taken, or cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        raise AdapterError(f"{out}: exists; name another folder, or remove it first")
+    created = [parent for parent in out.absolute().parents if not parent.exists()]
+    aside = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        _publish(aside, out)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{out}: cannot be written: {error}") from error
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+        for parent in created:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _check_options(dtype: str, into: str, max_rows: int) -> None:
+    for name, found, allowed in (("dtype", dtype, tuple(DTYPES)), ("into", into, get_args(Into))):
+        if found not in allowed:
+            raise ModelError(f"{name}: found {found!r}; allowed: {', '.join(allowed)}")
+    if max_rows < 1:
+        raise ModelError(f"max_rows: found {max_rows}; allowed: 1 or more")
+
+
+def _check_source(adapter: Path, into: Into, base: str | None) -> Card:
+    """Refuse what was merged before, and return the adapter's card; nothing is loaded yet."""
+    if not (adapter / "card.json").is_file() and (adapter / "config.json").is_file():
+        stamp = read_stamp(adapter)
+        if stamp:
+            raise AdapterError(
+                f"{adapter}: already holds the adapter {stamp.adapter_sha256[:12]}, merged into {stamp.base!r}; "
+                "give the adapter's own folder"
+            )
+    card = load_card(adapter)
+    if into == "dequantised" and card.base.quantize == "none":
+        raise AdapterError(f"{adapter}: was trained on an unquantised base, so nothing is dequantised; use --into base")
+    name = base or card.base.name
+    stamp = read_stamp(Path(name)) if Path(name, "config.json").is_file() else None
+    # An adapter may have been trained on a merged model; its recorded hash is then another one than the stamp's.
+    if stamp and stamp.base_sha256 == card.base.base_sha256:
+        raise AdapterError(
+            f"{name}: is no base: it already holds the adapter {stamp.adapter_sha256[:12]}, merged into "
+            f"{stamp.base!r}; name that one with --base"
+        )
+    return card
+
+
+@dataclass(frozen=True)
+class _Unmerged:
+    """What the unmerged adapter answers.
+
+    Attributes:
+        rows: `probe`, and `validation` where its rows could be had.
+        logits: The answers to each, (num_rows, num_labels).
+        missing: Why there are no validation rows, or None.
+        progress: Show bars.
+    """
+
+    rows: dict[str, Encoded]
+    logits: dict[str, NDArray[np.float32]]
+    missing: str | None
+    progress: bool
+
+    def compare(self, model: nn.Module, *, exact: bool) -> dict[str, Any]:
+        """Return how far a merged model's answers are from these; `exact` says that they should be equal."""
+        found: dict[str, Any] = {}
+        for name, encoded in self.rows.items():
+            ours, theirs = self.logits[name], _answer(model, encoded, name, self.progress)
+            difference = float(np.abs(theirs - ours).max())
+            found[name] = {
+                "rows": len(encoded),
+                "max_difference": difference if np.isfinite(difference) else None,
+                "allowed": MAX_DIFFERENCE * max(1.0, float(ours.std())) if exact else None,
+                "flips": int((theirs.argmax(axis=1) != ours.argmax(axis=1)).sum()),
+            }
+            if name == "validation":
+                for key, logits in (("accuracy_adapter", ours), ("accuracy_merged", theirs)):
+                    found[name][key] = float((logits.argmax(axis=1) == encoded.labels).mean())
+        if self.missing is not None:
+            found["validation"] = {"reason": self.missing}
+        return found
+
+
+def _ask(loaded: Loaded, *, max_rows: int, progress: bool) -> _Unmerged:
+    """Let the unmerged adapter answer its stored probe, and validation rows where they can be had."""
+    card, missing = loaded.card, None
+    encoder = TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation)
+    rows = {"probe": encoder.pack([np.array(ids, dtype=np.int32) for ids in card.probe.input_ids])}
+    try:
+        found = _validation_rows(card, max_rows)
+        rows["validation"] = encode(
+            found, tokenizer=loaded.tokenizer, max_length=card.max_length, truncation=card.truncation, progress=progress
+        )
+    except DataError as error:
+        missing = str(error)
+        log.info("merge: compared on the probe alone, without validation rows: %s", missing)
+    logits = {name: _answer(loaded.model, encoded, name, progress) for name, encoded in rows.items()}
+    return _Unmerged(rows, logits, missing, progress)
+
+
+def _validation_rows(card: Card, max_rows: int) -> Rows:
+    config = card.data.config
+    rows = load_data(config).validation
+    if rows.fingerprint() != card.data.validation_sha256:
+        raise DataError(f"{config.source}: changed since training, so its validation rows are other ones")
+    return sample(rows, num_rows=max_rows, seed=config.split_seed)
+
+
+def _answer(model: nn.Module, encoded: Encoded, name: str, progress: bool) -> NDArray[np.float32]:
+    """Return the logits of rows, (num_rows, num_labels), whatever the dtype in fp32."""
+    parts = []
+    order = cut(np.arange(len(encoded)), encoded.lengths, max_tokens=INFERENCE_TOKENS)
+    with torch.inference_mode(), make_bar(int(encoded.lengths.sum()), desc=name, unit="tok", show=progress) as bar:
+        for index in order:
+            batch = make_batch(encoded, index, device=next(model.parameters()).device)
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            parts.append(output.logits.float().cpu().numpy())
+            bar.update(batch.num_tokens)
+    logits = np.concatenate(parts)
+    return np.asarray(logits[np.argsort(np.concatenate(order))], dtype=np.float32)
+
+
+def _make_merged(adapter: Path, loaded: Loaded, *, into: Into, base: str | None) -> nn.Module:
+    """Return the merged model in fp32, built from a freshly loaded unquantised base."""
+    card = loaded.card
+    revision = None if base else card.base.revision
+    config = ModelConfig(name=base or card.base.name, revision=revision, max_length=card.max_length, dtype="float32")
+    plain = load_base(config, labels=tuple(card.labels))
+    if plain.sha256 != card.base.base_sha256:
+        raise AdapterError(f"the base {config.name!r} changed on disk while {adapter} was being merged; try again")
+    if into == "dequantised":
+        _dequantise(loaded.model, plain.model)
+    model = rebuild(adapter, plain, card.method, config)
+    if not isinstance(model, PeftModel):
+        return model
+    try:
+        merged: Any = model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError) as error:
+        raise AdapterError(f"{adapter}: method {card.method.kind} cannot be merged: {error}") from error
+    return cast(nn.Module, merged.eval())
+
+
+def _dequantise(quantised: nn.Module, plain: nn.Module) -> None:
+    """Copy what quantising left of an encoder's linears into a plain encoder, in fp32."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    with torch.no_grad():
+        for name, module in quantised.named_modules():
+            if isinstance(module, Linear4bit | Linear8bitLt):
+                own = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+                plain.get_parameter(f"{own}.weight").copy_(dequantize_module_weight(module))
+
+
+def _save_model(folder: Path, model: nn.Module, loaded: Loaded) -> None:
+    """Write what stock transformers reads."""
+    with _quiet():
+        cast(Any, model).save_pretrained(folder)
+    # safetensors writes for the owner alone, where every other file here can be read by all.
+    (folder / WEIGHTS).chmod(0o644)
+    # What the last call set must not travel, but the length at which a stock pipeline cuts must.
+    loaded.tokenizer.backend_tokenizer.no_truncation()
+    loaded.tokenizer.backend_tokenizer.no_padding()
+    loaded.tokenizer.model_max_length = loaded.card.max_length
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def _reload(folder: Path, card: Card) -> nn.Module:
+    """Load what was written as anyone would."""
+    try:
+        with _quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder, trust_remote_code=False, output_loading_info=True
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(f"the merged model that was written cannot be loaded again: {error}") from error
+    wrong = {str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]}
+    if wrong:
+        raise AdapterError(f"the merged model that was written lacks tensors or has others: {', '.join(sorted(wrong))}")
+    if hash_tokenizer(tokenizer) != card.tokenizer_sha256 or model.config.id2label != dict(enumerate(card.labels)):
+        raise AdapterError("the merged model that was written has another tokenizer or other labels than the adapter")
+    return cast(nn.Module, model.eval())
+
+
+def _fault(found: dict[str, Any]) -> str | None:
+    """Return what is wrong with a comparison, or None."""
+    compared = {name: figures for name, figures in found.items() if "rows" in figures}
+    for name, figures in compared.items():
+        difference, allowed = figures["max_difference"], figures["allowed"]
+        if difference is None:
+            return f"its logits are not finite on the {name} rows"
+        if allowed is not None and not difference <= allowed:
+            return f"logits differ by {difference:.2g} on the {name} rows, allowed {allowed:.2g}"
+    name, figures = next(reversed(compared.items()))
+    rows, flips = figures["rows"], figures["flips"]
+    if figures["allowed"] is None and flips * ROWS_PER_FLIP > rows:
+        return f"{flips} of {rows} {name} rows get another label, allowed 1 %"
+    lost = round((figures.get("accuracy_adapter", 0.0) - figures.get("accuracy_merged", 0.0)) * rows)
+    if figures["allowed"] is None and lost * ROWS_PER_LOSS > rows:
+        return f"accuracy on {rows} {name} rows falls by {lost / rows:.2%}, allowed 0.5 points"
+    return None
+
+
+def _refuse_otherwise(out: Path, found: dict[str, Any], advice: str) -> None:
+    if fault := _fault(found):
+        raise AdapterError(
+            f"{out}: not written, because the merged model answers otherwise than the adapter: {fault}{advice}"
+        )
+
+
+def _advice(compared: dict[str, dict[str, Any]], into: str, dtype: str) -> str:
+    """Return what to try instead, among what was measured."""
+    for other, found in compared.items():
+        if other != into and _fault(found) is None:
+            return f"; --into {other} stays within"
+    return "" if dtype == "float32" else "; --dtype float32 stays within"
+
+
+def _make_stamp(folder: Path, card: Card, *, into: Into, dtype: str, compared: dict[str, dict[str, Any]]) -> Stamp:
+    # A reason may quote a path or a cell of someone's file, and the stamp travels with the model.
+    unread = {"reason": "its rows could not be had where it was merged"}
+    public = {
+        choice: {name: unread if "reason" in figures else figures for name, figures in found.items()}
+        for choice, found in compared.items()
+    }
+    return Stamp(
+        schema=SCHEMA,
+        adapter_sha256=card.sha256,
+        base_sha256=card.base.base_sha256,
+        base=card.base.name,
+        method=card.method.kind,
+        into=into,
+        dtype=dtype,
+        max_length=card.max_length,
+        truncation=card.truncation,
+        clean=card.data.config.clean,
+        calibration=card.calibration,
+        compared=public,
+        files={name: hash_file(folder / name) for name in (WEIGHTS, "tokenizer.json")},
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the library's bars and reports: what they would tell is checked here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _publish(aside: Path, out: Path) -> None:
+    """Sync every file, then rename once."""
+    for path in aside.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if out.exists():
+        raise AdapterError(f"{out}: was written by another process meanwhile; name another folder")
+    aside.rename(out)
+    if os.name == "posix":
+        handle = os.open(out.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

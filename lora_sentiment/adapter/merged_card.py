@@ -1,0 +1,77 @@
+"""`README.md` of a merged model: what was merged, how to use it, and how it was checked. Nothing here imports torch."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from lora_sentiment.adapter.stamp import Stamp
+
+
+def make_merged_card(name: str, labels: tuple[str, ...], stamp: Stamp) -> str:
+    """Return the README.md of a merged model.
+
+    Args:
+        name: Folder or Hub name to load it by.
+        labels: Label names in order.
+        stamp: What its `config.json` holds.
+    """
+    metadata = ModelCardData(
+        base_model=None if Path(stamp.base).is_absolute() else stamp.base,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["text-classification", "distilbert", stamp.method],
+    ).to_yaml()
+    target = "the base as quantising had left it" if stamp.into == "dequantised" else "the base as it was published"
+    rows = [_table_row(into, name, found) for into, parts in stamp.compared.items() for name, found in parts.items()]
+    return f"""\
+---
+{metadata}
+---
+
+# {name}
+
+A DistilBERT text classifier with the labels {", ".join(f"`{label}`" for label in labels)}: an adapter merged in fp32
+into {target}, stored as {stamp.dtype}.
+
+- adapter: method `{stamp.method}`, SHA-256 `{stamp.adapter_sha256}`
+- base: `{stamp.base}`, encoder SHA-256 `{stamp.base_sha256}`
+- `config.json` holds these hashes, how texts are read and the figures below, under `lora_sentiment`
+
+## Usage
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", "{name}")
+classify(["A lovely film."], truncation=True)
+```
+
+{_reading(stamp)}
+
+## The same answers as the adapter
+
+Compared with the unmerged adapter after reloading it with plain transformers.
+
+| merged into | compared on | largest difference of a logit | labels changed | accuracy of the adapter | of the merge |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def _table_row(into: str, name: str, found: dict[str, Any]) -> str:
+    if "reason" in found:
+        return f"| {into} | {name}: none | | | | |"
+    difference = "not finite" if found["max_difference"] is None else f"{found['max_difference']:.2g}"
+    scores = [f"{found[key]:.4f}" if key in found else "" for key in ("accuracy_adapter", "accuracy_merged")]
+    return f"| {into} | {name}, {found['rows']:,} rows | {difference} | {found['flips']} | {' | '.join(scores)} |"
+
+
+def _reading(stamp: Stamp) -> str:
+    """Say how texts were read in training, and what of it a stock pipeline does not do."""
+    said = f"A text is cut at {stamp.max_length} tokens, as in training"
+    if stamp.truncation == "head_tail":
+        said += ", which kept the first quarter and the last three quarters; this pipeline keeps the first tokens"
+    if stamp.clean:
+        said += "; training also cleaned texts (HTML, control characters, blanks), which this pipeline does not"
+    return f"{said}."

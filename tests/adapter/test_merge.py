@@ -1,0 +1,396 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, DistilBertForSequenceClassification, pipeline
+
+from lora_sentiment.adapter import merge as merge_module
+from lora_sentiment.adapter.folder import compute_probe, load, load_card
+from lora_sentiment.adapter.merge import merge
+from lora_sentiment.adapter.stamp import check_files, read_stamp
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.data.rows import load_data
+from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.files import write_json
+from lora_sentiment.model.base import load_base
+from tests.adapter.test_folder import alter_tensors, reseal
+from tests.conftest import toy_rows, write_csv
+from tests.test_every_method import LABELS, PAIRS, make, train, write
+
+TEXT = "a really good film and a warm plot"
+
+
+def save(folder, tiny_base, name="lora", quantize="none", steps=3):
+    base, method, config, model = make(name, quantize, tiny_base)
+    train(model, base, method, steps=steps)
+    write(folder, model.eval(), base, method, config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("trained") / "a", tiny_base, steps=20)
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "a")
+
+
+@pytest.fixture(scope="module")
+def trained_4bit(tiny_base, tmp_path_factory):
+    """An adapter on a toy base that 4 bits change much, with a probe long enough to show it."""
+    folder = save(tmp_path_factory.mktemp("trained") / "a", tiny_base, quantize="nf4")
+    ids = torch.randint(5, 80, (200, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    alter_card(folder, probe=compute_probe(load(folder).model, ids).model_dump())
+    return folder
+
+
+@pytest.fixture
+def with_rows(adapter, tmp_path):
+    """The adapter with validation rows that can be had."""
+    config = DataConfig(source={"train": str(write_csv(tmp_path / "train.csv", toy_rows(200)))})
+    rows = load_data(config).validation
+    data = {"config": config.model_dump(mode="json"), "train_sha256": "0", "validation_sha256": rows.fingerprint()}
+    alter_card(adapter, data=data)
+    return adapter
+
+
+def alter_card(folder, **changes):
+    card = json.loads((folder / "card.json").read_text())
+    write_json(folder / "card.json", card | changes)
+
+
+def alter_what_is_written(monkeypatch, change):
+    """Let every merged model be altered on its way to the disk."""
+    save_pretrained = DistilBertForSequenceClassification.save_pretrained
+
+    def save_wrongly(model, folder, **values):
+        save_pretrained(model, folder, **values)
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(DistilBertForSequenceClassification, "save_pretrained", save_wrongly)
+
+
+def refused(adapter, out, match, error=AdapterError, **options):
+    """Hold a merge to its refusal, and to leaving the disk as it was."""
+    before = sorted(path.name for path in adapter.parent.iterdir())
+    with pytest.raises(error, match=match):
+        merge(adapter, out, **options)
+    assert sorted(path.name for path in adapter.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(("name", "quantize"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def test_every_method_answers_the_same_merged(name, quantize, tiny_base, tmp_path):
+    save(tmp_path / "a", tiny_base, name, quantize)
+    done = merge(tmp_path / "a", tmp_path / "out", into="base" if quantize == "none" else "dequantised")
+    found = {into: parts["probe"] for into, parts in done.compared.items()}
+    assert all(figures["rows"] == 3 and np.isfinite(figures["max_difference"]) for figures in found.values())
+    if quantize == "none":
+        assert found.keys() == {"base"}
+        assert found["base"]["max_difference"] <= 2e-5
+        assert found["base"]["allowed"] >= 1e-4
+    else:
+        assert found.keys() == {"base", "dequantised"}
+        # A forward in 4 bits is one over dequantised weights; in 8 bits it rounds its input too.
+        assert found["dequantised"]["max_difference"] <= {"nf4": 2e-5, "int8": 0.5}[quantize]
+    assert read_stamp(tmp_path / "out").into == done.into
+
+
+def test_the_folder_is_a_stock_classifier(adapter, tiny_base, tmp_path):
+    merge(adapter, tmp_path / "out")
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["DistilBertForSequenceClassification"]
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert config["label2id"] == {"negative": 0, "positive": 1}
+    base = json.loads((tiny_base / "config.json").read_text())
+    assert [config[key] for key in ("dropout", "attention_dropout")] == [base["dropout"], base["attention_dropout"]]
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert load_file(out / "model.safetensors").keys() == model.state_dict().keys()
+    answers = compute_probe(load(adapter).model, [[2, 7, 8, 9, 3]]).logits
+    np.testing.assert_allclose(compute_probe(model.eval(), [[2, 7, 8, 9, 3]]).logits, answers, atol=2e-5, rtol=0)
+    names = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_the_stamp_names_adapter_and_base_and_what_was_compared(adapter, tmp_path):
+    done = merge(adapter, tmp_path / "out")
+    card, stamp = load_card(adapter), read_stamp(tmp_path / "out")
+    assert (stamp.adapter_sha256, stamp.base_sha256) == (card.sha256, card.base.base_sha256)
+    assert (stamp.max_length, stamp.method, stamp.dtype, stamp.clean) == (16, "lora", "float32", True)
+    assert stamp.compared["base"]["probe"] == done.compared["base"]["probe"]
+    check_files(tmp_path / "out", stamp.files)
+    assert stamp.files.keys() == {"model.safetensors", "tokenizer.json"}
+    readme = (tmp_path / "out/README.md").read_text()
+    assert card.sha256 in readme
+    assert "`negative`, `positive`" in readme
+    assert "| base | probe, 3 rows | " in readme
+    assert json.loads(json.dumps(done.as_dict()))["into"] == "base"
+
+
+def test_a_stock_pipeline_gives_names_scores_and_the_cut_of_training(adapter, tmp_path):
+    merge(adapter, tmp_path / "out")
+    classify = pipeline("text-classification", str(tmp_path / "out"), top_k=None)
+    loaded = load(adapter)
+    ids = loaded.tokenizer(TEXT)["input_ids"]
+    expected = torch.softmax(torch.tensor(compute_probe(loaded.model, [ids]).logits[0]), dim=0)
+    found = {answer["label"]: answer["score"] for answer in classify([TEXT])[0]}
+    assert [found[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-5)
+    long = " ".join(["good"] * 14 + ["bad"] * 90)
+    assert classify([long], truncation=True) == classify([" ".join(["good"] * 14)])
+
+
+def test_merging_gives_the_same_bytes_twice(with_rows, tmp_path):
+    for name in ("1", "2"):
+        merge(with_rows, tmp_path / name / "out")
+    for path in (tmp_path / "1/out").iterdir():
+        assert path.read_bytes() == (tmp_path / "2/out" / path.name).read_bytes(), path.name
+
+
+def test_validation_rows_are_compared_where_they_can_be_had(with_rows, tmp_path):
+    found = merge(with_rows, tmp_path / "out").compared["base"]["validation"]
+    assert (found["rows"], found["flips"]) == (20, 0)
+    assert found["max_difference"] <= 2e-5
+    assert found["accuracy_adapter"] == found["accuracy_merged"] > 0.5
+    assert merge(with_rows, tmp_path / "fewer", max_rows=6).compared["base"]["validation"]["rows"] == 6
+
+
+def test_rows_that_cannot_be_had_are_a_reason_that_stays_at_home(with_rows, tmp_path):
+    with (tmp_path / "train.csv").open("a") as file:
+        file.write("another,positive\n")
+    found = merge(with_rows, tmp_path / "out").compared["base"]
+    assert "changed since training" in found["validation"]["reason"]
+    (tmp_path / "train.csv").unlink()
+    found = merge(with_rows, tmp_path / "again").compared["base"]
+    assert "no such file" in found["validation"]["reason"]
+    assert "train.csv" not in (tmp_path / "again/config.json").read_text()
+    assert "train.csv" not in (tmp_path / "again/README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_is_stored_and_judged_by_its_labels(dtype, adapter, tmp_path):
+    done = merge(adapter, tmp_path / "out", dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out/model.safetensors").values()} == {
+        getattr(torch, dtype)
+    }
+    found = done.compared["base"]["probe"]
+    assert 2e-5 < found["max_difference"] < 0.2
+    assert (found["allowed"], found["flips"]) == (None, 0)
+
+
+def test_another_dtype_excuses_no_wrong_merge(adapter, tmp_path, monkeypatch):
+    rebuild = merge_module.rebuild
+
+    def rebuild_wrongly(*arguments):
+        model = rebuild(*arguments)
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "lora_B" in name).mul_(1.01)
+        return model
+
+    monkeypatch.setattr(merge_module, "rebuild", rebuild_wrongly)
+    refused(adapter, tmp_path / "out", r"logits differ by .* on the probe rows, allowed 0\.000", dtype="bfloat16")
+
+
+def test_both_ways_of_a_quantised_base_are_measured_and_the_worse_is_refused(trained_4bit, tmp_path):
+    adapter = shutil.copytree(trained_4bit, tmp_path / "a")
+    refused(
+        adapter, tmp_path / "out", "of 200 probe rows get another label, allowed 1 %; --into dequantised stays within"
+    )
+    done = merge(adapter, tmp_path / "out", into="dequantised")
+    assert done.compared["base"]["probe"]["flips"] > 2
+    assert done.compared["dequantised"]["probe"]["flips"] == 0
+    assert (
+        read_stamp(tmp_path / "out").compared
+        == json.loads((tmp_path / "out/config.json").read_text())["lora_sentiment"]["compared"]
+    )
+    readme = (tmp_path / "out/README.md").read_text()
+    assert "| base | probe, 200 rows | " in readme
+    assert "| dequantised | probe, 200 rows | " in readme
+
+
+def test_accuracy_may_not_fall(with_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_module, "ROWS_PER_FLIP", 0)
+    alter_what_is_written(monkeypatch, lambda tensors: tensors["classifier.weight"].neg_())
+    match = r"accuracy on 20 validation rows falls by .*%, allowed 0\.5 points; --dtype float32 stays within"
+    refused(with_rows, tmp_path / "out", match, dtype="float16")
+
+
+CORRUPTIONS = {
+    "altered": (lambda t: t["classifier.bias"][0].add_(1), r"answers otherwise than the adapter: logits differ by 1 "),
+    "missing": (lambda t: t.pop("classifier.bias"), r"lacks tensors or has others: classifier\.bias"),
+    "not finite": (lambda t: t["classifier.bias"].fill_(float("nan")), "not finite on the probe rows"),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corrupted_merge_is_refused(name, adapter, tmp_path, monkeypatch):
+    change, match = CORRUPTIONS[name]
+    alter_what_is_written(monkeypatch, change)
+    refused(adapter, tmp_path / "out", match)
+
+
+def test_a_merge_that_cannot_be_read_back_is_refused(adapter, tmp_path, monkeypatch):
+    reload = merge_module._reload
+
+    def reload_truncated(folder, card):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+        return reload(folder, card)
+
+    monkeypatch.setattr(merge_module, "_reload", reload_truncated)
+    refused(adapter, tmp_path / "out", "that was written cannot be loaded again")
+
+
+def test_another_tokenizer_beside_the_merge_is_refused(adapter, tmp_path, monkeypatch):
+    reload = merge_module._reload
+
+    def reload_renamed(folder, card):
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace('"good"', '"goods"'))
+        return reload(folder, card)
+
+    monkeypatch.setattr(merge_module, "_reload", reload_renamed)
+    refused(adapter, tmp_path / "out", "another tokenizer or other labels")
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "disk full"), AdapterError)]
+)
+def test_nothing_is_left_of_a_merge_that_was_stopped(error, seen, adapter, tmp_path, monkeypatch):
+    def stop(model, folder):
+        (folder / "half").write_text("x")
+        raise error
+
+    monkeypatch.setattr(DistilBertForSequenceClassification, "save_pretrained", stop)
+    refused(
+        adapter, tmp_path / "new/deeper/out", None if seen is KeyboardInterrupt else "cannot be written", error=seen
+    )
+
+
+def test_a_place_that_is_taken_is_refused_before_anything_is_loaded(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_module, "load", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    for name in ("out", "link", "file"):
+        refused(adapter, tmp_path / name, f"{name}: exists; name another folder")
+    refused(adapter, tmp_path / "file/out", "file/out: cannot be written")
+
+
+def test_a_place_that_is_taken_meanwhile_is_left_alone(adapter, tmp_path, monkeypatch):
+    stamp = merge_module.write_stamp
+
+    def stamp_late(folder, values):
+        stamp(folder, values)
+        (tmp_path / "out").mkdir()
+
+    monkeypatch.setattr(merge_module, "write_stamp", stamp_late)
+    with pytest.raises(AdapterError, match="written by another process meanwhile"):
+        merge(adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_merged_model_is_no_adapter_and_no_base(adapter, tiny_base, tmp_path):
+    merge(adapter, tmp_path / "out")
+    sha256 = load_card(adapter).sha256[:12]
+    refused(tmp_path / "out", tmp_path / "twice", f"out: already holds the adapter {sha256}, merged into")
+    refused(
+        adapter,
+        tmp_path / "twice",
+        f"out: is no base: it already holds the adapter {sha256}",
+        base=str(tmp_path / "out"),
+    )
+    # The hash of the encoder alone would let this one through.
+    save(tmp_path / "head", tiny_base, "head")
+    merge(tmp_path / "head", tmp_path / "probed")
+    refused(tmp_path / "head", tmp_path / "twice", "is no base", base=str(tmp_path / "probed"))
+
+
+def test_an_adapter_trained_on_a_merged_model_is_merged_into_it(adapter, tmp_path):
+    merge(adapter, tmp_path / "first")
+    save(tmp_path / "b", tmp_path / "first")
+    merge(tmp_path / "b", tmp_path / "second")
+    assert read_stamp(tmp_path / "second").adapter_sha256 == load_card(tmp_path / "b").sha256
+
+
+def test_what_is_no_adapter_is_refused(tiny_base, tmp_path):
+    (tmp_path / "a").mkdir()
+    refused(tmp_path / "a", tmp_path / "out", "is no adapter folder")
+    with pytest.raises(AdapterError, match="is no adapter folder"):
+        merge(tiny_base, tmp_path / "out")
+
+
+def test_another_base_is_refused(adapter, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "other")
+    tensors = load_file(tmp_path / "other/model.safetensors")
+    tensors["embeddings.LayerNorm.bias"][0] += 1e-3
+    save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    refused(adapter, tmp_path / "out", "was trained on the base .* with hash", base=str(tmp_path / "other"))
+
+
+def test_a_base_that_moved_is_found_where_one_says(adapter, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "moved")
+    alter_card(adapter, base=json.loads((adapter / "card.json").read_text())["base"] | {"name": "/nowhere/base"})
+    refused(adapter, tmp_path / "out", "name it with --base", error=ModelError)
+    merge(adapter, tmp_path / "out", base=str(tmp_path / "moved"))
+
+
+def test_a_base_that_changes_while_it_is_merged_is_refused(adapter, tmp_path, monkeypatch):
+    def load_changed(config, *, labels):
+        base = load_base(config, labels=labels)
+        object.__setattr__(base, "sha256", "0")
+        return base
+
+    monkeypatch.setattr(merge_module, "load_base", load_changed)
+    refused(adapter, tmp_path / "out", "changed on disk while")
+
+
+def test_a_truncated_adapter_and_one_without_a_head_tensor_are_refused(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / "cut") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(tmp_path / "cut", tmp_path / "out", "was altered after it was saved")
+    reseal(tmp_path / "cut")
+    refused(tmp_path / "cut", tmp_path / "out", "cannot be read")
+    shutil.copytree(trained, tmp_path / "headless")
+    alter_tensors(tmp_path / "headless", lambda tensors: tensors.pop("base_model.model.classifier.bias"))
+    refused(tmp_path / "headless", tmp_path / "out", r"tensor .*classifier\.bias is missing")
+
+
+def test_a_method_that_peft_cannot_merge_is_refused_with_its_reason(adapter, tmp_path, monkeypatch):
+    def refuse(tuner, **values):
+        raise ValueError("these layers stay apart")
+
+    monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", refuse)
+    refused(adapter, tmp_path / "out", "method lora cannot be merged: these layers stay apart")
+
+
+def test_options_that_are_not_allowed_are_refused(adapter, tmp_path):
+    refused(
+        adapter, tmp_path / "out", "unquantised base, so nothing is dequantised; use --into base", into="dequantised"
+    )
+    for options, match in (
+        ({"dtype": "auto"}, "dtype: found 'auto'; allowed: float32, bfloat16, float16"),
+        ({"into": "both"}, "into: found 'both'; allowed: base, dequantised"),
+        ({"max_rows": 0}, "max_rows: found 0; allowed: 1 or more"),
+    ):
+        refused(adapter, tmp_path / "out", match, error=ModelError, **options)
+
+
+def test_no_text_of_the_training_data_is_in_the_folder(with_rows, tmp_path):
+    merge(with_rows, tmp_path / "out")
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert not [text for text, _ in toy_rows(200) if text.encode() in kept]
+
+
+def test_a_text_cut_elsewhere_is_said_in_the_readme(adapter, tmp_path):
+    alter_card(adapter, truncation="head_tail")
+    merge(adapter, tmp_path / "out")
+    assert "this pipeline keeps the first tokens" in (tmp_path / "out/README.md").read_text()
