@@ -7,18 +7,18 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from lora_sentiment.data.config import report_roles
-from lora_sentiment.errors import LoraSentimentError
+from lora_sentiment.errors import LoraSentimentError, RecipeError
 from lora_sentiment.model.parameters import show_parameters
 from lora_sentiment.recipe import Recipe, make_schema
 
 app = typer.Typer(
     name="lora-sentiment",
-    help="Fine-tune DistilBERT classifiers with LoRA, and judge them.",
+    help="Fine-tune DistilBERT classifiers with LoRA, judge them, and take them out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -77,6 +77,134 @@ def evaluate(
         return
     typer.echo(f"{found.split}: {found.num_rows:,} rows, 95 % intervals")
     _show_scores({name: interval.as_dict() for name, interval in found.scores.items()})
+
+
+AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="New folder; it appears finished or not at all.")]
+BaseOption = Annotated[str | None, typer.Option(help="Where to find the base, if not where the card says.")]
+RowsOption = Annotated[int, typer.Option(min=1, help="Most validation rows to compare on.")]
+
+
+@app.command()
+def merge(
+    adapter: AdapterArgument,
+    out: OutArgument,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
+    into: Annotated[
+        Literal["base", "dequantised"],
+        typer.Option(help="base, as it was published, or dequantised: what quantising had left of it."),
+    ] = "base",
+    base: BaseOption = None,
+    max_rows: RowsOption = 500,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into one stock model, reload that with plain transformers, and hold it to the adapter."""
+    from lora_sentiment.adapter.merge import merge as run_merge
+
+    done = run_merge(adapter, out, dtype=dtype, into=into, base=base, max_rows=max_rows, progress=True)
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+        return
+    typer.echo(f"merged      {done.folder} ({done.dtype}, into {done.into})")
+    _show_compared(done.compared)
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder; for ONNX also a merged folder.")],
+    out: OutArgument,
+    format: Annotated[Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")] = "onnx",
+    base: BaseOption = None,
+    max_drop: Annotated[float, typer.Option(help="Most points of accuracy (of 100) that int8 may cost.")] = 0.5,
+    max_rows: RowsOption = 500,
+    as_json: Json = False,
+) -> None:
+    """Export an adapter for other runtimes, open it there, and hold its answers to the merged model's."""
+    from lora_sentiment.adapter.export import export as run_export
+
+    done = run_export(adapter, out, format=format, base=base, max_drop=max_drop, max_rows=max_rows, progress=True)
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+        return
+    typer.echo(f"exported    {done.folder} ({done.format})")
+    for name, size in done.bytes.items():
+        speed = f", {done.texts_per_second[name]:,.1f} texts/s" if done.texts_per_second else ""
+        typer.echo(f"file        {name}: {size:,} bytes{speed}")
+    _show_compared(done.compared)
+
+
+@app.command()
+def predict(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Adapter, merged or exported folder, or an .onnx file.")
+    ],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; without any, the lines of standard input.")
+    ] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="Table to read: csv, tsv, jsonl, parquet, or .gz of these.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Table to write, its columns and the new ones.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of --input that is judged.")] = "text",
+    encoding: Annotated[str, typer.Option(help="Encoding of --input.")] = "utf-8",
+    prefix: Annotated[str, typer.Option(help="Begins the names of the new columns.")] = "",
+    all_scores: Annotated[bool, typer.Option("--all-scores", help="Give the probability of every label.")] = False,
+    stride: Annotated[
+        int | None, typer.Option(help="Read long texts whole, in windows that share this many tokens.")
+    ] = None,
+    calibrated: Annotated[bool, typer.Option("--calibrated", help="Use the temperature fitted at training.")] = False,
+    rows_per_part: Annotated[int, typer.Option(min=1, help="Rows in memory at once.")] = 10_000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole part of a stopped run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show what each word does to the score.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the explanations as a page; with --explain.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Of a stock PEFT folder: its labels in order, as a,b.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Of a stock folder: most tokens of a text.")] = None,
+    base: BaseOption = None,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Label texts, standard input, or a table however long."""
+    _refuse_combinations(texts, input=input, output=output, explain=explain, html=html, resume=resume)
+    from lora_sentiment.classifier import load
+
+    names = labels.split(",") if labels else None
+    classifier = load(model, labels=names, base=base, max_length=max_length, dtype=dtype)
+    for sentence in classifier.unverified if _is_main() else ():
+        typer.echo(f"unverified: {sentence}", err=True)
+    reading: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
+    if input and output:
+        table = {"text_column": text_column, "encoding": encoding, "prefix": prefix, "all_scores": all_scores}
+        run = {"rows_per_part": rows_per_part, "resume": resume, "overwrite": overwrite}
+        _predict_table(classifier, input, output, as_json=as_json, **reading, **table, **run)
+    elif explain:
+        _explain(classifier, texts or filter(str.strip, sys.stdin), html=html, as_json=as_json, **reading)
+    else:
+        _predict_lines(classifier, texts or sys.stdin, all_scores=all_scores, as_json=as_json, **reading)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Adapter, merged or exported folder.")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Refuse a repository that all can see.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Send nothing: list the files and show the card.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a folder to the Hub, after checking its hashes and that nothing else lies in it."""
+    from lora_sentiment.push import push as run_push
+
+    done = run_push(folder, name, private=private, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+        return
+    for file, size in done.files:
+        typer.echo(f"{size:>12,} {file}")
+    if dry_run:
+        typer.echo(done.card)
+    typer.echo(f"{'would send to' if dry_run else 'sent to'} {done.url}")
+    for note in done.notes:
+        typer.echo(f"* {note}")
 
 
 @app.command()
@@ -166,6 +294,82 @@ def _show_table(columns: Mapping[str, list[str]], notes: list[str], *, left: tup
     console.print(table)
     for note in notes:
         typer.echo(f"* {note}")
+
+
+def _show_compared(compared: Mapping[str, Any]) -> None:
+    for what, blocks in compared.items():
+        for rows, found in blocks.items():
+            if not isinstance(found, dict):
+                continue
+            if "reason" in found:
+                typer.echo(f"{what:<11} not compared on {rows}: {found['reason']}")
+                continue
+            accuracies = [f"{key.replace('_', ' ')} {found[key]:.4f}" for key in found if key.startswith("accuracy")]
+            facts = [
+                f"logits differ by {found['max_difference']:.2g} at most",
+                f"{found['flips']:,} other labels",
+                *accuracies,
+            ]
+            typer.echo(f"{what:<11} {found['rows']:,} {rows} rows: {', '.join(facts)}")
+
+
+def _refuse_combinations(texts: list[str] | None, *, input: Path | None, output: Path | None, **others: Any) -> None:
+    """Refuse options of `predict` that would be ignored."""
+    if (input is None) != (output is None):
+        raise RecipeError("predict: --input and --output go together")
+    if texts and input:
+        raise RecipeError(f"predict: found both texts and --input {input}; give one of them")
+    if input and others["explain"]:
+        raise RecipeError("predict: --explain is for texts and standard input, not for --input")
+    if others["html"] and not others["explain"]:
+        raise RecipeError("predict: --html writes explanations; add --explain")
+    if others["resume"] and not input:
+        raise RecipeError("predict: --resume goes on with --input and --output; name both")
+
+
+def _predict_table(classifier: Any, input: Path, output: Path, *, as_json: bool, **options: Any) -> None:
+    from lora_sentiment.predict import predict_file
+
+    summary = predict_file(classifier, input=input, output=output, **options)
+    if not _is_main():
+        return
+    if as_json:
+        typer.echo(json.dumps(vars(summary)))
+        return
+    counted = ", ".join(f"{name} {count:,}" for name, count in summary.labels.items())
+    bad = f"; {summary.bad_rows:,} with an error instead" if summary.bad_rows else ""
+    typer.echo(f"{output}: {summary.rows:,} rows ({counted}{bad}) in {summary.seconds:,.1f} s")
+
+
+def _predict_lines(classifier: Any, lines: Any, *, all_scores: bool, as_json: bool, **options: Any) -> None:
+    from lora_sentiment.predict import predict_lines
+
+    for answer in predict_lines(classifier, lines, **options):
+        found = answer.prediction
+        if as_json:
+            values = vars(found) if found else {"error": answer.error}
+            kept = {key: value for key, value in values.items() if key != "scores" or all_scores}
+            typer.echo(json.dumps({"text": answer.text, **kept}, ensure_ascii=False))
+            continue
+        every = " ".join(f"{name}={score:.4f}" for name, score in found.scores.items()) if found and all_scores else ""
+        cells = [found.label, f"{found.score:.4f}", *filter(None, [every])] if found else ["-", answer.error]
+        typer.echo("\t".join([*cells, " ".join(answer.text.split())]))
+
+
+def _explain(classifier: Any, texts: Any, *, html: Path | None, as_json: bool, **options: Any) -> None:
+    from rich.console import Console
+
+    from lora_sentiment.explain import explain, to_html, to_rich
+
+    found = []
+    for text in texts:
+        found.append(explain(classifier, text, **options))
+        if as_json:
+            typer.echo(json.dumps(found[-1].as_dict()))
+        else:
+            Console(highlight=False).print(to_rich(found[-1]))
+    if html:
+        html.write_text(to_html(found), encoding="utf-8")
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:

@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -5,6 +6,7 @@ import sys
 import pytest
 
 from lora_sentiment import cli
+from tests.conftest import toy_rows, write_csv
 
 
 def call(capsys, *arguments):
@@ -75,3 +77,87 @@ def test_validate_imports_no_torch(toy_recipe):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "[]"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, tiny_base):
+    """A toy adapter, trained by the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_csv(folder / "train.csv", toy_rows(80))
+    recipe = folder / "toy.yaml"
+    recipe.write_text(
+        f"data: {{source: {folder}/train.csv}}\nmodel: {{name: {tiny_base}, max_length: 16}}\n"
+        f"train: {{num_train_epochs: 2, learning_rate: 1e-2}}\noutput: {{dir: {folder}/adapter}}\n"
+    )
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(recipe)])
+    return folder / "adapter"
+
+
+def test_texts_are_labelled(capsys, adapter):
+    code, out, _ = call(capsys, "predict", adapter, "a good film", "a bad\nmeal")
+    assert code == 0
+    cells = [line.split("\t") for line in out.splitlines()]
+    assert [(row[0], row[2]) for row in cells] == [("positive", "a good film"), ("negative", "a bad meal")]
+    assert all(0.5 < float(row[1]) <= 1 for row in cells)
+
+
+def test_lines_of_standard_input_are_labelled_and_a_blank_one_is_an_error(capsys, adapter, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a good film\n\na bad meal\n"))
+    code, out, _ = call(capsys, "predict", adapter, "--json", "--all-scores")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row.get("label") for row in rows] == ["positive", None, "negative"]
+    assert rows[1] == {"text": "", "error": "text is empty"}
+    assert set(rows[0]["scores"]) == {"negative", "positive"}
+
+
+def test_a_table_is_labelled(capsys, adapter, tmp_path):
+    write_csv(tmp_path / "in.csv", [("a good film", "x"), ("", "y")], header=("text", "note"))
+    code, out, _ = call(capsys, "predict", adapter, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    assert code == 0
+    assert "2 rows (negative 0, positive 1; 1 with an error instead)" in out
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert lines[0] == "text,note,label,score,error"
+    assert lines[2] == ",y,,,text is empty"
+
+
+def test_an_explanation_names_the_words_and_writes_a_page(capsys, adapter, tmp_path):
+    code, out, _ = call(capsys, "predict", adapter, "a good film", "--explain", "--html", tmp_path / "page.html")
+    assert code == 0
+    assert out.startswith("positive")
+    assert "good" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--input", "a.csv"], "--input and --output go together"),
+        (["text", "--input", "a.csv", "--output", "b.csv"], "found both texts and --input"),
+        (["--input", "a.csv", "--output", "b.csv", "--explain"], "--explain is for texts"),
+        (["text", "--html", "a.html"], "add --explain"),
+        (["text", "--resume"], "--resume goes on with --input"),
+    ],
+)
+def test_options_of_predict_that_would_be_ignored_are_refused(capsys, adapter, options, message):
+    code, _, err = call(capsys, "predict", adapter, *options)
+    assert code == 1
+    assert message in err
+
+
+def test_merge_then_predict_and_push(capsys, adapter, tmp_path):
+    merged = tmp_path / "merged"
+    code, out, _ = call(capsys, "merge", adapter, merged)
+    assert code == 0
+    assert "(float32, into base)" in out
+    assert "validation rows: logits differ by" in out
+    first, second = (call(capsys, "predict", folder, "a good film", "--json")[1] for folder in (adapter, merged))
+    assert json.loads(first)["score"] == pytest.approx(json.loads(second)["score"], abs=1e-5)
+    code, _, err = call(capsys, "merge", merged, tmp_path / "again")
+    assert code == 1
+    assert "already holds the adapter" in err
+    code, out, _ = call(capsys, "push", merged, "someone/films", "--dry-run")
+    assert code == 0
+    assert "model.safetensors" in out
+    assert "would send to" in out
+    assert call(capsys, "push", adapter, "someone/films", "--dry-run", "--json")[0] == 0
