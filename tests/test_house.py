@@ -54,6 +54,7 @@ ORDER = [
     "adapter.merged_card",
     "adapter.merge",
     "adapter.graph",
+    "adapter.exported_card",
     "adapter.export",
     "recipe",
     "report",

@@ -1,0 +1,291 @@
+"""Exports answer as the merged model does, in another runtime, and are not handed out where they don't."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoTokenizer, DistilBertForSequenceClassification
+
+from lora_sentiment import classifier
+from lora_sentiment.adapter import export as export_module
+from lora_sentiment.adapter.export import export
+from lora_sentiment.adapter.folder import DataRecord, compute_probe, load_card, save
+from lora_sentiment.adapter.graph import write_graph
+from lora_sentiment.adapter.merge import merge
+from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
+from lora_sentiment.adapter.stamp import read_stamp
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.data.rows import load_data
+from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.model.base import load_base
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.method_config import LoraMethod
+from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from tests.conftest import toy_rows, write_csv
+
+LABELS = ("negative", "positive")
+IDS = [[2, 5, 6, 3], [2, 9, 14, 8, 3], [2, 7, 8, 9, 3]]
+# By ONNX Runtime and tokenizers alone: what another program would do with the folder.
+WITHOUT_TORCH = """
+import json, sys
+from pathlib import Path
+import numpy as np, onnxruntime
+from tokenizers import Tokenizer
+
+folder, texts = Path(sys.argv[1]), json.loads(sys.argv[2])
+config = json.loads((folder / "config.json").read_text())
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+tokenizer.enable_truncation(config["lora_sentiment"]["max_length"])
+tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+found = tokenizer.encode_batch(texts)
+session = onnxruntime.InferenceSession(str(folder / "onnx/model.onnx"), providers=["CPUExecutionProvider"])
+ids, mask = np.array([f.ids for f in found]), np.array([f.attention_mask for f in found])
+logits = session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
+scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+labels = [config["id2label"][str(i)] for i in logits.argmax(axis=1)]
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+print(json.dumps([labels, scores.tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, tmp_path_factory) -> Path:
+    """A random LoRA adapter whose card names rows that are there."""
+    folder = tmp_path_factory.mktemp("adapter")
+    train = write_csv(folder / "train.csv", toy_rows(120))
+    data = load_data(DataConfig(source=str(train), validation_fraction=0.5))
+    record = DataRecord(
+        config=DataConfig(source=str(train), validation_fraction=0.5, labels=LABELS),
+        train_sha256=data.train.fingerprint(),
+        validation_sha256=data.validation.fingerprint(),
+    )
+    return write_adapter(folder / "a", tiny_base, record)
+
+
+def write_adapter(folder: Path, tiny_base: Path, record: DataRecord) -> Path:
+    folder.mkdir()
+    torch.manual_seed(1)
+    config = ModelConfig(name=str(tiny_base), max_length=16, dtype="float32")
+    base, method = load_base(config, labels=LABELS), LoraMethod(r=4, lora_alpha=8)
+    model = make_trainable(base, method, config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in trainable_tensors(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    save(
+        folder, model, base=base, labels=LABELS, model_config=config, method=method, data=record, machine={},
+        trained=compute_probe(model, IDS), tolerance=1e-4,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(adapter, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("merged") / "m"
+    merge(adapter, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(adapter, tmp_path_factory):
+    """The folder of an int8 export, which holds both graphs, and what export returned."""
+    out = tmp_path_factory.mktemp("exported") / "e"
+    return out, export(adapter, out, format="onnx-int8", max_drop=5)
+
+
+@pytest.fixture
+def traced(exported, monkeypatch) -> None:
+    """Take the graph that was traced before: tracing takes seconds, and most tests are not about it."""
+    monkeypatch.setattr(export_module, "write_graph", lambda model, path: shutil.copyfile(exported[0] / PLAIN, path))
+
+
+def stock_logits(merged: Path, ids, mask):
+    model = DistilBertForSequenceClassification.from_pretrained(merged).eval()
+    with torch.inference_mode():
+        return model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.numpy()
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 3), (2, 16), (5, 7), (3, 64)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_graph_answers_any_batch_and_length_as_the_merged_model(rows, length, padded, exported, merged):
+    generator = np.random.default_rng(0)
+    ids = generator.integers(5, 50, size=(rows, length))
+    kept = generator.integers(1, length + 1, size=rows) if padded else np.full(rows, length)
+    mask = (np.arange(length) < kept[:, None]).astype(np.int64)
+    expected = stock_logits(merged, ids, mask)
+    session = open_session(exported[0] / PLAIN)
+    np.testing.assert_allclose(session(ids, mask), expected, atol=1e-5, rtol=0)
+    if not padded:
+        np.testing.assert_array_equal(session(ids, None), session(ids, mask))
+    np.testing.assert_allclose(open_session(exported[0] / QUANTISED)(ids, mask), expected, atol=0.5, rtol=0)
+
+
+def test_the_axes_are_dynamic_and_everything_stands_in_one_file(exported):
+    graph = onnx.load(exported[0] / PLAIN, load_external_data=False).graph
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert shapes == {
+        "input_ids": ["batch", "length"],
+        "attention_mask": ["batch", "length"],
+        "logits": ["batch", len(LABELS)],
+    }
+    assert not any(tensor.external_data for tensor in graph.initializer)
+    assert sorted(str(p.relative_to(exported[0])) for p in exported[0].rglob("*") if p.is_file()) == [
+        "README.md", "config.json", PLAIN, QUANTISED, "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
+
+
+def test_no_path_of_this_machine_is_in_a_graph(exported):
+    for name in (PLAIN, QUANTISED):
+        content = (exported[0] / name).read_bytes()
+        assert b"site-packages" not in content
+        assert str(Path(torch.__file__).parent).encode() not in content
+
+
+def test_what_was_compared_is_said_and_stamped(exported, adapter):
+    out, found = exported
+    assert found.as_dict()["folder"] == str(out)
+    assert set(found.compared) == {"base", "onnx", "onnx-int8"}
+    for name in ("onnx", "onnx-int8"):
+        assert found.compared[name]["probe"]["rows"] == len(IDS)
+        assert found.compared[name]["validation"]["rows"] == 60
+    exact, small = found.compared["onnx"]["validation"], found.compared["onnx-int8"]["validation"]
+    assert exact["max_difference"] < 1e-4 < small["max_difference"]
+    assert exact["accuracy_merged"] == exact["accuracy_exported"]
+    assert found.compared["onnx-int8"]["drop"] == pytest.approx(
+        100 * (small["accuracy_merged"] - small["accuracy_exported"])
+    )
+    assert set(found.texts_per_second) == set(found.bytes) == {PLAIN, QUANTISED}
+    assert found.bytes[QUANTISED] < found.bytes[PLAIN]
+    stamp = read_stamp(out)
+    assert stamp.adapter_sha256 == load_card(adapter).sha256
+    assert set(stamp.files) == {PLAIN, QUANTISED, "tokenizer.json"}
+    assert stamp.compared == found.compared
+    readme = (out / "README.md").read_text(encoding="utf-8")
+    assert "onnx-int8 | validation, 60 rows" in readme
+    assert QUANTISED in readme
+
+
+def test_another_program_gets_our_labels_and_scores_without_torch(exported, adapter):
+    texts = ["a good film.", "so dull and awful, really quite a poor plot", "it was fine"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(exported[0]), json.dumps(texts)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    labels, scores = json.loads(done.stdout)
+    ours = classifier.load(adapter, dtype="float32").predict(texts)
+    assert labels == [answer.label for answer in ours]
+    np.testing.assert_allclose(scores, [list(answer.scores.values()) for answer in ours], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [PLAIN, QUANTISED])
+def test_the_classifier_reads_what_was_exported(name, exported, adapter):
+    ours, theirs = (classifier.load(p, dtype=d) for p, d in ((adapter, "float32"), (exported[0] / name, "auto")))
+    assert theirs.unverified == ()
+    np.testing.assert_allclose(
+        theirs.probabilities(["good film", "bad book"]), ours.probabilities(["good film", "bad book"]),
+        atol=1e-5 if name == PLAIN else 0.1,
+    )  # fmt: skip
+
+
+def test_a_merged_folder_is_exported_with_the_same_bytes(merged, exported, tmp_path):
+    found = export(merged, tmp_path / "e", format="onnx")
+    assert (tmp_path / "e" / PLAIN).read_bytes() == (exported[0] / PLAIN).read_bytes()
+    assert "does not say on which rows" in found.compared["onnx"]["validation"]["reason"]
+    # What travels with the model names no file or cell of anyone.
+    stamped = read_stamp(tmp_path / "e").compared["onnx"]
+    assert stamped["validation"] == {"reason": "its rows could not be had where it was exported"}
+    assert stamped["probe"] == found.compared["onnx"]["probe"]
+    assert found.compared["onnx"]["probe"]["rows"] == 32
+    assert found.texts_per_second == {}
+    assert not (tmp_path / "e" / QUANTISED).exists()
+    assert (merged / "model.safetensors").is_file()
+
+
+def test_safetensors_is_the_merge(adapter, merged, tmp_path):
+    found = export(adapter, tmp_path / "e", format="safetensors")
+    assert (tmp_path / "e/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+    assert set(found.compared) == {"base"}
+
+
+def test_int8_past_the_allowed_drop_leaves_nothing(adapter, merged, traced, tmp_path):
+    with pytest.raises(AdapterError, match=r"accuracy falls by .* points on 60 validation rows, allowed -50"):
+        export(adapter, tmp_path / "e", format="onnx-int8", max_drop=-50)
+    # Without labelled rows every label that changes counts.
+    with pytest.raises(AdapterError, match="% of labels change on 32 probe rows, allowed -1; use --format onnx"):
+        export(merged, tmp_path / "e", format="onnx-int8", max_drop=-1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("added", "said"), [(0.01, r"differ by 0\.01"), (np.nan, "are not finite")])
+def test_a_graph_that_answers_otherwise_leaves_nothing(added, said, merged, traced, tmp_path, monkeypatch):
+    def open_broken(path):
+        session = open_session(path)
+        return lambda ids, mask: session(ids, mask) + np.float32(added)
+
+    monkeypatch.setattr(export_module, "open_session", open_broken)
+    with pytest.raises(AdapterError, match=f"answers otherwise than the merged model: its logits {said}"):
+        export(merged, tmp_path / "e", format="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_refused(adapter, merged, exported, tiny_base, tmp_path, monkeypatch):
+    out = tmp_path / "e"
+    cases = [
+        (adapter, {"format": "gguf"}, ModelError, "format: found 'gguf'; allowed: safetensors, onnx, onnx-int8"),
+        (adapter, {"format": "onnx", "max_rows": 0}, ModelError, "max_rows"),
+        (merged, {"format": "onnx", "base": "x"}, ModelError, "needs no base"),
+        (tiny_base, {"format": "onnx"}, AdapterError, "neither an adapter .* nor a merged model"),
+        (exported[0], {"format": "onnx"}, AdapterError, "was exported before"),
+        (tmp_path / "nothing", {"format": "onnx"}, AdapterError, "nothing"),
+    ]
+    for source, options, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            export(source, out, **options)
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    with pytest.raises(AdapterError, match="exists"):
+        export(adapter, out, format="onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModelError, match=r"needs onnxscript: pip install 'lora_sentiment\[onnx\]'"):
+        export(adapter, tmp_path / "f", format="onnx")
+
+
+def test_an_altered_merged_folder_is_refused(merged, tmp_path):
+    copy = tmp_path / "m"
+    copy.mkdir()
+    for path in merged.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(AdapterError, match="was altered"):
+        export(copy, tmp_path / "e", format="onnx")
+    (copy / "tokenizer_config.json").unlink()
+    (copy / "model.safetensors").write_bytes((merged / "model.safetensors").read_bytes())
+    with pytest.raises(AdapterError, match=r"tokenizer_config\.json: is missing"):
+        export(copy, tmp_path / "e", format="onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_model_that_cannot_be_traced_is_refused_and_left_as_it_was(merged, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.onnx.errors.OnnxExporterError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    model = DistilBertForSequenceClassification.from_pretrained(merged).eval()
+    before = str(model), model.config._attn_implementation
+    with pytest.raises(ModelError, match="cannot export this model to ONNX: no such operator"):
+        write_graph(model, tmp_path / "a.onnx")
+    assert (str(model), model.config._attn_implementation) == before
+
+
+def test_a_stock_pipeline_tokenizer_reads_the_folder(exported):
+    assert AutoTokenizer.from_pretrained(exported[0]).model_max_length == 16
