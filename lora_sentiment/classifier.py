@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,21 +18,18 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lora_sentiment.adapter.stamp import Stamp, check_files, read_stamp
-from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
+from lora_sentiment.data.batches import TOKENISE_ROWS, Encoded, TextEncoder
 from lora_sentiment.data.rows import clean_text
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.evaluation.probabilities import softmax
 from lora_sentiment.files import hash_file
+from lora_sentiment.model.engine import Engine, compute_logits
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 log = logging.getLogger("lora_sentiment")
-
-Engine = Callable[[NDArray[np.int64], NDArray[np.int64] | None], NDArray[np.float32]]
-"""From input_ids and attention_mask (or None), both (num_rows, length), to logits: (num_rows, num_labels)."""
-TOKENISE_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class Classifier:
                 [clean_text(text, Counter()) for text in given] if self.clean else given, stride
             )
             temperature = self.temperature if calibrated and self.temperature else 1.0
-            scores = softmax(self._logits(encoded), temperature=temperature)
+            scores = softmax(compute_logits(self.engine, encoded), temperature=temperature)
             np.add.at(pooled, start + owners, scores / np.bincount(owners)[owners, None])
         return pooled
 
@@ -117,12 +114,6 @@ class Classifier:
             inputs += [self.encoder.frame(window) for window in own]
             owners += [owner] * len(own)
         return self.encoder.pack(inputs), np.array(owners, dtype=np.int64)
-
-    def _logits(self, encoded: Encoded) -> NDArray[np.float32]:
-        logits = np.zeros((len(encoded), len(self.labels)), dtype=np.float32)
-        for part in cut(np.arange(len(encoded)), encoded.lengths, max_tokens=INFERENCE_TOKENS):
-            logits[part] = self.engine(*pad(encoded, part))
-        return logits
 
     def _prediction(self, scores: NDArray[np.float64]) -> Prediction:
         best = int(scores.argmax())
@@ -189,7 +180,7 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     return Classifier(
         labels=tuple(card.labels),
         encoder=TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
-        engine=_make_engine(loaded.model, dtype, device),
+        engine=_prepare(loaded.model, dtype, device),
         clean=card.data.config.clean,
         temperature=(card.calibration or {}).get("temperature"),
         sha256=card.sha256,
@@ -211,7 +202,7 @@ def _load_whole(path: Path, max_length: int | None, dtype: str) -> Classifier:
     if base.new_head:
         raise AdapterError(f"{path}: is an encoder without a classification head; train one on it first")
     device = join_launch().device
-    engine = _make_engine(base.model, dtype, device)
+    engine = _prepare(base.model, dtype, device)
     truncation = stamp.truncation if stamp else "head"
     encoder = TextEncoder.of(base.tokenizer, max_length=length, truncation=truncation)
     return _stamped(labels, encoder, engine, stamp, path / "model.safetensors")
@@ -262,7 +253,7 @@ def _load_stock_peft(
     return Classifier(
         labels=tuple(labels),
         encoder=TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
-        engine=_make_engine(model, dtype, device),
+        engine=_prepare(model, dtype, device),
         clean=False,
         temperature=None,
         sha256=hashlib.sha256(f"{loaded.sha256} {hash_file(path / PEFT_WEIGHTS)}".encode()).hexdigest(),
@@ -290,25 +281,17 @@ def _stamped(
     )
 
 
-def _make_engine(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
-    """Return the forward of a model on a device, on the fast engine where it can."""
-    import torch
-
+def _prepare(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
+    """Return the forward of a model in a compute dtype on a device, on the fast engine where it can."""
     from lora_sentiment.model.base import cast_frozen, resolve_dtype
     from lora_sentiment.model.encoder import use_fast_encoder
+    from lora_sentiment.model.inference import make_engine
 
     dtype = resolve_dtype(dtype_name, device)
     model = cast_frozen(model, dtype=dtype, device=device).eval()
     if reason := use_fast_encoder(model, compute_dtype=dtype):
         log.info("stock engine: %s", reason)
-
-    def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask)
-        return np.asarray(output.logits.float().cpu().numpy(), dtype=np.float32)
-
-    return compute
+    return make_engine(model, autocast=dtype)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

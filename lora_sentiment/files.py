@@ -1,7 +1,8 @@
-"""Files whose bytes repeat: JSON with sorted keys, and hashes."""
+"""Files whose bytes repeat, and folders that appear whole: JSON with sorted keys, hashes, one synced rename."""
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +16,16 @@ def hash_file(path: Path) -> str:
     """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def take_place(aside: Path, place: Path) -> None:
+    """Sync every file of a folder to disk, then rename it to its place."""
+    for path in aside.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    aside.rename(place)
+    if os.name == "posix":
+        handle = os.open(place.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

@@ -21,7 +21,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from lora_sentiment.classifier import TOKENISE_ROWS, Classifier, Prediction
+from lora_sentiment.classifier import Classifier, Prediction
+from lora_sentiment.data.batches import TOKENISE_ROWS
 from lora_sentiment.data.rows import clean_text
 from lora_sentiment.data.tables import FORMATS, Batch, TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from lora_sentiment.adapter.stamp import check_files
 from lora_sentiment.adapter.weights import PEFT_CONFIG, rebuild, save_as_plain_lora, save_weights
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import hash_file, write_json
+from lora_sentiment.files import hash_file, take_place, write_json
 from lora_sentiment.model.base import Base, hash_tokenizer, load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import LoraMethod, Method
@@ -269,19 +268,12 @@ def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
     Raises:
         AdapterError: If the place is taken and must not be overwritten.
     """
-    for path in aside.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
     replaced = aside.with_name("replaced")
     if folder.exists():
         if not overwrite:
             raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; move it")
         folder.rename(replaced)
-    aside.rename(folder)
-    if os.name == "posix":
-        handle = os.open(folder.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    take_place(aside, folder)
     if replaced.exists():
         shutil.rmtree(replaced)
 

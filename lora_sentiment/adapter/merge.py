@@ -1,7 +1,6 @@
 """Merge an adapter into its base: a stock DistilBERT classifier, handed out only if it answers as the adapter does."""
 
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,34 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from lora_sentiment.adapter.comparison import ask, find_fault, without_reasons
 from lora_sentiment.adapter.folder import Card, Loaded, load, load_card
 from lora_sentiment.adapter.merged_card import make_merged_card
 from lora_sentiment.adapter.stamp import SCHEMA, Stamp, read_stamp, write_stamp
 from lora_sentiment.adapter.weights import rebuild
-from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, encode, make_batch
-from lora_sentiment.data.rows import Rows, load_data, sample
-from lora_sentiment.errors import AdapterError, DataError, ModelError
-from lora_sentiment.files import hash_file
-from lora_sentiment.model.base import DTYPES, hash_tokenizer, load_base
+from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.files import hash_file, take_place
+from lora_sentiment.model.base import DTYPES, hash_tokenizer, load_base, quiet
 from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.progress import make_bar
+from lora_sentiment.model.inference import make_engine
 
 log = logging.getLogger("lora_sentiment")
 
 Into = Literal["base", "dequantised"]
 WEIGHTS = "model.safetensors"
-MAX_DIFFERENCE = 1e-4
-"""Largest difference of a logit in fp32 on an unquantised base, in units of max(1, standard deviation of logits)."""
 ROWS_PER_FLIP = 100
 """Of a quantised base, or in another dtype: one row in this many may change its label."""
 ROWS_PER_LOSS = 200
@@ -103,18 +96,28 @@ def merge(
         card = _check_source(adapter, into, base)
         quantised = card.base.quantize != "none"
         loaded = load(adapter, base=base)
-        unmerged = _ask(loaded, max_rows=max_rows, progress=progress)
+        unmerged = ask(
+            make_engine(loaded.model),
+            "adapter",
+            card=card,
+            reading=card,
+            tokenizer=loaded.tokenizer,
+            max_rows=max_rows,
+            progress=progress,
+        )
         compared: dict[str, dict[str, Any]] = {}
         if quantised:
             other: Into = "dequantised" if into == "base" else "base"
             model = _make_merged(adapter, loaded, into=other, base=base).to(DTYPES[dtype])
-            compared[other] = unmerged.compare(model, exact=False)
+            compared[other] = unmerged.compare(make_engine(model), "merged", exact=False)
         model = _make_merged(adapter, loaded, into=into, base=base)
         if dtype != "float32":
             # What rounding did to a merge says nothing of one that was wrong before.
-            _refuse_otherwise(out, unmerged.compare(model, exact=not quantised), _advice(compared, into, "float32"))
+            found = unmerged.compare(make_engine(model), "merged", exact=not quantised)
+            _refuse_otherwise(out, found, _advice(compared, into, "float32"))
         _save_model(aside, model.to(DTYPES[dtype]), loaded)
-        compared[into] = unmerged.compare(_reload(aside, card), exact=not quantised and dtype == "float32")
+        exact = not quantised and dtype == "float32"
+        compared[into] = unmerged.compare(make_engine(_reload(aside, card)), "merged", exact=exact)
         _refuse_otherwise(out, compared[into], _advice(compared, into, dtype))
         compared = {choice: compared[choice] for choice in get_args(Into) if choice in compared}
         stamp = _make_stamp(aside, card, into=into, dtype=dtype, compared=compared)
@@ -182,81 +185,6 @@ def _check_source(adapter: Path, into: Into, base: str | None) -> Card:
     return card
 
 
-@dataclass(frozen=True)
-class _Unmerged:
-    """What the unmerged adapter answers.
-
-    Attributes:
-        rows: `probe`, and `validation` where its rows could be had.
-        logits: The answers to each, (num_rows, num_labels).
-        missing: Why there are no validation rows, or None.
-        progress: Show bars.
-    """
-
-    rows: dict[str, Encoded]
-    logits: dict[str, NDArray[np.float32]]
-    missing: str | None
-    progress: bool
-
-    def compare(self, model: nn.Module, *, exact: bool) -> dict[str, Any]:
-        """Return how far a merged model's answers are from these; `exact` says that they should be equal."""
-        found: dict[str, Any] = {}
-        for name, encoded in self.rows.items():
-            ours, theirs = self.logits[name], _answer(model, encoded, name, self.progress)
-            difference = float(np.abs(theirs - ours).max())
-            found[name] = {
-                "rows": len(encoded),
-                "max_difference": difference if np.isfinite(difference) else None,
-                "allowed": MAX_DIFFERENCE * max(1.0, float(ours.std())) if exact else None,
-                "flips": int((theirs.argmax(axis=1) != ours.argmax(axis=1)).sum()),
-            }
-            if name == "validation":
-                for key, logits in (("accuracy_adapter", ours), ("accuracy_merged", theirs)):
-                    found[name][key] = float((logits.argmax(axis=1) == encoded.labels).mean())
-        if self.missing is not None:
-            found["validation"] = {"reason": self.missing}
-        return found
-
-
-def _ask(loaded: Loaded, *, max_rows: int, progress: bool) -> _Unmerged:
-    """Let the unmerged adapter answer its stored probe, and validation rows where they can be had."""
-    card, missing = loaded.card, None
-    encoder = TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation)
-    rows = {"probe": encoder.pack([np.array(ids, dtype=np.int32) for ids in card.probe.input_ids])}
-    try:
-        found = _validation_rows(card, max_rows)
-        rows["validation"] = encode(
-            found, tokenizer=loaded.tokenizer, max_length=card.max_length, truncation=card.truncation, progress=progress
-        )
-    except DataError as error:
-        missing = str(error)
-        log.info("merge: compared on the probe alone, without validation rows: %s", missing)
-    logits = {name: _answer(loaded.model, encoded, name, progress) for name, encoded in rows.items()}
-    return _Unmerged(rows, logits, missing, progress)
-
-
-def _validation_rows(card: Card, max_rows: int) -> Rows:
-    config = card.data.config
-    rows = load_data(config).validation
-    if rows.fingerprint() != card.data.validation_sha256:
-        raise DataError(f"{config.source}: changed since training, so its validation rows are other ones")
-    return sample(rows, num_rows=max_rows, seed=config.split_seed)
-
-
-def _answer(model: nn.Module, encoded: Encoded, name: str, progress: bool) -> NDArray[np.float32]:
-    """Return the logits of rows, (num_rows, num_labels), whatever the dtype in fp32."""
-    parts = []
-    order = cut(np.arange(len(encoded)), encoded.lengths, max_tokens=INFERENCE_TOKENS)
-    with torch.inference_mode(), make_bar(int(encoded.lengths.sum()), desc=name, unit="tok", show=progress) as bar:
-        for index in order:
-            batch = make_batch(encoded, index, device=next(model.parameters()).device)
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            parts.append(output.logits.float().cpu().numpy())
-            bar.update(batch.num_tokens)
-    logits = np.concatenate(parts)
-    return np.asarray(logits[np.argsort(np.concatenate(order))], dtype=np.float32)
-
-
 def _make_merged(adapter: Path, loaded: Loaded, *, into: Into, base: str | None) -> nn.Module:
     """Return the merged model in fp32, built from a freshly loaded unquantised base."""
     card = loaded.card
@@ -290,7 +218,7 @@ def _dequantise(quantised: nn.Module, plain: nn.Module) -> None:
 
 def _save_model(folder: Path, model: nn.Module, loaded: Loaded) -> None:
     """Write what stock transformers reads."""
-    with _quiet():
+    with quiet():
         cast(Any, model).save_pretrained(folder)
     # safetensors writes for the owner alone, where every other file here can be read by all.
     (folder / WEIGHTS).chmod(0o644)
@@ -304,7 +232,7 @@ def _save_model(folder: Path, model: nn.Module, loaded: Loaded) -> None:
 def _reload(folder: Path, card: Card) -> nn.Module:
     """Load what was written as anyone would."""
     try:
-        with _quiet():
+        with quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, trust_remote_code=False, output_loading_info=True
@@ -321,14 +249,9 @@ def _reload(folder: Path, card: Card) -> nn.Module:
 
 def _fault(found: dict[str, Any]) -> str | None:
     """Return what is wrong with a comparison, or None."""
-    compared = {name: figures for name, figures in found.items() if "rows" in figures}
-    for name, figures in compared.items():
-        difference, allowed = figures["max_difference"], figures["allowed"]
-        if difference is None:
-            return f"its logits are not finite on the {name} rows"
-        if allowed is not None and not difference <= allowed:
-            return f"logits differ by {difference:.2g} on the {name} rows, allowed {allowed:.2g}"
-    name, figures = next(reversed(compared.items()))
+    if fault := find_fault(found):
+        return fault
+    name, figures = next(reversed([(name, figures) for name, figures in found.items() if "rows" in figures]))
     rows, flips = figures["rows"], figures["flips"]
     if figures["allowed"] is None and flips * ROWS_PER_FLIP > rows:
         return f"{flips} of {rows} {name} rows get another label, allowed 1 %"
@@ -354,12 +277,6 @@ def _advice(compared: dict[str, dict[str, Any]], into: str, dtype: str) -> str:
 
 
 def _make_stamp(folder: Path, card: Card, *, into: Into, dtype: str, compared: dict[str, dict[str, Any]]) -> Stamp:
-    # A reason may quote a path or a cell of someone's file, and the stamp travels with the model.
-    unread = {"reason": "its rows could not be had where it was merged"}
-    public = {
-        choice: {name: unread if "reason" in figures else figures for name, figures in found.items()}
-        for choice, found in compared.items()
-    }
     return Stamp(
         schema=SCHEMA,
         adapter_sha256=card.sha256,
@@ -372,35 +289,12 @@ def _make_stamp(folder: Path, card: Card, *, into: Into, dtype: str, compared: d
         truncation=card.truncation,
         clean=card.data.config.clean,
         calibration=card.calibration,
-        compared=public,
+        compared=without_reasons(compared),
         files={name: hash_file(folder / name) for name in (WEIGHTS, "tokenizer.json")},
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the library's bars and reports: what they would tell is checked here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def _publish(aside: Path, out: Path) -> None:
-    """Sync every file, then rename once."""
-    for path in aside.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
     if out.exists():
         raise AdapterError(f"{out}: was written by another process meanwhile; name another folder")
-    aside.rename(out)
-    if os.name == "posix":
-        handle = os.open(out.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    take_place(aside, out)

@@ -23,7 +23,11 @@ def make_merged_card(name: str, labels: tuple[str, ...], stamp: Stamp) -> str:
         tags=["text-classification", "distilbert", stamp.method],
     ).to_yaml()
     target = "the base as quantising had left it" if stamp.into == "dequantised" else "the base as it was published"
-    rows = [_table_row(into, name, found) for into, parts in stamp.compared.items() for name, found in parts.items()]
+    rows = [
+        table_row(into, part, found, forms=("adapter", "merged"))
+        for into, parts in stamp.compared.items()
+        for part, found in parts.items()
+    ]
     return f"""\
 ---
 {metadata}
@@ -47,7 +51,7 @@ classify = pipeline("text-classification", "{name}")
 classify(["A lovely film."], truncation=True)
 ```
 
-{_reading(stamp)}
+{say_reading(stamp, other="this pipeline")}
 
 ## The same answers as the adapter
 
@@ -59,19 +63,20 @@ Compared with the unmerged adapter after reloading it with plain transformers.
 """
 
 
-def _table_row(into: str, name: str, found: dict[str, Any]) -> str:
+def table_row(form: str, part: str, found: dict[str, Any], *, forms: tuple[str, str]) -> str:
+    """Return one comparison as a row of a README's table, with the accuracies of both `forms`."""
     if "reason" in found:
-        return f"| {into} | {name}: none | | | | |"
+        return f"| {form} | {part}: none | | | | |"
     difference = "not finite" if found["max_difference"] is None else f"{found['max_difference']:.2g}"
-    scores = [f"{found[key]:.4f}" if key in found else "" for key in ("accuracy_adapter", "accuracy_merged")]
-    return f"| {into} | {name}, {found['rows']:,} rows | {difference} | {found['flips']} | {' | '.join(scores)} |"
+    scores = [f"{found[key]:.4f}" if (key := f"accuracy_{name}") in found else "" for name in forms]
+    return f"| {form} | {part}, {found['rows']:,} rows | {difference} | {found['flips']} | {' | '.join(scores)} |"
 
 
-def _reading(stamp: Stamp) -> str:
-    """Say how texts were read in training, and what of it a stock pipeline does not do."""
+def say_reading(stamp: Stamp, *, other: str) -> str:
+    """Say how texts were read in training, and what of it `other` does not do."""
     said = f"A text is cut at {stamp.max_length} tokens, as in training"
     if stamp.truncation == "head_tail":
-        said += ", which kept the first quarter and the last three quarters; this pipeline keeps the first tokens"
+        said += f", which kept the first quarter and the last three quarters; {other} keeps the first tokens"
     if stamp.clean:
-        said += "; training also cleaned texts (HTML, control characters, blanks), which this pipeline does not"
+        said += f"; training also cleaned texts (HTML, control characters, blanks), which {other} does not"
     return f"{said}."

@@ -4,7 +4,6 @@ Nothing here imports torch.
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.model.engine import Engine
 
 PLAIN, QUANTISED = "onnx/model.onnx", "onnx/model_quantized.onnx"
 """Where text-embeddings-inference and transformers.js look; the second for transformers.js' dtype `q8`."""
@@ -19,16 +19,10 @@ INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
 """Names of the graph's inputs and output, those that transformers.js and text-embeddings-inference feed and read."""
 
 
-def open_session(
-    path: Path,
-) -> Callable[[NDArray[np.int64], NDArray[np.int64] | None], NDArray[np.float32]]:
+def open_session(path: Path) -> Engine:
     """Open an ONNX classifier.
 
     It computes with one thread a usable core, or with as many as OMP_NUM_THREADS says.
-
-    Returns:
-        A function from input_ids and attention_mask (or None where no row is padded), both (num_rows, length), to
-        logits: (num_rows, num_labels).
 
     Raises:
         AdapterError: If the file is missing, cannot be read, or is no classifier of texts.

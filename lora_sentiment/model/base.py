@@ -73,7 +73,7 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
         raise ModelError(f"model.name {config.name!r}: no such folder")
     if config.revision and Path(config.name).is_dir():
         raise ModelError(f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no revisions")
-    with _quiet(), _explain(config.name):
+    with quiet(), _explain(config.name):
         # Resolved once: a Hub name could move between one file and the next.
         revision = extract_commit_hash(cached_file(config.name, "config.json", revision=config.revision), None)
         where = {"revision": revision or config.revision, "trust_remote_code": False}
@@ -148,7 +148,7 @@ def _quantise(
         }
     # It warns at every layer and call that int8 products round their input to fp16, which is what int8 means.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with _quiet(), _explain(config.name), torch.random.fork_rng(devices=[]):
+    with quiet(), _explain(config.name), torch.random.fork_rng(devices=[]):
         model = AutoModelForSequenceClassification.from_pretrained(
             config.name,
             config=found,
@@ -260,8 +260,8 @@ def _check_own_labels(own: list[str], labels: tuple[str, ...], name: str) -> Non
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the load report: that the head is new is no news, and all else is checked here."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' bars and load report: that a head is new is no news, and all else is checked here."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Logits for many rows: sorted by length, sharded over processes, back in the rows' order."""
+"""Logits by torch: of many rows, sharded over processes, or of one batch as an engine."""
 
 import numpy as np
 import torch
@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, cut, make_batch, shard
+from lora_sentiment.model.engine import Engine
 from lora_sentiment.progress import make_bar
 
 
@@ -45,3 +46,21 @@ def predict_logits(
         summed = accelerator.reduce(logits, reduction="sum")
     model.train(was_training)
     return np.asarray(summed.cpu().numpy(), dtype=np.float32)
+
+
+def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> Engine:
+    """Return the forward of a model on the device where it is.
+
+    Args:
+        model: A sequence classifier in eval mode.
+        autocast: Compute dtype of what is not in one dtype throughout; float32 leaves all as it is.
+    """
+    device = next(model.parameters()).device
+
+    def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
+        with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
+            output = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask)
+        return np.asarray(output.logits.float().cpu().numpy(), dtype=np.float32)
+
+    return compute

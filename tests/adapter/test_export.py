@@ -201,7 +201,7 @@ def test_a_merged_folder_is_exported_with_the_same_bytes(merged, exported, tmp_p
     assert "does not say on which rows" in found.compared["onnx"]["validation"]["reason"]
     # What travels with the model names no file or cell of anyone.
     stamped = read_stamp(tmp_path / "e").compared["onnx"]
-    assert stamped["validation"] == {"reason": "its rows could not be had where it was exported"}
+    assert stamped["validation"] == {"reason": "its rows could not be had where this was made"}
     assert stamped["probe"] == found.compared["onnx"]["probe"]
     assert found.compared["onnx"]["probe"]["rows"] == 32
     assert found.texts_per_second == {}
