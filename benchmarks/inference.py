@@ -2,10 +2,10 @@
 
     python benchmarks/inference.py adapters/imdb_lora
 
-The adapter is merged and exported into --cache, each verified as always. Then all forms answer the same rows, a chunk at
-a time and one after another, in an order that turns from chunk to chunk: a chunk's times are of the same minutes, and
-ratios are taken chunk by chunk. Every finished chunk is one line of benchmarks/inference.jsonl, so a killed script goes
-on where it was; `--render` makes the table of what is finished.
+The adapter is merged and exported into --cache, each verified as always. Then all forms answer the same rows, a chunk
+at a time and one after another, in an order that turns from chunk to chunk: a chunk's times are of the same minutes,
+and ratios are taken chunk by chunk. Every finished chunk is one line of benchmarks/inference.jsonl, so a killed script
+goes on where it was; `--render` makes the table of what is finished.
 
 The stock pipeline gets the merged folder and the texts as cleaned, with truncation on: it keeps the first tokens of a
 longer text, and knows no other way. Its batch size is the faster of 1 and 16 on the first rows.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.folder import load_card
@@ -122,6 +123,7 @@ def measure(forms: dict[str, Answer], texts: list[str], labels: np.ndarray, *, s
         "rows": len(texts),
         "of": of,
         "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "forms": {
             name: {
                 "seconds": round(seconds[name], 3),
@@ -144,12 +146,12 @@ def render(lines: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
         "",
         f"`python benchmarks/inference.py {arguments.adapter}`: {done:,} of the {of:,} {arguments.split} rows of "
         f"`{card.data.config.source}`, base `{Path(card.base.name).name}`, at most {card.max_length} tokens a text "
-        f"({card.truncation}; the stock pipeline knows `head` only). {platform.machine()}, "
-        f"{card.machine.get('threads')} threads, {libraries}, {lines[-1]['date']}. Chunks of {lines[0]['rows']:,} rows, "
-        "all forms in turn on each; a ratio is the median over chunks, in brackets the lowest and highest.",
+        f"({card.truncation}; the stock pipeline knows `head` only). {lines[-1]['machine']}, {libraries}, "
+        f"{lines[-1]['date']}. Chunks of {lines[0]['rows']:,} rows, all forms in turn on each; a ratio is the median "
+        "over chunks, in brackets the lowest and highest.",
         "",
-        "| form | accuracy | texts/s | times the stock pipeline | other labels than the adapter | largest difference of a "
-        "probability |",
+        "| form | accuracy | texts/s | times the stock pipeline | other labels than the adapter | "
+        "largest difference of a probability |",
         "|---|---|---|---|---|---|",
     ]
     for name in FORMS:

@@ -163,6 +163,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--render", action="store_true", help="make the table of what is finished and run nothing")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of every run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of methods.md and methods.jsonl")
+    parser.add_argument("--note", default="", help="sentence for the page, such as what else the machine was doing")
     parser.add_argument(
         "--cache", type=Path, default=ROOT / "adapters/methods", help="folder of what each run had right"
     )

@@ -108,6 +108,7 @@ def describe(rows: Sequence[Row], arguments: Namespace) -> str:
         *versions,
         " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]])),
     ]
+    note = f"\n- {arguments.note}" if arguments.note else ""
     return f"""```sh
 {command(arguments)}
 ```
@@ -123,7 +124,7 @@ def describe(rows: Sequence[Row], arguments: Namespace) -> str:
 - "not worse" is said only where the interval's lower end is above {-100 * MARGIN:.1f} points, "worse" only where its
   upper end is below 0.
 - Trainable counts hold the head, bytes are the saved tensors. Every run has its own process: peak is its most resident
-  memory, imported libraries included, or on a GPU the most allocated."""
+  memory, imported libraries included, or on a GPU the most allocated.{note}"""
 
 
 def command(arguments: Namespace) -> str:

@@ -223,7 +223,10 @@ def test_accuracy_may_not_fall(with_rows, tmp_path, monkeypatch):
 
 
 CORRUPTIONS = {
-    "altered": (lambda t: t["classifier.bias"][0].add_(1), r"answers otherwise than the adapter: its logits differ by 1 "),
+    "altered": (
+        lambda t: t["classifier.bias"][0].add_(1),
+        r"answers otherwise than the adapter: its logits differ by 1 ",
+    ),
     "missing": (lambda t: t.pop("classifier.bias"), r"lacks tensors or has others: classifier\.bias"),
     "not finite": (lambda t: t["classifier.bias"].fill_(float("nan")), "not finite on the probe rows"),
 }
