@@ -7,6 +7,7 @@ this imports no torch, and neither does loading and asking an ONNX file.
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_sentiment.adapter.stamp import Stamp, check_files, read_stamp
+from lora_sentiment.adapter.onnx import PLAIN, open_session
+from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp
 from lora_sentiment.data.batches import TOKENISE_ROWS, Encoded, TextEncoder
 from lora_sentiment.data.rows import clean_text
-from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.evaluation.probabilities import softmax
 from lora_sentiment.files import hash_file
 from lora_sentiment.model.engine import Engine, compute_logits
@@ -69,17 +71,24 @@ class Classifier:
     sha256: str
     unverified: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse labels that could not be told apart."""
+        if len(set(self.labels)) < max(2, len(self.labels)) or not all(self.labels):
+            raise AdapterError(f"labels: found {list(self.labels)}; a classifier needs two or more different names")
+
     def predict(self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False) -> list[Prediction]:
         """Answer texts, in their order.
 
         Args:
-            texts: None of them empty.
+            texts: A list of strings, however long each.
             stride: Read a longer text whole, in windows that share this many tokens, and average their probabilities;
                 None cuts it as in training.
             calibrated: Divide logits by the temperature that training fitted.
 
         Raises:
+            DataError: If the texts are no list of strings.
             ModelError: If the stride leaves no room, or there is no temperature.
+            AdapterError: If the model answers another number of labels than it has names.
         """
         found = self.probabilities(texts, stride=stride, calibrated=calibrated)
         return [self._prediction(row) for row in found]
@@ -93,16 +102,22 @@ class Classifier:
         """
         if calibrated and self.temperature is None:
             raise ModelError("calibrated: this model was saved without a temperature; leave it out")
-        if stride is not None and not 0 <= stride < self.encoder.room:
+        if stride is not None and (not isinstance(stride, int) or not 0 <= stride < self.encoder.room):
             raise ModelError(f"stride: found {stride}; allowed: 0 to {self.encoder.room - 1} tokens")
+        texts = _checked(texts)
         pooled = np.zeros((len(texts), len(self.labels)))
         for start in range(0, len(texts), TOKENISE_ROWS):
-            given = list(texts[start : start + TOKENISE_ROWS])
-            encoded, owners = self._encode(
-                [clean_text(text, Counter()) for text in given] if self.clean else given, stride
-            )
-            temperature = self.temperature if calibrated and self.temperature else 1.0
-            scores = softmax(compute_logits(self.engine, encoded), temperature=temperature)
+            given = texts[start : start + TOKENISE_ROWS]
+            read = [clean_text(text, Counter()) for text in given] if self.clean else given
+            if any(re.search("[\ud800-\udfff]", text) for text in read):
+                raise DataError(
+                    "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it as UTF-8"
+                )
+            encoded, owners = self._encode(read, stride)
+            logits = compute_logits(self.engine, encoded)
+            if logits.shape[1:] != (len(self.labels),):
+                raise AdapterError(f"the model answers {logits.shape[1:]} values a text for the labels {self.labels}")
+            scores = softmax(logits, temperature=self.temperature if calibrated and self.temperature else 1.0)
             np.add.at(pooled, start + owners, scores / np.bincount(owners)[owners, None])
         return pooled
 
@@ -118,7 +133,18 @@ class Classifier:
     def _prediction(self, scores: NDArray[np.float64]) -> Prediction:
         best = int(scores.argmax())
         named = dict(zip(self.labels, scores.tolist(), strict=True))
-        return Prediction(self.labels[best], named[self.labels[best]], named)
+        return Prediction(self.labels[best], float(scores[best]), named)
+
+
+def _checked(texts: Sequence[str]) -> list[str]:
+    """Return texts as a list, refusing what no tokenizer takes."""
+    if isinstance(texts, str):
+        raise DataError("texts: found one string; give a list, as in predict(['A lovely film.'])")
+    found = list(texts)
+    for place, text in enumerate(found):
+        if not isinstance(text, str):
+            raise DataError(f"texts[{place}]: found a {type(text).__name__}; give a string")
+    return found
 
 
 def load(
@@ -134,7 +160,7 @@ def load(
     Args:
         path: An adapter folder, a merged or exported folder, an `.onnx` file in one, a stock transformers folder, or a
             stock PEFT folder.
-        labels: Label names in order; only for a stock PEFT folder, which does not hold them.
+        labels: Label names in order: a stock PEFT folder does not hold them, a stock model's may mean nothing.
         base: Where to find an adapter's base, if not where it says.
         max_length: Most tokens of a text; only for stock folders, which do not say what they were trained with.
         dtype: Compute dtype: `auto`, `float32`, `bfloat16` or `float16`; an ONNX file has its own.
@@ -143,8 +169,12 @@ def load(
         AdapterError: If the folder is none of these, is incomplete or was altered, or has another base.
         ModelError: If the base cannot be loaded, or an option does not fit the form that was found.
     """
-    path = Path(path)
-    if path.suffix == ".onnx":
+    if isinstance(labels, str):
+        raise ModelError(f"labels: found the string {labels!r}; give a list of names, in order")
+    if max_length is not None and (type(max_length) is not int or max_length < 8):
+        raise ModelError(f"max_length: found {max_length!r}; allowed: 8 or more tokens")
+    path = Path(path).resolve()
+    if path.is_file() and path.suffix == ".onnx":
         return _load_onnx(path, labels=labels, base=base, max_length=max_length, dtype=dtype)
     if not path.is_dir():
         raise AdapterError(f"{path}: no such folder or .onnx file")
@@ -154,13 +184,13 @@ def load(
     if (path / "adapter_config.json").is_file():
         return _load_stock_peft(path, labels, base, max_length, dtype)
     if (path / "model.safetensors").is_file():
-        _refuse(path, "a whole model, which holds them", labels=labels, base=base)
-        return _load_whole(path, max_length, dtype)
-    if (path / "onnx/model.onnx").is_file():
-        return _load_onnx(path / "onnx/model.onnx", labels=labels, base=base, max_length=max_length, dtype=dtype)
+        _refuse(path, "a whole model, which has no base", base=base)
+        return _load_whole(path, labels, max_length, dtype)
+    if (path / PLAIN).is_file():
+        return _load_onnx(path / PLAIN, labels=labels, base=base, max_length=max_length, dtype=dtype)
     raise AdapterError(
         f"{path}: holds no model; expected card.json (an adapter), adapter_config.json (a PEFT folder), "
-        "model.safetensors (a merged model) or onnx/model.onnx"
+        f"model.safetensors (a merged model) or {PLAIN}"
     )
 
 
@@ -177,62 +207,58 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     device = join_launch().device
     loaded = load_folder(path, base=base, device=device)
     card = loaded.card
-    return Classifier(
-        labels=tuple(card.labels),
-        encoder=TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
-        engine=_prepare(loaded.model, dtype, device),
+    return _make(
+        tuple(card.labels),
+        TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
+        _prepare(loaded.model, dtype, device),
         clean=card.data.config.clean,
-        temperature=(card.calibration or {}).get("temperature"),
-        sha256=card.sha256,
+        calibration=card.calibration,
+        weights=[card.sha256, dtype],
     )
 
 
-def _load_whole(path: Path, max_length: int | None, dtype: str) -> Classifier:
+def _load_whole(path: Path, labels: Sequence[str] | None, max_length: int | None, dtype: str) -> Classifier:
     from lora_sentiment.launch import join_launch
     from lora_sentiment.model.base import load_base
     from lora_sentiment.model.config import ModelConfig
 
     stamp = read_stamp(path)
     if stamp:
-        _refuse(path, "a merged model, which knows it", max_length=max_length)
-        check_files(path, stamp.files)
-    labels = _own_labels(path)
+        _refuse(path, "a merged model, which knows them", labels=labels, max_length=max_length)
+        check_stamp(path, stamp, needed=("model.safetensors", "tokenizer.json", "tokenizer_config.json"))
+    names = tuple(labels) if labels else _own_labels(path)
     length = stamp.max_length if stamp else max_length or _own_length(path)
-    base = load_base(ModelConfig(name=str(path.resolve()), max_length=length, dtype="float32"), labels=labels)
+    base = load_base(ModelConfig(name=str(path), max_length=length, dtype="float32"), labels=names)
     if base.new_head:
         raise AdapterError(f"{path}: is an encoder without a classification head; train one on it first")
     device = join_launch().device
-    engine = _prepare(base.model, dtype, device)
-    truncation = stamp.truncation if stamp else "head"
-    encoder = TextEncoder.of(base.tokenizer, max_length=length, truncation=truncation)
-    return _stamped(labels, encoder, engine, stamp, path / "model.safetensors")
+    encoder = TextEncoder.of(base.tokenizer, max_length=length, truncation=stamp.truncation if stamp else "head")
+    hashes = [hash_file(path / name) for name in ("model.safetensors", "config.json")]
+    return _make_whole(names, encoder, _prepare(base.model, dtype, device), stamp, [*hashes, dtype])
 
 
 def _load_onnx(path: Path, *, labels: object, base: object, max_length: int | None, dtype: str) -> Classifier:
-    from lora_sentiment.adapter.onnx import open_session
-
     _refuse(path, "an ONNX file, which holds them", labels=labels, base=base, dtype=None if dtype == "auto" else dtype)
     folder = path.parent.parent if path.parent.name == "onnx" else path.parent
-    if not path.is_file():
-        raise AdapterError(f"{path}: no such file")
     stamp = read_stamp(folder)
     if stamp:
         _refuse(path, "a file that knows it", max_length=max_length)
-        check_files(folder, {name: sha for name, sha in stamp.files.items() if not name.endswith(".safetensors")})
+        name = path.relative_to(folder).as_posix()
+        check_stamp(folder, stamp, needed=(name, "tokenizer.json", "tokenizer_config.json"))
     tokenizer, special = _read_tokenizer(folder)
-    encoder = TextEncoder(
-        tokenizer,
-        *special,
-        max_length=stamp.max_length if stamp else max_length or _own_length(folder),
-        truncation=stamp.truncation if stamp else "head",
-    )
-    return _stamped(_own_labels(folder), encoder, open_session(path), stamp, path)
+    longest = _own_length(folder)
+    if max_length and max_length > longest:
+        raise ModelError(f"max_length: found {max_length}; {path} reads at most {longest} tokens")
+    length = stamp.max_length if stamp else max_length or longest
+    encoder = TextEncoder(tokenizer, *special, max_length=length, truncation=stamp.truncation if stamp else "head")
+    hashes = [hash_file(path), hash_file(folder / "config.json")]
+    return _make_whole(_own_labels(folder), encoder, open_session(path), stamp, hashes)
 
 
 def _load_stock_peft(
     path: Path, labels: Sequence[str] | None, base: str | None, max_length: int | None, dtype: str
 ) -> Classifier:
-    from lora_sentiment.adapter.weights import PEFT_WEIGHTS, read_stock_config, rebuild_stock
+    from lora_sentiment.adapter.weights import PEFT_CONFIG, PEFT_WEIGHTS, read_stock_config, rebuild_stock
     from lora_sentiment.launch import join_launch
     from lora_sentiment.model.base import load_base
     from lora_sentiment.model.config import ModelConfig
@@ -242,21 +268,25 @@ def _load_stock_peft(
             f"{path} is a stock PEFT folder, which holds no label names; give them in order: "
             "labels=['negative', 'positive'], on the command line --labels negative,positive"
         )
-    name = base or read_stock_config(path).base_model_name_or_path
-    if not name:
+    recorded = read_stock_config(path)
+    name = base or recorded.base_model_name_or_path
+    if not isinstance(name, str) or not name:
         raise ModelError(f"{path}: its adapter_config.json names no base; give it with base=, --base")
-    config = ModelConfig(name=name, max_length=max_length or 8, dtype="float32")
+    if base and Path(base, "config.json").is_file() and (stamp := read_stamp(Path(base))):
+        raise AdapterError(
+            f"{base}: is no base: it already holds the adapter {stamp.adapter_sha256[:12]}, merged into {stamp.base!r}"
+        )
+    revision = None if base else recorded.revision
+    config = ModelConfig(name=name, revision=revision, max_length=max_length or 8, dtype="float32")
     loaded = load_base(config, labels=tuple(labels))
     max_length = max_length or loaded.shape.max_position_embeddings
-    model = rebuild_stock(path, loaded)
     device = join_launch().device
-    return Classifier(
-        labels=tuple(labels),
-        encoder=TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
-        engine=_prepare(model, dtype, device),
-        clean=False,
-        temperature=None,
-        sha256=hashlib.sha256(f"{loaded.sha256} {hash_file(path / PEFT_WEIGHTS)}".encode()).hexdigest(),
+    hashes = [hash_file(path / file) for file in (PEFT_WEIGHTS, PEFT_CONFIG) if (path / file).is_file()]
+    return _make(
+        tuple(labels),
+        TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
+        _prepare(rebuild_stock(path, loaded), dtype, device),
+        weights=[loaded.sha256, *hashes, dtype],
         unverified=(
             f"that {name!r} is the base it was trained on: the folder records no hash of it",
             f"that {', '.join(labels)} are its labels, in this order",
@@ -265,20 +295,31 @@ def _load_stock_peft(
     )
 
 
-def _stamped(
-    labels: tuple[str, ...], encoder: TextEncoder, engine: Engine, stamp: Stamp | None, weights: Path
+def _make_whole(
+    labels: tuple[str, ...], encoder: TextEncoder, engine: Engine, stamp: Stamp | None, weights: list[str]
 ) -> Classifier:
     """Return the classifier of a whole model, with what its stamp says where it has one."""
-    unverified = () if stamp else ("its weights: no stamp of this package says what they should be",)
-    return Classifier(
-        labels=labels,
-        encoder=encoder,
-        engine=engine,
-        clean=stamp.clean if stamp else False,
-        temperature=(stamp.calibration or {}).get("temperature") if stamp else None,
-        sha256=hash_file(weights),
-        unverified=unverified,
-    )
+    if stamp is None:
+        unverified = ("its weights: no stamp of this package says what they should be",)
+        return _make(labels, encoder, engine, weights=weights, unverified=unverified)
+    return _make(labels, encoder, engine, clean=stamp.clean, calibration=stamp.calibration, weights=weights)
+
+
+def _make(
+    labels: tuple[str, ...],
+    encoder: TextEncoder,
+    engine: Engine,
+    *,
+    weights: list[str],
+    clean: bool = False,
+    calibration: dict[str, float] | None = None,
+    unverified: tuple[str, ...] = (),
+) -> Classifier:
+    """Return a classifier whose hash holds all that decides an answer, beside what `weights` says."""
+    temperature = (calibration or {}).get("temperature")
+    reading = [encoder.tokenizer.to_str(), encoder.max_length, encoder.truncation, clean, temperature, *labels]
+    sha256 = hashlib.sha256(json.dumps([*weights, *reading]).encode()).hexdigest()
+    return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
 
 
 def _prepare(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
@@ -305,17 +346,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _own_labels(folder: Path) -> tuple[str, ...]:
-    names = _read_json(folder / "config.json").get("id2label")
-    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))) or len(names) < 2:
-        raise AdapterError(f"{folder}/config.json: id2label names no two labels or more: found {names!r}")
+    # transformers writes no names where they are its own two.
+    names = _read_json(folder / "config.json").get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
+        raise AdapterError(f"{folder}/config.json: id2label names no labels from 0 on: found {names!r}")
     return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
 def _own_length(folder: Path) -> int:
     """Return the longest input of a model without stamp: its tokenizer's, and at most its positions."""
-    positions = int(_read_json(folder / "config.json").get("max_position_embeddings", 512))
-    longest = _read_json(folder / "tokenizer_config.json").get("model_max_length", positions)
-    return min(int(longest), positions)
+    found = (
+        _read_json(folder / "config.json").get("max_position_embeddings", 512),
+        _read_json(folder / "tokenizer_config.json").get("model_max_length"),
+    )
+    return min(int(value) for value in found if isinstance(value, int | float) and value >= 8)
 
 
 def _read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, int, int]]:
@@ -323,6 +367,7 @@ def _read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, int, int]]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise AdapterError(f"{path}: is missing; copy the whole folder")
+    _read_json(path)
     tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     tokenizer.no_truncation()
     tokenizer.no_padding()

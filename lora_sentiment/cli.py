@@ -1,20 +1,22 @@
 """The command line: `lora-sentiment VERB`. The only room that prints."""
 
+import io
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from lora_sentiment.data.config import report_roles
-from lora_sentiment.errors import LoraSentimentError, RecipeError
+from lora_sentiment.errors import DataError, LoraSentimentError, RecipeError
 from lora_sentiment.model.parameters import show_parameters
 from lora_sentiment.recipe import Recipe, make_schema
+from lora_sentiment.terminal import show_compared, show_scores, show_table
 
 app = typer.Typer(
     name="lora-sentiment",
@@ -50,7 +52,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = F
         typer.echo(f"quantised   {run.report['quantisation']['verdict']}")
     for role in report_roles(run.report):
         typer.echo(f"{role} (95 % intervals)")
-        _show_scores(run.report[role])
+        show_scores(run.report[role])
 
 
 @app.command()
@@ -76,12 +78,16 @@ def evaluate(
         typer.echo(json.dumps(found.as_dict()))
         return
     typer.echo(f"{found.split}: {found.num_rows:,} rows, 95 % intervals")
-    _show_scores({name: interval.as_dict() for name, interval in found.scores.items()})
+    show_scores({name: interval.as_dict() for name, interval in found.scores.items()})
 
 
 AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="New folder; it appears finished or not at all.")]
 BaseOption = Annotated[str | None, typer.Option(help="Where to find the base, if not where the card says.")]
+IntoOption = Annotated[
+    Literal["base", "dequantised"],
+    typer.Option(help="Merge into the base as it was published, or what quantising had left of it."),
+]
 RowsOption = Annotated[int, typer.Option(min=1, help="Most validation rows to compare on.")]
 
 
@@ -90,10 +96,7 @@ def merge(
     adapter: AdapterArgument,
     out: OutArgument,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
-    into: Annotated[
-        Literal["base", "dequantised"],
-        typer.Option(help="base, as it was published, or dequantised: what quantising had left of it."),
-    ] = "base",
+    into: IntoOption = "base",
     base: BaseOption = None,
     max_rows: RowsOption = 500,
     as_json: Json = False,
@@ -106,7 +109,8 @@ def merge(
         typer.echo(json.dumps(done.as_dict()))
         return
     typer.echo(f"merged      {done.folder} ({done.dtype}, into {done.into})")
-    _show_compared(done.compared)
+    show_compared(done.compared)
+    typer.echo(f"reading     {done.reading}")
 
 
 @app.command()
@@ -114,6 +118,7 @@ def export(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder; for ONNX also a merged folder.")],
     out: OutArgument,
     format: Annotated[Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")] = "onnx",
+    into: IntoOption = "base",
     base: BaseOption = None,
     max_drop: Annotated[float, typer.Option(help="Most points of accuracy (of 100) that int8 may cost.")] = 0.5,
     max_rows: RowsOption = 500,
@@ -122,7 +127,9 @@ def export(
     """Export an adapter for other runtimes, open it there, and hold its answers to the merged model's."""
     from lora_sentiment.adapter.export import export as run_export
 
-    done = run_export(adapter, out, format=format, base=base, max_drop=max_drop, max_rows=max_rows, progress=True)
+    done = run_export(
+        adapter, out, format=format, into=into, base=base, max_drop=max_drop, max_rows=max_rows, progress=True
+    )
     if as_json:
         typer.echo(json.dumps(done.as_dict()))
         return
@@ -130,11 +137,13 @@ def export(
     for name, size in done.bytes.items():
         speed = f", {done.texts_per_second[name]:,.1f} texts/s" if done.texts_per_second else ""
         typer.echo(f"file        {name}: {size:,} bytes{speed}")
-    _show_compared(done.compared)
+    show_compared(done.compared)
+    typer.echo(f"reading     {done.reading}")
 
 
 @app.command()
 def predict(
+    context: typer.Context,
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="Adapter, merged or exported folder, or an .onnx file.")
     ],
@@ -165,10 +174,10 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Label texts, standard input, or a table however long."""
-    _refuse_combinations(texts, input=input, output=output, explain=explain, html=html, resume=resume)
+    _refuse_combinations(context)
     from lora_sentiment.classifier import load
 
-    names = labels.split(",") if labels else None
+    names = [name.strip() for name in labels.split(",")] if labels else None
     classifier = load(model, labels=names, base=base, max_length=max_length, dtype=dtype)
     for sentence in classifier.unverified if _is_main() else ():
         typer.echo(f"unverified: {sentence}", err=True)
@@ -177,9 +186,10 @@ def predict(
         table = {"text_column": text_column, "encoding": encoding, "prefix": prefix, "all_scores": all_scores}
         run = {"rows_per_part": rows_per_part, "resume": resume, "overwrite": overwrite}
         _predict_table(classifier, input, output, as_json=as_json, **reading, **table, **run)
-    elif explain:
-        _explain(classifier, texts or filter(str.strip, sys.stdin), html=html, as_json=as_json, **reading)
-    else:
+    elif explain and _is_main():
+        lines = texts or filter(str.strip, sys.stdin)
+        _explain(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **reading)
+    elif _is_main():
         _predict_lines(classifier, texts or sys.stdin, all_scores=all_scores, as_json=as_json, **reading)
 
 
@@ -238,7 +248,7 @@ def compare(
     elif markdown:
         typer.echo(comparison.to_markdown(rows))
     else:
-        _show_table(comparison.make_columns(rows), comparison.make_notes(rows), left=comparison.LEFT)
+        show_table(comparison.make_columns(rows), comparison.make_notes(rows), left=comparison.LEFT)
 
 
 @app.command()
@@ -271,7 +281,19 @@ def estimate(
             f"{probed.baseline / 2**20:,.0f} MiB of its imports; estimated {probed.estimated / 2**20:,.0f} MiB "
             f"({probed.error:+.1%})"
         )
-    _show_table(estimation.make_columns(found), notes, left=())
+    show_table(estimation.make_columns(found), notes, left=())
+
+
+@app.command()
+def doctor(
+    hub: Annotated[bool, typer.Option("--hub/--no-hub", help="Ask whether the Hub can be reached.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Show versions, processor, memory, devices, Hub, and every known trap that this machine shows."""
+    from lora_sentiment.doctor import examine
+
+    found = examine(hub=hub)
+    typer.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.to_lines()))
 
 
 @app.command()
@@ -280,51 +302,27 @@ def schema() -> None:
     typer.echo(json.dumps(make_schema(), indent=2))
 
 
-def _show_table(columns: Mapping[str, list[str]], notes: list[str], *, left: tuple[str, ...]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in columns:
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    # A pipe has no width: nothing is cut there.
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 400)
-    console.print(table)
-    for note in notes:
-        typer.echo(f"* {note}")
+_OF_TABLES = ("text_column", "encoding", "prefix", "rows_per_part", "resume")
+"""Options of `predict` that only a table takes."""
 
 
-def _show_compared(compared: Mapping[str, Any]) -> None:
-    for what, blocks in compared.items():
-        for rows, found in blocks.items():
-            if not isinstance(found, dict):
-                continue
-            if "reason" in found:
-                typer.echo(f"{what:<11} not compared on {rows}: {found['reason']}")
-                continue
-            accuracies = [f"{key.replace('_', ' ')} {found[key]:.4f}" for key in found if key.startswith("accuracy")]
-            facts = [
-                f"logits differ by {found['max_difference']:.2g} at most",
-                f"{found['flips']:,} other labels",
-                *accuracies,
-            ]
-            typer.echo(f"{what:<11} {found['rows']:,} {rows} rows: {', '.join(facts)}")
-
-
-def _refuse_combinations(texts: list[str] | None, *, input: Path | None, output: Path | None, **others: Any) -> None:
+def _refuse_combinations(context: typer.Context) -> None:
     """Refuse options of `predict` that would be ignored."""
-    if (input is None) != (output is None):
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    if ("input" in given) != ("output" in given):
         raise RecipeError("predict: --input and --output go together")
-    if texts and input:
-        raise RecipeError(f"predict: found both texts and --input {input}; give one of them")
-    if input and others["explain"]:
+    if {"texts", "input"} <= given:
+        raise RecipeError("predict: found both texts and --input; give one of them")
+    if {"input", "explain"} <= given:
         raise RecipeError("predict: --explain is for texts and standard input, not for --input")
-    if others["html"] and not others["explain"]:
+    if "html" in given and "explain" not in given:
         raise RecipeError("predict: --html writes explanations; add --explain")
-    if others["resume"] and not input:
-        raise RecipeError("predict: --resume goes on with --input and --output; name both")
+    if {"explain", "all_scores"} <= given:
+        raise RecipeError("predict: --explain shows the likeliest label's score; leave out --all-scores")
+    ignored = [*_OF_TABLES, *(() if "html" in given else ("overwrite",))]
+    if "input" not in given and (alone := [f"--{name.replace('_', '-')}" for name in ignored if name in given]):
+        raise RecipeError(f"predict: {', '.join(alone)}: only with --input and --output; name both, or leave it out")
 
 
 def _predict_table(classifier: Any, input: Path, output: Path, *, as_json: bool, **options: Any) -> None:
@@ -356,37 +354,54 @@ def _predict_lines(classifier: Any, lines: Any, *, all_scores: bool, as_json: bo
         typer.echo("\t".join([*cells, " ".join(answer.text.split())]))
 
 
-def _explain(classifier: Any, texts: Any, *, html: Path | None, as_json: bool, **options: Any) -> None:
+def _explain(classifier: Any, texts: Any, *, html: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
     from rich.console import Console
 
     from lora_sentiment.explain import explain, to_html, to_rich
 
-    found = []
+    if html and html.exists() and not overwrite:
+        raise DataError(f"{html}: exists already; give another name, or --overwrite")
+    found, faults = [], 0
     for text in texts:
-        found.append(explain(classifier, text, **options))
+        try:
+            found.append(explain(classifier, text, **options))
+        except DataError as error:
+            # The texts after it are answered all the same.
+            faults += 1
+            typer.echo(f"error: {error}", err=True)
+            continue
         if as_json:
             typer.echo(json.dumps(found[-1].as_dict()))
         else:
             Console(highlight=False).print(to_rich(found[-1]))
     if html:
-        html.write_text(to_html(found), encoding="utf-8")
-
-
-def _show_scores(scores: Mapping[str, Any]) -> None:
-    from lora_sentiment.evaluation.statistics import show_interval
-
-    width = max(map(len, scores))
-    for metric, interval in scores.items():
-        typer.echo(f"  {metric:<{width}} {show_interval(interval)}")
+        try:
+            html.write_text(to_html(found), encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{html}: cannot be written: {error.strerror or error}") from error
+    if faults:
+        raise DataError(f"{faults} of {len(found) + faults} texts could not be explained")
 
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _prepare_streams() -> None:
+    """Read and write any byte, and end lines at newlines alone, so that lines and answers can be paired."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape", newline="\n")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; what this package raises on purpose is shown as a message, without a traceback."""
     is_main = _is_main()
+    _prepare_streams()
+    # What is being written aside goes when the process is told to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # transformers' own deprecations are no news to a user of this package.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Not the root logger: the Hub client shows its own lines, which would then stand twice.

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,8 +10,9 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_sentiment.classifier import load
-from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.adapter.merge import merge
+from lora_sentiment.classifier import Classifier, load
+from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.train import train
 from tests.conftest import toy_rows
@@ -153,18 +155,20 @@ def test_a_stock_model_folder_answers_and_says_that_nobody_vouches_for_it(tmp_pa
     assert classifier.unverified
     expected = stock_probabilities(model.eval(), tiny_base, TEXTS)
     np.testing.assert_allclose(classifier.probabilities(TEXTS), expected, atol=1e-5)
-    with pytest.raises(ModelError, match="leave out labels and base"):
-        load(tmp_path, labels=["a"], base="b")
+    with pytest.raises(ModelError, match="leave out base"):
+        load(tmp_path, base="b")
+    assert load(tmp_path, labels=["x", "y", "z"]).labels == ("x", "y", "z")
+
+
+def test_a_stock_model_without_names_has_transformers_own(tmp_path, tiny_base):
+    AutoModelForSequenceClassification.from_pretrained(tiny_base).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
+    assert load(tmp_path).labels == ("LABEL_0", "LABEL_1")
 
 
 def test_an_encoder_alone_and_an_empty_folder_are_refused(tiny_base, tmp_path):
-    with pytest.raises(AdapterError, match="id2label names no two labels"):
-        load(tiny_base)
-    labelled = shutil.copytree(tiny_base, tmp_path / "labelled")
-    values = json.loads((labelled / "config.json").read_text())
-    (labelled / "config.json").write_text(json.dumps({**values, "id2label": {"0": "bad", "1": "good"}}))
     with pytest.raises(AdapterError, match="without a classification head"):
-        load(labelled)
+        load(tiny_base)
     with pytest.raises(AdapterError, match="holds no model; expected"):
         load(tmp_path)
     with pytest.raises(AdapterError, match=r"no such folder or \.onnx file"):
@@ -174,6 +178,109 @@ def test_an_encoder_alone_and_an_empty_folder_are_refused(tiny_base, tmp_path):
 def test_options_that_an_adapter_knows_itself_are_refused(trained):
     with pytest.raises(ModelError, match="leave out max_length"):
         load(trained, max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("A lovely film.", "found one string; give a list"),
+        (["fine", None], r"texts\[1\]: found a NoneType"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(trained, texts, message):
+    with pytest.raises(DataError, match=message):
+        load(trained).predict(texts)
+
+
+def test_half_a_surrogate_pair_is_cleaned_away_or_refused(trained):
+    classifier = load(trained)
+    assert classifier.predict(["good\udcff"]) == classifier.predict(["good"])
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        dataclasses.replace(classifier, clean=False).predict(["good\udcff"])
+
+
+def test_a_generator_of_texts_is_answered(trained):
+    assert [p.label for p in load(trained).predict(text for text in TEXTS)] == ["positive", "negative", "positive"]
+
+
+@pytest.mark.parametrize("value", [7, 0, -1, "8", True])
+def test_a_max_length_that_is_none_is_refused(stock, value):
+    with pytest.raises(ModelError, match=r"max_length: found .*; allowed: 8 or more"):
+        load(stock[0], labels=["bad", "good"], max_length=value)
+
+
+@pytest.mark.parametrize("labels", [["a", "a"], ["a", ""], ["a"]])
+def test_labels_that_cannot_be_told_apart_are_refused(labels):
+    with pytest.raises(AdapterError, match="two or more different names"):
+        Classifier(tuple(labels), None, None, False, None, "")
+
+
+def test_labels_as_one_string_are_refused(stock):
+    with pytest.raises(ModelError, match="found the string 'ab'; give a list"):
+        load(stock[0], labels="ab")
+
+
+def test_another_number_of_answers_than_labels_is_refused(trained):
+    classifier = dataclasses.replace(load(trained), labels=("a", "b", "c"))
+    with pytest.raises(AdapterError, match=r"answers .* values a text for the labels"):
+        classifier.predict(TEXTS)
+
+
+def test_all_that_decides_an_answer_is_in_the_hash(trained, stock):
+    hashes = [load(trained, dtype=dtype).sha256 for dtype in ("float32", "bfloat16", "float32")]
+    assert hashes[0] == hashes[2] != hashes[1]
+    first, second = (load(stock[0], labels=["bad", "good"], max_length=n).sha256 for n in (8, 16))
+    assert first != second
+
+
+@pytest.mark.parametrize("change", [{"target_modules": ["nothing"]}, {"r": "8"}, {"task_type": "OTHER"}])
+def test_a_configuration_that_peft_refuses_is_one_line(stock, change):
+    path = stock[0] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: PEFT cannot use it"):
+        load(stock[0], labels=["bad", "good"])
+
+
+@pytest.fixture
+def merged(trained, tmp_path):
+    merge(trained, tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def test_a_merged_model_is_no_base_of_a_stock_adapter(stock, merged):
+    with pytest.raises(AdapterError, match="is no base: it already holds the adapter"):
+        load(stock[0], labels=["bad", "good"], base=str(merged))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"id2label": {"0": "positive", "1": "negative"}}, r"config\.json: was altered"),
+        ("config.json", {"n_heads": 2}, r"config\.json: was altered"),
+        ("tokenizer_config.json", {"cls_token": "good"}, r"tokenizer_config\.json: was altered"),
+    ],
+)
+def test_an_altered_merged_folder_is_refused(merged, name, change, message):
+    path = merged / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(AdapterError, match=message):
+        load(merged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": {}}, "nothing vouches for it"),
+        ({"max_length": 2}, "greater than or equal to 8"),
+        ({"files": {"../x": "0", "model.safetensors": "0", "tokenizer.json": "0", "tokenizer_config.json": "0"}}, "x'"),
+    ],
+)
+def test_an_altered_stamp_is_refused(merged, change, message):
+    path = merged / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "lora_sentiment": {**values["lora_sentiment"], **change}}))
+    with pytest.raises(AdapterError, match=message):
+        load(merged)
 
 
 def test_importing_the_classifier_imports_no_torch():

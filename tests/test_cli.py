@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -129,6 +130,29 @@ def test_an_explanation_names_the_words_and_writes_a_page(capsys, adapter, tmp_p
     assert "good" in (tmp_path / "page.html").read_text()
 
 
+def test_a_text_that_cannot_be_explained_leaves_the_others_and_the_page(capsys, adapter, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, err = call(
+        capsys, "predict", adapter, "a good film", "so " * 600, "a bad meal", "--explain", "--html", page
+    )
+    assert code == 1
+    assert "1 of 3 texts could not be explained" in err
+    assert out.index("positive") < out.index("negative")
+    assert "bad" in page.read_text()
+    code, _, err = call(capsys, "predict", adapter, "good", "--explain", "--html", page)
+    assert code == 1
+    assert "exists already; give another name, or --overwrite" in err
+
+
+def test_bytes_that_are_no_text_are_an_error_of_their_line(adapter):
+    command = [sys.executable, "-m", "lora_sentiment.cli", "predict", str(adapter), "--json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, input=b"good\rfilm\nb\xff\nbad\n", capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [row["text"] for row in rows] == ["good\rfilm", "b\udcff", "bad"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -136,7 +160,10 @@ def test_an_explanation_names_the_words_and_writes_a_page(capsys, adapter, tmp_p
         (["text", "--input", "a.csv", "--output", "b.csv"], "found both texts and --input"),
         (["--input", "a.csv", "--output", "b.csv", "--explain"], "--explain is for texts"),
         (["text", "--html", "a.html"], "add --explain"),
-        (["text", "--resume"], "--resume goes on with --input"),
+        (["text", "--resume"], "--resume: only with --input"),
+        (["text", "--prefix", "x", "--encoding", "utf-8"], "--encoding, --prefix: only with --input"),
+        (["text", "--overwrite"], "--overwrite: only with --input"),
+        (["text", "--explain", "--all-scores"], "leave out --all-scores"),
     ],
 )
 def test_options_of_predict_that_would_be_ignored_are_refused(capsys, adapter, options, message):

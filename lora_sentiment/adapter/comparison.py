@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from lora_sentiment.adapter.folder import Card
-from lora_sentiment.adapter.stamp import Stamp
 from lora_sentiment.bundled import probe_texts
-from lora_sentiment.data.batches import Encoded, TextEncoder, encode
+from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, sample
 from lora_sentiment.errors import DataError
 from lora_sentiment.model.engine import Engine, compute_logits
@@ -76,8 +74,7 @@ def ask(
     name: str,
     *,
     card: Card | None,
-    reading: Card | Stamp,
-    tokenizer: PreTrainedTokenizerFast,
+    encoder: TextEncoder,
     max_rows: int,
     progress: bool,
 ) -> Reference:
@@ -87,25 +84,17 @@ def ask(
         engine: The form.
         name: What it is called in figures.
         card: The adapter's, which holds the probe and names the rows; without it the bundled texts are the probe.
-        reading: What says how texts are cut.
-        tokenizer: The base's tokenizer.
+        encoder: From texts to inputs, as in training.
         max_rows: Most validation rows.
         progress: Show bars.
     """
-    encoder = TextEncoder.of(tokenizer, max_length=reading.max_length, truncation=reading.truncation)
     if card:
         inputs = [np.array(ids, dtype=np.int32) for ids in card.probe.input_ids]
     else:
         inputs = [encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(probe_texts())]
     rows, missing = {"probe": encoder.pack(inputs)}, None
     try:
-        rows["validation"] = encode(
-            _validation_rows(card, max_rows),
-            tokenizer=tokenizer,
-            max_length=reading.max_length,
-            truncation=reading.truncation,
-            progress=progress,
-        )
+        rows["validation"] = encoder.encode(_validation_rows(card, max_rows), progress=progress)
     except DataError as error:
         missing = str(error)
         log.info("compared on the probe alone, without validation rows: %s", missing)

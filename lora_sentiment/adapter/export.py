@@ -14,10 +14,11 @@ from lora_sentiment.adapter.comparison import Reference, ask, find_fault, withou
 from lora_sentiment.adapter.exported_card import make_exported_card
 from lora_sentiment.adapter.folder import load_card
 from lora_sentiment.adapter.graph import check_packages, quantise_graph, write_graph
-from lora_sentiment.adapter.merge import WEIGHTS, merge, write_aside
+from lora_sentiment.adapter.merge import TOKENIZER, WEIGHTS, Into, merge, write_aside
+from lora_sentiment.adapter.merged_card import say_reading
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
-from lora_sentiment.adapter.stamp import Stamp, check_files, read_stamp, write_stamp
-from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, cut, pad
+from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp, write_stamp
+from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file
 from lora_sentiment.model.base import Base, load_base
@@ -28,7 +29,7 @@ from lora_sentiment.model.inference import make_engine
 log = logging.getLogger("lora_sentiment")
 
 Format = Literal["safetensors", "onnx", "onnx-int8"]
-COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+COPIED = ("config.json", *TOKENIZER)
 SPEED_ROWS, SPEED_ROUNDS = 16, 5
 
 
@@ -45,6 +46,7 @@ class Export:
             the `reason` why rows could not be had. `onnx-int8` has `drop`, in points.
         texts_per_second: File name to texts per second, measured in turns; empty unless int8 was asked for.
         bytes: File name to size, of the weights.
+        reading: How texts were read in training, and what of it other runtimes do not do.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Export:
     compared: dict[str, dict[str, Any]]
     texts_per_second: dict[str, float]
     bytes: dict[str, int]
+    reading: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
@@ -63,6 +66,7 @@ def export(
     out: Path,
     *,
     format: Format,
+    into: Into = "base",
     base: str | None = None,
     max_drop: float = 0.5,
     max_rows: int = 500,
@@ -78,6 +82,7 @@ def export(
         out: The new folder; it appears finished or not at all.
         format: `safetensors` is `merge`; `onnx` writes `onnx/model.onnx` in fp32; `onnx-int8` also
             `onnx/model_quantized.onnx`.
+        into: What an adapter is merged into, as in `merge`.
         base: Where to find an adapter's base, if not where it says.
         max_drop: Most points of accuracy (of 100) that int8 may cost.
         max_rows: Most validation rows to compare on.
@@ -90,28 +95,22 @@ def export(
     """
     _check_options(format, max_rows)
     if format == "safetensors":
-        compared = merge(adapter, out, base=base, max_rows=max_rows, progress=progress).compared
-        return Export(out, format, compared, {}, {WEIGHTS: (out / WEIGHTS).stat().st_size})
+        done = merge(adapter, out, into=into, base=base, max_rows=max_rows, progress=progress)
+        return Export(out, format, done.compared, {}, {WEIGHTS: (out / WEIGHTS).stat().st_size}, done.reading)
     check_packages()
     with write_aside(out) as aside:
         card = load_card(adapter) if (adapter / "card.json").is_file() else None
         merged = aside / "merged" if card else adapter
         if card:
-            merge(adapter, merged, base=base, max_rows=max_rows, progress=progress)
+            _merge(adapter, merged, out, into=into, base=base, max_rows=max_rows, progress=progress)
         elif base is not None:
             raise ModelError(f"{adapter}: is no adapter, so it needs no base; leave out --base")
         stamp = _read_merged(merged)
         _copy_files(merged, aside)
         model = _load_merged(merged, stamp)
-        reference = ask(
-            make_engine(model.model),
-            "merged",
-            card=card,
-            reading=stamp,
-            tokenizer=model.tokenizer,
-            max_rows=max_rows,
-            progress=progress,
-        )
+        encoder = TextEncoder.of(model.tokenizer, max_length=stamp.max_length, truncation=stamp.truncation)
+        engine = make_engine(model.model)
+        reference = ask(engine, "merged", card=card, encoder=encoder, max_rows=max_rows, progress=progress)
         write_graph(model.model, aside / PLAIN)
         engines = {PLAIN: open_session(aside / PLAIN)}
         compared = {"onnx": _check_exact(reference, engines[PLAIN], out)}
@@ -125,7 +124,9 @@ def export(
             shutil.rmtree(merged)
         _finish(aside, stamp, compared, tuple(engines), name=out.name)
     sizes = {name: (out / name).stat().st_size for name in engines}
-    return Export(out, format, {**stamp.compared, **compared}, speed, sizes)
+    return Export(
+        out, format, {**stamp.compared, **compared}, speed, sizes, say_reading(stamp, other="another runtime")
+    )
 
 
 def _check_options(format: str, max_rows: int) -> None:
@@ -133,6 +134,14 @@ def _check_options(format: str, max_rows: int) -> None:
         raise ModelError(f"format: found {format!r}; allowed: {', '.join(get_args(Format))}")
     if max_rows < 1:
         raise ModelError(f"max_rows: found {max_rows}; allowed: 1 or more")
+
+
+def _merge(adapter: Path, merged: Path, out: Path, **options: Any) -> None:
+    try:
+        merge(adapter, merged, **options)
+    except AdapterError as error:
+        # Nobody asked for the folder where it would have stood.
+        raise AdapterError(str(error).replace(str(merged), str(out))) from error
 
 
 def _copy_files(merged: Path, aside: Path) -> None:
@@ -151,7 +160,7 @@ def _read_merged(folder: Path) -> Stamp:
         )
     if WEIGHTS not in stamp.files:
         raise AdapterError(f"{folder}: was exported before; name the adapter, or the merged folder")
-    check_files(folder, stamp.files)
+    check_stamp(folder, stamp, needed=(WEIGHTS, *TOKENIZER))
     for name in COPIED:
         if not (folder / name).is_file():
             raise AdapterError(f"{folder / name}: is missing; copy the whole folder")
@@ -221,7 +230,7 @@ def _finish(
     update = {
         "dtype": "float32",
         "compared": {**stamp.compared, **without_reasons(compared)},
-        "files": {file: hash_file(aside / file) for file in (*graphs, "tokenizer.json")},
+        "files": {file: hash_file(aside / file) for file in (*graphs, *TOKENIZER)},
     }
     stamp = stamp.model_copy(update=update)
     text = make_exported_card(name, _read_labels(aside), stamp)

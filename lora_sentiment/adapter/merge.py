@@ -18,9 +18,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_sentiment.adapter.comparison import ask, find_fault, without_reasons
 from lora_sentiment.adapter.folder import Card, Loaded, load, load_card
-from lora_sentiment.adapter.merged_card import make_merged_card
+from lora_sentiment.adapter.merged_card import make_merged_card, say_reading
 from lora_sentiment.adapter.stamp import SCHEMA, Stamp, read_stamp, write_stamp
 from lora_sentiment.adapter.weights import rebuild
+from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, take_place
 from lora_sentiment.model.base import DTYPES, hash_tokenizer, load_base, quiet
@@ -30,7 +31,7 @@ from lora_sentiment.model.inference import make_engine
 log = logging.getLogger("lora_sentiment")
 
 Into = Literal["base", "dequantised"]
-WEIGHTS = "model.safetensors"
+WEIGHTS, TOKENIZER = "model.safetensors", ("tokenizer.json", "tokenizer_config.json")
 ROWS_PER_FLIP = 100
 """Of a quantised base, or in another dtype: one row in this many may change its label."""
 ROWS_PER_LOSS = 200
@@ -49,12 +50,14 @@ class Merge:
             `validation`, each with its `rows`, the largest difference of a logit, the largest one `allowed` (null where
             flips decide), `flips` of the likeliest label, and on validation both accuracies; or the `reason` why rows
             could not be had.
+        reading: How texts were read in training, and what of it stock runtimes do not do.
     """
 
     folder: Path
     into: Into
     dtype: str
     compared: dict[str, dict[str, Any]]
+    reading: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
@@ -96,15 +99,9 @@ def merge(
         card = _check_source(adapter, into, base)
         quantised = card.base.quantize != "none"
         loaded = load(adapter, base=base)
-        unmerged = ask(
-            make_engine(loaded.model),
-            "adapter",
-            card=card,
-            reading=card,
-            tokenizer=loaded.tokenizer,
-            max_rows=max_rows,
-            progress=progress,
-        )
+        encoder = TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation)
+        engine = make_engine(loaded.model)
+        unmerged = ask(engine, "adapter", card=card, encoder=encoder, max_rows=max_rows, progress=progress)
         compared: dict[str, dict[str, Any]] = {}
         if quantised:
             other: Into = "dequantised" if into == "base" else "base"
@@ -124,7 +121,7 @@ def merge(
         text = make_merged_card(out.name, tuple(card.labels), stamp)
         (aside / "README.md").write_text(text, encoding="utf-8")
         write_stamp(aside, stamp)
-    return Merge(out, into, dtype, compared)
+    return Merge(out, into, dtype, compared, say_reading(stamp, other="a stock pipeline"))
 
 
 @contextmanager
@@ -176,8 +173,8 @@ def _check_source(adapter: Path, into: Into, base: str | None) -> Card:
         raise AdapterError(f"{adapter}: was trained on an unquantised base, so nothing is dequantised; use --into base")
     name = base or card.base.name
     stamp = read_stamp(Path(name)) if Path(name, "config.json").is_file() else None
-    # An adapter may have been trained on a merged model; its recorded hash is then another one than the stamp's.
-    if stamp and stamp.base_sha256 == card.base.base_sha256:
+    # An adapter may have been trained on a merged model, which is its base then; one that is named now is a mistake.
+    if stamp and (stamp.adapter_sha256 == card.sha256 or (base and stamp.base_sha256 == card.base.base_sha256)):
         raise AdapterError(
             f"{name}: is no base: it already holds the adapter {stamp.adapter_sha256[:12]}, merged into "
             f"{stamp.base!r}; name that one with --base"
@@ -290,7 +287,7 @@ def _make_stamp(folder: Path, card: Card, *, into: Into, dtype: str, compared: d
         clean=card.data.config.clean,
         calibration=card.calibration,
         compared=without_reasons(compared),
-        files={name: hash_file(folder / name) for name in (WEIGHTS, "tokenizer.json")},
+        files={name: hash_file(folder / name) for name in (WEIGHTS, *TOKENIZER)},
     )
 
 

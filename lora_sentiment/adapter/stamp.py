@@ -5,7 +5,9 @@ saves.
 Nothing here imports torch.
 """
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +38,7 @@ class Stamp(Section):
     """Whether the adapter was merged into the base as it was published, or as quantising had left it."""
     dtype: str
     """Dtype of the weights."""
-    max_length: int
+    max_length: int = Field(ge=8)
     """Longest input in tokens."""
     truncation: Literal["head", "head_tail"]
     """Which tokens of a longer text stay."""
@@ -48,6 +50,8 @@ class Stamp(Section):
     """What the model was compared on with the adapter, and how far they were apart."""
     files: dict[str, str]
     """File name to SHA-256, of every other file that decides an answer."""
+    config_sha256: str = ""
+    """Hash of `config.json` without this stamp: labels and shape stand there."""
 
 
 def read_stamp(folder: Path) -> Stamp | None:
@@ -80,8 +84,34 @@ def write_stamp(folder: Path, stamp: Stamp) -> None:
     """Put a stamp into a model folder's `config.json`, last of all its files."""
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    values[KEY] = stamp.model_dump(mode="json", by_alias=True)
+    whole = stamp.model_copy(update={"config_sha256": _hash_values(values)})
+    values[KEY] = whole.model_dump(mode="json", by_alias=True)
     write_json(path, values)
+
+
+def check_stamp(folder: Path, stamp: Stamp, *, needed: Sequence[str]) -> None:
+    """Hold a model folder against its stamp.
+
+    Args:
+        folder: The folder.
+        stamp: What `read_stamp` found in it.
+        needed: Files that are about to be used, which the stamp must vouch for.
+
+    Raises:
+        AdapterError: If one of them is not recorded, or anything recorded is missing or was altered.
+    """
+    if unknown := [name for name in needed if name not in stamp.files]:
+        raise AdapterError(f"{folder / unknown[0]}: nothing vouches for it: the stamp of {folder} does not record it")
+    check_files(folder, stamp.files)
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if _hash_values(values) != stamp.config_sha256:
+        raise AdapterError(f"{path}: was altered after it was saved (its labels or shape are not the recorded ones)")
+
+
+def _hash_values(config: dict[str, Any]) -> str:
+    own = {key: value for key, value in config.items() if key != KEY}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def check_files(folder: Path, files: dict[str, str]) -> None:
@@ -91,6 +121,8 @@ def check_files(folder: Path, files: dict[str, str]) -> None:
         AdapterError: If one is missing or was altered.
     """
     for name, expected in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise AdapterError(f"{folder}: records the file {name!r}, which is not in it")
         path = folder / name
         if not path.is_file():
             raise AdapterError(f"{path}: is missing; copy the whole folder")

@@ -1,7 +1,10 @@
 """The weights of an adapter folder: PEFT's two files, or `changed.safetensors`; written, read, checked."""
 
 import json
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +122,8 @@ def read_stock_config(folder: Path) -> PeftConfig:
     kind = _peft_type(folder)
     if kind not in _STOCK:
         raise AdapterError(f"{folder / PEFT_CONFIG}: has peft_type {kind!r}; this package reads {', '.join(_STOCK)}")
-    config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    with _explain_stock(folder):
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     return config
 
 
@@ -131,7 +135,8 @@ def rebuild_stock(folder: Path, base: Base) -> nn.Module:
     """
     config = read_stock_config(folder)
     config.base_model_name_or_path, config.inference_mode = base.name, True
-    model = get_peft_model(base.model, config)
+    with _explain_stock(folder):
+        model = get_peft_model(base.model, config)
     lacking = sorted(set(HEAD) - set(getattr(config, "modules_to_save", None) or ()))
     if base.new_head and lacking:
         raise AdapterError(
@@ -140,6 +145,16 @@ def rebuild_stock(folder: Path, base: Base) -> nn.Module:
         )
     _fill(model, folder)
     return model.eval()
+
+
+@contextmanager
+def _explain_stock(folder: Path) -> Iterator[None]:
+    """Turn what PEFT raises for a configuration of anyone's making into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, re.error) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise AdapterError(f"{folder / PEFT_CONFIG}: PEFT cannot use it: {reason}") from error
 
 
 def _peft_type(folder: Path) -> str:

@@ -129,6 +129,19 @@ class TextEncoder:
         starts = [*range(0, last, step), last]
         return [ids[start : start + self.room] for start in starts]
 
+    def encode(self, rows: Rows, *, progress: bool = False) -> Encoded:
+        """Return the truncated inputs of rows, with their labels, and a bar meanwhile if asked for."""
+        inputs: list[NDArray[np.int32]] = []
+        truncated = 0
+        with make_bar(len(rows), desc="tokenising", unit="rows", show=progress) as bar:
+            for start in range(0, len(rows), TOKENISE_ROWS):
+                texts = rows.texts[start : start + TOKENISE_ROWS]
+                for ids in self.tokenise(texts):
+                    truncated += len(ids) > self.room
+                    inputs.append(self.frame(self.truncate(ids)))
+                bar.update(len(texts))
+        return self.pack(inputs, labels=rows.labels, truncated=truncated)
+
     def frame(self, ids: list[int]) -> NDArray[np.int32]:
         """Put [CLS] and [SEP] around the ids of one input."""
         return np.array([self.cls_token_id, *ids, self.sep_token_id], dtype=np.int32)
@@ -160,16 +173,7 @@ def encode(
         progress: Show a bar.
     """
     encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
-    inputs: list[NDArray[np.int32]] = []
-    truncated = 0
-    with make_bar(len(rows), desc="tokenising", unit="rows", show=progress) as bar:
-        for start in range(0, len(rows), TOKENISE_ROWS):
-            texts = rows.texts[start : start + TOKENISE_ROWS]
-            for ids in encoder.tokenise(texts):
-                truncated += len(ids) > encoder.room
-                inputs.append(encoder.frame(encoder.truncate(ids)))
-            bar.update(len(texts))
-    return encoder.pack(inputs, labels=rows.labels, truncated=truncated)
+    return encoder.encode(rows, progress=progress)
 
 
 def plan_epoch(lengths: NDArray[np.int64], *, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:

@@ -166,7 +166,7 @@ def test_what_was_compared_is_said_and_stamped(exported, adapter):
     assert found.bytes[QUANTISED] < found.bytes[PLAIN]
     stamp = read_stamp(out)
     assert stamp.adapter_sha256 == load_card(adapter).sha256
-    assert set(stamp.files) == {PLAIN, QUANTISED, "tokenizer.json"}
+    assert set(stamp.files) == {PLAIN, QUANTISED, "tokenizer.json", "tokenizer_config.json"}
     assert stamp.compared == found.compared
     readme = (out / "README.md").read_text(encoding="utf-8")
     assert "onnx-int8 | validation, 60 rows" in readme

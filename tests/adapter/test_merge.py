@@ -127,7 +127,7 @@ def test_the_stamp_names_adapter_and_base_and_what_was_compared(adapter, tmp_pat
     assert (stamp.max_length, stamp.method, stamp.dtype, stamp.clean) == (16, "lora", "float32", True)
     assert stamp.compared["base"]["probe"] == done.compared["base"]["probe"]
     check_files(tmp_path / "out", stamp.files)
-    assert stamp.files.keys() == {"model.safetensors", "tokenizer.json"}
+    assert stamp.files.keys() == {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     readme = (tmp_path / "out/README.md").read_text()
     assert card.sha256 in readme
     assert "`negative`, `positive`" in readme
