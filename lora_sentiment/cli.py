@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from lora_sentiment.data.config import report_roles
-from lora_sentiment.errors import DataError, LoraSentimentError, RecipeError
+from lora_sentiment.errors import DataError, LoraSentimentError, RecipeError, TrainingError
 from lora_sentiment.model.parameters import show_parameters
 from lora_sentiment.recipe import Recipe, make_schema
 from lora_sentiment.terminal import show_compared, show_scores, show_table
@@ -282,6 +282,27 @@ def estimate(
             f"({probed.error:+.1%})"
         )
     show_table(estimation.make_columns(found), notes, left=())
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    assignments: Annotated[
+        list[str], typer.Argument(metavar="KEY=[VALUE, VALUE]...", help="Keys with several values, and overrides.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Run every combination of some values one after another, choose on validation, and say how to train the best."""
+    from lora_sentiment import sweep as sweeping
+
+    done = sweeping.sweep(recipe, assignments)
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+        return
+    show_table(sweeping.make_columns(done), list(done.notes), left=sweeping.LEFT)
+    if done.command is None:
+        raise TrainingError("every run diverged, so there is no best one")
+    typer.echo(done.command)
 
 
 @app.command()

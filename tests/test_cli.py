@@ -188,3 +188,14 @@ def test_merge_then_predict_and_push(capsys, adapter, tmp_path):
     assert "model.safetensors" in out
     assert "would send to" in out
     assert call(capsys, "push", adapter, "someone/films", "--dry-run", "--json")[0] == 0
+
+
+def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):
+    code, out, _ = call(capsys, "sweep", toy_recipe, "train.learning_rate=[1e-2, 1e-4]", "train.max_steps=3")
+    assert code == 0
+    lines = out.splitlines()
+    assert "learning_rate" in lines[0]
+    assert lines[-1].startswith("accelerate launch -m lora_sentiment.train")
+    code, _, err = call(capsys, "sweep", toy_recipe, "train.learning_rate=1e-2")
+    assert code == 1
+    assert "no key has several values" in err

@@ -68,9 +68,12 @@ ORDER = [
     "estimate",
     "probe",
     "compare",
+    "sweep",
     "predict",
     "explain",
     "push",
+    "doctor",
+    "terminal",
     "cli",
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
