@@ -1,10 +1,15 @@
-"""Files whose bytes repeat, and folders that appear whole: JSON with sorted keys, hashes, one synced rename."""
+"""Files whose bytes repeat, folders that appear whole, locks: sorted JSON, hashes, one synced rename, flock."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # there is none on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -29,3 +34,23 @@ def take_place(aside: Path, place: Path) -> None:
         handle = os.open(place.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def lock_file(path: Path) -> int:
+    """Return the handle of a file that is now locked; without `fcntl` -1: that it is there is the lock.
+
+    Raises:
+        BlockingIOError: If another process holds it; without `fcntl` a FileExistsError.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | (0 if fcntl else os.O_EXCL), 0o644)
+    if not fcntl:
+        os.close(handle)  # Windows removes no open file
+        return -1
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(handle).st_nlink:  # a run that ended in between removed it, so it keeps nobody out
+            raise BlockingIOError
+    except OSError:
+        os.close(handle)
+        raise
+    return handle

@@ -14,7 +14,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lora_sentiment.data.batches import TOKENISE_ROWS
 from lora_sentiment.data.rows import clean_text
 from lora_sentiment.data.tables import FORMATS, Batch, TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError
-from lora_sentiment.files import hash_file, write_json
+from lora_sentiment.files import hash_file, lock_file, write_json
 from lora_sentiment.progress import make_bar
 from lora_sentiment.section import did_you_mean
 
@@ -115,12 +116,14 @@ class _Parts:
         own: The input's columns.
         new: The columns beside them, the label's first, the error's last.
         types: Of parquet's columns.
+        run: Tells this run from any other.
     """
 
     output: Path
     own: tuple[str, ...]
     new: tuple[str, ...]
     types: Mapping[str, pa.DataType]
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
     def folder(self) -> Path:
@@ -136,7 +139,7 @@ class _Parts:
 
     def check(self, facts: dict[str, Any], *, resume: bool) -> None:
         """Refuse parts of an earlier run that this one does not continue."""
-        if not self.folder.exists():
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         path = self.folder / "parts.json"
         try:
@@ -163,14 +166,10 @@ class _Parts:
         log.info("%s: going on after %d parts", self.folder, num_parts)
 
     def start(self, facts: dict[str, Any]) -> None:
-        try:
-            self.folder.mkdir(exist_ok=True)
-            aside = self.folder / f".{secrets.token_hex(8)}.tmp"
-            write_json(aside, facts)
-            aside.replace(self.folder / "parts.json")
-        except OSError as error:
-            fault = f"cannot be written: {error.strerror}; check its folder and disk"
-            raise DataError(f"{self.folder}: {fault}") from error
+        self.folder.mkdir(exist_ok=True)
+        aside = self.folder / f".{secrets.token_hex(8)}.tmp"
+        write_json(aside, facts | {"run": self.run})
+        aside.replace(self.folder / "parts.json")
 
     def write(self, number: int, batch: Batch) -> None:
         with TableWriter(self.part(number), columns=[*self.own, *self.new], types=self.types) as writer:
@@ -191,6 +190,8 @@ class _Parts:
 
     def join(self, num_parts: int, *, with_errors: bool) -> None:
         """Make the output of the parts, and remove them."""
+        if json.loads((self.folder / "parts.json").read_text(encoding="utf-8")).get("run") != self.run:
+            raise DataError(f"{self.folder}: another run took these parts over; end it, remove the folder, begin again")
         columns = [*self.own, *(self.new if with_errors else self.new[:-1])]
         whole = self.table("whole")
         with TableWriter(whole, columns=columns, types=self.types) as writer:
@@ -239,7 +240,8 @@ def predict_file(
 ) -> Summary:
     """Write a table's columns, with `label` and `score` beside them, to another table.
 
-    The whole input is read once before a row is judged, so that a fault of the file costs no work. A row whose text
+    The whole input is read once before a row is judged, so that a fault of the file, or a value that the output's
+    format cannot hold, costs no work. A row whose text
     is missing, empty or no string gets a reason in the column `error`, which is there only if some row has one.
     In a launch of several processes all of them call this, and part i is the work of process i modulo their number.
 
@@ -261,55 +263,106 @@ def predict_file(
 
     Raises:
         DataError: If the input is damaged or lacks the column, a new column's name is taken, the output exists or
-            cannot be written, or parts are there of an earlier run that this one does not continue.
+            cannot be written or hold a value, or another run is writing it or left parts that this one cannot use.
         ModelError: If the stride leaves no room, or there is no temperature.
     """
     start = time.perf_counter()
-    rank, num_processes, wait = _join_processes()
+    rank, num_processes, wait, share = _join_processes()
     if rows_per_part < 1:
         raise DataError(f"rows_per_part: found {rows_per_part}; it must be at least 1")
     classifier.probabilities([], stride=stride, calibrated=calibrated)  # refuses them before there is any work to lose
     judge = _Judge(classifier, text_column, all_scores, stride, calibrated, prefix)
-    _check_paths(input, output, overwrite=overwrite)
-    parts = _plan_parts(judge, input, output, encoding)
-    num_rows = sum(len(batch[text_column]) for batch in read_table(input, encoding=encoding))
-    source = {"input": input.name, "input_sha256": hash_file(input), "encoding": encoding}
-    facts = {**source, "rows_per_part": rows_per_part, **judge.facts}
-    parts.check(facts, resume=resume)
-    wait()  # all have looked before one writes
-    if rank == 0:
-        parts.start(facts)
-    wait()
-    num_parts = 0
-    batches = read_table(input, encoding=encoding, rows_per_batch=rows_per_part) if num_rows else iter(())
-    with make_bar(num_rows, desc="predicting", unit="rows", show=progress and rank == 0) as bar:
-        for batch in batches:
-            if num_parts % num_processes == rank and not parts.part(num_parts).is_file():
-                parts.write(num_parts, batch | judge.columns(batch[text_column], bar.update))
-            else:
-                bar.update(len(batch[text_column]))
-            num_parts += 1
-    wait()
-    labels = parts.count(num_parts)
-    wait()  # all have counted before the parts go
-    if rank == 0:
-        parts.join(num_parts, with_errors=labels[None] > 0)
-    wait()
+    with _plain_faults(output), _hold(output, rank, share) as output:
+        _check_paths(input, output, resume=resume, overwrite=overwrite)
+        parts = _plan_parts(judge, input, output, encoding)
+        num_rows = _try_rows(judge, parts, input, encoding)
+        name = input.name.encode(errors="backslashreplace").decode()
+        source = {"input": name, "input_sha256": hash_file(input), "encoding": encoding}
+        facts = {**source, "rows_per_part": rows_per_part, **judge.facts}
+        parts.check(facts, resume=resume)
+        wait()  # all have looked before one writes
+        if rank == 0:
+            parts.start(facts)
+        wait()
+        batches = read_table(input, encoding=encoding, rows_per_batch=rows_per_part) if num_rows else iter(())
+        with make_bar(num_rows, desc="predicting", unit="rows", show=progress and rank == 0) as bar:
+            num_parts = _fill_parts(judge, parts, batches, rank, num_processes, bar)
+        wait()
+        labels = parts.count(num_parts)
+        wait()  # all have counted before the parts go
+        if rank == 0:
+            parts.join(num_parts, with_errors=labels[None] > 0)
+        wait()
     named = {name: labels[name] for name in classifier.labels}
     return Summary(num_rows, labels[None], named, num_parts, time.perf_counter() - start)
 
 
-def _join_processes() -> tuple[int, int, Callable[[], None]]:
-    """Return this process's number, how many there are, and what waits for them all."""
+def _fill_parts(judge: _Judge, parts: _Parts, batches: Iterator[Batch], rank: int, num_processes: int, bar: Any) -> int:
+    """Write the parts that are this process's and are not there; return the number of all."""
+    num_parts = 0
+    for batch in batches:
+        texts = batch[judge.text_column]
+        if num_parts % num_processes == rank and not parts.part(num_parts).is_file():
+            parts.write(num_parts, batch | judge.columns(texts, bar.update))
+        else:
+            bar.update(len(texts))
+        num_parts += 1
+    return num_parts
+
+
+def _join_processes() -> tuple[int, int, Callable[[], None], Callable[[str], str]]:
+    """Return this process's number, how many there are, what waits for them all, and what gives all the first's."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, lambda: None
+        return 0, 1, lambda: None, lambda text: text
+    from accelerate.utils import broadcast_object_list
+
     from lora_sentiment.launch import join_launch
 
     state = join_launch()
-    return state.process_index, state.num_processes, state.wait_for_everyone
+    one, every, wait = state.process_index, state.num_processes, state.wait_for_everyone
+    return one, every, wait, lambda text: str(broadcast_object_list([text])[0])
 
 
-def _check_paths(input: Path, output: Path, *, overwrite: bool) -> None:
+@contextmanager
+def _plain_faults(output: Path) -> Iterator[None]:
+    """Make a `DataError` of what the disk refuses, and name this command's options where a message names a recipe's."""
+    try:
+        yield
+    except OSError as error:
+        fault = f"cannot be used: {error.strerror or error}; check its name, folder and disk"
+        raise DataError(f"{error.filename or output}: {fault}") from error
+    except DataError as error:
+        text = str(error).replace("data.encoding=", "--encoding ").replace("data.encoding", "--encoding")
+        raise DataError(text) from error
+
+
+@contextmanager
+def _hold(output: Path, rank: int, share: Callable[[str], str]) -> Iterator[Path]:
+    """Let no other run write the output meanwhile, of a link what it points to, which is returned."""
+    output = Path(os.path.realpath(output)) if output.is_symlink() else output
+    path = Path(f"{output}.parts.lock")
+    handle, fault = -1, ""
+    if rank == 0:
+        try:
+            handle = lock_file(path)
+        except BlockingIOError:
+            fault = f"another run is writing {output}; wait until it ends"
+        except FileExistsError:
+            fault = f"another run is writing {output}; wait until it ends, or remove {path}"
+        except OSError as error:
+            fault = f"{output}: cannot be written: {error.strerror}; check its name, folder and disk"
+    if fault := share(fault):  # every process raises, so that none waits for another
+        raise DataError(fault)
+    try:
+        yield output
+    finally:
+        if rank == 0:
+            path.unlink(missing_ok=True)
+            if handle != -1:
+                os.close(handle)
+
+
+def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) -> None:
     if not output.exists():
         return
     if input.exists() and output.samefile(input):
@@ -317,11 +370,13 @@ def _check_paths(input: Path, output: Path, *, overwrite: bool) -> None:
     if output.is_dir():
         raise DataError(f"{output}: is a folder; name a file in it")
     if not overwrite:
+        if resume and not output.with_name(f"{output.name}.parts").exists():
+            raise DataError(f"{output}: is finished already; --overwrite to do it again")
         raise DataError(f"{output}: exists already; give another name, or --overwrite")
 
 
 def _plan_parts(judge: _Judge, input: Path, output: Path, encoding: str) -> _Parts:
-    """Name the output's columns, refusing what it cannot hold."""
+    """Name the output's columns, refusing names that are missing or taken."""
     columns = table_columns(input, encoding=encoding)
     if judge.text_column not in columns:
         hint = did_you_mean(judge.text_column, columns)
@@ -329,10 +384,31 @@ def _plan_parts(judge: _Judge, input: Path, output: Path, encoding: str) -> _Par
     if taken := [name for name in judge.types if name in columns]:
         fault = f"already has {', '.join(map(repr, taken))}, the name of a new column"
         raise DataError(f"{input}: {fault}; give --prefix, such as predicted_, for the new ones")
-    TableWriter(output, columns=[*columns, *judge.types])  # opens nothing, and refuses a format or a name
     into_parquet = output.name.lower().endswith(".parquet")
     types = table_types(input, encoding=encoding) | judge.types if into_parquet else {}
     return _Parts(output, tuple(columns), tuple(judge.types), types)
+
+
+def _try_rows(judge: _Judge, parts: _Parts, input: Path, encoding: str) -> int:
+    """Return the number of rows, having refused what the output cannot hold: the input's values, or new ones."""
+    labels = judge.classifier.labels
+    rows = {name: list(labels) if kind == pa.string() else [0.5] * len(labels) for name, kind in judge.types.items()}
+    with TableWriter(parts.output, columns=parts.new, types=parts.types, dry=True) as trial:
+        try:
+            trial.write(rows)
+        except DataError as error:
+            raise DataError(f"a label's name, or --prefix, does not fit the output {error}") from error
+    num_rows = 0
+    # The widest row that may come of one, since a line has a longest length.
+    widest = {pa.string(): max(*labels, "-" * 64, key=len), pa.float64(): 1 / 3e-300}
+    with TableWriter(parts.output, columns=[*parts.own, *parts.new], types=parts.types, dry=True) as trial:
+        for batch in read_table(input, encoding=encoding):
+            num_rows += (count := len(batch[judge.text_column]))
+            try:
+                trial.write(batch | {name: [widest[kind]] * count for name, kind in judge.types.items()})
+            except DataError as error:
+                raise DataError(f"{input}: does not fit the output {error}") from error
+    return num_rows
 
 
 def _answer(classifier: Classifier, texts: Sequence[Any], *, stride: int | None, calibrated: bool) -> list[Answer]:

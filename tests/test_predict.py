@@ -1,4 +1,5 @@
 import datetime
+import fcntl
 import gzip
 import json
 import os
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from lora_sentiment.classifier import Classifier
+from lora_sentiment.data import tables
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.tables import TableWriter, read_table
 from lora_sentiment.errors import DataError, ModelError
@@ -27,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 LABELS = ("negative", "positive")
 
 
-def make_classifier(*, clean=False, temperature=None, sha256="abc", seconds=0.0):
+def make_classifier(*, labels=LABELS, clean=False, temperature=None, sha256="abc", seconds=0.0):
     """A classifier that counts words, after a while, and remembers how many texts it was asked for."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLERS]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -43,7 +46,7 @@ def make_classifier(*, clean=False, temperature=None, sha256="abc", seconds=0.0)
 
     engine.asked = 0
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length=8, truncation="head")
-    return Classifier(LABELS, encoder, engine, clean, temperature, sha256)
+    return Classifier(labels, encoder, engine, clean, temperature, sha256)
 
 
 def read(path):
@@ -191,7 +194,13 @@ def test_a_text_that_cleaning_empties_is_bad_where_texts_are_cleaned(tmp_path):
         ({"output": "there.csv"}, "there.csv: exists already; give another name, or --overwrite"),
         ({"output": "."}, "is a folder; name a file in it"),
         ({"output": "out.txt"}, "out.txt: its name tells no known format"),
-        ({"output": "none/out.csv"}, r"none/out.csv.parts: cannot be written: No such file or directory"),
+        ({"output": "none/out.csv"}, "none/out.csv: cannot be written: No such file or directory; check its name"),
+        ({"output": f"{'x' * 300}.csv"}, "xxx.csv: cannot be used: File name too long; check its name"),
+        ({"output": f"{'x' * 247}.csv"}, "xxx.csv: cannot be written: File name too long; check its name"),
+        ({"input": f"{'x' * 300}.csv"}, "xxx.csv: cannot be read: File name too long"),
+        ({"input": "latin.csv"}, r"is not utf-8: .*decodes as cp1252, latin-1: set --encoding cp1252$"),
+        ({"encoding": "klingon"}, "'klingon' is no text encoding of Python's; set --encoding to one such as utf-8"),
+        ({"input": "nul.csv"}, "line 2 holds a NUL character; remove it, or set --encoding utf-16-le or"),
         ({"input": "other.csv"}, "other.csv: no such file"),
         ({"rows_per_part": 0}, "rows_per_part: found 0; it must be at least 1"),
         ({"input": "labelled.csv"}, "labelled.csv: already has 'label', 'error', .*give --prefix, such as predicted_"),
@@ -202,6 +211,8 @@ def test_what_cannot_be_done_is_refused_before_any_work(folder, options, message
     (folder / "there.csv").write_text("precious")
     (folder / "labelled.csv").write_text("text,label,error\ngood,1,2\n")
     (folder / "torn.csv").write_text("text\ngood\nbad\ngood,bad\n")
+    (folder / "latin.csv").write_bytes("text\ncaf\xe9\n".encode("latin-1"))
+    (folder / "nul.csv").write_bytes(b"text\ng\0o\0\n")
     before = sorted(folder.iterdir())
     classifier = make_classifier()
     with pytest.raises(DataError, match=message):
@@ -224,6 +235,89 @@ def test_a_column_without_one_type_is_refused_for_parquet_alone(tmp_path):
         predict(tmp_path, "in.jsonl", "out.parquet")
     predict(tmp_path, "in.jsonl", "out.jsonl")
     assert read(tmp_path / "out.jsonl")["id"] == [1, "x"]
+
+
+DAY = datetime.date(2020, 1, 2)
+NOON = datetime.datetime(2020, 1, 2, 12, tzinfo=datetime.UTC)
+
+
+@pytest.mark.parametrize(
+    ("values", "input", "output", "message"),
+    [
+        (["x", "y\nz"], "in.jsonl", "out.tsv", r"out.tsv: row 2 .*: column 'more' holds '\\n', .*write .jsonl or"),
+        (["x", ["y"]], "in.jsonl", "out.csv", "row 2 cannot be written: column 'more' holds a list"),
+        (["x", ["y"]], "in.jsonl", "out.csv.gz", "row 2 cannot be written: column 'more' holds a list"),
+        ([b"x", b"y"], "in.parquet", "out.csv", "row 1 cannot be written: column 'more' holds a bytes"),
+        (
+            [None, b"y"],
+            "in.parquet",
+            "out.jsonl",
+            "row 2 .*: column 'more' holds a bytes, .*; change it, or write .parq",
+        ),
+        ([{}, {}], "in.jsonl", "out.parquet", "cannot be written: Cannot write struct type 'more' with no child field"),
+    ],
+)
+def test_a_value_that_the_output_cannot_hold_is_found_before_any_work(tmp_path, values, input, output, message):
+    write(tmp_path / input, {"text": ["good", "bad"], "more": values})
+    classifier = make_classifier()
+    with pytest.raises(DataError, match=rf"{input}: does not fit the output .*{message}"):
+        predict(tmp_path, input, output, classifier, rows_per_part=1)
+    assert classifier.engine.asked == 0
+    assert [path.name for path in tmp_path.iterdir()] == [input]
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (("bad\tone", "good"), {}, r"row 1 cannot be written: column 'label' holds '\\t'"),
+        (("good", "bad\none"), {}, r"row 2 cannot be written: column 'label' holds '\\n'"),
+        (("bad\tone", "good"), {"all_scores": True}, r"the header cannot be written: column 'score_bad\\tone' holds"),
+        (LABELS, {"prefix": "my\t"}, r"the header cannot be written: column 'my\\tlabel' holds '\\t'"),
+    ],
+)
+def test_a_name_that_the_output_cannot_hold_is_found_before_any_work(folder, labels, options, message):
+    classifier = make_classifier(labels=labels)
+    with pytest.raises(DataError, match=rf"a label's name, or --prefix, does not fit the output .*out.tsv: {message}"):
+        predict(folder, output="out.tsv", classifier=classifier, **options)
+    assert classifier.engine.asked == 0
+    assert [path.name for path in folder.iterdir()] == ["in.csv"]
+
+
+def test_a_line_that_the_new_columns_make_too_long_is_found_before_any_work(tmp_path, monkeypatch):
+    write(tmp_path / "in.csv", {"text": ["good", "good" * 40]})
+    monkeypatch.setattr(tables, "MAX_CHARACTERS", 170)
+    classifier = make_classifier()
+    with pytest.raises(DataError, match="row 2 cannot be written: it is longer than 170 characters"):
+        predict(tmp_path, classifier=classifier, rows_per_part=1)
+    assert classifier.engine.asked == 0
+
+
+@pytest.mark.parametrize("output", ["out.csv", "out.tsv", "out.jsonl"])
+def test_dates_times_and_decimals_become_text(tmp_path, output):
+    values = {"day": [DAY], "time": [NOON.time()], "when": [NOON], "price": [Decimal("1.50")]}
+    pq.write_table(pa.table({"text": ["good"], **values}), tmp_path / "in.parquet")
+    predict(tmp_path, "in.parquet", output)
+    found = read(tmp_path / output)
+    assert [found[name] for name in values] == [["2020-01-02"], ["12:00:00"], ["2020-01-02T12:00:00+00:00"], ["1.50"]]
+
+
+def test_a_link_is_followed_to_what_is_replaced(folder):
+    (folder / "real").mkdir()
+    (folder / "link.csv").symlink_to("real/out.csv")
+    predict(folder, output="link.csv")
+    assert (folder / "link.csv").is_symlink()
+    assert len(read(folder / "real/out.csv")["label"]) == 50
+    with pytest.raises(DataError, match=r"real/out.csv: exists already"):
+        predict(folder, output="link.csv")
+    (folder / "real/out.csv").write_text("old")
+    predict(folder, output="link.csv", overwrite=True)
+    assert (folder / "link.csv").is_symlink()
+    assert len(read(folder / "real/out.csv")["label"]) == 50
+
+
+def test_an_input_whose_name_is_no_unicode_is_answered(folder):
+    (folder / "in.csv").rename(folder / "caf\udce9.csv")
+    assert predict(folder, "caf\udce9.csv").rows == 50
 
 
 def test_an_output_is_replaced_only_when_told(folder):
@@ -273,6 +367,19 @@ def test_resume_judges_only_what_is_missing(folder):
 
 def test_resume_without_parts_begins(folder):
     assert predict(folder, resume=True).rows == 50
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_empty_folder_of_parts_is_new(folder, resume):
+    (folder / "out.csv.parts").mkdir()
+    assert predict(folder, resume=resume).rows == 50
+
+
+def test_resume_says_that_a_run_is_finished(folder):
+    predict(folder)
+    with pytest.raises(DataError, match=r"out.csv: is finished already; --overwrite to do it again"):
+        predict(folder, resume=True)
+    assert predict(folder, resume=True, overwrite=True).rows == 50
 
 
 def test_parts_are_kept_unless_told_to_resume(folder):
@@ -341,6 +448,73 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(tmp_path, name):
     assert not (tmp_path / f"{name}.parts").exists()
 
 
+# Two runs at once
+
+
+def classifier_during(act):
+    """A classifier that does something whenever it is asked."""
+    classifier = make_classifier()
+
+    def engine(input_ids, attention_mask):
+        act()
+        return classifier.engine(input_ids, attention_mask)
+
+    return Classifier(LABELS, classifier.encoder, engine, clean=False, temperature=None, sha256="abc")
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_a_second_run_on_one_output_is_refused(folder, monkeypatch, has_locks):
+    if not has_locks:
+        monkeypatch.setattr("lora_sentiment.files.fcntl", None)
+    (folder / "link.csv").symlink_to("out.csv")
+    faults = []
+
+    def run_again():
+        for name in ("out.csv", "link.csv"):
+            with pytest.raises(DataError) as caught:
+                predict(folder, output=name, resume=True, overwrite=True)
+            faults.append(str(caught.value))
+
+    assert predict(folder, classifier=classifier_during(run_again), rows_per_part=50).rows == 50
+    advice = "" if has_locks else f", or remove {folder / 'out.csv.parts.lock'}"
+    assert set(faults) == {f"another run is writing {folder / 'out.csv'}; wait until it ends{advice}"}
+    assert sorted(path.name for path in folder.iterdir()) == ["in.csv", "link.csv", "out.csv"]
+
+
+def test_the_lock_of_a_killed_run_keeps_nobody_out(folder):
+    (folder / "out.csv.parts.lock").touch()
+    assert predict(folder).rows == 50
+    assert not (folder / "out.csv.parts.lock").exists()
+
+
+def test_a_lock_that_was_removed_before_it_was_held_is_none(folder, monkeypatch):
+    flock = fcntl.flock
+    path = folder / "out.csv.parts.lock"
+    monkeypatch.setattr(fcntl, "flock", lambda *args: (flock(*args), path.unlink()))
+    with pytest.raises(DataError, match="another run is writing"):
+        predict(folder)
+
+
+def test_an_output_that_another_run_has_just_finished_is_kept(folder, monkeypatch):
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *args: (flock(*args), (folder / "out.csv").write_text("theirs")))
+    with pytest.raises(DataError, match=r"out.csv: exists already"):
+        predict(folder)
+    assert (folder / "out.csv").read_text() == "theirs"
+
+
+def test_parts_that_another_run_took_over_are_not_joined(folder):
+    path = folder / "out.csv.parts/parts.json"
+
+    def take_over():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "theirs"}))
+
+    with pytest.raises(DataError, match="another run took these parts over"):
+        predict(folder, classifier=classifier_during(take_over))
+    assert path.exists()
+    assert not (folder / "out.csv").exists()
+
+
 # Several processes
 
 
@@ -348,20 +522,25 @@ def test_two_processes_share_the_parts_and_give_the_same_bytes(tmp_path):
     write(tmp_path / "in.csv", {"text": [text for text, _ in toy_rows(50)]})
     script = tmp_path / "script.py"
     script.write_text(
-        "import json, os\nfrom pathlib import Path\nfrom tests.test_predict import make_classifier, predict\n"
+        "import json, os\nfrom pathlib import Path\n"
+        "from tests.test_predict import DataError, make_classifier, predict\n"
         "classifier = make_classifier()\n"
         f"folder = Path({str(tmp_path)!r})\n"
+        "try:\n    predict(folder, output='held.csv')\nexcept DataError as error:\n    refusal = str(error)\n"
         "summary = predict(folder, classifier=classifier, rows_per_part=10)\n"
         "assert (folder / 'out.csv').is_file()\n"
-        "found = [classifier.engine.asked, summary.rows, summary.parts, summary.labels]\n"
+        "found = [classifier.engine.asked, summary.rows, summary.parts, summary.labels, refusal]\n"
         "(folder / f'rank{os.environ[\"RANK\"]}.json').write_text(json.dumps(found))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    with (tmp_path / "held.csv.parts.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    refusal = f"another run is writing {tmp_path / 'held.csv'}; wait until it ends"
     labels = predict(tmp_path, output="whole.csv", rows_per_part=10).labels
     assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [
-        [30, 50, 5, labels],
-        [20, 50, 5, labels],
+        [30, 50, 5, labels, refusal],
+        [20, 50, 5, labels, refusal],
     ]
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not (tmp_path / "out.csv.parts").exists()

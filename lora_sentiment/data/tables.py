@@ -9,11 +9,12 @@ batch. Rows are counted from 1 for the first data row. Every fault of a file is 
 - A blank line of csv or tsv is one empty field: a row of a table with one column, and nothing in a wider table.
 - jsonl (and .json, read the same way) holds one object per line; values keep their JSON types, NaN included. The first
   line names the columns: a key that a later line lacks is None there, and a key that only a later line has is refused.
-- parquet keeps its own types.
+- parquet keeps its own types. Dates, times and decimals are written to the other formats as text.
 """
 
 import codecs
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -23,9 +24,10 @@ import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
@@ -154,30 +156,41 @@ def _jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
         yield [record.get(name) for name in columns]
 
 
-def _fields(values: Sequence[Any], columns: Sequence[str], forbidden: str) -> list[str]:
-    texts = []
+def _as_text(value: object, forbidden: str = "") -> str:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if not isinstance(value, str | int | float | Decimal | None):
+        raise TypeError(f"a {type(value).__name__}")
+    text = "" if value is None else str(value)
+    if found := [character for character in forbidden if character in text]:
+        raise ValueError(repr(found[0]))
+    return text
+
+
+def _fields(values: Sequence[Any], columns: Sequence[str], make_field: Callable[[Any], str]) -> list[str]:
+    fields = []
     for name, value in zip(columns, values, strict=True):
-        if value is not None and not isinstance(value, str | int | float):
-            raise TypeError(f"column {name!r} holds a {type(value).__name__}, but csv and tsv hold text and numbers")
-        text = "" if value is None else str(value)
-        if found := [character for character in forbidden if character in text]:
-            raise ValueError(f"column {name!r} holds {found[0]!r}, which this format cannot; replace it")
-        texts.append(text)
-    return texts
+        try:
+            fields.append(make_field(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"column {name!r} holds {error}, which this format cannot") from error
+    return fields
 
 
 def _csv_line(values: Sequence[Any], columns: Sequence[str]) -> str:
-    fields = _fields(values, columns, "\0")
+    fields = _fields(values, columns, partial(_as_text, forbidden="\0"))
     quoted = ['"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text for text in fields]
     return (",".join(quoted) or '""') + "\n"  # other readers skip a blank line
 
 
 def _tsv_line(values: Sequence[Any], columns: Sequence[str]) -> str:
-    return "\t".join(_fields(values, columns, "\0\t\n\r")) + "\n"
+    return "\t".join(_fields(values, columns, partial(_as_text, forbidden="\0\t\n\r"))) + "\n"
 
 
 def _jsonl_line(values: Sequence[Any], columns: Sequence[str]) -> str:
-    return json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False) + "\n"
+    encode = partial(json.dumps, ensure_ascii=False, default=_as_text)
+    fields = zip(map(encode, columns), _fields(values, columns, encode), strict=True)
+    return "{" + ", ".join(f"{name}: {value}" for name, value in fields) + "}\n"
 
 
 @contextmanager
@@ -356,25 +369,26 @@ class TableWriter:
         path: A file whose name ends in one of `FORMATS`.
         columns: Names in the file's order.
         types: Arrow types of parquet's columns, by name; other formats have none.
+        dry: Refuse what would be refused, and write nothing.
 
     Raises:
         DataError: The format cannot hold a name or a value, a batch has other columns, or the disk refuses.
     """
 
     def __init__(
-        self, path: Path, *, columns: Sequence[str], types: Mapping[str, pa.DataType] = MappingProxyType({})
+        self, path: Path, *, columns: Sequence[str], types: Mapping[str, pa.DataType] | None = None, dry: bool = False
     ) -> None:
         _check_columns(columns, path)
-        self._path, self._columns, self._form, self._types = path, list(columns), _find_format(path), types
+        self._path, self._columns, self._form, self._types = path, list(columns), _find_format(path), types or {}
         self._aside = path.with_name(f".{secrets.token_hex(8)}.tmp")
-        self._row = 0  # the header
+        self._row, self._dry = 0, dry  # row 0 is the header
         self._parquet: Any = None
 
     def __enter__(self) -> Self:
         with _file_faults(self._path, "written"):
-            self._file = self._aside.open("xb")
+            self._file: Any = pa.MockOutputStream() if self._dry else self._aside.open("xb")
         # Neither a name nor a time goes into the gzip header, so that equal rows are equal bytes.
-        zipped = self._form != "parquet" and self._form.gzipped
+        zipped = self._form != "parquet" and self._form.gzipped and not self._dry
         self._zip = gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._file, mtime=0) if zipped else None
         return self
 
@@ -399,8 +413,8 @@ class TableWriter:
                 (self._zip or self._file).write(line.encode())
             except (ValueError, TypeError, RecursionError) as error:
                 place = f"row {self._row}" if self._row else "the header"
-                fault = f"{place} cannot be written: {error}; change it, or write .jsonl or .parquet"
-                raise DataError(f"{self._path}: {fault}") from error
+                fault = f"cannot be written: {error}; change it, or write {'.jsonl or ' * form.has_header}.parquet"
+                raise DataError(f"{self._path}: {place} {fault}") from error
             self._row += 1
 
     def _write_row_group(self, batch: Batch) -> None:
@@ -419,6 +433,8 @@ class TableWriter:
             raise DataError(f"{self._path}: {fault}") from error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._dry:
+            return
         with _file_faults(self._path, "written"):
             try:
                 with self._file:

@@ -286,7 +286,7 @@ def test_strings_come_back_from_jsonl(tmp_path_factory, table, name):
 def test_tsv_gives_back_what_it_can_hold_and_refuses_the_rest(tmp_path_factory, table):
     path = tmp_path_factory.getbasetemp() / "a.tsv"
     if any(character in value for value in chain(table, *table.values()) for character in "\t\n\r"):
-        with pytest.raises(DataError, match="which this format cannot; replace it"):
+        with pytest.raises(DataError, match="which this format cannot; change it"):
             write(path, table)
     else:
         write(path, table)
@@ -375,10 +375,12 @@ def test_an_error_of_the_caller_stays_what_it_is(tmp_path):
         ("a.tsv", {"a": ["x\n"]}, r"row 1 cannot be written: column 'a' holds '\n'"),
         ("a.tsv", {"a\tb": ["x"]}, r"the header cannot be written: column 'a\tb' holds '\t'"),
         ("a.csv", {"a": ["x\0"]}, r"row 1 cannot be written: column 'a' holds '\x00'"),
-        ("a.csv", {"a": [[1]]}, "row 1 cannot be written: column 'a' holds a list, but csv and tsv hold text"),
+        ("a.csv", {"a": [[1]]}, "row 1 cannot be written: column 'a' holds a list, which this format cannot; change"),
+        ("a.csv", {"a": [b"x"]}, "row 1 cannot be written: column 'a' holds a bytes, which this format cannot"),
         ("a.csv", {"a": ["\ud800"]}, "row 1 cannot be written: 'utf-8' codec can't encode"),
         ("a.csv", {"a": ["x" * 10_000_001]}, "row 1 cannot be written: it is longer than 10,000,000 characters"),
-        ("a.jsonl", {"a": [1, b"x"]}, "row 2 cannot be written: Object of type bytes is not JSON serializable"),
+        ("a.jsonl", {"a": [1, b"x"]}, "row 2 cannot be written: column 'a' holds a bytes, which this format cannot"),
+        ("a.jsonl", {"a": [[b"x"]]}, "column 'a' holds a bytes, which this format cannot; change it, or write .pa"),
         ("a.jsonl", {"a": ["\ud800"]}, "row 1 cannot be written: 'utf-8' codec can't encode"),
         ("a.parquet", {"a": ["x", 1]}, "column 'a' cannot be written: "),
         ("a.parquet", {"a": [2**70]}, "column 'a' cannot be written: Python int too large"),
