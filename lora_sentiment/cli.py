@@ -120,7 +120,9 @@ def export(
     format: Annotated[Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")] = "onnx",
     into: IntoOption = "base",
     base: BaseOption = None,
-    max_drop: Annotated[float, typer.Option(help="Most points of accuracy (of 100) that int8 may cost.")] = 0.5,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Most points of accuracy (of 100) that int8 may cost; 0.5 by default.")
+    ] = None,
     max_rows: RowsOption = 500,
     as_json: Json = False,
 ) -> None:

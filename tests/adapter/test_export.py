@@ -241,7 +241,7 @@ def test_what_cannot_be_exported_is_refused(adapter, merged, exported, tiny_base
     cases = [
         (adapter, {"format": "gguf"}, ModelError, "format: found 'gguf'; allowed: safetensors, onnx, onnx-int8"),
         (adapter, {"format": "onnx", "max_rows": 0}, ModelError, "max_rows"),
-        (merged, {"format": "onnx", "base": "x"}, ModelError, "needs no base"),
+        (merged, {"format": "onnx", "base": "x"}, ModelError, "nothing is merged"),
         (tiny_base, {"format": "onnx"}, AdapterError, "neither an adapter .* nor a merged model"),
         (exported[0], {"format": "onnx"}, AdapterError, "was exported before"),
         (tmp_path / "nothing", {"format": "onnx"}, AdapterError, "nothing"),
@@ -289,3 +289,11 @@ def test_a_model_that_cannot_be_traced_is_refused_and_left_as_it_was(merged, tmp
 
 def test_a_stock_pipeline_tokenizer_reads_the_folder(exported):
     assert AutoTokenizer.from_pretrained(exported[0]).model_max_length == 16
+
+
+def test_options_that_would_be_ignored_are_refused(merged, tmp_path):
+    with pytest.raises(ModelError, match="leave it out"):
+        export(merged, tmp_path / "e", format="onnx", max_drop=1.0)
+    with pytest.raises(ModelError, match="leave out --base and --into"):
+        export(merged, tmp_path / "e", format="onnx", into="dequantised")
+    assert not (tmp_path / "e").exists()
