@@ -89,6 +89,22 @@ output: {{dir: {toy}/adapter}}
 
 
 @pytest.fixture(scope="session")
+def toy_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """An adapter that tells the toy's good words from its bad ones, at most 16 tokens a text; do not change it."""
+    from lora_sentiment.recipe import Recipe
+    from lora_sentiment.train import train
+
+    folder = tmp_path_factory.mktemp("toy_adapter")
+    write_csv(folder / "train.csv", toy_rows(80))
+    (folder / "toy.yaml").write_text(
+        f"data: {{source: {folder}/train.csv}}\nmodel: {{name: {tiny_base}, max_length: 16}}\n"
+        f"train: {{num_train_epochs: 2, learning_rate: 1e-2}}\noutput: {{dir: {folder}/adapter}}\n",
+        encoding="utf-8",
+    )
+    return train(Recipe.load(folder / "toy.yaml")).adapter
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and a real base beside the repository; absent on a user's machine."""
     if not SHARED.is_dir():

@@ -13,27 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import Classifier, load
 from lora_sentiment.errors import AdapterError, DataError, ModelError
-from lora_sentiment.recipe import Recipe
-from lora_sentiment.train import train
-from tests.conftest import toy_rows
 
 TEXTS = ["a good film.", "the plot was dull and so weak, really a poor meal", "fine"]
 LONG = " ".join(["the good plot was", "a dull film"] * 12)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_base):
-    """A toy adapter, at most 16 tokens a text."""
-    folder = tmp_path_factory.mktemp("trained")
-    rows = toy_rows(80)
-    lines = ["text,label", *(f"{text},{label}" for text, label in rows)]
-    (folder / "train.csv").write_text("\n".join(lines))
-    recipe = folder / "toy.yaml"
-    recipe.write_text(
-        f"data: {{source: {folder}/train.csv}}\nmodel: {{name: {tiny_base}, max_length: 16}}\n"
-        f"train: {{num_train_epochs: 2, learning_rate: 1e-2}}\noutput: {{dir: {folder}/adapter}}\n"
-    )
-    return train(Recipe.load(recipe)).adapter
 
 
 @pytest.fixture
@@ -60,8 +42,8 @@ def stock_probabilities(model, base, texts):
     return torch.stack(rows).softmax(-1).numpy()
 
 
-def test_an_adapter_answers_in_order_whatever_the_lengths(trained):
-    classifier = load(trained)
+def test_an_adapter_answers_in_order_whatever_the_lengths(toy_adapter):
+    classifier = load(toy_adapter)
     found = classifier.predict(TEXTS)
     assert [p.label for p in found] == ["positive", "negative", "positive"]
     for text, prediction in zip(TEXTS, found, strict=True):
@@ -73,13 +55,13 @@ def test_an_adapter_answers_in_order_whatever_the_lengths(trained):
     assert classifier.predict([]) == []
 
 
-def test_texts_are_cleaned_as_they_were_for_training(trained):
-    classifier = load(trained)
+def test_texts_are_cleaned_as_they_were_for_training(toy_adapter):
+    classifier = load(toy_adapter)
     assert classifier.predict(["a&nbsp;good<br />film."]) == classifier.predict(["a good film."])
 
 
-def test_a_long_text_is_cut_or_read_in_windows(trained):
-    classifier = load(trained)
+def test_a_long_text_is_cut_or_read_in_windows(toy_adapter):
+    classifier = load(toy_adapter)
     words = LONG.split()
     assert classifier.predict([LONG]) == classifier.predict([" ".join(words[:14])])
     ids = classifier.encoder.tokenise([LONG])[0]
@@ -95,13 +77,13 @@ def test_a_long_text_is_cut_or_read_in_windows(trained):
     np.testing.assert_allclose(pooled[1], classifier.probabilities(["fine"])[0], atol=1e-6)
 
 
-def test_a_stride_that_leaves_no_room_is_refused(trained):
+def test_a_stride_that_leaves_no_room_is_refused(toy_adapter):
     with pytest.raises(ModelError, match="stride: found 14; allowed: 0 to 13"):
-        load(trained).predict(["a"], stride=14)
+        load(toy_adapter).predict(["a"], stride=14)
 
 
-def test_a_temperature_moves_scores_and_no_label(trained):
-    classifier = load(trained)
+def test_a_temperature_moves_scores_and_no_label(toy_adapter):
+    classifier = load(toy_adapter)
     plain, calibrated = classifier.predict(TEXTS), classifier.predict(TEXTS, calibrated=True)
     assert [p.label for p in plain] == [p.label for p in calibrated]
     logits = np.log(plain[0].scores["positive"] / plain[0].scores["negative"]) / classifier.temperature
@@ -175,9 +157,9 @@ def test_an_encoder_alone_and_an_empty_folder_are_refused(tiny_base, tmp_path):
         load(tmp_path / "none")
 
 
-def test_options_that_an_adapter_knows_itself_are_refused(trained):
+def test_options_that_an_adapter_knows_itself_are_refused(toy_adapter):
     with pytest.raises(ModelError, match="leave out max_length"):
-        load(trained, max_length=8)
+        load(toy_adapter, max_length=8)
 
 
 @pytest.mark.parametrize(
@@ -187,20 +169,20 @@ def test_options_that_an_adapter_knows_itself_are_refused(trained):
         (["fine", None], r"texts\[1\]: found a NoneType"),
     ],
 )
-def test_what_is_no_list_of_texts_is_refused(trained, texts, message):
+def test_what_is_no_list_of_texts_is_refused(toy_adapter, texts, message):
     with pytest.raises(DataError, match=message):
-        load(trained).predict(texts)
+        load(toy_adapter).predict(texts)
 
 
-def test_half_a_surrogate_pair_is_cleaned_away_or_refused(trained):
-    classifier = load(trained)
+def test_half_a_surrogate_pair_is_cleaned_away_or_refused(toy_adapter):
+    classifier = load(toy_adapter)
     assert classifier.predict(["good\udcff"]) == classifier.predict(["good"])
     with pytest.raises(DataError, match="half of a surrogate pair"):
         dataclasses.replace(classifier, clean=False).predict(["good\udcff"])
 
 
-def test_a_generator_of_texts_is_answered(trained):
-    assert [p.label for p in load(trained).predict(text for text in TEXTS)] == ["positive", "negative", "positive"]
+def test_a_generator_of_texts_is_answered(toy_adapter):
+    assert [p.label for p in load(toy_adapter).predict(text for text in TEXTS)] == ["positive", "negative", "positive"]
 
 
 @pytest.mark.parametrize("value", [7, 0, -1, "8", True])
@@ -220,14 +202,14 @@ def test_labels_as_one_string_are_refused(stock):
         load(stock[0], labels="ab")
 
 
-def test_another_number_of_answers_than_labels_is_refused(trained):
-    classifier = dataclasses.replace(load(trained), labels=("a", "b", "c"))
+def test_another_number_of_answers_than_labels_is_refused(toy_adapter):
+    classifier = dataclasses.replace(load(toy_adapter), labels=("a", "b", "c"))
     with pytest.raises(AdapterError, match=r"answers .* values a text for the labels"):
         classifier.predict(TEXTS)
 
 
-def test_all_that_decides_an_answer_is_in_the_hash(trained, stock):
-    hashes = [load(trained, dtype=dtype).sha256 for dtype in ("float32", "bfloat16", "float32")]
+def test_all_that_decides_an_answer_is_in_the_hash(toy_adapter, stock):
+    hashes = [load(toy_adapter, dtype=dtype).sha256 for dtype in ("float32", "bfloat16", "float32")]
     assert hashes[0] == hashes[2] != hashes[1]
     first, second = (load(stock[0], labels=["bad", "good"], max_length=n).sha256 for n in (8, 16))
     assert first != second
@@ -242,8 +224,8 @@ def test_a_configuration_that_peft_refuses_is_one_line(stock, change):
 
 
 @pytest.fixture
-def merged(trained, tmp_path):
-    merge(trained, tmp_path / "merged")
+def merged(toy_adapter, tmp_path):
+    merge(toy_adapter, tmp_path / "merged")
     return tmp_path / "merged"
 
 

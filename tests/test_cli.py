@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lora_sentiment import cli
-from tests.conftest import toy_rows, write_csv
+from tests.conftest import write_csv
 
 
 def call(capsys, *arguments):
@@ -80,32 +80,17 @@ def test_validate_imports_no_torch(toy_recipe):
     assert done.stderr == "[]"
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, tiny_base):
-    """A toy adapter, trained by the command line."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_csv(folder / "train.csv", toy_rows(80))
-    recipe = folder / "toy.yaml"
-    recipe.write_text(
-        f"data: {{source: {folder}/train.csv}}\nmodel: {{name: {tiny_base}, max_length: 16}}\n"
-        f"train: {{num_train_epochs: 2, learning_rate: 1e-2}}\noutput: {{dir: {folder}/adapter}}\n"
-    )
-    with pytest.raises(SystemExit):
-        cli.main(["train", str(recipe)])
-    return folder / "adapter"
-
-
-def test_texts_are_labelled(capsys, adapter):
-    code, out, _ = call(capsys, "predict", adapter, "a good film", "a bad\nmeal")
+def test_texts_are_labelled(capsys, toy_adapter):
+    code, out, _ = call(capsys, "predict", toy_adapter, "a good film", "a bad\nmeal")
     assert code == 0
     cells = [line.split("\t") for line in out.splitlines()]
     assert [(row[0], row[2]) for row in cells] == [("positive", "a good film"), ("negative", "a bad meal")]
     assert all(0.5 < float(row[1]) <= 1 for row in cells)
 
 
-def test_lines_of_standard_input_are_labelled_and_a_blank_one_is_an_error(capsys, adapter, monkeypatch):
+def test_lines_of_standard_input_are_labelled_and_a_blank_one_is_an_error(capsys, toy_adapter, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a good film\n\na bad meal\n"))
-    code, out, _ = call(capsys, "predict", adapter, "--json", "--all-scores")
+    code, out, _ = call(capsys, "predict", toy_adapter, "--json", "--all-scores")
     assert code == 0
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row.get("label") for row in rows] == ["positive", None, "negative"]
@@ -113,9 +98,11 @@ def test_lines_of_standard_input_are_labelled_and_a_blank_one_is_an_error(capsys
     assert set(rows[0]["scores"]) == {"negative", "positive"}
 
 
-def test_a_table_is_labelled(capsys, adapter, tmp_path):
+def test_a_table_is_labelled(capsys, toy_adapter, tmp_path):
     write_csv(tmp_path / "in.csv", [("a good film", "x"), ("", "y")], header=("text", "note"))
-    code, out, _ = call(capsys, "predict", adapter, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    code, out, _ = call(
+        capsys, "predict", toy_adapter, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv"
+    )
     assert code == 0
     assert "2 rows (negative 0, positive 1; 1 with an error instead)" in out
     lines = (tmp_path / "out.csv").read_text().splitlines()
@@ -123,29 +110,29 @@ def test_a_table_is_labelled(capsys, adapter, tmp_path):
     assert lines[2] == ",y,,,text is empty"
 
 
-def test_an_explanation_names_the_words_and_writes_a_page(capsys, adapter, tmp_path):
-    code, out, _ = call(capsys, "predict", adapter, "a good film", "--explain", "--html", tmp_path / "page.html")
+def test_an_explanation_names_the_words_and_writes_a_page(capsys, toy_adapter, tmp_path):
+    code, out, _ = call(capsys, "predict", toy_adapter, "a good film", "--explain", "--html", tmp_path / "page.html")
     assert code == 0
     assert out.startswith("positive")
     assert "good" in (tmp_path / "page.html").read_text()
 
 
-def test_a_text_that_cannot_be_explained_leaves_the_others_and_the_page(capsys, adapter, tmp_path):
+def test_a_text_that_cannot_be_explained_leaves_the_others_and_the_page(capsys, toy_adapter, tmp_path):
     page = tmp_path / "page.html"
     code, out, err = call(
-        capsys, "predict", adapter, "a good film", "so " * 600, "a bad meal", "--explain", "--html", page
+        capsys, "predict", toy_adapter, "a good film", "so " * 600, "a bad meal", "--explain", "--html", page
     )
     assert code == 1
     assert "1 of 3 texts could not be explained" in err
     assert out.index("positive") < out.index("negative")
     assert "bad" in page.read_text()
-    code, _, err = call(capsys, "predict", adapter, "good", "--explain", "--html", page)
+    code, _, err = call(capsys, "predict", toy_adapter, "good", "--explain", "--html", page)
     assert code == 1
     assert "exists already; give another name, or --overwrite" in err
 
 
-def test_bytes_that_are_no_text_are_an_error_of_their_line(adapter):
-    command = [sys.executable, "-m", "lora_sentiment.cli", "predict", str(adapter), "--json"]
+def test_bytes_that_are_no_text_are_an_error_of_their_line(toy_adapter):
+    command = [sys.executable, "-m", "lora_sentiment.cli", "predict", str(toy_adapter), "--json"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, input=b"good\rfilm\nb\xff\nbad\n", capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -166,19 +153,19 @@ def test_bytes_that_are_no_text_are_an_error_of_their_line(adapter):
         (["text", "--explain", "--all-scores"], "leave out --all-scores"),
     ],
 )
-def test_options_of_predict_that_would_be_ignored_are_refused(capsys, adapter, options, message):
-    code, _, err = call(capsys, "predict", adapter, *options)
+def test_options_of_predict_that_would_be_ignored_are_refused(capsys, toy_adapter, options, message):
+    code, _, err = call(capsys, "predict", toy_adapter, *options)
     assert code == 1
     assert message in err
 
 
-def test_merge_then_predict_and_push(capsys, adapter, tmp_path):
+def test_merge_then_predict_and_push(capsys, toy_adapter, tmp_path):
     merged = tmp_path / "merged"
-    code, out, _ = call(capsys, "merge", adapter, merged)
+    code, out, _ = call(capsys, "merge", toy_adapter, merged)
     assert code == 0
     assert "(float32, into base)" in out
     assert "validation rows: logits differ by" in out
-    first, second = (call(capsys, "predict", folder, "a good film", "--json")[1] for folder in (adapter, merged))
+    first, second = (call(capsys, "predict", folder, "a good film", "--json")[1] for folder in (toy_adapter, merged))
     assert json.loads(first)["score"] == pytest.approx(json.loads(second)["score"], abs=1e-5)
     code, _, err = call(capsys, "merge", merged, tmp_path / "again")
     assert code == 1
@@ -187,7 +174,7 @@ def test_merge_then_predict_and_push(capsys, adapter, tmp_path):
     assert code == 0
     assert "model.safetensors" in out
     assert "would send to" in out
-    assert call(capsys, "push", adapter, "someone/films", "--dry-run", "--json")[0] == 0
+    assert call(capsys, "push", toy_adapter, "someone/films", "--dry-run", "--json")[0] == 0
 
 
 def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):

@@ -1,10 +1,6 @@
 """`README.md` of an exported model: its files, how to use them, how they were checked. Nothing here imports torch."""
 
-from pathlib import Path
-
-from huggingface_hub import ModelCardData
-
-from lora_sentiment.adapter.merged_card import say_reading, table_row
+from lora_sentiment.adapter.merged_card import make_metadata, say_reading, table_row
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED
 from lora_sentiment.adapter.stamp import Stamp
 
@@ -17,12 +13,7 @@ def make_exported_card(name: str, labels: tuple[str, ...], stamp: Stamp) -> str:
         labels: Label names in order.
         stamp: What its `config.json` holds.
     """
-    metadata = ModelCardData(
-        base_model=None if Path(stamp.base).is_absolute() else stamp.base,
-        library_name="transformers.js",
-        pipeline_tag="text-classification",
-        tags=["text-classification", "distilbert", "onnx", stamp.method],
-    ).to_yaml()
+    metadata = make_metadata(stamp, library="transformers.js", tags=("onnx",))
     int8 = QUANTISED in stamp.files
     files = [file for file in ("onnx", "onnx-int8") if file in stamp.compared]
     rows = [

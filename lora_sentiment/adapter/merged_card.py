@@ -16,12 +16,7 @@ def make_merged_card(name: str, labels: tuple[str, ...], stamp: Stamp) -> str:
         labels: Label names in order.
         stamp: What its `config.json` holds.
     """
-    metadata = ModelCardData(
-        base_model=None if Path(stamp.base).is_absolute() else stamp.base,
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        tags=["text-classification", "distilbert", stamp.method],
-    ).to_yaml()
+    metadata = make_metadata(stamp, library="transformers")
     target = "the base as quantising had left it" if stamp.into == "dequantised" else "the base as it was published"
     rows = [
         table_row(into, part, found, forms=("adapter", "merged"))
@@ -61,6 +56,16 @@ Compared with the unmerged adapter after reloading it with plain transformers.
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def make_metadata(stamp: Stamp, *, library: str, tags: tuple[str, ...] = ()) -> str:
+    """Return the Hub's metadata of a model that holds an adapter, as YAML."""
+    return ModelCardData(
+        base_model=None if Path(stamp.base).is_absolute() else stamp.base,
+        library_name=library,
+        pipeline_tag="text-classification",
+        tags=["text-classification", "distilbert", *tags, stamp.method],
+    ).to_yaml()
 
 
 def table_row(form: str, part: str, found: dict[str, Any], *, forms: tuple[str, str]) -> str:
