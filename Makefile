@@ -1,17 +1,45 @@
 PYTHON ?= python3
+# For pip, such as another index: see "Which torch" in the README.
+PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+RUN := $(VENV)/.ready-to-run
 READY := $(VENV)/.ready
+QUICK := adapters/quickstart
 
-.PHONY: test lint types quick slow schema clean
+.PHONY: quickstart test lint types quick slow schema clean
+
+# From nothing to an adapter, and two sentences answered by the one that ships; needs a package index and nothing else.
+quickstart: $(RUN)
+	$(BIN)/accelerate launch -m lora_sentiment.train recipes/quickstart.yaml output.overwrite=true
+	$(BIN)/lora-sentiment evaluate $(QUICK)
+	rm -rf $(QUICK)-merged
+	$(BIN)/lora-sentiment merge $(QUICK) $(QUICK)-merged
+	$(BIN)/lora-sentiment predict adapters/imdb_small \
+	    "One of those films you want to see again at once." \
+	    "Two hours of my life that I would like to have back."
+	@echo
+	@echo "Made:  $(QUICK)         the adapter: weights, card.json, report.json, README.md, pictures"
+	@echo "       $(QUICK)-merged  the same as a stock transformers model"
+	@echo "Next:  . $(BIN)/activate"
+	@echo "       lora-sentiment predict adapters/imdb_small --explain 'Not half as good as the book.'"
+	@echo "       accelerate launch -m lora_sentiment.train recipes/my_data.yaml    # copy it, and name your own csv"
+	@echo "       accelerate launch -m lora_sentiment.train recipes/imdb_lora.yaml  # DistilBERT on IMDB, from the Hub"
 
 test: lint types quick
 
 # Made from the pinned constraints; made again when they or the requirements change.
-$(READY): pyproject.toml constraints.txt
+$(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $(READY)
+
+$(RUN): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $(RUN)
+
+$(READY): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $(READY) $(RUN)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 import yaml
 
 from lora_sentiment.estimate import BASELINE_BYTES, Facts, cut_rows, make_plan
+from lora_sentiment.hub import ask_hub, without_login
 from lora_sentiment.model.architecture import Shape
 from lora_sentiment.model.memory import estimate_memory
 from lora_sentiment.recipe import Recipe
@@ -174,9 +175,12 @@ def _look_at_hub(timeout: float | None) -> dict[str, Any]:
     if constants.is_offline_mode():
         answer = "not asked: offline"
     elif timeout is not None:
-        reachable, answer = _ask(constants.ENDPOINT, timeout)
+        found = ask_hub(timeout)
+        answer = found.text
+        # A mirror need not have a front page.
+        reachable = found.status is not None and (found.status < 400 or found.status == 404)
     return {
-        "endpoint": _without_login(constants.ENDPOINT),
+        "endpoint": without_login(constants.ENDPOINT),
         "reachable": reachable,
         "answer": answer,
         "token": get_token() is not None,
@@ -195,20 +199,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _ask(endpoint: str, timeout: float) -> tuple[bool, str]:
-    from httpx2 import HTTPError, InvalidURL
-    from huggingface_hub import get_session
-
-    try:
-        answer = get_session().head(endpoint, timeout=timeout)
-    # The last three are how proxies fail that have no port number, no known scheme, or need a package for SOCKS.
-    except (HTTPError, OSError, InvalidURL, ValueError, ImportError) as error:
-        return False, _without_login(f"{type(error).__name__}: {error}")
-    # A mirror need not have a front page.
-    reached = answer.status_code < 400 or answer.status_code == 404
-    return reached, f"{answer.status_code} {answer.reason_phrase}".strip()
-
-
 def _find_proxy(endpoint: str) -> str | None:
     """Return the proxy for an address as the Hub's client finds it: environment, else the system's settings."""
     parts = re.match(r"(\w+)://(?:[^/]*@)?([^/:]+)", endpoint)
@@ -216,11 +206,7 @@ def _find_proxy(endpoint: str) -> str | None:
     proxy = (proxies.get(parts[1].lower()) or proxies.get("all")) if parts else None
     if not parts or not proxy or proxy_bypass(parts[2]):
         return None
-    return _without_login(proxy if "://" in proxy else f"http://{proxy}")
-
-
-def _without_login(text: str) -> str:
-    return re.sub(r"//\S*@", "//", text)
+    return without_login(proxy if "://" in proxy else f"http://{proxy}")
 
 
 def _read(path: Path) -> str:

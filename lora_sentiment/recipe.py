@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
@@ -21,6 +21,9 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; by default the recipe file's stem."""
+    offline: Literal["error", "bundled"] = "error"
+    """Where no Hub answers and what it names is not in the cache: stop, or walk with the base and reviews that ship,
+    writing to `<output.dir>-offline`."""
     data: DataConfig
     """Which texts and labels."""
     model: ModelConfig

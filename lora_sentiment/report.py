@@ -28,6 +28,7 @@ def make_report(
     encoded: Mapping[str, Encoded],
     seen_rows: Mapping[str, int],
     quantisation: Quantisation | None,
+    stand_in: Mapping[str, str] | None,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """Return the report of a finished run.
@@ -42,6 +43,7 @@ def make_report(
         encoded: Role to its token ids.
         seen_rows: Judged role to its rows whose text stands in train or validation too.
         quantisation: What quantising the base saved and cost, where it was quantised.
+        stand_in: What the recipe asked for and did not get, where the parts that ship stood in.
         peak_memory_bytes: Most memory held, in bytes.
     """
     return {
@@ -60,6 +62,7 @@ def make_report(
             "evaluations": [vars(point) for point in history.evaluations],
         },
         **({"quantisation": quantisation.as_dict()} if quantisation else {}),
+        **({"offline": dict(stand_in)} if stand_in else {}),
         "data": {
             "seen_rows": dict(seen_rows),
             **{split: found.as_dict() for split, found in counts.items()},

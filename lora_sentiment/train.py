@@ -20,7 +20,7 @@ from torch import nn
 from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
-from lora_sentiment.bundled import probe_texts
+from lora_sentiment.bundled import StandIn, describe, probe_texts
 from lora_sentiment.data.batches import Encoded, encode
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
 from lora_sentiment.errors import DataError, ModelError, RecipeError, TrainingError
@@ -37,6 +37,7 @@ from lora_sentiment.model.method_config import PeftMethod
 from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
 from lora_sentiment.model.parameters import ParameterCounts, count_parameters, micro_batch_tokens
 from lora_sentiment.model.quantisation import Cut, Quantisation, measure_quantisation
+from lora_sentiment.offline import settle
 from lora_sentiment.plots import plot_confusion, plot_training
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.report import make_report, peak_memory, reset_peak_memory
@@ -75,6 +76,7 @@ class _Setup:
     max_tokens: int
     quantisation: Quantisation | None
     loading_peak: int
+    stand_in: StandIn | None
 
 
 @dataclass
@@ -99,9 +101,10 @@ def train(recipe: Recipe) -> Run:
         LoraSentimentError: For anything about recipe, launch, data, base or run that a person can mend.
     """
     state = join_launch()
+    recipe, stand_in = settle(recipe, state)
     run_folder = _claim(recipe, state)
     accelerator = make_accelerator(state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder)
-    setup = _set_up(recipe, accelerator)
+    setup = _set_up(recipe, accelerator, stand_in)
     encoded = {
         "train": _encode(setup.data.train, "train", setup, recipe, accelerator),
         "validation": _encode(setup.data.validation, "validation", setup, recipe, accelerator),
@@ -138,13 +141,10 @@ def train(recipe: Recipe) -> Run:
         report = _save_report(recipe, setup, card, history, verdict, aside)
         adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
         log.info("saved and verified: %s", recipe.folder)
+    if stand_in:
+        log.warning("%s", describe(stand_in))
     accelerator.end_training()
-    if verdict.faults:
-        faults = "\n".join(map(str, verdict.faults))
-        raise DataError(
-            f"{faults}\nthe adapter is saved in {recipe.folder}, judged on {', '.join(verdict.scores)} only; mend the "
-            "rows, or name others: lora-sentiment evaluate ADAPTER --source ROWS"
-        ) from verdict.faults[0]
+    _refuse_faults(verdict, recipe.folder)
     return Run(recipe.folder, history, report)
 
 
@@ -173,7 +173,7 @@ def _claim(recipe: Recipe, state: PartialState) -> Path:
     return run_folder
 
 
-def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
+def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) -> _Setup:
     """Load data and base, and make the base trainable on this process's device."""
     device = accelerator.device
     dtype = resolve_dtype(recipe.model.dtype, device)
@@ -195,7 +195,7 @@ def _set_up(recipe: Recipe, accelerator: Accelerator) -> _Setup:
     engine = _choose_engine(model, recipe.train.engine, dtype)
     max_tokens = _max_tokens(recipe, base, dtype)
     log.info("%s on %s, %s engine, micro-batches of at most %s tokens", dtype, device, engine, f"{max_tokens:,}")
-    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak)
+    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, stand_in)
 
 
 def _load_data(recipe: Recipe) -> Data:
@@ -297,6 +297,7 @@ def _save_adapter(
             carved_test_sha256=data.carved_test.fingerprint() if data.carved_test else None,
         ),
         machine=_machine(setup),
+        stand_in=setup.stand_in,
         calibration=calibration,
         trained=trained,
         # bf16 keeps eight bits of a value; the rebuilt model is fp32.
@@ -332,6 +333,16 @@ def _judge(
         log.info("%s: accuracy %s", role, show_interval(verdict.scores[role]["accuracy"].as_dict()))
 
 
+def _refuse_faults(verdict: _Verdict, folder: Path) -> None:
+    """Say at the very end what could not be judged: the run itself is saved."""
+    if verdict.faults:
+        faults = "\n".join(map(str, verdict.faults))
+        raise DataError(
+            f"{faults}\nthe adapter is saved in {folder}, judged on {', '.join(verdict.scores)} only; mend the rows, "
+            "or name others: lora-sentiment evaluate ADAPTER --source ROWS"
+        ) from verdict.faults[0]
+
+
 def _predict(setup: _Setup, rows: Encoded, role: str, accelerator: Accelerator) -> NDArray[np.float32]:
     bar = role if accelerator.is_main_process else None
     return predict_logits(setup.model, rows, accelerator=accelerator, progress=bar)
@@ -351,6 +362,7 @@ def _save_report(
         encoded=verdict.encoded,
         seen_rows=verdict.seen_rows,
         quantisation=setup.quantisation,
+        stand_in=setup.stand_in,
         peak_memory_bytes=max(setup.loading_peak, peak_memory(next(setup.model.parameters()).device)),
     )
     if setup.quantisation:

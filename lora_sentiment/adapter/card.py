@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card
 from lora_sentiment.data.config import report_roles
 from lora_sentiment.data.sources import looks_like_files
@@ -68,8 +69,9 @@ def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool
 
 def _summary(name: str, card: Card) -> str:
     labels = ", ".join(f"`{label}`" for label in card.labels)
+    warning = f"> **{bundled.describe(card.offline)}.**\n\n" if card.offline else ""
     return (
-        f"# {name}\n\nA text classifier with the labels {labels}: `{card.method.kind}` fine-tuning of "
+        f"# {name}\n\n{warning}A text classifier with the labels {labels}: `{card.method.kind}` fine-tuning of "
         f"`{card.base.name}` on `{card.data.config.source}`, at most {card.max_length} tokens a text (truncation: "
         f"{card.truncation}). Made with `lora_sentiment`."
     )
@@ -94,12 +96,30 @@ def _usage(name: str, card: Card, *, is_peft: bool) -> str:
         return own + "`changed.safetensors` holds every trained tensor under stock transformers' own names."
     bits = _bits(card)
     extra = f",\n    quantization_config=BitsAndBytesConfig({bits})," if bits else ""
+    if card.base.name == bundled.NAME:
+        return f"{own}{_usage_on_bundled_base(name, card, bits)}"
     return (
         f"{own}With stock PEFT (labels in order: {', '.join(card.labels)}):\n\n```python\nimport torch\n"
         "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer"
         f"{', BitsAndBytesConfig' if bits else ''}\n\n"
         "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
         f'    "{name}", num_labels={len(card.labels)}, dtype=torch.float32{extra}\n)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+    )
+
+
+def _usage_on_bundled_base(name: str, card: Card, bits: str) -> str:
+    """Return the same for a base that has no name on the Hub: stock PEFT is given its folder."""
+    extra = f", quantization_config=BitsAndBytesConfig({bits})" if bits else ""
+    return (
+        f"With stock PEFT and the base's folder (labels in order: {', '.join(card.labels)}):\n\n```python\n"
+        "from importlib.resources import files\n\nimport torch\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
+        f"{', BitsAndBytesConfig' if bits else ''}\n\n"
+        'base = str(files("lora_sentiment") / "bundled" / "base")  # in a clone: lora_sentiment/bundled/base\n'
+        "model = AutoModelForSequenceClassification.from_pretrained(\n"
+        f"    base, num_labels={len(card.labels)}, dtype=torch.float32{extra}\n)\n"
+        f'model = PeftModel.from_pretrained(model, "{name}").eval()\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
     )
 

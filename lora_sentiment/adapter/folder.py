@@ -88,6 +88,8 @@ class Card(Section):
     """File name to SHA-256, of every file that decides an answer."""
     data: DataRecord
     """On which rows."""
+    offline: dict[str, str] | None = None
+    """What the recipe asked for, by key, where no Hub answered and the parts that ship stood in, and the reason."""
     calibration: dict[str, float] | None
     """Temperature fitted on validation, or null."""
     versions: dict[str, str]
@@ -132,6 +134,7 @@ def save(
     trained: Probe,
     tolerance: float,
     calibration: dict[str, float] | None = None,
+    stand_in: dict[str, str] | None = None,
 ) -> Card:
     """Write weights, tokenizer and card, then rebuild the model from them and hold it against the trained one.
 
@@ -150,6 +153,7 @@ def save(
         tolerance: Largest difference allowed between a logit of the trained model and of the rebuilt one, in units of
             max(1, largest logit): rounding of the compute dtype.
         calibration: Temperature fitted on validation, or None.
+        stand_in: What the recipe asked for and did not get, where the parts that ship stood in.
 
     Raises:
         AdapterError: If the rebuilt model answers otherwise than the trained one.
@@ -179,6 +183,7 @@ def save(
         tokenizer_sha256=hash_tokenizer(base.tokenizer),
         files={path.name: hash_file(path) for path in sorted(decisive)},
         data=data,
+        offline=stand_in,
         calibration=calibration,
         versions={name: version(name) for name in PACKAGES},
         machine=machine,

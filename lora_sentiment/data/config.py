@@ -12,7 +12,7 @@ from lora_sentiment.section import Names, Section
 
 SPLITS = ("train", "validation", "test")
 """The roles of a source that names none itself."""
-REPORT_BLOCKS = ("schema", "parameters", "train", "data", "quantisation", "seen_rows", "tokens")
+REPORT_BLOCKS = ("schema", "parameters", "train", "data", "quantisation", "seen_rows", "tokens", "offline")
 """Keys of report.json, and of its `data` block, that are no role; a judged role has its own block beside them."""
 
 
@@ -20,7 +20,8 @@ class DataConfig(Section):
     """Which texts and labels, how they are cleaned, and how they are split."""
 
     source: str | dict[str, str]
-    """Hub data set, file, glob, or files by role: {train: .., validation: .., test: ..}; see splits."""
+    """Hub data set, file, glob, files by role ({train: .., validation: .., test: ..}; see splits), or `bundled`, the
+    reviews that ship."""
     splits: dict[str, str] | None = None
     """Role to name of a split of the Hub data set: train, validation (else carved), any other is judged at the end."""
     config: str | None = None

@@ -7,6 +7,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
+from lora_sentiment import bundled
 from lora_sentiment.data.config import SPLITS, DataConfig
 from lora_sentiment.data.tables import FORMATS, read_table, table_columns
 from lora_sentiment.errors import DataError
@@ -56,13 +57,15 @@ def find_source(config: DataConfig) -> Source:
             raise DataError(f"data.{key}: found {getattr(config, key)!r}, but {config.source!r} are files{instead}")
     if isinstance(config.source, dict):
         return Source({role: _files(pattern) for role, pattern in config.source.items()}, {})
+    if config.source == bundled.NAME:
+        return Source({role: [bundled.REVIEWS / f"{role}.jsonl"] for role in SPLITS}, {})
     return Source({"train": _files(config.source)}, {})
 
 
 def looks_like_files(source: str) -> bool:
     """Return whether a source names files here rather than a Hub data set."""
     hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.endswith(tuple(FORMATS))
-    return not hub_name or Path(source).exists()
+    return not hub_name or source == bundled.NAME or Path(source).exists()
 
 
 def _files(pattern: str) -> list[Path]:

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from lora_sentiment import bundled
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.architecture import HEAD, Shape
 from lora_sentiment.model.config import ModelConfig
@@ -38,7 +39,7 @@ class Base:
         model: `DistilBertForSequenceClassification`, every tensor in fp32 on the CPU; with `model.quantize` the
             encoder's linears are quantised and on the device that was asked for.
         tokenizer: The checkpoint's fast tokenizer.
-        name: Hub name or folder, as the recipe gave it.
+        name: Hub name, folder or `bundled`, as the recipe gave it.
         revision: Commit that the Hub resolved, or None for a folder.
         sha256: Hash of the unquantised encoder's tensors by name, shape and value.
         shape: The encoder's shape.
@@ -69,24 +70,25 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
             has another number of labels, or `max_length` is more than its positions.
     """
     names = dict(enumerate(labels))
-    if config.name.startswith((".", "/", "~")) and not Path(config.name).is_dir():
+    place = config.place
+    if place.startswith((".", "/", "~")) and not Path(place).is_dir():
         raise ModelError(f"model.name {config.name!r}: no such folder")
-    if config.revision and Path(config.name).is_dir():
+    if config.revision and Path(place).is_dir():
         raise ModelError(f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no revisions")
     with quiet(), _explain(config.name):
         # Resolved once: a Hub name could move between one file and the next.
-        revision = extract_commit_hash(cached_file(config.name, "config.json", revision=config.revision), None)
+        revision = extract_commit_hash(cached_file(place, "config.json", revision=config.revision), None)
         where = {"revision": revision or config.revision, "trust_remote_code": False}
-        found = AutoConfig.from_pretrained(config.name, **where)
+        found = AutoConfig.from_pretrained(place, **where)
         _check_architecture(found, config)
         for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
             if getattr(config, key) is not None:
                 setattr(found, key, getattr(config, key))
         own_names = [str(name) for _, name in sorted(found.id2label.items())]
         found.num_labels, found.id2label, found.label2id = len(labels), names, {v: k for k, v in names.items()}
-        tokenizer: Any = AutoTokenizer.from_pretrained(config.name, **where)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, **where)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            config.name,
+            place,
             config=found,
             dtype=torch.float32,
             use_safetensors=True,  # never a pickle
@@ -101,11 +103,14 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
     sha256 = hash_tensors(encoder_tensors(model))
     if config.quantize != "none":
         model = _quantise(model, config, found, where, device or torch.device("cpu"))
+    # A folder is recorded whole: the adapter must find it from anywhere; the package finds its own.
+    name = str(Path(place).resolve()) if place == config.name and Path(place).is_dir() else config.name
+    # What PEFT writes into its own file. It would look `bundled` up on the Hub, where anyone could own that name.
+    model.name_or_path = bundled.PATH_IN_CLONE if name == bundled.NAME else name
     return Base(
         model=model,
         tokenizer=tokenizer,
-        # A folder is recorded whole: the adapter must find it from anywhere.
-        name=str(Path(config.name).resolve()) if Path(config.name).is_dir() else config.name,
+        name=name,
         revision=revision,
         sha256=sha256,
         shape=Shape.from_config(found.to_dict()),
@@ -150,7 +155,7 @@ def _quantise(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with quiet(), _explain(config.name), torch.random.fork_rng(devices=[]):
         model = AutoModelForSequenceClassification.from_pretrained(
-            config.name,
+            config.place,
             config=found,
             dtype=torch.float32,
             use_safetensors=True,

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from lora_sentiment import bundled
 from lora_sentiment.section import Section
 
 DEFAULT_HEAD_R = 8
@@ -14,7 +15,7 @@ class ModelConfig(Section):
     """Which base, in which precision, and how a text is cut to fit it."""
 
     name: str = Field(min_length=1)
-    """Base checkpoint: a Hub name or a folder."""
+    """Base checkpoint: a Hub name, a folder, or `bundled`, the small base that ships."""
     revision: str | None = None
     """Revision of the Hub checkpoint; what was resolved is recorded."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -38,6 +39,11 @@ class ModelConfig(Section):
     """What of the head is trained: both layers, classifier alone, or classifier and a low-rank update of the other."""
     head_r: int | None = Field(None, ge=1)
     """Rank of that update; 8 by default."""
+
+    @property
+    def place(self) -> str:
+        """Where the base is: the package's own folder for `bundled`, else what `name` says."""
+        return str(bundled.BASE) if self.name == bundled.NAME else self.name
 
     @model_validator(mode="after")
     def _options_are_honoured(self) -> Self:

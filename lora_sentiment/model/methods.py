@@ -100,7 +100,7 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
     names = target_names(method)
     common: dict[str, Any] = {
         "task_type": TaskType.SEQ_CLS,
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": base.model.name_or_path,
         "revision": base.revision,
         "target_modules": sorted(targets) if isinstance(names, str) else names,
         "modules_to_save": list(HEAD),
