@@ -7,18 +7,20 @@ this imports no torch, and neither does loading and asking an ONNX file.
 import hashlib
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lora_sentiment.adapter.onnx import PLAIN, open_session
+from lora_sentiment.adapter.reading import MAX_TOKENIZER_BYTES, check_model, find_file, read_bytes, read_object
 from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp
 from lora_sentiment.data.batches import TOKENISE_ROWS, Encoded, TextEncoder
 from lora_sentiment.data.rows import clean_text
@@ -226,9 +228,14 @@ def _load_whole(path: Path, labels: Sequence[str] | None, max_length: int | None
     if stamp:
         _refuse(path, "a merged model, which knows them", labels=labels, max_length=max_length)
         check_stamp(path, stamp, needed=("model.safetensors", "tokenizer.json", "tokenizer_config.json"))
+    check_model(path)
     names = tuple(labels) if labels else _own_labels(path)
     length = stamp.max_length if stamp else max_length or _own_length(path)
-    base = load_base(ModelConfig(name=str(path), max_length=length, dtype="float32"), labels=names)
+    with _Explain(path):
+        base = load_base(ModelConfig(name=str(path), max_length=length, dtype="float32"), labels=names)
+    for name, tensor in base.model.named_parameters():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{path / 'model.safetensors'}: {name} holds a value that is not finite")
     if base.new_head:
         raise AdapterError(f"{path}: is an encoder without a classification head; train one on it first")
     device = join_launch().device
@@ -240,6 +247,7 @@ def _load_whole(path: Path, labels: Sequence[str] | None, max_length: int | None
 def _load_onnx(path: Path, *, labels: object, base: object, max_length: int | None, dtype: str) -> Classifier:
     _refuse(path, "an ONNX file, which holds them", labels=labels, base=base, dtype=None if dtype == "auto" else dtype)
     folder = path.parent.parent if path.parent.name == "onnx" else path.parent
+    find_file(folder, path.relative_to(folder).as_posix())
     stamp = read_stamp(folder)
     if stamp:
         _refuse(path, "a file that knows it", max_length=max_length)
@@ -258,7 +266,8 @@ def _load_onnx(path: Path, *, labels: object, base: object, max_length: int | No
 def _load_stock_peft(
     path: Path, labels: Sequence[str] | None, base: str | None, max_length: int | None, dtype: str
 ) -> Classifier:
-    from lora_sentiment.adapter.weights import PEFT_CONFIG, PEFT_WEIGHTS, read_stock_config, rebuild_stock
+    from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
+    from lora_sentiment.adapter.weights import PEFT_WEIGHTS, rebuild_stock
     from lora_sentiment.launch import join_launch
     from lora_sentiment.model.base import load_base
     from lora_sentiment.model.config import ModelConfig
@@ -268,7 +277,7 @@ def _load_stock_peft(
             f"{path} is a stock PEFT folder, which holds no label names; give them in order: "
             "labels=['negative', 'positive'], on the command line --labels negative,positive"
         )
-    recorded = read_stock_config(path)
+    recorded = read_config(path)
     name = base or recorded.base_model_name_or_path
     if not isinstance(name, str) or not name:
         raise ModelError(f"{path}: its adapter_config.json names no base; give it with base=, --base")
@@ -335,19 +344,9 @@ def _prepare(model: "nn.Module", dtype_name: str, device: "torch.device") -> Eng
     return make_engine(model, autocast=dtype)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path}: is no JSON object")
-    return values
-
-
 def _own_labels(folder: Path) -> tuple[str, ...]:
     # transformers writes no names where they are its own two.
-    names = _read_json(folder / "config.json").get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    names = read_object(folder / "config.json").get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
         raise AdapterError(f"{folder}/config.json: id2label names no labels from 0 on: found {names!r}")
     return tuple(str(names[str(i)]) for i in range(len(names)))
@@ -356,29 +355,48 @@ def _own_labels(folder: Path) -> tuple[str, ...]:
 def _own_length(folder: Path) -> int:
     """Return the longest input of a model without stamp: its tokenizer's, and at most its positions."""
     found = (
-        _read_json(folder / "config.json").get("max_position_embeddings", 512),
-        _read_json(folder / "tokenizer_config.json").get("model_max_length"),
+        read_object(folder / "config.json").get("max_position_embeddings", 512),
+        read_object(folder / "tokenizer_config.json").get("model_max_length"),
     )
-    return min(int(value) for value in found if isinstance(value, int | float) and value >= 8)
+    lengths = [int(value) for value in found if isinstance(value, int | float) and 8 <= value < math.inf]
+    if not lengths:
+        raise AdapterError(f"{folder / 'config.json'}: max_position_embeddings is {found[0]!r}; allowed: 8 or more")
+    return min(lengths)
 
 
 def _read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, int, int]]:
     """Read a tokenizer and the ids of its [CLS], [SEP] and [PAD] without transformers, which would import torch."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise AdapterError(f"{path}: is missing; copy the whole folder")
-    _read_json(path)
-    tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    text = read_bytes(path, limit=MAX_TOKENIZER_BYTES)
+    with _Explain(path):
+        tokenizer = Tokenizer.from_str(text.decode())
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    values = _read_json(folder / "tokenizer_config.json")
+    values = read_object(folder / "tokenizer_config.json")
     special: list[int] = []
     for role in ("cls_token", "sep_token", "pad_token"):
         token = values.get(role)
-        found = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else str(token))
+        found = tokenizer.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
         if found is None:
             raise AdapterError(
                 f"{folder}/tokenizer_config.json: {role} is {token!r}, which the tokenizer does not know"
             )
         special.append(found)
     return tokenizer, (special[0], special[1], special[2])
+
+
+class _Explain:
+    """Turn what tokenizers and transformers raise for files of anyone's making into one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # The tokenizers library raises Exception itself, and nothing below it.
+        if type(error) is Exception or isinstance(
+            error, (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+        ):
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise AdapterError(f"{self.path}: cannot be read: {reason}") from error

@@ -24,16 +24,24 @@ def hash_file(path: Path) -> str:
 
 
 def take_place(aside: Path, place: Path) -> None:
-    """Sync every file of a folder to disk, then rename it to its place."""
+    """Sync a folder and every file in it to disk, then rename it to its place."""
     for path in aside.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+    sync_folder(aside)
     aside.rename(place)
+    sync_folder(place.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder's own list of names to disk, where a folder can be opened."""
     if os.name == "posix":
-        handle = os.open(place.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def lock_file(path: Path) -> int:

@@ -14,9 +14,10 @@ from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[att
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lora_sentiment.adapter.folder import Card, load_card
+from lora_sentiment.adapter.peft_file import PEFT_CONFIG
 from lora_sentiment.adapter.predictions import PREDICTIONS
 from lora_sentiment.adapter.stamp import check_files, read_stamp
-from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
 from lora_sentiment.data.sources import looks_like_files
 from lora_sentiment.errors import AdapterError, ModelError
 

@@ -6,22 +6,24 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from lora_sentiment.adapter.peft_file import PEFT_CONFIG
+from lora_sentiment.adapter.reading import first_fault, read_json, read_section
 from lora_sentiment.adapter.stamp import check_files
-from lora_sentiment.adapter.weights import PEFT_CONFIG, rebuild, save_as_plain_lora, save_weights
+from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS, rebuild, save_as_plain_lora, save_weights
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, take_place, write_json
 from lora_sentiment.model.base import Base, hash_tokenizer, load_base
 from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.method_config import LoraMethod, Method
+from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod
 from lora_sentiment.section import Section
 
 SCHEMA = 1
@@ -61,7 +63,7 @@ class DataRecord(Section):
 class Probe(Section):
     """Token ids of texts of our own and the logits that this adapter gave for them in fp32."""
 
-    input_ids: list[list[int]]
+    input_ids: list[Annotated[list[int], Field(min_length=1)]] = Field(min_length=1)
     """One list of ids a text, special tokens included."""
     logits: list[list[float]]
     """One list of num_labels values a text."""
@@ -70,11 +72,11 @@ class Probe(Section):
 class Card(Section):
     """`card.json`: what the weights alone do not say."""
 
-    schema_: int = Field(alias="schema")
+    schema_: int = Field(alias="schema", ge=1)
     """Version of this file's layout."""
-    labels: list[str]
+    labels: list[str] = Field(min_length=2)
     """Label names; the index of a name is its label."""
-    max_length: int
+    max_length: int = Field(ge=8)
     """Longest input in tokens."""
     truncation: Literal["head", "head_tail"]
     """Which tokens of a longer text stay."""
@@ -207,15 +209,9 @@ def load(folder: Path, *, base: str | None = None, device: torch.device | None =
         ModelError: If the base cannot be loaded.
     """
     card = load_card(folder)
-    check_files(folder, card.files)
-    config = ModelConfig(
-        name=base or card.base.name,
-        revision=None if base else card.base.revision,
-        max_length=card.max_length,
-        dtype="float32",
-        quantize=card.base.quantize,
-        double_quant=card.base.double_quant,
-    )
+    weights = (PEFT_WEIGHTS, PEFT_CONFIG) if isinstance(card.method, PeftMethod) else (CHANGED_WEIGHTS,)
+    check_files(folder, card.files, needed=(*weights, "tokenizer.json"))
+    config = _base_config(folder, card, base)
     try:
         loaded = load_base(config, labels=tuple(card.labels), device=device)
     except ModelError as error:
@@ -227,6 +223,7 @@ def load(folder: Path, *, base: str | None = None, device: torch.device | None =
         )
     if hash_tokenizer(loaded.tokenizer) != card.tokenizer_sha256:
         raise AdapterError(f"{folder}: was trained with another tokenizer than the one of {config.name!r}")
+    _check_probe(folder, card, loaded)
     model = rebuild(folder, loaded, card.method, config)
     _verify_probe(model, card, folder)
     return Loaded(model=model, tokenizer=loaded.tokenizer, card=card)
@@ -241,25 +238,22 @@ def load_card(folder: Path) -> Card:
     path = folder / "card.json"
     if not path.is_file():
         raise AdapterError(f"{folder}: is no adapter folder of this package (no card.json)")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values.get("schema") if isinstance(values, dict) else None
-        if isinstance(found, int) and found > SCHEMA:
-            raise AdapterError(f"{path}: has schema {found}; this version reads up to {SCHEMA}; upgrade lora_sentiment")
-        return TypeAdapter(Card).validate_json(json.dumps(values))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path}: is no JSON: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise AdapterError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    values = read_json(path)
+    found = values.get("schema") if isinstance(values, dict) else None
+    if isinstance(found, int) and found > SCHEMA:
+        raise AdapterError(f"{path}: has schema {found}; this version reads up to {SCHEMA}; upgrade lora_sentiment")
+    return read_section(values, Card, path)
 
 
 def compute_probe(model: nn.Module, input_ids: list[list[int]]) -> Probe:
     """Return a model's logits of token id lists, one text at a time and so without padding."""
+    return Probe(input_ids=input_ids, logits=_answer(model, input_ids))
+
+
+def _answer(model: nn.Module, input_ids: list[list[int]]) -> list[list[float]]:
     device = next(model.parameters()).device
     with torch.inference_mode():
-        logits = [model(input_ids=torch.tensor([ids], device=device)).logits[0].tolist() for ids in input_ids]
-    return Probe(input_ids=input_ids, logits=logits)
+        return [model(input_ids=torch.tensor([ids], device=device)).logits[0].tolist() for ids in input_ids]
 
 
 def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
@@ -310,9 +304,38 @@ def _save_tokenizer(folder: Path, base: Base) -> None:
     base.tokenizer.save_pretrained(folder)
 
 
+def _base_config(folder: Path, card: Card, base: str | None) -> ModelConfig:
+    """Return the `model` section that loads an adapter's base."""
+    try:
+        return ModelConfig(
+            name=base or card.base.name,
+            revision=None if base else card.base.revision,
+            max_length=card.max_length,
+            dtype="float32",
+            quantize=card.base.quantize,
+            double_quant=card.base.double_quant,
+        )
+    except ValidationError as error:
+        raise AdapterError(f"{folder / 'card.json'}: base: {first_fault(error)}") from error
+
+
+def _check_probe(folder: Path, card: Card, base: Base) -> None:
+    """Refuse a probe that the model could not be asked, or that no answer of it could equal."""
+    ids, logits, shape = card.probe.input_ids, card.probe.logits, base.shape
+    fault = None
+    if not all(0 <= token < shape.vocab_size for row in ids for token in row):
+        fault = f"holds a token that the base does not have; allowed: 0 to {shape.vocab_size - 1}"
+    elif max(map(len, ids)) > shape.max_position_embeddings:
+        fault = f"holds a text longer than the {shape.max_position_embeddings} positions of the base"
+    elif len(ids) != len(logits) or any(len(row) != len(card.labels) for row in logits):
+        fault = f"needs {len(card.labels)} logits for each of its {len(ids)} texts, one for each label"
+    if fault:
+        raise AdapterError(f"{folder / 'card.json'}: probe: {fault}")
+
+
 def _verify_probe(model: nn.Module, card: Card, folder: Path) -> None:
     """Compare today's answers with the stored ones."""
-    now = np.array(compute_probe(model, card.probe.input_ids).logits)
+    now = np.array(_answer(model, card.probe.input_ids))
     difference = float(np.abs(now - np.array(card.probe.logits)).max())
     if not difference <= PROBE_TOLERANCE:
         raise AdapterError(

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
+from lora_sentiment.adapter.reading import find_file, read_json, read_object, read_section
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.section import Section
@@ -63,21 +64,14 @@ def read_stamp(folder: Path) -> Stamp | None:
     path = folder / "config.json"
     if not path.is_file():
         raise AdapterError(f"{folder}: is no model folder (no config.json)")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path}: is no JSON: {error}") from error
+    values = read_json(path)
     found = values.get(KEY) if isinstance(values, dict) else None
     if found is None:
         return None
     newest = found.get("schema") if isinstance(found, dict) else None
     if isinstance(newest, int) and newest > SCHEMA:
         raise AdapterError(f"{path}: {KEY} has schema {newest}; this version reads up to {SCHEMA}; upgrade {KEY}")
-    try:
-        return TypeAdapter(Stamp).validate_json(json.dumps(found))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise AdapterError(f"{path}: {KEY}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_section(found, Stamp, path, inside=f"{KEY}.")
 
 
 def write_stamp(folder: Path, stamp: Stamp) -> None:
@@ -100,11 +94,9 @@ def check_stamp(folder: Path, stamp: Stamp, *, needed: Sequence[str]) -> None:
     Raises:
         AdapterError: If one of them is not recorded, or anything recorded is missing or was altered.
     """
-    if unknown := [name for name in needed if name not in stamp.files]:
-        raise AdapterError(f"{folder / unknown[0]}: nothing vouches for it: the stamp of {folder} does not record it")
-    check_files(folder, stamp.files)
+    check_files(folder, stamp.files, needed=needed)
     path = folder / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_object(path)
     if _hash_values(values) != stamp.config_sha256:
         raise AdapterError(f"{path}: was altered after it was saved (its labels or shape are not the recorded ones)")
 
@@ -114,17 +106,20 @@ def _hash_values(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(folder: Path, files: dict[str, str]) -> None:
+def check_files(folder: Path, files: dict[str, str], *, needed: Sequence[str] = ()) -> None:
     """Hold a folder's files against their recorded hashes.
 
+    Args:
+        folder: The folder.
+        files: File name to SHA-256.
+        needed: Files that are about to be used, which must be among them.
+
     Raises:
-        AdapterError: If one is missing or was altered.
+        AdapterError: If one is missing, was altered or leads out of the folder, or one that is needed is not recorded.
     """
+    if unknown := [name for name in needed if name not in files]:
+        raise AdapterError(f"{folder / unknown[0]}: nothing vouches for it: no hash of it is recorded")
     for name, expected in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise AdapterError(f"{folder}: records the file {name!r}, which is not in it")
-        path = folder / name
-        if not path.is_file():
-            raise AdapterError(f"{path}: is missing; copy the whole folder")
+        path = find_file(folder, name)
         if hash_file(path) != expected:
             raise AdapterError(f"{path}: was altered after it was saved (its SHA-256 is not the recorded one)")

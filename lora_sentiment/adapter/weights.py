@@ -1,18 +1,20 @@
 """The weights of an adapter folder: PEFT's two files, or `changed.safetensors`; written, read, checked."""
 
-import json
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import (
     AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
     PeftConfig,
     PeftModel,
+    PeftType,
+    VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -21,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lora_sentiment.adapter.peft_file import PEFT_CONFIG, explain_peft, read_config
+from lora_sentiment.adapter.reading import Header, read_header
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import write_json
 from lora_sentiment.model.architecture import HEAD
@@ -29,8 +33,8 @@ from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod
 from lora_sentiment.model.methods import as_plain_lora, kept_ranks, make_trainable, trainable_tensors
 
-_STOCK = ("LORA", "ADALORA", "IA3", "VERA")
-PEFT_WEIGHTS, PEFT_CONFIG, CHANGED_WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "changed.safetensors"
+PEFT_WEIGHTS, CHANGED_WEIGHTS = "adapter_model.safetensors", "changed.safetensors"
+_OWN_DTYPES, _STOCK_DTYPES = ("F32",), ("F32", "BF16", "F16")
 
 
 def save_weights(folder: Path, model: nn.Module) -> None:
@@ -99,10 +103,11 @@ def rebuild(folder: Path, base: Base, method: Method, config: ModelConfig) -> nn
     """
     if isinstance(method, PeftMethod):
         # From the folder's own configuration: the recipe's method may have been saved in another form.
-        with warnings.catch_warnings():
-            # PEFT takes AdaLoRA's record of kept values for LoRA's field of the same name.
-            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-            model: nn.Module = get_peft_model(base.model, _read_config(folder, base, method))
+        recorded = read_config(folder)
+        kind: str = PeftType(recorded.peft_type).value
+        if kind.lower() != method.kind:
+            raise AdapterError(f"{folder / PEFT_CONFIG}: has peft_type {kind!r}, and card.json says {method.kind!r}")
+        model = _wrap(folder, base, recorded)
     else:
         dense = config.model_copy(update={"head": "full", "head_r": None})
         model = make_trainable(base, method, dense, dtype=torch.float32)
@@ -113,95 +118,117 @@ def rebuild(folder: Path, base: Base, method: Method, config: ModelConfig) -> nn
     return model.eval()
 
 
-def read_stock_config(folder: Path) -> PeftConfig:
-    """Read the configuration of a PEFT folder that this package did not write.
-
-    Raises:
-        AdapterError: If it is malformed, or of a kind that this package does not know.
-    """
-    kind = _peft_type(folder)
-    if kind not in _STOCK:
-        raise AdapterError(f"{folder / PEFT_CONFIG}: has peft_type {kind!r}; this package reads {', '.join(_STOCK)}")
-    with _explain_stock(folder):
-        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
-    return config
-
-
 def rebuild_stock(folder: Path, base: Base) -> nn.Module:
     """Return the model that a PEFT folder of unknown making makes of a base, in fp32, in eval mode.
 
     Raises:
         AdapterError: As `rebuild`, and if part of the head is neither in the folder nor in the base.
     """
-    config = read_stock_config(folder)
-    config.base_model_name_or_path, config.inference_mode = base.name, True
-    with _explain_stock(folder):
-        model = get_peft_model(base.model, config)
+    config = read_config(folder)
+    model = _wrap(folder, base, config)
     lacking = sorted(set(HEAD) - set(getattr(config, "modules_to_save", None) or ()))
     if base.new_head and lacking:
         raise AdapterError(
             f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base: it was random at training and "
             f"never saved, so its answers are lost; train again with modules_to_save={list(HEAD)}"
         )
-    _fill(model, folder)
+    _fill(model, folder, dtypes=_STOCK_DTYPES)
     return model.eval()
 
 
-@contextmanager
-def _explain_stock(folder: Path) -> Iterator[None]:
-    """Turn what PEFT raises for a configuration of anyone's making into one line."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, re.error) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise AdapterError(f"{folder / PEFT_CONFIG}: PEFT cannot use it: {reason}") from error
+def _wrap(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
+    """Let PEFT wrap a base for a configuration of anyone's making, without room for tensors wherever it can."""
+    # It may have moved since.
+    config.base_model_name_or_path, config.inference_mode = base.name, True
+    takes_base = isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(("pissa", "olora"))
+    if isinstance(config, LoraConfig) and not takes_base:
+        config.init_lora_weights = True  # every value is replaced
+    values_needed, room = True, torch.device("cpu")
+    match config:
+        case AdaLoraConfig():
+            # No matrix has more singular values than it has sides, and these are made before they are cut.
+            _check_rank(folder, "init_r", config.init_r, base.shape.dim)
+            _check_kept(folder, config)
+        case LoraConfig() if takes_base:
+            _check_rank(folder, "r", _largest_rank(config), base.shape.dim)
+        case LoraConfig() if config.use_dora and getattr(base.model, "is_quantized", False):
+            # It takes the norms of quantised weights.
+            _check_rank(folder, "r", _largest_rank(config), _saved_rank(folder))
+        case VeraConfig():
+            # Its projections are made whatever PEFT is told.
+            _check_rank(folder, "r", config.r, _saved_rank(folder))
+            values_needed = False
+        case IA3Config():
+            pass  # its vectors are as long as the base's sides, whatever the file says
+        case _:
+            # PEFT alone would make each tensor before it lets go of its values.
+            values_needed, room = False, torch.device("meta")
+    with warnings.catch_warnings(), explain_peft(folder), room:
+        # PEFT takes AdaLoRA's record of kept values for LoRA's field of the same name.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        model: nn.Module = get_peft_model(base.model, config, low_cpu_mem_usage=not values_needed)
+    return model
 
 
-def _peft_type(folder: Path) -> str:
-    path = folder / PEFT_CONFIG
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path}: is no PEFT configuration: {error}") from error
+def _largest_rank(config: LoraConfig) -> int:
+    return int(max(config.r, *(config.rank_pattern or {}).values(), 0))
 
 
-def _read_config(folder: Path, base: Base, method: PeftMethod) -> PeftConfig:
-    """Read PEFT's own configuration, which must be of the card's method."""
-    kind = _peft_type(folder)
-    if kind.lower() != method.kind:
-        raise AdapterError(f"{folder / PEFT_CONFIG}: has peft_type {kind!r}, and card.json says {method.kind!r}")
-    config: PeftConfig = PeftConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = base.name  # it may have moved since
-    return config
+def _saved_rank(folder: Path) -> int:
+    """Return the largest rank that any tensor of a folder has."""
+    header = read_header(folder / PEFT_WEIGHTS)
+    ranked = re.compile(r"lora_A|vera_A|vera_lambda_d")
+    return max((shape[0] for name, (_, shape) in header.items() if shape and ranked.search(name)), default=0)
 
 
-def _fill(model: nn.Module, folder: Path) -> None:
-    """Copy the saved tensors into a model, after checking each name, shape and value."""
-    if isinstance(model, PeftModel):
-        path, expected = folder / PEFT_WEIGHTS, _peft_tensors(model)
-    else:
-        path, expected = folder / CHANGED_WEIGHTS, _own_tensors(model)
+def _check_rank(folder: Path, name: str, found: int, allowed: int) -> None:
+    if found > allowed:
+        raise AdapterError(f"{folder / PEFT_CONFIG}: {name} is {found}; the tensors leave room for at most {allowed}")
+
+
+def _check_kept(folder: Path, config: AdaLoraConfig) -> None:
+    for name, kept in (config.rank_pattern or {}).items():
+        if len(kept) != config.init_r:
+            raise AdapterError(
+                f"{folder / PEFT_CONFIG}: rank_pattern.{name[:100]} has {len(kept)} values; init_r is {config.init_r}"
+            )
+
+
+def _fill(model: nn.Module, folder: Path, dtypes: tuple[str, ...] = _OWN_DTYPES) -> None:
+    """Give a model the saved tensors, after checking each name, shape, dtype and value."""
+    with explain_peft(folder):
+        path = folder / (PEFT_WEIGHTS if isinstance(model, PeftModel) else CHANGED_WEIGHTS)
+        expected = _peft_tensors(model) if isinstance(model, PeftModel) else _own_tensors(model)
+    _check_header(path, read_header(path), expected, dtypes)
+    # Where the base's are: a quantised one may be on a GPU.
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            # A copy, because what it gives is the file itself, mapped: it would change if that did.
+            found = {name: file.get_tensor(name).to(device, t.dtype, copy=True) for name, t in expected.items()}
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
-    for label, names in (
-        ("is missing", expected.keys() - found.keys()),
-        ("is unknown", found.keys() - expected.keys()),
-    ):
-        if names:
-            raise AdapterError(f"{path}: tensor {min(names)} {label} ({len(names)} in all)")
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise AdapterError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            )
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{path}: {name} holds a value that is not finite")
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, found)
+        with explain_peft(folder):
+            set_peft_model_state_dict(model, found, low_cpu_mem_usage=True)
     else:
         with torch.no_grad():
             for name, tensor in expected.items():
                 tensor.copy_(found[name])
+
+
+def _check_header(path: Path, header: Header, expected: Mapping[str, torch.Tensor], dtypes: tuple[str, ...]) -> None:
+    for label, names in (
+        ("is missing", expected.keys() - header.keys()),
+        ("is unknown", header.keys() - expected.keys()),
+    ):
+        if names:
+            raise AdapterError(f"{path}: tensor {min(names)[:200]} {label} ({len(names)} in all)")
+    for name, (dtype, shape) in header.items():
+        if shape != expected[name].shape:
+            raise AdapterError(f"{path}: {name} has shape {shape}, expected {tuple(expected[name].shape)}")
+        if dtype not in dtypes:
+            raise AdapterError(f"{path}: {name} has dtype {dtype}; allowed: {', '.join(dtypes)}")

@@ -1,0 +1,298 @@
+"""What SECURITY.md promises: nothing that is loaded runs code, leads elsewhere, or takes what it likes."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lora_sentiment import classifier
+from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, load_card, save
+from lora_sentiment.adapter.peft_file import read_config
+from lora_sentiment.adapter.reading import MAX_JSON_BYTES, read_header, read_json
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.files import hash_file
+from lora_sentiment.model.base import load_base
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.method_config import AdaloraMethod, LoraMethod, VeraMethod
+from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from tests.toy_hub import serve
+
+ROOT = Path(__file__).parents[1]
+LABELS, IDS = ("no", "yes"), [[2, 5, 6, 3]]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+METHODS = {
+    "lora": LoraMethod(r=4),
+    "adalora": AdaloraMethod(kind="adalora", init_r=4, target_r=2),
+    "vera": VeraMethod(kind="vera", r=4),
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory, tiny_base):
+    """A saved folder of each method."""
+    root = tmp_path_factory.mktemp("originals")
+    config = ModelConfig(name=str(tiny_base), max_length=16)
+    for name, method in METHODS.items():
+        (root / name).mkdir()
+        torch.manual_seed(1)
+        base = load_base(config, labels=LABELS)
+        model = make_trainable(base, method, config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in trainable_tensors(model).values():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        data = DataRecord(config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1")
+        parts = {"base": base, "labels": LABELS, "model_config": config, "method": method, "data": data, "machine": {}}
+        save(root / name, model, **parts, trained=compute_probe(model, IDS), tolerance=1e-4)
+    return root
+
+
+@pytest.fixture
+def folder(originals, tmp_path):
+    return Path(shutil.copytree(originals / "lora", tmp_path / "a"))
+
+
+def change(folder, name, **values):
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    reseal(folder)
+
+
+def reseal(folder):
+    """Make card.json agree with altered files, as someone would who tampers with care."""
+    path = folder / "card.json"
+    card = json.loads(path.read_text())
+    card["files"] = {name: hash_file(folder / name) for name in card["files"]}
+    path.write_text(json.dumps(card))
+
+
+def test_every_test_that_the_page_names_is_there():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) >= 10
+    for path, name in named:
+        functions = [n.name for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)]
+        assert name in functions, f"{path}::{name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("auto_mapping", {"base_model_class": "Popen", "parent_library": "subprocess"}),
+        ("megatron_config", {"num_layers": 2}),
+        ("megatron_core", "antigravity"),
+        ("corda_config", {"cache_file": "x.pt", "covariance_file": "x.pt"}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+        ("layer_replication", [[0, 2], [0, 2]]),
+        ("runtime_config", {"ephemeral_gpu_offload": True}),
+        ("trainable_token_indices", [0]),
+        ("something_newer", {"module": "antigravity"}),
+        ("peft_type", "XLORA"),
+        ("task_type", "CAUSAL_LM"),
+        ("init_lora_weights", "loftq"),
+        ("modules_to_save", ["distilbert"]),
+        ("target_modules", "(.+)+x"),
+        ("target_modules", "(.|.)" * 30 + "x"),
+        ("rank_pattern", {".*.*.*.*.*.*.*x": 4}),
+        ("r", 10**30),
+        ("r", "4"),
+    ],
+)
+def test_an_option_that_could_import_fetch_or_hang_is_refused_by_name(folder, name, value):
+    change(folder, CONFIG, **{name: value})
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: .*{name}"):
+        load(folder)
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: .*{name}"):
+        classifier.load(without_card(folder), labels=LABELS)
+    assert "antigravity" not in sys.modules
+
+
+def without_card(folder):
+    """The same folder as stock PEFT would have left it."""
+    (folder / "card.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["q_lin", "all-linear", r".*attention\.(q_lin|v_lin)", r"(?:.*?(?:attention|ffn).*?)"])
+def test_the_patterns_that_people_write_are_read(folder, name):
+    change(folder, CONFIG, target_modules=name)
+    assert read_config(folder).target_modules == name
+
+
+def test_the_base_that_pefts_file_names_is_never_looked_for(folder, originals):
+    change(folder, CONFIG, base_model_name_or_path="someone/else", revision="x")
+    ids = torch.tensor(IDS)
+    assert torch.equal(load(folder).model(input_ids=ids).logits, load(originals / "lora").model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["card.json", CONFIG, WEIGHTS, "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused_and_one_to_the_folder_is_not(folder, tmp_path, name):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterError, match=rf"{re.escape(name)}: is a link out of its folder"):
+        load(folder)
+    (folder / name).unlink()
+    (tmp_path / "elsewhere").rename(folder / name)
+    (tmp_path / "link").symlink_to(folder)
+    assert load(tmp_path / "link").card.labels == list(LABELS)
+
+
+def test_the_links_of_the_hubs_own_cache_are_followed(folder, tmp_path):
+    """`snapshot_download` answers with a folder of links to the blobs of the same repository."""
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+        path.rename(blobs / f"{path.name}-blob")
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}-blob")
+    assert load(snapshot).card.labels == list(LABELS)
+    (snapshot / WEIGHTS).unlink()
+    (blobs / f"{WEIGHTS}-blob").rename(tmp_path / "elsewhere")
+    (snapshot / WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterError, match="is a link out of its folder"):
+        load(snapshot)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd", "a/../../elsewhere", "..", "a\0", "a" * 300, ""])
+def test_a_name_that_leads_out_of_the_folder_is_refused(folder, name):
+    files = {**load_card(folder).files, name: "0"}
+    change(folder, "tokenizer_config.json")
+    path = folder / "card.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": files}))
+    with pytest.raises(AdapterError, match="which is not in it"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "tokenizer.json"])
+def test_a_file_without_a_recorded_hash_is_refused(folder, name):
+    path = folder / "card.json"
+    card = json.loads(path.read_text())
+    del card["files"][name]
+    path.write_text(json.dumps(card))
+    with pytest.raises(AdapterError, match=rf"{re.escape(name)}: nothing vouches for it"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nests lists or objects deeper than"),
+        ('{"a":' * 40 + "1" + "}" * 40, "nests lists or objects deeper than"),
+        ('{"a": 1, "a": 2}', "is no JSON: an object has a key twice"),
+        ("1" * 5000, "is no JSON"),
+        ("[" + " " * MAX_JSON_BYTES + "]", "is larger than 4,194,304 bytes"),
+        ("\ud800", "is no JSON"),
+    ],
+    ids=["deep list", "deep object", "doubled key", "long number", "large", "no UTF-8"],
+)
+def test_json_is_bounded_before_it_is_used(tmp_path, text, message):
+    path = tmp_path / "card.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(AdapterError, match=f"card.json: {message}"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("length", [2**20 + 1, 2**40, 2**64 - 1])
+def test_a_header_is_bounded_before_it_is_read(folder, length):
+    path = folder / WEIGHTS
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(AdapterError, match=r"header is said to take [\d,]+ bytes, allowed 1,048,576"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+def test_a_tensor_of_another_dtype_is_refused(folder, dtype):
+    tensors = load_file(folder / WEIGHTS)
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS, metadata={"format": "pt"})
+    reseal(folder)
+    with pytest.raises(AdapterError, match=r"has dtype \w+; allowed: F32"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora", "r"), ("adalora", "init_r"), ("vera", "r")])
+def test_a_rank_that_no_tensor_has_takes_no_memory(originals, tmp_path, method, name):
+    folder = Path(shutil.copytree(originals / method, tmp_path / "a"))
+    change(folder, CONFIG, **{name: 2**16})
+    with torch.autograd.profiler.profile(profile_memory=True) as profile, pytest.raises(AdapterError):
+        load(folder)
+    assert max((event.cpu_memory_usage for event in profile.function_events), default=0) < 2**20
+
+
+@pytest.fixture
+def whole(tmp_path, tiny_base):
+    """A whole model as stock transformers saves it."""
+    AutoModelForSequenceClassification.from_pretrained(tiny_base).save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("config.json", {"auto_map": {"AutoConfig": "x.Y"}}, "auto_map is"),
+        ("config.json", {"quantization_config": {"quant_method": "torchao"}}, "quantization_config is"),
+        ("config.json", {"attn_implementation": "someone/kernel"}, "attn_implementation is"),
+        ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights is"),
+        ("config.json", {"vocab_size": 10**9}, "has shape"),
+        ("config.json", {"n_layers": 10**9}, "n_layers is"),
+        ("config.json", {"dim": "x"}, "dim is x"),
+        ("tokenizer_config.json", {"tokenizer_file": "/etc/passwd"}, "tokenizer_file is"),
+        ("tokenizer.json", {"model": 3}, "."),
+    ],
+)
+def test_a_whole_model_that_redirects_or_does_not_fit_is_refused(whole, name, values, message):
+    path = whole / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises((AdapterError, ModelError), match=message):
+        classifier.load(whole)
+
+
+def test_a_whole_model_with_a_value_that_is_not_finite_is_refused(whole):
+    tensors = load_file(whole / "model.safetensors")
+    tensors["classifier.weight"][0, 0] = float("nan")
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"classifier\.weight holds a value that is not finite"):
+        classifier.load(whole)
+
+
+READ = """
+from lora_sentiment.data.config import DataConfig
+from lora_sentiment.data.rows import load_data
+print(load_data(DataConfig(source="own/reviews")).train.fingerprint)
+"""
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_share_a_cache_and_a_half_written_one_is_rebuilt(tmp_path):
+    rows = [json.dumps({"text": f"row {i}", "label": ("bad", "good")[i % 2]}) for i in range(3000)]
+    files = {"train.jsonl": "\n".join(rows).encode()}
+    cache = tmp_path / "hf"
+    with serve(models={}, datasets={"own/reviews": files}, refusals={}) as address:
+        online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        environment = {**os.environ, **online, "HF_ENDPOINT": address, "HF_HOME": str(cache)}
+        command = [sys.executable, "-c", READ]
+
+        def start():
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)
+
+        both = [process.communicate() for process in [start(), start()]]
+        assert both[0][0] == both[1][0] != "", both
+        # What a run that was killed leaves: parts under names that no reader takes.
+        for path in cache.glob("datasets/own___reviews/*/*/*"):
+            shutil.copytree(path, f"{path}.incomplete") if path.is_dir() else None
+            shutil.rmtree(path) if path.is_dir() else None
+        for path in cache.glob("hub/datasets--own--reviews/blobs/*"):
+            path.with_name(f"{path.name}.incomplete").write_bytes(path.read_bytes()[:100])
+            path.unlink()
+        third = start().communicate()
+        assert third[0] == both[0][0], third
