@@ -239,7 +239,7 @@ def run_job(job: Job, cache: Path) -> Line:
         role: {name: interval["value"] for name, interval in done.report[role].items()}
         for role in report_roles(done.report)
     }
-    rows = {split: counts["rows"] for split, counts in done.report["data"]["tokens"].items()}
+    rows = {split: counts["rows"] for split, counts in done.report["data"].items()}
     cost = {name: value for name, value in done.report["train"].items() if name != "evaluations"}
     cost["wall_seconds"] = round(time.perf_counter() - began, 1)
     return line | machine() | {"rows": rows, "metrics": metrics, "parameters": done.report["parameters"], "train": cost}

@@ -13,10 +13,18 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from lora_sentiment.data.config import report_roles
-from lora_sentiment.errors import DataError, LoraSentimentError, RecipeError, TrainingError
+from lora_sentiment.errors import LoraSentimentError, RecipeError, StoppedError, TrainingError
 from lora_sentiment.model.parameters import show_parameters
 from lora_sentiment.recipe import Recipe, make_schema
-from lora_sentiment.terminal import show_compared, show_scores, show_table
+from lora_sentiment.terminal import (
+    answer_lines,
+    answer_table,
+    explain_lines,
+    is_main,
+    show_compared,
+    show_scores,
+    show_table,
+)
 
 app = typer.Typer(
     name="lora-sentiment",
@@ -26,6 +34,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+EXIT_STOPPED = 75
+"""Exit code of a run that was told to stop and is saved: sysexits.h's EX_TEMPFAIL, to be tried again."""
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys, values in YAML.")
@@ -34,12 +45,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint; means train.resume=always.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on although recipe, data, versions or machine are others now.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Train a recipe and save its adapter. Under a launcher: accelerate launch -m lora_sentiment.train RECIPE."""
-    loaded = Recipe.load(recipe, overrides or ())
+    loaded = Recipe.load(recipe, [*(overrides or ()), *(["train.resume=always"] if resume else ())])
+    if allow_changes and loaded.train.resume == "never":
+        raise RecipeError("train: --allow-changes is of a run that goes on, and train.resume is never; leave one out")
     from lora_sentiment.train import train as run_train
 
-    run = run_train(loaded)
+    run = run_train(loaded, allow_changes=allow_changes)
     if not run.report:
         return
     if as_json:
@@ -72,7 +95,7 @@ def evaluate(
     from lora_sentiment.evaluate import evaluate as run_evaluate
 
     found = run_evaluate(adapter, source=source, split=split, base=base, dtype=dtype)
-    if not _is_main():
+    if not is_main():
         return
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
@@ -181,18 +204,18 @@ def predict(
 
     names = [name.strip() for name in labels.split(",")] if labels else None
     classifier = load(model, labels=names, base=base, max_length=max_length, dtype=dtype)
-    for sentence in classifier.unverified if _is_main() else ():
+    for sentence in classifier.unverified if is_main() else ():
         typer.echo(f"unverified: {sentence}", err=True)
     reading: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
     if input and output:
         table = {"text_column": text_column, "encoding": encoding, "prefix": prefix, "all_scores": all_scores}
         run = {"rows_per_part": rows_per_part, "resume": resume, "overwrite": overwrite}
-        _predict_table(classifier, input, output, as_json=as_json, **reading, **table, **run)
-    elif explain and _is_main():
+        answer_table(classifier, input, output, as_json=as_json, **reading, **table, **run)
+    elif explain and is_main():
         lines = texts or filter(str.strip, sys.stdin)
-        _explain(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **reading)
-    elif _is_main():
-        _predict_lines(classifier, texts or sys.stdin, all_scores=all_scores, as_json=as_json, **reading)
+        explain_lines(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **reading)
+    elif is_main():
+        answer_lines(classifier, texts or sys.stdin, all_scores=all_scores, as_json=as_json, **reading)
 
 
 @app.command()
@@ -224,6 +247,17 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json 
     """Check a recipe without reading weights or data, and show it with its defaults."""
     loaded = Recipe.load(recipe, overrides or ())
     typer.echo(json.dumps(loaded.model_dump(mode="json")) if as_json else loaded.to_yaml().rstrip())
+
+
+@app.command()
+def data(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Read a recipe's rows, judged ones too, and show balance, lengths, duplicates, bad rows, and what leaks."""
+    loaded = Recipe.load(recipe, overrides or ())
+    from lora_sentiment.survey import survey
+
+    found = survey(loaded)
+    if is_main():
+        typer.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.to_lines()))
 
 
 @app.command()
@@ -348,68 +382,6 @@ def _refuse_combinations(context: typer.Context) -> None:
         raise RecipeError(f"predict: {', '.join(alone)}: only with --input and --output; name both, or leave it out")
 
 
-def _predict_table(classifier: Any, input: Path, output: Path, *, as_json: bool, **options: Any) -> None:
-    from lora_sentiment.predict import predict_file
-
-    summary = predict_file(classifier, input=input, output=output, **options)
-    if not _is_main():
-        return
-    if as_json:
-        typer.echo(json.dumps(vars(summary)))
-        return
-    counted = ", ".join(f"{name} {count:,}" for name, count in summary.labels.items())
-    bad = f"; {summary.bad_rows:,} with an error instead" if summary.bad_rows else ""
-    typer.echo(f"{output}: {summary.rows:,} rows ({counted}{bad}) in {summary.seconds:,.1f} s")
-
-
-def _predict_lines(classifier: Any, lines: Any, *, all_scores: bool, as_json: bool, **options: Any) -> None:
-    from lora_sentiment.predict import predict_lines
-
-    for answer in predict_lines(classifier, lines, **options):
-        found = answer.prediction
-        if as_json:
-            values = vars(found) if found else {"error": answer.error}
-            kept = {key: value for key, value in values.items() if key != "scores" or all_scores}
-            typer.echo(json.dumps({"text": answer.text, **kept}, ensure_ascii=False))
-            continue
-        every = " ".join(f"{name}={score:.4f}" for name, score in found.scores.items()) if found and all_scores else ""
-        cells = [found.label, f"{found.score:.4f}", *filter(None, [every])] if found else ["-", answer.error]
-        typer.echo("\t".join([*cells, " ".join(answer.text.split())]))
-
-
-def _explain(classifier: Any, texts: Any, *, html: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
-    from rich.console import Console
-
-    from lora_sentiment.explain import explain, to_html, to_rich
-
-    if html and html.exists() and not overwrite:
-        raise DataError(f"{html}: exists already; give another name, or --overwrite")
-    found, faults = [], 0
-    for text in texts:
-        try:
-            found.append(explain(classifier, text, **options))
-        except DataError as error:
-            # The texts after it are answered all the same.
-            faults += 1
-            typer.echo(f"error: {error}", err=True)
-            continue
-        if as_json:
-            typer.echo(json.dumps(found[-1].as_dict()))
-        else:
-            Console(highlight=False).print(to_rich(found[-1]))
-    if html:
-        try:
-            html.write_text(to_html(found), encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{html}: cannot be written: {error.strerror or error}") from error
-    if faults:
-        raise DataError(f"{faults} of {len(found) + faults} texts could not be explained")
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _prepare_streams() -> None:
     """Read and write any byte, and end lines at newlines alone, so that lines and answers can be paired."""
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -421,7 +393,7 @@ def _prepare_streams() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; what this package raises on purpose is shown as a message, without a traceback."""
-    is_main = _is_main()
+    main_process = is_main()
     _prepare_streams()
     # What is being written aside goes when the process is told to stop.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -431,11 +403,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
     logging.getLogger("lora_sentiment").handlers = [handler]
-    logging.getLogger("lora_sentiment").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("lora_sentiment").setLevel(logging.INFO if main_process else logging.WARNING)
     try:
         app(arguments)
+    except StoppedError as error:
+        if main_process:
+            typer.echo(str(error), err=True)
+        sys.exit(EXIT_STOPPED)
     except LoraSentimentError as error:
-        who = "" if is_main else f" (process {os.environ['RANK']})"
+        who = "" if main_process else f" (process {os.environ['RANK']})"
         typer.echo(f"error{who}: {error}", err=True)
         sys.exit(1)
     sys.exit(0)

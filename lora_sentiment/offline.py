@@ -13,7 +13,7 @@ from lora_sentiment import bundled
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.sources import find_source, looks_like_files
 from lora_sentiment.errors import DataError, LoraSentimentError
-from lora_sentiment.hub import ask_hub, rely_on_cache
+from lora_sentiment.hub import Answer, ask_hub, rely_on_cache
 from lora_sentiment.recipe import Recipe
 
 log = logging.getLogger("lora_sentiment")
@@ -33,10 +33,13 @@ def settle(recipe: Recipe, state: PartialState) -> tuple[Recipe, bundled.StandIn
     if not wanted:
         return recipe, None
     found: list[Any] = [(_look(recipe, wanted) if state.is_main_process else None)]
-    reason, missing = broadcast_object_list(found)[0]
-    if reason is None:
+    answer, missing = broadcast_object_list(found)[0]
+    if answer.mistaken:
+        raise DataError(f"the Hub cannot be asked: {answer.text}; mend HF_ENDPOINT or the proxy's address")
+    if answer.status is not None:
         return recipe, None
     rely_on_cache()
+    reason = answer.text
     asked = ", ".join(f"{key} {value!r}" for key, value in wanted.items() if key in missing)
     if not missing:
         log.warning("no Hub answers (%s): what is in the cache is used", reason)
@@ -62,13 +65,11 @@ def _on_hub(recipe: Recipe) -> dict[str, str]:
     return wanted
 
 
-def _look(recipe: Recipe, wanted: dict[str, str]) -> tuple[str | None, list[str]]:
-    """Return why nothing answers (None if something does), and the keys of what is not in the cache."""
+def _look(recipe: Recipe, wanted: dict[str, str]) -> tuple[Answer, list[str]]:
+    """Return what the Hub answers, and where that is nothing the keys of what is not in the cache."""
     answer = ask_hub()
-    if answer.mistaken:
-        raise DataError(f"the Hub cannot be asked: {answer.text}; mend HF_ENDPOINT or the proxy's address")
-    if answer.status is not None:
-        return None, []
+    if answer.mistaken or answer.status is not None:
+        return answer, []
     rely_on_cache()
     probes: dict[str, Callable[[], Any]] = {
         "data.source": lambda: find_source(recipe.data),
@@ -77,7 +78,7 @@ def _look(recipe: Recipe, wanted: dict[str, str]) -> tuple[str | None, list[str]
             for file in ("config.json", "tokenizer.json", "model.safetensors")
         ],
     }
-    return answer.text, [key for key in wanted if not _is_cached(probes[key])]
+    return answer, [key for key in wanted if not _is_cached(probes[key])]
 
 
 def _is_cached(probe: Callable[[], Any]) -> bool:

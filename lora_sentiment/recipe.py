@@ -126,7 +126,8 @@ _Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers["\0"]
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with fewer tags
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # The last four are how PyYAML fails at a tag whose value is of another kind, such as `!!bool maybe`.
+    except (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError, IndexError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

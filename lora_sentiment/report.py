@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_sentiment.data.batches import Encoded
-from lora_sentiment.data.rows import Counts
+from lora_sentiment.data.report import DataReport
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.model.parameters import ParameterCounts
 from lora_sentiment.model.quantisation import Quantisation
@@ -24,9 +23,7 @@ def make_report(
     adapter_bytes: int,
     history: History,
     engine: str,
-    counts: Mapping[str, Counts],
-    encoded: Mapping[str, Encoded],
-    seen_rows: Mapping[str, int],
+    data: DataReport,
     quantisation: Quantisation | None,
     stand_in: Mapping[str, str] | None,
     peak_memory_bytes: int,
@@ -39,9 +36,7 @@ def make_report(
         adapter_bytes: Size of the saved tensors on disk.
         history: Steps and evaluations.
         engine: `fast`, or `stock` with the reason.
-        counts: Role to what was done while it was read.
-        encoded: Role to its token ids.
-        seen_rows: Judged role to its rows whose text stands in train or validation too.
+        data: What the rows of every role look like.
         quantisation: What quantising the base saved and cost, where it was quantised.
         stand_in: What the recipe asked for and did not get, where the parts that ship stood in.
         peak_memory_bytes: Most memory held, in bytes.
@@ -63,19 +58,7 @@ def make_report(
         },
         **({"quantisation": quantisation.as_dict()} if quantisation else {}),
         **({"offline": dict(stand_in)} if stand_in else {}),
-        "data": {
-            "seen_rows": dict(seen_rows),
-            **{split: found.as_dict() for split, found in counts.items()},
-            "tokens": {
-                split: {
-                    "rows": len(rows),
-                    "tokens": int(rows.offsets[-1]),
-                    "truncated": rows.truncated,
-                    "longest": int(rows.lengths.max()),
-                }
-                for split, rows in encoded.items()
-            },
-        },
+        "data": data.as_dict(),
     }
 
 

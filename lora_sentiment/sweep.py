@@ -320,11 +320,13 @@ def _run(recipe: Recipe) -> None:
     """Train one run; leave its adapter folder, or a line beside it that says where it diverged."""
     from lora_sentiment.launch import join_launch
     from lora_sentiment.report import reset_peak_memory
+    from lora_sentiment.run_folder import name_run_folder
     from lora_sentiment.train import train
+    from lora_sentiment.training.checkpoint import FOLDER, list_checkpoints
 
-    left = recipe.folder.with_name(recipe.folder.name + ".run")
-    if left.exists():
-        # Stopped between saving and its last rename; `train` would not go over what may be a finished adapter.
+    left = name_run_folder(recipe)
+    if left.exists() and not list_checkpoints(left / FOLDER):
+        # Without a checkpoint to go on from, `train` would not go over what may be a finished adapter.
         shutil.rmtree(left)
     reset_peak_memory(join_launch().device)  # else every report would hold the peak of the runs before it
     try:

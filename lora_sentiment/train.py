@@ -4,9 +4,8 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 """
 
 import logging
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,15 @@ from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
 from lora_sentiment.bundled import StandIn, describe, probe_texts
 from lora_sentiment.data.batches import Encoded, encode
+from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
-from lora_sentiment.errors import DataError, ModelError, RecipeError, TrainingError
+from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated
 from lora_sentiment.evaluation.metrics import confusion_matrix
 from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.files import write_json
 from lora_sentiment.launch import join_launch, make_accelerator
-from lora_sentiment.model.base import Base, hash_tensors, load_base, resolve_dtype
+from lora_sentiment.model.base import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
 from lora_sentiment.model.memory import Plan
@@ -41,6 +41,9 @@ from lora_sentiment.offline import settle
 from lora_sentiment.plots import plot_confusion, plot_training
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.report import make_report, peak_memory, reset_peak_memory
+from lora_sentiment.run_folder import claim, drop_checkpoints, make_aside, make_settings
+from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
+from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.loop import History, count_steps, fit
 from lora_sentiment.training.losses import make_class_weights
 
@@ -83,32 +86,78 @@ class _Setup:
 class _Verdict:
     """What a trained model answers: everything by role."""
 
-    counts: dict[str, Counts]
+    data: DataReport
     encoded: dict[str, Encoded]
     logits: dict[str, NDArray[np.float32]]
     fingerprints: dict[str, str]
     scores: dict[str, Mapping[str, Interval]] = field(default_factory=dict)
-    seen_rows: dict[str, int] = field(default_factory=dict)
     faults: list[DataError] = field(default_factory=list)
 
 
-def train(recipe: Recipe) -> Run:
+def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
     """Walk a recipe from text to a saved, verified adapter.
 
     Every process of a launch calls this; the main one writes.
 
+    Args:
+        recipe: What to train, how, and whether to go on from the checkpoint of a run that was stopped.
+        allow_changes: Go on although the recipe, data, versions or machine are not those of the checkpoint.
+
     Raises:
         LoraSentimentError: For anything about recipe, launch, data, base or run that a person can mend.
+        StoppedError: When SIGTERM or SIGINT came while it trained; it is saved.
     """
     state = join_launch()
     recipe, stand_in = settle(recipe, state)
-    run_folder = _claim(recipe, state)
+    with claim(recipe, state) as run_folder:
+        return _walk(recipe, state, run_folder, stand_in=stand_in, allow_changes=allow_changes)
+
+
+def _walk(
+    recipe: Recipe, state: PartialState, run_folder: Path, *, stand_in: StandIn | None, allow_changes: bool
+) -> Run:
+    """Train, save, judge, publish."""
     accelerator = make_accelerator(state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder)
     setup = _set_up(recipe, accelerator, stand_in)
     encoded = {
-        "train": _encode(setup.data.train, "train", setup, recipe, accelerator),
-        "validation": _encode(setup.data.validation, "validation", setup, recipe, accelerator),
+        "train": _encode(setup.data.train, setup, recipe, accelerator),
+        "validation": _encode(setup.data.validation, setup, recipe, accelerator),
     }
+    described = _describe_seen(setup.data, encoded, recipe)
+    history = _train(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
+    setup = replace(setup, max_tokens=history.max_tokens)  # lower where memory ran out
+    aside = make_aside(run_folder) if accelerator.is_main_process else run_folder
+    logits = _predict(setup, encoded["validation"], "validation", accelerator)
+    calibration = {"temperature": fit_temperature(logits, encoded["validation"].labels)}
+    log.info("temperature fitted on validation: %.3f, within %s to %s", calibration["temperature"], *TEMPERATURE_BOUNDS)
+    # Saved before what is judged is read: a bad row there must not cost the run.
+    card = _save_adapter(recipe, setup, accelerator, aside, calibration) if accelerator.is_main_process else None
+    fingerprints = {"validation": setup.data.validation.fingerprint()}
+    verdict = _Verdict(described, encoded, {"validation": logits}, fingerprints)
+    _judge(recipe, setup, verdict, accelerator, calibration)
+    report: dict[str, Any] = {}
+    if card is not None:
+        report = _save_report(recipe, setup, card, history, verdict, aside)
+        adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
+        drop_checkpoints(run_folder)
+        log.info("saved and verified: %s", recipe.folder)
+    if stand_in:
+        log.warning("%s", describe(stand_in))
+    accelerator.end_training()
+    _refuse_faults(verdict, recipe.folder)
+    return Run(recipe.folder, history, report)
+
+
+def _train(
+    recipe: Recipe,
+    setup: _Setup,
+    encoded: Mapping[str, Encoded],
+    run_folder: Path,
+    accelerator: Accelerator,
+    *,
+    allow_changes: bool,
+) -> History:
+    """Leave the model with its best tensors and a dense head; nothing else of it may have changed."""
     frozen = hash_tensors(frozen_tensors(setup.model).items())
     # From here on the global generator draws dropout: other masks on every process, the same ones in every run.
     torch.manual_seed(recipe.train.seed + accelerator.process_index)
@@ -121,56 +170,34 @@ def train(recipe: Recipe) -> Run:
         method=recipe.method,
         accelerator=accelerator,
         max_tokens=setup.max_tokens,
+        store=Store(
+            run_folder / CHECKPOINTS,
+            _settings(recipe, setup, frozen_sha256=frozen),
+            resume=recipe.train.resume,
+            allow_changes=allow_changes,
+            limit=recipe.train.save_total_limit,
+        ),
     )
     if hash_tensors(frozen_tensors(setup.model).items()) != frozen:
         raise TrainingError(
             "a frozen tensor of the base changed during training; nothing was saved; please report this"
         )
     make_head_dense(setup.model)
-    aside = run_folder / "adapter"
-    logits = _predict(setup, encoded["validation"], "validation", accelerator)
-    calibration = {"temperature": fit_temperature(logits, encoded["validation"].labels)}
-    log.info("temperature fitted on validation: %.3f, within %s to %s", calibration["temperature"], *TEMPERATURE_BOUNDS)
-    # Saved before what is judged is read: a bad row there must not cost the run.
-    card = _save_adapter(recipe, setup, accelerator, aside, calibration) if accelerator.is_main_process else None
-    fingerprints = {"validation": setup.data.validation.fingerprint()}
-    verdict = _Verdict(dict(setup.data.counts), encoded, {"validation": logits}, fingerprints)
-    _judge(recipe, setup, verdict, accelerator, calibration)
-    report: dict[str, Any] = {}
-    if card is not None:
-        report = _save_report(recipe, setup, card, history, verdict, aside)
-        adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
-        log.info("saved and verified: %s", recipe.folder)
-    if stand_in:
-        log.warning("%s", describe(stand_in))
-    accelerator.end_training()
-    _refuse_faults(verdict, recipe.folder)
-    return Run(recipe.folder, history, report)
+    return history
 
 
-def _claim(recipe: Recipe, state: PartialState) -> Path:
-    """Refuse a taken output folder before anything is loaded; make the run's own folder beside it.
-
-    Every process looks first and the main one writes after all have looked, so that all raise alike.
-    """
-    folder, run_folder = recipe.folder, recipe.folder.with_name(recipe.folder.name + ".run")
-    if folder.exists() and not recipe.output.overwrite:
-        raise RecipeError(f"{folder}: exists; set output.overwrite=true or another output.dir")
-    if folder.exists() and not (folder / "card.json").is_file():
-        raise RecipeError(f"{folder}: is no adapter folder, so it is not replaced; set another output.dir")
-    for left in (run_folder / "adapter" / "card.json", run_folder / "replaced"):
-        if left.exists() and not (folder.exists() and recipe.output.overwrite):
-            raise RecipeError(f"{run_folder}: holds an adapter of an earlier run; move it away, or delete the folder")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        try:
-            if run_folder.exists():
-                shutil.rmtree(run_folder)
-            (run_folder / "adapter").mkdir(parents=True)
-        except OSError as error:
-            raise RecipeError(f"output.dir: {run_folder} cannot be made: {error.strerror}") from error
-    state.wait_for_everyone()
-    return run_folder
+def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str, Any]:
+    found = {
+        "engine": setup.engine,
+        "num_steps": count_steps(len(setup.data.train), recipe.train),
+        "labels": list(setup.data.labels),
+        "train_sha256": setup.data.train.fingerprint(),
+        "validation_sha256": setup.data.validation.fingerprint(),
+        "base_sha256": setup.base.sha256,
+        "frozen_sha256": frozen_sha256,
+        "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
+    }
+    return make_settings(recipe, found, machine=_machine(setup))
 
 
 def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) -> _Setup:
@@ -201,8 +228,6 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
 def _load_data(recipe: Recipe) -> Data:
     """Read train and validation and say what was found."""
     data = load_data(recipe.data)
-    for split, counts in data.counts.items():
-        log.info("%s: %s", split, counts)
     log.info("training on %s rows, choosing on %s", f"{len(data.train):,}", f"{len(data.validation):,}")
     # Before the base is loaded: a wrong number of weights should not cost that time.
     weights = make_class_weights(recipe.train.class_weights, labels=data.train.labels, names=data.labels)
@@ -261,18 +286,22 @@ def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
     return f"stock ({reason})" if reason else "fast"
 
 
-def _encode(rows: Rows, split: str, setup: _Setup, recipe: Recipe, accelerator: Accelerator) -> Encoded:
-    found = encode(
+def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator) -> Encoded:
+    return encode(
         rows,
         tokenizer=setup.base.tokenizer,
         max_length=recipe.model.max_length,
         truncation=recipe.model.truncation,
         progress=accelerator.is_main_process,
     )
-    log.info(
-        "%s: %s tokens, %.1f %% of texts cut", split, f"{len(found.input_ids):,}", 100 * found.truncated / len(found)
-    )
-    return found
+
+
+def _describe_seen(data: Data, encoded: Mapping[str, Encoded], recipe: Recipe) -> DataReport:
+    """Say what train and validation look like; what is judged is read at the end, or by `lora-sentiment data`."""
+    described = describe_seen(data, encoded, max_length=recipe.model.max_length)
+    for line in described.to_lines():
+        log.info("%s", line)
+    return described
 
 
 def _save_adapter(
@@ -311,23 +340,32 @@ def _judge(
     """Score validation and every judged role; this is the one place where what is judged is read."""
     data = setup.data
     rows = {"test": data.carved_test} if data.carved_test else {}
+    reading: dict[str, Counts] = {}
     for role in data.judged:
         try:
-            found, verdict.counts[role] = load_judged(recipe.data, role=role, labels=data.labels)
+            found, reading[role] = load_judged(recipe.data, role=role, labels=data.labels)
         except DataError as error:
             verdict.faults.append(error)
             continue
         if found is None:
-            num_rows = f"{verdict.counts[role].read:,}"
-            log.warning("%s: %s rows without labels (all are -1): not judged", role, num_rows)
+            verdict.data.unlabelled[role] = reading[role].read
+            log.warning("%s", verdict.data.to_lines([role])[0])
         else:
             rows[role] = found
     for role, judged in rows.items():
-        verdict.encoded[role] = _encode(judged, role, setup, recipe, accelerator)
-        verdict.seen_rows[role] = sum(text in data.seen_texts for text in judged.texts)
-        log.info("%s: %d of its texts stand in train or validation too", role, verdict.seen_rows[role])
+        verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
+        verdict.data.roles[role] = describe_role(
+            judged,
+            verdict.encoded[role],
+            names=data.labels,
+            max_length=recipe.model.max_length,
+            read=reading.get(role),
+            seen_texts=data.seen_texts,
+        )
         verdict.logits[role] = _predict(setup, verdict.encoded[role], role, accelerator)
         verdict.fingerprints[role] = judged.fingerprint()
+    for line in verdict.data.to_lines(list(rows)):
+        log.info("%s", line)
     for role, logits in verdict.logits.items():
         verdict.scores[role] = score_calibrated(logits, verdict.encoded[role].labels, calibration=calibration)
         log.info("%s: accuracy %s", role, show_interval(verdict.scores[role]["accuracy"].as_dict()))
@@ -358,9 +396,7 @@ def _save_report(
         adapter_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         history=history,
         engine=setup.engine,
-        counts=verdict.counts,
-        encoded=verdict.encoded,
-        seen_rows=verdict.seen_rows,
+        data=verdict.data,
         quantisation=setup.quantisation,
         stand_in=setup.stand_in,
         peak_memory_bytes=max(setup.loading_peak, peak_memory(next(setup.model.parameters()).device)),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lora_sentiment
 from lora_sentiment import errors
@@ -19,12 +20,15 @@ ORDER = [
     "files",
     "progress",
     "hub",
+    "hub_answers",
     "bundled",
     "data.config",
+    "data.lines",
     "data.tables",
     "data.sources",
     "data.rows",
     "data.batches",
+    "data.report",
     "model.architecture",
     "model.config",
     "model.method_config",
@@ -46,9 +50,15 @@ ORDER = [
     "training.config",
     "training.losses",
     "training.trackers",
+    "training.history",
+    "training.checkpoint",
+    "training.state",
+    "training.interrupts",
     "training.loop",
+    "adapter.reading",
     "adapter.stamp",
     "adapter.onnx",
+    "adapter.peft_file",
     "adapter.weights",
     "adapter.folder",
     "adapter.card",
@@ -64,6 +74,8 @@ ORDER = [
     "plots",
     "launch",
     "offline",
+    "survey",
+    "run_folder",
     "classifier",
     "train",
     "evaluate",
@@ -122,22 +134,73 @@ def test_only_the_recipe_and_what_is_below_it_know_the_recipe(path):
         assert "recipe" not in imports(ast.parse(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_nothing_unsafe_is_written(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "jsonpickle", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {
+    "eval", "exec", "compile", "__import__", "torch.load", "torch.save", "torch.jit.load", "torch.hub.load",
+    "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all",
+    "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
+}  # fmt: skip
+SAFE_VALUES = {"trust_remote_code": "False", "allow_pickle": "False", "shell": "False", "weights_only": "True"}
+
+
+def find_unsafe(tree: ast.AST) -> list[str]:
+    """What in a tree could run code out of a file, or a shell."""
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
-            assert not {"pickle", "dill", "marshal", "shelve"} & names
+            module = getattr(node, "module", None) or ""
+            names = {f"{module}.{alias.name}".lstrip(".") for alias in node.names} | {module}
+            found += [name for name in names if name.partition(".")[0] in UNSAFE_MODULES or name in UNSAFE_CALLS]
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "torch.load", "torch.save", "yaml.unsafe_load", "yaml.full_load")
-            assert not any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "True" for k in node.keywords)
-            if called == "print":
-                assert path.name == "cli.py"
-        if isinstance(node, ast.ExceptHandler):
+            # A safe loader must be named; ours are subclasses of one.
+            loader = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("Loader")
+            found += [called] * (called in UNSAFE_CALLS or (called == "yaml.load" and loader not in SAFE_LOADERS))
+            given = [(k.arg, ast.unparse(k.value)) for k in node.keywords if k.arg in SAFE_VALUES]
+            found += [f"{key}={value}" for key, value in given if value != SAFE_VALUES[key]]
+        if isinstance(node, ast.Dict):
+            pairs = [(ast.unparse(k), ast.unparse(v)) for k, v in zip(node.keys, node.values, strict=True) if k]
+            keyed = [(ast.literal_eval(key), value) for key, value in pairs if key.startswith(("'", '"'))]
+            found += [f"{key}={value}" for key, value in keyed if SAFE_VALUES.get(key, value) != value]
+    return found
+
+
+SAFE_LOADERS = ("_Loader", "yaml.SafeLoader")
+ROOT = PACKAGE.parent
+WRITTEN = [path for folder in (PACKAGE, ROOT / "scripts", ROOT / "benchmarks") for path in sorted(folder.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_unsafe_is_written(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert find_unsafe(tree) == []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and path.is_relative_to(PACKAGE):
+            assert path.name == "cli.py"
+        if isinstance(node, ast.ExceptHandler) and path.is_relative_to(PACKAGE):
             assert node.type is not None
             assert ast.unparse(node.type) not in ("Exception", "BaseException")
+
+
+def test_our_yaml_loader_is_a_safe_one():
+    from lora_sentiment.recipe import _Loader
+
+    assert issubclass(_Loader, yaml.SafeLoader)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle", "from pickle import loads", "import joblib", "from joblib import load", "eval('1')",
+        "exec('1')", "torch.load(path)", "from torch import load", "torch.load(path, weights_only=False)",
+        "yaml.load(text)", "yaml.load(text, Loader=yaml.Loader)", "yaml.full_load(text)",
+        "from yaml import unsafe_load", "f(trust_remote_code=True)", "f(trust_remote_code=given)",
+        "where = {'trust_remote_code': True}", "np.load(path, allow_pickle=True)", "subprocess.run(c, shell=True)",
+        "os.system(c)",
+    ],
+)  # fmt: skip
+def test_what_is_unsafe_is_found(code):
+    assert find_unsafe(ast.parse(code))
 
 
 def test_the_error_tree_is_the_one_its_docstring_draws():

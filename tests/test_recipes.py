@@ -22,6 +22,7 @@ HUB = ("train", "test")
 SOURCES = {
     "bundled": ("text", "label", ("negative", "positive"), (*HUB, "validation")),
     "IMDB Dataset.csv": ("review", "sentiment", ("positive", "negative"), ()),
+    "recipes/my_data.csv": ("message", "kind", ("complaint", "praise", "question"), ()),
     "stanfordnlp/imdb": ("text", "label", (0, 1), HUB),
     "stanfordnlp/sst2": ("sentence", "label", (0, 1), (*HUB, "validation")),
     "SetFit/sst5": ("text", "label", (0, 1, 2, 3, 4), (*HUB, "validation")),
@@ -199,7 +200,7 @@ for path in sys.argv[1:]:
     judged = [f"{role} {len(load_judged(config, role=role, labels=data.labels)[0])}" for role in data.judged]
     print(config.source, "/".join(data.labels), *judged, sep=", ")
 """
-    paths = {str(Recipe.load(path).data.source): path for path in RECIPES if path.stem != "quickstart"}
+    paths = {str(Recipe.load(path).data.source): path for path in RECIPES if path.stem not in ("quickstart", "my_data")}
     del paths["IMDB Dataset.csv"]
     command = [sys.executable, "-c", code, *map(str, paths.values())]
     done = subprocess.run(command, env=hub, capture_output=True, text=True, check=False, cwd=FOLDER.parent)

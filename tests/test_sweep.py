@@ -399,7 +399,7 @@ def test_a_carved_test_is_kept_out_of_training_and_out_of_the_choice(toy_recipe)
     grid = [f"data.source={toy_recipe.parent}/train.csv", "data.test_fraction=0.2", "method.r=[2, 4]"]
     found = sweep(toy_recipe, [*grid, "train.max_steps=1"])
     report = json.loads((found.rows[0].folder / "report.json").read_text(encoding="utf-8"))
-    assert report["data"]["tokens"]["train"]["rows"] == 86
+    assert report["data"]["train"]["rows"] == 86
     assert any(note.startswith("data.test_fraction: no run trained on") for note in found.notes)
     assert "test" not in json.dumps(make_columns(found))
 

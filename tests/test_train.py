@@ -187,9 +187,9 @@ def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
     assert {"validation", "dev", "test"} <= set(report)
     # No other key may stand where a role could have its name.
     assert {*report, *report["data"]} <= {*REPORT_BLOCKS, "validation", "dev", "test"}
-    assert [report["data"]["tokens"][role]["rows"] for role in ("validation", "dev", "test")] == [12, 21, 41]
+    assert [report["data"][role]["rows"] for role in ("validation", "dev", "test")] == [12, 21, 41]
     assert report["data"]["dev"]["kept"] == 21
-    assert report["data"]["seen_rows"] == {"dev": 0, "test": 0}
+    assert [report["data"][role]["seen"]["rows"] for role in ("validation", "dev", "test")] == [0, 0, 0]
     table = (found.adapter / "README.md").read_text()
     assert "| metric | validation | test | dev |" in table
 
@@ -270,7 +270,7 @@ def test_an_adapter_that_an_earlier_run_left_is_not_deleted(toy_recipe):
 def test_test_texts_that_were_trained_on_are_counted(toy_recipe):
     lines = (toy_recipe.parent / "train.csv").read_text().splitlines()
     (toy_recipe.parent / "test.csv").write_text("\n".join([*lines[:4], "unseen,positive"]))
-    assert run(toy_recipe).report["data"]["seen_rows"] == {"test": 3}
+    assert run(toy_recipe).report["data"]["test"]["seen"] == {"rows": 3, "first": [1, 2, 3]}
 
 
 def test_an_output_that_cannot_be_made_is_one_message(toy_recipe):
@@ -367,7 +367,7 @@ def test_the_main_command_walks_the_hub(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "imdb/report.json").read_text())
     assert report["data"]["train"]["read"] == 25_000
-    assert report["data"]["tokens"]["test"]["rows"] == 32
+    assert report["data"]["test"]["rows"] == 32
     card = json.loads((tmp_path / "imdb/card.json").read_text())
     assert card["labels"] == ["neg", "pos"]
     assert re.fullmatch(r"[0-9a-f]{40}", card["base"]["revision"])

@@ -4,7 +4,7 @@ Importing this imports no torch: an ONNX file answers without.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -35,6 +35,8 @@ class Encoded:
         labels: Shape (num_rows,).
         truncated: How many texts were longer than max_length.
         pad_token_id: Fills a batch's shorter rows.
+        whole_lengths: Tokens of each text before it was truncated, [CLS] and [SEP] included, shape (num_rows,); None
+            where that is not known.
     """
 
     input_ids: NDArray[np.int32]
@@ -42,6 +44,7 @@ class Encoded:
     labels: NDArray[np.int64]
     truncated: int
     pad_token_id: int
+    whole_lengths: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -132,27 +135,27 @@ class TextEncoder:
     def encode(self, rows: Rows, *, progress: bool = False) -> Encoded:
         """Return the truncated inputs of rows, with their labels, and a bar meanwhile if asked for."""
         inputs: list[NDArray[np.int32]] = []
-        truncated = 0
+        whole: list[int] = []
         with make_bar(len(rows), desc="tokenising", unit="rows", show=progress) as bar:
             for start in range(0, len(rows), TOKENISE_ROWS):
                 texts = rows.texts[start : start + TOKENISE_ROWS]
                 for ids in self.tokenise(texts):
-                    truncated += len(ids) > self.room
+                    whole.append(len(ids) + 2)
                     inputs.append(self.frame(self.truncate(ids)))
                 bar.update(len(texts))
-        return self.pack(inputs, labels=rows.labels, truncated=truncated)
+        lengths = np.array(whole, dtype=np.int64)
+        packed = self.pack(inputs, labels=rows.labels)
+        return replace(packed, truncated=int((lengths > self.max_length).sum()), whole_lengths=lengths)
 
     def frame(self, ids: list[int]) -> NDArray[np.int32]:
         """Put [CLS] and [SEP] around the ids of one input."""
         return np.array([self.cls_token_id, *ids, self.sep_token_id], dtype=np.int32)
 
-    def pack(
-        self, inputs: Sequence[NDArray[np.int32]], *, labels: NDArray[np.int64] | None = None, truncated: int = 0
-    ) -> Encoded:
+    def pack(self, inputs: Sequence[NDArray[np.int32]], *, labels: NDArray[np.int64] | None = None) -> Encoded:
         """Lay framed inputs out one after another; without labels theirs are -1."""
         offsets = np.cumsum([0, *map(len, inputs)], dtype=np.int64)
         found = np.full(len(inputs), -1, dtype=np.int64) if labels is None else labels
-        return Encoded(np.concatenate(inputs), offsets, found, truncated, self.pad_token_id)
+        return Encoded(np.concatenate(inputs), offsets, found, 0, self.pad_token_id)
 
 
 def encode(

@@ -4,16 +4,17 @@ import codecs
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lora_sentiment.section import Names, Section
 
 SPLITS = ("train", "validation", "test")
 """The roles of a source that names none itself."""
 REPORT_BLOCKS = ("schema", "parameters", "train", "data", "quantisation", "seen_rows", "tokens", "offline")
-"""Keys of report.json, and of its `data` block, that are no role; a judged role has its own block beside them."""
+"""Keys of report.json, today's and those that older ones had in their `data` block, that are no role; a judged role
+has its own block beside them."""
 
 
 class DataConfig(Section):
@@ -90,6 +91,12 @@ class DataConfig(Section):
         if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
             raise ValueError(f"found {list(labels)}; allowed: two or more names, each once")
         return labels
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        if self.text_column == self.label_column:
+            raise ValueError(f"text_column and label_column are both {self.text_column!r}; name the column of each")
+        return self
 
 
 def report_roles(report: Mapping[str, Any]) -> list[str]:

@@ -55,9 +55,7 @@ class Counts:
         read: Rows in the source.
         kept: Rows that are used.
         cleaned: How many rows each cleaning rule changed.
-        dropped: Reason to the row numbers dropped for it, counted from 1 in the source.
-        duplicates: Rows whose text stood earlier in the split.
-        labels: Label name to number of rows kept.
+        dropped: Kind of fault to the row numbers dropped for it, counted from 1 in the source.
         unlabelled: Rows of a split whose labels are all -1, as GLUE hides those of its test splits; it is not judged.
     """
 
@@ -65,20 +63,7 @@ class Counts:
     kept: int = 0
     cleaned: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, list[int]] = field(default_factory=dict)
-    duplicates: int = 0
-    labels: dict[str, int] = field(default_factory=dict)
     unlabelled: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counts as report.json holds them."""
-        return {**vars(self), "cleaned": {rule: count for rule, count in self.cleaned.items() if count}}
-
-    def __str__(self) -> str:
-        balance = ", ".join(f"{name} {count:,}" for name, count in self.labels.items())
-        notes = [f"{count:,} had {rule}" for rule, count in self.cleaned.items() if count]
-        notes += [f"{len(rows):,} DROPPED: {reason} (first at row {rows[0]})" for reason, rows in self.dropped.items()]
-        notes += [f"{self.duplicates:,} duplicate texts"] if self.duplicates else []
-        return f"{self.kept:,} rows ({balance})" + (f"; {'; '.join(notes)}" if notes else "")
 
 
 @dataclass(frozen=True)
@@ -123,12 +108,12 @@ def load_data(config: DataConfig) -> Data:
     counts = {"train": train_counts}
     carved_test = None
     if config.test_fraction and not source.judged:
-        rows, carved_test = carve(rows, fraction=config.test_fraction, seed=config.split_seed + 1)
+        rows, carved_test = carve(rows, names, fraction=config.test_fraction, seed=config.split_seed + 1)
         carved_test = sample(carved_test, num_rows=config.max_test_rows, seed=config.split_seed)
     if "validation" in source.roles:
         validation, _, counts["validation"] = _load_split(config, source, "validation", names, None)
     else:
-        rows, validation = carve(rows, fraction=config.validation_fraction, seed=config.split_seed)
+        rows, validation = carve(rows, names, fraction=config.validation_fraction, seed=config.split_seed)
     return Data(names, train=rows, validation=validation, judged=source.judged, carved_test=carved_test, counts=counts)
 
 
@@ -171,11 +156,12 @@ def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tup
     return rows, counts
 
 
-def carve(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
+def carve(rows: Rows, names: Sequence[str], *, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Split rows in two, stratified by label; equal texts land on the same side.
 
     Args:
         rows: What to split.
+        names: Label names, for messages.
         fraction: Share of each label's rows that goes to the second part.
         seed: Decides which.
 
@@ -205,8 +191,8 @@ def carve(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
     for label in np.unique(rows.labels):
         if carved[rows.labels == label].all():
             raise DataError(
-                f"label number {label} (from 0) has too few distinct texts to carve {fraction:.0%} out of its "
-                f"{int((rows.labels == label).sum())} rows; give more rows, carve less, or name a split in data.source"
+                f"label {names[label]!r} has too few distinct texts to carve {fraction:.0%} out of its rows "
+                f"({int((rows.labels == label).sum())}); give more rows, carve less, or name a split in data.source"
             )
     return rows.take(np.flatnonzero(~carved)), rows.take(np.flatnonzero(carved))
 
@@ -249,24 +235,24 @@ def _make_rows(
         values = _rename(values, own_names, labels, where)
     names, index = _map_labels(values, labels or own_names, where)
     counts = Counts(read=len(texts))
+    faults: dict[str, list[int]] = {}
     kept: list[int] = []
     for position, (text, label) in enumerate(zip(texts, index, strict=True)):
         if isinstance(text, str) and config.clean:
             texts[position] = text = clean_text(text, counts.cleaned)
-        if reason := _fault(text, label, values[position], names):
-            counts.dropped.setdefault(reason, []).append(position + 1)
+        if fault := _fault(text, label, values[position], names):
+            counts.dropped.setdefault(fault[0], []).append(position + 1)
+            faults.setdefault(fault[1], []).append(position + 1)
         else:
             kept.append(position)
-    if counts.dropped and config.on_bad_row == "error":
-        raise DataError(_bad_rows(where, counts.dropped))
+    if faults and config.on_bad_row == "error":
+        raise DataError(_bad_rows(where, faults))
     if not kept:
-        raise DataError(f"{where}: no usable row among {len(texts)}")
+        raise DataError(f"{where}: no usable row among {len(texts)}: {', '.join(counts.dropped)}")
     positions = np.array(kept, dtype=np.int64)
     rows = Rows([texts[i] for i in kept], np.array([index[i] for i in kept], dtype=np.int64), positions + 1)
     rows = sample(rows, num_rows=max_rows, seed=config.split_seed)
     counts.kept = len(rows)
-    counts.duplicates = len(rows) - len(set(rows.texts))
-    counts.labels = {name: int((rows.labels == i).sum()) for i, name in enumerate(names)}
     return rows, names, counts
 
 
@@ -302,6 +288,7 @@ def _map_labels(
         value for value in values if isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
     }
     if names is None:
+        _refuse_decimals(present, where)
         names = tuple(sorted({str(value) for value in present}, key=_label_order))
         if not names:
             raise DataError(
@@ -322,21 +309,37 @@ def _map_labels(
     ]
 
 
+def _refuse_decimals(present: set[str | int], where: str) -> None:
+    """Refuse scores, and integers that a table program wrote as 1.0: as names they would silently be classes."""
+    found = sorted(str(value) for value in present)
+    decimals = [text for text in found if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?", text)]
+    if decimals and all(text in decimals or re.fullmatch(r"-?\d+", text) for text in found):
+        raise DataError(
+            f"{where}: the labels are decimal numbers, such as {decimals[0]}; a class is an integer or a name: write "
+            "integers, or state data.labels with every value in quotes if they are names"
+        )
+
+
 def _label_order(text: str) -> tuple[int, int, str]:
     return (0, int(text), text) if re.fullmatch(r"-?\d+", text) else (1, 0, text)
 
 
-def _fault(text: Any, label: int | None, value: Any, names: tuple[str, ...]) -> str | None:
-    """Return what is wrong with a row, or None."""
+def _fault(text: Any, label: int | None, value: Any, names: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return what is wrong with a row, or None: the kind of fault, which quotes nothing, and a message."""
+    if text is None:
+        return ("text is missing",) * 2
     if not isinstance(text, str):
-        return "text is missing" if text is None else f"text is {type(text).__name__}, not a string"
+        return "text is no string", f"text is {type(text).__name__}, not a string"
     if not text.strip():
-        return "text is empty"
-    if value is None or value == "":
-        return "label is missing"
+        return ("text is empty",) * 2
+    # A missing number is a NaN in tables that know no other.
+    if value is None or value == "" or (isinstance(value, float) and value != value):
+        return ("label is missing",) * 2
     if label is None:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        return f"label {value!r} is none of {shown}"
+        kind = f"label is {type(value).__name__}" if not isinstance(value, (str, int)) else "label is unknown"
+        said = repr(value)
+        return kind, f"label {said if len(said) <= 60 else said[:57] + '...'} is none of {shown}"
     return None
 
 

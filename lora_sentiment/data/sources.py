@@ -11,6 +11,7 @@ from lora_sentiment import bundled
 from lora_sentiment.data.config import SPLITS, DataConfig
 from lora_sentiment.data.tables import FORMATS, read_table, table_columns
 from lora_sentiment.errors import DataError
+from lora_sentiment.hub_answers import explain_refusal, innermost
 from lora_sentiment.section import did_you_mean
 
 
@@ -116,15 +117,27 @@ class _ExplainHub:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HfHubHTTPError
+        from yaml import YAMLError
 
-        if isinstance(error, (OSError, ValueError, HfHubHTTPError, DatasetsError, RuntimeError)) and not isinstance(
-            error, DataError
-        ):
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise DataError(
-                f"data.source {self.config.source!r} is no file here and could not be had from the Hub: {reason}; "
-                "check name and connection, or name files"
-            ) from error
+        if isinstance(error, (OSError, ValueError, HfHubHTTPError, DatasetsError, RuntimeError, YAMLError)):
+            name = str(self.config.source)
+            refusal = explain_refusal(key="data.source", name=name, kind="dataset", revision=self.config.revision)
+            raise DataError(refusal or f"data.source {name!r}: {_describe(error)}") from error
+
+
+def _describe(error: BaseException) -> str:
+    """Say what is wrong with a data set that the Hub does give."""
+    said = " ".join(str(error).split())
+    if "scripts are no longer supported" in said:
+        return (
+            f"is made by a script ({said.rpartition(' ')[2]}), and code from the Hub is never run; name a data set of "
+            "parquet, csv or json files, or convert it to such files yourself"
+        )
+    if "Config name is missing" in said or "BuilderConfig" in said:
+        return f"{said}; set data.config"
+    if "doesn't contain any data files" in said:
+        return "holds no data files; name one that does, or name files"
+    return f"the Hub has it, but it cannot be read ({innermost(error)}); name another, a data.revision, or files"
 
 
 Columns = tuple[list[Any], list[Any], tuple[str, ...] | None]
@@ -163,6 +176,7 @@ def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> No
         wanted = getattr(config, key)
         if wanted not in columns:
             hint = did_you_mean(wanted, list(columns))
-            raise DataError(
-                f"{where}: no column {wanted!r}; the columns are {', '.join(columns)}{hint}; set data.{key}"
-            )
+            # Without a header, the first row of texts stands where the names should.
+            shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
+            headed = "" if hint else ", or give the file a first row of names if it has none"
+            raise DataError(f"{where}: no column {wanted!r}; the columns are {shown}{hint}; set data.{key}{headed}")

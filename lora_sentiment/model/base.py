@@ -1,6 +1,7 @@
 """The base checkpoint: found, checked, hashed over its values, loaded in fp32."""
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,6 +26,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lora_sentiment import bundled
 from lora_sentiment.errors import ModelError
+from lora_sentiment.hub_answers import explain_refusal
 from lora_sentiment.model.architecture import HEAD, Shape
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.section import did_you_mean
@@ -75,18 +78,12 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
         raise ModelError(f"model.name {config.name!r}: no such folder")
     if config.revision and Path(place).is_dir():
         raise ModelError(f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no revisions")
-    with quiet(), _explain(config.name):
-        # Resolved once: a Hub name could move between one file and the next.
-        revision = extract_commit_hash(cached_file(place, "config.json", revision=config.revision), None)
+    with quiet(), _Explain(config):
+        found, revision = _load_config(config)
         where = {"revision": revision or config.revision, "trust_remote_code": False}
-        found = AutoConfig.from_pretrained(place, **where)
-        _check_architecture(found, config)
-        for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
-            if getattr(config, key) is not None:
-                setattr(found, key, getattr(config, key))
         own_names = [str(name) for _, name in sorted(found.id2label.items())]
         found.num_labels, found.id2label, found.label2id = len(labels), names, {v: k for k, v in names.items()}
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, **where)
+        tokenizer = load_tokenizer(config, revision=revision)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             place,
             config=found,
@@ -99,7 +96,10 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
     new_head = _check_tensors(report, config.name, len(labels))
     if not new_head:
         _check_own_labels(own_names, labels, config.name)
-    _check_tokenizer(tokenizer, config.name, found.vocab_size)
+    if len(tokenizer) > found.vocab_size:
+        raise ModelError(
+            f"the tokenizer of model.name {config.name!r} has {len(tokenizer)} tokens and the model {found.vocab_size}"
+        )
     sha256 = hash_tensors(encoder_tensors(model))
     if config.quantize != "none":
         model = _quantise(model, config, found, where, device or torch.device("cpu"))
@@ -116,6 +116,51 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
         shape=Shape.from_config(found.to_dict()),
         new_head=new_head,
     )
+
+
+def _load_config(config: ModelConfig) -> tuple[Any, str | None]:
+    """Return the checkpoint's configuration, with the recipe's dropout, and the commit that the Hub resolved."""
+    # Resolved once: a Hub name could move between one file and the next.
+    path = cached_file(config.place, "config.json", revision=config.revision)
+    _check_kind(path, config)
+    revision = extract_commit_hash(path, None)
+    found = AutoConfig.from_pretrained(config.place, revision=revision or config.revision, trust_remote_code=False)
+    _check_length(found, config)
+    for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
+        if getattr(config, key) is not None:
+            setattr(found, key, getattr(config, key))
+    return found, revision
+
+
+def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a recipe's base, from Hub, cache or folder.
+
+    Args:
+        config: The recipe's `model` section.
+        revision: Commit of the base's other files; by default what the section says.
+
+    Raises:
+        ModelError: If there is none, or it is no fast one with DistilBERT's special tokens.
+    """
+    name, wanted = config.name, revision or config.revision
+    with quiet(), _Explain(config):
+        places = [
+            cached_file(config.place, file, revision=wanted, _raise_exceptions_for_missing_entries=False)
+            for file in ("tokenizer.json", "vocab.txt")
+        ]
+        # Without either transformers makes one that knows no word.
+        if not any(places):
+            raise ModelError(f"model.name {name!r} has no tokenizer; it needs a tokenizer.json or a vocab.txt")
+        try:
+            found: Any = AutoTokenizer.from_pretrained(config.place, revision=wanted, trust_remote_code=False)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"the tokenizer.json of model.name {name!r} is none: {error}; fetch it again") from error
+    if not found.is_fast:
+        raise ModelError(f"model.name {name!r} has no fast tokenizer; it needs a tokenizer.json")
+    for role in ("cls_token", "sep_token", "pad_token"):
+        if getattr(found, role) is None:
+            raise ModelError(f"the tokenizer of model.name {name!r} has no {role}; DistilBERT's has one")
+    return cast(PreTrainedTokenizerFast, found)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -153,7 +198,7 @@ def _quantise(
         }
     # It warns at every layer and call that int8 products round their input to fp16, which is what int8 means.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with quiet(), _explain(config.name), torch.random.fork_rng(devices=[]):
+    with quiet(), _Explain(config), torch.random.fork_rng(devices=[]):
         model = AutoModelForSequenceClassification.from_pretrained(
             config.place,
             config=found,
@@ -215,26 +260,36 @@ def _untruncated(tokenizer: PreTrainedTokenizerFast) -> str:
     return str(tokenizer.backend_tokenizer.to_str())
 
 
-def _check_architecture(found: Any, config: ModelConfig) -> None:
-    if found.model_type != "distilbert":
+def _check_kind(path: str | None, config: ModelConfig) -> None:
+    """Refuse what is no DistilBERT, from its config.json (None where it has none), before transformers guesses."""
+    name = config.name
+    if path is None:
+        if any(Path(config.place, file).is_file() for file in ("adapter_config.json", "card.json")):
+            raise ModelError(f"model.name {name!r} is an adapter; name the base that it was trained on")
+        raise ModelError(f"model.name {name!r} is no model: it has no config.json")
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model.name {name!r}: its config.json is no JSON ({error}); fetch it again") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
+        raise ModelError(f"model.name {name!r}: its config.json names no model_type; it must be distilbert")
+    if "auto_map" in facts:
         raise ModelError(
-            f"model.name {config.name!r} is a {found.model_type} model; this package adapts distilbert checkpoints"
+            f"model.name {name!r} asks for code of its own to be run (auto_map in its config.json), which is never "
+            "done; name a plain DistilBERT checkpoint"
         )
+    if facts["model_type"] != "distilbert":
+        raise ModelError(
+            f"model.name {name!r} is a {facts['model_type']} model; this package adapts distilbert checkpoints"
+        )
+
+
+def _check_length(found: Any, config: ModelConfig) -> None:
     if config.max_length > found.max_position_embeddings:
         raise ModelError(
             f"model.max_length {config.max_length} is more than the {found.max_position_embeddings} positions of "
             f"{config.name!r}; set model.max_length={found.max_position_embeddings} or less"
         )
-
-
-def _check_tokenizer(tokenizer: Any, name: str, vocab_size: int) -> None:
-    if not tokenizer.is_fast:
-        raise ModelError(f"model.name {name!r} has no fast tokenizer; it needs a tokenizer.json")
-    for role in ("cls_token", "sep_token", "pad_token"):
-        if getattr(tokenizer, role) is None:
-            raise ModelError(f"the tokenizer of model.name {name!r} has no {role}; DistilBERT's has one")
-    if len(tokenizer) > vocab_size:
-        raise ModelError(f"the tokenizer of model.name {name!r} has {len(tokenizer)} tokens and the model {vocab_size}")
 
 
 def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
@@ -278,11 +333,28 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def _explain(name: str) -> Iterator[None]:
-    """Turn what the Hub client and transformers raise for a bad name or folder into one line."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"base {name!r} could not be loaded: {reason}") from error
+class _Explain:
+    """Turn what the Hub client, transformers and tokenizers raise for a bad name or folder into one line."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        expected = (OSError, ValueError, SafetensorError, StrictDataclassError)
+        # The tokenizers package raises plain Exceptions; only a context can tell one from its subclasses.
+        if not isinstance(error, expected) and type(error) is not Exception:
+            return
+        name, refusal = self.config.name, None
+        if self.config.place == name and not Path(name).is_dir():
+            refusal = explain_refusal(key="model.name", name=name, kind="model", revision=self.config.revision)
+        raise ModelError(refusal or f"base {name!r} could not be loaded: {_describe(error)}") from error
+
+
+def _describe(error: BaseException) -> str:
+    """Say what is wrong with a checkpoint that is there."""
+    said = " ".join(str(error).split())
+    if "safetensors" in said and ("does not appear to have a file" in said or "no file named" in said):
+        return "it has no model.safetensors, and pickled weights are never loaded; convert them, or name another"
+    return said[:300] or type(error).__name__

@@ -55,6 +55,12 @@ class TrainConfig(Section):
     """Stop after this many evaluations without a better one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
+    save_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints; by default once an epoch. The last step and a signal to stop save, too."""
+    save_total_limit: int = Field(2, ge=1)
+    """Checkpoints that are kept; all are removed when the run has finished."""
+    resume: Literal["auto", "never", "always"] = "auto"
+    """Go on from a checkpoint: auto where there is one, never starts anew, always refuses to start anew."""
     engine: Literal["auto", "fast", "stock"] = "auto"
     """Encoder forward: auto takes the fast exact one where it can and says so; fast raises where it cannot."""
     report_to: Names = ()

@@ -2,77 +2,42 @@
 
 import logging
 import math
+import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from numpy.typing import NDArray
 from torch import nn
 from transformers import get_scheduler
 
 from lora_sentiment.data.batches import Encoded, cut, make_batch, plan_epoch, shard
-from lora_sentiment.errors import TrainingError
+from lora_sentiment.errors import StoppedError, TrainingError
 from lora_sentiment.evaluation.metrics import METRICS, quick_score
 from lora_sentiment.model.inference import predict_logits
 from lora_sentiment.model.method_config import Method
 from lora_sentiment.model.methods import after_step, is_settled, learning_rate_ratios, penalty, trainable_tensors
 from lora_sentiment.progress import make_bar
+from lora_sentiment.training.checkpoint import Checkpoint, Progress, Store, load_checkpoint, save_checkpoint
 from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.training.history import EvalPoint as EvalPoint
+from lora_sentiment.training.history import History as History
+from lora_sentiment.training.history import TrainPoint as TrainPoint
+from lora_sentiment.training.interrupts import StopSignals, is_out_of_memory
 from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
+from lora_sentiment.training.state import put_ranks, put_rng, put_state, take_ranks, take_rng, take_state
+from lora_sentiment.training.trackers import CsvTracker
 
 log = logging.getLogger("lora_sentiment")
 
 MAX_SKIPPED_STEPS = 20
 """Optimizer steps in a row that fp16's loss scaling may skip before the run is given up."""
-
-
-@dataclass(frozen=True)
-class TrainPoint:
-    """One optimizer step: its (weighted) mean loss over the step's examples, and the rate it was taken at."""
-
-    step: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-
-
-@dataclass(frozen=True)
-class EvalPoint:
-    """One evaluation on validation, after `step` optimizer steps."""
-
-    step: int
-    epoch: float
-    accuracy: float
-    log_loss: float
-    metric: float
-    best: bool
-
-
-@dataclass
-class History:
-    """What happened in a run.
-
-    Attributes:
-        steps: Every optimizer step.
-        evaluations: Every evaluation.
-        best_step: The step whose tensors were kept.
-        tokens: Real tokens trained on over all processes, padding left out.
-        seconds: Time spent training, evaluations left out.
-        max_tokens: The micro-batch cut in padded tokens.
-        stopped_early: Whether patience ran out.
-    """
-
-    steps: list[TrainPoint] = field(default_factory=list)
-    evaluations: list[EvalPoint] = field(default_factory=list)
-    best_step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    max_tokens: int = 0
-    stopped_early: bool = False
 
 
 def fit(
@@ -85,6 +50,7 @@ def fit(
     method: Method,
     accelerator: Accelerator,
     max_tokens: int,
+    store: Store | None = None,
 ) -> History:
     """Train a model in place and leave it with the best tensors that validation saw.
 
@@ -96,12 +62,25 @@ def fit(
         config: The recipe's `train` section.
         method: The recipe's `method` section: its learning rates, and what it does between steps.
         accelerator: Carries gradients and logits between processes, scales fp16 losses, logs.
-        max_tokens: Most padded tokens of a micro-batch.
+        max_tokens: Most padded tokens of a micro-batch; halved where memory runs out.
+        store: Where to go on from and to save; None to do neither, and to leave signals alone.
 
     Raises:
-        TrainingError: When a loss is not finite, with step and row numbers.
+        TrainingError: When a loss is not finite, with step and row numbers; when one row does not fit into memory; when
+            a checkpoint cannot be written, or none can be gone on with.
+        StoppedError: When a signal said so, after the step is saved.
     """
-    return _Loop(model, train, validation, numbers, config, method, accelerator, max_tokens).run()
+    loop = _Loop(model, train, validation, numbers, config, method, accelerator, max_tokens, store)
+    try:
+        with loop.signals if store else nullcontext():
+            return loop.run()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"step {loop.done + 1}: memory ran out in the optimizer or an evaluation, where a smaller micro-batch does "
+            f"not help; train fewer tensors, or free memory and go on with --resume: {str(error).splitlines()[0]}"
+        ) from error
 
 
 class _Loop:
@@ -117,8 +96,9 @@ class _Loop:
         method: Method,
         accelerator: Accelerator,
         max_tokens: int,
+        store: Store | None,
     ) -> None:
-        self.model, self.config, self.method, self.accelerator = model, config, method, accelerator
+        self.model, self.config, self.method, self.accelerator, self.store = model, config, method, accelerator, store
         self.train, self.validation, self.numbers = train, validation, numbers
         self.lengths = train.lengths
         names = list(model.config.id2label.values())  # type: ignore[union-attr, operator]
@@ -131,61 +111,157 @@ class _Loop:
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, optimizer, math.ceil(self.num_steps * config.warmup_ratio), self.num_steps
         )
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.adamw, self.optimizer = optimizer, accelerator.prepare_optimizer(optimizer)
         self.history = History(max_tokens=max_tokens)
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.sign = 1 if METRICS[config.metric_for_best_model].greater_is_better else -1
         self.best_metric, self.waited, self.skipped = -math.inf, 0, 0
+        self.done, self.saved = 0, 0
+        self.signals, self.stop_by = StopSignals(), ""
 
     def run(self) -> History:
-        """Walk all steps; evaluate once an epoch or every `eval_steps`, and after the last step."""
+        """Walk all steps that are left; evaluate once an epoch or every `eval_steps`, and after the last step."""
+        self._resume()
         bar = make_bar(self.num_steps, desc="training", unit="step", show=self.accelerator.is_main_process)
         self.model.train()
-        every = self.config.eval_steps or self.steps_per_epoch
         with bar:
+            bar.update(self.done)
+            # A run is saved before it is judged, which takes long: stopped meanwhile, it has that still before it.
+            self._evaluate_if_due()
             for step, index in self._step_rows():
+                if self.history.stopped_early:
+                    break
                 point = self._step(step, index)
+                self.done = step
                 bar.update()
                 speed = self.history.tokens / self.history.seconds
                 bar.set_postfix(loss=f"{point.loss:.4f}", tok_s=f"{speed:,.0f}", refresh=False)
-                if step % every == 0 or step == self.num_steps:
-                    self._evaluate(step)
-                    if self.history.stopped_early:
-                        break
+                self._save_if_due()
+                self._evaluate_if_due()
+        self._agree((), failed=False)
+        self._save_if_due()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.best[name])
         return self.history
 
+    def _is_due(self, every: int | None) -> bool:
+        return self.done % (every or self.steps_per_epoch) == 0 or self.done == self.num_steps
+
+    def _evaluate_if_due(self) -> None:
+        """Judge what the last step made, unless it was judged before the run was stopped."""
+        if self.done > self._judged and self._is_due(self.config.eval_steps):
+            self._evaluate(self.done)
+
+    @property
+    def _judged(self) -> int:
+        return self.history.evaluations[-1].step if self.history.evaluations else 0
+
+    def _save_if_due(self) -> None:
+        """Save once an epoch or every `save_steps`, after the last step, and before obeying a signal."""
+        if not self.store:
+            return
+        if self.accelerator.num_processes == 1:
+            self.stop_by = self.signals.name or ""  # several have agreed in the step
+        if self.saved != self.done and (self.stop_by or self._is_due(self.config.save_steps)):
+            self._save(self.store)
+        if self.stop_by:
+            raise StoppedError(
+                f"stopped by {self.stop_by} after step {self.done:,} of {self.num_steps:,}, saved in "
+                f"{self.store.folder}; the same command with --resume goes on from there"
+            )
+
+    def _save(self, store: Store) -> None:
+        """Save on the main process, and raise on all where that fails."""
+        tensors = take_state(
+            self.model, self.best, optimizer=self.adamw, method=self.method, accelerator=self.accelerator
+        )
+        fault: list[TrainingError | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                for tracker in self._csv():
+                    tracker.sync()
+                save_checkpoint(store, self._progress(), tensors)
+            except TrainingError as error:
+                fault = [error]
+        if told := broadcast_object_list(fault)[0]:
+            raise told
+        self.saved = self.done
+
+    def _progress(self) -> Progress:
+        scaler = self.accelerator.scaler
+        scale = scaler.state_dict() if scaler else {}
+        return Progress(
+            step=self.done,
+            history=self.history,
+            schedule=self.scheduler.last_epoch,
+            best_metric=self.best_metric if self.best_metric > -math.inf else None,
+            waited=self.waited,
+            skipped=self.skipped,
+            loss_scale=(scale["scale"], scale["_growth_tracker"]) if scale else None,
+            ranks=take_ranks(self.model, self.method),
+        )
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint that verifies, if there is one; the main process reads it for all."""
+        if not self.store:
+            return
+        like = take_state(self.model, self.best, optimizer=self.adamw, method=self.method, accelerator=self.accelerator)
+        read: list[Checkpoint | TrainingError | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                read = [load_checkpoint(self.store, like)]
+            except TrainingError as error:
+                read = [error]
+        found = broadcast_object_list(read)[0]
+        if isinstance(found, TrainingError):
+            raise found
+        if found:
+            self._put_back(found)
+        for tracker in self._csv():
+            tracker.rewind(self.done, evaluated=self._judged)
+
+    def _put_back(self, found: Checkpoint) -> None:
+        progress = found.progress
+        if progress.step > self.num_steps:
+            raise TrainingError(f"{found.folder}: is beyond the {self.num_steps:,} steps of this recipe; raise them")
+        for change in found.changes:
+            log.warning("resumed all the same, so not bit for bit: %s", change)
+        self.best = put_state(
+            found.tensors, self.model, optimizer=self.adamw, method=self.method, accelerator=self.accelerator
+        )
+        put_ranks(progress.ranks, self.model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for _ in range(progress.schedule):
+                self.scheduler.step()
+        if (scaler := self.accelerator.scaler) and progress.loss_scale:
+            scale, tracker = progress.loss_scale
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": tracker})
+        self.done = self.saved = progress.step
+        self.history, self.waited, self.skipped = progress.history, progress.waited, progress.skipped
+        self.best_metric = -math.inf if progress.best_metric is None else progress.best_metric
+        self.history.resumed.append(self.done)
+        log.info("resumed after step %d of %d from %s", self.done, self.num_steps, found.folder)
+
+    def _csv(self) -> list[CsvTracker]:
+        return [tracker for tracker in self.accelerator.trackers if isinstance(tracker, CsvTracker)]
+
     def _step_rows(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Yield (step number from 1, the step's rows over all processes)."""
-        step = 0
-        for epoch in range(math.ceil(self.num_steps / self.steps_per_epoch)):
+        """Yield (step number, the step's rows over all processes) of what is left."""
+        first = self.done // self.steps_per_epoch
+        step = first * self.steps_per_epoch
+        for epoch in range(first, math.ceil(self.num_steps / self.steps_per_epoch)):
             plan = plan_epoch(self.lengths, batch_size=self.config.batch_size, seed=self.config.seed, epoch=epoch)
             for index in plan[: self.num_steps - step]:
                 step += 1
-                yield step, index
+                if step > self.done:
+                    yield step, index
 
     def _step(self, step: int, index: NDArray[np.int64]) -> TrainPoint:
         """Take one optimizer step: gradients of the (weighted) mean loss over its examples, however they are cut."""
         began = time.perf_counter()
-        own = shard(
-            index, self.lengths, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes
-        )
-        loss = torch.zeros((), device=self.accelerator.device)
-        total = total_weight(self.train.labels[index], self.class_weights)
-        for part in cut(own, self.lengths, max_tokens=self.history.max_tokens):
-            batch = make_batch(self.train, part, device=self.accelerator.device)
-            with self.accelerator.autocast():
-                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            part_loss = self._loss_sum(logits, batch.labels) / total
-            self.accelerator.backward(part_loss)
-            loss += part_loss.detach()
-        extra = penalty(self.model, self.method)
-        if extra is not None:
-            # Gradients are summed over processes, and every process has the whole penalty.
-            self.accelerator.backward(extra / self.accelerator.num_processes)
-        mean_loss = self._reduce(loss)
+        mean_loss = self._reduce(self._gradients(step, index))
         if not math.isfinite(mean_loss):
             raise TrainingError(self._not_finite(step, index, mean_loss))
         rate = self.scheduler.get_last_lr()[0]
@@ -196,6 +272,76 @@ class _Loop:
         self.history.steps.append(point)
         self._log(step, epoch=point.epoch, loss=mean_loss, learning_rate=rate, grad_norm=norm)
         return point
+
+    def _gradients(self, step: int, index: NDArray[np.int64]) -> torch.Tensor:
+        """Fill this process's gradients and return its loss; where memory runs out, halve the cut and begin again."""
+        own = shard(
+            index, self.lengths, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes
+        )
+        device = self.accelerator.device
+        generators = take_rng(device)
+        while True:
+            parts = cut(own, self.lengths, max_tokens=self.history.max_tokens)
+            loss: torch.Tensor | None
+            try:
+                loss = self._backward(index, parts)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                loss = None
+            # Out of the `except`, whose error holds on to every frame and so to their tensors.
+            too_large = self._agree(parts, failed=loss is None)
+            if loss is not None and too_large is None:
+                return loss
+            self.optimizer.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            put_rng(generators, device)
+            self._halve(step, *(too_large or (0, 0)))
+
+    def _agree(self, parts: Sequence[NDArray[np.int64]], *, failed: bool) -> tuple[int, int] | None:
+        """Let all processes know of a signal, and of memory that ran out in any of them.
+
+        Returns:
+            (rows, padded tokens) of the largest micro-batch that did not fit; None where all did.
+        """
+        rows = max(map(len, parts), default=0) if failed else 0
+        tokens = max((len(part) * int(self.lengths[part].max()) for part in parts), default=0) if failed else 0
+        facts = [int(failed), rows, tokens, signal.Signals[self.signals.name] if self.signals.name else 0]
+        if self.accelerator.num_processes > 1:
+            told = self.accelerator.gather(torch.tensor([facts], device=self.accelerator.device))
+            facts = told.max(dim=0).values.tolist()
+        self.stop_by = signal.Signals(facts[3]).name if facts[3] else ""
+        return (facts[1], facts[2]) if facts[0] else None
+
+    def _halve(self, step: int, rows: int, tokens: int) -> None:
+        """Halve the micro-batch cut, on every process alike."""
+        if rows <= 1:
+            raise TrainingError(
+                f"step {step}: out of memory on a micro-batch of one row, {tokens:,} tokens long; lower "
+                "model.max_length, set train.gradient_checkpointing=true, or train on a machine with more memory"
+            )
+        self.history.max_tokens = min(self.history.max_tokens, tokens) // 2
+        self.history.cuts.append((step, self.history.max_tokens))
+        log.warning(
+            "step %d: out of memory on a micro-batch of %s tokens; done again with at most %s, as are all after it",
+            step, f"{tokens:,}", f"{self.history.max_tokens:,}",
+        )  # fmt: skip
+
+    def _backward(self, index: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> torch.Tensor:
+        loss = torch.zeros((), device=self.accelerator.device)
+        total = total_weight(self.train.labels[index], self.class_weights)
+        for part in parts:
+            batch = make_batch(self.train, part, device=self.accelerator.device)
+            with self.accelerator.autocast():
+                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            part_loss = self._loss_sum(logits, batch.labels) / total
+            self.accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        extra = penalty(self.model, self.method)
+        if extra is not None:
+            # Gradients are summed over processes, and every process has the whole penalty.
+            self.accelerator.backward(extra / self.accelerator.num_processes)
+        return loss
 
     def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         weights = None if self.class_weights is None else torch.from_numpy(self.class_weights).to(logits.device)

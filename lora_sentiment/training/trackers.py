@@ -1,10 +1,15 @@
 """The tracker that is always on: one line of metrics.csv for every logged step."""
 
 import csv
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, on_main_process
+
+from lora_sentiment.errors import TrainingError
 
 COLUMNS = (
     "step",
@@ -21,7 +26,10 @@ COLUMNS = (
 
 
 class CsvTracker(GeneralTracker):  # type: ignore[misc]
-    """An Accelerate tracker that appends to `metrics.csv`, flushed at every line."""
+    """An Accelerate tracker that appends to `metrics.csv`, flushed at every line.
+
+    Lines of a run that was stopped stay; `rewind` removes those that it will write again.
+    """
 
     name = "csv"
     requires_logging_directory = False
@@ -30,9 +38,14 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
     @on_main_process  # type: ignore[untyped-decorator]
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.file = (folder / "metrics.csv").open("w", newline="", encoding="utf-8")
+        self.path = folder / "metrics.csv"
+        self._open()
+
+    def _open(self) -> None:
+        self.file = self.path.open("a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, COLUMNS, restval="")
-        self.writer.writeheader()
+        if not self.file.tell():
+            self.writer.writeheader()
 
     @property
     def tracker(self) -> Any:
@@ -46,8 +59,49 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
     @on_main_process  # type: ignore[untyped-decorator]
     def log(self, values: dict[str, Any], step: int | None, **_: Any) -> None:
         """Write one line; an empty field is a value that was not measured at this step."""
-        self.writer.writerow({"step": step, **values})
-        self.file.flush()
+        with self._explain():
+            self.writer.writerow({"step": step, **values})
+            self.file.flush()
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def sync(self) -> None:
+        """Bring every line to disk, so that no checkpoint is ahead of them.
+
+        Raises:
+            TrainingError: If that fails, as `log` does.
+        """
+        with self._explain():
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def rewind(self, step: int, *, evaluated: int) -> None:
+        """Remove what a run that goes on will write again, and what was half written when it stopped.
+
+        Args:
+            step: The last optimizer step that stays.
+            evaluated: The step of the last evaluation that stays.
+        """
+        self.file.close()
+        with self.path.open(newline="", encoding="utf-8") as file:
+            header, *lines = file.readlines()
+        kept = [header]
+        for line in lines:
+            row = dict(zip(COLUMNS, line.split(","), strict=False))
+            if line.endswith("\n") and row["step"].isdigit() and len(row) == len(COLUMNS):
+                kept += [line] if int(row["step"]) <= (step if row["loss"] else evaluated) else []
+        aside = self.path.with_name("metrics.csv.aside")
+        with self._explain():
+            aside.write_text("".join(kept), encoding="utf-8", newline="")
+            aside.replace(self.path)
+            self._open()
+
+    @contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     @on_main_process  # type: ignore[untyped-decorator]
     def finish(self) -> None:

@@ -105,7 +105,7 @@ def test_a_checkpoint_that_leaves_encoder_tensors_unfilled_is_refused(tiny_base,
 
 
 def test_a_name_that_is_nowhere_is_one_line(tmp_path):
-    with pytest.raises(ModelError, match="could not be loaded") as raised:
+    with pytest.raises(ModelError, match="no Hub answers") as raised:
         load_base(config("nothing/here"), labels=LABELS)
     assert "\n" not in str(raised.value)
 

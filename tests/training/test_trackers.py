@@ -1,7 +1,9 @@
 import csv
 
+import pytest
 from accelerate import Accelerator
 
+from lora_sentiment.errors import TrainingError
 from lora_sentiment.training.trackers import CsvTracker
 
 
@@ -15,3 +17,34 @@ def test_every_logged_step_is_one_line_at_once(tmp_path):
     assert [row["loss"] for row in rows] == ["0.5", ""]
     assert [row["eval_accuracy"] for row in rows] == ["", "0.9"]
     accelerator.end_training()
+
+
+def test_going_on_neither_loses_nor_doubles_lines(tmp_path):
+    tracker = CsvTracker(tmp_path)
+    for step in (1, 2, 3):
+        tracker.log({"loss": step / 10, "tokens": 1, "seconds": 0.1}, step=step)
+    tracker.log({"eval_accuracy": 0.9}, step=2)
+    tracker.log({"eval_accuracy": 0.8}, step=3)
+    tracker.file.write("4,0.")  # stopped in the middle of a line
+    tracker.finish()
+    again = CsvTracker(tmp_path)
+    again.rewind(3, evaluated=2)
+    again.log({"eval_accuracy": 0.7}, step=3)
+    again.sync()
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [(row["step"], row["loss"], row["eval_accuracy"]) for row in csv.DictReader(file)]
+    again.finish()
+    assert rows == [("1", "0.1", ""), ("2", "0.2", ""), ("3", "0.3", ""), ("2", "", "0.9"), ("3", "", "0.7")]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_disk_that_is_full_is_one_message(tmp_path, monkeypatch):
+    tracker = CsvTracker(tmp_path)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_sentiment.training.trackers.os.fsync", full)
+    with pytest.raises(TrainingError, match=r"metrics\.csv: cannot be written: No space left on device"):
+        tracker.sync()
+    tracker.finish()

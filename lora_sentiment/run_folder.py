@@ -1,0 +1,123 @@
+"""The folder of an unfinished run, `<output.dir>.run`: claimed by one run at a time, cleared of what is of no use."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from lora_sentiment.errors import LoraSentimentError, RecipeError
+from lora_sentiment.files import lock_file
+from lora_sentiment.recipe import Recipe
+from lora_sentiment.training.checkpoint import FOLDER, list_checkpoints
+
+ADAPTER, LOCK, REPLACED = "adapter", "lock", "replaced"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
+"""Those without whose very versions a run does not go on bit for bit."""
+_FREE = {"train.resume", "train.save_steps", "train.save_total_limit", "train.report_to"}
+"""Keys of a recipe that change no bit."""
+
+
+def name_run_folder(recipe: Recipe) -> Path:
+    """Return where a recipe's run keeps what is not finished."""
+    return recipe.folder.with_name(recipe.folder.name + ".run")
+
+
+@contextmanager
+def claim(recipe: Recipe, state: PartialState) -> Iterator[Path]:
+    """Hold a run's folder, before anything is loaded; checkpoints in it stay unless `train.resume` is never.
+
+    Every process enters; the main one locks and writes, and all raise alike.
+
+    Raises:
+        RecipeError: If the output folder is taken, holds something else, or cannot be made; if another run is at work
+            in it; if an earlier run left an adapter in it and no checkpoint to go on from.
+    """
+    folder, run_folder = recipe.folder, name_run_folder(recipe)
+    if folder.exists() and not recipe.output.overwrite:
+        raise RecipeError(f"{folder}: exists; set output.overwrite=true or another output.dir")
+    if folder.exists() and not (folder / "card.json").is_file():
+        raise RecipeError(f"{folder}: is no adapter folder, so it is not replaced; set another output.dir")
+    state.wait_for_everyone()
+    handle: int | None = None
+    fault: list[LoraSentimentError | None] = [None]
+    try:
+        if state.is_main_process:
+            try:
+                handle = _lock(run_folder)
+                _clear(recipe, run_folder)
+            except RecipeError as error:
+                fault = [error]
+        if found := broadcast_object_list(fault)[0]:
+            raise found
+        yield run_folder
+    finally:
+        if handle is not None:
+            (run_folder / LOCK).unlink(missing_ok=True)
+            if handle != -1:
+                os.close(handle)
+
+
+def _lock(run_folder: Path) -> int:
+    path = run_folder / LOCK
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        return lock_file(path)
+    except BlockingIOError as error:
+        raise RecipeError(f"{run_folder}: another run is at work here; wait, or set another output.dir") from error
+    except FileExistsError as error:
+        raise RecipeError(
+            f"{run_folder}: another run is at work here; wait, or set another output.dir; if none is, remove {path}"
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"output.dir: {run_folder} cannot be made: {error.strerror}") from error
+
+
+def _clear(recipe: Recipe, run_folder: Path) -> None:
+    """Remove what this run will write again: all of it, but for what a run that goes on needs."""
+    goes_on = recipe.train.resume != "never" and bool(list_checkpoints(run_folder / FOLDER))
+    replaces = recipe.folder.exists()
+    for left in (run_folder / ADAPTER / "card.json", run_folder / REPLACED):
+        if left.exists() and not replaces and not goes_on:
+            raise RecipeError(f"{run_folder}: holds an adapter of an earlier run; move it away, or delete the folder")
+    try:
+        for path in run_folder.iterdir():
+            # What was replaced by a finished adapter is needed no more, nor is anything of a run that starts anew.
+            if path.name != LOCK and (not goes_on or (path.name == REPLACED and replaces)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise RecipeError(f"output.dir: {run_folder} cannot be cleared: {error.strerror}") from error
+
+
+def make_settings(recipe: Recipe, found: Mapping[str, Any], *, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be equal to go on bit for bit, by dotted name.
+
+    Args:
+        recipe: Whose sections are compared, but for `output` and what changes no bit.
+        found: What was loaded: hashes, labels, steps.
+        machine: The facts of machine and launch that fix the bytes.
+    """
+    sections = recipe.model_dump(mode="json", include={"data", "model", "method", "train"})
+    named = {"versions": {name: version(name) for name in PACKAGES}, "machine": machine, **sections}
+    flat = {f"{section}.{key}": value for section, values in named.items() for key, value in values.items()}
+    return {name: value for name, value in flat.items() if name not in _FREE} | dict(found)
+
+
+def make_aside(run_folder: Path) -> Path:
+    """Return an empty folder for the adapter; what an earlier start of the same run left there is written again."""
+    aside = run_folder / ADAPTER
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    return aside
+
+
+def drop_checkpoints(run_folder: Path) -> None:
+    """Remove the checkpoints of a run whose adapter is in its place."""
+    if (checkpoints := run_folder / FOLDER).exists():
+        shutil.rmtree(checkpoints)

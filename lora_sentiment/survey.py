@@ -1,0 +1,54 @@
+"""A recipe's data, read and counted before anything is trained."""
+
+import logging
+
+import torch
+from accelerate import PartialState
+
+from lora_sentiment.bundled import describe
+from lora_sentiment.data.batches import encode
+from lora_sentiment.data.report import DataReport, describe_role, describe_seen
+from lora_sentiment.data.rows import Rows, load_data, load_judged
+from lora_sentiment.model.base import load_tokenizer
+from lora_sentiment.offline import settle
+from lora_sentiment.recipe import Recipe
+
+log = logging.getLogger("lora_sentiment")
+
+
+def survey(recipe: Recipe) -> DataReport:
+    """Read every split of a recipe, what is judged too, and count what stands in it; no weights are loaded.
+
+    Raises:
+        DataError: For a source, column, label or row that cannot be used.
+        ModelError: If the base's tokenizer cannot be had: it decides the lengths.
+    """
+    recipe, stand_in = settle(recipe, PartialState(cpu=not torch.accelerator.is_available()))
+    data = load_data(recipe.data)
+    tokenizer = load_tokenizer(recipe.model)
+    max_length, truncation = recipe.model.max_length, recipe.model.truncation
+    encoded = {
+        role: encode(rows, tokenizer=tokenizer, max_length=max_length, truncation=truncation)
+        for role, rows in (("train", data.train), ("validation", data.validation))
+    }
+    found = describe_seen(data, encoded, max_length=max_length)
+    judged: dict[str, Rows] = {"test": data.carved_test} if data.carved_test else {}
+    reading = {}
+    for role in data.judged:
+        rows, reading[role] = load_judged(recipe.data, role=role, labels=data.labels)
+        if rows is None:
+            found.unlabelled[role] = reading[role].read
+        else:
+            judged[role] = rows
+    for role, rows in judged.items():
+        found.roles[role] = describe_role(
+            rows,
+            encode(rows, tokenizer=tokenizer, max_length=max_length, truncation=truncation),
+            names=data.labels,
+            max_length=max_length,
+            read=reading.get(role),
+            seen_texts=data.seen_texts,
+        )
+    if stand_in:
+        log.warning("%s", describe(stand_in))
+    return found

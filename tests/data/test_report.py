@@ -1,0 +1,120 @@
+import json
+
+import numpy as np
+import pytest
+
+from lora_sentiment.data.batches import Encoded
+from lora_sentiment.data.report import FIRST, DataReport, Found, describe_role
+from lora_sentiment.data.rows import Counts, Rows
+from lora_sentiment.recipe import Recipe
+from lora_sentiment.survey import survey
+from tests.conftest import toy_rows, write_csv
+
+NAMES = ("bad", "good")
+
+
+def describe(texts, labels, lengths=None, **values):
+    rows = Rows(list(texts), np.array(labels), np.arange(11, 11 + len(labels)))
+    whole = np.array(lengths or [5] * len(labels))
+    inputs = np.minimum(whole, 10)
+    offsets = np.concatenate([[0], np.cumsum(inputs)])
+    encoded = Encoded(np.zeros(offsets[-1], np.int32), offsets, rows.labels, int((whole > 10).sum()), 0, whole)
+    return describe_role(rows, encoded, names=NAMES, max_length=10, **{"read": Counts(), **values})
+
+
+def test_rows_and_labels_are_counted():
+    found = describe("abc", [0, 1, 1])
+    assert found.rows == 3
+    assert found.labels == {"bad": 1, "good": 2}
+
+
+def test_twins_are_told_apart_by_their_label_and_the_first_of_them_is_none():
+    found = describe("aabab", [0, 0, 1, 1, 1])
+    assert found.same_label == Found(2, (12, 15))
+    assert found.other_label == Found(1, (14,))
+
+
+def test_texts_that_training_has_seen_are_counted_with_their_rows():
+    assert describe("abc", [0, 1, 1], seen_texts={"c", "a"}).seen == Found(2, (11, 13))
+    assert describe("abc", [0, 1, 1]).seen is None
+
+
+def test_lengths_are_of_whole_texts_and_tokens_of_what_is_read():
+    found = describe(map(str, range(100)), [0, 1] * 50, lengths=list(range(1, 101)))
+    assert found.lengths == {"50%": 50, "90%": 90, "99%": 99, "longest": 100}
+    assert found.truncated == 90
+    assert found.tokens == sum(range(1, 10)) + 91 * 10
+
+
+def test_only_the_first_row_numbers_are_kept():
+    found = Found.of(range(1, 100))
+    assert found.rows == 99
+    assert found.first == tuple(range(1, FIRST + 1))
+    assert str(found) == "99 rows: 1, 2, 3, 4, 5, ..."
+    assert str(Found.of([7])) == "1 row: 7"
+
+
+def test_a_carved_role_says_where_it_is_from():
+    assert describe("ab", [0, 1], read=None).as_dict()["carved_from"] == "train"
+
+
+def test_the_table_is_aligned_and_what_has_row_numbers_stands_below():
+    read = Counts(read=9, dropped={"text is empty": [3, 4]})
+    read.cleaned["html entities"] = 2
+    seen = describe("ab", [0, 1], seen_texts={"b"})
+    lines = DataReport({"train": describe("aa", [0, 1], read=read), "test": seen}, {"dev": 7}).to_lines()
+    table = [line for line in lines if ":" not in line]
+    assert len({len(line) for line in table}) == 1
+    assert table[0].split() == ["train", "test"]
+    assert [line for line in lines if line not in table] == [
+        "train: text is empty, DROPPED: 2 rows: 3, 4",
+        "train: rows read 9, of which cleaned: 2 html entities",
+        "train: text stands earlier under another label: 1 row: 12",
+        "test: text was seen in training: 1 row: 12",
+        "dev: 7 rows without labels (all are -1): not judged",
+    ]
+
+
+def test_many_labels_do_not_bury_the_rest():
+    rows = Rows([str(i) for i in range(30)], np.arange(30), np.arange(30))
+    encoded = Encoded(np.zeros(30, np.int32), np.arange(31), rows.labels, 0, 0)
+    names = [f"class {i}" for i in range(30)]
+    found = describe_role(rows, encoded, names=names, max_length=10, read=None)
+    lines = DataReport({"train": found}).to_lines()
+    assert "  22 more, each" in lines[10]
+    assert len(lines) < 20
+
+
+@pytest.fixture
+def leaky(toy):
+    """Toy data with a twin, an empty text, an unknown label, and two train texts in test."""
+    rows = toy_rows(161)
+    write_csv(toy / "train.csv", [*rows[:120], rows[0], ("", "positive"), ("private words", "private label")])
+    write_csv(toy / "test.csv", [*rows[120:140], *rows[:2]])
+    return toy
+
+
+def test_a_survey_finds_what_was_hidden_and_saves_no_text(leaky, toy_recipe):
+    found = survey(Recipe.load(toy_recipe, ["data.on_bad_row=drop", "data.labels=[negative, positive]"]))
+    report = found.as_dict()
+    assert list(report) == ["train", "validation", "test"]
+    assert report["train"]["read"] == 123
+    assert report["train"]["dropped"] == {
+        "text is empty": {"rows": 1, "first": [122]},
+        "label is unknown": {"rows": 1, "first": [123]},
+    }
+    twins = [report[role]["duplicates"]["same_label"]["rows"] for role in ("train", "validation")]
+    assert sorted(twins) == [0, 1]
+    assert report["test"]["seen"] == {"rows": 2, "first": [21, 22]}
+    assert report["train"]["rows"] + report["validation"]["rows"] == 121
+    assert report["train"]["tokens"]["max_length"] == 16
+    said = json.dumps(report) + "\n".join(found.to_lines())
+    assert "private" not in said
+    assert "film" not in said
+
+
+def test_a_survey_counts_a_split_whose_labels_are_hidden(toy, toy_recipe):
+    write_csv(toy / "test.csv", [("fine", "-1"), ("poor", "-1")])
+    found = survey(Recipe.load(toy_recipe))
+    assert found.unlabelled == {"test": 2}
+    assert found.as_dict()["test"] == {"read": 2, "rows": 0, "unlabelled": 2}

@@ -1,0 +1,129 @@
+"""A whole run that is stopped and goes on, and who may write into its folder."""
+
+import os
+import signal
+
+import pytest
+
+from lora_sentiment import cli
+from lora_sentiment import sweep as sweep_module
+from lora_sentiment.adapter import folder as adapter_folder
+from lora_sentiment.errors import RecipeError, StoppedError, TrainingError
+from lora_sentiment.files import hash_file, lock_file
+from lora_sentiment.recipe import Recipe
+from lora_sentiment.train import train
+from lora_sentiment.training import loop
+from tests.training.stopped_runs import read_metrics, signal_at
+
+
+def run(recipe, *overrides, **options):
+    return train(Recipe.load(recipe, overrides), **options)
+
+
+def weights(folder):
+    return hash_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def stopped(toy_recipe, monkeypatch):
+    """The folder of a run that was stopped in its third of seven steps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
+        signal_at(3, signal.SIGTERM)
+        with pytest.raises(StoppedError):
+            run(toy_recipe)
+    return toy_recipe.parent / "adapter.run"
+
+
+def test_a_stopped_command_ends_with_75_and_resume_goes_on_to_the_same_adapter(toy_recipe, monkeypatch, capsys):
+    whole = run(toy_recipe, f"output.dir={toy_recipe.parent}/whole").adapter
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
+            signal_at(3, signal.SIGTERM)
+            with pytest.raises(SystemExit) as caught:
+                cli.main(["train", str(toy_recipe)])
+        assert caught.value.code == 75
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert told.startswith("stopped by SIGTERM after step 3 of 7, saved in ")
+        assert not (toy_recipe.parent / "adapter").exists()
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["train", str(toy_recipe), "--resume"])
+        assert caught.value.code == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert weights(toy_recipe.parent / "adapter") == weights(whole)
+    left = toy_recipe.parent / "adapter.run"
+    assert sorted(path.name for path in left.iterdir()) == ["metrics.csv"]
+    assert read_metrics(left) == read_metrics(toy_recipe.parent / "whole.run")
+
+
+def test_a_run_stopped_before_its_last_rename_writes_its_adapter_again(toy_recipe, monkeypatch):
+    whole = run(toy_recipe, f"output.dir={toy_recipe.parent}/whole").adapter
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_folder, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(toy_recipe)
+    assert (toy_recipe.parent / "adapter.run/adapter/card.json").exists()
+    monkeypatch.setattr(loop._Loop, "_step", None)  # nothing is trained again
+    assert weights(run(toy_recipe).adapter) == weights(whole)
+
+
+def test_a_changed_recipe_is_refused_by_name_allowed_or_starts_anew(toy_recipe, stopped):
+    changed = "train.learning_rate=1e-3"
+    with pytest.raises(TrainingError, match=r"train\.learning_rate: was 0\.01, is 0\.001"):
+        run(toy_recipe, changed)
+    with pytest.raises(TrainingError, match=r"method\.r: was 4, is 2 \(cannot be gone on with\)"):
+        run(toy_recipe, "method.r=2", allow_changes=True)
+    found = run(toy_recipe, changed, allow_changes=True)
+    assert found.history.resumed == [3]
+    assert found.history.steps[2].learning_rate > 5e-3
+    assert found.history.steps[3].learning_rate < 1e-3
+    fresh = run(toy_recipe, changed, "train.resume=never", "output.overwrite=true")
+    assert fresh.history.resumed == []
+
+
+def test_changed_rows_are_refused_and_never_starts_anew(toy_recipe, stopped):
+    rows = (toy_recipe.parent / "train.csv").read_text().splitlines()
+    (toy_recipe.parent / "train.csv").write_text("\n".join([*rows, "a warm film,positive"]))
+    with pytest.raises(TrainingError, match="train_sha256: was "):
+        run(toy_recipe)
+    assert run(toy_recipe, "train.resume=never").history.resumed == []
+    assert [row["step"] for row in read_metrics(stopped)] == ["1", "2", "3", "4", "5", "6", "7", "7"]
+
+
+def test_always_refuses_to_start_anew(toy_recipe):
+    with pytest.raises(TrainingError, match="holds no checkpoint to resume from"):
+        run(toy_recipe, "train.resume=always")
+
+
+def test_two_runs_on_one_folder_refuse_each_other_and_the_first_goes_on(toy_recipe, stopped):
+    handle = lock_file(stopped / "lock")
+    with pytest.raises(RecipeError, match=r"adapter\.run: another run is at work here; wait, or set another output"):
+        run(toy_recipe)
+    os.close(handle)
+    assert run(toy_recipe).history.resumed == [3]
+
+
+def test_changes_are_not_allowed_of_a_run_that_starts_anew(toy_recipe, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(toy_recipe), "train.resume=never", "--allow-changes"])
+    assert "--allow-changes is of a run that goes on" in capsys.readouterr().err
+
+
+def test_a_sweep_is_stopped_with_its_run_and_goes_on_in_it(toy_recipe, monkeypatch):
+    grid = ["method.r=[2, 4]", "train.max_steps=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
+        signal_at(3, signal.SIGINT)
+        with pytest.raises(StoppedError):
+            sweep_module.sweep(toy_recipe, grid)
+    first = next((toy_recipe.parent / "adapter.sweep").iterdir())
+    assert (first / "checkpoints/step-00000003").is_dir()
+    assert [row.earlier for row in sweep_module.sweep(toy_recipe, grid).rows] == [False, False]
+    assert len(read_metrics(first)) == 5

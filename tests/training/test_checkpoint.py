@@ -1,0 +1,436 @@
+"""A run that is stopped anywhere goes on bit for bit, and a checkpoint that is not what was written is not used."""
+
+import errno
+import json
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save as pack_tensors
+
+from lora_sentiment.errors import StoppedError, TrainingError
+from lora_sentiment.model.method_config import AdaloraMethod, FullMethod
+from lora_sentiment.training import checkpoint, loop
+from lora_sentiment.training.checkpoint import (
+    MANIFEST,
+    STATE,
+    TENSORS,
+    Progress,
+    Store,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lora_sentiment.training.history import EvalPoint, History, TrainPoint
+from tests.training.stopped_runs import (
+    SETTINGS,
+    fit_toy,
+    make_toy,
+    outcome,
+    read_metrics,
+    run_scenarios,
+    signal_at,
+)
+
+LIKE = {
+    "trained.a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+    "steps.a": torch.tensor(5.0),
+    "rng.cpu": torch.arange(12, dtype=torch.uint8).reshape(2, 6),
+}
+
+
+def make_store(folder: Path, **values) -> Store:
+    return Store(folder / "checkpoints", SETTINGS, **values)
+
+
+def make_progress(step: int) -> Progress:
+    history = History([TrainPoint(step, 0.5, 0.1, 1e-3, float("inf"))], [EvalPoint(1, 0.1, 0.5, 0.7, 0.5, True)], 1)
+    history.cuts.append((1, 50))
+    return Progress(step, history, schedule=step, best_metric=0.1 + 0.2, loss_scale=(1024.0, 3), ranks={"x": [True]})
+
+
+def save(store: Store, *steps: int) -> list[Path]:
+    return [save_checkpoint(store, make_progress(step), LIKE) for step in steps]
+
+
+def refuse_at(monkeypatch, number: int) -> None:
+    """Let the disk be full at a write of a save, half of the file written."""
+    write, left = checkpoint._write, iter(range(number, -1, -1))
+
+    def full(path: Path, content: bytes) -> None:
+        if next(left):
+            return write(path, content)
+        path.write_bytes(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    store = make_store(tmp_path)
+    place = save(store, 7)[0]
+    assert place.name == "step-00000007"
+    assert {path.name for path in place.iterdir()} == {TENSORS, STATE, MANIFEST}
+    found = load_checkpoint(store, {name: torch.zeros_like(tensor) for name, tensor in LIKE.items()})
+    assert found.progress == make_progress(7)
+    assert found.tensors.keys() == LIKE.keys()
+    assert all(torch.equal(tensor, LIKE[name]) for name, tensor in found.tensors.items())
+    assert [path.name for path in store.folder.iterdir()] == [place.name]
+
+
+def test_only_the_newest_stay(tmp_path):
+    save(make_store(tmp_path, limit=2), 3, 6, 9, 12)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000012", "step-00000009"]
+    save(make_store(tmp_path, limit=1), 10)  # of a run that went on from an older one: 12 is of a future given up
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000010"]
+
+
+def test_where_none_is_a_run_starts_anew_unless_it_must_not(tmp_path):
+    assert load_checkpoint(make_store(tmp_path), LIKE) is None
+    with pytest.raises(TrainingError, match=r"holds no checkpoint to resume from; train\.resume=auto starts anew"):
+        load_checkpoint(make_store(tmp_path, resume="always"), LIKE)
+    save(make_store(tmp_path), 3)
+    assert load_checkpoint(make_store(tmp_path, resume="never"), LIKE) is None
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypatch, number):
+    store = make_store(tmp_path, limit=1)
+    before = save(store, 3)[0]
+    with monkeypatch.context() as patch:
+        refuse_at(patch, number)
+        with pytest.raises(TrainingError) as caught:
+            save(store, 6)
+    message = str(caught.value)
+    assert message.startswith(f"{store.folder}/step-00000006: the checkpoint cannot be written: the disk is full; ")
+    assert "bytes are needed and " in message
+    assert f"the last good one is {before}: resume from it (--resume) once there is room" in message
+    assert list(store.folder.iterdir()) == [before]
+    assert load_checkpoint(store, LIKE).progress.step == 3
+    save(store, 6)
+    assert load_checkpoint(store, LIKE).progress.step == 6
+
+
+def test_a_rename_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    save(store, 3)
+
+    def fail(aside, place):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "take_place", fail)
+    with pytest.raises(TrainingError, match="step-00000006: the checkpoint cannot be written: Input/output error"):
+        save(store, 6)
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000003"]
+
+
+def check_older_is_used(store: Store, caplog, path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    caplog.clear()
+    assert load_checkpoint(store, LIKE).progress.step == 3
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(path.parent) in caplog.text
+
+
+@pytest.mark.parametrize("num_trials", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [TENSORS, STATE, MANIFEST])
+def test_a_truncated_or_flipped_file_is_told_and_the_older_one_used(tmp_path, caplog, name, num_trials):
+    store = make_store(tmp_path)
+    path = save(store, 3, 6)[1] / name
+    whole, generator = path.read_bytes(), random.Random(name)
+    for _ in range(num_trials):
+        check_older_is_used(store, caplog, path, whole[: generator.randrange(len(whole))])
+        flipped = bytearray(whole)
+        flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        check_older_is_used(store, caplog, path, bytes(flipped))
+    check_older_is_used(store, caplog, path, whole + b"x")
+    path.unlink()
+    assert load_checkpoint(store, LIKE).progress.step == 3
+    path.write_bytes(whole)
+    assert load_checkpoint(store, LIKE).progress.step == 6
+
+
+def test_where_all_are_broken_nothing_starts_anew_by_itself(tmp_path):
+    store = make_store(tmp_path)
+    for place in save(store, 3, 6):
+        (place / STATE).write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"(?s)step-00000006.*step-00000003.*is whole; train.resume=never starts"):
+        load_checkpoint(store, LIKE)
+
+
+def test_a_broken_one_of_the_same_step_is_replaced(tmp_path):
+    store = make_store(tmp_path, limit=1)
+    place = save(store, 6)[0]
+    (place / STATE).write_bytes(b"")
+    save(store, 6)
+    assert load_checkpoint(store, LIKE).progress.step == 6
+
+
+def forge(place: Path, *, tensors=None, state=None, schema=1) -> None:
+    """Rewrite a checkpoint with a manifest that fits."""
+    if tensors is not None:
+        (place / TENSORS).write_bytes(pack_tensors(tensors))
+    if state is not None:
+        (place / STATE).write_bytes(state)
+    files = {name: (place / name).read_bytes() for name in (TENSORS, STATE)}
+    values = json.loads(checkpoint._make_manifest(SETTINGS, files)) | {"schema": schema}
+    del values["sha256"]
+    (place / MANIFEST).write_text(json.dumps(values | {"sha256": checkpoint._hash_values(values)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tensors": {**LIKE, "more": torch.zeros(1)}}, "more is unknown"),
+        ({"tensors": {"trained.a": LIKE["trained.a"], "rng.cpu": LIKE["rng.cpu"]}}, "steps.a is missing"),
+        ({"tensors": {**LIKE, "steps.a": torch.zeros(2)}}, r"steps.a is torch.float32 \(2,\), expected"),
+        ({"tensors": {**LIKE, "steps.a": torch.tensor(1)}}, "steps.a is torch.int64"),
+        ({"tensors": {**LIKE, "steps.a": torch.tensor(float("nan"))}}, "steps.a holds a value that is not finite"),
+        ({"state": b'{"step": 6}'}, "is not what was written"),
+        ({"state": b"[" * 100_000}, "is not what was written"),
+        ({"state": b"\xff"}, "is not what was written"),
+        ({"tensors": {"x": torch.zeros(20_000_000)}}, "expected at most"),
+    ],
+)
+def test_what_does_not_fit_is_not_used_even_with_a_manifest_that_fits(tmp_path, caplog, change, told):
+    store = make_store(tmp_path)
+    place = save(store, 3, 6)[1]
+    forge(place, **change)
+    assert load_checkpoint(store, LIKE).progress.step == 3
+    assert caplog.records[0].levelname == "WARNING"
+    assert re.search(told, caplog.text)
+
+
+def test_a_newer_schema_is_refused_by_version(tmp_path):
+    store = make_store(tmp_path)
+    forge(save(store, 3)[0], schema=9)
+    with pytest.raises(TrainingError, match="has schema 9; this version reads up to 1; upgrade lora_sentiment"):
+        load_checkpoint(store, LIKE)
+
+
+def test_a_link_is_not_followed(tmp_path):
+    store = make_store(tmp_path)
+    path = save(store, 3, 6)[1] / TENSORS
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert load_checkpoint(store, LIKE).progress.step == 3
+
+
+def test_what_differs_is_refused_field_by_field_and_allowed_where_it_can_be(tmp_path):
+    save(make_store(tmp_path), 3)
+    others = SETTINGS | {"train.learning_rate": 0.1, "machine.threads": 2, "versions.torch": "3"}
+    with pytest.raises(TrainingError) as caught:
+        load_checkpoint(Store(tmp_path / "checkpoints", others), LIKE)
+    told = [
+        "  machine.threads: was 1, is 2",
+        "  train.learning_rate: was 0.01, is 0.1",
+        "  versions.torch: was <absent>, is 3",
+    ]
+    assert str(caught.value).splitlines()[1:-1] == told
+    assert "train.resume=never" in str(caught.value)
+    assert "--allow-changes" in str(caught.value)
+    found = load_checkpoint(Store(tmp_path / "checkpoints", others, allow_changes=True), LIKE)
+    assert found.changes == [line.strip() for line in told]
+    fixed = others | {"method.r": 8}
+    with pytest.raises(TrainingError, match=r"method.r: was 4, is 8 \(cannot be gone on with\)") as caught:
+        load_checkpoint(Store(tmp_path / "checkpoints", fixed, allow_changes=True), LIKE)
+    assert "--allow-changes" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return tiny_base
+
+
+@pytest.fixture
+def fit_here(base, tmp_path):
+    """Run the toy in this process; every run has a base of its own."""
+
+    def fit_here(name: str, **values):
+        return fit_toy(tmp_path / name, make_toy(base), **values)
+
+    return fit_here
+
+
+def stop_and_go_on(fit_here, monkeypatch, name: str, step: int, number: int = signal.SIGTERM, **values) -> History:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
+        signal_at(step, number)
+        with pytest.raises(StoppedError, match=rf"after step {step} of .*the same command with --resume goes on"):
+            fit_here(name, **values)
+    return fit_here(name, **values)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 7, 9])
+def test_going_on_is_bit_identical_to_never_having_stopped(fit_here, monkeypatch, tmp_path, step):
+    """Dropout on; six steps an epoch, every fourth evaluated."""
+    values = {"num_train_epochs": 1.5, "save_steps": 100}
+    whole = fit_here("whole", **values)
+    history = stop_and_go_on(fit_here, monkeypatch, "stopped", step, **values)
+    assert outcome(tmp_path / "stopped", tmp_path / "whole") == [True, True]
+    assert history.steps == whole.steps
+    assert history.evaluations == whole.evaluations
+    assert (history.resumed, whole.resumed) == ([step], [])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [FullMethod(kind="full"), AdaloraMethod(kind="adalora", init_r=6, target_r=2, tinit=2, tfinal=3, deltaT=2)],
+)
+def test_methods_that_keep_more_go_on_bit_for_bit_too(fit_here, monkeypatch, tmp_path, method):
+    for step in (1, 5, 8) if isinstance(method, AdaloraMethod) else (5,):
+        values = {"max_steps": 10, "method": method}
+        monkeypatch.setattr(
+            "tests.training.stopped_runs.save_weights", lambda folder, model: save_trained(folder, model)
+        )
+        fit_here(f"whole {step}", **values)
+        stop_and_go_on(fit_here, monkeypatch, f"stopped {step}", step, **values)
+        assert outcome(tmp_path / f"stopped {step}", tmp_path / f"whole {step}") == [True, True]
+
+
+def save_trained(folder: Path, model: torch.nn.Module) -> None:
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    (folder / "adapter_model.safetensors").write_bytes(pack_tensors(trained))
+
+
+def test_the_best_before_the_stop_stays_the_best_after_it(fit_here, monkeypatch, tmp_path):
+    def give_scores():
+        scores = iter([0.9, 0.5, 0.4])
+        monkeypatch.setattr(loop, "quick_score", lambda *given: next(scores) if given[2] == "mcc" else 0.5)
+
+    values = {"metric_for_best_model": "mcc", "max_steps": 9}  # evaluated after 4, 8 and 9
+    give_scores()
+    fit_here("whole", **values)
+    give_scores()
+    assert stop_and_go_on(fit_here, monkeypatch, "stopped", 5, **values).best_step == 4
+    assert outcome(tmp_path / "stopped", tmp_path / "whole") == [True, True]
+
+
+def test_early_stopping_goes_on_as_it_would_have(fit_here, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "quick_score", lambda *_: 0.5)
+    values = {"early_stopping_patience": 2, "eval_steps": 1, "save_steps": 1}
+    whole = fit_here("whole", **values)
+    assert len(whole.steps) == 3
+    stop_and_go_on(fit_here, monkeypatch, "stopped", 2, **values)
+    assert outcome(tmp_path / "stopped", tmp_path / "whole") == [True, True]
+    again = fit_here("stopped", **values)  # it had ended: its last evaluation is done again
+    assert again.steps == whole.steps
+
+
+def test_a_signal_in_the_last_evaluation_is_obeyed_and_nothing_is_trained_again(fit_here, monkeypatch, tmp_path):
+    fit_here("whole", max_steps=4)
+    evaluate = loop._Loop._evaluate
+
+    def signalled(self, step):
+        evaluate(self, step)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_evaluate", signalled)
+        with pytest.raises(StoppedError, match="stopped by SIGINT after step 4 of 4"):
+            fit_here("stopped", max_steps=4)
+    monkeypatch.setattr(loop._Loop, "_step", None)
+    fit_here("stopped", max_steps=4)
+    assert outcome(tmp_path / "stopped", tmp_path / "whole") == [True, True]
+
+
+def test_handlers_are_put_back_and_a_second_signal_stops_at_once(fit_here, monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def twice(self, *_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
+        now = time.monotonic()
+        monkeypatch.setattr("lora_sentiment.training.interrupts.time.monotonic", lambda: now + 2)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_backward", twice)
+        with pytest.raises(KeyboardInterrupt):
+            fit_here("run")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_without_a_store_signals_are_left_alone(base):
+    with loop.StopSignals() as signals:
+        assert signal.getsignal(signal.SIGTERM) == signals._note
+    assert signal.getsignal(signal.SIGTERM) != signals._note
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory: x")])
+def test_where_memory_runs_out_the_cut_is_halved_and_the_step_done_again(
+    fit_here, monkeypatch, tmp_path, caplog, error
+):
+    backward, seen = loop._Loop._backward, []
+
+    def small(self, index, parts):
+        seen.append((self.done + 1, torch.get_rng_state().sum().item()))
+        loss = backward(self, index, parts)  # dropout is drawn, gradients are there, when it runs out
+        if self.done >= 2 and max(len(part) * self.lengths[part].max() for part in parts) > 60:
+            raise error
+        return loss
+
+    monkeypatch.setattr(loop._Loop, "_backward", small)
+    history = fit_here("small", max_steps=4)
+    assert history.cuts == [(3, history.max_tokens)]
+    assert history.max_tokens <= 50
+    assert "step 3: out of memory on a micro-batch of" in caplog.text
+    tries = [state for step, state in seen if step == 3]
+    assert len(tries) == 2
+    assert tries[0] == tries[1]
+    monkeypatch.setattr(loop._Loop, "_backward", backward)
+    assert fit_here("small", max_steps=4).cuts == history.cuts  # a run that goes on keeps the cut
+    assert [row["step"] for row in read_metrics(tmp_path / "small")] == ["1", "2", "3", "4", "4"]
+
+
+def test_one_row_that_does_not_fit_is_one_error(fit_here, monkeypatch):
+    def none_fits(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(loop._Loop, "_backward", none_fits)
+    with pytest.raises(
+        TrainingError, match=r"step 1: out of memory on a micro-batch of one row, \d+ tokens long; lower"
+    ):
+        fit_here("none")
+
+
+def test_another_error_of_torch_is_no_lack_of_memory(fit_here, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(loop._Loop, "_backward", wrong)
+    with pytest.raises(RuntimeError, match="mat1"):
+        fit_here("wrong")
+
+
+def test_a_full_disk_stops_a_run_which_then_goes_on(fit_here, monkeypatch, tmp_path):
+    fit_here("whole", max_steps=5, save_steps=2)
+    with monkeypatch.context() as patch:
+        refuse_at(patch, 4)
+        with pytest.raises(TrainingError, match=r"step-00000004: .* the disk is full; .*step-00000002: resume from it"):
+            fit_here("full", max_steps=5, save_steps=2)
+    assert fit_here("full", max_steps=5, save_steps=2).resumed == [2]
+    assert outcome(tmp_path / "full", tmp_path / "whole") == [True, True]
+
+
+@pytest.fixture(scope="module")
+def forked(base, tmp_path_factory):
+    return run_scenarios(base, tmp_path_factory.mktemp("forked"), points={}, two={})
+
+
+def test_killed_at_every_write_of_a_save_a_run_goes_on_bit_for_bit(forked):
+    found = forked["points"]["points"]
+    names = [name for name, _, _ in found]
+    for name in (TENSORS, STATE, MANIFEST):
+        assert {f"before {name}", f"half of {name}"} <= set(names)
+    assert {"before the rename", "after the rename", "half removed", "end"} <= set(names)
+    assert [point for point in found if point[1:] != [[-signal.SIGKILL, 0], [True, True]]] == []
+
+
+def test_two_processes_agree_where_to_stop_and_go_on_bit_for_bit(forked):
+    assert forked["two"] == {"codes": [0, 0, 75, 75, 0, 0], "outcome": [True, True]}
