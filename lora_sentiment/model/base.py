@@ -278,6 +278,16 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
             f"model.name {name!r} asks for code of its own to be run (auto_map in its config.json), which is never "
             "done; name a plain DistilBERT checkpoint"
         )
+    kernel = next((str(facts[key]) for key in ("attn_implementation", "_attn_implementation") if facts.get(key)), "")
+    if "/" in kernel:
+        raise ModelError(
+            f"model.name {name!r} asks for the kernel {kernel!r} to be fetched and run (its config.json), never done here; "
+            "name a plain DistilBERT checkpoint"
+        )
+    if "quantization_config" in facts:
+        raise ModelError(
+            f"model.name {name!r} is quantised already; name the checkpoint it was made from, and set model.quantize"
+        )
     if facts["model_type"] != "distilbert":
         raise ModelError(
             f"model.name {name!r} is a {facts['model_type']} model; this package adapts distilbert checkpoints"

@@ -36,7 +36,7 @@ def card(source="stanfordnlp/imdb", base="distilbert/distilbert-base-uncased", r
         calibration=None,
         versions={},
         machine={},
-        probe=Probe(input_ids=[], logits=[]),
+        probe=Probe(input_ids=[[1, 2]], logits=[[0.0, 1.0]]),
     )
 
 

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -149,3 +150,20 @@ def test_a_head_whose_labels_stand_in_another_order_is_refused(tiny_base, tmp_pa
     assert not load_base(config(tmp_path / "own"), labels=("negative", "positive")).new_head
     with pytest.raises(ModelError, match=r"set data\.labels=\[negative, positive\]"):
         load_base(config(tmp_path / "own"), labels=("positive", "negative"))
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"_attn_implementation": "someone/kernel"}, "asks for the kernel 'someone/kernel' to be fetched and run"),
+        ({"attn_implementation": "someone/kernel"}, "asks for the kernel"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantised already; name the checkpoint"),
+    ],
+)
+def test_a_base_that_redirects_is_refused(tiny_base, tmp_path, facts, message):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **facts}))
+    with pytest.raises(ModelError, match=message):
+        load_base(ModelConfig(name=str(folder), max_length=16), labels=("a", "b"))
