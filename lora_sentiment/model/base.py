@@ -281,7 +281,7 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
     kernel = next((str(facts[key]) for key in ("attn_implementation", "_attn_implementation") if facts.get(key)), "")
     if "/" in kernel:
         raise ModelError(
-            f"model.name {name!r} asks for the kernel {kernel!r} to be fetched and run (its config.json), never done here; "
+            f"model.name {name!r} asks for the kernel {kernel!r} to be fetched and run (config.json), never done here; "
             "name a plain DistilBERT checkpoint"
         )
     if "quantization_config" in facts:
