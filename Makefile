@@ -18,7 +18,7 @@ quickstart: $(RUN)
 	$(BIN)/lora-sentiment merge $(QUICK) $(QUICK)-merged
 	$(BIN)/lora-sentiment predict adapters/imdb_small \
 	    "One of those films you want to see again at once." \
-	    "Two hours of my life that I would like to have back."
+	    "Dull, long and not worth a cent."
 	@echo
 	@echo "Made:  $(QUICK)         the adapter: weights, card.json, report.json, README.md, pictures"
 	@echo "       $(QUICK)-merged  the same as a stock transformers model"

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,17 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOOD = ("good", "great", "lovely", "fine", "superb", "warm")
 BAD = ("bad", "awful", "dull", "poor", "weak", "cold")
 FILLERS = ("film", "book", "meal", "app", "place", "plot", "the", "a", "was", "and", "so", "it", "really", "quite")
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+    """Python's own handlers: in the background of a shell SIGINT is ignored, and what is ignored stays so in a run."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -363,7 +363,7 @@ def test_offline_variables(plain, monkeypatch, name):
 
 def test_offline_asks_nothing(plain, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(doctor, "_ask", lambda endpoint, timeout: pytest.fail("it was asked"))
+    monkeypatch.setattr(doctor, "ask_hub", lambda timeout: pytest.fail("it was asked"))
     assert examine().hub["answer"] == "not asked: offline"
 
 

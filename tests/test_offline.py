@@ -149,5 +149,5 @@ def test_the_main_command_walks_with_nothing_but_the_package(tmp_path):
     assert card["offline"]["model.name"] == "distilbert/distilbert-base-uncased"
     assert card["base"]["name"] == "bundled"
     assert "> **NOT what the recipe asks for" in (folder / "README.md").read_text(encoding="utf-8")
-    assert report["data"]["tokens"]["test"]["rows"] == 100
+    assert report["data"]["test"]["rows"] == 100
     assert str(ROOT) not in (folder / "adapter_config.json").read_text(encoding="utf-8")

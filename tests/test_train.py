@@ -248,7 +248,7 @@ def test_the_temperature_lowers_the_log_loss_of_validation(toy_recipe):
 
 def test_a_wrong_number_of_class_weights_is_refused_before_the_base_is_loaded(toy_recipe):
     with pytest.raises(RecipeError, match=r"found 3 weights; .* in this order: negative, positive"):
-        run(toy_recipe, "train.class_weights=[1, 2, 3]", "model.name=nowhere/at-all")
+        run(toy_recipe, "train.class_weights=[1, 2, 3]", "model.name=./nowhere")
 
 
 def test_class_weights_are_logged_by_name_and_trained_with(toy_recipe, caplog):
