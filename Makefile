@@ -31,7 +31,10 @@ test: lint types quick
 
 # Made from the pinned constraints; made again when they or the requirements change.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	    || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.12, say"; exit 1; }
+	@# Half a venv (no ensurepip, say) would be taken for a whole one the next time.
+	$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version > /dev/null || { rm -rf $(VENV); exit 1; }
 
 $(RUN): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable .

@@ -27,7 +27,7 @@ def settle(recipe: Recipe, state: PartialState) -> tuple[Recipe, bundled.StandIn
 
     Raises:
         DataError: If the Hub does not answer, something is not in the cache, and the recipe does not say
-            `offline: bundled`.
+            `offline: bundled`, or names rows or a base of one's own.
     """
     wanted = _on_hub(recipe)
     if not wanted:
@@ -44,10 +44,12 @@ def settle(recipe: Recipe, state: PartialState) -> tuple[Recipe, bundled.StandIn
     if not missing:
         log.warning("no Hub answers (%s): what is in the cache is used", reason)
         return recipe, None
-    if recipe.offline == "error":
+    if recipe.offline == "error" or len(wanted) < 2:
+        # Beside rows or a base of one's own, other ones would not stand in for anything.
+        how = "" if len(wanted) < 2 else ", or set offline=bundled to walk with the base and reviews that ship"
         raise DataError(
-            f"no Hub answers ({reason}) and not in the cache: {asked}; connect or set HF_ENDPOINT to a mirror, name "
-            "files and a folder instead, or set offline=bundled to walk with the base and reviews that ship"
+            f"no Hub answers ({reason}) and not in the cache: {asked}; connect or set HF_ENDPOINT to a mirror, or name "
+            f"files and a folder instead{how}; model.name=bundled is the base that ships"
         )
     stand_in = {**wanted, "reason": reason}
     log.warning("%s", bundled.describe(stand_in))

@@ -330,7 +330,8 @@ def _run(recipe: Recipe) -> None:
         shutil.rmtree(left)
     reset_peak_memory(join_launch().device)  # else every report would hold the peak of the runs before it
     try:
-        train(recipe)
+        # A choice made on rows that stood in would be one for other data.
+        train(recipe.model_copy(update={"offline": "error"}))
     except (TrainingError, ModelError) as error:
         if not _DIVERGED.match(str(error)):
             raise

@@ -151,3 +151,13 @@ def test_the_main_command_walks_with_nothing_but_the_package(tmp_path):
     assert "> **NOT what the recipe asks for" in (folder / "README.md").read_text(encoding="utf-8")
     assert report["data"]["test"]["rows"] == 100
     assert str(ROOT) not in (folder / "adapter_config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "own", ["data.source=mine.csv", "data.source=./mine", "model.name=./mine", "model.name=bundled"]
+)
+def test_nothing_stands_in_beside_rows_or_a_base_of_ones_own(state, endpoint, own):
+    endpoint(NOWHERE)
+    with pytest.raises(DataError, match="no Hub answers") as caught:
+        settle(recipe(own), state)
+    assert "offline=bundled" not in str(caught.value)

@@ -139,7 +139,7 @@ def rebuild_stock(folder: Path, base: Base) -> nn.Module:
 def _wrap(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
     """Let PEFT wrap a base for a configuration of anyone's making, without room for tensors wherever it can."""
     # It may have moved since.
-    config.base_model_name_or_path, config.inference_mode = base.model.name_or_path, True
+    config.base_model_name_or_path, config.inference_mode = str(base.model.name_or_path), True
     takes_base = isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(("pissa", "olora"))
     if isinstance(config, LoraConfig) and not takes_base:
         config.init_lora_weights = True  # every value is replaced

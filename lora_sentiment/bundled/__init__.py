@@ -25,5 +25,6 @@ def describe(stand_in: StandIn) -> str:
     asked = ", ".join(f"{key} {value}" for key, value in stand_in.items() if key != "reason")
     return (
         f"NOT what the recipe asks for ({asked}): no Hub answered ({stand_in['reason']}), so the small base and the "
-        "short reviews that ship with the package stood in; no figure here is one of the data that it names"
+        "short reviews that ship with the package stood in; no figure here is one of the data that it names, and a "
+        "few hundred reviews teach little: adapters/imdb_small is an adapter that works"
     )

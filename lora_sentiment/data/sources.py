@@ -66,7 +66,7 @@ def find_source(config: DataConfig) -> Source:
 def looks_like_files(source: str) -> bool:
     """Return whether a source names files here rather than a Hub data set."""
     hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.endswith(tuple(FORMATS))
-    return not hub_name or source == bundled.NAME or Path(source).exists()
+    return not hub_name or source.startswith(".") or source == bundled.NAME or Path(source).exists()
 
 
 def _files(pattern: str) -> list[Path]:
