@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lora_sentiment.adapter.onnx import PLAIN, open_session
-from lora_sentiment.adapter.reading import MAX_TOKENIZER_BYTES, check_model, find_file, read_bytes, read_object
+from lora_sentiment.adapter.reading import (
+    MAX_TOKENIZER_BYTES,
+    check_model,
+    find_file,
+    read_bytes,
+    read_labels,
+    read_object,
+)
 from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp
 from lora_sentiment.data.batches import TOKENISE_ROWS, Encoded, TextEncoder
 from lora_sentiment.data.rows import clean_text
@@ -212,7 +219,7 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     return _make(
         tuple(card.labels),
         TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
-        _prepare(loaded.model, dtype, device),
+        prepare_engine(loaded.model, dtype, device),
         clean=card.data.config.clean,
         calibration=card.calibration,
         weights=[card.sha256, dtype],
@@ -229,7 +236,7 @@ def _load_whole(path: Path, labels: Sequence[str] | None, max_length: int | None
         _refuse(path, "a merged model, which knows them", labels=labels, max_length=max_length)
         check_stamp(path, stamp, needed=("model.safetensors", "tokenizer.json", "tokenizer_config.json"))
     check_model(path)
-    names = tuple(labels) if labels else _own_labels(path)
+    names = tuple(labels) if labels else read_labels(path)
     length = stamp.max_length if stamp else max_length or _own_length(path)
     with _Explain(path):
         base = load_base(ModelConfig(name=str(path), max_length=length, dtype="float32"), labels=names)
@@ -241,7 +248,7 @@ def _load_whole(path: Path, labels: Sequence[str] | None, max_length: int | None
     device = join_launch().device
     encoder = TextEncoder.of(base.tokenizer, max_length=length, truncation=stamp.truncation if stamp else "head")
     hashes = [hash_file(path / name) for name in ("model.safetensors", "config.json")]
-    return _make_whole(names, encoder, _prepare(base.model, dtype, device), stamp, [*hashes, dtype])
+    return _make_whole(names, encoder, prepare_engine(base.model, dtype, device), stamp, [*hashes, dtype])
 
 
 def _load_onnx(path: Path, *, labels: object, base: object, max_length: int | None, dtype: str) -> Classifier:
@@ -260,7 +267,7 @@ def _load_onnx(path: Path, *, labels: object, base: object, max_length: int | No
     length = stamp.max_length if stamp else max_length or longest
     encoder = TextEncoder(tokenizer, *special, max_length=length, truncation=stamp.truncation if stamp else "head")
     hashes = [hash_file(path), hash_file(folder / "config.json")]
-    return _make_whole(_own_labels(folder), encoder, open_session(path), stamp, hashes)
+    return _make_whole(read_labels(folder), encoder, open_session(path), stamp, hashes)
 
 
 def _load_stock_peft(
@@ -268,6 +275,7 @@ def _load_stock_peft(
 ) -> Classifier:
     from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
     from lora_sentiment.adapter.weights import PEFT_WEIGHTS, rebuild_stock
+    from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
     from lora_sentiment.launch import join_launch
     from lora_sentiment.model.base import load_base
     from lora_sentiment.model.config import ModelConfig
@@ -287,6 +295,8 @@ def _load_stock_peft(
         )
     revision = None if base else recorded.revision
     config = ModelConfig(name=name, revision=revision, max_length=max_length or 8, dtype="float32")
+    if is_hub_name(config.place):
+        ask_or_rely_on_cache()
     loaded = load_base(config, labels=tuple(labels))
     max_length = max_length or loaded.shape.max_position_embeddings
     device = join_launch().device
@@ -294,7 +304,7 @@ def _load_stock_peft(
     return _make(
         tuple(labels),
         TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
-        _prepare(rebuild_stock(path, loaded), dtype, device),
+        prepare_engine(rebuild_stock(path, loaded), dtype, device),
         weights=[loaded.sha256, *hashes, dtype],
         unverified=(
             f"that {name!r} is the base it was trained on: the folder records no hash of it",
@@ -331,8 +341,12 @@ def _make(
     return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
 
 
-def _prepare(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
-    """Return the forward of a model in a compute dtype on a device, on the fast engine where it can."""
+def prepare_engine(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
+    """Return the forward of a model in a compute dtype on a device, on the fast engine where it can.
+
+    Raises:
+        ModelError: If there is no dtype of that name.
+    """
     from lora_sentiment.model.base import cast_frozen, resolve_dtype
     from lora_sentiment.model.encoder import use_fast_encoder
     from lora_sentiment.model.inference import make_engine
@@ -342,14 +356,6 @@ def _prepare(model: "nn.Module", dtype_name: str, device: "torch.device") -> Eng
     if reason := use_fast_encoder(model, compute_dtype=dtype):
         log.info("stock engine: %s", reason)
     return make_engine(model, autocast=dtype)
-
-
-def _own_labels(folder: Path) -> tuple[str, ...]:
-    # transformers writes no names where they are its own two.
-    names = read_object(folder / "config.json").get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
-    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
-        raise AdapterError(f"{folder}/config.json: id2label names no labels from 0 on: found {names!r}")
-    return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
 def _own_length(folder: Path) -> int:

@@ -21,6 +21,7 @@ from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS, rebuil
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, take_place, write_json
+from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
 from lora_sentiment.model.base import Base, hash_tokenizer, load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod
@@ -195,13 +196,16 @@ def save(
     return card
 
 
-def load(folder: Path, *, base: str | None = None, device: torch.device | None = None) -> Loaded:
+def load(
+    folder: Path, *, base: str | None = None, device: torch.device | None = None, fresh: Base | None = None
+) -> Loaded:
     """Rebuild a trained model from its folder alone, and check that it is the one that was saved.
 
     Args:
         folder: An adapter folder.
         base: Where to find the base, if not where the card says; it must hash to the same value.
         device: Where a quantised base is made and stays; the CPU by default.
+        fresh: The base where it was loaded already, with a head for the adapter's labels; the model is built around it.
 
     Raises:
         AdapterError: If a file is missing or altered, the base or tokenizer is another one, a tensor is missing, extra,
@@ -212,17 +216,19 @@ def load(folder: Path, *, base: str | None = None, device: torch.device | None =
     weights = (PEFT_WEIGHTS, PEFT_CONFIG) if isinstance(card.method, PeftMethod) else (CHANGED_WEIGHTS,)
     check_files(folder, card.files, needed=(*weights, "tokenizer.json"))
     config = _base_config(folder, card, base)
+    if not fresh and is_hub_name(config.place):
+        ask_or_rely_on_cache()
     try:
-        loaded = load_base(config, labels=tuple(card.labels), device=device)
+        loaded = fresh or load_base(config, labels=tuple(card.labels), device=device)
     except ModelError as error:
         raise ModelError(f"{error}; if the base is elsewhere now, name it with --base") from error
     if loaded.sha256 != card.base.base_sha256:
         raise AdapterError(
             f"{folder}: was trained on the base {card.base.name!r} with hash {card.base.base_sha256[:12]}; "
-            f"{config.name!r} has {loaded.sha256[:12]}; name the right one with --base"
+            f"{loaded.name!r} has {loaded.sha256[:12]}; name the right one with --base"
         )
     if hash_tokenizer(loaded.tokenizer) != card.tokenizer_sha256:
-        raise AdapterError(f"{folder}: was trained with another tokenizer than the one of {config.name!r}")
+        raise AdapterError(f"{folder}: was trained with another tokenizer than the one of {loaded.name!r}")
     _check_probe(folder, card, loaded)
     model = rebuild(folder, loaded, card.method, config)
     _verify_probe(model, card, folder)

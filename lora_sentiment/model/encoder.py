@@ -5,8 +5,9 @@ weight format: adapters and trainable weights are read from the modules in every
 weights are rebuilt when their sources change.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -24,6 +25,7 @@ from transformers.models.distilbert.modeling_distilbert import (
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.kernels import (
     Adapter,
+    Gathered,
     Linear,
     attention,
     dropout,
@@ -102,7 +104,7 @@ def use_fast_encoder(model: nn.Module, *, compute_dtype: torch.dtype) -> str | N
     use_stock_encoder(model)
     reason = _why_not(encoder)
     if reason is None:
-        encoder.forward = _FastForward(encoder, compute_dtype).forward
+        encoder.forward = FastForward(encoder, compute_dtype).forward
     return reason
 
 
@@ -114,7 +116,7 @@ def use_stock_encoder(model: nn.Module) -> None:
 
 
 def _is_fast(module: nn.Module) -> bool:
-    return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), _FastForward)
+    return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), FastForward)
 
 
 def _why_not(encoder: DistilBertModel) -> str | None:
@@ -149,7 +151,8 @@ def _unfit_embedding_or_norm(encoder: DistilBertModel) -> str | None:
     return None
 
 
-def _named_linears(block: TransformerBlock) -> tuple[tuple[str, nn.Module], ...]:
+def named_linears(block: TransformerBlock) -> tuple[tuple[str, nn.Module], ...]:
+    """The six linears of a layer with their names, in the order of its forward."""
     # Looked up in every forward, because PEFT replaces modules; get_submodule takes several times as long.
     inner, ffn = block.attention, block.ffn
     return (
@@ -164,20 +167,24 @@ def _named_linears(block: TransformerBlock) -> tuple[tuple[str, nn.Module], ...]
 
 def _unfit_linear(encoder: DistilBertModel) -> str | None:
     for index, block in enumerate(encoder.transformer.layer):
-        for name, module in _named_linears(cast(TransformerBlock, block)):
+        for name, module in named_linears(cast(TransformerBlock, block)):
             answer = low_rank(module)
             if isinstance(answer, str):
                 return f"transformer.layer.{index}.{name}: {answer}"
     return None
 
 
-class _Linears(NamedTuple):
+class Linears(NamedTuple):
     """The linears of one layer; qkv: (3 * dim, dim) is q_lin, k_lin and v_lin one below the other."""
 
     qkv: Linear
     out_lin: Linear
     lin1: Linear
     lin2: Linear
+
+
+Pair = TypeVar("Pair", Adapter, Gathered)
+LinearsOfLayer = Callable[[int, TransformerBlock], Linears]
 
 
 class _Prepared(NamedTuple):
@@ -207,7 +214,7 @@ def _prepare(sources: tuple[Tensor, ...], dtype: torch.dtype) -> _Prepared:
         return _Prepared(sources, _stamp(sources), _stack(frozen, dtype))
 
 
-class _FastForward:
+class FastForward:
     """The forward that replaces DistilBertModel's; `forward` has the stock signature."""
 
     def __init__(self, encoder: DistilBertModel, compute_dtype: torch.dtype) -> None:
@@ -246,18 +253,19 @@ class _FastForward:
                 f"shape {tuple(input_ids.shape)}; the shapes must agree: use the stock encoder for other masks"
             )
         with torch.autocast(input_ids.device.type, enabled=False):
-            return BaseModelOutput(last_hidden_state=self._encode(input_ids, attention_mask).float())
+            return BaseModelOutput(last_hidden_state=self.encode(input_ids, attention_mask, self.linears).float())
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None, linears: LinearsOfLayer) -> Tensor:
+        """Encodes as `forward`, with the linears that `linears` gives for each layer, and returns the compute dtype."""
         mask = self._additive_mask(attention_mask)
         x = self._embed(input_ids)
         blocks = cast(list[TransformerBlock], list(self.encoder.transformer.layer))
         for index, block in enumerate(blocks):
-            linears = self._linears(index, block)
+            own = linears(index, block)
             attend = self._first_token_attends if index == len(blocks) - 1 else self._all_attend
-            residual, mixed = attend(x, mask, linears.qkv, block.attention)
-            x = self._norm(block.sa_layer_norm, linear(mixed, linears.out_lin) + residual)
-            inner = feed_forward(x, linears.lin1, linears.lin2)
+            residual, mixed = attend(x, mask, own.qkv, block.attention)
+            x = self._norm(block.sa_layer_norm, linear(mixed, own.out_lin) + residual)
+            inner = feed_forward(x, own.lin1, own.lin2)
             x = self._norm(block.output_layer_norm, dropout(inner, self._p(block.ffn.dropout)) + x)
         return x
 
@@ -276,17 +284,17 @@ class _FastForward:
     def _p(self, module: nn.Dropout) -> float:
         return float(module.p) if self.encoder.training else 0.0
 
-    def _linears(self, index: int, block: TransformerBlock) -> _Linears:
+    def linears(self, index: int, block: TransformerBlock) -> Linears:
         """The linears of one layer as they are now."""
         parts = []
-        for name, module in _named_linears(block):
+        for name, module in named_linears(block):
             answer = low_rank(module)
             if isinstance(answer, str):
                 where = f"transformer.layer.{index}.{name}"
                 raise ModelError(f"{where}: {answer}; the fast encoder cannot compute that: use the stock encoder")
             parts.append(answer)
         stacks = (parts[:3], parts[3:4], parts[4:5], parts[5:6])
-        return _Linears(*(self._linear(index, position, stack) for position, stack in enumerate(stacks)))
+        return Linears(*(self._linear(index, position, stack) for position, stack in enumerate(stacks)))
 
     def _linear(self, index: int, position: int, parts: list[LowRank]) -> Linear:
         weight = self._stacked((index, position, "weight"), tuple(part.weight for part in parts))
@@ -335,12 +343,24 @@ def _adapters(parts: list[LowRank]) -> tuple[Adapter, ...]:
 
 def _split_query(qkv: Linear) -> tuple[Linear, Linear]:
     dim = len(qkv.weight) // 3
-    query = tuple(adapter for adapter in qkv.adapters if adapter.stop <= dim)
-    others = tuple(
-        adapter._replace(start=adapter.start - dim, stop=adapter.stop - dim)
-        for adapter in qkv.adapters
-        if adapter.start >= dim
-    )
     # The gradient of a split is one concatenation; each slice would add a whole one, mostly of zeros.
     weights, biases = qkv.weight.split_with_sizes((dim, 2 * dim)), qkv.bias.split_with_sizes((dim, 2 * dim))
-    return Linear(weights[0], biases[0], query), Linear(weights[1], biases[1], others)
+    query, others = (
+        Linear(
+            weight,
+            bias,
+            _within(qkv.adapters, start=start, rows=len(weight)),
+            _within(qkv.gathered, start=start, rows=len(weight)),
+        )
+        for weight, bias, start in zip(weights, biases, (0, dim), strict=True)
+    )
+    return query, others
+
+
+def _within(pairs: tuple[Pair, ...], *, start: int, rows: int) -> tuple[Pair, ...]:
+    """The pairs that add to these output rows, counted from the first of them."""
+    return tuple(
+        pair._replace(start=pair.start - start, stop=pair.stop - start)
+        for pair in pairs
+        if start <= pair.start and pair.stop <= start + rows
+    )

@@ -37,6 +37,19 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
 
 
+class Gathered(NamedTuple):
+    """One low-rank pair for each example: adds `x[i] A[i]^T B[i]^T` to output columns `start` to `stop` of a linear.
+
+    A: (batch, r, in_features), B: (batch, stop - start, r) with the scale in it, in the compute dtype. Nothing is kept
+    for a backward pass: examples of many adapters are only ever answered.
+    """
+
+    A: Tensor
+    B: Tensor
+    start: int
+    stop: int
+
+
 class Linear(NamedTuple):
     """A linear in the compute dtype, weight: (out_features, in_features), with its adapters.
 
@@ -46,6 +59,7 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor
     adapters: tuple[Adapter, ...] = ()
+    gathered: tuple[Gathered, ...] = ()
 
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
@@ -67,6 +81,8 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
             reduced = functional.linear(dropped, adapter.A.to(x.dtype)) * adapter.scale
             delta = functional.linear(reduced, adapter.B.to(x.dtype))
             y = y + functional.pad(delta, (adapter.start, y.shape[-1] - adapter.stop))
+    for pair in layer.gathered:
+        y[..., pair.start : pair.stop].baddbmm_(torch.bmm(x, pair.A.transpose(1, 2)), pair.B.transpose(1, 2))
     return y
 
 

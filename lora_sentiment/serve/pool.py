@@ -1,0 +1,299 @@
+"""The adapters that are served: loaded and verified once, beside one base; more come and go while it runs."""
+
+import copy
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import nn
+
+from lora_sentiment.adapter.folder import PROBE_TOLERANCE, Card, Loaded, load, load_card
+from lora_sentiment.adapter.reading import read_header
+from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
+from lora_sentiment.classifier import prepare_engine
+from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
+from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.launch import join_launch
+from lora_sentiment.model.base import Base, load_base, resolve_dtype
+from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.encoder import FastForward
+from lora_sentiment.model.engine import Engine
+from lora_sentiment.serve.mixed import Mixed, Parts, read_parts
+
+log = logging.getLogger("lora_sentiment")
+
+Answers = NDArray[np.float32]
+Ids = NDArray[np.int64]
+_SHARING = ("lora", "head")
+"""Methods that leave the base's own weights as they are, so that a model can be rebuilt around a shared one."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """One adapter that is loaded. It answers as long as something refers to it, also after the pool dropped it.
+
+    Attributes:
+        name: The folder's name, by which requests ask for it.
+        folder: Where it was read.
+        labels: Label names; the index of a name is its label.
+        encoder: From a text to token ids.
+        clean: Whether texts are cleaned first, as they were for training.
+        temperature: Fitted on validation at training, or None.
+        sha256: Hash of what decides an answer.
+        method: What was trained.
+        num_parameters: Values that it adds to the base or replaces in it, its head among them.
+        form: `low-rank`: computed beside all others, in one pass; `merged`: a model of its own, in its own batches.
+        part: What it adds to the shared base, or the forward of its own model.
+    """
+
+    name: str
+    folder: Path
+    labels: tuple[str, ...]
+    encoder: TextEncoder
+    clean: bool
+    temperature: float | None
+    sha256: str
+    method: str
+    num_parameters: int
+    form: Literal["low-rank", "merged"]
+    part: Parts | Engine
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What is served at one time: adapters by name, those of low-rank form stacked, and the place of each in it."""
+
+    served: Mapping[str, Served]
+    mixed: Mixed
+    places: Mapping[int, int]
+
+
+class Pool:
+    """One base and its adapters by name.
+
+    Attributes:
+        base: Name of the base.
+        base_sha256: Its hash, which every adapter's card must name.
+    """
+
+    def __init__(self, base: Base, *, source: str | None, watch: Path | None, dtype: str) -> None:
+        self.base, self.base_sha256 = base.name, base.sha256
+        self._fresh, self._source, self._watch = base, source, watch
+        self._device = join_launch().device
+        self._dtype_name, self._dtype = dtype, resolve_dtype(dtype, self._device)
+        self._seen: dict[Path, tuple[int, int, int]] = {}
+        base.model.requires_grad_(False).eval()
+        encoder: Any = copy.deepcopy(base.model, _tensors(base.model) if self._device.type == "cpu" else {})
+        self._forward = FastForward(encoder.distilbert.to(self._device), self._dtype)
+        self._now = _Snapshot({}, Mixed(self._forward, ()), {})
+
+    @property
+    def served(self) -> Mapping[str, Served]:
+        """Adapters by name: a snapshot, which `add` and `refresh` replace and never change."""
+        return self._now.served
+
+    def add(self, folders: Sequence[Path]) -> None:
+        """Load adapters and put them beside the others; none of them where one is refused.
+
+        Raises:
+            AdapterError: If one is not what was saved, is for another base, or its name is taken.
+            ModelError: If its base cannot be loaded.
+        """
+        found = dict(self.served)
+        for folder in map(Path.resolve, folders):
+            _refuse_taken(folder, found)
+            found[folder.name] = self._load(folder)
+        self._replace(found)
+
+    def refresh(self) -> None:
+        """Look at the watched folder: pick up finished adapters, drop those that are gone, reload what changed.
+
+        What cannot be served is logged once, and looked at again when its card changes.
+        """
+        if self._watch is None:
+            return
+        there = _find(self._watch)
+        watched = {s.folder for s in self.served.values()} & self._seen.keys()
+        kept = {name: s for name, s in self.served.items() if s.folder not in watched or s.folder in there}
+        for name in sorted(self.served.keys() - kept.keys()):
+            log.info("%s: its folder is gone; not served any more", name)
+        for folder, signature in there.items():
+            named = {s.folder for s in kept.values()} - watched
+            if self._seen.get(folder) == signature or folder in named:
+                continue
+            try:
+                if folder in watched:
+                    kept.pop(folder.name, None)
+                _refuse_taken(folder, kept)
+                kept[folder.name] = self._load(folder)
+                log.info("%s: served from %s", folder.name, folder)
+            except (AdapterError, ModelError, OSError) as error:
+                log.warning("%s: not served: %s", folder, error)
+        self._seen = there
+        if kept != self.served:
+            self._replace(kept)
+
+    def compute(self, served: Sequence[Served], encoded: Encoded) -> list[Answers]:
+        """Answer texts, each by its adapter: those of low-rank form together, others each in batches of their own.
+
+        Args:
+            served: One adapter a row.
+            encoded: The rows.
+
+        Returns:
+            One array of logits a row: (num_labels of its adapter,).
+        """
+        now, groups = self._now, dict[int, list[int]]()
+        for row, own in enumerate(served):
+            groups.setdefault(0 if isinstance(own.part, Parts) else id(own.part), []).append(row)
+        logits: dict[int, Answers] = {}
+        for rows in groups.values():
+            for index in cut(np.array(rows), encoded.lengths, max_tokens=INFERENCE_TOKENS):
+                found = self._answer(now, [served[row].part for row in index], *pad(encoded, index))
+                logits.update(zip(index.tolist(), found, strict=True))
+        return [logits[row] for row in range(len(served))]
+
+    def _answer(
+        self, now: _Snapshot, parts: Sequence[Parts | Engine], input_ids: Ids, mask: Ids | None
+    ) -> Iterable[Answers]:
+        if not isinstance(parts[0], Parts):
+            return parts[0](input_ids, mask)
+        own = [part for part in parts if isinstance(part, Parts)]
+        mixed, places = now.mixed, now.places
+        if any(id(part) not in places for part in own):
+            # Asked for before its adapter was dropped or reloaded: it still answers as it was.
+            unique = list({id(part): part for part in own}.values())
+            mixed, places = Mixed(self._forward, unique), {id(part): i for i, part in enumerate(unique)}
+        ids, padding = (None if a is None else torch.from_numpy(a).to(self._device) for a in (input_ids, mask))
+        assert ids is not None
+        return [np.asarray(a.cpu().numpy()) for a in mixed.compute(ids, padding, [places[id(part)] for part in own])]
+
+    def _replace(self, served: Mapping[str, Served]) -> None:
+        """Stack what is served now; the old stack goes when the last text that refers to it was answered."""
+        names = [name for name, own in served.items() if isinstance(own.part, Parts)]
+        parts = [part for part in (served[name].part for name in names) if isinstance(part, Parts)]
+        mixed = Mixed(self._forward, parts)
+        placed = {name: replace(served[name], part=part) for name, part in zip(names, mixed.parts, strict=True)}
+        places = {id(part): place for place, part in enumerate(mixed.parts)}
+        self._now = _Snapshot({**served, **placed}, mixed, places)
+
+    def _load(self, folder: Path) -> Served:
+        card = load_card(folder)
+        if card.base.base_sha256 != self.base_sha256:
+            raise AdapterError(
+                f"{folder}: is for the base {card.base.name!r} ({card.base.base_sha256[:12]}); this server has "
+                f"{self.base!r} ({self.base_sha256[:12]}); serve it by a server of its own"
+            )
+        loaded, part = self._open(folder, card)
+        weights = next(path for path in (folder / PEFT_WEIGHTS, folder / CHANGED_WEIGHTS) if path.is_file())
+        served = Served(
+            name=folder.name,
+            folder=folder,
+            labels=tuple(card.labels),
+            encoder=TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
+            clean=card.data.config.clean,
+            temperature=(card.calibration or {}).get("temperature"),
+            sha256=card.sha256,
+            method=card.method.kind,
+            num_parameters=sum(math.prod(shape) for _, shape in read_header(weights).values()),
+            form="low-rank" if isinstance(part, Parts) else "merged",
+            part=part,
+        )
+        self._check(served, card)
+        return served
+
+    def _open(self, folder: Path, card: Card) -> tuple[Loaded, Parts | Engine]:
+        """Load an adapter around the shared base where that stays as it is, else around one of its own."""
+        if card.method.kind in _SHARING and card.base.quantize == "none":
+            loaded = load(folder, base=self._source, fresh=_with_labels(self._fresh, card.labels))
+            part = read_parts(loaded.model, dtype=self._dtype, device=self._device)
+            if isinstance(part, Parts):
+                return loaded, part
+            log.info("%s: served merged: %s", folder.name, part)
+        loaded = load(folder, base=self._source, device=self._device)
+        model: Any = loaded.model
+        if isinstance(model, PeftModel) and card.base.quantize == "none":
+            model = model.merge_and_unload(safe_merge=True)
+        return loaded, prepare_engine(model, self._dtype_name, self._device)
+
+    def _check(self, served: Served, card: Card) -> None:
+        """Ask the card's probe as requests are answered; a shorter dtype rounds, so there it would prove nothing."""
+        inputs = [np.array(ids, dtype=np.int32) for ids in card.probe.input_ids]
+        found = self.compute([served] * len(inputs), served.encoder.pack(inputs))
+        difference = float(np.abs(np.array(found) - np.array(card.probe.logits)).max())
+        if self._dtype == torch.float32 and not difference <= PROBE_TOLERANCE:
+            raise AdapterError(
+                f"{served.folder}: as served it answers its probe otherwise than when it was saved (logits differ by "
+                f"{difference:.2g}, allowed {PROBE_TOLERANCE:g})"
+            )
+
+
+def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, dtype: str) -> Pool:
+    """Load a base and adapters.
+
+    Args:
+        folders: Adapter folders; the first one says what the base is.
+        watch: A folder whose adapter folders are served as long as they are there; those in it now are loaded.
+        base: Where to find the base, if not where the first adapter says.
+        dtype: Compute dtype: `auto`, `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        AdapterError: If an adapter is not what was saved, is for another base, or two have the same name.
+        ModelError: If there is no base, or it cannot be loaded.
+    """
+    if watch is not None and not watch.is_dir():
+        raise AdapterError(f"--watch: {watch} is no folder; make it first")
+    known = [*folders, *(_find(watch) if watch else ())]
+    if not known and base is None:
+        raise ModelError("no adapter was given and none is in the watched folder: name the base with --base")
+    card = load_card(known[0]) if known else None
+    name, revision = (base, None) if base or not card else (card.base.name, card.base.revision)
+    max_length = card.max_length if card else 8
+    config = ModelConfig(name=str(name), revision=revision, max_length=max_length, dtype="float32")
+    pool = Pool(load_base(config, labels=("0", "1")), source=base, watch=watch, dtype=dtype)
+    pool.add(folders)
+    pool.refresh()
+    return pool
+
+
+def _find(watch: Path) -> dict[Path, tuple[int, int, int]]:
+    """Return the adapter folders inside a folder, each with what changes when its card does."""
+    found = {}
+    for card in sorted(watch.resolve().glob("*/card.json")):
+        try:
+            facts = card.stat()
+        except FileNotFoundError:
+            continue  # removed in this moment
+        found[card.parent] = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+    return found
+
+
+def _refuse_taken(folder: Path, served: Mapping[str, Served]) -> None:
+    if folder.name in served:
+        raise AdapterError(
+            f"{folder}: an adapter of the name {folder.name!r} is served already, from {served[folder.name].folder}; "
+            "rename one of the folders"
+        )
+
+
+def _tensors(model: nn.Module) -> dict[int, Any]:
+    """Return what `copy.deepcopy` takes for copied already: a copy of the modules around the same tensors."""
+    return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+
+
+def _with_labels(base: Base, labels: Sequence[str]) -> Base:
+    """Return a base whose head has room for other labels, around the same tensors."""
+    model: Any = copy.deepcopy(base.model, _tensors(base.model))
+    names = dict(enumerate(labels))
+    model.config.num_labels, model.num_labels = len(labels), len(labels)
+    model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
+    model.pre_classifier = nn.Linear(base.shape.dim, base.shape.dim)
+    model.classifier = nn.Linear(base.shape.dim, len(labels))
+    return replace(base, model=model)

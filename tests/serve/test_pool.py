@@ -1,0 +1,211 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from lora_sentiment.classifier import load
+from lora_sentiment.data.batches import Encoded
+from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.model.kernels import FUSED_ATTENTION_FROM
+from lora_sentiment.model.method_config import FullMethod, HeadMethod, Ia3Method, LoraMethod
+from lora_sentiment.serve.pool import load_pool
+from tests.conftest import toy_rows
+from tests.random_adapters import save_adapter
+
+TEXTS = [text for text, _ in toy_rows(24)] + ["good", "", "so " * 40]
+MIX = {
+    "qv": {"method": LoraMethod(r=4, lora_alpha=8)},
+    "wide": {"method": LoraMethod(r=16, lora_alpha=8), "num_labels": 20},
+    "all-linear": {"method": LoraMethod(r=2, target_modules="all-linear", use_rslora=True), "num_labels": 3},
+    "k-lin1": {"method": LoraMethod(r=3, target_modules=("k_lin", "lin1")), "num_labels": 5},
+    "one-layer": {"method": LoraMethod(r=3, layers_to_transform=(1,)), "num_labels": 4},
+    "head": {"method": HeadMethod(kind="head"), "num_labels": 3},
+}
+APART = {
+    "dora": {"method": LoraMethod(r=4, use_dora=True), "num_labels": 3},
+    "ia3": {"method": Ia3Method(kind="ia3")},
+    "full": {"method": FullMethod(kind="full"), "num_labels": 4},
+    # Not int8: which values bitsandbytes computes in full depends on the batch, alone as well.
+    "nf4": {"method": LoraMethod(r=4), "quantize": "nf4"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_base, tmp_path_factory):
+    place = tmp_path_factory.mktemp("adapters")
+    every = {**MIX, **APART}
+    return {
+        name: save_adapter(place / name, tiny_base, seed=seed, **options)
+        for seed, (name, options) in enumerate(every.items())
+    }
+
+
+def make_pool(folders, **options):
+    return load_pool(list(folders), **{"watch": None, "base": None, "dtype": "float32", **options})
+
+
+def read(served, text):
+    (ids,) = served.encoder.tokenise([text])
+    return served.encoder.frame(served.encoder.truncate(ids))
+
+
+def answer(pool, pairs):
+    """Logits of (adapter, text) pairs, in one stream."""
+    served = [pool.served[name] for name, _ in pairs]
+    inputs = [read(own, text) for own, (_, text) in zip(served, pairs, strict=True)]
+    encoded: Encoded = served[0].encoder.pack(inputs)
+    return pool.compute(served, encoded)
+
+
+def alone(folder, text):
+    classifier = load(folder, dtype="float32")
+    ids = classifier.encoder.truncate(classifier.encoder.tokenise([text])[0])
+    return classifier.engine(classifier.encoder.frame(ids)[None].astype(np.int64), None)[0]
+
+
+def shuffled(names):
+    pairs = [(name, text) for text in TEXTS for name in names]
+    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+
+
+def test_in_a_mixed_stream_every_adapter_answers_as_alone(folders):
+    pool = make_pool(folders.values())
+    pairs = shuffled(folders)
+    found = answer(pool, pairs)
+    engines = {name: load(folder, dtype="float32") for name, folder in folders.items()}
+    for (name, text), logits in zip(pairs, found, strict=True):
+        own = engines[name]
+        ids = own.encoder.frame(own.encoder.truncate(own.encoder.tokenise([text])[0]))[None].astype(np.int64)
+        np.testing.assert_allclose(logits, own.engine(ids, None)[0], atol=1e-5, err_msg=name)
+
+
+def test_what_changes_the_base_or_has_no_low_rank_form_is_served_apart(folders):
+    forms = {name: own.form for name, own in make_pool(folders.values()).served.items()}
+    assert {name for name, form in forms.items() if form == "low-rank"} == set(MIX)
+
+
+def test_the_base_stays_as_it_was_whatever_is_loaded_beside_it(folders):
+    pool = make_pool([folders["qv"]])
+    before = answer(pool, [("qv", TEXTS[0])])[0]
+    pool.add([folders["dora"], folders["full"], folders["wide"], folders["ia3"]])
+    np.testing.assert_array_equal(answer(pool, [("qv", TEXTS[0])])[0], before)
+
+
+def test_low_rank_adapters_share_the_bases_memory(folders):
+    pool = make_pool([folders["qv"], folders["wide"]])
+    base = pool._forward.encoder.embeddings.word_embeddings.weight
+    assert base.data_ptr() == pool._fresh.model.distilbert.embeddings.word_embeddings.weight.data_ptr()
+    stacks = pool._now.mixed.stacks.values()
+    parts = [tensor for own in pool.served.values() for pair in own.part.pairs.values() for tensor in pair]
+    held = {tensor.untyped_storage().data_ptr() for pair in stacks for tensor in pair}
+    assert {tensor.untyped_storage().data_ptr() for tensor in parts} <= held
+
+
+def test_a_texts_answer_does_not_hang_on_its_neighbours(folders):
+    pool = make_pool([folders[name] for name in MIX])
+    pairs = [("qv", TEXTS[0]), ("wide", TEXTS[1])]
+    together = answer(pool, [*pairs, *shuffled(MIX)])[:2]
+    for pair, found in zip(pairs, together, strict=True):
+        np.testing.assert_allclose(found, answer(pool, [pair])[0], atol=1e-5)
+
+
+def test_a_dropped_adapter_answers_what_was_asked_before(folders, tmp_path):
+    for name in ("qv", "wide"):
+        shutil.copytree(folders[name], tmp_path / name)
+    pool = make_pool([], watch=tmp_path)
+    old = pool.served["qv"]
+    inputs = old.encoder.pack([read(old, TEXTS[0])])
+    before = pool.compute([old], inputs)[0]
+    shutil.rmtree(tmp_path / "qv")
+    pool.refresh()
+    assert set(pool.served) == {"wide"}
+    np.testing.assert_allclose(pool.compute([old], inputs)[0], before, atol=1e-6)
+
+
+def test_watching_picks_up_finished_folders_and_reloads_changed_ones(folders, tmp_path, caplog):
+    pool = make_pool([folders["qv"]], watch=tmp_path)
+    assert set(pool.served) == {"qv"}
+    (tmp_path / "half.run").mkdir()
+    shutil.copytree(folders["wide"], tmp_path / "new")
+    pool.refresh()
+    assert set(pool.served) == {"qv", "new"}
+    shutil.rmtree(tmp_path / "new")
+    shutil.copytree(folders["k-lin1"], tmp_path / "new")
+    pool.refresh()
+    assert len(pool.served["new"].labels) == 5
+    same = pool.served
+    pool.refresh()
+    assert pool.served is same
+
+
+def test_a_watched_folder_that_cannot_be_served_is_logged_once_and_tried_again_when_it_changes(
+    folders, tmp_path, caplog
+):
+    pool = make_pool([folders["qv"]], watch=tmp_path)
+    shutil.copytree(folders["wide"], tmp_path / "broken")
+    weights = tmp_path / "broken/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    for _ in range(2):
+        pool.refresh()
+    assert [r.levelname for r in caplog.records if "broken" in r.getMessage()] == ["WARNING"]
+    assert set(pool.served) == {"qv"}
+    weights.write_bytes(whole)
+    (tmp_path / "broken/card.json").touch()
+    pool.refresh()
+    assert set(pool.served) == {"qv", "broken"}
+
+
+def test_a_name_that_is_taken_is_refused(folders, tmp_path):
+    twin = shutil.copytree(folders["wide"], tmp_path / "qv")
+    with pytest.raises(AdapterError, match=r"name 'qv' is served already, from .*; rename one"):
+        make_pool([folders["qv"], twin])
+
+
+def test_a_watched_twin_of_a_named_adapter_leaves_that_one_served(folders, tmp_path):
+    shutil.copytree(folders["wide"], tmp_path / "qv")
+    pool = make_pool([folders["qv"]], watch=tmp_path)
+    assert pool.served["qv"].folder == folders["qv"].resolve()
+
+
+def test_an_adapter_for_another_base_is_refused(folders, tiny_base, tmp_path):
+    from transformers import DistilBertModel
+
+    torch.manual_seed(5)
+    other = shutil.copytree(tiny_base, tmp_path / "other-base")
+    model = DistilBertModel.from_pretrained(other)
+    with torch.no_grad():
+        model.embeddings.LayerNorm.bias.add_(1)
+    model.save_pretrained(other)
+    stranger = save_adapter(tmp_path / "stranger", other)
+    with pytest.raises(AdapterError, match=r"stranger: is for the base .*this server has .*of its own"):
+        make_pool([folders["qv"], stranger])
+
+
+def test_a_server_of_nothing_needs_to_know_its_base(tmp_path, tiny_base):
+    with pytest.raises(ModelError, match="name the base with --base"):
+        make_pool([], watch=tmp_path)
+    assert make_pool([], watch=tmp_path, base=str(tiny_base)).served == {}
+
+
+def test_bfloat16_answers_nearly_alike(folders):
+    pool = make_pool([folders[name] for name in MIX], dtype="bfloat16")
+    exact = make_pool([folders[name] for name in MIX])
+    pairs = shuffled(MIX)
+    for short, full in zip(answer(pool, pairs), answer(exact, pairs), strict=True):
+        assert short.dtype == np.float32
+        np.testing.assert_allclose(short, full, atol=0.1 * max(1, np.abs(full).max()))
+
+
+def test_longer_texts_take_fused_attention_and_answer_alike(tmp_path, tiny_base):
+    from transformers import DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(0)
+    config = DistilBertConfig.from_pretrained(tiny_base, max_position_embeddings=FUSED_ATTENTION_FROM + 8)
+    base = shutil.copytree(tiny_base, tmp_path / "long-base")
+    DistilBertModel(config).save_pretrained(base)
+    folder = save_adapter(tmp_path / "long", base, max_length=FUSED_ATTENTION_FROM + 8)
+    pool = make_pool([folder])
+    text = "so " * FUSED_ATTENTION_FROM
+    np.testing.assert_allclose(answer(pool, [("long", text)])[0], alone(folder, text), atol=1e-5)
