@@ -1,4 +1,4 @@
-"""The command line: `lora-sentiment VERB`. The only room that prints."""
+"""The command line: `lora-sentiment VERB`. Only it and `terminal` print."""
 
 import io
 import json
@@ -16,11 +16,14 @@ from lora_sentiment.data.config import report_roles
 from lora_sentiment.errors import LoraSentimentError, RecipeError, StoppedError, TrainingError
 from lora_sentiment.model.parameters import show_parameters
 from lora_sentiment.recipe import Recipe, make_schema
+from lora_sentiment.serve.config import make_config, show_limits
 from lora_sentiment.terminal import (
     answer_lines,
     answer_table,
     explain_lines,
     is_main,
+    refuse_combinations,
+    serve_adapters,
     show_compared,
     show_scores,
     show_table,
@@ -199,7 +202,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Label texts, standard input, or a table however long."""
-    _refuse_combinations(context)
+    refuse_combinations(context)
     from lora_sentiment.classifier import load
 
     names = [name.strip() for name in labels.split(",")] if labels else None
@@ -216,6 +219,31 @@ def predict(
         explain_lines(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **reading)
     elif is_main():
         answer_lines(classifier, texts or sys.stdin, all_scores=all_scores, as_json=as_json, **reading)
+
+
+@app.command()
+def serve(
+    adapters: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter folders for one base.")
+    ] = None,
+    watch: Annotated[
+        Path | None, typer.Option(help="Serve the adapter folders in this one, as long as they are there.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key that requests must bring: Authorization: Bearer KEY.")
+    ] = None,
+    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Listen anywhere without a key.")] = False,
+    limit: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=show_limits())] = None,
+    access_log: Annotated[bool, typer.Option(help="Log each request: method, route, status, time.")] = True,
+    base: BaseOption = None,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Answer over HTTP with any number of adapters on one base, and show a page, until told to stop."""
+    where: dict[str, Any] = {"host": host, "port": port, "access_log": access_log, "base": base, "dtype": dtype}
+    key: dict[str, Any] = {"api_key_file": api_key_file, "no_api_key": no_api_key}
+    serve_adapters(make_config(limit or [], adapters=tuple(adapters or ()), watch=watch, **where, **key))
 
 
 @app.command()
@@ -357,29 +385,6 @@ def doctor(
 def schema() -> None:
     """Print the JSON schema of a recipe, which editors use to complete and check."""
     typer.echo(json.dumps(make_schema(), indent=2))
-
-
-_OF_TABLES = ("text_column", "encoding", "prefix", "rows_per_part", "resume")
-"""Options of `predict` that only a table takes."""
-
-
-def _refuse_combinations(context: typer.Context) -> None:
-    """Refuse options of `predict` that would be ignored."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-    if ("input" in given) != ("output" in given):
-        raise RecipeError("predict: --input and --output go together")
-    if {"texts", "input"} <= given:
-        raise RecipeError("predict: found both texts and --input; give one of them")
-    if {"input", "explain"} <= given:
-        raise RecipeError("predict: --explain is for texts and standard input, not for --input")
-    if "html" in given and "explain" not in given:
-        raise RecipeError("predict: --html writes explanations; add --explain")
-    if {"explain", "all_scores"} <= given:
-        raise RecipeError("predict: --explain shows the likeliest label's score; leave out --all-scores")
-    ignored = [*_OF_TABLES, *(() if "html" in given else ("overwrite",))]
-    if "input" not in given and (alone := [f"--{name.replace('_', '-')}" for name in ignored if name in given]):
-        raise RecipeError(f"predict: {', '.join(alone)}: only with --input and --output; name both, or leave it out")
 
 
 def _prepare_streams() -> None:

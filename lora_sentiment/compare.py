@@ -1,11 +1,11 @@
 """What recipes and adapters cost, and what those that ran gave, side by side and without weights."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_sentiment.adapter.reading import read_object
 from lora_sentiment.data.config import report_roles
 from lora_sentiment.errors import AdapterError, RecipeError
 from lora_sentiment.estimate import BASELINE_BYTES, cut_rows, look_up, make_plan
@@ -148,7 +148,7 @@ def _row(path: Path) -> Row:
 
 def _num_labels(folder: Path) -> int:
     """Return how many labels the card of an adapter folder names."""
-    labels = _read_json(folder / "card.json").get("labels")
+    labels = read_object(folder / "card.json").get("labels")
     if not isinstance(labels, list):
         raise AdapterError(f"{folder / 'card.json'}: has no list of labels")
     return len(labels)
@@ -189,7 +189,7 @@ def _file_bytes(folder: Path) -> int:
 def _measured(folder: Path) -> Measured:
     """Read what a run measured: on test, else on the last role that was judged."""
     path = folder / "report.json"
-    report = _read_json(path)
+    report = read_object(path)
     roles = report_roles(report)
     if not roles:
         raise AdapterError(f"{path}: has no figures of any role; was it written by this package?")
@@ -224,16 +224,6 @@ def _pair(row: Row, first: Row) -> Row:
         return replace(row, notes=(*row.notes, f"not paired with {first.name}: judged on other rows"))
     difference = paired_bootstrap(own.correct, other.correct).as_dict()
     return replace(row, paired=Paired(difference, mcnemar(own.correct, other.correct), len(own.correct)))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path}: found {type(values).__name__}; a JSON object was written there")
-    return values
 
 
 def make_columns(rows: Sequence[Row]) -> dict[str, list[str]]:

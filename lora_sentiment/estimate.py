@@ -302,11 +302,13 @@ def _read_config(model: ModelConfig) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: is no JSON object; it must be a DistilBERT's")
     if config.get("model_type") != "distilbert":
         raise ModelError(f"{path}: is a {config.get('model_type')} model; this package adapts distilbert checkpoints")
-    return dict(config)
+    return config
 
 
 def _native_bytes() -> int:

@@ -8,10 +8,11 @@ from typing import Any
 from lora_sentiment.adapter.folder import Card, load
 from lora_sentiment.data.batches import encode
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
-from lora_sentiment.data.sources import find_source
+from lora_sentiment.data.sources import find_source, is_on_hub
 from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.calibration import score_calibrated
 from lora_sentiment.evaluation.statistics import Interval
+from lora_sentiment.hub import ask_or_rely_on_cache
 from lora_sentiment.launch import join_launch, make_accelerator
 from lora_sentiment.model.base import cast_frozen, resolve_dtype
 from lora_sentiment.model.encoder import use_fast_encoder
@@ -75,6 +76,8 @@ def evaluate(
 def _read(card: Card, source: str | None, split: str) -> Rows:
     """Return the rows of a split: of a source given now, or of the recorded one."""
     config, labels = card.data.config, tuple(card.labels)
+    if is_on_hub(source or config.source):
+        ask_or_rely_on_cache()
     if source is not None:
         # A lone file is what to judge on, whatever split its maker called it.
         given = config.model_copy(update={"source": source, "config": None, "revision": None})

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,22 @@ def sync_folder(folder: Path) -> None:
         try:
             os.fsync(handle)
         finally:
+            os.close(handle)
+
+
+@contextmanager
+def hold_file(path: Path) -> Iterator[None]:
+    """Hold a file locked, which is made for it and removed at the end.
+
+    Raises:
+        OSError: As `lock_file`, and if the file cannot be made.
+    """
+    handle = lock_file(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if handle != -1:
             os.close(handle)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from lora_sentiment.hub import TIMEOUT, without_login
+from lora_sentiment.hub import TIMEOUT, ask_hub, without_login
 from lora_sentiment.section import did_you_mean
 
 Kind = Literal["model", "dataset"]
@@ -23,11 +23,13 @@ class _Answer:
         status: HTTP status; None where nothing answered.
         code: The Hub's own word for the fault, such as `RepoNotFound`; may be empty.
         text: Status, reason and message, or what kept the request from being answered.
+        commit: Of the repository; empty where none was named, as the Hub does with every file that it gives.
     """
 
     status: int | None
     code: str
     text: str
+    commit: str = ""
 
 
 def explain_refusal(*, key: str, name: str, kind: Kind, revision: str | None) -> str | None:
@@ -44,10 +46,16 @@ def explain_refusal(*, key: str, name: str, kind: Kind, revision: str | None) ->
     from huggingface_hub import constants
 
     found = _ask(name, kind, revision)
-    if found.code == "EntryNotFound" or (found.status and found.status < 400):
+    gives = found.status is not None and found.status < 400
+    if found.code == "EntryNotFound" or (gives and found.commit):
         return None
     asked = f"{key} {name!r}: "
     address = without_login(constants.ENDPOINT)
+    if gives:
+        return (
+            f"{asked}{address} answered {found.text}, but not as the Hub does: a network's login page, a proxy or "
+            f"another server stands there; log in to the network, or mend HF_ENDPOINT"
+        )
     if found.status is None:
         instead = "name a folder" if kind == "model" else "name files"
         return (
@@ -71,7 +79,7 @@ def _ask(name: str, kind: Kind, revision: str | None) -> _Answer:
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     if constants.is_offline_mode():
-        return _Answer(None, "", "offline mode is on (HF_HUB_OFFLINE)")
+        return _Answer(None, "", ask_hub().text)
     prefix = "datasets/" if kind == "dataset" else ""
     path = f"{prefix}{quote(name)}/resolve/{quote(revision or 'main', safe='')}/{_FILES[kind]}"
     try:
@@ -80,7 +88,9 @@ def _ask(name: str, kind: Kind, revision: str | None) -> _Answer:
         return _Answer(None, "", without_login(f"{type(error).__name__}: {error}"))
     message = found.headers.get("X-Error-Message", "")
     text = " ".join(f"{found.status_code} {found.reason_phrase}".split()) + (f" ({message})" if message else "")
-    return _Answer(found.status_code, found.headers.get("X-Error-Code", ""), text)
+    # A file may lie elsewhere, where nobody knows of commits: then the Hub named it when it sent us there.
+    named = (answer.headers.get("X-Repo-Commit") for answer in (found, *found.history))
+    return _Answer(found.status_code, found.headers.get("X-Error-Code", ""), text, next(filter(None, named), ""))
 
 
 def _advice(found: _Answer, *, key: str, name: str, kind: Kind, revision: str | None) -> str:

@@ -1,8 +1,8 @@
 """Where no Hub answers: what is in the cache, else, if the recipe says so, the parts that ship with the package."""
 
+import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -11,12 +11,14 @@ from transformers.utils.hub import cached_file
 
 from lora_sentiment import bundled
 from lora_sentiment.data.config import DataConfig
-from lora_sentiment.data.sources import find_source, looks_like_files
+from lora_sentiment.data.sources import find_source, is_on_hub
 from lora_sentiment.errors import DataError, LoraSentimentError
-from lora_sentiment.hub import Answer, ask_hub, rely_on_cache
+from lora_sentiment.hub import Answer, ask_hub, is_hub_name, rely_on_cache
 from lora_sentiment.recipe import Recipe
 
 log = logging.getLogger("lora_sentiment")
+_KEPT = {"source", "clean", "split_seed"}
+"""Keys of `data` that mean the same of any rows; the source is replaced."""
 
 
 def settle(recipe: Recipe, state: PartialState) -> tuple[Recipe, bundled.StandIn | None]:
@@ -34,16 +36,19 @@ def settle(recipe: Recipe, state: PartialState) -> tuple[Recipe, bundled.StandIn
         return recipe, None
     found: list[Any] = [(_look(recipe, wanted) if state.is_main_process else None)]
     answer, missing = broadcast_object_list(found)[0]
-    if answer.mistaken:
-        raise DataError(f"the Hub cannot be asked: {answer.text}; mend HF_ENDPOINT or the proxy's address")
     if answer.status is not None:
         return recipe, None
-    rely_on_cache()
+    rely_on_cache(answer)
     reason = answer.text
     asked = ", ".join(f"{key} {value!r}" for key, value in wanted.items() if key in missing)
     if not missing:
         log.warning("no Hub answers (%s): what is in the cache is used", reason)
         return recipe, None
+    if answer.mistaken:
+        raise DataError(
+            f"the Hub cannot be asked: {reason}; mend HF_ENDPOINT, the proxy (HTTPS_PROXY: its address or login) or "
+            f"SSL_CERT_FILE; not in the cache: {asked}"
+        )
     if recipe.offline == "error" or len(wanted) < 2:
         # Beside rows or a base of one's own, other ones would not stand in for anything.
         how = "" if len(wanted) < 2 else ", or set offline=bundled to walk with the base and reviews that ship"
@@ -51,7 +56,7 @@ def settle(recipe: Recipe, state: PartialState) -> tuple[Recipe, bundled.StandIn
             f"no Hub answers ({reason}) and not in the cache: {asked}; connect or set HF_ENDPOINT to a mirror, or name "
             f"files and a folder instead{how}; model.name=bundled is the base that ships"
         )
-    stand_in = {**wanted, "reason": reason}
+    stand_in = {**wanted, **_left_out(recipe.data), "reason": reason}
     log.warning("%s", bundled.describe(stand_in))
     return _replace(recipe), stand_in
 
@@ -60,9 +65,9 @@ def _on_hub(recipe: Recipe) -> dict[str, str]:
     """Return what a recipe names on the Hub, by key."""
     source, name = recipe.data.source, recipe.model.place
     wanted = {}
-    if isinstance(source, str) and not looks_like_files(source):
-        wanted["data.source"] = source
-    if not name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if is_on_hub(source):
+        wanted["data.source"] = str(source)
+    if is_hub_name(name):
         wanted["model.name"] = name
     return wanted
 
@@ -70,9 +75,9 @@ def _on_hub(recipe: Recipe) -> dict[str, str]:
 def _look(recipe: Recipe, wanted: dict[str, str]) -> tuple[Answer, list[str]]:
     """Return what the Hub answers, and where that is nothing the keys of what is not in the cache."""
     answer = ask_hub()
-    if answer.mistaken or answer.status is not None:
+    if answer.status is not None:
         return answer, []
-    rely_on_cache()
+    rely_on_cache(answer)
     probes: dict[str, Callable[[], Any]] = {
         "data.source": lambda: find_source(recipe.data),
         "model.name": lambda: [
@@ -86,14 +91,23 @@ def _look(recipe: Recipe, wanted: dict[str, str]) -> tuple[Answer, list[str]]:
 def _is_cached(probe: Callable[[], Any]) -> bool:
     try:
         probe()
-    except (OSError, LoraSentimentError):
+    except OSError:
         return False
+    except LoraSentimentError as error:
+        # What the Hub's client could not get is its cause; a fault of the recipe's own has none, and is told later.
+        return error.__cause__ is None
     return True
+
+
+def _left_out(data: DataConfig) -> dict[str, str]:
+    """Return what else the recipe says of its own rows, by key; the bundled ones are read by the defaults."""
+    said = data.model_dump(mode="json", exclude=_KEPT, exclude_defaults=True)
+    return {f"data.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
 
 
 def _replace(recipe: Recipe) -> Recipe:
     """Return the recipe on the bundled base and reviews, writing beside where it would have written."""
-    data = DataConfig(source=bundled.NAME, clean=recipe.data.clean, split_seed=recipe.data.split_seed)
+    data = DataConfig(**{**recipe.data.model_dump(include=_KEPT), "source": bundled.NAME})
     model = recipe.model.model_copy(update={"name": bundled.NAME, "revision": None})
     output = recipe.output.model_copy(update={"dir": f"{recipe.folder}-offline"})
     return recipe.model_copy(update={"name": f"{recipe.name}-offline", "data": data, "model": model, "output": output})

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from lora_sentiment.data.batches import TOKENISE_ROWS
 from lora_sentiment.data.rows import clean_text
 from lora_sentiment.data.tables import FORMATS, Batch, TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError
-from lora_sentiment.files import hash_file, lock_file, write_json
+from lora_sentiment.files import hash_file, hold_file, write_json
 from lora_sentiment.progress import make_bar
 from lora_sentiment.section import did_you_mean
 
@@ -341,25 +341,20 @@ def _hold(output: Path, rank: int, share: Callable[[str], str]) -> Iterator[Path
     """Let no other run write the output meanwhile, of a link what it points to, which is returned."""
     output = Path(os.path.realpath(output)) if output.is_symlink() else output
     path = Path(f"{output}.parts.lock")
-    handle, fault = -1, ""
-    if rank == 0:
-        try:
-            handle = lock_file(path)
-        except BlockingIOError:
-            fault = f"another run is writing {output}; wait until it ends"
-        except FileExistsError:
-            fault = f"another run is writing {output}; wait until it ends, or remove {path}"
-        except OSError as error:
-            fault = f"{output}: cannot be written: {error.strerror}; check its name, folder and disk"
-    if fault := share(fault):  # every process raises, so that none waits for another
-        raise DataError(fault)
-    try:
-        yield output
-    finally:
+    with ExitStack() as held:
+        fault = ""
         if rank == 0:
-            path.unlink(missing_ok=True)
-            if handle != -1:
-                os.close(handle)
+            try:
+                held.enter_context(hold_file(path))
+            except BlockingIOError:
+                fault = f"another run is writing {output}; wait until it ends"
+            except FileExistsError:
+                fault = f"another run is writing {output}; wait until it ends, or remove {path}"
+            except OSError as error:
+                fault = f"{output}: cannot be written: {error.strerror}; check its name, folder and disk"
+        if fault := share(fault):  # every process raises, so that none waits for another
+            raise DataError(fault)
+        yield output
 
 
 def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) -> None:

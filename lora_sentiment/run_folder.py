@@ -1,24 +1,27 @@
 """The folder of an unfinished run, `<output.dir>.run`: claimed by one run at a time, cleared of what is of no use."""
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from lora_sentiment import __version__
 from lora_sentiment.errors import LoraSentimentError, RecipeError
-from lora_sentiment.files import lock_file
+from lora_sentiment.files import hold_file
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.training.checkpoint import FOLDER, list_checkpoints
 
 ADAPTER, LOCK, REPLACED = "adapter", "lock", "replaced"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
-"""Those without whose very versions a run does not go on bit for bit."""
+"""Those without whose very versions, and ours, a run does not go on bit for bit."""
+_BASE = ("activation", "attention_dropout", "dropout", "n_heads", "seq_classif_dropout")
+"""What of a base's config.json changes its answers, or a step, and no tensor."""
 _FREE = {"train.resume", "train.save_steps", "train.save_total_limit", "train.report_to"}
 """Keys of a recipe that change no bit."""
 
@@ -32,42 +35,40 @@ def name_run_folder(recipe: Recipe) -> Path:
 def claim(recipe: Recipe, state: PartialState) -> Iterator[Path]:
     """Hold a run's folder, before anything is loaded; checkpoints in it stay unless `train.resume` is never.
 
-    Every process enters; the main one locks and writes, and all raise alike.
+    Every process enters; the main one looks, locks and writes, and all raise alike. Other machines need no such folder.
 
     Raises:
         RecipeError: If the output folder is taken, holds something else, or cannot be made; if another run is at work
             in it; if an earlier run left an adapter in it and no checkpoint to go on from.
     """
-    folder, run_folder = recipe.folder, name_run_folder(recipe)
-    if folder.exists() and not recipe.output.overwrite:
-        raise RecipeError(f"{folder}: exists; set output.overwrite=true or another output.dir")
-    if folder.exists() and not (folder / "card.json").is_file():
-        raise RecipeError(f"{folder}: is no adapter folder, so it is not replaced; set another output.dir")
-    state.wait_for_everyone()
-    handle: int | None = None
+    run_folder = name_run_folder(recipe)
     fault: list[LoraSentimentError | None] = [None]
-    try:
+    with ExitStack() as held:
         if state.is_main_process:
             try:
-                handle = _lock(run_folder)
+                _refuse_taken(recipe)
+                _lock(run_folder, held)
                 _clear(recipe, run_folder)
             except RecipeError as error:
                 fault = [error]
         if found := broadcast_object_list(fault)[0]:
             raise found
         yield run_folder
-    finally:
-        if handle is not None:
-            (run_folder / LOCK).unlink(missing_ok=True)
-            if handle != -1:
-                os.close(handle)
 
 
-def _lock(run_folder: Path) -> int:
+def _refuse_taken(recipe: Recipe) -> None:
+    folder = recipe.folder
+    if folder.exists() and not recipe.output.overwrite:
+        raise RecipeError(f"{folder}: exists; set output.overwrite=true or another output.dir")
+    if folder.exists() and not (folder / "card.json").is_file():
+        raise RecipeError(f"{folder}: is no adapter folder, so it is not replaced; set another output.dir")
+
+
+def _lock(run_folder: Path, held: ExitStack) -> None:
     path = run_folder / LOCK
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        return lock_file(path)
+        held.enter_context(hold_file(path))
     except BlockingIOError as error:
         raise RecipeError(f"{run_folder}: another run is at work here; wait, or set another output.dir") from error
     except FileExistsError as error:
@@ -94,18 +95,35 @@ def _clear(recipe: Recipe, run_folder: Path) -> None:
         raise RecipeError(f"output.dir: {run_folder} cannot be cleared: {error.strerror}") from error
 
 
-def make_settings(recipe: Recipe, found: Mapping[str, Any], *, machine: Mapping[str, Any]) -> dict[str, Any]:
+def make_settings(
+    recipe: Recipe, found: Mapping[str, Any], *, machine: Mapping[str, Any], base: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what must be equal to go on bit for bit, by dotted name.
 
     Args:
         recipe: Whose sections are compared, but for `output` and what changes no bit.
         found: What was loaded: hashes, labels, steps.
         machine: The facts of machine and launch that fix the bytes.
+        base: The configuration of the base.
     """
     sections = recipe.model_dump(mode="json", include={"data", "model", "method", "train"})
-    named = {"versions": {name: version(name) for name in PACKAGES}, "machine": machine, **sections}
+    packages = [*PACKAGES, *(("bitsandbytes",) if recipe.model.quantize != "none" else ())]
+    versions = {"lora_sentiment": __version__, **{name: version(name) for name in packages}}
+    named = {
+        "versions": versions,
+        "machine": {**machine, "instructions": _instructions()},
+        "base": {name: base[name] for name in _BASE},
+        **sections,
+    }
     flat = {f"{section}.{key}": value for section, values in named.items() for key, value in values.items()}
     return {name: value for name, value in flat.items() if name not in _FREE} | dict(found)
+
+
+def _instructions() -> str:
+    """Return what the CPU's kernels are chosen by: processors of one name may differ in it, and then bits do."""
+    flags = torch.cpu.get_capabilities()
+    vectors = sorted(name for name, there in flags.items() if there is True and name.startswith(("avx", "amx", "sve")))
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *vectors])
 
 
 def make_aside(run_folder: Path) -> Path:

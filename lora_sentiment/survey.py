@@ -9,7 +9,7 @@ from lora_sentiment.bundled import describe
 from lora_sentiment.data.batches import encode
 from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Rows, load_data, load_judged
-from lora_sentiment.model.base import load_tokenizer
+from lora_sentiment.model.base import check_base, load_tokenizer
 from lora_sentiment.offline import settle
 from lora_sentiment.recipe import Recipe
 
@@ -21,10 +21,11 @@ def survey(recipe: Recipe) -> DataReport:
 
     Raises:
         DataError: For a source, column, label or row that cannot be used.
-        ModelError: If the base's tokenizer cannot be had: it decides the lengths.
+        ModelError: If the base's tokenizer, which decides the lengths, cannot be had, or the base is refused already.
     """
     recipe, stand_in = settle(recipe, PartialState(cpu=not torch.accelerator.is_available()))
     data = load_data(recipe.data)
+    check_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     max_length, truncation = recipe.model.max_length, recipe.model.truncation
     encoded = {

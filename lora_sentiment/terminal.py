@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from lora_sentiment.errors import DataError
+from lora_sentiment.errors import DataError, ModelError, RecipeError
+from lora_sentiment.serve.config import ServeConfig
 
 
 def show_table(columns: Mapping[str, list[str]], notes: list[str], *, left: tuple[str, ...]) -> None:
@@ -121,6 +122,46 @@ def explain_lines(
             raise DataError(f"{html}: cannot be written: {error.strerror or error}") from error
     if faults:
         raise DataError(f"{faults} of {len(found) + faults} texts could not be explained")
+
+
+_OF_TABLES = ("text_column", "encoding", "prefix", "rows_per_part", "resume")
+"""Options of `predict` that only a table takes."""
+
+
+def refuse_combinations(context: typer.Context) -> None:
+    """Refuse options of `predict` that would be ignored.
+
+    Raises:
+        RecipeError: Naming them.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    if ("input" in given) != ("output" in given):
+        raise RecipeError("predict: --input and --output go together")
+    if {"texts", "input"} <= given:
+        raise RecipeError("predict: found both texts and --input; give one of them")
+    if {"input", "explain"} <= given:
+        raise RecipeError("predict: --explain is for texts and standard input, not for --input")
+    if "html" in given and "explain" not in given:
+        raise RecipeError("predict: --html writes explanations; add --explain")
+    if {"explain", "all_scores"} <= given:
+        raise RecipeError("predict: --explain shows the likeliest label's score; leave out --all-scores")
+    ignored = [*_OF_TABLES, *(() if "html" in given else ("overwrite",))]
+    if "input" not in given and (alone := [f"--{name.replace('_', '-')}" for name in ignored if name in given]):
+        raise RecipeError(f"predict: {', '.join(alone)}: only with --input and --output; name both, or leave it out")
+
+
+def serve_adapters(config: ServeConfig) -> None:
+    """Serve adapters, and print the address once requests are taken.
+
+    Raises:
+        ModelError: If the packages that serve are not installed.
+    """
+    try:
+        from lora_sentiment.serve.run import serve
+    except ModuleNotFoundError as error:
+        raise ModelError(f"serve needs an extra ({error}): pip install 'lora_sentiment[serve]'") from error
+    serve(config, announce=typer.echo)
 
 
 def is_main() -> bool:

@@ -170,7 +170,8 @@ def test_what_is_neither_recipe_nor_adapter_is_refused(tmp_path):
 
 def test_a_damaged_report_is_named(runs, tmp_path):
     shutil.copytree(runs / "probe", tmp_path / "bad")
-    for text in ("{", "[]", '{"train": {}}', '{"test": {}, "train": {}}'):
+    deep = "[" * 100_000
+    for text in ("{", "[]", '{"train": {}}', '{"test": {}, "train": {}}', '{"test": {}, "test": {}}', deep):
         (tmp_path / "bad/report.json").write_text(text, encoding="utf-8")
         with pytest.raises(AdapterError, match=r"report\.json"):
             compare([tmp_path / "bad"])

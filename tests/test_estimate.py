@@ -85,9 +85,13 @@ def test_a_base_that_is_nowhere_says_what_to_do(name):
         look_up(ModelConfig(name=name), 2)
 
 
-def test_a_base_of_another_architecture_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ModelError, match="is a bert model"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [('{"model_type": "bert"}', "is a bert model"), ("[]", "is no JSON object"), ("[" * 100_000, "cannot be read")],
+)
+def test_a_base_of_another_architecture_is_refused(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=message):
         look_up(ModelConfig(name=str(tmp_path)), 2)
 
 

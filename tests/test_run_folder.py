@@ -1,11 +1,17 @@
 """A whole run that is stopped and goes on, and who may write into its folder."""
 
+import json
 import os
+import re
+import shutil
 import signal
+from functools import partial
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from lora_sentiment import cli
+from lora_sentiment import cli, run_folder
 from lora_sentiment import sweep as sweep_module
 from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.errors import RecipeError, StoppedError, TrainingError
@@ -86,6 +92,80 @@ def test_a_changed_recipe_is_refused_by_name_allowed_or_starts_anew(toy_recipe, 
     assert found.history.steps[3].learning_rate < 1e-3
     fresh = run(toy_recipe, changed, "train.resume=never", "output.overwrite=true")
     assert fresh.history.resumed == []
+
+
+@pytest.fixture
+def own_base(toy_recipe, tiny_base):
+    """The toy recipe's base, as a copy that may be changed."""
+    base = shutil.copytree(tiny_base, toy_recipe.parent / "base")
+    toy_recipe.write_text(toy_recipe.read_text().replace(str(tiny_base), str(base)))
+    return base
+
+
+def change_base(base):
+    tensors = load_file(base / "model.safetensors")
+    tensors["embeddings.word_embeddings.weight"][7] += 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_tokenizer(base):
+    path = base / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocab = values["model"]["vocab"]
+    vocab["good"], vocab["bad"] = vocab["bad"], vocab["good"]
+    path.write_text(json.dumps(values))
+
+
+def change_config(base, **values):
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_rows(base):
+    path = base.parent / "train.csv"
+    path.write_text(path.read_text().replace(" and ", " or "))
+
+
+CHANGES = {
+    "train.weight_decay": (["train.weight_decay=0.5"], None, None),
+    "train_sha256": ([], change_rows, None),
+    "base_sha256": ([], change_base, None),
+    "base.n_heads": ([], partial(change_config, n_heads=2), None),
+    "base.activation": ([], partial(change_config, activation="relu"), None),
+    "base.dropout": ([], partial(change_config, dropout=0.5), None),
+    "base.attention_dropout": ([], partial(change_config, attention_dropout=0.5), None),
+    "base.seq_classif_dropout": ([], partial(change_config, seq_classif_dropout=0.5), None),
+    "tokenizer_sha256": ([], change_tokenizer, None),
+    "versions.torch": ([], None, (run_folder, "version", lambda name: f"{name} 9")),
+    "versions.lora_sentiment": ([], None, (run_folder, "__version__", "9")),
+    "machine.threads": ([], None, (os, "sched_getaffinity", lambda _: set(range(5)))),
+    "machine.instructions": ([], None, (torch.backends.cpu, "get_cpu_capability", lambda: "SSE")),
+}
+
+
+def test_each_thing_that_fixes_the_bytes_is_named_when_it_changed(own_base, toy_recipe, stopped, monkeypatch):
+    """The world size is changed in test_stopped_launches.py."""
+    kept = {path: path.read_bytes() for path in [*own_base.iterdir(), toy_recipe.parent / "train.csv"]}
+    for name, (overrides, change, patched) in CHANGES.items():
+        with monkeypatch.context() as patch:
+            if patched:
+                patch.setattr(*patched)
+            if change:
+                change(own_base)
+            with pytest.raises(TrainingError, match=rf"(?m)^  {re.escape(name)}: was .*, is .*$") as caught:
+                run(toy_recipe, *overrides)
+        fixed = ("base_sha256", "base.n_heads", "base.activation", "tokenizer_sha256", "train_sha256")
+        assert ("--allow-changes" in str(caught.value)) == (name not in fixed), name
+        for path, content in kept.items():
+            path.write_bytes(content)
+    assert run(toy_recipe).history.resumed == [3]
+
+
+def test_the_report_says_that_a_run_went_on_and_what_was_allowed(toy_recipe, stopped):
+    found = run(toy_recipe, "train.weight_decay=0.5", allow_changes=True).report["train"]
+    assert found["resumed"] == [3]
+    assert found["changes"] == ["step 3: train.weight_decay: was 0.0, is 0.5"]
+    assert found["cuts"] == []
 
 
 def test_changed_rows_are_refused_and_never_starts_anew(toy_recipe, stopped):

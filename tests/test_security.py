@@ -15,16 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_sentiment import classifier
-from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, load_card, save
+from lora_sentiment.adapter.folder import load, load_card
 from lora_sentiment.adapter.peft_file import read_config
 from lora_sentiment.adapter.reading import MAX_JSON_BYTES, read_header, read_json
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import AdaloraMethod, LoraMethod, VeraMethod
-from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from tests.conftest import save_random
 from tests.toy_hub import serve
 
 ROOT = Path(__file__).parents[1]
@@ -41,18 +38,8 @@ METHODS = {
 def originals(tmp_path_factory, tiny_base):
     """A saved folder of each method."""
     root = tmp_path_factory.mktemp("originals")
-    config = ModelConfig(name=str(tiny_base), max_length=16)
     for name, method in METHODS.items():
-        (root / name).mkdir()
-        torch.manual_seed(1)
-        base = load_base(config, labels=LABELS)
-        model = make_trainable(base, method, config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in trainable_tensors(model).values():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        data = DataRecord(config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1")
-        parts = {"base": base, "labels": LABELS, "model_config": config, "method": method, "data": data, "machine": {}}
-        save(root / name, model, **parts, trained=compute_probe(model, IDS), tolerance=1e-4)
+        save_random(root / name, tiny_base, method, labels=LABELS, probe=IDS)
     return root
 
 

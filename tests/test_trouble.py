@@ -272,6 +272,7 @@ REFUSALS = {
     "toy/410": (410, ""),
     "toy/gated": (403, "GatedRepo"),
     "toy/busy": (503, ""),
+    "toy/page": (200, "", "log in"),
 }
 HUB = {
     "data set 401": ("data.source=toy/401", "answered 401 Unauthorized (no): it is private, or there is none of this"),
@@ -279,6 +280,8 @@ HUB = {
     "data set 404": ("data.source=toy/404", "answered 404 Not Found (no): there is no data set of this name"),
     "data set 410": ("data.source=toy/410", "answered 410 Gone (no): look at http://127.0.0.1"),
     "gated data set": ("data.source=toy/gated", "it is gated; ask for access at http://127.0.0.1"),
+    "page instead of a data set": ("data.source=toy/page", "answered 200 OK (log in), but not as the Hub does"),
+    "page instead of a model": ("model.name=toy/page", "answered 200 OK (log in), but not as the Hub does"),
     "misspelt data set": ("data.source=toy/goood", "did you mean 'toy/good'? (that is in the cache)"),
     "data set without its owner": ("data.source=good", "did you mean 'toy/good'? (that is in the cache)"),
     "data set revision": ("data.revision=v9", "it has no revision 'v9'; mend data.revision"),

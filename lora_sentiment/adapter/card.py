@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card
 from lora_sentiment.data.config import report_roles
-from lora_sentiment.data.sources import looks_like_files
+from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.model.parameters import show_parameters
 
@@ -37,15 +37,18 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
 
 def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> ModelCardData:
     source = card.data.config.source
-    dataset = source if isinstance(source, str) and not looks_like_files(source) else None
+    dataset = str(source) if is_on_hub(source) else None
+    # Not the Hub's data set of that name, which is not ours.
+    ships = source == bundled.NAME
+    files = ("bundled-reviews", "the reviews that ship with the package") if ships else ("local-files", "local files")
     roles = report_roles(report)
     # Validation chose the tensors and fitted the temperature, so it is a result only where nothing else is.
     judged = [role for role in roles if role != "validation"] or roles
     results = [
         EvalResult(
             task_type="text-classification",
-            dataset_type=dataset or "local-files",
-            dataset_name=dataset or "local files",
+            dataset_type=dataset or files[0],
+            dataset_name=dataset or files[1],
             dataset_split=(card.data.config.splits or {}).get(role, role),
             metric_type=_HUB_METRICS[metric],
             metric_name=metric,

@@ -11,7 +11,9 @@ from lora_sentiment.adapter.folder import Card
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, sample
+from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import DataError
+from lora_sentiment.hub import ask_or_rely_on_cache
 from lora_sentiment.model.engine import Engine, compute_logits
 
 log = logging.getLogger("lora_sentiment")
@@ -132,6 +134,8 @@ def _validation_rows(card: Card | None, max_rows: int) -> Rows:
     if card is None:
         raise DataError("a merged folder does not say on which rows it was trained; export the adapter itself")
     config = card.data.config
+    if is_on_hub(config.source):
+        ask_or_rely_on_cache()
     rows = load_data(config).validation
     if rows.fingerprint() != card.data.validation_sha256:
         raise DataError(f"{config.source}: changed since training, so its validation rows are other ones")

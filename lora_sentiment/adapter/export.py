@@ -1,6 +1,5 @@
 """Export an adapter for other runtimes: a merged model, or an ONNX file that was found to answer as that model does."""
 
-import json
 import logging
 import shutil
 import time
@@ -17,6 +16,7 @@ from lora_sentiment.adapter.graph import check_packages, quantise_graph, write_g
 from lora_sentiment.adapter.merge import TOKENIZER, WEIGHTS, Into, merge, write_aside
 from lora_sentiment.adapter.merged_card import say_reading
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
+from lora_sentiment.adapter.reading import read_labels
 from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp, write_stamp
 from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
 from lora_sentiment.errors import AdapterError, ModelError
@@ -176,14 +176,9 @@ def _read_merged(folder: Path) -> Stamp:
 def _load_merged(folder: Path, stamp: Stamp) -> Base:
     """Load a merged folder in fp32, whatever it is stored in."""
     config = ModelConfig(name=str(folder.resolve()), max_length=stamp.max_length, dtype="float32")
-    base = load_base(config, labels=_read_labels(folder))
+    base = load_base(config, labels=read_labels(folder))
     base.model.eval()
     return base
-
-
-def _read_labels(folder: Path) -> tuple[str, ...]:
-    names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
-    return tuple(names[str(i)] for i in range(len(names)))
 
 
 def _check_exact(reference: Reference, engine: Engine, out: Path) -> dict[str, Any]:
@@ -239,6 +234,6 @@ def _finish(
         "files": {file: hash_file(aside / file) for file in (*graphs, *TOKENIZER)},
     }
     stamp = stamp.model_copy(update=update)
-    text = make_exported_card(name, _read_labels(aside), stamp)
+    text = make_exported_card(name, read_labels(aside), stamp)
     (aside / "README.md").write_text(text, encoding="utf-8")
     write_stamp(aside, stamp)

@@ -216,3 +216,17 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: is no JSON object")
     return values
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """Return the label names of a whole model's `config.json`, in order.
+
+    Raises:
+        AdapterError: As `read_object`, and if it names no labels from 0 on.
+    """
+    path = folder / "config.json"
+    # transformers writes no names where they are its own two.
+    names = read_object(path).get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
+        raise AdapterError(f"{path}: id2label names no labels from 0 on: found {str(names)[:100]}")
+    return tuple(str(names[str(i)]) for i in range(len(names)))

@@ -1,10 +1,11 @@
 """What the data looks like: counts and row numbers, never text, for the log, report.json and `lora-sentiment data`."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.rows import Counts, Data, Rows
@@ -29,7 +30,7 @@ class Found:
     first: tuple[int, ...]
 
     @classmethod
-    def of(cls, numbers: Sequence[int]) -> "Found":
+    def of(cls, numbers: Sequence[int] | NDArray[np.int64]) -> "Found":
         """Return the account of these row numbers."""
         return cls(len(numbers), tuple(int(number) for number in numbers[:FIRST]))
 
@@ -129,7 +130,7 @@ def describe_role(
     names: Sequence[str],
     max_length: int,
     read: Counts | None,
-    seen_texts: Set[str] | None = None,
+    seen_texts: NDArray[np.uint64] | None = None,
 ) -> RoleReport:
     """Count what stands in the rows of one role.
 
@@ -139,26 +140,19 @@ def describe_role(
         names: Label names.
         max_length: Most tokens of an input.
         read: What reading them did; None where they were carved out of train.
-        seen_texts: Texts that training has seen; None for train itself.
+        seen_texts: Digests of the texts that training has seen, as `Rows` makes them; None for train itself.
     """
-    first: dict[str, int] = {}
-    same: list[int] = []
-    other: list[int] = []
-    for text, label, number in zip(rows.texts, rows.labels.tolist(), rows.numbers.tolist(), strict=True):
-        if text in first:
-            (same if first[text] == label else other).append(number)
-        else:
-            first[text] = label
-    pairs = zip(rows.texts, rows.numbers.tolist(), strict=True)
-    seen = None if seen_texts is None else Found.of([number for text, number in pairs if text in seen_texts])
+    first = rows.first_equal()
+    again, alike = first != np.arange(len(rows)), rows.labels[first] == rows.labels
+    seen = None if seen_texts is None else Found.of(rows.numbers[np.isin(rows.digests, seen_texts)])
     lengths = encoded.lengths if encoded.whole_lengths is None else encoded.whole_lengths
     quantiles = np.quantile(lengths, QUANTILES, method="inverted_cdf").tolist()
     return RoleReport(
         rows=len(rows),
         labels={name: int((rows.labels == i).sum()) for i, name in enumerate(names)},
         read=read,
-        same_label=Found.of(same),
-        other_label=Found.of(other),
+        same_label=Found.of(rows.numbers[again & alike]),
+        other_label=Found.of(rows.numbers[again & ~alike]),
         seen=seen,
         max_length=max_length,
         lengths={
@@ -178,9 +172,9 @@ def describe_seen(data: Data, encoded: Mapping[str, Encoded], *, max_length: int
         encoded: Their token ids, by role.
         max_length: Most tokens of an input.
     """
-    seen: dict[str, tuple[Rows, Set[str] | None]] = {
+    seen: dict[str, tuple[Rows, NDArray[np.uint64] | None]] = {
         "train": (data.train, None),
-        "validation": (data.validation, frozenset(data.train.texts)),
+        "validation": (data.validation, data.train.digests),
     }
     return DataReport(
         {

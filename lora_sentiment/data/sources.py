@@ -1,7 +1,7 @@
 """Where the rows are: files or a Hub data set, their splits, and their two columns."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -50,8 +50,8 @@ def find_source(config: DataConfig) -> Source:
     Raises:
         DataError: If there is no such file, data set or split, or files are given a Hub data set's options.
     """
-    if isinstance(config.source, str) and not looks_like_files(config.source):
-        return Source({}, _hub_splits(config), hub=config.source)
+    if is_on_hub(config.source):
+        return Source({}, _hub_splits(config), hub=str(config.source))
     for key in ("splits", "config", "revision"):
         if getattr(config, key) is not None:
             instead = "; files by role are data.source={train: .., test: ..}" if key == "splits" else ""
@@ -63,8 +63,13 @@ def find_source(config: DataConfig) -> Source:
     return Source({"train": _files(config.source)}, {})
 
 
+def is_on_hub(source: str | dict[str, str]) -> bool:
+    """Return whether `data.source` names a Hub data set rather than files here."""
+    return isinstance(source, str) and not looks_like_files(source)
+
+
 def looks_like_files(source: str) -> bool:
-    """Return whether a source names files here rather than a Hub data set."""
+    """Return whether a source that is no dict names files here rather than a Hub data set."""
     hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.endswith(tuple(FORMATS))
     return not hub_name or source.startswith(".") or source == bundled.NAME or Path(source).exists()
 
@@ -116,10 +121,10 @@ class _ExplainHub:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         from datasets.exceptions import DatasetsError
-        from huggingface_hub.errors import HfHubHTTPError
+        from httpx2 import HTTPError
         from yaml import YAMLError
 
-        if isinstance(error, (OSError, ValueError, HfHubHTTPError, DatasetsError, RuntimeError, YAMLError)):
+        if isinstance(error, (OSError, ValueError, HTTPError, DatasetsError, RuntimeError, YAMLError)):
             name = str(self.config.source)
             refusal = explain_refusal(key="data.source", name=name, kind="dataset", revision=self.config.revision)
             raise DataError(refusal or f"data.source {name!r}: {_describe(error)}") from error
@@ -140,26 +145,21 @@ def _describe(error: BaseException) -> str:
     return f"the Hub has it, but it cannot be read ({innermost(error)}); name another, a data.revision, or files"
 
 
-Columns = tuple[list[Any], list[Any], tuple[str, ...] | None]
-"""Texts, label values, and the label names that the source itself states."""
+_HUB_ROWS = 10_000
+"""Rows that are taken at a time from the memory-mapped file where `datasets` keeps a split."""
+Columns = Iterator[tuple[list[Any], list[Any]]]
+"""Texts and label values, some rows at a time."""
 
 
-def read_columns(config: DataConfig, source: Source, role: str) -> Columns:
-    """Return the text and label columns of a role's rows."""
-    texts: list[Any] = []
-    values: list[Any] = []
+def read_columns(config: DataConfig, source: Source, role: str) -> tuple[Columns, tuple[str, ...] | None]:
+    """Return the text and label columns of a role's rows, and the label names that the source itself states."""
     if source.hub:
         return _read_hub(config, source.hub_splits[role])
-    for path in source.files[role]:
-        for batch in read_table(path, encoding=config.encoding):
-            texts += batch[config.text_column]
-            values += batch[config.label_column]
-    if not texts:
-        raise DataError(f"{source.where(role)}: has no rows")
-    return texts, values, None
+    batches = (batch for path in source.files[role] for batch in read_table(path, encoding=config.encoding))
+    return ((batch[config.text_column], batch[config.label_column]) for batch in batches), None
 
 
-def _read_hub(config: DataConfig, split: str) -> Columns:
+def _read_hub(config: DataConfig, split: str) -> tuple[Columns, tuple[str, ...] | None]:
     from datasets import ClassLabel, load_dataset
 
     with _ExplainHub(config):
@@ -167,8 +167,9 @@ def _read_hub(config: DataConfig, split: str) -> Columns:
     _check_columns(config, table.column_names, f"{config.source} [{split}]")
     feature = table.features[config.label_column]
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    columns = table.select_columns([config.text_column, config.label_column]).with_format("arrow")[:]
-    return columns[config.text_column].to_pylist(), columns[config.label_column].to_pylist(), names
+    columns = [config.text_column, config.label_column]
+    batches = table.select_columns(columns).with_format("arrow").iter(_HUB_ROWS)
+    return ((batch[columns[0]].to_pylist(), batch[columns[1]].to_pylist()) for batch in batches), names
 
 
 def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from httpx2 import HTTPError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -74,10 +75,6 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
     """
     names = dict(enumerate(labels))
     place = config.place
-    if place.startswith((".", "/", "~")) and not Path(place).is_dir():
-        raise ModelError(f"model.name {config.name!r}: no such folder")
-    if config.revision and Path(place).is_dir():
-        raise ModelError(f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no revisions")
     with quiet(), _Explain(config):
         found, revision = _load_config(config)
         where = {"revision": revision or config.revision, "trust_remote_code": False}
@@ -118,8 +115,22 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
     )
 
 
+def check_base(config: ModelConfig) -> None:
+    """Refuse a base for whatever `load_base` refuses it for before weights are read.
+
+    Raises:
+        ModelError: If there is none, it is no DistilBERT, or `revision` or `max_length` does not fit it.
+    """
+    with quiet(), _Explain(config):
+        _load_config(config)
+
+
 def _load_config(config: ModelConfig) -> tuple[Any, str | None]:
     """Return the checkpoint's configuration, with the recipe's dropout, and the commit that the Hub resolved."""
+    if config.place.startswith((".", "/", "~")) and not Path(config.place).is_dir():
+        raise ModelError(f"model.name {config.name!r}: no such folder")
+    if config.revision and Path(config.place).is_dir():
+        raise ModelError(f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no revisions")
     # Resolved once: a Hub name could move between one file and the next.
     path = cached_file(config.place, "config.json", revision=config.revision)
     _check_kind(path, config)
@@ -352,7 +363,7 @@ class _Explain:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        expected = (OSError, ValueError, SafetensorError, StrictDataclassError)
+        expected = (OSError, ValueError, HTTPError, SafetensorError, StrictDataclassError)
         # The tokenizers package raises plain Exceptions; only a context can tell one from its subclasses.
         if not isinstance(error, expected) and type(error) is not Exception:
             return

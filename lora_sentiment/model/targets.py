@@ -39,15 +39,18 @@ def find_targets(shape: Shape, method: PeftMethod) -> dict[str, Target]:
             f"method.target_modules {wanted!r} matches {head[0]}; the head gets no adapter, model.head says what of it "
             "is trained"
         )
+    layers = None if isinstance(method, Ia3Method) else method.layers_to_transform
+    if layers and max(layers) >= shape.n_layers:
+        raise ModelError(
+            f"method.layers_to_transform: found layer {max(layers)}; the base has {shape.n_layers} layers, 0 to "
+            f"{shape.n_layers - 1}"
+        )
     names = [name for name in linear_names(shape) if _is_target(name, method)]
     if not names:
         raise ModelError(
             f"method.target_modules {method.target_modules!r} matches no linear of the encoder; full names look like "
             f"{linear_names(shape)[0]}"
         )
-    layers = None if isinstance(method, Ia3Method) else method.layers_to_transform
-    if layers and max(layers) >= shape.n_layers:
-        raise ModelError(f"method.layers_to_transform has {max(layers)}; the base has blocks 0 to {shape.n_layers - 1}")
     ranks, alphas = _patterns(method, "rank_pattern", names), _patterns(method, "alpha_pattern", names)
     found = {}
     for name in names:

@@ -61,6 +61,14 @@ def test_files_and_folders_do_not(source):
     assert "base_model" not in found
 
 
+@pytest.mark.parametrize(
+    ("source", "name"), [("bundled", "the reviews that ship with the package"), ("reviews/train.csv", "local files")]
+)
+def test_rows_that_have_no_name_on_the_hub_are_said_to_be_what_they_are(source, name):
+    (result,) = metadata(make_model_card("x", card(source), REPORT, is_peft=True))["model-index"][0]["results"]
+    assert result["dataset"]["name"] == name
+
+
 def test_the_text_states_results_use_and_limits():
     text = make_model_card("imdb", card(), REPORT, is_peft=True)
     assert "| accuracy | 0.9000 [0.8000, 1.0000] | 0.9100 [0.9000, 0.9200] |" in text

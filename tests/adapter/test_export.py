@@ -15,19 +15,16 @@ from transformers import AutoTokenizer, DistilBertForSequenceClassification
 from lora_sentiment import classifier
 from lora_sentiment.adapter import export as export_module
 from lora_sentiment.adapter.export import export
-from lora_sentiment.adapter.folder import DataRecord, compute_probe, load_card, save
+from lora_sentiment.adapter.folder import DataRecord, load_card
 from lora_sentiment.adapter.graph import write_graph
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
-from lora_sentiment.adapter.stamp import read_stamp
+from lora_sentiment.adapter.stamp import read_stamp, write_stamp
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import LoraMethod
-from lora_sentiment.model.methods import make_trainable, trainable_tensors
-from tests.conftest import toy_rows, write_csv
+from tests.conftest import save_random, toy_rows, write_csv
 
 LABELS = ("negative", "positive")
 IDS = [[2, 5, 6, 3], [2, 9, 14, 8, 3], [2, 7, 8, 9, 3]]
@@ -65,23 +62,9 @@ def adapter(tiny_base, tmp_path_factory) -> Path:
         train_sha256=data.train.fingerprint(),
         validation_sha256=data.validation.fingerprint(),
     )
-    return write_adapter(folder / "a", tiny_base, record)
-
-
-def write_adapter(folder: Path, tiny_base: Path, record: DataRecord) -> Path:
-    folder.mkdir()
-    torch.manual_seed(1)
-    config = ModelConfig(name=str(tiny_base), max_length=16, dtype="float32")
-    base, method = load_base(config, labels=LABELS), LoraMethod(r=4, lora_alpha=8)
-    model = make_trainable(base, method, config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in trainable_tensors(model).values():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    save(
-        folder, model, base=base, labels=LABELS, model_config=config, method=method, data=record, machine={},
-        trained=compute_probe(model, IDS), tolerance=1e-4,
-    )  # fmt: skip
-    return folder
+    method = LoraMethod(r=4, lora_alpha=8)
+    save_random(folder / "a", tiny_base, method, labels=LABELS, probe=IDS, record=record, spread=0.1)
+    return folder / "a"
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +256,16 @@ def test_an_altered_merged_folder_is_refused(merged, tmp_path):
     with pytest.raises(AdapterError, match=r"tokenizer_config\.json: is missing"):
         export(copy, tmp_path / "e", format="onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_merged_folder_whose_labels_are_no_names_is_refused(merged, tmp_path):
+    copy = Path(shutil.copytree(merged, tmp_path / "m"))
+    stamp = read_stamp(copy)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8")) | {"id2label": ["no", "yes"]}
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_stamp(copy, stamp)
+    with pytest.raises(AdapterError, match=r"config\.json: id2label names no labels from 0 on"):
+        export(copy, tmp_path / "e", format="onnx")
 
 
 def test_a_model_that_cannot_be_traced_is_refused_and_left_as_it_was(merged, tmp_path, monkeypatch):

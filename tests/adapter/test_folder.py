@@ -7,54 +7,17 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 
 from lora_sentiment.adapter import weights as weights_module
-from lora_sentiment.adapter.folder import (
-    DataRecord,
-    compute_probe,
-    load,
-    load_card,
-    publish,
-    save,
-)
-from lora_sentiment.data.config import DataConfig
+from lora_sentiment.adapter.folder import load, load_card, publish
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import hash_file, write_json
+from lora_sentiment.model import base as base_module
 from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
-from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import FullMethod, LoraMethod
-from lora_sentiment.model.methods import make_trainable, trainable_tensors
-
-CONFIG = ModelConfig(name="any")
+from tests.conftest import save_random
 
 LABELS = ("no", "yes", "maybe")
 IDS = [[2, 5, 6, 3], [2, 9, 3]]
-
-
-def save_random(path, tiny_base, method, *, tolerance=1e-4):
-    """Save a model whose trained tensors are random; return it and its base."""
-    path.mkdir()
-    torch.manual_seed(1)
-    config = ModelConfig(name=str(tiny_base), max_length=16)
-    base = load_base(config, labels=LABELS)
-    model = make_trainable(base, method, CONFIG, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in trainable_tensors(model).values():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    save(
-        path,
-        model,
-        base=base,
-        labels=LABELS,
-        model_config=config,
-        method=method,
-        data=DataRecord(
-            config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1", carved_test_sha256=None
-        ),
-        machine={"threads": 2},
-        trained=compute_probe(model, IDS),
-        tolerance=tolerance,
-    )
-    return model, base
-
+PARTS = {"labels": LABELS, "probe": IDS}
 
 METHODS = [
     LoraMethod(r=4, lora_alpha=8),
@@ -70,12 +33,12 @@ def method(request):
 
 @pytest.fixture
 def saved(tmp_path, tiny_base):
-    save_random(tmp_path / "a", tiny_base, LoraMethod(r=4, lora_alpha=8))
+    save_random(tmp_path / "a", tiny_base, LoraMethod(r=4, lora_alpha=8), **PARTS)
     return tmp_path / "a"
 
 
 def test_a_reloaded_model_answers_as_the_trained_one(tmp_path, tiny_base, method):
-    model, _ = save_random(tmp_path / "a", tiny_base, method)
+    model, _ = save_random(tmp_path / "a", tiny_base, method, **PARTS)
     loaded = load(tmp_path / "a")
     ids = torch.tensor([[2, 7, 8, 9, 3]])
     assert torch.equal(loaded.model(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -97,7 +60,7 @@ def test_the_head_is_in_the_folder_and_the_base_is_not(saved):
 
 
 def test_full_saves_every_tensor_under_stock_names(tmp_path, tiny_base):
-    model, _ = save_random(tmp_path / "a", tiny_base, FullMethod(kind="full"))
+    model, _ = save_random(tmp_path / "a", tiny_base, FullMethod(kind="full"), **PARTS)
     tensors = load_file(tmp_path / "a/changed.safetensors")
     assert tensors.keys() == dict(model.named_parameters()).keys()
     assert not (tmp_path / "a/adapter_config.json").exists()
@@ -105,7 +68,7 @@ def test_full_saves_every_tensor_under_stock_names(tmp_path, tiny_base):
 
 def test_saving_twice_gives_the_same_bytes(tmp_path, tiny_base, method):
     for name in ("a", "b"):
-        save_random(tmp_path / name, tiny_base, method)
+        save_random(tmp_path / name, tiny_base, method, **PARTS)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -118,15 +81,15 @@ def test_the_saved_tokenizer_cuts_and_pads_nothing(tmp_path, tiny_base, method, 
         base.tokenizer(["a"], truncation=True, max_length=4, padding=True)
         return base
 
-    monkeypatch.setitem(globals(), "load_base", load_used_base)
-    save_random(tmp_path / "a", tiny_base, method)
+    monkeypatch.setattr(base_module, "load_base", load_used_base)
+    save_random(tmp_path / "a", tiny_base, method, **PARTS)
     saved = json.loads((tmp_path / "a/tokenizer.json").read_text())
     assert saved["truncation"] is None
     assert saved["padding"] is None
 
 
 def test_saving_leaves_the_base_bit_identical(tmp_path, tiny_base):
-    model, base = save_random(tmp_path / "a", tiny_base, LoraMethod(r=4))
+    model, base = save_random(tmp_path / "a", tiny_base, LoraMethod(r=4), **PARTS)
     assert hash_tensors(encoder_tensors(model)) == base.sha256
 
 
@@ -140,7 +103,7 @@ def test_a_save_that_answers_otherwise_is_refused(tmp_path, tiny_base, monkeypat
 
     monkeypatch.setattr(weights_module, "_fill", fill_wrongly)
     with pytest.raises(AdapterError, match="answers otherwise than the trained model"):
-        save_random(tmp_path / "a", tiny_base, LoraMethod(r=4))
+        save_random(tmp_path / "a", tiny_base, LoraMethod(r=4), **PARTS)
 
 
 def test_another_base_is_refused(saved, tiny_base, tmp_path):

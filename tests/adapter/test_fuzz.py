@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_sentiment.adapter import folder as folder_module
-from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, save
-from lora_sentiment.data.config import DataConfig
+from lora_sentiment.adapter.folder import load
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file
 from lora_sentiment.model.base import load_base
@@ -33,7 +32,7 @@ from lora_sentiment.model.method_config import (
     UnfreezeMethod,
     VeraMethod,
 )
-from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from tests.conftest import save_random
 
 LABELS = ("no", "yes", "maybe")
 # As many texts as it takes to reach every unit: a card vouches for what its probe asks.
@@ -54,28 +53,9 @@ WEIGHTS = ("adapter_model.safetensors", "changed.safetensors")
 def originals(tmp_path_factory, tiny_base):
     """One saved folder of each method."""
     found = {}
-    config = ModelConfig(name=str(tiny_base), max_length=16)
     for name, method in METHODS.items():
         found[name] = tmp_path_factory.mktemp("originals") / name
-        found[name].mkdir()
-        torch.manual_seed(1)
-        base = load_base(config, labels=LABELS)
-        model = make_trainable(base, method, config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in trainable_tensors(model).values():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        save(
-            found[name],
-            model,
-            base=base,
-            labels=LABELS,
-            model_config=config,
-            method=method,
-            data=DataRecord(config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1"),
-            machine={"threads": 2},
-            trained=compute_probe(model, IDS),
-            tolerance=1e-4,
-        )
+        save_random(found[name], tiny_base, method, labels=LABELS, probe=IDS)
     return found
 
 

@@ -6,6 +6,7 @@ import pytest
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.report import FIRST, DataReport, Found, describe_role
 from lora_sentiment.data.rows import Counts, Rows
+from lora_sentiment.errors import ModelError
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.survey import survey
 from tests.conftest import toy_rows, write_csv
@@ -22,6 +23,10 @@ def describe(texts, labels, lengths=None, **values):
     return describe_role(rows, encoded, names=NAMES, max_length=10, **{"read": Counts(), **values})
 
 
+def digests(texts):
+    return Rows(list(texts), np.zeros(len(texts)), np.zeros(len(texts))).digests
+
+
 def test_rows_and_labels_are_counted():
     found = describe("abc", [0, 1, 1])
     assert found.rows == 3
@@ -35,7 +40,7 @@ def test_twins_are_told_apart_by_their_label_and_the_first_of_them_is_none():
 
 
 def test_texts_that_training_has_seen_are_counted_with_their_rows():
-    assert describe("abc", [0, 1, 1], seen_texts={"c", "a"}).seen == Found(2, (11, 13))
+    assert describe("abc", [0, 1, 1], seen_texts=digests("ca")).seen == Found(2, (11, 13))
     assert describe("abc", [0, 1, 1]).seen is None
 
 
@@ -61,7 +66,7 @@ def test_a_carved_role_says_where_it_is_from():
 def test_the_table_is_aligned_and_what_has_row_numbers_stands_below():
     read = Counts(read=9, dropped={"text is empty": [3, 4]})
     read.cleaned["html entities"] = 2
-    seen = describe("ab", [0, 1], seen_texts={"b"})
+    seen = describe("ab", [0, 1], seen_texts=digests("b"))
     lines = DataReport({"train": describe("aa", [0, 1], read=read), "test": seen}, {"dev": 7}).to_lines()
     table = [line for line in lines if ":" not in line]
     assert len({len(line) for line in table}) == 1
@@ -118,3 +123,12 @@ def test_a_survey_counts_a_split_whose_labels_are_hidden(toy, toy_recipe):
     found = survey(Recipe.load(toy_recipe))
     assert found.unlabelled == {"test": 2}
     assert found.as_dict()["test"] == {"read": 2, "rows": 0, "unlabelled": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("model.max_length=65", "more than the 64 positions"), ("model.revision=v2", "a folder, which has no revisions")],
+)
+def test_a_survey_refuses_a_base_that_training_would(toy_recipe, override, message):
+    with pytest.raises(ModelError, match=message):
+        survey(Recipe.load(toy_recipe, [override]))

@@ -44,7 +44,8 @@ def test_a_target_knows_its_shape_and_rank():
     [
         (LoraMethod(target_modules=".*nope.*"), r"target_modules '\.\*nope\.\*' matches no linear"),
         (LoraMethod(target_modules=".*(q_lin|classifier)"), "matches pre_classifier; the head gets no adapter"),
-        (LoraMethod(layers_to_transform=(0, 2)), "has 2; the base has blocks 0 to 1"),
+        (LoraMethod(layers_to_transform=(0, 2)), "found layer 2; the base has 2 layers, 0 to 1"),
+        (LoraMethod(layers_to_transform=(7, 9)), "found layer 9; the base has 2 layers, 0 to 1"),
         (LoraMethod(rank_pattern={"lin1": 4}), "rank_pattern: 'lin1' matches none of the adapted linears"),
         (LoraMethod(alpha_pattern={"x": 4}), "alpha_pattern: 'x' matches none"),
         (Ia3Method(kind="ia3", target_modules="x.*"), "matches no linear"),
