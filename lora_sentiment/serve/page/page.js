@@ -1,0 +1,447 @@
+// The page of `lora-sentiment serve`. What comes from users, files and the server becomes text nodes, never HTML.
+
+const $ = (id) => document.getElementById(id);
+const count = (number) => number.toLocaleString("en");
+
+/** Return a new element; strings among its content become text nodes. */
+function make(tag, className, ...content) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...content);
+  return element;
+}
+
+/** Return a probability in per cent, never rounded to a certainty. */
+function percent(share) {
+  if (share > 0.9995 && share < 1) return "> 99.9 %";
+  return share < 0.0005 && share > 0 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`;
+}
+
+/** Show an error, which screen readers say at once; "" takes it away. */
+function fail(error) {
+  $("error").textContent = error.message ?? error;
+}
+
+function refuse(fault) {
+  throw new Error(fault);
+}
+
+/** Wait for what `start` begins, unless cancelled meanwhile. */
+function wait(start, signal) {
+  return new Promise((resolve, reject) => {
+    start(resolve);
+    signal?.addEventListener("abort", () => reject(signal.reason), { once: true });
+  });
+}
+
+// The server
+
+let key = ""; // in memory only
+let loaded = ""; // the last answer of GET /adapters
+let adapters = new Map(); // by name
+
+/** Ask the server, and the user for the API key where the server wants one. Throws the server's own sentence. */
+async function ask(path, { body, signal } = {}) {
+  for (;;) {
+    const sent = key;
+    const headers = { "Content-Type": "application/json", ...(sent && { Authorization: `Bearer ${sent}` }) };
+    const request = { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal, cache: "no-store" };
+    const response = await fetch(path, request).catch((error) => {
+      throw signal?.aborted ? error : new Error("The server does not answer. Is it still running?");
+    });
+    const answer = await response.json().catch(() => null);
+    signal?.throwIfAborted();
+    if (response.ok && answer) return answer;
+    const { status, statusText } = response;
+    const message = answer?.error ?? `The server answered ${status} ${statusText}`;
+    const seconds = Math.max(1, Number(response.headers.get("Retry-After")) || 1);
+    if (status !== 401) throw Object.assign(new Error(message), { status, seconds });
+    if (key === sent) await newKey(message, signal);
+  }
+}
+
+function newKey(message, signal) {
+  fail(message);
+  $("key-form").hidden = false;
+  $("key").focus();
+  return wait((done) => $("key-form").addEventListener("submit", done, { once: true }), signal);
+}
+
+async function loadAdapters() {
+  const answer = await ask("adapters");
+  if (JSON.stringify(answer) === loaded) return; // an open list of choices must not close
+  loaded = JSON.stringify(answer);
+  adapters = new Map(answer.adapters.map((adapter) => [adapter.name, adapter]));
+  const { size } = adapters;
+  const number = size === 1 ? "1 adapter" : `${count(size)} adapters`;
+  $("served").replaceChildren(`${number} on base `, make("bdi", "", answer.base.name));
+  for (const select of [$("adapter"), $("other"), $("table-adapter")]) {
+    const chosen = select.value; // stays when it is gone: no other may take its place unseen
+    const names = [...new Set([...adapters.keys(), chosen])].filter(Boolean);
+    const nothing = select === $("other") ? [new Option("nothing", "")] : [];
+    select.replaceChildren(...nothing, ...names.map((name) => new Option(name, name, false, name === chosen)));
+  }
+  $("compare").hidden = size < 2;
+  $("predict").disabled = $("start").disabled = size === 0;
+  showLabels();
+  fail(size ? "" : "No adapter is loaded yet.");
+}
+
+function showLabels() {
+  for (const id of ["adapter", "other"]) {
+    const { name, labels } = adapters.get($(id).value) ?? {};
+    $(`${id}-labels`).textContent = name ? `Labels of ${name}: ${labels.join(", ")}` : "";
+  }
+}
+
+/** Do what a user asked for and show its error; where an adapter is gone, look what is loaded. */
+async function attempt(work) {
+  try {
+    await work();
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (error.status === 404) await loadAdapters().catch(() => {}); // the first error is the one to show
+    fail(error);
+  }
+}
+
+// One text
+
+let asked = new AbortController();
+
+async function predict() {
+  asked.abort(); // an older answer must not come after a newer one
+  asked = new AbortController();
+  const { signal } = asked;
+  const text = $("text").value;
+  const names = [...new Set([$("adapter").value, $("other").value])].filter(Boolean);
+  fail("");
+  $("answers").ariaBusy = "true";
+  try {
+    const answers = await Promise.all(names.map((name) => predictOne(text, name, false, signal)));
+    const order = answers[0].top_k.map(({ label }) => label);
+    const cards = answers.map((answer, i) => makeCard(names[i], answer, order));
+    $("answers").replaceChildren(...cards);
+    cards[0].querySelector(".bars").scrollIntoView({ block: "nearest" });
+    $("said").textContent = answers.map(({ label, score }, i) => `${names[i]}: ${label}, ${percent(score)}`).join("; ");
+    if (!$("explain").checked) return;
+    const explained = await Promise.all(names.map((name) => predictOne(text, name, true, signal)));
+    explained.forEach((answer, i) => cards[i].append(makeWhy(answer)));
+  } finally {
+    if (!signal.aborted) $("answers").ariaBusy = "false";
+  }
+}
+
+async function predictOne(text, adapter, explain, signal) {
+  const body = { texts: [text], adapter, top_k: adapters.get(adapter)?.labels.length ?? 1, explain };
+  const start = performance.now();
+  const { predictions } = await ask("predict", { body, signal });
+  return { ...predictions[0], milliseconds: Math.round(performance.now() - start) };
+}
+
+function makeCard(name, { label, score, top_k, truncated, milliseconds }, order) {
+  const time = make("span", "soft number", `${count(milliseconds)} ms`);
+  const head = make("header", "", make("h3", "", make("bdi", "", name)), time);
+  const verdict = make("p", "verdict", make("bdi", "", label), make("span", "number", percent(score)));
+  // Two adapters with the same labels show them in the same order.
+  const same = order.length === top_k.length && top_k.every((own) => order.includes(own.label));
+  const shown = same ? order.map((first) => top_k.find((own) => own.label === first)) : top_k;
+  const bars = shown.map((own) => makeBar(own.label, own.score, percent(own.score), own.label === label));
+  const card = make("article", "card answer", head, verdict, make("ol", "bars", ...bars));
+  if (truncated) card.append(make("p", "soft", "The text is longer than this adapter reads, and was cut."));
+  return card;
+}
+
+function makeBar(label, share, text, best) {
+  const fill = make("span", "fill");
+  fill.style.width = `${100 * share}%`;
+  const content = [make("bdi", "", label), make("span", "track", fill), make("span", "number", text)];
+  return make("li", best ? "best" : "", ...content);
+}
+
+const LEVELS = 3;
+const MARKED = 0.1; // share of the largest effect below which a word stays unmarked, as in explain.py
+
+function makeWhy({ label, words, effects }) {
+  const largest = effects.reduce((most, effect) => Math.max(most, Math.abs(effect)), 0);
+  const line = make("p", "words");
+  line.dir = "auto";
+  words.forEach((word, i) => {
+    const size = Math.abs(effects[i]);
+    const number = `${effects[i] < 0 ? "\u2212" : "+"}${Number(size.toPrecision(2))}`;
+    const level = largest && size / largest >= MARKED ? Math.min(LEVELS, 1 + Math.floor((size / largest) * LEVELS)) : 0;
+    line.append(level ? makeMark(effects[i] > 0 ? "for" : "against", level, word, number) : word, " ");
+  });
+  const signs = [makeMark("for", 2, "for", "+"), " ", makeMark("against", 2, "against", "\u2212"), " "];
+  const rest = ": how far its probability falls (+) or rises (\u2212) without the word; small effects are unmarked";
+  return make("div", "why", line, make("p", "soft", ...signs, make("bdi", "", label), rest));
+}
+
+function makeMark(side, level, word, number) {
+  return make("mark", `${side} level-${level}`, make("bdi", "", word), "\u00a0", make("small", "number", number));
+}
+
+// A whole table
+
+const MOST_TEXTS = 64; // of one request
+const MOST_CHARACTERS = 50_000;
+const PREVIEW = 5;
+let table = null; // as openFile and startAnew make it
+let running = null; // what cancels it
+
+const NO_UTF8 = "cannot be read as UTF-8; save it as that.";
+const WRONG_END = "text follows a closing quote, or a carriage return stands alone.";
+
+/** Return the rows of a csv, each a list of cells, after RFC 4180. */
+function parseTable(text, separator) {
+  const plain = new RegExp(`[^${separator}\\r\\n]*`, "y");
+  const rows = [];
+  for (let at = 0, cells = []; ; ) {
+    if (text[at] === '"') {
+      let end = text.indexOf('"', at + 1);
+      while (end >= 0 && text[end + 1] === '"') end = text.indexOf('"', end + 2);
+      if (end < 0) refuse(`Row ${rows.length}: a quote opened in it is never closed.`);
+      cells.push(text.slice(at + 1, end).replaceAll('""', '"'));
+      at = end + 1;
+    } else {
+      plain.lastIndex = at;
+      cells.push(plain.exec(text)[0]);
+      at = plain.lastIndex;
+    }
+    if (text[at] === separator) {
+      at += 1;
+      continue;
+    }
+    const newline = text.startsWith("\r\n", at) ? 2 : 1;
+    if (newline === 1 && at < text.length && text[at] !== "\n") refuse(`Row ${rows.length}: ${WRONG_END}`);
+    rows.push(cells);
+    cells = [];
+    at += newline;
+    if (at >= text.length) return rows;
+  }
+}
+
+const lines = (text) => text.replace(/\r?\n$/, "").split(/\r?\n/).map((line) => [line]);
+
+/** Read a file into `table`. */
+async function openFile(file) {
+  const { name } = file;
+  fail("");
+  if (running) refuse("Rows are being labelled; cancel that first.");
+  if (!/\.(csv|txt)$/i.test(name)) refuse(`${name}: give a .csv with a header, or a .txt with one text a line.`);
+  const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+  const whole = await file.arrayBuffer().then((bytes) => decoder.decode(bytes)).catch(() => refuse(`${name}: ${NO_UTF8}`));
+  const mark = whole.startsWith("\ufeff") ? "\ufeff" : "";
+  const text = whole.slice(mark.length);
+  const first = text.split("\n", 1)[0];
+  const separator = first.includes(";") && !first.includes(",") ? ";" : ",";
+  const newline = first.endsWith("\r") ? "\r\n" : "\n";
+  let rows = /csv$/i.test(name) ? parseTable(text, separator) : [["text"], ...lines(text)];
+  if (rows[0].length > 1) rows = rows.filter((cells) => cells.length > 1 || cells[0]); // a blank line is no row
+  const header = rows.shift();
+  const odd = rows.findIndex((cells) => cells.length !== header.length);
+  const found = `${name}: row ${odd + 1} has ${rows[odd]?.length} cells and the header ${header.length}`;
+  if (odd >= 0) refuse(`${found}; a cell that holds "${separator}" needs quotes.`);
+  if (!rows.length) refuse(`${name}: has no rows.`);
+  table = { name, header, rows, separator, newline, mark };
+  $("column").replaceChildren(...header.map((title, i) => new Option(title || `column ${i + 1}`, i)));
+  const lengths = header.map((_, i) => rows.slice(0, 100).reduce((sum, cells) => sum + cells[i].length, 0));
+  $("column").value = lengths.indexOf(Math.max(...lengths)); // texts are long
+  $("table").hidden = false;
+  startAnew();
+}
+
+/** Forget the answers: the file, the column or the adapter is another. */
+function startAnew() {
+  let prefix = "";
+  while (["label", "score"].some((title) => table.header.includes(prefix + title))) prefix += "predicted_";
+  const titles = [`${prefix}label`, `${prefix}score`];
+  Object.assign(table, { titles, answers: [], next: 0, cut: 0, sums: new Map() });
+  const size = `${table.name}: ${count(table.rows.length)} rows`;
+  $("table-status").textContent = `${size}; gets the columns ${titles.join(" and ")}.`;
+  $("formulas").textContent = $("rate").textContent = "";
+  $("progress").hidden = true;
+  showRunning(false);
+  showRows();
+}
+
+function showRows() {
+  const shown = table.rows.slice(0, PREVIEW).map((cells, i) => {
+    const { label = "", score } = table.answers[i] ?? {};
+    const clip = make("bdi", "clip", cells[$("column").value].slice(0, 300));
+    const number = make("td", "number", score === undefined ? "" : percent(score));
+    return make("tr", "", make("td", "", clip), make("td", "", make("bdi", "", label)), number);
+  });
+  $("preview").tBodies[0].replaceChildren(...shown);
+  const sums = [...table.sums].sort(([, one], [, other]) => other - one);
+  const total = sums.reduce((sum, [, number]) => sum + number, 0);
+  const text = (number) => `${count(number)} (${percent(number / total)})`;
+  $("counts").replaceChildren(...sums.map(([label, number]) => makeBar(label, number / total, text(number), true)));
+}
+
+/** Return the numbers of the next rows with a text, as many as one request takes. */
+function nextRows(column, most) {
+  const chosen = [];
+  let characters = 0;
+  for (let i = table.next; i < table.rows.length && chosen.length < most; i += 1) {
+    const text = table.rows[i][column];
+    if (!text.trim()) continue;
+    characters += text.length;
+    if (chosen.length && characters > MOST_CHARACTERS) break;
+    chosen.push(i);
+  }
+  return chosen;
+}
+
+/** Label what has no label yet. */
+async function labelRows(signal) {
+  const [column, adapter] = [$("column").value, $("table-adapter").value];
+  const [start, first] = [performance.now(), table.next];
+  const show = () => {
+    const speed = Math.round((1000 * (table.next - first)) / (performance.now() - start));
+    $("rate").textContent = `${count(table.next)} of ${count(table.rows.length)} rows, ${count(speed)} rows/s`;
+    $("progress").value = table.next;
+    showRows();
+  };
+  let most = MOST_TEXTS;
+  for (let chosen; (chosen = nextRows(column, most)).length; ) {
+    try {
+      const texts = chosen.map((i) => table.rows[i][column]);
+      const { predictions } = await ask("predict", { body: { texts, adapter }, signal });
+      keep(chosen, predictions);
+    } catch (error) {
+      if (error.status === 429) {
+        $("rate").textContent = `${error.message} Going on in ${error.seconds} s.`;
+        await wait((done) => setTimeout(done, 1000 * error.seconds), signal);
+      } else if ([413, 504].includes(error.status) && chosen.length > 1) {
+        most = Math.ceil(chosen.length / 2); // too large or too slow together: fewer at a time
+      } else {
+        const [from, to] = [chosen[0], chosen.at(-1)].map((i) => count(i + 1));
+        if (error.status) error.message = `Rows ${from} to ${to}: ${error.message}`;
+        throw error;
+      }
+      continue;
+    }
+    show();
+  }
+  table.next = table.rows.length;
+  show();
+}
+
+function keep(chosen, predictions) {
+  predictions.forEach((prediction, k) => {
+    table.answers[chosen[k]] = prediction;
+    table.sums.set(prediction.label, (table.sums.get(prediction.label) ?? 0) + 1);
+    table.cut += prediction.truncated;
+  });
+  table.next = chosen.at(-1) + 1;
+}
+
+async function runTable() {
+  running = new AbortController();
+  fail("");
+  showRunning(true);
+  Object.assign($("progress"), { max: table.rows.length, value: table.next, hidden: false });
+  $("table-status").textContent = `Labelling ${count(table.rows.length)} rows.`;
+  try {
+    await labelRows(running.signal);
+  } finally {
+    running = null;
+    showRunning(false);
+    showOutcome();
+  }
+}
+
+function showRunning(on) {
+  const focused = [$("start"), $("cancel")].includes(document.activeElement);
+  for (const id of ["file", "column", "table-adapter"]) $(id).disabled = on;
+  $("cancel").hidden = !on;
+  $("download").hidden = on || !table.next;
+  $("start").hidden = on || table.next >= table.rows.length;
+  $("start").textContent = table.next ? "Go on" : "Label";
+  // The focus must not be lost with its button.
+  if (focused) ["cancel", "start", "download"].map($).find((button) => !button.hidden).focus();
+}
+
+function showOutcome() {
+  const { rows, answers, next, cut } = table;
+  const labelled = answers.filter(Boolean).length;
+  const part = next < rows.length ? `Stopped after ${count(next)} of ${count(rows.length)} rows` : "Done";
+  const blank = next > labelled ? ` ${count(next - labelled)} have no text, and no label.` : "";
+  const long = cut ? ` ${count(cut)} texts are longer than the adapter reads, and were cut.` : "";
+  $("table-status").textContent = `${part}: ${count(labelled)} labelled.${blank}${long}`;
+  // A cell is data and is written as it is: what it would do in a spreadsheet program, only its owner can judge.
+  const risky = (cell) => /^[=+\-@\t\r]/.test(cell) && Number.isNaN(Number(cell));
+  const number = labelledRows().flat().filter(risky).length;
+  const advice = "written as they are: a spreadsheet program may run them as formulas, so import them as text.";
+  if (number) $("formulas").textContent = `${count(number)} cells begin with = + - or @ and are ${advice}`;
+}
+
+function labelledRows() {
+  const own = (i) => [table.answers[i]?.label ?? "", String(table.answers[i]?.score ?? "")];
+  return [[...table.header, ...table.titles], ...table.rows.map((cells, i) => [...cells, ...own(i)])];
+}
+
+function download() {
+  const { name, separator, newline, mark } = table;
+  const special = new RegExp(`["\\r\\n${separator}]`);
+  const write = (cell) => (special.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
+  const written = labelledRows().map((cells) => cells.map(write).join(separator) + newline);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([mark, ...written], { type: "text/csv" }));
+  link.download = name.replace(/\.\w+$/, "-labelled.csv");
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
+// What a user does
+
+const on = (target, event, react) => target.addEventListener(event, react);
+const take = (files) => files.length && attempt(() => openFile(files[0]));
+const isFile = (event) => event.dataTransfer.types.includes("Files");
+
+on($("key-form"), "submit", (event) => {
+  event.preventDefault();
+  key = $("key").value;
+  $("key").value = "";
+  $("key-form").hidden = true;
+  fail("");
+});
+on($("ask"), "submit", (event) => {
+  event.preventDefault();
+  attempt(predict);
+});
+on($("ask"), "change", showLabels);
+on($("text"), "keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit($("predict"));
+});
+on($("examples"), "click", ({ target }) => {
+  if (!target.dataset.text) return;
+  $("text").value = target.dataset.text;
+  $("ask").requestSubmit($("predict"));
+});
+on($("start"), "click", () => attempt(runTable));
+on($("cancel"), "click", () => running.abort());
+on($("download"), "click", download);
+on($("column"), "change", startAnew);
+on($("table-adapter"), "change", startAnew);
+on($("file"), "change", ({ target }) => {
+  take([...target.files]);
+  target.value = ""; // so that the same file can be chosen again
+});
+on(window, "dragover", (event) => {
+  if (!isFile(event)) return;
+  event.preventDefault(); // a file dropped beside must not replace the page
+  $("drop").classList.add("over");
+});
+on(window, "dragleave", ({ relatedTarget }) => relatedTarget ?? $("drop").classList.remove("over"));
+on(window, "drop", (event) => {
+  if (!isFile(event)) return;
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  take([...event.dataTransfer.files]);
+});
+on(window, "focus", () => $("key-form").hidden && attempt(loadAdapters)); // adapters come and go
+on(window, "beforeunload", (event) => running && event.preventDefault());
+
+attempt(loadAdapters);
