@@ -1,0 +1,98 @@
+"""A pool without a model: each adapter answers by a formula, so that any mix-up of texts or adapters shows."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from lora_sentiment.data.batches import Encoded, TextEncoder
+from lora_sentiment.serve.config import Limits, ServeConfig
+from lora_sentiment.serve.run import Server, bind
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "a", "the", *(f"w{i}" for i in range(100))]
+VOCABULARY = {word: number for number, word in enumerate(WORDS)}
+
+
+@dataclass(frozen=True)
+class FakeServed:
+    name: str
+    labels: tuple[str, ...]
+    encoder: TextEncoder
+    factor: float = 1.0
+    clean: bool = True
+    temperature: float | None = None
+    sha256: str = "0" * 64
+    form: str = "low-rank"
+    num_parameters: int = 10
+    method: str = "lora"
+
+
+def make_served(name: str, labels: Sequence[str] = ("no", "yes"), *, max_length: int = 16, **values: Any) -> FakeServed:
+    tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    encoder = TextEncoder(tokenizer, 2, 3, 0, max_length, values.pop("truncation", "head"))
+    return FakeServed(name, tuple(labels), encoder, **values)
+
+
+def answer(served: FakeServed, ids: Sequence[int]) -> np.ndarray:
+    """Logits of one text by one adapter."""
+    return np.array(
+        [np.cos(served.factor * (label + 1) * sum(i * (place + 1) for place, i in enumerate(ids))) * 3 for label, _ in
+         enumerate(served.labels)], dtype=np.float32,
+    )  # fmt: skip
+
+
+class FakePool:
+    """What `Pool` shows, over `answer`.
+
+    Attributes:
+        gate: `compute` waits for it; clear it to keep what is asked in the line.
+        fault: Raised by the next `compute`, once.
+        batches: How many texts each `compute` was given.
+    """
+
+    base, base_sha256 = "fake", "1" * 64
+
+    def __init__(self, *served: FakeServed) -> None:
+        self.served = {own.name: own for own in served}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fault: BaseException | None = None
+        self.batches: list[int] = []
+
+    def refresh(self) -> None:
+        pass
+
+    def compute(self, served: Sequence[FakeServed], encoded: Encoded) -> list[np.ndarray]:
+        self.gate.wait(20)
+        self.batches.append(len(served))
+        if self.fault:
+            fault, self.fault = self.fault, None
+            raise fault
+        rows = np.split(encoded.input_ids, encoded.offsets[1:-1])
+        return [answer(own, ids.tolist()) for own, ids in zip(served, rows, strict=True)]
+
+
+@contextmanager
+def running(pool: Any, **limits: Any) -> Iterator[Server]:
+    """A server on a free port of loopback, in a thread of this process; stopped at the end."""
+    config = ServeConfig(adapters=(Path("x"),), port=0, limits=Limits(**limits))
+    said: SimpleQueue[str] = SimpleQueue()
+    server = Server(pool, config, bind(config), announce=said.put)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert said.get(timeout=20) == server.address
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

@@ -1,0 +1,241 @@
+"""The HTTP face: what each route answers."""
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import SecretStr
+from starlette.testclient import TestClient
+
+from lora_sentiment.classifier import Classifier
+from lora_sentiment.explain import explain
+from lora_sentiment.serve.app import EXAMPLES, make_app
+from lora_sentiment.serve.config import Limits, ServeConfig
+from tests.serve.fake_pool import FakePool, answer, make_served
+
+KEY = "0123456789abcdef"
+LONG = " ".join(f"w{i}" for i in range(30))
+
+
+def make_client(*served, key=None, **limits):
+    """A client of an app in this process; use it as a context manager, which starts and stops the app."""
+    config = ServeConfig(adapters=(Path("x"),), api_key=SecretStr(key) if key else None, limits=Limits(**limits))
+    app = make_app(FakePool(*(served or [make_served("one")])), config)
+    return TestClient(app)
+
+
+def make_classifier(served):
+    def engine(input_ids, mask):
+        lengths = np.full(len(input_ids), input_ids.shape[1]) if mask is None else mask.sum(1)
+        return np.stack([answer(served, row[:n].tolist()) for row, n in zip(input_ids, lengths, strict=True)])
+
+    return Classifier(served.labels, served.encoder, engine, served.clean, None, "")
+
+
+def ask(client, **body):
+    response = client.post("/predict", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once():
+    served = [make_served(f"a{i}", [f"label{j}" for j in range(2 + i)], factor=0.1 + i, clean=i % 2 == 0,
+                          truncation=("head", "head_tail")[i % 2]) for i in range(6)]  # fmt: skip
+    texts = ["a good film", "", "bad<br />film", LONG, "good  good"]
+    with make_client(*served) as client, ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda own: ask(client, texts=texts, adapter=own.name, top_k=9), served * 2))
+    for own, got in zip(served * 2, found, strict=True):
+        assert got["adapter"] == own.name
+        for expected, answered in zip(make_classifier(own).predict(texts), got["predictions"], strict=True):
+            assert answered["label"] == expected.label == answered["top_k"][0]["label"]
+            assert {row["label"]: row["score"] for row in answered["top_k"]} == pytest.approx(expected.scores)
+            assert [row["score"] for row in answered["top_k"]] == sorted(expected.scores.values(), reverse=True)
+        assert [row["truncated"] for row in got["predictions"]] == [False, False, False, True, False]
+        assert got["predictions"][0]["words"] is None
+
+
+def test_top_k_names_as_many_labels_as_asked_for():
+    with make_client(make_served("one", "abcde")) as client:
+        assert [len(ask(client, texts=["a"], top_k=k)["predictions"][0]["top_k"]) for k in (1, 3, 10**30)] == [1, 3, 5]
+
+
+def test_an_explanation_is_that_of_the_command_line():
+    served = make_served("one", "abc", truncation="head_tail")
+    texts = ["a good&amp;bad film", "the", LONG]
+    with make_client(served) as client:
+        found = ask(client, texts=[*texts, " "], explain=True)["predictions"]
+    for text, row in zip(texts, found, strict=False):
+        expected = explain(make_classifier(served), text)
+        assert (row["label"], row["words"]) == (expected.label, expected.words)
+        assert row["effects"] == pytest.approx(expected.effects)
+    assert (found[-1]["words"], found[-1]["effects"]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "batch"), [("a good film", False), (["a good film"], False), ([["a good film"], ["bad"]], True)]
+)
+def test_the_words_of_text_embeddings_inference_are_understood(inputs, batch):
+    served = make_served("one", "abc")
+    with make_client(served) as client:
+        found, raw = ask(client, inputs=inputs), ask(client, inputs=inputs, raw_scores=True)
+    for rows, scored in ((found, True), (raw, False)):
+        first = rows[0] if batch else rows
+        assert [row["score"] for row in first] == sorted((row["score"] for row in first), reverse=True)
+        logits = dict(zip("abc", answer(served, [2, 7, 4, 6, 3]).tolist(), strict=True))
+        expected = make_classifier(served).predict(["a good film"])[0].scores if scored else logits
+        assert {row["label"]: row["score"] for row in first} == pytest.approx(expected)
+
+
+def test_a_longer_text_is_read_as_text_embeddings_inference_was_told():
+    served = make_served("one", truncation="head_tail")
+    words = LONG.split()
+    with make_client(served) as client:
+        for direction, kept in (("Right", words[:14]), ("right", words[:14]), ("Left", words[-14:])):
+            found = ask(client, inputs=LONG, truncation_direction=direction, truncate=True)
+            assert found == ask(client, inputs=" ".join(kept), truncate=False)
+        assert ask(client, inputs=LONG) == ask(client, inputs=" ".join(words[:3] + words[-11:]))
+        refused = client.post("/predict", json={"inputs": LONG, "truncate": False})
+    assert (refused.status_code, refused.json()["error"]) == (413, "texts[0]: has 32 tokens; the adapter reads 16")
+
+
+def test_a_server_may_refuse_longer_texts():
+    with make_client(on_long="refuse") as client:
+        assert client.post("/predict", json={"texts": ["a", LONG]}).status_code == 413
+        assert client.post("/predict", json={"inputs": LONG}).status_code == 413
+        assert client.post("/predict", json={"inputs": LONG, "truncate": True}).status_code == 200
+
+
+def test_an_adapter_must_be_named_where_several_are_loaded_and_an_unknown_one_is_told_what_there_is():
+    many = [make_served(f"adapter{i:02}") for i in range(25)]
+    with make_client(*many) as client:
+        missing = client.post("/predict", json={"texts": ["a"]})
+        unknown = client.post("/predict", json={"inputs": "a", "adapter": "nobody"})
+    assert (missing.status_code, missing.json()["error_type"]) == (422, "Validation")
+    assert (unknown.status_code, unknown.json()["error_type"]) == (404, "NotFound")
+    assert "adapter19 and 5 more; see GET /adapters" in unknown.json()["error"]
+
+
+def test_what_is_loaded_is_told():
+    with make_client(make_served("b"), make_served("a", "xyz")) as client:
+        found = client.get("/adapters").json()
+    assert found["base"] == {"name": "fake", "sha256": "1" * 64}
+    assert [row["name"] for row in found["adapters"]] == ["a", "b"]
+    assert found["adapters"][0] == {
+        "name": "a", "labels": ["x", "y", "z"], "method": "lora", "form": "low-rank", "num_parameters": 10,
+        "max_length": 16, "truncation": "head", "sha256": "0" * 64,
+    }  # fmt: skip
+
+
+def test_a_server_is_ready_while_something_is_loaded_and_it_is_not_stopping():
+    with make_client() as client:
+        assert client.get("/readyz").status_code == 200
+        client.app.state.queue.close()
+        stopping = [client.get("/readyz"), client.post("/predict", json={"texts": ["a"]})]
+        assert client.get("/healthz").status_code == 200
+    assert [row.status_code for row in stopping] == [503, 503]
+    app = make_app(FakePool(), ServeConfig(watch=Path("x")))
+    with TestClient(app) as client:
+        nothing = [client.get("/readyz"), client.post("/predict", json={"texts": ["a"]})]
+    assert [row.json()["error"] for row in nothing] == ["no adapter is loaded"] * 2
+
+
+def test_adapters_come_and_go_and_their_counts_with_them():
+    pool = FakePool(make_served("one"))
+
+    def swap():
+        pool.served = {"two": make_served("two")}
+
+    pool.refresh = swap
+    app = make_app(pool, ServeConfig(watch=Path("x"), limits=Limits(watch_seconds=0.05)))
+    with TestClient(app) as client:
+        ask(client, texts=["a"], adapter="one")
+        for _ in range(100):
+            shown = client.get("/metrics").text
+            if client.get("/adapters").json()["adapters"][0]["name"] == "two" and 'adapter="one"' not in shown:
+                break
+        assert client.post("/predict", json={"texts": ["a"], "adapter": "one"}).status_code == 404
+        ask(client, texts=["a", "good"])
+        assert 'lora_sentiment_texts_total{adapter="two"} 2.0' in client.get("/metrics").text
+        assert 'adapter="one"' not in client.get("/metrics").text
+
+
+def test_a_look_at_the_watched_folder_that_fails_leaves_what_is_served(caplog):
+    pool = FakePool(make_served("one"))
+
+    def fail():
+        raise OSError("no such device")
+
+    pool.refresh = fail
+    app = make_app(pool, ServeConfig(watch=Path("x"), limits=Limits(watch_seconds=0.01)))
+    with TestClient(app) as client:
+        for _ in range(200):
+            if "no such device" in caplog.text:
+                break
+            ask(client, texts=["a"])
+        ask(client, texts=["a"])
+    assert "x could not be looked at" in caplog.text
+
+
+def test_a_key_is_needed_for_all_that_tells_of_adapters_or_texts():
+    with make_client(key=KEY) as client:
+        for method, path in (("POST", "/predict"), ("GET", "/adapters"), ("GET", "/metrics")):
+            for given in (None, f"Bearer {KEY}x", "Bearer", f"Basic {KEY}", f"Bearer {KEY[:-1]}é".encode()):
+                headers = {} if given is None else {"Authorization": given}
+                response = client.request(method, path, json={"texts": ["a"]}, headers=headers)
+                assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer"), (path, given)
+            for given in (f"Bearer {KEY}", f"bearer  {KEY}"):
+                response = client.request(method, path, json={"texts": ["a"]}, headers={"Authorization": given})
+                assert response.status_code == 200
+        for path in ("/", "/page.js", "/page.css", "/healthz", "/readyz", "/openapi.json"):
+            assert client.get(path).status_code == 200
+
+
+def test_the_page_may_use_nothing_from_elsewhere_and_no_site_may_use_the_server():
+    with make_client() as client:
+        page = client.get("/")
+        assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+        for response in (page, client.get("/adapters"), client.get("/nowhere")):
+            assert response.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self';")
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+            assert "Access-Control-Allow-Origin" not in response.headers
+        asked = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
+        assert client.options("/predict", headers=asked).status_code == 405
+        assert client.get("/docs").status_code == 404
+
+
+def test_no_text_stands_in_the_log_or_the_counts(caplog):
+    secret = "w99"
+    with caplog.at_level(logging.DEBUG), make_client() as client:
+        ask(client, texts=[secret], explain=True)
+        client.get(f"/adapters?text={secret}")
+        client.get(f"/{secret}")
+        client.request(secret.upper(), "/predict")
+        client.post("/predict", json={"texts": [secret], "top_k": 0, secret: 1})
+        client.app.state.queue._compute = lambda *_: [][1]
+        assert client.post("/predict", json={"texts": [secret]}).status_code == 503
+        counts = client.get("/metrics").text
+    ours = "\n".join(
+        row.getMessage() + (row.exc_text or "") for row in caplog.records if not row.name.startswith("httpx")
+    )
+    assert "POST /predict 200" in ours
+    assert "GET other 404" in ours
+    assert "IndexError" in ours
+    assert secret not in ours.lower()
+    assert secret not in counts.lower()
+
+
+def test_the_document_names_every_error_and_its_examples_are_answered():
+    with make_client(make_served("imdb_small"), max_texts=7, key=KEY) as client:
+        document = client.get("/openapi.json").json()
+        for example in EXAMPLES.values():
+            response = client.post("/predict", json=example["value"], headers={"Authorization": f"Bearer {KEY}"})
+            assert response.status_code == 200
+    predict = document["paths"]["/predict"]["post"]
+    statuses = {"200", "400", "401", "404", "408", "413", "415", "422", "429", "503", "504"}
+    assert set(predict["responses"]) == statuses
+    assert "HTTPValidationError" not in json.dumps(document)
+    assert document["components"]["schemas"]["PredictRequest"]["properties"]["texts"]["maxItems"] == 7
+    assert predict["security"]

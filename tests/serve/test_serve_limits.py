@@ -1,0 +1,350 @@
+"""Hostile and unlucky requests over a real socket, each answered as the table in SECURITY.md says."""
+
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.serve.fake_pool import FakePool, make_served, running
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+CLOSED = (BrokenPipeError, ConnectionResetError)
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(
+        FakePool(make_served("one"), make_served("two", "abc")), header_seconds=2.0, body_seconds=2.0
+    ) as found:
+        yield found
+
+
+def connect(server):
+    host, port = server.address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=15)
+
+
+def read(connection):
+    """Read one answer: its status, its header, its body; (None, ..) where the server closed without one."""
+    with connection.makefile("rb") as file:
+        try:
+            line = file.readline()
+        except ConnectionResetError:
+            line = b""
+        if not line:
+            return None, {}, b""
+        header = {}
+        while (row := file.readline().decode().strip()) != "":
+            name, _, value = row.partition(": ")
+            header[name.lower()] = value
+        return int(line.split()[1]), header, file.read(int(header.get("content-length", "0")))
+
+
+def send(connection, data):
+    # Refused and closed already, perhaps; what was answered can still be read.
+    with suppress(*CLOSED):
+        connection.sendall(data)
+
+
+def post(body, *, kind="application/json", path="/predict"):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
+
+
+def get(path):
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+
+def chunked(body):
+    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    parts = [body[i : i + 65536] for i in range(0, len(body), 65536)]
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+BIG = b'{"texts": ["' + b"a" * 10 * MIB + b'"]}'
+# What was sent -> status, error_type; None where it is answered, or where there is no answer.
+HOSTILE = {
+    "a body of 10 MB": (post(BIG), 413, "TooLarge"),
+    "a body of 10 MB without its length": (chunked(BIG), 413, "TooLarge"),
+    "100,000 texts": (post({"texts": ["a"] * 100_000, "adapter": "one"}), 413, "TooLarge"),
+    "100,000 inputs": (post({"inputs": [["a"]] * 100_000, "adapter": "one"}), 413, "TooLarge"),
+    "five texts to explain": (post({"texts": ["a"] * 5, "explain": True, "adapter": "one"}), 413, "TooLarge"),
+    "300 words to explain": (post({"texts": ["a " * 300], "explain": True, "adapter": "one"}), 413, "TooLarge"),
+    "a word of 20,000 letters to explain": (
+        post({"texts": ["a" * 20_000], "explain": True, "adapter": "one"}), 413, "TooLarge",
+    ),
+    "bytes that are no UTF-8": (post(b'{"texts": ["\xff\xfe"]}'), 400, "Malformed"),
+    "half of a surrogate pair": (post(b'{"texts": ["\\ud800"], "adapter": "one"}'), 422, "Validation"),
+    "half of a surrogate pair as a key": (post(b'{"texts": ["a"], "\\ud800": 1}'), 422, "Validation"),
+    "a null byte in the JSON": (post(b'{"texts": ["a\x00"]}'), 400, "Malformed"),
+    "a null byte in a text": (post({"texts": ["a\x00b"], "adapter": "one"}), 200, None),
+    "no JSON": (post(b"texts=a"), 400, "Malformed"),
+    "an empty body": (post(b""), 400, "Malformed"),
+    "100,000 brackets": (post(b"[" * 100_000), 400, "Malformed"),
+    "a number of 100,000 digits": (post(b'{"texts": ["a"], "top_k": ' + b"9" * 100_000 + b"}"), 400, "Malformed"),
+    "NaN": (post(b'{"texts": ["a"], "top_k": NaN}'), 422, "Validation"),
+    "a form": (post(b"texts=a", kind="application/x-www-form-urlencoded"), 415, "UnsupportedMediaType"),
+    "an unknown key": (post({"texts": ["a"], "adaptor": "one"}), 422, "Validation"),
+    "a pair of texts": (post({"inputs": ["a", "b"], "adapter": "one"}), 422, "Validation"),
+    "<script> as a text": (post({"texts": ["<script>alert(1)</script>"], "adapter": "one"}), 200, None),
+    "<script> as an adapter": (post({"texts": ["a"], "adapter": "<script>alert(1)</script>"}), 404, "NotFound"),
+    "an unknown adapter": (post({"texts": ["a"], "adapter": "three"}), 404, "NotFound"),
+    "a path as an adapter": (post({"texts": ["a"], "adapter": "../../etc/passwd"}), 404, "NotFound"),
+    "a null byte as an adapter": (post({"texts": ["a"], "adapter": "one\x00"}), 404, "NotFound"),
+    "a name of 500,000 letters": (post({"texts": ["a"], "adapter": "a" * 500_000}), 404, "NotFound"),
+    "a path out of the page": (get("/../../../../etc/passwd"), 404, "NotFound"),
+    "an escaped path out of the page": (get("/%2e%2e/%2e%2e/page.css/..%2f..%2fapp.py"), 404, "NotFound"),
+    "a line break after a path": (post({"texts": ["a"], "adapter": "one"}, path="/predict%0a"), 404, "NotFound"),
+    "another method": (b"DELETE /predict HTTP/1.1\r\nHost: x\r\n\r\n", 405, "MethodNotAllowed"),
+    "a question whether other sites may ask": (
+        b"OPTIONS /predict HTTP/1.1\r\nHost: x\r\nOrigin: http://y\r\nAccess-Control-Request-Method: POST\r\n\r\n",
+        405, "MethodNotAllowed",
+    ),
+    "no HTTP": (b"\x16\x03\x01 hello\r\n\r\n", 400, "Malformed"),
+    "a header of 100,000 bytes": (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000, 400, "Malformed"),
+    "a chunk without its length": (
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        400, "Malformed",
+    ),
+    "a length of 5,000 digits": (
+        HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400, "Malformed",
+    ),
+    "a header that does not end": (b"GET / HTTP/1.1\r\nX-Slow: ", 408, "Timeout"),
+    "a body that does not come": (
+        HEAD + b"Content-Length: 100\r\n\r\n{", 408, "Timeout",
+    ),
+    "no request at all": (b"", None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_request_is_answered_as_the_table_says(server, name):
+    data, status, kind = HOSTILE[name]
+    with connect(server) as connection:
+        send(connection, data)
+        found, header, body = read(connection)
+    assert found == status, body
+    if status is not None:
+        assert header["content-type"] == "application/json"
+        assert header["x-content-type-options"] == "nosniff"
+        assert len(body) < 2000
+        assert json.loads(body).get("error_type") == kind
+    with connect(server) as connection:
+        connection.sendall(post({"texts": ["a"], "adapter": "one"}))
+        assert read(connection)[0] == 200
+
+
+def test_the_security_page_has_the_same_table():
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    written = dict(re.findall(r"^\| (.+?) \| (\d{3}|closed)\b", page, flags=re.MULTILINE))
+    assert {name: str(status or "closed") for name, (_, status, _) in HOSTILE.items()} == {
+        name: written.get(name.replace("<script>", "`<script>`")) for name in HOSTILE
+    }
+
+
+def send_for_ever(connection, data, *, seconds):
+    """Send again and again, for a minute at most."""
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        connection.sendall(data)
+        time.sleep(seconds)
+
+
+def test_a_sender_that_goes_on_after_it_was_refused_is_cut_off(server):
+    with connect(server) as connection:
+        connection.sendall(HEAD + b"Content-Length: 99999999\r\n\r\n")
+        assert read(connection)[0] == 413
+        with pytest.raises(CLOSED):
+            send_for_ever(connection, b"a", seconds=0.05)
+
+
+@pytest.mark.parametrize("path", ["/page.js", "/healthz"])
+def test_a_client_that_reads_no_answers_is_cut_off(path):
+    with running(FakePool(make_served("one")), header_seconds=1.0) as server:
+        # The less the kernel takes, the sooner the server has answers that it cannot send.
+        server._bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with connect(server) as connection:
+            connection.settimeout(60)
+            with pytest.raises(CLOSED):
+                send_for_ever(connection, get(path) * 100, seconds=0)
+
+
+def test_a_refused_body_leaves_the_connection_of_use(server):
+    with connect(server) as connection:
+        send(connection, post(BIG[: 2 * MIB]) + get("/healthz"))
+        assert read(connection)[0] == 413
+        assert read(connection)[0] == 200
+
+
+def test_connections_beyond_the_most_are_closed_and_those_before_them_are_answered():
+    with running(FakePool(make_served("one")), max_connections=3) as server:
+        held = [connect(server) for _ in range(3)]
+        time.sleep(0.2)
+        with connect(server) as further:
+            send(further, get("/healthz"))
+            assert read(further)[0] is None
+        for connection in held:
+            connection.sendall(get("/healthz"))
+            assert read(connection)[0] == 200
+            connection.close()
+
+
+def holding(server, pool, *, texts=("a",)):
+    """Ask something whose answer is held back; return the connection once it is computed."""
+    pool.gate.clear()
+    connection = connect(server)
+    connection.sendall(post({"texts": list(texts)}))
+    until(lambda: server._app.state.queue.tokens == 0 and under_way(server) > 0)
+    time.sleep(0.1)
+    return connection
+
+
+def under_way(server):
+    with connect(server) as connection:
+        connection.sendall(get("/metrics"))
+        text = read(connection)[2].decode()
+    return float(re.search(r"^lora_sentiment_requests_under_way (\S+)", text, flags=re.MULTILINE)[1])
+
+
+def until(true):
+    for _ in range(500):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came true")
+
+
+def test_overload_is_answered_429_at_once_with_a_time():
+    pool = FakePool(make_served("one", max_length=512))
+    with running(pool, max_queue_tokens=512, max_requests=3) as server:
+        first = holding(server, pool)
+        second, third = connect(server), connect(server)
+        second.sendall(post({"texts": ["a " * 500]}))
+        until(lambda: server._app.state.queue.tokens == 502)
+        third.sendall(post({"texts": ["a " * 100]}))
+        status, header, body = read(third)
+        assert (status, header["retry-after"]) == (429, "1")
+        assert "502 tokens wait already and this request makes at least 102" in json.loads(body)["error"]
+        # Two are under way; with a third, whose body is still coming, there is no room for a fourth.
+        third.sendall(post({"texts": ["a"]})[:-1])
+        until(lambda: under_way(server) == 3)
+        with connect(server) as fourth:
+            fourth.sendall(post({"texts": ["a"]}))
+            status, header, body = read(fourth)
+        assert (status, header["retry-after"]) == (429, "1")
+        assert "3 predictions are under way" in json.loads(body)["error"]
+        third.sendall(b"}")
+        pool.gate.set()
+        assert [read(connection)[0] for connection in (first, second, third)] == [200] * 3
+
+
+def test_what_waits_to_be_read_is_bounded():
+    pool = FakePool(make_served("one"))
+    entered, release = threading.Event(), threading.Event()
+    own = pool.served["one"].encoder
+
+    class Slow:
+        def encode_batch(self, texts, **options):
+            entered.set()
+            release.wait(10)
+            return own.tokenizer.encode_batch(texts, **options)
+
+    pool.served["one"] = make_served("one")
+    object.__setattr__(pool.served["one"].encoder, "tokenizer", Slow())
+    with running(pool, max_reading_characters=1000) as server:
+        first = connect(server)
+        first.sendall(post({"texts": ["a" * 2000]}))
+        assert entered.wait(10)
+        with connect(server) as second:
+            second.sendall(post({"texts": ["a" * 10]}))
+            status, header, _ = read(second)
+        assert (status, header["retry-after"]) == (429, "1")
+        release.set()
+        assert read(first)[0] == 200
+
+
+def test_a_deadline_that_passes_is_answered_504_and_its_texts_leave_the_line():
+    pool = FakePool(make_served("one"))
+    with running(pool, deadline_seconds=0.5) as server:
+        with holding(server, pool) as first, connect(server) as second:
+            second.sendall(post({"texts": ["a"] * 5}))
+            until(lambda: server._app.state.queue.tokens == 15)
+            for connection in (first, second):
+                status, _, body = read(connection)
+                assert (status, json.loads(body)["error_type"]) == (504, "Deadline")
+            until(lambda: server._app.state.queue.tokens == 0)
+        pool.gate.set()
+    assert pool.batches == [1]
+
+
+def test_the_texts_of_a_client_that_went_away_leave_the_line():
+    pool = FakePool(make_served("one"))
+    with running(pool) as server:
+        first, second = holding(server, pool), connect(server)
+        second.sendall(post({"texts": ["a"] * 5}))
+        until(lambda: server._app.state.queue.tokens == 15)
+        second.close()
+        until(lambda: server._app.state.queue.tokens == 0)
+        pool.gate.set()
+        assert read(first)[0] == 200
+        until(lambda: under_way(server) == 0)
+    assert pool.batches == [1]
+
+
+def test_a_stopping_server_answers_what_waits_and_refuses_what_comes():
+    pool = FakePool(make_served("one"))
+    with running(pool) as server:
+        first, second, late = holding(server, pool), connect(server), connect(server)
+        second.sendall(post({"texts": ["a"] * 5}))
+        late.sendall(post({"texts": ["a"]})[:-1])
+        until(lambda: under_way(server) == 3)
+        server.should_exit = True
+        until(lambda: server._app.state.queue.closed)
+        late.sendall(b"}")
+        status, _, body = read(late)
+        assert (status, json.loads(body)["error_type"]) == (503, "Unhealthy")
+        pool.gate.set()
+        assert [read(connection)[0] for connection in (first, second)] == [200, 200]
+
+
+def test_a_second_signal_gives_up_what_waits_unless_it_is_the_first_passed_on():
+    pool = FakePool(make_served("one"))
+    with running(pool) as server:
+        first, second = holding(server, pool), connect(server)
+        second.sendall(post({"texts": ["a"]}))
+        until(lambda: server._app.state.queue.tokens == 3)
+        server.handle_exit(signal.SIGINT, None)
+        server.handle_exit(signal.SIGINT, None)
+        until(lambda: server._app.state.queue.closed)
+        assert server._app.state.queue.tokens == 3
+        server._stopped_at -= 2
+        server.handle_exit(signal.SIGINT, None)
+        assert read(second)[0] == 503
+        pool.gate.set()
+        assert read(first)[0] == 200
+
+
+def test_a_stop_ends_in_time_whatever_waits():
+    pool = FakePool(make_served("one"))
+    started = time.monotonic()
+    with running(pool, stop_seconds=0.5, body_seconds=0.5) as server:
+        first, second = holding(server, pool), connect(server)
+        second.sendall(post({"texts": ["a"]}))
+        until(lambda: server._app.state.queue.tokens == 3)
+        server.should_exit = True
+        status, _, body = read(second)
+        assert (status, "stopped before" in json.loads(body)["error"]) == (503, True)
+        pool.gate.set()
+        assert read(first)[0] == 200
+    assert time.monotonic() - started < 10

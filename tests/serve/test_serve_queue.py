@@ -1,0 +1,185 @@
+"""The line in which texts wait: batched over adapters, bounded, left when given up."""
+
+import asyncio
+import logging
+
+import numpy as np
+import pytest
+
+from lora_sentiment.serve.config import Limits
+from lora_sentiment.serve.messages import RefusalError
+from lora_sentiment.serve.metrics import Metrics
+from lora_sentiment.serve.queue import Queue
+from tests.serve.fake_pool import FakePool, answer, make_served
+
+ONE, TWO = make_served("one"), make_served("two", "abcde", factor=0.3)
+TEXT = np.array([2, 5, 6, 3], dtype=np.int32)
+
+
+def in_line(ask, pool=None, **limits):
+    """Run `ask(queue, pool)` beside a running queue and return what it returns."""
+
+    async def run():
+        found = pool or FakePool(ONE, TWO)
+        queue = Queue(found.compute, limits=Limits(**{"batch_wait_ms": 20.0, **limits}), metrics=Metrics())
+        running = asyncio.create_task(queue.run())
+        try:
+            return await ask(queue, found)
+        finally:
+            found.gate.set()
+            running.cancel()
+            queue.shut()
+
+    return asyncio.run(run())
+
+
+async def waits(queue, tokens):
+    """Wait until so many tokens wait."""
+    for _ in range(1000):
+        if queue.tokens == tokens:
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError(f"{queue.tokens} tokens wait, not {tokens}")
+
+
+async def held_up(queue, pool):
+    """Return a request that is being computed and stays so until the gate opens."""
+    pool.gate.clear()
+    first = asyncio.create_task(queue.ask(ONE, [TEXT]))
+    await waits(queue, 4)
+    await waits(queue, 0)
+    return first
+
+
+def test_requests_for_several_adapters_are_computed_in_one_batch_each_by_its_own():
+    async def ask(queue, pool):
+        inputs = [TEXT, TEXT[:3]]
+        found = await asyncio.gather(queue.ask(ONE, inputs), queue.ask(TWO, inputs), queue.ask(ONE, inputs[:1]))
+        for own, served in zip(found, (ONE, TWO, ONE), strict=True):
+            for ids, logits in zip(inputs, own, strict=False):
+                np.testing.assert_array_equal(logits, answer(served, ids.tolist()))
+        return pool.batches
+
+    assert in_line(ask) == [5]
+
+
+def test_a_batch_holds_no_more_tokens_than_allowed_and_a_request_that_spans_several_keeps_its_order():
+    async def ask(queue, pool):
+        inputs = [np.array([2, i, 3], dtype=np.int32) for i in range(4, 11)]
+        long, short = await asyncio.gather(queue.ask(TWO, inputs), queue.ask(ONE, [TEXT]))
+        for ids, logits in zip(inputs, long, strict=True):
+            np.testing.assert_array_equal(logits, answer(TWO, ids.tolist()))
+        np.testing.assert_array_equal(short[0], answer(ONE, TEXT.tolist()))
+        return pool.batches
+
+    assert in_line(ask, batch_tokens=10) == [3, 3, 2]
+
+
+def test_a_full_batch_does_not_wait_for_more():
+    async def ask(queue, _):
+        await asyncio.wait_for(queue.ask(ONE, [TEXT] * 4), timeout=0.9)
+
+    in_line(ask, batch_tokens=16, batch_wait_ms=1000.0)
+
+
+def test_what_does_not_fit_is_refused_with_a_time_and_what_never_fits_without():
+    async def ask(queue, pool):
+        first = await held_up(queue, pool)
+        second = asyncio.create_task(queue.ask(ONE, [TEXT] * 127))
+        await waits(queue, 508)
+        with pytest.raises(RefusalError, match="508 tokens wait already and this request makes at least 8") as full:
+            await queue.ask(ONE, [TEXT] * 2)
+        assert (full.value.status, full.value.retry_after) == (429, 1)
+        with pytest.raises(RefusalError, match="makes 516 tokens; allowed: 512") as never:
+            await queue.ask(ONE, [TEXT] * 129)
+        assert (never.value.status, never.value.retry_after) == (413, None)
+        pool.gate.set()
+        assert len(await first) == 1
+        assert len(await second) == 127
+
+    in_line(ask, max_queue_tokens=512)
+
+
+def test_the_time_to_wait_follows_the_speed_seen():
+    async def ask(queue, pool):
+        slow = pool.compute
+        queue._compute = lambda *given: (asyncio.run(asyncio.sleep(0.2)), slow(*given))[1]
+        await queue.ask(ONE, [TEXT])  # 0.05 s a token
+        first = await held_up(queue, pool)
+        second = asyncio.create_task(queue.ask(ONE, [TEXT] * 10))
+        await waits(queue, 40)
+        found = queue.retry_after()
+        pool.gate.set()
+        await asyncio.gather(first, second)
+        return found
+
+    assert 2 <= in_line(ask) <= 10
+
+
+def test_a_request_that_is_given_up_leaves_the_line():
+    async def ask(queue, pool):
+        first = await held_up(queue, pool)
+        second, third = (asyncio.create_task(queue.ask(ONE, [TEXT] * count)) for count in (5, 2))
+        await waits(queue, 28)
+        second.cancel()
+        await waits(queue, 8)
+        pool.gate.set()
+        await asyncio.gather(first, third)
+        return pool.batches
+
+    assert in_line(ask) == [1, 2]
+
+
+def test_a_batch_that_cannot_be_computed_is_refused_and_logged_and_the_next_one_is_answered(caplog):
+    async def ask(queue, pool):
+        pool.fault = RuntimeError("no such kernel")
+        found = await asyncio.gather(queue.ask(ONE, [TEXT]), queue.ask(TWO, [TEXT]), return_exceptions=True)
+        assert [(error.kind, error.status) for error in found] == [("Backend", 503)] * 2
+        assert len(await queue.ask(ONE, [TEXT])) == 1
+        assert queue.tokens == 0
+
+    with caplog.at_level(logging.ERROR, logger="lora_sentiment"):
+        in_line(ask)
+    assert "a batch of 2 texts could not be computed" in caplog.text
+    assert "RuntimeError: no such kernel" in caplog.text
+
+
+def test_a_value_that_is_not_finite_is_the_fault_of_its_adapter_alone():
+    broken = make_served("broken", factor=float("nan"))
+
+    async def ask(queue, _):
+        return await asyncio.gather(queue.ask(ONE, [TEXT]), queue.ask(broken, [TEXT]), return_exceptions=True)
+
+    good, bad = in_line(ask)
+    np.testing.assert_array_equal(good[0], answer(ONE, TEXT.tolist()))
+    assert (bad.kind, bad.status) == ("Backend", 503)
+
+
+def test_a_closed_line_takes_nothing_new_and_computes_what_waits_at_once():
+    async def ask(queue, _):
+        waiting = asyncio.create_task(queue.ask(ONE, [TEXT]))
+        await waits(queue, 4)
+        queue.close()
+        with pytest.raises(RefusalError, match="is stopping"):
+            queue.check(4)
+        # What was let in before the stop, and only now has been tokenised.
+        late = queue.ask(TWO, [TEXT])
+        return len(await asyncio.wait_for(waiting, timeout=0.9)), len(await late)
+
+    assert in_line(ask, batch_wait_ms=1000.0) == (1, 1)
+
+
+def test_what_is_abandoned_is_refused():
+    async def ask(queue, pool):
+        first = await held_up(queue, pool)
+        second = asyncio.create_task(queue.ask(ONE, [TEXT]))
+        await waits(queue, 4)
+        queue.close()
+        queue.abandon()
+        for refused in (second, queue.ask(ONE, [TEXT])):
+            with pytest.raises(RefusalError, match="stopped before this request's turn"):
+                await refused
+        pool.gate.set()
+        assert len(await first) == 1
+
+    in_line(ask)
