@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,20 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
+from torch.distributed import DistError
 
-from lora_sentiment.errors import ModelError, RecipeError
+from lora_sentiment.errors import DataError, ModelError, RecipeError, TrainingError
 from lora_sentiment.model.base import resolve_dtype
 from lora_sentiment.training.trackers import CsvTracker
 
 log = logging.getLogger("lora_sentiment")
 _PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_OWN = {
+    "data.source", "model.name", "machine.cpu", "machine.instructions", "machine.threads",
+    "machine.max_tokens_per_micro_batch",
+}  # fmt: skip
+"""What may differ between the machines of a launch: where things lie, and how fast each is."""
 
 
 def join_launch() -> PartialState:
@@ -43,6 +52,47 @@ def join_launch() -> PartialState:
         raise RecipeError(f"{launched} processes were launched and Accelerate joined {state.num_processes} of them")
     set_threads(state)
     return state
+
+
+@contextmanager
+def explain_loss(state: PartialState) -> Iterator[None]:
+    """Say in one line that another process is gone, where torch shows how far down the connection broke.
+
+    The system closes the connections of a process that dies, so the others know as soon as they exchange anything; the
+    patience of a collective (30 minutes with gloo) is for slow work, and no shorter one is needed.
+
+    Raises:
+        TrainingError: If an exchange failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if state.num_processes == 1 or not (isinstance(error, DistError) or "gloo" in str(error)):
+            raise
+        raise TrainingError(
+            "another process of this launch is gone, so this one ends; look for its message, or, where it was killed "
+            "(did memory run out?), for the launcher's; what was saved stays, and the same command goes on from there: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def refuse_differences(facts: Mapping[str, Any]) -> None:
+    """Refuse, on all processes alike, that they have read different things: each reads the disk of its own machine.
+
+    Args:
+        facts: What must be equal, by name, apart from what may be each machine's own.
+
+    Raises:
+        DataError: Naming what differs, and on which process.
+    """
+    every = gather_object([{name: value for name, value in facts.items() if name not in _OWN}])
+    for rank, own in enumerate(every):
+        if found := [name for name in every[0] | own if own.get(name) != every[0].get(name)]:
+            first, other = (str(told.get(found[0]))[:80] for told in (every[0], own))
+            raise DataError(
+                f"process {rank} has another {', '.join(found)} than process 0 ({other}, not {first}); give every "
+                "machine the same recipe, rows, base and versions"
+            )
 
 
 def make_accelerator(
@@ -82,6 +132,24 @@ def make_accelerator(
     if trackers:
         accelerator.init_trackers("lora_sentiment")
     return accelerator
+
+
+def describe_machine(dtype: torch.dtype, *, max_tokens: int) -> dict[str, Any]:
+    """Return the facts of machine and launch that fix the bytes of the result.
+
+    Args:
+        dtype: Compute dtype.
+        max_tokens: Most padded tokens of a micro-batch.
+    """
+    state = PartialState()
+    return {
+        "device": state.device.type,
+        "cpu": str(torch.cpu.get_capabilities().get("cpu_name", "unknown")),
+        "threads": torch.get_num_threads(),
+        "num_processes": state.num_processes,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_tokens_per_micro_batch": max_tokens,
+    }
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 from lora_sentiment import __version__
-from lora_sentiment.errors import LoraSentimentError, RecipeError
+from lora_sentiment.errors import LoraSentimentError, RecipeError, TrainingError
 from lora_sentiment.files import hold_file
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.training.checkpoint import FOLDER, list_checkpoints
@@ -22,6 +23,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safete
 """Those without whose very versions, and ours, a run does not go on bit for bit."""
 _BASE = ("activation", "attention_dropout", "dropout", "n_heads", "seq_classif_dropout")
 """What of a base's config.json changes its answers, or a step, and no tensor."""
+_FULL = ("No space left on device", "Disk quota exceeded", "not enough space on the disk")
+"""How a system words it; safetensors passes only the words on."""
 _FREE = {"train.resume", "train.save_steps", "train.save_total_limit", "train.report_to"}
 """Keys of a recipe that change no bit."""
 
@@ -124,6 +127,24 @@ def _instructions() -> str:
     flags = torch.cpu.get_capabilities()
     vectors = sorted(name for name, there in flags.items() if there is True and name.startswith(("avx", "amx", "sve")))
     return " ".join([torch.backends.cpu.get_cpu_capability(), *vectors])
+
+
+@contextmanager
+def explain_full_disk(run_folder: Path) -> Iterator[None]:
+    """Say in one line that the disk is full, and what is kept: after the training it is an adapter that does not fit.
+
+    Raises:
+        TrainingError: If a file cannot be written for that.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not any(words in str(error) for words in _FULL):
+            raise
+        whole = list_checkpoints(run_folder / FOLDER)
+        kept = f"; what was trained is in {whole[0]}: the same command with --resume goes on" if whole else ""
+        free = f"{shutil.disk_usage(run_folder).free:,} bytes are free in {run_folder}"
+        raise TrainingError(f"the disk is full: {' '.join(str(error).split())}; {free}; make room{kept}") from error
 
 
 def make_aside(run_folder: Path) -> Path:

@@ -28,7 +28,7 @@ from lora_sentiment.evaluation.calibration import TEMPERATURE_BOUNDS, fit_temper
 from lora_sentiment.evaluation.metrics import confusion_matrix
 from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.files import write_json
-from lora_sentiment.launch import join_launch, make_accelerator
+from lora_sentiment.launch import describe_machine, explain_loss, join_launch, make_accelerator, refuse_differences
 from lora_sentiment.model.base import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
@@ -41,7 +41,7 @@ from lora_sentiment.offline import settle
 from lora_sentiment.plots import plot_confusion, plot_training
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.report import make_report, peak_memory, reset_peak_memory
-from lora_sentiment.run_folder import claim, drop_checkpoints, make_aside, make_settings
+from lora_sentiment.run_folder import claim, drop_checkpoints, explain_full_disk, make_aside, make_settings
 from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.loop import History, count_steps, fit
@@ -108,9 +108,10 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
         StoppedError: When SIGTERM or SIGINT came while it trained; it is saved.
     """
     state = join_launch()
-    recipe, stand_in = settle(recipe, state)
-    with claim(recipe, state) as run_folder:
-        return _walk(recipe, state, run_folder, stand_in=stand_in, allow_changes=allow_changes)
+    with explain_loss(state):
+        recipe, stand_in = settle(recipe, state)
+        with claim(recipe, state) as run_folder, explain_full_disk(run_folder):
+            return _walk(recipe, state, run_folder, stand_in=stand_in, allow_changes=allow_changes)
 
 
 def _walk(
@@ -159,6 +160,8 @@ def _train(
 ) -> History:
     """Leave the model with its best tensors and a dense head; nothing else of it may have changed."""
     frozen = hash_tensors(frozen_tensors(setup.model).items())
+    settings = _settings(recipe, setup, frozen_sha256=frozen)
+    refuse_differences(settings)
     # From here on the global generator draws dropout: other masks on every process, the same ones in every run.
     torch.manual_seed(recipe.train.seed + accelerator.process_index)
     history = fit(
@@ -172,7 +175,7 @@ def _train(
         max_tokens=setup.max_tokens,
         store=Store(
             run_folder / CHECKPOINTS,
-            _settings(recipe, setup, frozen_sha256=frozen),
+            settings,
             resume=recipe.train.resume,
             allow_changes=allow_changes,
             limit=recipe.train.save_total_limit,
@@ -197,7 +200,9 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
         "frozen_sha256": frozen_sha256,
         "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
     }
-    return make_settings(recipe, found, machine=_machine(setup))
+    machine = describe_machine(setup.dtype, max_tokens=setup.max_tokens)
+    config: Any = setup.base.model.config
+    return make_settings(recipe, found, machine=machine, base=config.to_dict())
 
 
 def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) -> _Setup:
@@ -287,13 +292,15 @@ def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
 
 
 def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator) -> Encoded:
-    return encode(
-        rows,
-        tokenizer=setup.base.tokenizer,
-        max_length=recipe.model.max_length,
-        truncation=recipe.model.truncation,
-        progress=accelerator.is_main_process,
-    )
+    # The first process of a machine tokenises; the others then find the ids of many rows where it has kept them.
+    with accelerator.local_main_process_first():
+        return encode(
+            rows,
+            tokenizer=setup.base.tokenizer,
+            max_length=recipe.model.max_length,
+            truncation=recipe.model.truncation,
+            progress=accelerator.is_main_process,
+        )
 
 
 def _describe_seen(data: Data, encoded: Mapping[str, Encoded], recipe: Recipe) -> DataReport:
@@ -325,7 +332,7 @@ def _save_adapter(
             validation_sha256=data.validation.fingerprint(),
             carved_test_sha256=data.carved_test.fingerprint() if data.carved_test else None,
         ),
-        machine=_machine(setup),
+        machine=describe_machine(setup.dtype, max_tokens=setup.max_tokens),
         stand_in=setup.stand_in,
         calibration=calibration,
         trained=trained,
@@ -352,6 +359,8 @@ def _judge(
             log.warning("%s", verdict.data.to_lines([role])[0])
         else:
             rows[role] = found
+    verdict.fingerprints |= {role: judged.fingerprint() for role, judged in rows.items()}
+    refuse_differences(verdict.fingerprints | {"faults": [str(fault) for fault in verdict.faults]})
     for role, judged in rows.items():
         verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
         verdict.data.roles[role] = describe_role(
@@ -363,7 +372,6 @@ def _judge(
             seen_texts=data.seen_texts,
         )
         verdict.logits[role] = _predict(setup, verdict.encoded[role], role, accelerator)
-        verdict.fingerprints[role] = judged.fingerprint()
     for line in verdict.data.to_lines(list(rows)):
         log.info("%s", line)
     for role, logits in verdict.logits.items():
@@ -426,19 +434,6 @@ def _probe_ids(base: Base, max_length: int) -> list[list[int]]:
     length = min(PROBE_TOKENS, max_length)
     encoded = encode(rows, tokenizer=base.tokenizer, max_length=length, truncation="head")
     return [part.tolist() for part in np.split(encoded.input_ids, encoded.offsets[1:-1])]
-
-
-def _machine(setup: _Setup) -> dict[str, Any]:
-    """Return the facts of machine and launch that fix the bytes of the result."""
-    state = PartialState()
-    return {
-        "device": state.device.type,
-        "cpu": str(torch.cpu.get_capabilities().get("cpu_name", "unknown")),
-        "threads": torch.get_num_threads(),
-        "num_processes": state.num_processes,
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "max_tokens_per_micro_batch": setup.max_tokens,
-    }
 
 
 if __name__ == "__main__":

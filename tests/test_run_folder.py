@@ -1,5 +1,6 @@
 """A whole run that is stopped and goes on, and who may write into its folder."""
 
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora_sentiment import cli, run_folder
@@ -159,6 +161,25 @@ def test_each_thing_that_fixes_the_bytes_is_named_when_it_changed(own_base, toy_
         for path, content in kept.items():
             path.write_bytes(content)
     assert run(toy_recipe).history.resumed == [3]
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_in_rust(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(("place", "fails"), [("save", full_in_rust), ("publish", full)])
+def test_a_disk_too_full_for_the_adapter_costs_no_training(toy_recipe, monkeypatch, place, fails):
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_folder, place, fails)
+        told = r"disk is full: .*No space left.* bytes are free in .*; make room; what was trained is in .*-00000007"
+        with pytest.raises(TrainingError, match=told):
+            run(toy_recipe)
+    monkeypatch.setattr(loop._Loop, "_step", None)  # nothing is trained again
+    assert run(toy_recipe, "train.resume=always").history.resumed == [7]
 
 
 def test_the_report_says_that_a_run_went_on_and_what_was_allowed(toy_recipe, stopped):

@@ -340,22 +340,6 @@ def test_a_launch_setting_that_disagrees_is_refused_by_name(toy_recipe):
     assert "lora_sentiment/train.py" not in done.stderr
 
 
-def test_two_processes_train_as_one(toy_recipe):
-    """41 test rows do not divide by two, nor a step's weights; dropout off, fp32."""
-    off = ("model.dropout=0", "model.attention_dropout=0", "model.seq_classif_dropout=0")
-    off += ("train.class_weights=[1, 3]", "train.label_smoothing_factor=0.1")
-    one = run(toy_recipe, *off)
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = launched(toy_recipe, *off, f"output.dir={toy_recipe.parent}/two", with_command=torchrun)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((toy_recipe.parent / "two/report.json").read_text())
-    assert report["test"]["log_loss"]["value"] == pytest.approx(one.report["test"]["log_loss"]["value"], abs=1e-3)
-    with (toy_recipe.parent / "two.run/metrics.csv").open(newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
-    assert losses == pytest.approx([point.loss for point in one.history.steps], abs=1e-4)
-    assert done.stderr.count("saved and verified") == 1
-
-
 @pytest.mark.shared
 def test_the_main_command_walks_the_hub(hub, tmp_path):
     command = [

@@ -3,15 +3,21 @@
 Importing this imports no torch: an ONNX file answers without.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from lora_sentiment.data.cache import Part, keep_ids
 from lora_sentiment.data.rows import Rows
+from lora_sentiment.data.texts import let_go
 from lora_sentiment.progress import make_bar
 
 if TYPE_CHECKING:
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
 BUCKET_STEPS = 50
 """Optimizer steps whose rows are sorted together: enough to pad little, few enough to keep the order random."""
 TOKENISE_ROWS = 1000
+"""Texts that the tokenizer is given at once; its own threads share them, unless TOKENIZERS_PARALLELISM=false."""
+CACHED_ROWS = 5000
+"""Rows from which on token ids are kept on disk and mapped; fewer are tokenised again in no time."""
 INFERENCE_TOKENS = 8192
 """Padded tokens of one forward without gradients."""
 
@@ -49,7 +58,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row, shape (num_rows,)."""
         return np.diff(self.offsets)
@@ -133,19 +142,34 @@ class TextEncoder:
         return [ids[start : start + self.room] for start in starts]
 
     def encode(self, rows: Rows, *, progress: bool = False) -> Encoded:
-        """Return the truncated inputs of rows, with their labels, and a bar meanwhile if asked for."""
-        inputs: list[NDArray[np.int32]] = []
-        whole: list[int] = []
+        """Return the truncated inputs of rows, with their labels, and a bar meanwhile if asked for.
+
+        Those of many rows are kept on disk under a hash of texts, tokenizer and settings, and mapped.
+        """
+        kept = None
+        if len(rows) >= CACHED_ROWS:
+            kept = keep_ids(self._key(rows), lambda: self._encode_parts(rows, progress=progress))
+        if kept is None:
+            parts = list(self._encode_parts(rows, progress=progress))
+            kept = np.concatenate([ids for ids, _ in parts]), np.concatenate([whole for _, whole in parts])
+        input_ids, whole = kept
+        offsets = np.concatenate([[0], np.minimum(whole, self.max_length).cumsum()])
+        truncated = int((whole > self.max_length).sum())
+        return Encoded(input_ids, offsets, rows.labels, truncated, self.pad_token_id, whole)
+
+    def _encode_parts(self, rows: Rows, *, progress: bool) -> Iterator[Part]:
         with make_bar(len(rows), desc="tokenising", unit="rows", show=progress) as bar:
             for start in range(0, len(rows), TOKENISE_ROWS):
-                texts = rows.texts[start : start + TOKENISE_ROWS]
-                for ids in self.tokenise(texts):
-                    whole.append(len(ids) + 2)
-                    inputs.append(self.frame(self.truncate(ids)))
-                bar.update(len(texts))
-        lengths = np.array(whole, dtype=np.int64)
-        packed = self.pack(inputs, labels=rows.labels)
-        return replace(packed, truncated=int((lengths > self.max_length).sum()), whole_lengths=lengths)
+                found = self.tokenise(rows.texts[start : start + TOKENISE_ROWS])
+                ids = np.concatenate([self.frame(self.truncate(ids)) for ids in found])
+                yield ids, np.array([len(ids) + 2 for ids in found], dtype=np.int64)
+                bar.update(len(found))
+
+    def _key(self, rows: Rows) -> str:
+        """Return a hash of all that decides the ids of rows."""
+        settings = [self.cls_token_id, self.sep_token_id, self.max_length, self.truncation, version("tokenizers")]
+        facts = json.dumps([rows.fingerprint(), self.tokenizer.to_str(), *settings])
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def frame(self, ids: list[int]) -> NDArray[np.int32]:
         """Put [CLS] and [SEP] around the ids of one input."""
@@ -225,6 +249,7 @@ def pad(encoded: Encoded, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], 
     input_ids = np.full((len(index), longest), encoded.pad_token_id, dtype=np.int64)
     for row, i in enumerate(index):
         input_ids[row, : lengths[row]] = encoded.input_ids[encoded.offsets[i] : encoded.offsets[i + 1]]
+    let_go(encoded.input_ids.base)
     mask = (np.arange(longest) < lengths[:, None]).astype(np.int64) if lengths.min() < longest else None
     return input_ids, mask
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.config import DataConfig
-from lora_sentiment.data.sources import Columns, Source, check_files, find_source, looks_like_files, read_columns
+from lora_sentiment.data.sources import Source, check_files, find_source, looks_like_files, read_columns
+from lora_sentiment.data.texts import Texts, TextsWriter
 from lora_sentiment.errors import DataError
 
 
@@ -37,14 +38,34 @@ class Rows:
 
     def take(self, index: NDArray[np.int64]) -> "Rows":
         """Return the rows at these positions, in this order."""
-        return Rows([self.texts[i] for i in index], self.labels[index], self.numbers[index])
+        texts = self.texts.take(index) if isinstance(self.texts, Texts) else [self.texts[i] for i in index]
+        return Rows(texts, self.labels[index], self.numbers[index])
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over texts and labels in order."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256(self.labels.tobytes())
         for text in self.texts:
             digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
+
+    @cached_property
+    def digests(self) -> NDArray[np.uint64]:
+        """A number for each text, equal where the texts are, shape (num_rows,): a set of texts would fill memory."""
+        return np.fromiter(map(digest_text, self.texts), dtype=np.uint64, count=len(self))
+
+    def first_equal(self) -> NDArray[np.int64]:
+        """Return for each row the position of the first row with the same text, shape (num_rows,)."""
+        _, first, group = np.unique(self.digests, return_index=True, return_inverse=True)
+        return np.asarray(first[group], dtype=np.int64)
+
+
+def digest_text(text: str) -> int:
+    """Return 64 bits that stand for a text (BLAKE2b): that any two of a million share them has a chance of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 @dataclass
@@ -87,9 +108,9 @@ class Data:
     counts: dict[str, Counts]
 
     @cached_property
-    def seen_texts(self) -> frozenset[str]:
-        """The texts that training has seen, to train on or to choose on."""
-        return frozenset(self.train.texts) | frozenset(self.validation.texts)
+    def seen_texts(self) -> NDArray[np.uint64]:
+        """Digests of the texts that training has seen, to train on or to choose on."""
+        return np.concatenate([self.train.digests, self.validation.digests])
 
 
 def load_data(config: DataConfig) -> Data:
@@ -130,10 +151,10 @@ def load_judged(config: DataConfig, *, role: str, labels: tuple[str, ...]) -> tu
     """
     source = find_source(config)
     check_files(config, source)
-    columns = read_columns(config, source, role)
-    if "-1" not in labels and all(value in (-1, "-1") for value in columns[1]):
-        return None, Counts(read=len(columns[1]), unlabelled=len(columns[1]))
-    rows, _, counts = _make_rows(config, columns, source.where(role), labels, config.max_test_rows)
+    read = _read(config, source, role)
+    if "-1" not in labels and all(value in (-1, "-1") for value in read.values):
+        return None, Counts(read=len(read.values), unlabelled=len(read.values))
+    rows, _, counts = _make_rows(config, read, source.where(role), labels, config.max_test_rows)
     return rows, counts
 
 
@@ -172,22 +193,18 @@ def carve(rows: Rows, names: Sequence[str], *, fraction: float, seed: int) -> tu
         DataError: If one side would hold no row of some label.
     """
     generator = np.random.default_rng(seed)
-    groups: dict[str, list[int]] = {}
-    for position, text in enumerate(rows.texts):
-        groups.setdefault(text, []).append(position)
-    by_label: dict[int, list[list[int]]] = {}
-    for group in groups.values():
-        # A text that stands under two labels goes with the label of its first row.
-        by_label.setdefault(int(rows.labels[group[0]]), []).append(group)
-    carved = np.zeros(len(rows), dtype=bool)
-    for _, own in sorted(by_label.items()):
-        wanted = max(1, round(sum(map(len, own)) * fraction))
-        taken = 0
-        for i in generator.permutation(len(own)):
-            if taken >= wanted:
-                break
-            carved[own[i]] = True
-            taken += len(own[i])
+    first = rows.first_equal()
+    sizes = np.bincount(first, minlength=len(rows))
+    heads = np.flatnonzero(sizes)
+    chosen = np.zeros(len(rows), dtype=bool)
+    # A text that stands under two labels goes with the label of its first row.
+    for label in np.unique(rows.labels[heads]):
+        own = heads[rows.labels[heads] == label]
+        wanted = max(1, round(int(sizes[own].sum()) * fraction))
+        own = own[generator.permutation(len(own))]
+        # The first texts in this order whose rows are as many as wanted.
+        chosen[own[: np.searchsorted(sizes[own].cumsum(), wanted) + 1]] = True
+    carved = chosen[first]
     for label in np.unique(rows.labels):
         if carved[rows.labels == label].all():
             raise DataError(
@@ -223,34 +240,69 @@ def clean_text(text: str, counts: Counter[str]) -> str:
 def _load_split(
     config: DataConfig, source: Source, role: str, labels: tuple[str, ...] | None, max_rows: int | None
 ) -> tuple[Rows, tuple[str, ...], Counts]:
-    return _make_rows(config, read_columns(config, source, role), source.where(role), labels, max_rows)
+    return _make_rows(config, _read(config, source, role), source.where(role), labels, max_rows)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A whole split, its texts cleaned and outside memory.
+
+    Attributes:
+        texts: One a row; empty where it has a fault.
+        faults: Position to what is wrong with a text, as `_text_fault` says it.
+        values: Label values, as the source has them; equal ones are one object.
+        names: The label names that the source itself states.
+        cleaned: How many texts each cleaning rule changed.
+    """
+
+    texts: Texts
+    faults: dict[int, tuple[str, str]]
+    values: list[Any]
+    names: tuple[str, ...] | None
+    cleaned: Counter[str]
+
+
+def _read(config: DataConfig, source: Source, role: str) -> _Read:
+    columns, names = read_columns(config, source, role)
+    texts, faults, cleaned = TextsWriter(), {}, Counter[str]()
+    values: list[Any] = []
+    one: dict[tuple[type, Any], Any] = {}
+    for some_texts, some_values in columns:
+        for position, text in enumerate(some_texts, start=len(values)):
+            if isinstance(text, str) and config.clean:
+                text = clean_text(text, cleaned)
+            if fault := _text_fault(text):
+                faults[position] = fault
+            texts.write("" if fault else text)
+        values += [one.setdefault((type(v), v), v) if isinstance(v, (str, int)) else v for v in some_values]
+    if not values:
+        raise DataError(f"{source.where(role)}: has no rows")
+    return _Read(texts.finish(), faults, values, names, cleaned)
 
 
 def _make_rows(
-    config: DataConfig, columns: Columns, where: str, labels: tuple[str, ...] | None, max_rows: int | None
+    config: DataConfig, read: _Read, where: str, labels: tuple[str, ...] | None, max_rows: int | None
 ) -> tuple[Rows, tuple[str, ...], Counts]:
-    """Make rows of a whole split: clean it, map its labels, drop or refuse bad rows, sample."""
-    texts, values, own_names = columns
-    if own_names and labels and own_names != labels:
-        values = _rename(values, own_names, labels, where)
-    names, index = _map_labels(values, labels or own_names, where)
-    counts = Counts(read=len(texts))
+    """Make rows of a whole split: map its labels, drop or refuse bad rows, sample."""
+    values = read.values
+    if read.names and labels and read.names != labels:
+        values = _rename(values, read.names, labels, where)
+    names, index = _map_labels(values, labels or read.names, where)
+    counts = Counts(read=len(values), cleaned=read.cleaned)
     faults: dict[str, list[int]] = {}
-    kept: list[int] = []
-    for position, (text, label) in enumerate(zip(texts, index, strict=True)):
-        if isinstance(text, str) and config.clean:
-            texts[position] = text = clean_text(text, counts.cleaned)
-        if fault := _fault(text, label, values[position], names):
+    kept = np.ones(len(values), dtype=bool)
+    for position, (label, value) in enumerate(zip(index, values, strict=True)):
+        if fault := read.faults.get(position) or _label_fault(label, value, names):
             counts.dropped.setdefault(fault[0], []).append(position + 1)
             faults.setdefault(fault[1], []).append(position + 1)
-        else:
-            kept.append(position)
+            kept[position] = False
     if faults and config.on_bad_row == "error":
         raise DataError(_bad_rows(where, faults))
-    if not kept:
-        raise DataError(f"{where}: no usable row among {len(texts)}: {', '.join(counts.dropped)}")
-    positions = np.array(kept, dtype=np.int64)
-    rows = Rows([texts[i] for i in kept], np.array([index[i] for i in kept], dtype=np.int64), positions + 1)
+    if not kept.any():
+        raise DataError(f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}")
+    found = np.array([-1 if label is None else label for label in index], dtype=np.int64)
+    every = Rows(read.texts, found, np.arange(1, len(values) + 1))
+    rows = every if kept.all() else every.take(np.flatnonzero(kept))
     rows = sample(rows, num_rows=max_rows, seed=config.split_seed)
     counts.kept = len(rows)
     return rows, names, counts
@@ -324,14 +376,19 @@ def _label_order(text: str) -> tuple[int, int, str]:
     return (0, int(text), text) if re.fullmatch(r"-?\d+", text) else (1, 0, text)
 
 
-def _fault(text: Any, label: int | None, value: Any, names: tuple[str, ...]) -> tuple[str, str] | None:
-    """Return what is wrong with a row, or None: the kind of fault, which quotes nothing, and a message."""
+def _text_fault(text: Any) -> tuple[str, str] | None:
+    """Return what is wrong with a text, or None: the kind of fault, which quotes nothing, and a message."""
     if text is None:
         return ("text is missing",) * 2
     if not isinstance(text, str):
         return "text is no string", f"text is {type(text).__name__}, not a string"
     if not text.strip():
         return ("text is empty",) * 2
+    return None
+
+
+def _label_fault(label: int | None, value: Any, names: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return what is wrong with a label, or None: the kind of fault, which quotes nothing, and a message."""
     # A missing number is a NaN in tables that know no other.
     if value is None or value == "" or (isinstance(value, float) and value != value):
         return ("label is missing",) * 2

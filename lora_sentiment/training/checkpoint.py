@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FiniteFloat, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
@@ -42,6 +42,8 @@ _FIXED = (
     "model.quantize",
     "model.truncation",
     "train.metric_for_best_model",
+    "base.activation",
+    "base.n_heads",
     "base_sha256",
     "labels",
     "tokenizer_sha256",
@@ -85,13 +87,13 @@ class Progress:
         ranks: Which singular values AdaLoRA keeps, by tensor; None before its first pruning and for other methods.
     """
 
-    step: int
+    step: NonNegativeInt
     history: History
-    schedule: int
-    best_metric: float | None = None
-    waited: int = 0
-    skipped: int = 0
-    loss_scale: tuple[float, int] | None = None
+    schedule: NonNegativeInt
+    best_metric: FiniteFloat | None = None
+    waited: NonNegativeInt = 0
+    skipped: NonNegativeInt = 0
+    loss_scale: tuple[PositiveFloat, NonNegativeInt] | None = None
     ranks: dict[str, list[bool]] | None = None
 
 
@@ -225,11 +227,11 @@ def _remove_old(store: Store, step: int) -> None:
 
 def _say_unwritable(store: Store, place: Path, needed: int, error: OSError) -> str:
     whole = list_checkpoints(store.folder)
-    last = f"the last good one is {whole[0]}: resume from it" if whole else "there is no earlier one"
+    last = f"the last good one is {whole[0]}: resume from it (--resume)" if whole else "there is none yet: start again"
     room = next(path for path in (store.folder, *store.folder.absolute().parents) if path.exists())
     free = f"{needed:,} bytes are needed and {shutil.disk_usage(room).free:,} free"
     reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    return f"{place}: the checkpoint cannot be written: {reason}; {free}; {last} (--resume) once there is room"
+    return f"{place}: the checkpoint cannot be written: {reason}; {free}; {last} once there is room"
 
 
 def _step(path: Path) -> int | None:
@@ -298,6 +300,14 @@ def _compare(folder: Path, settings: Mapping[str, Any], store: Store) -> list[st
     return list(told.values())
 
 
+def _is_consistent(progress: Progress) -> bool:
+    """Return whether everything is of the steps that were taken, and of no later one."""
+    history = progress.history
+    taken = [point.step for point in history.steps]
+    told = [progress.schedule, history.best_step, *(point.step for point in history.evaluations)]
+    return taken == [*range(1, progress.step + 1)] and max(told) <= progress.step and history.max_tokens > 0
+
+
 def _parse(
     folder: Path, content: Mapping[str, bytes], like: Mapping[str, torch.Tensor], *, exact: bool
 ) -> tuple[Progress, dict[str, torch.Tensor]]:
@@ -307,8 +317,8 @@ def _parse(
         tensors = parse_tensors(content[TENSORS])
     except (SafetensorError, ValidationError, ValueError, RecursionError) as error:
         raise _BrokenError(f"{folder}: is not what was written: {error}") from error
-    if progress.step != _step(folder):
-        raise _BrokenError(f"{folder}: holds step {progress.step}")
+    if progress.step != _step(folder) or not _is_consistent(progress):
+        raise _BrokenError(f"{folder / STATE}: its history is not that of the folder's step")
     # On another number of processes or another device the generators start from the seed.
     names = [name for name in tensors.keys() | like.keys() if exact or not name.startswith(RNG)]
     for name in sorted(names):

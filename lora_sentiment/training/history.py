@@ -40,6 +40,7 @@ class History:
         cuts: Every (step, new max_tokens) at which memory ran out.
         stopped_early: Whether patience ran out.
         resumed: The steps that the run went on after, having been stopped.
+        changes: What differed then and was allowed, each as a sentence: the run is not bit for bit an unbroken one.
     """
 
     steps: list[TrainPoint] = field(default_factory=list)
@@ -51,3 +52,4 @@ class History:
     cuts: list[tuple[int, int]] = field(default_factory=list)
     stopped_early: bool = False
     resumed: list[int] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)

@@ -32,7 +32,7 @@ from lora_sentiment.training.history import TrainPoint as TrainPoint
 from lora_sentiment.training.interrupts import StopSignals, is_out_of_memory
 from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
 from lora_sentiment.training.state import put_ranks, put_rng, put_state, take_ranks, take_rng, take_state
-from lora_sentiment.training.trackers import CsvTracker
+from lora_sentiment.training.trackers import rewind, sync
 
 log = logging.getLogger("lora_sentiment")
 
@@ -179,8 +179,7 @@ class _Loop:
         fault: list[TrainingError | None] = [None]
         if self.accelerator.is_main_process:
             try:
-                for tracker in self._csv():
-                    tracker.sync()
+                sync(self.accelerator.trackers)
                 save_checkpoint(store, self._progress(), tensors)
             except TrainingError as error:
                 fault = [error]
@@ -218,8 +217,8 @@ class _Loop:
             raise found
         if found:
             self._put_back(found)
-        for tracker in self._csv():
-            tracker.rewind(self.done, evaluated=self._judged)
+        if self.accelerator.is_main_process:
+            rewind(self.accelerator.trackers, self.done, evaluated=self._judged)
 
     def _put_back(self, found: Checkpoint) -> None:
         progress = found.progress
@@ -242,10 +241,8 @@ class _Loop:
         self.history, self.waited, self.skipped = progress.history, progress.waited, progress.skipped
         self.best_metric = -math.inf if progress.best_metric is None else progress.best_metric
         self.history.resumed.append(self.done)
+        self.history.changes += [f"step {self.done}: {change}" for change in found.changes]
         log.info("resumed after step %d of %d from %s", self.done, self.num_steps, found.folder)
-
-    def _csv(self) -> list[CsvTracker]:
-        return [tracker for tracker in self.accelerator.trackers if isinstance(tracker, CsvTracker)]
 
     def _step_rows(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield (step number, the step's rows over all processes) of what is left."""

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lora_sentiment.errors import TrainingError
 from lora_sentiment.model.method_config import AdaloraMethod, Method
 from lora_sentiment.model.methods import trainable_tensors
 from lora_sentiment.training.checkpoint import RNG
@@ -89,10 +90,17 @@ def take_rng(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def put_rng(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Set the generators to what `take_rng` returned."""
-    torch.set_rng_state(states[f"{RNG}cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[f"{RNG}{device.type}"])
+    """Set the generators to what `take_rng` returned.
+
+    Raises:
+        TrainingError: If a state is none that a generator can be in.
+    """
+    try:
+        torch.set_rng_state(states[f"{RNG}cpu"])
+        if device.type != "cpu":
+            torch.get_device_module(device).set_rng_state(states[f"{RNG}{device.type}"])
+    except RuntimeError as error:
+        raise TrainingError(f"no state of a generator: {error}; train.resume=never starts anew") from error
 
 
 def take_ranks(model: nn.Module, method: Method) -> dict[str, list[bool]] | None:

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,32 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
         try:
             yield
         except OSError as error:
-            raise TrainingError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+            raise TrainingError(
+                f"{self.path}: cannot be written: {error.strerror or error}; once it can be, the same command with "
+                "--resume goes on from the last checkpoint"
+            ) from error
 
     @on_main_process  # type: ignore[untyped-decorator]
     def finish(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def sync(trackers: Sequence[GeneralTracker]) -> None:
+    """Bring what our own tracker wrote to disk, as `CsvTracker.sync` does."""
+    for tracker in trackers:
+        if isinstance(tracker, CsvTracker):
+            tracker.sync()
+
+
+def rewind(trackers: Sequence[GeneralTracker], step: int, *, evaluated: int) -> None:
+    """Let no step stand twice in what a run that goes on writes again, as `CsvTracker.rewind` does.
+
+    TensorBoard's files are only ever added to: it is told to hide what it has of later steps.
+    """
+    for tracker in trackers:
+        if isinstance(tracker, CsvTracker):
+            tracker.rewind(step, evaluated=evaluated)
+        elif tracker.name == "tensorboard":
+            tracker.writer.close()  # opened again, it writes purge_step first
+            tracker.writer.purge_step = step + 1

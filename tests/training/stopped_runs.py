@@ -6,6 +6,7 @@ one process or two. It prints what came of them as JSON.
 
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -14,9 +15,11 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -58,7 +61,9 @@ def make_toy(base_folder: Path, *, dropout: float = 0.2) -> dict[str, Any]:
     return {"base": base, "config": config, "encoded": encoded}
 
 
-def fit_toy(folder: Path, toy: dict[str, Any], *, method: Any = None, **values: Any) -> Any:
+def fit_toy(
+    folder: Path, toy: dict[str, Any], *, method: Any = None, max_tokens: int = 100, scaler: Any = None, **values: Any
+) -> Any:
     """Train in this process, which is given up after it; return the history. The main process leaves an adapter."""
     method = method or LoraMethod(r=4, lora_alpha=8, lora_dropout=0.1)
     settings = {"batch_size": 16, "learning_rate": 1e-2, "num_train_epochs": 2.0, "eval_steps": 4, **values}
@@ -67,6 +72,8 @@ def fit_toy(folder: Path, toy: dict[str, Any], *, method: Any = None, **values: 
     state = PartialState(cpu=True)
     accelerator = Accelerator(log_with=[CsvTracker(folder)] if state.is_main_process else None)
     accelerator.init_trackers("toy")
+    if scaler:
+        accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = scaler, True, "fp16"
     torch.manual_seed(0)
     num_steps = loop.count_steps(NUM_ROWS, config)
     model = make_trainable(toy["base"], method, toy["config"], dtype=torch.float32, num_steps=num_steps)
@@ -79,7 +86,7 @@ def fit_toy(folder: Path, toy: dict[str, Any], *, method: Any = None, **values: 
         config=config,
         method=method,
         accelerator=accelerator,
-        max_tokens=100,
+        max_tokens=max_tokens,
         store=Store(folder / "checkpoints", SETTINGS, limit=config.save_total_limit),
     )
     accelerator.end_training()
@@ -228,21 +235,47 @@ def outcome(folder: Path, whole: Path) -> list[bool]:
     return [sha256(folder) == sha256(whole), read_metrics(folder) == read_metrics(whole)]
 
 
-def stop_one_of_two(toy: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Tell one of two processes to stop in its fifth step, and let both go on."""
-    codes = [wait(pid) for pid in fork_two(lambda: fit_toy(folder / "whole", toy, **SHORT))]
+MOMENTS = {
+    "part 2 of step 5": (4, 5),
+    "part 2 of step 6": (4, 6),
+    "step 7": (6, 7),
+    "evaluation 4": (4, 5),
+    "evaluated 4": (4, 5),
+}
+"""During accumulation, in an epoch's last step, right after it, before and right after an evaluation.
 
-    def stopped() -> None:
-        if os.environ["RANK"] == "1":
-            signal_at(5, signal.SIGTERM)
-        try:
-            fit_toy(folder / "two", toy, **SHORT)
-        except StoppedError as error:
-            raise SystemExit(75 if "step 5 of 8" in str(error) else 3) from error
+To each: the steps after which a run that saves every second step goes on, killed there and told to stop there.
+"""
 
-    codes += [wait(pid) for pid in fork_two(stopped)]
-    codes += [wait(pid) for pid in fork_two(lambda: fit_toy(folder / "two", toy, **SHORT))]
-    return {"codes": codes, "outcome": outcome(folder / "two", folder / "whole")}
+
+def stop_at_every_moment(toy: dict[str, Any], folder: Path, *, processes: int) -> dict[str, Any]:
+    """Kill, and tell to stop, one process of a run at each of MOMENTS; say how each ended, and the same gone on with.
+
+    To each moment and signal: its two pairs of exit codes, the steps gone on after, and whether the outcome is equal.
+    """
+
+    def start(place: Path, moment: str = "", *, number: int = 0, rank: int = 0) -> list[int]:
+        def run() -> None:
+            if moment and os.environ.get("RANK", "0") == str(rank):
+                watch_training(lambda name: signal.raise_signal(number) if name == moment else None)
+            try:
+                history = fit_toy(place, toy, max_steps=8, save_steps=2, max_tokens=50)
+            except StoppedError as error:
+                raise SystemExit(75) from error
+            (place / f"resumed {os.environ.get('RANK', '0')}").write_text(json.dumps(history.resumed))
+
+        errors = place.with_name(f"{place.name}.txt")
+        return [wait(pid) for pid in ([fork(run, errors=errors)] if processes == 1 else fork_two(run, errors=errors))]
+
+    assert start(folder / "whole") == [0] * processes
+    found = {}
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        for count, moment in enumerate(MOMENTS):
+            name = f"{number.name} {moment}"
+            codes = [start(folder / name, moment, number=number, rank=count % processes), start(folder / name)]
+            resumed = [json.loads((folder / name / f"resumed {rank}").read_text()) for rank in range(processes)]
+            found[name] = [codes, resumed, outcome(folder / name, folder / "whole")]
+    return found
 
 
 def signal_at(step: int, number: int) -> None:
@@ -257,58 +290,133 @@ def signal_at(step: int, number: int) -> None:
     loop._Loop._backward = signalled
 
 
+def watch_training(reach: Callable[[str], None]) -> None:
+    """Call `reach` at every step, micro-batch of one and evaluation of this process, and when all are done."""
+    run, step, evaluate = loop._Loop.run, loop._Loop._step, loop._Loop._evaluate
+    make_batch, parts = loop.make_batch, {"step": 0, "part": 0}
+
+    def watched_run(self: Any) -> Any:
+        history = run(self)
+        reach("trained")
+        return history
+
+    def watched_step(self: Any, number: int, index: Any) -> Any:
+        reach(f"step {number}")
+        parts.update(step=number, part=0)
+        return step(self, number, index)
+
+    def watched_batch(*arguments: Any, **named: Any) -> Any:
+        parts["part"] += 1
+        reach(f"part {parts['part']} of step {parts['step']}")
+        return make_batch(*arguments, **named)
+
+    def watched_evaluate(self: Any, number: int) -> None:
+        reach(f"evaluation {number}")
+        evaluate(self, number)
+        reach(f"evaluated {number}")
+
+    loop._Loop.run, loop._Loop._step, loop._Loop._evaluate = watched_run, watched_step, watched_evaluate
+    loop.make_batch = watched_batch
+
+
+def start_watched(place: Path, toy: dict[str, Any], processes: int) -> tuple[list[int], TextIO]:
+    """Start a run that tells where it is, a line each; return its process ids, the main one's first, and the lines."""
+    reading, writing = os.pipe()
+
+    def run() -> None:
+        os.close(reading)
+        if os.environ.get("RANK", "0") == "0":
+            watch_saves(lambda name: os.write(writing, f"{name}\n".encode()))
+            watch_training(lambda name: os.write(writing, f"{name}\n".encode()))
+        fit_toy(place, toy, max_steps=24, save_steps=2, max_tokens=50)
+
+    errors = place.with_name(f"{place.name}.txt")
+    pids = [fork(run, errors=errors)] if processes == 1 else fork_two(run, errors=errors)
+    os.close(writing)
+    return pids, os.fdopen(reading)
+
+
+def kill_as_launched(killed: int, pids: list[int]) -> None:
+    """Kill a process and, as torchrun would, tell the others to stop: in start-up they would wait for it forever."""
+    os.kill(killed, signal.SIGKILL)
+    time.sleep(0.1)
+    for pid in pids:
+        if pid != killed:
+            os.kill(pid, signal.SIGTERM)
+
+
+def find_phase(heard: list[str]) -> str:
+    """Return what a run was doing when it was last heard of."""
+    if not any(line.startswith("step ") for line in heard):
+        return "start-up"
+    last = heard[-1].split()[0]
+    phases = {"part": "step", "evaluated": "between", "trained": "the end", "end": "between"}
+    return last if last in ("step", "evaluation") else phases.get(last, "save")
+
+
 def kill_at_random(toy: dict[str, Any], folder: Path, *, kills: int, in_saves: int, processes: int) -> dict[str, Any]:
-    """Kill runs at random moments, that many of them inside a save, until each is through; say how each ended."""
-    generator = random.Random(0)
-    counts, outcomes = {"kills": 0, "in_saves": 0}, []
+    """Kill runs at random moments, that many of them inside a save, until each is through; say how each ended.
 
-    def start(place: Path, pipe: int) -> list[int]:
-        def run() -> None:
-            tell = {"begin": b"(", "end": b")"}
-            if os.environ.get("RANK", "0") == "0":
-                watch_saves(lambda name: os.write(pipe, tell.get(name, b"")))
-            fit_toy(place, toy, max_steps=24, save_steps=2)
-
-        errors = folder / "errors.txt"
-        return [fork(run, errors=errors)] if processes == 1 else fork_two(run, errors=errors)
+    A kill counts once the run has begun its first step: start-up has little to lose.
+    """
+    generator = random.Random()
+    phases: Counter[str] = Counter()
+    points: Counter[str] = Counter()
+    outcomes, seconds, restarts = [], {"run": 0.0, "save": 0.0}, 0
 
     def attempt(place: Path, *, aim: str = "") -> bool:
-        reading, writing = os.pipe()
-        began, pids = time.monotonic(), start(place, writing)
-        os.close(writing)
-        heard = b""
-        if aim == "save":  # it takes milliseconds, so it is waited for, and then hit anywhere in it
-            heard = b"".join(os.read(reading, 1) for _ in range(generator.choice([1, 3])))
-            time.sleep(generator.random() * 0.01)
-        elif aim:
-            time.sleep(generator.random() * seconds)
+        nonlocal restarts
+        saved = max((int(path.name[5:]) for path in checkpoint.list_checkpoints(place / "checkpoints")), default=0)
+        began = time.monotonic()
+        pids, lines = start_watched(place, toy, processes)
+        heard, times = [], []
+        if aim == "moment":
+            time.sleep(generator.random() * seconds["run"])
+        else:  # a save takes milliseconds, so one is waited for, and then hit anywhere in it
+            number = generator.randint(1, 3) if aim else math.inf
+            for line in lines:
+                heard.append(line.strip())
+                times.append(time.monotonic())
+                if heard.count("begin") == number:
+                    time.sleep(generator.random() * seconds["save"])
+                    break
         if aim:
-            os.kill(generator.choice(pids), signal.SIGKILL)
+            kill_as_launched(generator.choice(pids), pids)
         codes = [wait(pid) for pid in pids]
-        while more := os.read(reading, 4096):
-            heard += more
-        os.close(reading)
-        counts["kills"] += -signal.SIGKILL in codes
-        counts["in_saves"] += -signal.SIGKILL in codes and heard.endswith(b"(")
-        durations.append(time.monotonic() - began)
+        heard += [line.strip() for line in lines]
+        lines.close()
+        if not seconds["run"]:
+            begins, ends = ([t for line, t in zip(heard, times, strict=True) if line == x] for x in ("begin", "end"))
+            seconds.update(run=times[-1] - began, save=(sum(ends) - sum(begins)) / len(ends))
+        steps = [int(line.split()[1]) for line in heard if line.startswith("step ")]
+        # From the newest checkpoint, and not anew, which would lead to the same bytes.
+        assert steps[:1] in ([], [saved + 1]), (place, saved, steps)
+        restarts += bool(saved and steps)
+        if -signal.SIGKILL in codes:
+            phases[phase := find_phase(heard)] += 1
+            points.update(heard[-1:] if phase == "save" else ())
         return codes == [0] * processes
 
-    durations: list[float] = []
     assert attempt(folder / "whole")
-    seconds = durations[0]
-    while counts["kills"] < kills or counts["in_saves"] < in_saves:
+    while phases.total() - phases["start-up"] < kills or phases["save"] < in_saves:
         place = folder / str(len(outcomes))
         for aim in ("save", "moment", "save", "moment", ""):
             if attempt(place, aim=aim):
                 break
         outcomes.append(outcome(place, folder / "whole"))
-    return {**counts, "outcomes": outcomes}
+    killed = {"phases": phases, "points": points, "seconds": seconds, "restarts": restarts}
+    return {**killed, "kills": phases.total() - phases["start-up"], "outcomes": outcomes}
 
 
 def main(base: str, folder: str, wanted: str) -> None:
     """Run scenarios on a base, given as JSON (name to numbers), and print what came of each as JSON."""
     torch.set_num_threads(1)
-    scenarios = {"points": kill_at_every_point, "two": stop_one_of_two, "random": kill_at_random}
+    scenarios: dict[str, Callable[..., Any]] = {
+        "points": kill_at_every_point,
+        "one": partial(stop_at_every_moment, processes=1),
+        "two": partial(stop_at_every_moment, processes=2),
+        "random": kill_at_random,
+    }
     found = {}
     for name, numbers in json.loads(wanted).items():
         place = Path(folder) / name

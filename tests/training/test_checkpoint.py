@@ -1,15 +1,23 @@
 """A run that is stopped anywhere goes on bit for bit, and a checkpoint that is not what was written is not used."""
 
 import errno
+import itertools
 import json
+import math
+import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import save as pack_tensors
 
 from lora_sentiment.errors import StoppedError, TrainingError
@@ -48,9 +56,19 @@ def make_store(folder: Path, **values) -> Store:
 
 
 def make_progress(step: int) -> Progress:
-    history = History([TrainPoint(step, 0.5, 0.1, 1e-3, float("inf"))], [EvalPoint(1, 0.1, 0.5, 0.7, 0.5, True)], 1)
+    steps = [TrainPoint(number, 0.5, 0.1, 1e-3, float("inf")) for number in range(1, step + 1)]
+    history = History(steps, [EvalPoint(1, 0.1, 0.5, 0.7, 0.5, True)], 1)
     history.cuts.append((1, 50))
+    history.max_tokens = 50
     return Progress(step, history, schedule=step, best_metric=0.1 + 0.2, loss_scale=(1024.0, 3), ranks={"x": [True]})
+
+
+def make_state(number: int, **values) -> bytes:
+    return json.dumps(asdict(make_progress(number)) | values).encode()
+
+
+def changed_history(**values) -> dict:
+    return asdict(replace(make_progress(6).history, **values))
 
 
 def save(store: Store, *steps: int) -> list[Path]:
@@ -100,6 +118,10 @@ def test_where_none_is_a_run_starts_anew_unless_it_must_not(tmp_path):
 @pytest.mark.parametrize("number", range(3))
 def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypatch, number):
     store = make_store(tmp_path, limit=1)
+    with monkeypatch.context() as patch:
+        refuse_at(patch, number)
+        with pytest.raises(TrainingError, match="free; there is none yet: start again once there is room"):
+            save(store, 3)
     before = save(store, 3)[0]
     with monkeypatch.context() as patch:
         refuse_at(patch, number)
@@ -113,6 +135,80 @@ def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypat
     assert load_checkpoint(store, LIKE).progress.step == 3
     save(store, 6)
     assert load_checkpoint(store, LIKE).progress.step == 6
+
+
+def refuse_call(monkeypatch, number: int) -> list[str]:
+    """Let the disk be full at one of the calls that change it; return a list that is to name that call."""
+    left, refused = iter(range(number, -1, -1)), []
+    calls = [(os, "fsync"), (Path, "mkdir"), (Path, "rename"), (checkpoint, "_write"), (checkpoint.shutil, "rmtree")]
+
+    def watch(name: str, call):
+        def watched(*arguments, **named):
+            if next(left, -1) == 0 and not named.get("ignore_errors"):
+                refused.append(name)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return call(*arguments, **named)
+
+        return watched
+
+    for place, name in calls:
+        monkeypatch.setattr(place, name, watch(name, getattr(place, name)))
+    return refused
+
+
+def test_whichever_call_of_a_save_finds_the_disk_full_a_whole_one_stays(tmp_path, monkeypatch, caplog):
+    found = []
+    for number in itertools.count():
+        store = make_store(tmp_path / str(number), limit=1)
+        save(store, 3)
+        with monkeypatch.context() as patch:
+            refused = refuse_call(patch, number)
+            caplog.clear()
+            try:
+                save(store, 6)
+                told = caplog.text  # an old one that cannot be removed is no reason to stop
+            except TrainingError as error:
+                told = str(error)
+        found += refused
+        if not refused:
+            break
+        assert "disk is full" in told or "cannot be removed: No space left" in told, refused
+        assert load_checkpoint(store, LIKE).progress.step in (3, 6)
+        save(store, 6)
+        assert [path.name for path in store.folder.iterdir()] == ["step-00000006"]
+    assert found == ["mkdir", *["_write"] * 3, *["fsync"] * 4, "rename", "fsync", "rename", "rmtree"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 128 KiB, in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let the test mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_real_disk_that_is_full_at_any_page_leaves_the_last_one(small_disk):
+    like = LIKE | {"trained.a": torch.randn(4096)}  # four pages
+    store = make_store(small_disk, limit=1)
+    save_checkpoint(store, make_progress(3), like)
+    for room in itertools.count():  # pages of 4 KiB
+        filler = small_disk / "filler"
+        with filler.open("wb") as file:
+            file.truncate(0)
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - 4096 * room)
+        try:
+            save_checkpoint(store, make_progress(6), like)
+            break
+        except TrainingError as error:
+            told = str(error)
+        assert re.search("the disk is full; .*step-00000003: resume from it", told)
+        assert load_checkpoint(store, like).progress.step == 3
+    assert room >= 6
+    assert load_checkpoint(store, like).progress.step == 6
 
 
 def test_a_rename_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
@@ -191,6 +287,24 @@ def forge(place: Path, *, tensors=None, state=None, schema=1) -> None:
         ({"tensors": {**LIKE, "steps.a": torch.tensor(1)}}, "steps.a is torch.int64"),
         ({"tensors": {**LIKE, "steps.a": torch.tensor(float("nan"))}}, "steps.a holds a value that is not finite"),
         ({"state": b'{"step": 6}'}, "is not what was written"),
+        ({"state": make_state(6, schedule=-1)}, "schedule\n.*greater than or equal to 0"),
+        ({"state": make_state(6, best_metric=float("nan"))}, "best_metric\n.*finite"),
+        ({"state": make_state(6, loss_scale=(0.0, 3))}, "loss_scale.0\n.*greater than 0"),
+        ({"state": make_state(5)}, "its history is not that of the folder's step"),
+        ({"state": make_state(5, step=6)}, "its history is not that of the folder's step"),
+        ({"state": make_state(6, schedule=7)}, "its history is not that of the folder's step"),
+        (
+            {"state": make_state(6, history=changed_history(max_tokens=0))},
+            "its history is not that of the folder's step",
+        ),
+        (
+            {"state": make_state(6, history=changed_history(best_step=7))},
+            "its history is not that of the folder's step",
+        ),
+        (
+            {"state": make_state(6, history=changed_history(evaluations=[EvalPoint(7, 0.1, 0.5, 0.7, 0.5, True)]))},
+            "its history is not that of the folder's step",
+        ),
         ({"state": b"[" * 100_000}, "is not what was written"),
         ({"state": b"\xff"}, "is not what was written"),
         ({"tensors": {"x": torch.zeros(20_000_000)}}, "expected at most"),
@@ -295,6 +409,30 @@ def test_methods_that_keep_more_go_on_bit_for_bit_too(fit_here, monkeypatch, tmp
 def save_trained(folder: Path, model: torch.nn.Module) -> None:
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     (folder / "adapter_model.safetensors").write_bytes(pack_tensors(trained))
+
+
+def test_the_loss_scaler_goes_on_where_it_was(fit_here, monkeypatch, tmp_path):
+    """Fp16 as on a GPU: a scale that is too high at first, so steps are skipped, and that grows again."""
+    Accelerator(cpu=True)
+
+    def start(name: str):
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "no")  # kept for a process's life
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+        return fit_here(name, max_steps=14, scaler=scaler), scaler.state_dict()
+
+    whole, scale = start("whole")
+    skipped = [point.step for point in whole.steps if not math.isfinite(point.grad_norm)]
+    assert len(skipped) > 2
+    for step in (skipped[1], 13):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
+            signal_at(step, signal.SIGTERM)
+            with pytest.raises(StoppedError):
+                start(f"stopped {step}")
+        history, again = start(f"stopped {step}")
+        assert history.resumed == [step]
+        assert again == scale
+        assert outcome(tmp_path / f"stopped {step}", tmp_path / "whole") == [True, True]
 
 
 def test_the_best_before_the_stop_stays_the_best_after_it(fit_here, monkeypatch, tmp_path):
@@ -420,7 +558,7 @@ def test_a_full_disk_stops_a_run_which_then_goes_on(fit_here, monkeypatch, tmp_p
 
 @pytest.fixture(scope="module")
 def forked(base, tmp_path_factory):
-    return run_scenarios(base, tmp_path_factory.mktemp("forked"), points={}, two={})
+    return run_scenarios(base, tmp_path_factory.mktemp("forked"), points={})
 
 
 def test_killed_at_every_write_of_a_save_a_run_goes_on_bit_for_bit(forked):
@@ -430,7 +568,3 @@ def test_killed_at_every_write_of_a_save_a_run_goes_on_bit_for_bit(forked):
         assert {f"before {name}", f"half of {name}"} <= set(names)
     assert {"before the rename", "after the rename", "half removed", "end"} <= set(names)
     assert [point for point in found if point[1:] != [[-signal.SIGKILL, 0], [True, True]]] == []
-
-
-def test_two_processes_agree_where_to_stop_and_go_on_bit_for_bit(forked):
-    assert forked["two"] == {"codes": [0, 0, 75, 75, 0, 0], "outcome": [True, True]}

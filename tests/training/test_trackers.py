@@ -4,7 +4,7 @@ import pytest
 from accelerate import Accelerator
 
 from lora_sentiment.errors import TrainingError
-from lora_sentiment.training.trackers import CsvTracker
+from lora_sentiment.training.trackers import CsvTracker, rewind
 
 
 def test_every_logged_step_is_one_line_at_once(tmp_path):
@@ -38,6 +38,22 @@ def test_going_on_neither_loses_nor_doubles_lines(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
+def test_tensorboard_shows_no_step_twice_after_going_on(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last in ((1, 5), (4, 6)):  # killed after 5, gone on from the checkpoint of 3
+        accelerator = Accelerator(log_with=["tensorboard"], project_dir=tmp_path)
+        accelerator.init_trackers("x")
+        rewind(accelerator.trackers, first - 1, evaluated=first - 1)
+        for step in range(first, last + 1):
+            accelerator.log({"loss": step / 10}, step=step)
+        accelerator.end_training()
+    found = EventAccumulator(str(tmp_path / "x"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_disk_that_is_full_is_one_message(tmp_path, monkeypatch):
     tracker = CsvTracker(tmp_path)
 
@@ -45,6 +61,6 @@ def test_a_disk_that_is_full_is_one_message(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lora_sentiment.training.trackers.os.fsync", full)
-    with pytest.raises(TrainingError, match=r"metrics\.csv: cannot be written: No space left on device"):
+    with pytest.raises(TrainingError, match=r"metrics\.csv: cannot be written: No space left .* --resume goes on"):
         tracker.sync()
     tracker.finish()

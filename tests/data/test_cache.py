@@ -1,0 +1,152 @@
+"""Token ids on disk: the same as those made in memory, whole or not there."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lora_sentiment.data import batches, cache
+from lora_sentiment.data.batches import TextEncoder, pad
+from lora_sentiment.data.rows import Rows
+from tests.conftest import toy_rows
+
+TEXTS = [text for text, _ in toy_rows(2300)]
+
+
+def rows_of(texts=TEXTS, label=0):
+    return Rows(texts, np.full(len(texts), label), np.arange(len(texts)))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty cache, which takes rows however few."""
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "ids")
+    monkeypatch.setattr(batches, "CACHED_ROWS", 1)
+    return tmp_path / "ids"
+
+
+@pytest.fixture
+def encoder(tiny_base):
+    return TextEncoder.of(AutoTokenizer.from_pretrained(tiny_base), max_length=9, truncation="head_tail")
+
+
+@pytest.fixture
+def in_memory(encoder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "CACHED_ROWS", 10**9)
+        return encoder.encode(rows_of())
+
+
+def same(one, other):
+    arrays = ("input_ids", "offsets", "labels", "whole_lengths", "lengths")
+    return one.truncated == other.truncated > 0 and all(
+        getattr(one, name).tolist() == getattr(other, name).tolist() for name in arrays
+    )
+
+
+def test_kept_ids_are_those_made_in_memory_and_no_text_is_tokenised_twice(folder, encoder, in_memory, monkeypatch):
+    made = encoder.encode(rows_of())
+    assert same(made, in_memory)
+    monkeypatch.setattr(TextEncoder, "tokenise", None)
+    kept = encoder.encode(rows_of())
+    assert same(kept, in_memory)
+    assert not isinstance(kept.input_ids.base, np.ndarray | None)  # mapped, not read
+    index = np.array([7, 2000, 3])
+    assert pad(kept, index)[0].tolist() == pad(in_memory, index)[0].tolist()
+
+
+def test_few_rows_are_not_kept(folder, encoder, monkeypatch):
+    monkeypatch.setattr(batches, "CACHED_ROWS", len(TEXTS) + 1)
+    encoder.encode(rows_of())
+    assert not folder.exists()
+
+
+def test_all_that_decides_the_ids_is_in_their_key(folder, encoder, tiny_base):
+    upper = AutoTokenizer.from_pretrained(tiny_base)
+    upper.add_tokens(["good"])
+    several = [
+        (encoder, rows_of()),
+        (encoder, rows_of(TEXTS[:-1])),
+        (encoder, rows_of(TEXTS[::-1])),
+        (encoder, rows_of(label=1)),
+        (TextEncoder.of(AutoTokenizer.from_pretrained(tiny_base), max_length=8, truncation="head_tail"), rows_of()),
+        (TextEncoder.of(AutoTokenizer.from_pretrained(tiny_base), max_length=9, truncation="head"), rows_of()),
+        (TextEncoder.of(upper, max_length=9, truncation="head_tail"), rows_of()),
+    ]
+    for number, (own, rows) in enumerate(several, start=1):
+        own.encode(rows)
+        assert len(list(folder.iterdir())) == number
+
+
+@pytest.mark.parametrize("damage", ["a byte", "half", "no card", "no ids", "no JSON"])
+def test_damaged_ids_are_made_again_and_that_is_said(folder, encoder, in_memory, caplog, damage):
+    encoder.encode(rows_of())
+    (place,) = folder.iterdir()
+    ids, card = place / "input_ids.i4", place / "card.json"
+    content = bytearray(ids.read_bytes())
+    if damage == "a byte":
+        content[4000] ^= 1
+        ids.write_bytes(content)
+    elif damage == "half":
+        ids.write_bytes(content[: len(content) // 2])
+    elif damage == "no JSON":
+        card.write_text("{")
+    else:
+        (card if damage == "no card" else ids).unlink()
+    assert same(encoder.encode(rows_of()), in_memory)
+    assert "cannot be used" in caplog.text
+    caplog.clear()
+    assert same(encoder.encode(rows_of()), in_memory)
+    assert "cannot be used" not in caplog.text
+
+
+def test_ids_that_were_half_written_are_made_again(folder, encoder, in_memory, monkeypatch):
+    def stop(self, texts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "tokenise", stop)
+        with pytest.raises(KeyboardInterrupt):
+            encoder.encode(rows_of())
+    assert list(folder.iterdir()) == []
+    assert same(encoder.encode(rows_of()), in_memory)
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(folder, encoder, in_memory, monkeypatch):
+    take_place, both, found = cache.take_place, threading.Barrier(2), []
+
+    def together(aside, place):
+        both.wait(60)  # both have written all of it, and neither has given it its name
+        take_place(aside, place)
+
+    monkeypatch.setattr(cache, "take_place", together)
+    runs = [threading.Thread(target=lambda: found.append(encoder.encode(rows_of()))) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert len(found) == 2
+    assert all(same(own, in_memory) for own in found)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_costs_nothing_else(folder, encoder, in_memory, caplog):
+    folder.write_text("a file")
+    assert same(encoder.encode(rows_of()), in_memory)
+    assert "they stay in memory" in caplog.text
+
+
+def test_ids_that_no_run_used_for_long_are_removed(folder, encoder):
+    encoder.encode(rows_of())
+    (old,) = folder.iterdir()
+    before = time.time() - (cache.KEPT_DAYS + 1) * 24 * 3600
+    os.utime(old, (before, before))
+    encoder.encode(rows_of())  # used again, so it is not old
+    encoder.encode(rows_of(TEXTS[:500]))
+    assert old.exists()
+    os.utime(old, (before, before))
+    encoder.encode(rows_of(TEXTS[:400]))
+    assert not old.exists()
