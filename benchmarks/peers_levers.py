@@ -1,0 +1,99 @@
+"""What makes ours fast, each part with what stands in for it when benchmarks/peers.py --ablation turns it off.
+
+Nothing here is an option of the package: a slice's process replaces names in its modules before it trains. Every
+replacement computes the same, `tests/test_peers.py` holds it.
+"""
+
+import torch
+from torch import Size, Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import mm_flop, sdpa_flop
+
+from lora_sentiment.model import encoder, kernels
+from lora_sentiment.model.kernels import Linear
+
+Forward = encoder.FastForward
+aten = torch.ops.aten
+
+
+def _apart(x: Tensor, layer: Linear) -> Tensor:
+    """A linear of stacked queries, keys and values as one product each, which PEFT's modules would be."""
+    rows = x.shape[-1]
+    parts = []
+    for start in range(0, len(layer.weight), rows):
+        weight, bias = layer.weight[start : start + rows], layer.bias[start : start + rows]
+        own = [adapter._replace(start=0, stop=rows) for adapter in layer.adapters if adapter.start == start]
+        parts.append(kernels.linear(x, Linear(weight, bias, tuple(own))))
+    return torch.cat(parts, dim=-1)
+
+
+def _by_autograd(x: Tensor, layer: Linear) -> Tensor:
+    """A linear as PEFT writes it: autograd keeps what each operation wants."""
+    y = functional.linear(x, layer.weight, layer.bias)
+    for adapter in layer.adapters:
+        reduced = functional.linear(kernels.dropout(x, adapter.dropout), adapter.A.to(x.dtype))
+        delta = functional.linear(reduced, adapter.B.to(x.dtype)) * adapter.scale
+        y = y + functional.pad(delta, (adapter.start, y.shape[-1] - adapter.stop))
+    return y
+
+
+def _feed_forward_by_autograd(x: Tensor, lin1: Linear, lin2: Linear) -> Tensor:
+    return _by_autograd(functional.gelu(_by_autograd(x, lin1)), lin2)
+
+
+def _attend_by_sdpa(qkv: Tensor, mask: Tensor | None, *, num_heads: int, dropout_p: float) -> Tensor:
+    batch, length, width = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    return mixed.transpose(1, 2).reshape(batch, length, width // 3)
+
+
+def _bernoulli_bytes(shape: Size) -> Tensor:
+    """Bytes of 255 and 0, as `bernoulli_` draws them: of a tenth, the shipped rate."""
+    return torch.empty(shape).bernoulli_(0.9).mul_(255).to(torch.uint8)
+
+
+def _stack_anew(self: encoder.FastForward, _: tuple[int, int, str], sources: tuple[Tensor, ...]) -> Tensor:
+    return encoder._stack(sources, self.dtype)
+
+
+LEVERS: dict[str, tuple[tuple[object, str, object], ...]] = {
+    "one product for q, k and v": ((encoder, "linear", _apart),),
+    "the last layer for [CLS] alone": ((Forward, "_first_token_attends", Forward._all_attend),),
+    "own backward passes of linears": (
+        (encoder, "linear", _by_autograd),
+        (encoder, "feed_forward", _feed_forward_by_autograd),
+    ),
+    "attention by the table": ((encoder, "attention", _attend_by_sdpa),),
+    "masks from random bytes": ((kernels, "_random_bytes", _bernoulli_bytes),),
+    "weights prepared once": ((Forward, "_stacked", _stack_anew),),
+    # Nothing is replaced for these: the slice plans, cuts or computes otherwise.
+    "rows of like length": (),
+    "micro-batches": (),
+    "the fast encoder": (),
+}
+"""Lever to (module, name, what stands in for it)."""
+
+
+def _count_add(_: Size, a: Size, b: Size, *args: object, **kwargs: object) -> int:
+    del args, kwargs
+    return int(mm_flop(a, b))
+
+
+def _count_forward(q: Size, k: Size, v: Size, *args: object, **kwargs: object) -> int:
+    del args, kwargs
+    return int(sdpa_flop(q, k, v))
+
+
+def _count_backward(_: Size, q: Size, k: Size, v: Size, *args: object, **kwargs: object) -> int:
+    """Four products of fused attention's backward pass; the fifth computes the scores once more."""
+    del args, kwargs
+    return 2 * int(sdpa_flop(q, k, v))
+
+
+COUNTED = {
+    aten.addmm_: _count_add,
+    aten._scaled_dot_product_flash_attention_for_cpu: _count_forward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_backward,
+}
+"""Products that torch's counter does not know."""
