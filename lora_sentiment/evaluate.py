@@ -13,7 +13,7 @@ from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.calibration import score_calibrated
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.hub import ask_or_rely_on_cache
-from lora_sentiment.launch import join_launch, make_accelerator
+from lora_sentiment.launch import explain_loss, join_launch, make_accelerator
 from lora_sentiment.model.base import cast_frozen, resolve_dtype
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
@@ -56,7 +56,8 @@ def evaluate(
         AdapterError: If the folder, base or tokenizer is not the one that was saved.
         DataError: If the rows cannot be read, or there is no such split.
     """
-    accelerator = make_accelerator(join_launch(), dtype)
+    state = join_launch()
+    accelerator = make_accelerator(state, dtype)
     loaded = load(folder, base=base, device=accelerator.device)
     card = loaded.card
     compute_dtype = resolve_dtype(dtype, accelerator.device)
@@ -68,7 +69,8 @@ def evaluate(
     encoded = encode(
         rows, tokenizer=loaded.tokenizer, max_length=card.max_length, truncation=card.truncation, progress=main
     )
-    logits = predict_logits(model, encoded, accelerator=accelerator, progress=split if main else None)
+    with explain_loss(state):
+        logits = predict_logits(model, encoded, accelerator=accelerator, progress=split if main else None)
     found = score_calibrated(logits, encoded.labels, calibration=card.calibration)
     return Evaluation(split=split, num_rows=len(rows), scores=found)
 

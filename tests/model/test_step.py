@@ -235,7 +235,7 @@ def test_200_steps_in_bf16_lie_within_the_spread_of_stock_fp32_seeds(toy_recipe:
 
     def curve(seed: int, *overrides: str) -> np.ndarray:
         own = ("train.max_steps=200", "train.eval_steps=200", "train.save_steps=200", "train.learning_rate=5e-3")
-        own += (f"train.seed={seed}", "output.overwrite=true")
+        own += (*OFF, f"train.seed={seed}", "output.overwrite=true")
         steps = train(Recipe.load(toy_recipe, (*own, *overrides))).history.steps
         return np.array([point.loss for point in steps]).reshape(5, 40).mean(axis=1)
 
