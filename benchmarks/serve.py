@@ -121,12 +121,10 @@ def make_forms(place: Path, arguments: argparse.Namespace) -> tuple[dict[str, An
     ours = forms["ours, 5 labels"]()
     for name in ("PEFT, our batches", "PEFT, as they come"):
         np.testing.assert_allclose(np.stack(forms[name]()), np.stack(ours), atol=1e-4)
-    parts = [served.part for served in mixed.served.values()]
     facts = {
         "tokens": int(encoded.lengths.sum()),
         "base_bytes": 4 * sum(p.numel() for p in mixed._forward.encoder.parameters()),
-        "adapter_bytes": sum(t.numel() * 4 for pair in mixed._now.mixed.stacks.values() for t in pair)
-        + sum(t.numel() * 4 for part in parts for t in part.head),  # type: ignore[union-attr]
+        "adapter_bytes": sum(served.part.num_bytes for served in mixed.served.values()),  # type: ignore[union-attr]
     }
     return forms, facts
 

@@ -25,8 +25,8 @@ from transformers.models.distilbert.modeling_distilbert import (
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.kernels import (
     Adapter,
-    Gathered,
     Linear,
+    Segment,
     attention,
     dropout,
     feed_forward,
@@ -183,7 +183,7 @@ class Linears(NamedTuple):
     lin2: Linear
 
 
-Pair = TypeVar("Pair", Adapter, Gathered)
+Pair = TypeVar("Pair", Adapter, Segment)
 LinearsOfLayer = Callable[[int, TransformerBlock], Linears]
 
 
@@ -350,7 +350,7 @@ def _split_query(qkv: Linear) -> tuple[Linear, Linear]:
             weight,
             bias,
             _within(qkv.adapters, start=start, rows=len(weight)),
-            _within(qkv.gathered, start=start, rows=len(weight)),
+            _within(qkv.segments, start=start, rows=len(weight)),
         )
         for weight, bias, start in zip(weights, biases, (0, dim), strict=True)
     )

@@ -37,15 +37,17 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
 
 
-class Gathered(NamedTuple):
-    """One low-rank pair for each example: adds `x[i] A[i]^T B[i]^T` to output columns `start` to `stop` of a linear.
+class Segment(NamedTuple):
+    """An adapter of some examples only: adds `x A^T B^T` for examples `first` to `last` to columns `start` to `stop`.
 
-    A: (batch, r, in_features), B: (batch, stop - start, r) with the scale in it, in the compute dtype. Nothing is kept
-    for a backward pass: examples of many adapters are only ever answered.
+    A: (r, in_features), B: (stop - start, r) with the scale in it, in the compute dtype. Nothing is kept for a backward
+    pass: examples of many adapters are only ever answered.
     """
 
     A: Tensor
     B: Tensor
+    first: int
+    last: int
     start: int
     stop: int
 
@@ -59,7 +61,7 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor
     adapters: tuple[Adapter, ...] = ()
-    gathered: tuple[Gathered, ...] = ()
+    segments: tuple[Segment, ...] = ()
 
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
@@ -81,8 +83,9 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
             reduced = functional.linear(dropped, adapter.A.to(x.dtype)) * adapter.scale
             delta = functional.linear(reduced, adapter.B.to(x.dtype))
             y = y + functional.pad(delta, (adapter.start, y.shape[-1] - adapter.stop))
-    for pair in layer.gathered:
-        y[..., pair.start : pair.stop].baddbmm_(torch.bmm(x, pair.A.transpose(1, 2)), pair.B.transpose(1, 2))
+    for part in layer.segments:
+        rows, own = x[part.first : part.last], y[part.first : part.last].view(-1, y.shape[-1])
+        own[:, part.start : part.stop].addmm_(rows.reshape(-1, x.shape[-1]) @ part.A.t(), part.B.t())
     return y
 
 

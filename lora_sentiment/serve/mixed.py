@@ -1,8 +1,9 @@
 """Many adapters in one pass: the base is computed once, and every text gets its own low-rank pairs and head.
 
-The idea of gathering a batch's pairs is that of Punica (Chen et al. 2023) and S-LoRA (Sheng et al. 2023).
+The idea is that of Punica (Chen et al. 2023), whose products over segments of a batch are plain ones here.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,14 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from lora_sentiment.model.architecture import LINEARS
 from lora_sentiment.model.encoder import FastForward, Linears, low_rank, named_linears
-from lora_sentiment.model.kernels import Gathered
+from lora_sentiment.model.kernels import Segment
 from lora_sentiment.model.methods import head_layers
 
 Place = tuple[int, int]
 """A linear of the encoder: its layer, and its position in LINEARS."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parts:
     """What one adapter adds to its base, as tensors in the compute dtype.
 
@@ -65,90 +66,72 @@ def read_parts(model: nn.Module, *, dtype: torch.dtype, device: torch.device) ->
     return Parts(pairs, (pre_weight, pre_bias, weight, bias))
 
 
-class Mixed:
-    """Adapters of one base, side by side. It never changes: other adapters make another one.
+def compute_mixed(
+    base: FastForward, input_ids: Tensor, attention_mask: Tensor | None, parts: Sequence[Parts]
+) -> list[Tensor]:
+    """Answer texts, each by its own adapter.
 
-    Pairs of like place lie in one tensor, filled up with zeros to the largest rank among them: A: (num_adapters, r,
-    in_features), B: (num_adapters, out_features, r).
+    The base is computed once for all. Texts of one adapter are put side by side, and its pairs and head are applied to
+    them where they lie: nothing is copied or padded to another's rank.
+
+    Args:
+        base: The shared encoder, in eval mode.
+        input_ids: (num_texts, length).
+        attention_mask: Of the same shape, or None where no text is padded.
+        parts: Each text's adapter.
+
+    Returns:
+        One tensor of logits a text: (num_labels of its adapter,), in fp32.
     """
+    rows: dict[int, list[int]] = {}
+    for row, part in enumerate(parts):
+        rows.setdefault(id(part), []).append(row)
+    order = [row for own in rows.values() for row in own]
+    ends = list(itertools.accumulate(len(own) for own in rows.values()))
+    groups = [_Group(parts[own[0]], end - len(own), end) for own, end in zip(rows.values(), ends, strict=True)]
 
-    def __init__(self, base: FastForward, parts: Sequence[Parts]) -> None:
-        self.base = base
-        self.parts, self.stacks = _stack(parts)
-
-    def compute(self, input_ids: Tensor, attention_mask: Tensor | None, which: Sequence[int]) -> list[Tensor]:
-        """Answer texts, each by its own adapter.
-
-        Args:
-            input_ids: (num_texts, length).
-            attention_mask: Of the same shape, or None where no text is padded.
-            which: The place of each text's adapter in `parts`.
-
-        Returns:
-            One tensor of logits a text: (num_labels of its adapter,), in fp32.
-        """
-        with torch.inference_mode():
-            gather = _Gather(self, which, input_ids.device)
-            hidden = self.base.encode(input_ids, attention_mask, gather.linears)[:, 0]
-            logits: list[Tensor] = [hidden.new_empty(0)] * len(which)
-            for adapter in sorted(set(which)):
-                rows = [row for row, own in enumerate(which) if own == adapter]
-                pre_weight, pre_bias, weight, bias = self.parts[adapter].head
-                inner = functional.relu(functional.linear(hidden[rows], pre_weight, pre_bias))
-                for row, found in zip(rows, functional.linear(inner, weight, bias).float(), strict=True):
-                    logits[row] = found
-        return logits
-
-
-class _Gather:
-    """The linears of the base with the pairs of one batch beside them."""
-
-    def __init__(self, mixed: Mixed, which: Sequence[int], device: torch.device) -> None:
-        self.mixed = mixed
-        self.index = torch.tensor(which, device=device)
-        self.ranks: dict[Place, int] = {}
-        for adapter in set(which):
-            for place, (down, _) in mixed.parts[adapter].pairs.items():
-                self.ranks[place] = max(self.ranks.get(place, 0), len(down))
-
-    def linears(self, layer: int, block: TransformerBlock) -> Linears:
-        own = self.mixed.base.linears(layer, block)
-        beside = [self._gathered(layer, position) for position in range(len(LINEARS))]
+    def linears(layer: int, block: TransformerBlock) -> Linears:
+        own = base.linears(layer, block)
+        beside = [_segments(groups, (layer, position)) for position in range(len(LINEARS))]
         return Linears(
-            own.qkv._replace(gathered=_one_below_the_other(beside[:3])),
-            *(part._replace(gathered=found) for part, found in zip(own[1:], beside[3:], strict=True)),
+            own.qkv._replace(segments=_one_below_the_other(beside[:3], rows=len(own.qkv.weight) // 3)),
+            *(part._replace(segments=found) for part, found in zip(own[1:], beside[3:], strict=True)),
         )
 
-    def _gathered(self, layer: int, position: int) -> tuple[Gathered, ...]:
-        rank = self.ranks.get((layer, position))
-        if not rank:
-            return ()
-        down, up = self.mixed.stacks[layer, position]
-        return (Gathered(down[:, :rank][self.index], up[:, :, :rank][self.index], 0, up.shape[1]),)
+    with torch.inference_mode():
+        mask = None if attention_mask is None else attention_mask[order]
+        hidden = base.encode(input_ids[order], mask, linears)[:, 0]
+        logits = [found for group in groups for found in _apply_head(hidden[group.first : group.last], group.part)]
+    return [found for _, found in sorted(zip(order, logits, strict=True), key=lambda pair: pair[0])]
 
 
-def _one_below_the_other(parts: list[tuple[Gathered, ...]]) -> tuple[Gathered, ...]:
-    """Shift the pairs of q_lin, k_lin and v_lin, which are square, to their rows of the stacked linear."""
+@dataclass(frozen=True)
+class _Group:
+    """The texts of one adapter in a batch: from `first` to `last`."""
+
+    part: Parts
+    first: int
+    last: int
+
+
+def _segments(groups: Sequence[_Group], place: Place) -> tuple[Segment, ...]:
     return tuple(
-        pair._replace(start=position * pair.stop, stop=(position + 1) * pair.stop)
-        for position, pairs in enumerate(parts)
-        for pair in pairs
+        Segment(*group.part.pairs[place], group.first, group.last, 0, len(group.part.pairs[place][1]))
+        for group in groups
+        if place in group.part.pairs
     )
 
 
-def _stack(parts: Sequence[Parts]) -> tuple[tuple[Parts, ...], dict[Place, tuple[Tensor, Tensor]]]:
-    """Return the adapters with their pairs inside the stacks, which hold the only copy, and the stacks."""
-    pairs: list[dict[Place, tuple[Tensor, Tensor]]] = [{} for _ in parts]
-    stacks: dict[Place, tuple[Tensor, Tensor]] = {}
-    for place in sorted({place for part in parts for place in part.pairs}):
-        found = {i: part.pairs[place] for i, part in enumerate(parts) if place in part.pairs}
-        rank = max(len(down) for down, _ in found.values())
-        some_down, some_up = next(iter(found.values()))
-        downs = some_down.new_zeros(len(parts), rank, some_down.shape[1])
-        ups = some_up.new_zeros(len(parts), some_up.shape[0], rank)
-        for i, (down, up) in found.items():
-            own = len(down)
-            downs[i, :own], ups[i, :, :own] = down, up
-            pairs[i][place] = (downs[i, :own], ups[i, :, :own])
-        stacks[place] = (downs, ups)
-    return tuple(Parts(own, part.head) for own, part in zip(pairs, parts, strict=True)), stacks
+def _one_below_the_other(parts: Sequence[tuple[Segment, ...]], *, rows: int) -> tuple[Segment, ...]:
+    """Shift the pairs of q_lin, k_lin and v_lin to their rows of the stacked linear."""
+    return tuple(
+        segment._replace(start=position * rows, stop=(position + 1) * rows)
+        for position, segments in enumerate(parts)
+        for segment in segments
+    )
+
+
+def _apply_head(hidden: Tensor, part: Parts) -> Tensor:
+    pre_weight, pre_bias, weight, bias = part.head
+    inner = functional.relu(functional.linear(hidden, pre_weight, pre_bias))
+    return functional.linear(inner, weight, bias).float()

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,17 +25,18 @@ from lora_sentiment.model.base import Base, load_base, resolve_dtype
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.encoder import FastForward
 from lora_sentiment.model.engine import Engine
-from lora_sentiment.serve.mixed import Mixed, Parts, read_parts
+from lora_sentiment.serve.mixed import Parts, compute_mixed, read_parts
 
 log = logging.getLogger("lora_sentiment")
 
 Answers = NDArray[np.float32]
 Ids = NDArray[np.int64]
+Signature = tuple[tuple[str, int, int, int], ...]
 _SHARING = ("lora", "head")
 """Methods that leave the base's own weights as they are, so that a model can be rebuilt around a shared one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Served:
     """One adapter that is loaded. It answers as long as something refers to it, also after the pool dropped it.
 
@@ -45,7 +46,6 @@ class Served:
         labels: Label names; the index of a name is its label.
         encoder: From a text to token ids.
         clean: Whether texts are cleaned first, as they were for training.
-        temperature: Fitted on validation at training, or None.
         sha256: Hash of what decides an answer.
         method: What was trained.
         num_parameters: Values that it adds to the base or replaces in it, its head among them.
@@ -58,21 +58,11 @@ class Served:
     labels: tuple[str, ...]
     encoder: TextEncoder
     clean: bool
-    temperature: float | None
     sha256: str
     method: str
     num_parameters: int
     form: Literal["low-rank", "merged"]
     part: Parts | Engine
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """What is served at one time: adapters by name, those of low-rank form stacked, and the place of each in it."""
-
-    served: Mapping[str, Served]
-    mixed: Mixed
-    places: Mapping[int, int]
 
 
 class Pool:
@@ -81,23 +71,19 @@ class Pool:
     Attributes:
         base: Name of the base.
         base_sha256: Its hash, which every adapter's card must name.
+        served: Adapters by name: a snapshot, which `add` and `refresh` replace and never change.
     """
 
     def __init__(self, base: Base, *, source: str | None, watch: Path | None, dtype: str) -> None:
         self.base, self.base_sha256 = base.name, base.sha256
+        self.served: Mapping[str, Served] = {}
         self._fresh, self._source, self._watch = base, source, watch
         self._device = join_launch().device
         self._dtype_name, self._dtype = dtype, resolve_dtype(dtype, self._device)
-        self._seen: dict[Path, tuple[int, int, int]] = {}
+        self._seen: dict[Path, Signature] = {}
         base.model.requires_grad_(False).eval()
         encoder: Any = copy.deepcopy(base.model, _tensors(base.model) if self._device.type == "cpu" else {})
         self._forward = FastForward(encoder.distilbert.to(self._device), self._dtype)
-        self._now = _Snapshot({}, Mixed(self._forward, ()), {})
-
-    @property
-    def served(self) -> Mapping[str, Served]:
-        """Adapters by name: a snapshot, which `add` and `refresh` replace and never change."""
-        return self._now.served
 
     def add(self, folders: Sequence[Path]) -> None:
         """Load adapters and put them beside the others; none of them where one is refused.
@@ -110,35 +96,36 @@ class Pool:
         for folder in map(Path.resolve, folders):
             _refuse_taken(folder, found)
             found[folder.name] = self._load(folder)
-        self._replace(found)
+        self.served = found
 
-    def refresh(self) -> None:
+    def refresh(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Look at the watched folder: pick up finished adapters, drop those that are gone, reload what changed.
 
-        What cannot be served is logged once, and looked at again when its card changes.
+        What cannot be served is logged, and tried again when any of its files changes: it may be half copied. One that
+        was served before it changed so is served as it was.
+
+        Args:
+            stopped: Asked before each adapter is loaded; once it says yes, what is left is not looked at.
         """
         if self._watch is None:
             return
         there = _find(self._watch)
-        watched = {s.folder for s in self.served.values()} & self._seen.keys()
-        kept = {name: s for name, s in self.served.items() if s.folder not in watched or s.folder in there}
-        for name in sorted(self.served.keys() - kept.keys()):
-            log.info("%s: its folder is gone; not served any more", name)
+        for name, own in self.served.items():
+            if own.folder in self._seen and own.folder not in there:
+                log.info("%r: its folder is gone; not served any more", name)
+                self.served = {other: kept for other, kept in self.served.items() if other != name}
+        self._seen = {folder: seen for folder, seen in self._seen.items() if folder in there}
         for folder, signature in there.items():
-            named = {s.folder for s in kept.values()} - watched
-            if self._seen.get(folder) == signature or folder in named:
+            named = self.served[folder.name].folder if folder.name in self.served else None
+            if stopped() or self._seen.get(folder) == signature or (named == folder and folder not in self._seen):
                 continue
+            self._seen[folder] = signature
             try:
-                if folder in watched:
-                    kept.pop(folder.name, None)
-                _refuse_taken(folder, kept)
-                kept[folder.name] = self._load(folder)
-                log.info("%s: served from %s", folder.name, folder)
+                _refuse_taken(folder, {name: own for name, own in self.served.items() if own.folder != folder})
+                self.served = {**self.served, folder.name: self._load(folder)}
+                log.info("%r: served from %r", folder.name, str(folder))
             except (AdapterError, ModelError, OSError) as error:
-                log.warning("%s: not served: %s", folder, error)
-        self._seen = there
-        if kept != self.served:
-            self._replace(kept)
+                log.warning("%r: %s: %s", str(folder), "served as it was" if named == folder else "not served", error)
 
     def compute(self, served: Sequence[Served], encoded: Encoded) -> list[Answers]:
         """Answer texts, each by its adapter: those of low-rank form together, others each in batches of their own.
@@ -150,39 +137,25 @@ class Pool:
         Returns:
             One array of logits a row: (num_labels of its adapter,).
         """
-        now, groups = self._now, dict[int, list[int]]()
+        groups: dict[int, list[int]] = {}
         for row, own in enumerate(served):
             groups.setdefault(0 if isinstance(own.part, Parts) else id(own.part), []).append(row)
         logits: dict[int, Answers] = {}
         for rows in groups.values():
             for index in cut(np.array(rows), encoded.lengths, max_tokens=INFERENCE_TOKENS):
-                found = self._answer(now, [served[row].part for row in index], *pad(encoded, index))
+                found = self._answer([served[row].part for row in index], *pad(encoded, index))
                 logits.update(zip(index.tolist(), found, strict=True))
         return [logits[row] for row in range(len(served))]
 
-    def _answer(
-        self, now: _Snapshot, parts: Sequence[Parts | Engine], input_ids: Ids, mask: Ids | None
-    ) -> Iterable[Answers]:
-        if not isinstance(parts[0], Parts):
-            return parts[0](input_ids, mask)
+    def _answer(self, parts: Sequence[Parts | Engine], input_ids: Ids, mask: Ids | None) -> Iterable[Answers]:
         own = [part for part in parts if isinstance(part, Parts)]
-        mixed, places = now.mixed, now.places
-        if any(id(part) not in places for part in own):
-            # Asked for before its adapter was dropped or reloaded: it still answers as it was.
-            unique = list({id(part): part for part in own}.values())
-            mixed, places = Mixed(self._forward, unique), {id(part): i for i, part in enumerate(unique)}
-        ids, padding = (None if a is None else torch.from_numpy(a).to(self._device) for a in (input_ids, mask))
-        assert ids is not None
-        return [np.asarray(a.cpu().numpy()) for a in mixed.compute(ids, padding, [places[id(part)] for part in own])]
-
-    def _replace(self, served: Mapping[str, Served]) -> None:
-        """Stack what is served now; the old stack goes when the last text that refers to it was answered."""
-        names = [name for name, own in served.items() if isinstance(own.part, Parts)]
-        parts = [part for part in (served[name].part for name in names) if isinstance(part, Parts)]
-        mixed = Mixed(self._forward, parts)
-        placed = {name: replace(served[name], part=part) for name, part in zip(names, mixed.parts, strict=True)}
-        places = {id(part): place for place, part in enumerate(mixed.parts)}
-        self._now = _Snapshot({**served, **placed}, mixed, places)
+        if not own:
+            engine = parts[0]
+            assert not isinstance(engine, Parts)
+            return engine(input_ids, mask)
+        ids = torch.from_numpy(input_ids).to(self._device)
+        padding = None if mask is None else torch.from_numpy(mask).to(self._device)
+        return [found.cpu().numpy() for found in compute_mixed(self._forward, ids, padding, own)]
 
     def _load(self, folder: Path) -> Served:
         card = load_card(folder)
@@ -199,7 +172,6 @@ class Pool:
             labels=tuple(card.labels),
             encoder=TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
             clean=card.data.config.clean,
-            temperature=(card.calibration or {}).get("temperature"),
             sha256=card.sha256,
             method=card.method.kind,
             num_parameters=sum(math.prod(shape) for _, shape in read_header(weights).values()),
@@ -216,7 +188,7 @@ class Pool:
             part = read_parts(loaded.model, dtype=self._dtype, device=self._device)
             if isinstance(part, Parts):
                 return loaded, part
-            log.info("%s: served merged: %s", folder.name, part)
+            log.info("%r: served merged: %s", folder.name, part)
         loaded = load(folder, base=self._source, device=self._device)
         model: Any = loaded.model
         if isinstance(model, PeftModel) and card.base.quantize == "none":
@@ -263,15 +235,15 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
     return pool
 
 
-def _find(watch: Path) -> dict[Path, tuple[int, int, int]]:
-    """Return the adapter folders inside a folder, each with what changes when its card does."""
+def _find(watch: Path) -> dict[Path, Signature]:
+    """Return the adapter folders inside a folder, each with what changes when one of its files does."""
     found = {}
     for card in sorted(watch.resolve().glob("*/card.json")):
         try:
-            facts = card.stat()
+            facts = [(path.name, path.stat()) for path in sorted(card.parent.iterdir())]
         except FileNotFoundError:
             continue  # removed in this moment
-        found[card.parent] = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        found[card.parent] = tuple((name, at.st_ino, at.st_mtime_ns, at.st_size) for name, at in facts)
     return found
 
 

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -361,3 +362,13 @@ def test_recorded_splits_do_not_bind_a_file_that_is_given_instead(toy):
     recorded = DataConfig(source="own/sst2", splits={"train": "train", "dev": "validation"})
     instead = recorded.model_copy(update={"source": str(toy / "test.csv")})
     assert len(load_rows(instead, split="test", labels=("negative", "positive"))[0]) == 41
+
+
+def test_what_would_take_the_cleaner_hours_or_down_is_cut_short():
+    marks = "\u0316\u0301"
+    long = clean_text("a" + marks * 50_000 + " b", Counter())
+    assert len(long) < 40
+    assert long.endswith(" b")
+    assert clean_text("a" + marks * 10, Counter()) == unicodedata.normalize("NFC", "a" + marks * 10)
+    assert clean_text("—" * 100 + "é" * 100 + "😀" * 100, Counter()) == "—" * 100 + "é" * 100 + "😀" * 100
+    assert clean_text(f"x &#{'9' * 5000}; y", Counter()) == "x \N{REPLACEMENT CHARACTER} y"

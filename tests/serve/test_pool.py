@@ -96,10 +96,19 @@ def test_low_rank_adapters_share_the_bases_memory(folders):
     pool = make_pool([folders["qv"], folders["wide"]])
     base = pool._forward.encoder.embeddings.word_embeddings.weight
     assert base.data_ptr() == pool._fresh.model.distilbert.embeddings.word_embeddings.weight.data_ptr()
-    stacks = pool._now.mixed.stacks.values()
-    parts = [tensor for own in pool.served.values() for pair in own.part.pairs.values() for tensor in pair]
-    held = {tensor.untyped_storage().data_ptr() for pair in stacks for tensor in pair}
-    assert {tensor.untyped_storage().data_ptr() for tensor in parts} <= held
+
+
+def test_a_small_adapter_takes_no_more_memory_beside_a_large_one(folders):
+    pool = make_pool([folders["k-lin1"], folders["wide"], folders["all-linear"]])
+    saved = {name: own.num_parameters for name, own in pool.served.items()}
+    assert {name: own.part.num_bytes for name, own in pool.served.items()} == {n: 4 * size for n, size in saved.items()}
+    held = [
+        tensor.untyped_storage().nbytes()
+        for own in pool.served.values()
+        for pair in own.part.pairs.values()
+        for tensor in pair
+    ]
+    assert sum(held) <= 4 * sum(saved.values())
 
 
 def test_a_texts_answer_does_not_hang_on_its_neighbours(folders):
@@ -137,6 +146,46 @@ def test_watching_picks_up_finished_folders_and_reloads_changed_ones(folders, tm
     same = pool.served
     pool.refresh()
     assert pool.served is same
+
+
+def test_a_card_that_was_written_again_unchanged_does_no_harm_to_the_rest_of_a_look(folders, tmp_path):
+    for name in ("qv", "wide"):
+        shutil.copytree(folders[name], tmp_path / name)
+    pool = make_pool([], watch=tmp_path)
+    (tmp_path / "qv/card.json").touch()
+    (tmp_path / "wide").rename(tmp_path / "other")
+    pool.refresh()
+    assert set(pool.served) == {"qv", "other"}
+
+
+def test_a_half_copied_folder_is_served_once_it_is_whole(folders, tmp_path):
+    pool = make_pool([folders["qv"]], watch=tmp_path)
+    (tmp_path / "new").mkdir()
+    shutil.copy2(folders["wide"] / "card.json", tmp_path / "new")
+    pool.refresh()
+    assert set(pool.served) == {"qv"}
+    shutil.copytree(folders["wide"], tmp_path / "new", dirs_exist_ok=True)
+    pool.refresh()
+    assert set(pool.served) == {"qv", "new"}
+
+
+def test_an_adapter_that_breaks_is_served_as_it_was(folders, tmp_path, caplog):
+    shutil.copytree(folders["wide"], tmp_path / "one")
+    pool = make_pool([], watch=tmp_path)
+    before = answer(pool, [("one", TEXTS[0])])[0]
+    (tmp_path / "one/card.json").write_text("{}")
+    pool.refresh()
+    np.testing.assert_array_equal(answer(pool, [("one", TEXTS[0])])[0], before)
+    assert "served as it was" in caplog.text
+
+
+def test_a_look_ends_when_the_server_stops(folders, tmp_path):
+    pool = make_pool([folders["qv"]], watch=tmp_path)
+    shutil.copytree(folders["wide"], tmp_path / "one")
+    pool.refresh(lambda: True)
+    assert set(pool.served) == {"qv"}
+    pool.refresh()
+    assert set(pool.served) == {"qv", "one"}
 
 
 def test_a_watched_folder_that_cannot_be_served_is_logged_once_and_tried_again_when_it_changes(
