@@ -2,11 +2,11 @@
 
 import asyncio
 import re
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,13 +18,15 @@ from lora_sentiment.evaluation.probabilities import softmax
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import Prediction, PredictRequest, PredictResponse, RefusalError, Score, TeiRequest
 from lora_sentiment.serve.metrics import Metrics
-from lora_sentiment.serve.queue import Ids, Queue
+from lora_sentiment.serve.queue import STOPPED, Ids, Queue
 
 if TYPE_CHECKING:
     from lora_sentiment.serve.pool import Pool, Served
 
 READERS = 2
 """Threads that clean and tokenise."""
+CHUNK_CHARACTERS = 2**16
+"""Characters tokenised before a thread looks whether anybody still waits for them."""
 NAMED = 20
 """Most adapters that an error names."""
 
@@ -65,7 +67,7 @@ class Answerer:
     def __init__(self, pool: "Pool", queue: Queue, *, limits: Limits, metrics: Metrics) -> None:
         self._pool, self._queue, self._limits, self._metrics = pool, queue, limits, metrics
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
-        self._reading = 0
+        self._reading, self._lock = 0, threading.Lock()
 
     async def predict(self, asked: PredictRequest) -> PredictResponse:
         """Answer texts.
@@ -109,8 +111,10 @@ class Answerer:
         _check_sizes(texts, way, limits)
         # What cannot be taken anyway is not read first.
         self._queue.check(2 * len(texts))
-        again = limits.max_explained_words if way.explain else 1
-        size = sum(map(len, texts)) + sum(len(text) * min(again, len(text)) for text in texts) * way.explain
+        again = limits.max_explained_words
+        size = sum(map(len, texts))
+        if way.explain:
+            size = min(sum(len(text) * (1 + min(again, len(text))) for text in texts), limits.max_reread_characters)
         if self._reading and self._reading + size > limits.max_reading_characters:
             raise RefusalError(
                 "Overloaded",
@@ -118,12 +122,21 @@ class Answerer:
                 "try again later",
                 retry_after=self._queue.retry_after(),
             )
-        self._reading += size
+        given_up = threading.Event()
+        self._count(size)
+        work = self._readers.submit(
+            read_texts, served, texts, way, limits, lambda: given_up.is_set() or self._queue.abandoned
+        )
+        # Not when nobody waits any more: the thread still reads then, until it looks.
+        work.add_done_callback(lambda _: self._count(-size))
         try:
-            work = partial(read_texts, served, texts, way, limits)
-            return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+            return await asyncio.wrap_future(work)
         finally:
-            self._reading -= size
+            given_up.set()
+
+    def _count(self, characters: int) -> None:
+        with self._lock:
+            self._reading += characters
 
     async def _ask(self, served: "Served", readings: Sequence[_Reading]) -> list[NDArray[np.float32]]:
         """Return the logits of each reading: (num_inputs, num_labels)."""
@@ -150,28 +163,27 @@ def choose(served: Mapping[str, "Served"], name: str | None) -> "Served":
     return served[name]
 
 
-def read_texts(served: "Served", texts: Sequence[str], way: _Way, limits: Limits) -> list[_Reading]:
+def read_texts(
+    served: "Served", texts: Sequence[str], way: _Way, limits: Limits, stopped: Callable[[], bool]
+) -> list[_Reading]:
     """Clean, tokenise, cut and frame texts, as `Classifier.probabilities` does.
 
     Raises:
-        RefusalError: For a text with too many words to explain, or too long where it must not be cut.
+        RefusalError: For more to explain than allowed, a text too long where it must not be cut, and as soon as
+            `stopped` says that nobody waits for the answer.
     """
-    read = [clean_text(text, Counter()) for text in texts] if served.clean else list(texts)
+    read = [clean_text(text, Counter()) if served.clean else text for text in _while_wanted(texts, stopped)]
     words = [list(re.finditer(r"\S+", text)) if way.explain else [] for text in read]
-    for place, own in enumerate(words):
-        if len(own) > limits.max_explained_words:
-            raise RefusalError(
-                "TooLarge",
-                f"texts[{place}]: has {len(own):,} words; an explanation takes at most {limits.max_explained_words:,}",
-            )
-    asked = [
-        [text, *(text[: word.start()] + text[word.end() :] for word in own)]
+    _check_words(read, words, limits)
+    asked = (
+        variant
         for text, own in zip(read, words, strict=True)
-    ]
-    found = iter(served.encoder.tokenise([text for own in asked for text in own]))
+        for variant in (text, *(text[: word.start()] + text[word.end() :] for word in own))
+    )
+    found = _tokenise(served.encoder, _while_wanted(asked, stopped))
     readings = []
-    for place, variants in enumerate(asked):
-        ids = [next(found) for _ in variants]
+    for place, own in enumerate(words):
+        ids = [next(found) for _ in (None, *own)]
         truncated = len(ids[0]) > served.encoder.room
         if truncated and way.refuse_long:
             raise RefusalError(
@@ -183,6 +195,43 @@ def read_texts(served: "Served", texts: Sequence[str], way: _Way, limits: Limits
     return readings
 
 
+def _while_wanted(texts: Iterable[str], stopped: Callable[[], bool]) -> Iterator[str]:
+    for text in texts:
+        if stopped():
+            raise RefusalError("Unhealthy", STOPPED)
+        yield text
+
+
+def _tokenise(encoder: TextEncoder, texts: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the token ids of each text, tokenised some at a time."""
+    some: list[str] = []
+    size = 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= CHUNK_CHARACTERS:
+            yield from encoder.tokenise(some)
+            some, size = [], 0
+    yield from encoder.tokenise(some)
+
+
+def _check_words(texts: Sequence[str], words: Sequence[Sequence[object]], limits: Limits) -> None:
+    """Refuse what would be read too long: a text is read again for each of its words."""
+    for place, own in enumerate(words):
+        if len(own) > limits.max_explained_words:
+            raise RefusalError(
+                "TooLarge",
+                f"texts[{place}]: has {len(own):,} words; an explanation takes at most {limits.max_explained_words:,}",
+            )
+    size = sum(len(text) * (1 + len(own)) for text, own in zip(texts, words, strict=True) if own)
+    if size > limits.max_reread_characters:
+        raise RefusalError(
+            "TooLarge",
+            f"texts: {size:,} characters would be read, each text again without each of its words; an explanation "
+            f"takes at most {limits.max_reread_characters:,}; send fewer or shorter texts",
+        )
+
+
 def _cut(encoder: TextEncoder, ids: list[int], direction: str | None) -> list[int]:
     if direction is None:
         return encoder.truncate(ids)
@@ -190,12 +239,17 @@ def _cut(encoder: TextEncoder, ids: list[int], direction: str | None) -> list[in
 
 
 def _check_sizes(texts: Sequence[str], way: _Way, limits: Limits) -> None:
-    most = limits.max_explained_texts if way.explain else limits.max_texts
-    if len(texts) > most:
-        of = "a request that asks for explanations" if way.explain else "a request"
-        raise RefusalError("TooLarge", f"texts: found {len(texts):,}; allowed: at most {most:,} {of}")
+    """Refuse more to explain than allowed; how many texts a request may have was checked as it was read."""
+    if not way.explain:
+        return
+    if len(texts) > limits.max_explained_texts:
+        raise RefusalError(
+            "TooLarge",
+            f"texts: found {len(texts):,}; allowed: at most {limits.max_explained_texts:,} a request that asks for "
+            "explanations",
+        )
     longest = max(map(len, texts))
-    if way.explain and longest > limits.max_explained_characters:
+    if longest > limits.max_explained_characters:
         raise RefusalError(
             "TooLarge",
             f"texts: found one of {longest:,} characters; an explanation takes at most "

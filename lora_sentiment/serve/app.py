@@ -2,25 +2,24 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from fastapi import Body, Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from fastapi.telemetry import TelemetryConfig
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
-from lora_sentiment.section import did_you_mean
 from lora_sentiment.serve.answers import Answerer
 from lora_sentiment.serve.config import ServeConfig
 from lora_sentiment.serve.guard import CLIENT_GONE, PREDICT, Guard, make_refusal
 from lora_sentiment.serve.messages import (
+    MALFORMED,
     STATUSES,
     AdapterFacts,
     AdaptersResponse,
@@ -32,7 +31,7 @@ from lora_sentiment.serve.messages import (
     PredictRequest,
     RefusalError,
     StatusResponse,
-    TeiRequest,
+    read_request,
 )
 from lora_sentiment.serve.metrics import CONTENT_TYPE, Metrics
 from lora_sentiment.serve.queue import Queue
@@ -54,7 +53,7 @@ EXAMPLES = {
     "text-embeddings-inference": {"value": {"inputs": [["A lovely film."], ["Dull, long and not worth a cent."]]}},
 }
 _EXPLAINED: dict[ErrorType, str] = {
-    "Malformed": "the body is not JSON in UTF-8",
+    "Malformed": MALFORMED,
     "Unauthorized": "this server needs its key: send the header Authorization: Bearer KEY",
     "NotFound": "adapter: 'imdb' is not loaded; there is imdb_small",
     "Timeout": "the body took longer to arrive than allowed: 10 seconds",
@@ -69,6 +68,7 @@ NO_TELEMETRY: TelemetryConfig = {
     "tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False,
 }  # fmt: skip
 """FastAPI would hand requests, bodies among them, to any exporter that the environment names."""
+_REFERENCE = "#/components/schemas/{model}"
 Result = TypeVar("Result")
 
 
@@ -85,7 +85,7 @@ def make_app(pool: "Pool", config: ServeConfig) -> FastAPI:
     @asynccontextmanager
     async def live(app: FastAPI) -> AsyncIterator[None]:
         app.state.running = asyncio.create_task(queue.run())
-        watching = asyncio.create_task(_watch(pool, config, metrics))
+        watching = asyncio.create_task(_watch(pool, config, metrics, stopped=lambda: queue.closed))
         yield
         queue.close()
         queue.abandon()
@@ -106,8 +106,9 @@ def make_app(pool: "Pool", config: ServeConfig) -> FastAPI:
     _add_handlers(app)
     routes = {route.path for route in app.routes if hasattr(route, "path")}
     app.add_middleware(Guard, config=config, metrics=metrics, routes=routes)
-    # Made once and kept by FastAPI; the limits are this server's own.
+    # Made once and kept by FastAPI, which does not read this body itself; the limits are this server's own.
     schemas = app.openapi()["components"]["schemas"]
+    schemas |= TypeAdapter[Any](Asked).json_schema(ref_template=_REFERENCE)["$defs"]
     schemas["PredictRequest"]["properties"]["texts"]["maxItems"] = config.limits.max_texts
     return app
 
@@ -116,9 +117,16 @@ def _add_predict(app: FastAPI, answerer: Answerer, config: ServeConfig, metrics:
     answers = TypeAdapter[Any](Predicted)
     kinds: list[ErrorType] = [kind for kind in _EXPLAINED if kind != "Unauthorized" or config.api_key]
 
-    @app.post(PREDICT, response_model=Predicted, responses=_errors(*kinds), dependencies=_bearer(config))
-    async def predict(request: Request, asked: Annotated[Asked, Body(openapi_examples=EXAMPLES)]) -> Response:
+    forms = [{"$ref": _REFERENCE.format(model=form.__name__)} for form in get_args(Asked)]
+    content = {"application/json": {"schema": {"anyOf": forms}, "examples": EXAMPLES}}
+
+    @app.post(
+        PREDICT, response_model=Predicted, responses=_errors(*kinds), dependencies=_bearer(config),
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+    )  # fmt: skip
+    async def predict(request: Request) -> Response:
         """Label texts, each by the adapter that the request names."""
+        asked = read_request(await request.body(), config.limits)
         work = answerer.predict(asked) if isinstance(asked, PredictRequest) else answerer.predict_as_tei(asked)
         answer = await _finish(work, request, seconds=config.limits.deadline_seconds)
         if answer is None:
@@ -181,39 +189,14 @@ def _add_handlers(app: FastAPI) -> None:
     async def refuse(_: Request, error: RefusalError) -> Response:
         return make_refusal(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def refuse_body(_: Request, error: RequestValidationError) -> Response:
-        return make_refusal(_explain(error.errors()[0]))
-
     @app.exception_handler(HTTPException)
     async def refuse_request(_: Request, error: HTTPException) -> Response:
-        if error.status_code == STATUSES["MethodNotAllowed"]:
-            allowed = (error.headers or {}).get("Allow", "")
-            response = make_refusal(RefusalError("MethodNotAllowed", f"this path takes {allowed} alone"))
-            response.headers["Allow"] = allowed
-            return response
-        # FastAPI raises no other than this one of its own, for what its JSON parser does not even name a fault of.
-        return make_refusal(RefusalError("Malformed", _EXPLAINED["Malformed"]))
-
-
-def _explain(fault: Any) -> RefusalError:
-    """Turn the first of pydantic's faults into a sentence, which holds no text that was sent but the name of a key."""
-    if fault["type"] == "json_invalid" or tuple(fault["loc"]) == ("body",):
-        return RefusalError("Malformed", _EXPLAINED["Malformed"])
-    _, form, *where = fault["loc"]
-    model = TeiRequest if form == "inputs" else PredictRequest
-    if not where:
-        return RefusalError("Validation", 'the body must be a JSON object, such as {"texts": ["A lovely film."]}')
-    known = list(model.model_fields)
-    if fault["type"] == "extra_forbidden":
-        hint = did_you_mean(str(where[0]), known)
-        return RefusalError(
-            "Validation", f"unknown key {ascii(where[0])[:60]}{hint} (beside {form!r}: {', '.join(known)})"
-        )
-    if where[0] == "inputs" and fault["type"] not in ("pair", "surrogate"):
-        return RefusalError("Validation", 'inputs: allowed: one text, or a batch as [["first text"], ["second text"]]')
-    place = "".join(f"[{part}]" for part in where[1:] if isinstance(part, int))
-    return RefusalError("Validation", f"{where[0]}{place}: {fault['msg']}")
+        # Nothing else is raised: the guard lets known paths through alone, and no body is read by FastAPI.
+        assert error.status_code == STATUSES["MethodNotAllowed"]
+        allowed = (error.headers or {}).get("Allow", "")
+        response = make_refusal(RefusalError("MethodNotAllowed", f"this path takes {allowed} alone"))
+        response.headers["Allow"] = allowed
+        return response
 
 
 async def _finish(work: Coroutine[Any, Any, Result], request: Request, *, seconds: float) -> Result | None:
@@ -247,17 +230,17 @@ async def _wait_until_gone(request: Request) -> None:
         pass
 
 
-async def _watch(pool: "Pool", config: ServeConfig, metrics: Metrics) -> None:
-    """Let the pool look at its folder now and then, in a thread."""
+async def _watch(pool: "Pool", config: ServeConfig, metrics: Metrics, *, stopped: Callable[[], bool]) -> None:
+    """Let the pool look at its folder now and then, in a thread; a process ends only after it, so a stop ends it."""
     loop = asyncio.get_running_loop()
     metrics.keep(pool.served)
     while config.watch is not None:
         await asyncio.sleep(config.limits.watch_seconds)
-        looked = loop.run_in_executor(None, pool.refresh)
+        looked = loop.run_in_executor(None, pool.refresh, stopped)
         # What is loaded goes on being served whatever the folder holds.
         await asyncio.wait([looked])
         if error := looked.exception():
-            log.error("%s could not be looked at", config.watch, exc_info=error)
+            log.error("%r could not be looked at", str(config.watch), exc_info=error)
         metrics.keep(pool.served)
 
 

@@ -28,6 +28,8 @@ class Limits(Section):
     """Words of an explained text: the model is asked once more for each."""
     max_explained_characters: int = Field(default=10_000, ge=1)
     """Characters of an explained text: it is read again for each of its words."""
+    max_reread_characters: int = Field(default=2**21, ge=1)
+    """Characters read for the explanations of a request: each text once, and again without each of its words."""
     max_reading_characters: int = Field(default=2**22, ge=1)
     """Characters that wait to be tokenised, over all requests; one request alone may be longer."""
     max_queue_tokens: int = Field(default=131_072, ge=512)

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import logging
 import time
+import traceback
 from collections.abc import Collection
 
 from starlette.responses import Response
@@ -52,7 +53,7 @@ class Guard:
         self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, and log and count it."""
+        """Answer one request, whatever is raised meanwhile, and log and count it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -65,10 +66,28 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
             await send(message)
 
-        await self._let_through(scope, receive, send_with_headers)
-        seconds = time.perf_counter() - started
         # The path of a route, never the one that was sent: people paste texts into addresses.
         route = scope["path"] if scope["path"] in self._routes else "other"
+        try:
+            work = self._let_through(scope, receive, send_with_headers)
+            # Gathered, not caught: also a tokenizer's panic, which is no `Exception`, is an answer; a stop still stops.
+            (fault,) = await asyncio.gather(work, return_exceptions=True)
+            if fault is not None:
+                self._tell(fault, route)
+                # Once an answer has begun there is no room for another: the connection is closed.
+                if status == CLIENT_GONE:
+                    broken = RefusalError("Backend", "the request met a fault of the server; its log says where")
+                    await make_refusal(broken)(scope, receive, send_with_headers)
+        finally:
+            self._count(scope, route, status, time.perf_counter() - started)
+
+    def _tell(self, fault: BaseException, route: str) -> None:
+        """Log what was raised and where; not its message, which may hold a text that was sent."""
+        self._metrics.faults.inc()
+        where = "".join(traceback.format_tb(fault.__traceback__))
+        log.error("%s: %s was raised, at\n%s", route, type(fault).__name__, where)
+
+    def _count(self, scope: Scope, route: str, status: int, seconds: float) -> None:
         self._metrics.requests.labels(route, str(status)).inc()
         if route == PREDICT:
             self._metrics.seconds.observe(seconds)

@@ -1,13 +1,15 @@
 """What the server is asked and what it answers, field by field: OpenAPI is made of these."""
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from lora_sentiment.errors import LoraSentimentError
-from lora_sentiment.section import Section
+from lora_sentiment.section import Section, did_you_mean
+from lora_sentiment.serve.config import Limits
 
 ErrorType = Literal[
     "Malformed", "Unauthorized", "NotFound", "MethodNotAllowed", "Timeout", "TooLarge", "UnsupportedMediaType",
@@ -28,6 +30,9 @@ STATUSES: dict[ErrorType, int] = {
     "Deadline": 504,
 }
 """What each kind of error is in HTTP."""
+MALFORMED = "the body is not JSON in UTF-8"
+SHOWN = 60
+"""Characters of a key that an error shows."""
 
 
 class RefusalError(LoraSentimentError):
@@ -71,6 +76,15 @@ class PredictRequest(Section):
     """Whether to say what each word does to the score; the model is asked once more for each word."""
 
 
+class TeiParameters(Section):
+    """What Hugging Face's clients send beside the inputs: empty, or null where they were not told."""
+
+    top_k: None = None
+    """Not honoured: every label is answered."""
+    function_to_apply: None = None
+    """Not honoured: see `raw_scores`."""
+
+
 class TeiRequest(Section):
     """The same in the words of text-embeddings-inference, whose clients may stay as they are."""
 
@@ -88,6 +102,8 @@ class TeiRequest(Section):
     """What stays of a longer text: its first tokens (`Right`) or its last (`Left`); left out, as in training."""
     raw_scores: bool = False
     """Whether to answer logits in place of probabilities."""
+    parameters: TeiParameters | None = None
+    """As Hugging Face's clients send it; holds nothing that is honoured."""
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -101,15 +117,61 @@ class TeiRequest(Section):
             )
         return value
 
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _refuse_parameters(cls, value: Any) -> Any:
+        for key, setting in value.items() if isinstance(value, dict) else ():
+            if setting is not None or key not in TeiParameters.model_fields:
+                raise PydanticCustomError("parameter", "{key} is not honoured; leave it out", {"key": _show(key)})
+        return value
 
-def _form(value: Any) -> str:
-    return "inputs" if isinstance(value, dict) and "inputs" in value else "texts"
+
+Asked = PredictRequest | TeiRequest
 
 
-Asked = Annotated[
-    Annotated[PredictRequest, Tag("texts")] | Annotated[TeiRequest, Tag("inputs")],
-    Discriminator(_form),
-]
+def read_request(body: bytes, limits: Limits) -> Asked:
+    """Read the body of a request.
+
+    Keys and texts are counted before they are checked: an object for each fault of a million would take a minute.
+
+    Raises:
+        RefusalError: `Malformed` for what is no JSON, `TooLarge` for more texts than allowed, `Validation` for what is
+            not in the schema; its sentence holds no text that was sent but the start of an unknown key.
+    """
+    try:
+        value = json.loads(body.decode("utf-8-sig"))
+    # Not UTF-8, no JSON, a number of too many digits; too many brackets.
+    except (ValueError, RecursionError) as error:
+        raise RefusalError("Malformed", MALFORMED) from error
+    if not isinstance(value, dict):
+        raise RefusalError("Validation", 'the body must be a JSON object, such as {"texts": ["A lovely film."]}')
+    form, model = ("inputs", TeiRequest) if "inputs" in value else ("texts", PredictRequest)
+    known = list(model.model_fields)
+    for key in value:
+        if key not in known:
+            hint = did_you_mean(key[:SHOWN], known)
+            raise RefusalError("Validation", f"unknown key {_show(key)}{hint} (beside {form!r}: {', '.join(known)})")
+    texts = value.get(form)
+    if isinstance(texts, list) and len(texts) > limits.max_texts:
+        raise RefusalError("TooLarge", f"{form}: found {len(texts):,}; allowed: at most {limits.max_texts:,} a request")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _explain(error) from error
+
+
+def _explain(error: ValidationError) -> RefusalError:
+    """Turn the first of pydantic's faults into a sentence."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    name, *where = fault["loc"]
+    if name == "inputs" and fault["type"] not in ("pair", "surrogate"):
+        return RefusalError("Validation", 'inputs: allowed: one text, or a batch as [["first text"], ["second text"]]')
+    place = "".join(f"[{part}]" for part in where if isinstance(part, int))
+    return RefusalError("Validation", f"{name}{place}: {fault['msg']}")
+
+
+def _show(key: str) -> str:
+    return ascii(key[:SHOWN])
 
 
 class Score(Section):

@@ -30,6 +30,7 @@ class Metrics:
         self.abandoned = Counter(
             "lora_sentiment_abandoned_requests", "Predictions whose client went away first.", registry=self.registry
         )
+        self.faults = Counter("lora_sentiment_faults", "Requests that met a fault of ours.", registry=self.registry)
         self.queued_tokens = Gauge("lora_sentiment_queued_tokens", "Tokens that wait.", registry=self.registry)
         self.under_way = Gauge("lora_sentiment_requests_under_way", "Predictions under way.", registry=self.registry)
         self.adapters = Gauge("lora_sentiment_adapters", "Adapters that are loaded.", registry=self.registry)

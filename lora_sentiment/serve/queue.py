@@ -56,11 +56,12 @@ class Queue:
     Attributes:
         tokens: How many wait.
         closed: Whether nothing new is taken; what is being read already still is.
+        abandoned: Whether all that waits is refused.
     """
 
     def __init__(self, compute: Compute, *, limits: Limits, metrics: Metrics) -> None:
         self.tokens = 0
-        self.closed = self._abandoned = False
+        self.closed = self.abandoned = False
         self._compute, self._limits, self._metrics = compute, limits, metrics
         self._line: OrderedDict[_Asked, None] = OrderedDict()
         self._some, self._enough = asyncio.Event(), asyncio.Event()
@@ -118,7 +119,7 @@ class Queue:
 
     def abandon(self) -> None:
         """Refuse all that waits, and whatever else comes."""
-        self._abandoned = True
+        self.abandoned = True
         for asked in list(self._line):
             self._fail(asked, RefusalError("Unhealthy", STOPPED))
 
@@ -128,7 +129,7 @@ class Queue:
 
     def _check_room(self, tokens: int) -> None:
         most = self._limits.max_queue_tokens
-        if self._abandoned:
+        if self.abandoned:
             raise RefusalError("Unhealthy", STOPPED)
         if tokens > most:
             raise RefusalError("TooLarge", f"the request makes {tokens:,} tokens; allowed: {most:,}; send it in parts")
@@ -189,7 +190,7 @@ class Queue:
         self._seconds_per_token = seconds / tokens if before is None else 0.8 * before + 0.2 * seconds / tokens
         for (asked, _), logits in zip(batch, computed.result(), strict=True):
             if not np.isfinite(logits).all():
-                log.error("%s: answered a value that is not finite", asked.served.name)
+                log.error("%r: answered a value that is not finite", asked.served.name)
                 self._fail(asked, RefusalError("Backend", "the adapter answered a value that is not finite"))
             asked.found.append(logits)
             if len(asked.found) == len(asked.inputs) and not asked.answer.done():

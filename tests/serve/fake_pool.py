@@ -1,7 +1,7 @@
 """A pool without a model: each adapter answers by a formula, so that any mix-up of texts or adapters shows."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ class FakeServed:
     encoder: TextEncoder
     factor: float = 1.0
     clean: bool = True
-    temperature: float | None = None
     sha256: str = "0" * 64
     form: str = "low-rank"
     num_parameters: int = 10
@@ -68,7 +67,7 @@ class FakePool:
         self.fault: BaseException | None = None
         self.batches: list[int] = []
 
-    def refresh(self) -> None:
+    def refresh(self, stopped: Callable[[], bool]) -> None:
         pass
 
     def compute(self, served: Sequence[FakeServed], encoded: Encoded) -> list[np.ndarray]:
@@ -83,8 +82,8 @@ class FakePool:
 
 @contextmanager
 def running(pool: Any, **limits: Any) -> Iterator[Server]:
-    """A server on a free port of loopback, in a thread of this process; stopped at the end."""
-    config = ServeConfig(adapters=(Path("x"),), port=0, limits=Limits(**limits))
+    """A server on a free port of loopback, in a thread of this process, that watches; stopped at the end."""
+    config = ServeConfig(watch=Path("x"), port=0, limits=Limits(**limits))
     said: SimpleQueue[str] = SimpleQueue()
     server = Server(pool, config, bind(config), announce=said.put)
     thread = threading.Thread(target=server.run)

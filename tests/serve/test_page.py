@@ -55,6 +55,7 @@ class StandIn:
         key: What it asks for, or "".
         odd: Answers that come first, one for each prediction: (status, headers, body).
         most: Texts of a request; more are 413.
+        refused: Texts that spoil a request, and the status of what is answered then.
         seconds: That a prediction takes.
         asked: Bodies of all predictions, in order.
     """
@@ -63,6 +64,7 @@ class StandIn:
         self.adapters = [make_adapter("films", ["neg", "pos"]), make_adapter("stars", STARS)]
         self.key, self.most, self.seconds = "", 1000, 0.0
         self.odd: list[tuple[int, dict[str, str], Any]] = []
+        self.refused: dict[str, int] = {}
         self.asked: list[dict[str, Any]] = []
         stand_in = self
 
@@ -109,6 +111,8 @@ class StandIn:
             self._send(request, *self.odd.pop(0))
         elif len(body["texts"]) > self.most:
             self._send(request, 413, {}, {"error": "the body is longer than allowed", "error_type": "TooLarge"})
+        elif spoilt := [text for text in body["texts"] if text in self.refused]:
+            self._send(request, self.refused[spoilt[0]], {}, {"error": f"'{spoilt[0]}' is refused"})
         elif body["adapter"] not in loaded:
             error = f"adapter: '{body['adapter']}' is not loaded; there is {', '.join(loaded)}"
             self._send(request, 404, {}, {"error": error, "error_type": "NotFound"})
@@ -351,6 +355,42 @@ def test_a_dropped_file_is_taken_and_does_not_replace_the_page(page):
     page.wait_for_selector("#table-status:text('dropped.csv: 1 rows')")
 
 
+DELAY = """() => {
+    const read = Blob.prototype.arrayBuffer;
+    Blob.prototype.arrayBuffer = async function () {
+        if (this.name === "slow.csv") await new Promise((done) => { window.goOn = done; });
+        const bytes = await read.call(this);
+        if (this.name === "slow.csv") setTimeout(() => { window.read = true; }); // after the page had its turn
+        return bytes;
+    };
+}"""
+
+
+def test_a_file_read_while_rows_are_labelled_is_refused_in_words(page, server):
+    page.evaluate(DELAY)
+    server.seconds = 0.5
+    choose(page, "old.csv", "t\n" + "good\n" * 70)
+    choose(page, "slow.csv", "t\n" + "bad\n" * 70)
+    page.get_by_role("button", name="Label").click()
+    page.evaluate("goOn()")
+    wait_for_alert(page, "slow.csv: not opened while rows are labelled; choose it again after that.")
+    page.wait_for_selector("#table-status:text('Done: 70 labelled.')")
+    assert {tuple(row) for row in downloaded_rows(page)[1:]} == {("good", "pos", "0.9")}
+    assert {text for body in server.asked for text in body["texts"]} == {"good"}
+
+
+@pytest.mark.parametrize("content", [b"t\nbad\n", b"na\xefve"], ids=["csv", "unreadable"])
+def test_of_two_files_the_newest_is_taken_however_long_the_other_is_read(page, content):
+    page.evaluate(DELAY)
+    choose(page, "slow.csv", content)
+    choose(page, "new.csv", "t\ngood\n")
+    page.wait_for_selector("#table-status:text('new.csv: 1 rows')")
+    page.evaluate("goOn()")
+    page.wait_for_function("window.read")
+    assert page.locator("#table-status").inner_text().startswith("new.csv: 1 rows")
+    assert page.locator("[role=alert]").inner_text() == ""
+
+
 def test_429_is_waited_out_and_nothing_is_lost(page, server):
     busy = {"error": "the queue is full", "error_type": "Overloaded"}
     server.odd = [(429, {"Retry-After": "2"}, busy), (429, {"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}, busy)]
@@ -368,6 +408,22 @@ def test_what_is_too_large_together_is_asked_in_smaller_parts(page, server):
     label(page)
     assert page.locator("#table-status").inner_text() == "Done: 100 labelled."
     assert [len(body["texts"]) for body in server.asked] == [64, 32, 16, *[8] * 12, 4]
+
+
+def test_a_row_that_is_refused_alone_is_passed_over_and_named(page, server):
+    server.refused = {"long": 413, "odd": 422}
+    texts = ["good"] * 100
+    texts[6], texts[40] = "long", "odd"
+    choose(page, "a.csv", "\n".join(["t", *texts]))
+    label(page)
+    named = "Row 7: 'long' is refused. Row 41: 'odd' is refused."
+    assert page.locator("#table-status").inner_text() == (
+        f"Done: 98 labelled. 2 refused by the server, without a label. {named}"
+    )
+    expected = [[text, *(["pos", "0.9"] if text == "good" else ["", ""])] for text in texts]
+    assert downloaded_rows(page)[1:] == expected
+    assert len(server.asked[-1]["texts"]) == 59  # the rest goes on in large parts
+    assert page.locator("[role=alert]").inner_text() == ""
 
 
 def test_an_error_stops_a_table_and_it_goes_on_from_there(page, server):

@@ -89,6 +89,40 @@ def test_the_words_of_text_embeddings_inference_are_understood(inputs, batch):
         assert {row["label"]: row["score"] for row in first} == pytest.approx(expected)
 
 
+def test_the_words_of_hugging_faces_client_are_understood_and_what_is_not_honoured_is_named():
+    with make_client() as client:
+        plain = ask(client, inputs="a good film")
+        for nothing in ({}, None, {"top_k": None, "function_to_apply": None}):
+            assert ask(client, inputs="a good film", parameters=nothing) == plain
+        for given, name in (({"top_k": 3}, "top_k"), ({"top_k": None, "beam": None}, "beam")):
+            refused = client.post("/predict", json={"inputs": "a", "parameters": given})
+            error = f"parameters: '{name}' is not honoured; leave it out"
+            assert (refused.status_code, refused.json()["error"]) == (422, error)
+
+
+def test_a_fault_of_ours_is_a_refusal_like_any_other_and_the_log_says_where_without_the_text(caplog):
+    class Panic(BaseException):
+        """As a tokenizer in Rust raises it: no `Exception`."""
+
+    class Broken:
+        def encode_batch(self, texts, **_):
+            raise fault(texts[0])
+
+    served = make_served("one")
+    object.__setattr__(served.encoder, "tokenizer", Broken())
+    with make_client(served) as client:
+        for fault in (ValueError, Panic):
+            response = client.post("/predict", json={"texts": ["w99"]})
+            assert (response.status_code, response.json()["error_type"]) == (503, "Backend")
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+            assert f"/predict: {fault.__name__} was raised, at\n" in caplog.text
+        counts = client.get("/metrics").text
+    assert "raise fault(texts[0])" in caplog.text
+    assert "w99" not in caplog.text
+    assert 'lora_sentiment_requests_total{route="/predict",status="503"} 2.0' in counts
+    assert "lora_sentiment_faults_total 2.0" in counts
+
+
 def test_a_longer_text_is_read_as_text_embeddings_inference_was_told():
     served = make_served("one", truncation="head_tail")
     words = LONG.split()
@@ -145,7 +179,7 @@ def test_a_server_is_ready_while_something_is_loaded_and_it_is_not_stopping():
 def test_adapters_come_and_go_and_their_counts_with_them():
     pool = FakePool(make_served("one"))
 
-    def swap():
+    def swap(_):
         pool.served = {"two": make_served("two")}
 
     pool.refresh = swap
@@ -165,7 +199,7 @@ def test_adapters_come_and_go_and_their_counts_with_them():
 def test_a_look_at_the_watched_folder_that_fails_leaves_what_is_served(caplog):
     pool = FakePool(make_served("one"))
 
-    def fail():
+    def fail(_):
         raise OSError("no such device")
 
     pool.refresh = fail
@@ -176,7 +210,7 @@ def test_a_look_at_the_watched_folder_that_fails_leaves_what_is_served(caplog):
                 break
             ask(client, texts=["a"])
         ask(client, texts=["a"])
-    assert "x could not be looked at" in caplog.text
+    assert "'x' could not be looked at" in caplog.text
 
 
 def test_a_key_is_needed_for_all_that_tells_of_adapters_or_texts():

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_sentiment.serve import messages
+from lora_sentiment.serve.config import Limits
+from lora_sentiment.serve.messages import RefusalError
 from tests.serve.fake_pool import FakePool, make_served, running
 
 ROOT = Path(__file__).parents[2]
@@ -78,12 +81,19 @@ HOSTILE = {
     "a body of 10 MB": (post(BIG), 413, "TooLarge"),
     "a body of 10 MB without its length": (chunked(BIG), 413, "TooLarge"),
     "100,000 texts": (post({"texts": ["a"] * 100_000, "adapter": "one"}), 413, "TooLarge"),
+    "500,000 numbers as texts": (post(b'{"texts": [' + b"1," * 500_000 + b"1]}"), 413, "TooLarge"),
+    "250,000 numbers as inputs": (post(b'{"inputs": [' + b"[1]," * 250_000 + b"[1]]}"), 413, "TooLarge"),
     "100,000 inputs": (post({"inputs": [["a"]] * 100_000, "adapter": "one"}), 413, "TooLarge"),
     "five texts to explain": (post({"texts": ["a"] * 5, "explain": True, "adapter": "one"}), 413, "TooLarge"),
     "300 words to explain": (post({"texts": ["a " * 300], "explain": True, "adapter": "one"}), 413, "TooLarge"),
     "a word of 20,000 letters to explain": (
         post({"texts": ["a" * 20_000], "explain": True, "adapter": "one"}), 413, "TooLarge",
     ),
+    "256 words of 38 letters to explain, four times": (
+        post({"texts": [f"{'a' * 38} " * 256] * 4, "explain": True, "adapter": "one"}), 413, "TooLarge",
+    ),
+    "JSON in UTF-16": (post('{"texts": ["a"], "adapter": "one"}'.encode("utf-16")), 400, "Malformed"),
+    "JSON in UTF-32": (post('{"texts": ["a"], "adapter": "one"}'.encode("utf-32-le")), 400, "Malformed"),
     "bytes that are no UTF-8": (post(b'{"texts": ["\xff\xfe"]}'), 400, "Malformed"),
     "half of a surrogate pair": (post(b'{"texts": ["\\ud800"], "adapter": "one"}'), 422, "Validation"),
     "half of a surrogate pair as a key": (post(b'{"texts": ["a"], "\\ud800": 1}'), 422, "Validation"),
@@ -96,6 +106,11 @@ HOSTILE = {
     "NaN": (post(b'{"texts": ["a"], "top_k": NaN}'), 422, "Validation"),
     "a form": (post(b"texts=a", kind="application/x-www-form-urlencoded"), 415, "UnsupportedMediaType"),
     "an unknown key": (post({"texts": ["a"], "adaptor": "one"}), 422, "Validation"),
+    "60,000 unknown keys": (post({f"key{i}": 1 for i in range(60_000)}), 422, "Validation"),
+    "60,000 unknown parameters": (
+        post({"inputs": "a", "parameters": {f"key{i}": 1 for i in range(60_000)}}), 422, "Validation",
+    ),
+    "a key of 1 MB": (post({"a" * 10**6: 1}), 422, "Validation"),
     "a pair of texts": (post({"inputs": ["a", "b"], "adapter": "one"}), 422, "Validation"),
     "<script> as a text": (post({"texts": ["<script>alert(1)</script>"], "adapter": "one"}), 200, None),
     "<script> as an adapter": (post({"texts": ["a"], "adapter": "<script>alert(1)</script>"}), 404, "NotFound"),
@@ -143,6 +158,23 @@ def test_a_hostile_request_is_answered_as_the_table_says(server, name):
     with connect(server) as connection:
         connection.sendall(post({"texts": ["a"], "adapter": "one"}))
         assert read(connection)[0] == 200
+
+
+def test_the_work_of_refusing_a_body_does_not_grow_with_it(monkeypatch):
+    compared = []
+    monkeypatch.setattr(messages, "did_you_mean", lambda key, _: compared.append(len(key)) or "")
+    for data, status, _ in HOSTILE.values():
+        head, _, body = data.partition(b"\r\n\r\n")
+        if status == 422 and head.startswith(b"POST"):
+            with pytest.raises(RefusalError) as refused:
+                messages.read_request(body, Limits())
+            cause = refused.value.__cause__
+            assert cause is None or cause.error_count() <= Limits().max_texts
+    assert max(compared) == messages.SHOWN
+    for body in (b'{"texts": [' + b"1," * 500_000 + b"1]}", b'{"inputs": [' + b"[1]," * 250_000 + b"[1]]}"):
+        with pytest.raises(RefusalError, match="allowed: at most 128 a request") as refused:
+            messages.read_request(body, Limits())
+        assert refused.value.__cause__ is None
 
 
 def test_the_security_page_has_the_same_table():
@@ -272,6 +304,70 @@ def test_what_waits_to_be_read_is_bounded():
         assert (status, header["retry-after"]) == (429, "1")
         release.set()
         assert read(first)[0] == 200
+
+
+def make_slow(pool, name="one"):
+    """Let an adapter's tokenizer wait; return what says that it does, what ends that, and the texts of each call."""
+    entered, release, calls = threading.Event(), threading.Event(), []
+    own = pool.served[name].encoder.tokenizer
+
+    class Slow:
+        def encode_batch(self, texts, **options):
+            calls.append(texts)
+            entered.set()
+            release.wait(20)
+            return own.encode_batch(texts, **options)
+
+    object.__setattr__(pool.served[name].encoder, "tokenizer", Slow())
+    return entered, release, calls
+
+
+def test_what_a_client_that_went_away_left_to_read_counts_until_its_thread_has_seen_it():
+    pool = FakePool(make_served("one"))
+    entered, release, calls = make_slow(pool)
+    with running(pool, max_reading_characters=1000) as server:
+        first = connect(server)
+        first.sendall(post({"texts": ["a" * 70_000] * 5}))
+        assert entered.wait(10)
+        first.close()
+        until(lambda: under_way(server) == 0)
+        with connect(server) as second:
+            second.sendall(post({"texts": ["a"] * 1000}))
+            assert read(second)[0] == 413
+            second.sendall(post({"texts": ["a" * 1001]}))
+            assert read(second)[0] == 429
+            release.set()
+            # What was left of the first is not read, and then there is room again.
+            until(lambda: (second.sendall(post({"texts": ["a" * 1001]})), read(second)[0])[1] == 200)
+    assert [len(texts) for texts in calls[:2]] == [1, 1]
+    assert len(calls[1][0]) == 1001
+
+
+def test_a_stop_does_not_wait_for_what_is_still_read_or_looked_at():
+    pool = FakePool(make_served("one"))
+    looking, looked = threading.Event(), threading.Event()
+    _, release, calls = make_slow(pool)
+
+    def look(stopped):
+        looking.set()
+        until(stopped)
+        looked.set()
+
+    pool.refresh = look
+    started = time.monotonic()
+    with running(pool, stop_seconds=0.5, body_seconds=0.5, watch_seconds=0.01) as server:
+        first = connect(server)
+        first.sendall(post({"texts": ["a" * 70_000] * 5}))
+        assert looking.wait(10)
+        until(lambda: calls)
+        server.should_exit = True
+        until(lambda: server._app.state.queue.abandoned)
+        release.set()
+        status, _, body = read(first)
+        assert (status, "stopped before" in json.loads(body)["error"]) == (503, True)
+    assert looked.is_set()
+    assert len(calls) == 1
+    assert time.monotonic() - started < 10
 
 
 def test_a_deadline_that_passes_is_answered_504_and_its_texts_leave_the_line():

@@ -30,7 +30,7 @@ function refuse(fault) {
 function wait(start, signal) {
   return new Promise((resolve, reject) => {
     start(resolve);
-    signal?.addEventListener("abort", () => reject(signal.reason), { once: true });
+    signal?.addEventListener("abort", () => reject(signal.reason));
   });
 }
 
@@ -64,7 +64,7 @@ function newKey(message, signal) {
   fail(message);
   $("key-form").hidden = false;
   $("key").focus();
-  return wait((done) => $("key-form").addEventListener("submit", done, { once: true }), signal);
+  return wait((done) => on($("key-form"), "submit", done, { once: true }), signal);
 }
 
 async function loadAdapters() {
@@ -73,8 +73,7 @@ async function loadAdapters() {
   loaded = JSON.stringify(answer);
   adapters = new Map(answer.adapters.map((adapter) => [adapter.name, adapter]));
   const { size } = adapters;
-  const number = size === 1 ? "1 adapter" : `${count(size)} adapters`;
-  $("served").replaceChildren(`${number} on base `, make("bdi", "", answer.base.name));
+  $("served").replaceChildren(`${size} adapter${size === 1 ? "" : "s"} on base `, make("bdi", "", answer.base.name));
   for (const select of [$("adapter"), $("other"), $("table-adapter")]) {
     const chosen = select.value; // stays when it is gone: no other may take its place unseen
     const names = [...new Set([...adapters.keys(), chosen])].filter(Boolean);
@@ -155,8 +154,8 @@ function makeCard(name, { label, score, top_k, truncated, milliseconds }, order)
 function makeBar(label, share, text, best) {
   const fill = make("span", "fill");
   fill.style.width = `${100 * share}%`;
-  const content = [make("bdi", "", label), make("span", "track", fill), make("span", "number", text)];
-  return make("li", best ? "best" : "", ...content);
+  const number = make("span", "number", text);
+  return make("li", best ? "best" : "", make("bdi", "", label), make("span", "track", fill), number);
 }
 
 const LEVELS = 3;
@@ -185,12 +184,10 @@ function makeMark(side, level, word, number) {
 
 const MOST_TEXTS = 64; // of one request
 const MOST_CHARACTERS = 50_000;
-const PREVIEW = 5;
+const PREVIEW = 5; // rows shown, and refused rows named
 let table = null; // as openFile and startAnew make it
 let running = null; // what cancels it
-
-const NO_UTF8 = "cannot be read as UTF-8; save it as that.";
-const WRONG_END = "text follows a closing quote, or a carriage return stands alone.";
+let opening = null; // the newest file, until rows are labelled
 
 /** Return the rows of a csv, each a list of cells, after RFC 4180. */
 function parseTable(text, separator) {
@@ -213,7 +210,9 @@ function parseTable(text, separator) {
       continue;
     }
     const newline = text.startsWith("\r\n", at) ? 2 : 1;
-    if (newline === 1 && at < text.length && text[at] !== "\n") refuse(`Row ${rows.length}: ${WRONG_END}`);
+    if (newline === 1 && at < text.length && text[at] !== "\n") {
+      refuse(`Row ${rows.length}: text follows a closing quote, or a carriage return stands alone.`);
+    }
     rows.push(cells);
     cells = [];
     at += newline;
@@ -221,22 +220,25 @@ function parseTable(text, separator) {
   }
 }
 
-const lines = (text) => text.replace(/\r?\n$/, "").split(/\r?\n/).map((line) => [line]);
-
 /** Read a file into `table`. */
 async function openFile(file) {
   const { name } = file;
   fail("");
-  if (running) refuse("Rows are being labelled; cancel that first.");
+  opening = running ? null : file;
+  const check = () => opening ?? refuse(`${name}: not opened while rows are labelled; choose it again after that.`);
+  check();
   if (!/\.(csv|txt)$/i.test(name)) refuse(`${name}: give a .csv with a header, or a .txt with one text a line.`);
   const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-  const whole = await file.arrayBuffer().then((bytes) => decoder.decode(bytes)).catch(() => refuse(`${name}: ${NO_UTF8}`));
+  const whole = await file.arrayBuffer().then((bytes) => decoder.decode(bytes)).catch(() => null);
+  if (check() !== file) return; // another was chosen meanwhile
+  if (whole === null) refuse(`${name}: cannot be read as UTF-8; save it as that.`);
   const mark = whole.startsWith("\ufeff") ? "\ufeff" : "";
   const text = whole.slice(mark.length);
   const first = text.split("\n", 1)[0];
   const separator = first.includes(";") && !first.includes(",") ? ";" : ",";
   const newline = first.endsWith("\r") ? "\r\n" : "\n";
-  let rows = /csv$/i.test(name) ? parseTable(text, separator) : [["text"], ...lines(text)];
+  const lines = () => ["text", ...text.replace(/\r?\n$/, "").split(/\r?\n/)].map((line) => [line]);
+  let rows = /csv$/i.test(name) ? parseTable(text, separator) : lines();
   if (rows[0].length > 1) rows = rows.filter((cells) => cells.length > 1 || cells[0]); // a blank line is no row
   const header = rows.shift();
   const odd = rows.findIndex((cells) => cells.length !== header.length);
@@ -256,9 +258,9 @@ function startAnew() {
   let prefix = "";
   while (["label", "score"].some((title) => table.header.includes(prefix + title))) prefix += "predicted_";
   const titles = [`${prefix}label`, `${prefix}score`];
-  Object.assign(table, { titles, answers: [], next: 0, cut: 0, sums: new Map() });
-  const size = `${table.name}: ${count(table.rows.length)} rows`;
-  $("table-status").textContent = `${size}; gets the columns ${titles.join(" and ")}.`;
+  Object.assign(table, { titles, answers: [], refused: [], next: 0, cut: 0, sums: new Map() });
+  const [size, added] = [count(table.rows.length), titles.join(" and ")];
+  $("table-status").textContent = `${table.name}: ${size} rows; gets the columns ${added}.`;
   $("formulas").textContent = $("rate").textContent = "";
   $("progress").hidden = true;
   showRunning(false);
@@ -280,7 +282,7 @@ function showRows() {
 }
 
 /** Return the numbers of the next rows with a text, as many as one request takes. */
-function nextRows(column, most) {
+function nextRows(table, column, most) {
   const chosen = [];
   let characters = 0;
   for (let i = table.next; i < table.rows.length && chosen.length < most; i += 1) {
@@ -293,8 +295,8 @@ function nextRows(column, most) {
   return chosen;
 }
 
-/** Label what has no label yet. */
-async function labelRows(signal) {
+/** Label what has no label yet; `table` stays the one that was begun with. */
+async function labelRows(table, signal) {
   const [column, adapter] = [$("column").value, $("table-adapter").value];
   const [start, first] = [performance.now(), table.next];
   const show = () => {
@@ -304,23 +306,25 @@ async function labelRows(signal) {
     showRows();
   };
   let most = MOST_TEXTS;
-  for (let chosen; (chosen = nextRows(column, most)).length; ) {
+  for (let chosen; (chosen = nextRows(table, column, most)).length; ) {
+    const texts = chosen.map((i) => table.rows[i][column]);
     try {
-      const texts = chosen.map((i) => table.rows[i][column]);
-      const { predictions } = await ask("predict", { body: { texts, adapter }, signal });
-      keep(chosen, predictions);
+      keep(table, chosen, await ask("predict", { body: { texts, adapter }, signal }));
     } catch (error) {
-      if (error.status === 429) {
-        $("rate").textContent = `${error.message} Going on in ${error.seconds} s.`;
-        await wait((done) => setTimeout(done, 1000 * error.seconds), signal);
-      } else if ([413, 504].includes(error.status) && chosen.length > 1) {
-        most = Math.ceil(chosen.length / 2); // too large or too slow together: fewer at a time
+      const { status, message, seconds } = error;
+      if (status === 429) {
+        $("rate").textContent = `${message} Going on in ${seconds} s.`;
+        await wait((done) => setTimeout(done, 1000 * seconds), signal);
+      } else if ([413, 422, 504].includes(status) && chosen.length > 1) {
+        most = Math.ceil(chosen.length / 2); // too much together, or one of them refused: fewer at a time
+      } else if ([413, 422].includes(status)) {
+        table.refused.push(`Row ${count(chosen[0] + 1)}: ${message}.`);
+        table.next = chosen[0] + 1;
+        most = MOST_TEXTS; // it was made small to find this row
       } else {
-        const [from, to] = [chosen[0], chosen.at(-1)].map((i) => count(i + 1));
-        if (error.status) error.message = `Rows ${from} to ${to}: ${error.message}`;
+        if (status) error.message = `Rows ${count(chosen[0] + 1)} to ${count(chosen.at(-1) + 1)}: ${message}`;
         throw error;
       }
-      continue;
     }
     show();
   }
@@ -328,7 +332,7 @@ async function labelRows(signal) {
   show();
 }
 
-function keep(chosen, predictions) {
+function keep(table, chosen, { predictions }) {
   predictions.forEach((prediction, k) => {
     table.answers[chosen[k]] = prediction;
     table.sums.set(prediction.label, (table.sums.get(prediction.label) ?? 0) + 1);
@@ -339,12 +343,13 @@ function keep(chosen, predictions) {
 
 async function runTable() {
   running = new AbortController();
+  opening = null;
   fail("");
   showRunning(true);
   Object.assign($("progress"), { max: table.rows.length, value: table.next, hidden: false });
   $("table-status").textContent = `Labelling ${count(table.rows.length)} rows.`;
   try {
-    await labelRows(running.signal);
+    await labelRows(table, running.signal);
   } finally {
     running = null;
     showRunning(false);
@@ -364,17 +369,23 @@ function showRunning(on) {
 }
 
 function showOutcome() {
-  const { rows, answers, next, cut } = table;
+  const { rows, answers, refused, next, cut } = table;
   const labelled = answers.filter(Boolean).length;
   const part = next < rows.length ? `Stopped after ${count(next)} of ${count(rows.length)} rows` : "Done";
-  const blank = next > labelled ? ` ${count(next - labelled)} have no text, and no label.` : "";
-  const long = cut ? ` ${count(cut)} texts are longer than the adapter reads, and were cut.` : "";
-  $("table-status").textContent = `${part}: ${count(labelled)} labelled.${blank}${long}`;
-  // A cell is data and is written as it is: what it would do in a spreadsheet program, only its owner can judge.
+  const say = (number, words) => (number ? `${count(number)} ${words}` : "");
+  const said = [
+    `${part}: ${count(labelled)} labelled.`,
+    say(next - labelled - refused.length, "have no text, and no label."),
+    say(cut, "texts are longer than the adapter reads, and were cut."),
+    say(refused.length, "refused by the server, without a label."),
+    ...refused.slice(0, PREVIEW),
+  ];
+  $("table-status").textContent = said.filter(Boolean).join(" ");
+  // A cell is written as it is: what it would do in a spreadsheet program, only its owner can judge.
   const risky = (cell) => /^[=+\-@\t\r]/.test(cell) && Number.isNaN(Number(cell));
+  const advice = "a spreadsheet program may run them; import them as text.";
   const number = labelledRows().flat().filter(risky).length;
-  const advice = "written as they are: a spreadsheet program may run them as formulas, so import them as text.";
-  if (number) $("formulas").textContent = `${count(number)} cells begin with = + - or @ and are ${advice}`;
+  $("formulas").textContent = say(number, `cells begin with = + - or @: ${advice}`);
 }
 
 function labelledRows() {
@@ -396,7 +407,7 @@ function download() {
 
 // What a user does
 
-const on = (target, event, react) => target.addEventListener(event, react);
+const on = (target, ...what) => target.addEventListener(...what);
 const take = (files) => files.length && attempt(() => openFile(files[0]));
 const isFile = (event) => event.dataTransfer.types.includes("Files");
 
