@@ -2,8 +2,12 @@
 
 import logging
 import os
+import re
+import signal
+import socket
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from torch.distributed import DistError
 
 from lora_sentiment.errors import DataError, ModelError, RecipeError, TrainingError
 from lora_sentiment.model.base import resolve_dtype
+from lora_sentiment.training.interrupts import SIGNALS
 from lora_sentiment.training.trackers import CsvTracker
 
 log = logging.getLogger("lora_sentiment")
@@ -25,6 +30,14 @@ _OWN = {
     "machine.max_tokens_per_micro_batch",
 }  # fmt: skip
 """What may differ between the machines of a launch: where things lie, and how fast each is."""
+_GLOO_FAULT = re.compile(r"\bgloo[/\\](?:[\w.-]+[/\\])*[\w.-]+\.(?:cc|h):\d+")
+"""gloo begins what it tells with the line of its own source."""
+_MOST = 1_000_000
+_BOUNDS = {
+    "WORLD_SIZE": (1, _MOST), "RANK": (0, _MOST), "LOCAL_WORLD_SIZE": (1, _MOST), "LOCAL_RANK": (-1, _MOST),
+    "MASTER_PORT": (0, 65535),
+}  # fmt: skip
+"""The numbers that a launcher passes on, and what each can be."""
 
 
 def join_launch() -> PartialState:
@@ -33,9 +46,10 @@ def join_launch() -> PartialState:
     Also sets torch's threads: `accelerate launch` sets OMP_NUM_THREADS=1, which leaves every core but one idle.
 
     Raises:
-        RecipeError: If the launcher was told to use DeepSpeed, FSDP or gradient accumulation, or its processes were
-            not joined.
+        RecipeError: If the launcher was told to use DeepSpeed, FSDP or gradient accumulation, its numbers are none, its
+            address is unknown, or its processes were not joined.
     """
+    size = _read_size()
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
         if os.environ.get(variable, "false").lower() == "true":
             raise RecipeError(f"accelerate launch was told to use {name}; leave it out: these models fit without")
@@ -45,13 +59,57 @@ def join_launch() -> PartialState:
             f"accelerate launch was told --gradient_accumulation_steps {accumulation}; leave it out: train.batch_size "
             "counts examples per optimizer step, and they are cut into micro-batches by memory"
         )
-    # Accelerate joins processes on CPUs only when told that there is no accelerator.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    with _announce(size) if size > 1 and not PartialState._shared_state else nullcontext():
+        # Accelerate joins processes on CPUs only when told that there is no accelerator.
+        state = PartialState(cpu=not torch.accelerator.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))  # under mpirun it is Accelerate that sets it
     if launched != state.num_processes:
         raise RecipeError(f"{launched} processes were launched and Accelerate joined {state.num_processes} of them")
     set_threads(state)
     return state
+
+
+def _read_size() -> int:
+    """Return how many processes were launched; torch tells numbers that are none by a traceback."""
+    for name, (least, most) in _BOUNDS.items():
+        text = os.environ.get(name, str(least))
+        if not re.fullmatch(r"-?[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise RecipeError(
+                f"{name} is {text[:40]!r} in the environment, where a launcher puts a whole number from {least} to "
+                f"{most:,}; unset it, or start with accelerate launch or torchrun"
+            )
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if rank >= size and "WORLD_SIZE" in os.environ:
+        raise RecipeError(f"RANK is {rank} in the environment, and WORLD_SIZE {size}: ranks go from 0 to {size - 1}")
+    return size
+
+
+@contextmanager
+def _announce(size: int) -> Iterator[None]:
+    """Say what is waited for; torch says nothing, asks for an unknown address for minutes, and hears no signal."""
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    # The first process of every machine speaks; of the others the command line shows warnings alone.
+    first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") != "0"
+    level = logging.WARNING if first else logging.INFO
+    log.log(level, "joining %d processes at %s:%s; this waits until all have come", size, address, port)
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        raise RecipeError(
+            f"MASTER_ADDR is {address[:80]!r} in the environment, and no such machine is known here ({error}); "
+            "it is the name or address of the machine of process 0"
+        ) from error
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # A handler of Python's runs only once the wait is over; nothing is written yet that it would clear away.
+        before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -67,7 +125,7 @@ def explain_loss(state: PartialState) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if state.num_processes == 1 or not (isinstance(error, DistError) or "gloo" in str(error)):
+        if state.num_processes == 1 or not (isinstance(error, DistError) or _GLOO_FAULT.search(str(error))):
             raise
         raise TrainingError(
             "another process of this launch is gone, so this one ends; look for its message, or, where it was killed "

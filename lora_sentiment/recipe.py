@@ -12,7 +12,7 @@ from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import RecipeError
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import METHODS, Method, why_not_quantised
-from lora_sentiment.section import Section, did_you_mean
+from lora_sentiment.section import Section, did_you_mean, show
 from lora_sentiment.training.config import OutputConfig, TrainConfig
 
 
@@ -74,7 +74,11 @@ class Recipe(Section):
     @property
     def folder(self) -> Path:
         """The adapter folder that a run of this recipe writes."""
-        return Path(self.output.dir or f"adapters/{self.name}").expanduser()
+        folder = Path(self.output.dir or f"adapters/{self.name}")
+        try:
+            return folder.expanduser()
+        except RuntimeError as error:
+            raise RecipeError(f"output.dir: found {show(str(folder))}; there is no such user's home here") from error
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, defaults included, as YAML that `load` reads back equal."""
@@ -82,27 +86,40 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, each key once.
+    """YAML 1.2's core schema, each key once, without aliases.
 
     PyYAML speaks 1.1, where `2e-4` is a string and a label named `no` is False.
     """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own attribute
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # Lists of aliases of lists of aliases: a few hundred bytes that stand for more values than memory holds.
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"*{alias.anchor} is an alias, and a recipe has none; write the value out, or put text in quotes"
+            raise yaml.composer.ComposerError(None, None, problem, alias.start_mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no string", key_node.start_mark)
+                problem = f"key {show(key)} is no string"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                problem = f"key {show(key)} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that 1.1 or 1.2 would read as something else."""
+    """Quotes every string that 1.1 or 1.2 would read as something else; writes no alias, which `_Loader` refuses."""
+
+    def ignore_aliases(self, _: Any) -> bool:
+        return True
 
 
 for _tag, _pattern, _first in (
@@ -154,13 +171,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise RecipeError(f"override {override!r}: expected key=value, such as train.learning_rate=1e-4")
+        raise RecipeError(f"override {show(override)}: expected key=value, such as train.learning_rate=1e-4")
     *path, last = key.split(".")
     for part in path:
         inner = values.get(part)
         values[part] = dict(inner) if isinstance(inner, dict) else {}
         values = values[part]
-    values[last] = _parse_yaml(text, f"override {override!r}")
+    values[last] = _parse_yaml(text, f"override {show(override)}")
 
 
 def _faults(error: ValidationError) -> list[str]:
@@ -230,13 +247,13 @@ def _explain(item: Any) -> str:
         case "union_tag_invalid":
             tags = context["expected_tags"].replace("'", "")
             hint = did_you_mean(str(context["tag"]), tags.split(", "))
-            return f"found kind {context['tag']!r}; allowed: {tags}{hint}"
+            return f"found kind {show(context['tag'])}; allowed: {tags}{hint}"
         case "literal_error":
             allowed_values = re.findall(r"'([^']*)'", context["expected"])
             hint = did_you_mean(found, allowed_values) if isinstance(found, str) else ""
-            return f"found {found!r}; allowed: {', '.join(allowed_values)}{hint}"
+            return f"found {show(found)}; allowed: {', '.join(allowed_values)}{hint}"
         case _:
-            return f"found {found!r}; {item['msg'].replace('Input should be', 'allowed:')}"
+            return f"found {show(found)}; {item['msg'].replace('Input should be', 'allowed:')}"
 
 
 def _keys_of(loc: tuple[int | str, ...]) -> list[str]:

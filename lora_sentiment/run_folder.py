@@ -16,6 +16,7 @@ from lora_sentiment import __version__
 from lora_sentiment.errors import LoraSentimentError, RecipeError, TrainingError
 from lora_sentiment.files import hold_file
 from lora_sentiment.recipe import Recipe
+from lora_sentiment.section import show
 from lora_sentiment.training.checkpoint import FOLDER, list_checkpoints
 
 ADAPTER, LOCK, REPLACED = "adapter", "lock", "replaced"
@@ -54,6 +55,9 @@ def claim(recipe: Recipe, state: PartialState) -> Iterator[Path]:
                 _clear(recipe, run_folder)
             except RecipeError as error:
                 fault = [error]
+            except OSError as error:  # a path that is too long, or a folder above it that may not be entered
+                reason = f"{show(str(recipe.folder))} cannot be looked at: {error.strerror}"
+                fault = [RecipeError(f"output.dir: {reason}; set another")]
         if found := broadcast_object_list(fault)[0]:
             raise found
         yield run_folder
@@ -86,6 +90,9 @@ def _clear(recipe: Recipe, run_folder: Path) -> None:
     """Remove what this run will write again: all of it, but for what a run that goes on needs."""
     goes_on = recipe.train.resume != "never" and bool(list_checkpoints(run_folder / FOLDER))
     replaces = recipe.folder.exists()
+    aside = run_folder / ADAPTER
+    if goes_on and (aside.is_symlink() or (aside.exists() and not aside.is_dir())):
+        raise RecipeError(f"{aside}: is no folder, and the adapter is written there; move it away")
     for left in (run_folder / ADAPTER / "card.json", run_folder / REPLACED):
         if left.exists() and not replaces and not goes_on:
             raise RecipeError(f"{run_folder}: holds an adapter of an earlier run; move it away, or delete the folder")

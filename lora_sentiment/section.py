@@ -1,6 +1,7 @@
 """What every section of a recipe shares: frozen, strict about types, no unknown keys, one line of doc per field."""
 
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +20,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxlevel = 3
+
+
+def show(found: object) -> str:
+    """Return the repr of what was found, cut in the middle where it is long, without making all of it first."""
+    return _REPR.repr(found)
 
 
 def did_you_mean(found: str, allowed: list[str]) -> str:

@@ -4,6 +4,7 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ class _Verdict:
     logits: dict[str, NDArray[np.float32]]
     fingerprints: dict[str, str]
     scores: dict[str, Mapping[str, Interval]] = field(default_factory=dict)
-    faults: list[DataError] = field(default_factory=list)
+    faults: dict[str, DataError] = field(default_factory=dict)
 
 
 def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
@@ -352,7 +353,7 @@ def _judge(
         try:
             found, reading[role] = load_judged(recipe.data, role=role, labels=data.labels)
         except DataError as error:
-            verdict.faults.append(error)
+            verdict.faults[role] = error
             continue
         if found is None:
             verdict.data.unlabelled[role] = reading[role].read
@@ -360,7 +361,9 @@ def _judge(
         else:
             rows[role] = found
     verdict.fingerprints |= {role: judged.fingerprint() for role, judged in rows.items()}
-    refuse_differences(verdict.fingerprints | {"faults": [str(fault) for fault in verdict.faults]})
+    # A fault's own words name files, which may lie elsewhere on each machine.
+    faults = {role: re.findall(r": row (\d+): ", str(fault)) for role, fault in verdict.faults.items()}
+    refuse_differences(verdict.fingerprints | {"list of bad rows": faults})
     for role, judged in rows.items():
         verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
         verdict.data.roles[role] = describe_role(
@@ -382,11 +385,11 @@ def _judge(
 def _refuse_faults(verdict: _Verdict, folder: Path) -> None:
     """Say at the very end what could not be judged: the run itself is saved."""
     if verdict.faults:
-        faults = "\n".join(map(str, verdict.faults))
+        faults = "\n".join(map(str, verdict.faults.values()))
         raise DataError(
             f"{faults}\nthe adapter is saved in {folder}, judged on {', '.join(verdict.scores)} only; mend the rows, "
             "or name others: lora-sentiment evaluate ADAPTER --source ROWS"
-        ) from verdict.faults[0]
+        ) from next(iter(verdict.faults.values()))
 
 
 def _predict(setup: _Setup, rows: Encoded, role: str, accelerator: Accelerator) -> NDArray[np.float32]:

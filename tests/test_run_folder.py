@@ -211,6 +211,27 @@ def test_two_runs_on_one_folder_refuse_each_other_and_the_first_goes_on(toy_reci
     assert run(toy_recipe).history.resumed == [3]
 
 
+def test_what_is_no_folder_in_the_place_of_the_adapter_is_told_before_training(toy_recipe, stopped):
+    for put in (lambda path: path.write_text("x"), lambda path: path.symlink_to(stopped)):
+        put(stopped / "adapter")
+        with pytest.raises(RecipeError, match=r"adapter\.run/adapter: is no folder, and the adapter is written there"):
+            run(toy_recipe)
+        (stopped / "adapter").unlink()
+    assert run(toy_recipe).history.resumed == [3]
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("/".join(["long" * 40] * 40), "output.dir: 'longlong.*' cannot be looked at: File name too long; set another"),
+        ("~no such user/mine", "output.dir: found '~no such user/mine'; there is no such user's home here"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_told_before_training(toy_recipe, folder, message):
+    with pytest.raises(RecipeError, match=message):
+        run(toy_recipe, f"output.dir={folder}")
+
+
 def test_changes_are_not_allowed_of_a_run_that_starts_anew(toy_recipe, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", str(toy_recipe), "train.resume=never", "--allow-changes"])

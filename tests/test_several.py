@@ -33,6 +33,8 @@ def recipe(tiny_base, tmp_path_factory) -> Path:
     write_csv(folder / "train.csv", rows[:120])
     write_csv(folder / "test.csv", rows[120:])
     write_csv(folder / "own.csv", rows[100:])
+    for rank in range(2):
+        write_csv(folder / f"bad{rank}.csv", [*rows[120:139], ("some words", "neither"), *rows[140:]])
     (folder / "toy.yaml").write_text(
         f"data: {{source: {{train: {folder}/train.csv, test: {folder}/test.csv}}}}\n"
         f"model: {{name: {tiny_base}, max_length: 16}}\n"
@@ -159,6 +161,14 @@ def test_machines_that_read_other_rows_are_refused_by_all_alike(failed, how, wha
 
 def test_what_lies_where_another_machine_writes_nothing_is_no_matter(failed):
     assert failed["a folder of its own"]["codes"] == [0, 0], failed["a folder of its own"]["text"]
+
+
+def test_the_same_bad_row_in_files_of_other_names_does_not_cost_the_adapter(failed):
+    found = failed["the same bad row in files of their own"]
+    assert found["codes"] == [1, 1], found["text"]
+    assert found["text"].count(": row 20: label 'neither'") == 2
+    assert found["text"].count("the adapter is saved in") == 2
+    assert "process 1 has another" not in found["text"]
 
 
 @pytest.mark.slow

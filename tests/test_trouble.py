@@ -41,6 +41,10 @@ def jsonl(*rows: object) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+BOMB = "l0: &l0 [x]\n" + "".join(f"l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 9))
+LONG = "9" * 5000
+
+
 class Trouble(NamedTuple):
     """One mistake and a telling part of its message; `rows.csv` and `recipe.yaml` are sound unless `files` has them."""
 
@@ -75,7 +79,13 @@ RECIPES = {
     "python in yaml": recipe("data: !!python/name:os.system\n", "could not determine a constructor for the tag"),
     "yaml tag of another kind": recipe("data: !!bool maybe\n", "is no valid YAML"),
     "yaml time that is none": recipe("data: !!timestamp noon\n", "is no valid YAML"),
-    "yaml in itself": recipe("data: &d {source: *d}\nmodel: {name: x}\n", "data.source: found {'source'"),
+    "yaml in itself": recipe("data: &d {source: *d}\nmodel: {name: x}\n", "line 1, column 19 is no valid YAML: *d is"),
+    "yaml bomb": recipe(BOMB, "*l0 is an alias, and a recipe has none; write the value out"),
+    "glob taken for an alias": override("data.source=*a", "*a is an alias, and a recipe has none; write the value out"),
+    "long wrong value": override(f"train.seed={'x' * 5000}", "train.seed: found 'xxxxx"),
+    "folder with a NUL": override('output.dir="a\\0b"', "output.dir: found 'a\\x00b'; allowed: a name without NUL"),
+    "folder with a long name": override(f"output.dir={'a' * 300}", "allowed: a name without NUL, of at most 200 bytes"),
+    "list of files": override("data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; several files are a glob"),
     "unknown section": recipe(RECIPE + "trian: {}\n", "trian: unknown key; did you mean 'train'?"),
     "unknown key": override("train.lr=1e-4", "train.lr: unknown key"),
     "no data": recipe("model: {name: x}\n", "data: is missing; it has no default"),
@@ -118,7 +128,24 @@ FILES = {
     "only a header": rows("text,label\n", "rows.csv: has no rows"),
     "missing text column": rows(ROWS.replace("text,", "texte,"), "no column 'text'; the columns are texte, label; did"),
     "missing label column": rows(ROWS.replace("label", "class"), "no column 'label'; the columns are text, class"),
-    "tabs in a csv": rows(ROWS.replace(",", "\t"), "rows.csv: no column 'text'; the columns are text\tlabel"),
+    "tabs in a csv": rows(ROWS.replace(",", "\t"), "its one column is text\tlabel; if tabs separate its fields"),
+    "semicolons in a csv": rows(ROWS.replace(",", ";"), "its one column is text;label; if semicolons separate"),
+    "quotes and semicolons": rows('"text";"label"\n"a";"b"\n', "or separate fields by commas, if semicolons or tabs"),
+    "zip or xlsx by another name": rows(b"PK\x03\x04\x14\x00", "rows.csv: is a zip archive or an Excel workbook"),
+    "address": override("data.source=https://example.org/a.csv", "addresses are not read; download the file"),
+    "page of a data set": override(
+        "data.source=https://huggingface.co/datasets/stanfordnlp/imdb/tree/main",
+        "addresses are not read; name the data set: data.source=stanfordnlp/imdb",
+    ),
+    "address of a data set": override(
+        "data.source=hf://datasets/a/b@main/c.csv", "are not read; name the data set: data.source=a/b",
+    ),
+    "file at home": override("data.source=~/nowhere/a.csv", f"{Path.home()}/nowhere/a.csv: cannot be read"),
+    "half a character by encoding": rows(
+        ROWS + "a \\ud800,good\n", "line 42 holds half of a surrogate pair", "data.encoding=raw_unicode_escape",
+        "data.clean=false",
+    ),
+    "label of many digits": rows(ROWS + f"a,{LONG}\n", "9' has too few distinct texts to carve"),
     "column twice": rows("text,label,text\na,b,c\n", "column 3 of 3 has the name of column 1, 'text'; rename"),
     "pandas index": rows(",text,label\n0,a,b\n", "column 1 of 3 has no name; name it or remove it (pandas"),
     "ragged csv": rows(ROWS + "so, so,good\n", "row 41 (line 42): found 3 field(s), expected 2"),
@@ -141,7 +168,7 @@ FILES = {
     "text of markup only": rows(ROWS + "<br />&nbsp;,good\n", "row 41: text is empty"),
     "missing label": rows(ROWS + "fine,\nfine too,\n", "row 41: label is missing (2 such rows)"),
     "unknown label": rows(ROWS + "so,so\n", "row 41: label 'so' is none of good, bad", "data.labels=[good, bad]"),
-    "long unknown label": rows(ROWS + f"so,{'o' * 999}\n", "ooo... is none of good, bad", "data.labels=[good, bad]"),
+    "long unknown label": rows(ROWS + f"so,{'o' * 999}\n", "ooo' is none of good, bad", "data.labels=[good, bad]"),
     "one class": rows("text,label\na,good\nb,good\n", "every row has the label 'good'; a classifier needs two"),
     "no row is left": rows(ROWS, "no usable row among 40", "data.labels=[x, y]", "data.on_bad_row=drop"),
     "a class of one row": rows(ROWS + "so,so\n", "label 'so' has too few distinct texts to carve 10% out"),
@@ -475,8 +502,11 @@ def test_any_override_is_read_or_refused(key, value, tmp_path_factory):
             Recipe.load(path, [override])
 
 
-cells = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
-    ["good", "bad", "0", "1", "1.0", "", '"', "<br />", "&#0;", "\x85", "\ufeff", "NaN", "-1"]
+digits = st.builds("{}{}".format, st.sampled_from("-019"), st.sampled_from([1, 19, 640, 4300, 5000]).map("7".__mul__))
+cells = (
+    digits
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    | st.sampled_from(["good", "bad", "0", "1", "1.0", "", '"', "<br />", "&#0;", "\x85", "\ufeff", "NaN", "-1"])
 )
 tables = st.lists(st.lists(cells, min_size=2, max_size=3).map(",".join), max_size=20).map("\n".join)
 contents = st.one_of(
@@ -485,6 +515,8 @@ contents = st.one_of(
     tables.map(lambda text: b"text,label\n" + text.encode()),
     tables.map(lambda text: ROWS.encode() + text.encode()),
     tables.map(lambda text: (ROWS + text).encode("utf-16")),
+    # Every row is sound, so that all that these labels can stop is reached.
+    st.lists(digits, max_size=3).map(lambda found: (ROWS + "".join(f"some,{each}\n" * 2 for each in found)).encode()),
 )
 
 

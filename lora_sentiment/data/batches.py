@@ -30,6 +30,9 @@ TOKENISE_ROWS = 1000
 """Texts that the tokenizer is given at once; its own threads share them, unless TOKENIZERS_PARALLELISM=false."""
 CACHED_ROWS = 5000
 """Rows from which on token ids are kept on disk and mapped; fewer are tokenised again in no time."""
+LAYOUT = 1
+"""Part of the key of kept ids: raise it whenever other ids or lengths are made of the same texts, tokenizer and
+settings (`tokenise`, `truncate`, `frame`, `_encode_parts`), or are written otherwise; else old ones are taken."""
 INFERENCE_TOKENS = 8192
 """Padded tokens of one forward without gradients."""
 
@@ -166,10 +169,12 @@ class TextEncoder:
                 bar.update(len(found))
 
     def _key(self, rows: Rows) -> str:
-        """Return a hash of all that decides the ids of rows."""
+        """Return a hash (SHA-256) of all that decides the ids of rows, which their labels do not."""
         settings = [self.cls_token_id, self.sep_token_id, self.max_length, self.truncation, version("tokenizers")]
-        facts = json.dumps([rows.fingerprint(), self.tokenizer.to_str(), *settings])
-        return hashlib.sha256(facts.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([LAYOUT, self.tokenizer.to_str(), *settings]).encode())
+        for text in rows.texts:
+            digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def frame(self, ids: list[int]) -> NDArray[np.int32]:
         """Put [CLS] and [SEP] around the ids of one input."""

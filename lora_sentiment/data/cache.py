@@ -1,4 +1,7 @@
-"""Token ids on disk, mapped into memory: whole or not there, and made again where they are damaged."""
+"""Token ids on disk, mapped into memory: whole or not there, and made again where they are damaged.
+
+They stand for the texts, so nobody but their owner may read them.
+"""
 
 import json
 import logging
@@ -46,26 +49,40 @@ def keep_ids(key: str, make: Callable[[], Iterator[Part]]) -> Part | None:
         None where they cannot be kept, which is logged.
     """
     place = cache_folder() / key
+    before = _identity(place)
     if found := _open(place):
         log.info("token ids of %s rows taken from %s", f"{len(found[1]):,}", place)
         return found
     aside = place.with_name(f".{secrets.token_hex(8)}")
+    damaged = aside.with_suffix(".damaged")
     try:
-        shutil.rmtree(place, ignore_errors=True)  # what is damaged would be in the way
-        aside.mkdir(parents=True)
+        aside.mkdir(parents=True, mode=0o700)
         _remove_old(place.parent)
         _write(aside, make())
+        if before is not None and _identity(place) == before:  # else another process made it again meanwhile
+            place.rename(damaged)
         take_place(aside, place)
     except OSError as error:
-        if not place.exists():  # else another process was quicker
+        if _identity(place) in (None, before):  # else another process was quicker
             log.warning("token ids cannot be kept in %s (%s): they stay in memory", place.parent, error.strerror)
             return None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, damaged):
+            shutil.rmtree(left, ignore_errors=True)
     return _open(place)
 
 
+def _identity(place: Path) -> int | None:
+    """Return the number that tells a folder from another one of its name; None where none can be seen."""
+    try:
+        return place.stat().st_ino
+    except OSError:
+        return None
+
+
 def _write(folder: Path, parts: Iterator[Part]) -> None:
+    for name in (_IDS, _LENGTHS, _CARD):
+        (folder / name).touch(mode=0o600)
     with (folder / _IDS).open("wb") as ids_file, (folder / _LENGTHS).open("wb") as lengths_file:
         for ids, lengths in parts:
             ids_file.write(ids.astype("<i4").tobytes())
@@ -75,7 +92,7 @@ def _write(folder: Path, parts: Iterator[Part]) -> None:
 
 def _open(place: Path) -> Part | None:
     """Map what is kept; None where nothing is, or where it is not what was written, which is logged."""
-    if not place.exists():
+    if _identity(place) is None:
         return None
     try:
         written = json.loads((place / _CARD).read_text(encoding="utf-8"))
@@ -94,5 +111,6 @@ def _open(place: Path) -> Part | None:
 
 def _remove_old(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.stat().st_mtime < time.time() - KEPT_DAYS * 24 * 3600:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another run has renamed or removed it since
+            if path.lstat().st_mtime < time.time() - KEPT_DAYS * 24 * 3600:
+                shutil.rmtree(path, ignore_errors=True)

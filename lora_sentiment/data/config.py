@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from lora_sentiment.section import Names, Section
+from lora_sentiment.section import Names, Section, show
 
 SPLITS = ("train", "validation", "test")
 """The roles of a source that names none itself."""
@@ -51,6 +51,16 @@ class DataConfig(Section):
     """Use a stratified sample of this many rows of the train split (the validation carve included)."""
     max_test_rows: int | None = Field(None, ge=1)
     """Use a stratified sample of this many rows of each split that is judged."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_is_no_list(cls, source: Any) -> Any:
+        if isinstance(source, list):
+            raise ValueError(
+                f"found {show(source)}; several files are a glob, such as 'data/*.csv', or stand by role: "
+                "{train: .., test: ..}"
+            )
+        return source
 
     @field_validator("source")
     @classmethod

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_sentiment.errors import DataError
+from lora_sentiment.section import show
 
 Batch = dict[str, list[Any]]
 """Rows as whole columns: name to values."""
@@ -29,6 +30,10 @@ _CSV_FAULTS = {
 }
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+"""What some of Python's encodings decode to, raw_unicode_escape for one."""
+
+
 def check_columns(columns: Sequence[str], path: Path) -> None:
     """Refuses names that a caller could not tell apart, or that a file would not give back."""
     if not columns:
@@ -39,7 +44,7 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
         elif name.startswith("\ufeff"):
             fault = "begins with a stray byte order mark; remove it, or set data.encoding=utf-16 if the file is that"
         elif (first := columns.index(name) + 1) != number:
-            fault = f"has the name of column {first}, {name!r}; rename or remove one of them"
+            fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
         else:
             continue
         raise DataError(f"{path}: column {number} of {len(columns)} {fault}")
@@ -59,6 +64,9 @@ class _Lines:
             if "\0" in line:
                 fault = "holds a NUL character; remove it, or set data.encoding=utf-16-le or utf-16-be if it is that"
                 raise DataError(f"{self.path}: line {self.number} {fault}")
+            if not line.isascii() and _HALF.search(line):
+                fault = "holds half of a surrogate pair, which no tokenizer takes; save the file as UTF-8"
+                raise DataError(f"{self.path}: line {self.number} {fault}")
             yield line
 
     def fault(self, row: int, text: str, *, line: int | None = None) -> DataError:
@@ -75,6 +83,7 @@ def _delimited_rows(lines: _Lines, records: Iterator[list[str]], advice: str) ->
             fields = next(records, None)
         except csv.Error as error:
             fault = next((text for key, text in _CSV_FAULTS.items() if key in str(error)), str(error))
+            fault += "" if columns else "; or separate fields by commas, if semicolons or tabs do it here"
             raise lines.fault(row + 1, fault, line=line) from error
         if fields is None:
             return
@@ -86,8 +95,8 @@ def _delimited_rows(lines: _Lines, records: Iterator[list[str]], advice: str) ->
             columns = fields
             check_columns(columns, lines.path)
         if len(fields) != len(columns):
-            fault = f"found {len(fields)} field(s), expected {len(columns)}, as in the header: {columns}; {advice}"
-            raise lines.fault(row, fault, line=line)
+            fault = f"found {len(fields)} field(s), expected {len(columns)}, as in the header: {show(columns)}"
+            raise lines.fault(row, f"{fault}; {advice}", line=line)
         yield fields
 
 
@@ -107,7 +116,7 @@ def tsv_rows(lines: _Lines) -> Iterator[list[Any]]:
 def _make_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"a key stands twice among {[name for name, _ in pairs]}")
+        raise ValueError(f"a key stands twice among {show([name for name, _ in pairs])}")
     return record
 
 
@@ -133,7 +142,8 @@ def jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
             check_columns(columns, lines.path)
             yield columns
         if unknown := [name for name in record if name not in columns]:
-            raise lines.fault(row, f"found the key {unknown[0]!r}, but the first line names {columns}; add it there")
+            fault = f"found the key {show(unknown[0])}, but the first line names {show(columns)}; add it there"
+            raise lines.fault(row, fault)
         yield [record.get(name) for name in columns]
 
 
@@ -184,6 +194,8 @@ def _open(path: Path, *, gzipped: bool) -> io.BufferedReader | gzip.GzipFile:
 def _decode(file: io.BufferedReader | gzip.GzipFile, *, path: Path, encoding: str) -> io.TextIOWrapper:
     if file.peek(2)[:2] == b"\x1f\x8b":
         raise DataError(f"{path}: is gzip, which its name must tell; end it in .gz")
+    if file.peek(4)[:4] == b"PK\x03\x04":
+        raise DataError(f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV UTF-8")
     try:
         codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
         # Only "\n" ends a line here: Python's other line ends, such as U+0085, are characters of real texts.

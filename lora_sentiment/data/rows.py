@@ -17,6 +17,7 @@ from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.sources import Source, check_files, find_source, looks_like_files, read_columns
 from lora_sentiment.data.texts import Texts, TextsWriter
 from lora_sentiment.errors import DataError
+from lora_sentiment.section import show
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def load_data(config: DataConfig) -> Data:
     rows, names, train_counts = _load_split(config, source, "train", config.labels, config.max_train_rows)
     if len(set(rows.labels.tolist())) < 2:
         raise DataError(
-            f"{source.where('train')}: every row has the label {names[rows.labels[0]]!r}; a classifier needs two"
+            f"{source.where('train')}: every row has the label {show(names[rows.labels[0]])}; a classifier needs two"
         )
     counts = {"train": train_counts}
     carved_test = None
@@ -208,7 +209,7 @@ def carve(rows: Rows, names: Sequence[str], *, fraction: float, seed: int) -> tu
     for label in np.unique(rows.labels):
         if carved[rows.labels == label].all():
             raise DataError(
-                f"label {names[label]!r} has too few distinct texts to carve {fraction:.0%} out of its rows "
+                f"label {show(names[label])} has too few distinct texts to carve {fraction:.0%} out of its rows "
                 f"({int((rows.labels == label).sum())}); give more rows, carve less, or name a split in data.source"
             )
     return rows.take(np.flatnonzero(~carved)), rows.take(np.flatnonzero(carved))
@@ -363,7 +364,7 @@ def _map_labels(
         names = tuple(sorted({str(value) for value in present}, key=_label_order))
         if not names:
             raise DataError(
-                f"{where}: the label column holds neither text nor integers; its first value is {values[0]!r}"
+                f"{where}: the label column holds neither text nor integers; its first value is {show(values[0])}"
             )
         if len(names) > max(100, len(values) // 2):
             raise DataError(
@@ -392,7 +393,8 @@ def _refuse_decimals(present: set[str | int], where: str) -> None:
 
 
 def _label_order(text: str) -> tuple[int, int, str]:
-    return (0, int(text), text) if re.fullmatch(r"-?\d+", text) else (1, 0, text)
+    # More digits are a name: Python refuses to read an integer of more than 4,300, or of 640 where it is told to.
+    return (0, int(text), text) if re.fullmatch(r"-?\d{1,640}", text) else (1, 0, text)
 
 
 def _text_fault(text: Any) -> tuple[str, str] | None:
@@ -412,10 +414,10 @@ def _label_fault(label: int | None, value: Any, names: tuple[str, ...]) -> tuple
     if value is None or value == "" or (isinstance(value, float) and value != value):
         return ("label is missing",) * 2
     if label is None:
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        cut = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:8]]
+        shown = ", ".join(cut) + (", ..." if len(names) > 8 else "")
         kind = f"label is {type(value).__name__}" if not isinstance(value, (str, int)) else "label is unknown"
-        said = repr(value)
-        return kind, f"label {said if len(said) <= 60 else said[:57] + '...'} is none of {shown}"
+        return kind, f"label {show(value)} is none of {shown}"
     return None
 
 

@@ -1,5 +1,6 @@
 """Where the rows are: files or a Hub data set, their splits, and their two columns."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from lora_sentiment.data.config import SPLITS, DataConfig
 from lora_sentiment.data.tables import FORMATS, read_table, table_columns
 from lora_sentiment.errors import DataError
 from lora_sentiment.hub_answers import explain_refusal, innermost
-from lora_sentiment.section import did_you_mean
+from lora_sentiment.section import did_you_mean, show
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,18 @@ def looks_like_files(source: str) -> bool:
     return not hub_name or source.startswith(".") or source == bundled.NAME or Path(source).exists()
 
 
+_HUB_PAGE = re.compile(
+    r"(?:hf://|(?:https?://)?huggingface\.co/)datasets/([\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)\b)[\w.-]+)?)"
+)
+"""What begins with the address of a data set, whose name ends before a revision (@) or the pages of its files."""
+
+
 def _files(pattern: str) -> list[Path]:
+    if re.match(r"[A-Za-z][\w+.-]*://|huggingface\.co/", pattern):
+        page = _HUB_PAGE.match(pattern)
+        instead = f"name the data set: data.source={page[1]}" if page else "download the file and name it here"
+        raise DataError(f"data.source {show(pattern)}: addresses are not read; {instead}")
+    pattern = os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises where there is no such user
     # Not Path.glob, which refuses absolute patterns.
     paths = [Path(p) for p in sorted(glob(pattern, recursive=True))]  # noqa: PTH207
     if not paths and not has_magic(pattern):
@@ -172,6 +184,10 @@ def _read_hub(config: DataConfig, split: str) -> tuple[Columns, tuple[str, ...] 
     return ((batch[columns[0]].to_pylist(), batch[columns[1]].to_pylist()) for batch in batches), names
 
 
+_MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+"""What else may separate fields, where a whole header is one column."""
+
+
 def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> None:
     for key in ("text_column", "label_column"):
         wanted = getattr(config, key)
@@ -180,4 +196,9 @@ def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> No
             # Without a header, the first row of texts stands where the names should.
             shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
             headed = "" if hint else ", or give the file a first row of names if it has none"
+            if len(columns) == 1 and (mark := next((mark for mark in _MARKS if mark in columns[0]), None)):
+                raise DataError(
+                    f"{where}: no column {wanted!r}; its one column is {shown}; if {_MARKS[mark]} separate its fields, "
+                    f"save it again: a .csv has commas, a .tsv tabs; else set data.{key}"
+                )
             raise DataError(f"{where}: no column {wanted!r}; the columns are {shown}{hint}; set data.{key}{headed}")

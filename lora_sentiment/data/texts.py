@@ -85,19 +85,25 @@ class TextsWriter:
         self._ends.append(self._ends[-1] + len(content))
 
     def finish(self) -> Texts:
-        """Return all that was written; nothing can be added then."""
-        with self._file:
-            try:
+        """Return all that was written; nothing can be added then.
+
+        Raises:
+            DataError: If there is no room.
+        """
+        try:
+            with self._file:  # closing writes too, and fails where writing did
                 self._file.flush()
                 mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-            except OSError as error:
-                raise self._fault(error) from error
+        except OSError as error:
+            raise self._fault(error) from error
         ends = np.array(self._ends, dtype=np.int64)
         return Texts(mapped, ends[:-1], ends[1:])
 
     @staticmethod
     def _fault(error: OSError) -> DataError:
+        # gettempdir raises where there is no such folder, which is what may have to be said here.
+        where = f"{tempfile.tempdir}: " if tempfile.tempdir else ""
         return DataError(
-            f"{tempfile.gettempdir()}: the texts that were read cannot be put there: {error.strerror or error}; free "
+            f"{where}the texts that were read cannot be put into a temporary file: {error.strerror or error}; free "
             "some room, or set TMPDIR to another folder"
         )

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -141,7 +142,7 @@ def save_checkpoint(store: Store, progress: Progress, tensors: Mapping[str, torc
         aside.mkdir()
         for name, content in files.items():
             _write(aside / name, content)
-        if place.exists():  # one that was broken: the run went on from an older one and is here again
+        if os.path.lexists(place):  # one that was broken: the run went on from an older one and is here again
             _remove(place, store.folder)
         take_place(aside, place)
     except OSError as error:
@@ -165,6 +166,9 @@ def load_checkpoint(store: Store, like: Mapping[str, torch.Tensor]) -> Checkpoin
     if store.resume == "never":
         return None
     folders = list_checkpoints(store.folder)
+    for folder in folders:
+        if folder.is_symlink():  # removing old ones could not tell what of it is ours
+            raise TrainingError(f"{folder}: is a link; remove it, or move the folder that it means in its place")
     faults = []
     for folder in folders:
         try:
@@ -206,11 +210,18 @@ def _hash_values(values: Mapping[str, Any]) -> str:
 def _remove(path: Path, folder: Path) -> None:
     """Remove a folder so that, stopped in between, nothing half removed keeps its name."""
     removed = folder / _REMOVED
-    if removed.exists():
-        shutil.rmtree(removed)
-    if path.exists():
+    _delete(removed)
+    if os.path.lexists(path):
         path.rename(removed)
-        shutil.rmtree(removed)
+        _delete(removed)
+
+
+def _delete(path: Path) -> None:
+    """Remove what is there, if anything: of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_old(store: Store, step: int) -> None:
@@ -222,7 +233,7 @@ def _remove_old(store: Store, step: int) -> None:
             try:
                 _remove(path, store.folder)
             except OSError as error:
-                log.warning("%s: an old checkpoint cannot be removed: %s", path, error.strerror)
+                log.warning("%s: an old checkpoint cannot be removed: %s", path, error.strerror or error)
 
 
 def _say_unwritable(store: Store, place: Path, needed: int, error: OSError) -> str:
@@ -230,8 +241,10 @@ def _say_unwritable(store: Store, place: Path, needed: int, error: OSError) -> s
     last = f"the last good one is {whole[0]}: resume from it (--resume)" if whole else "there is none yet: start again"
     room = next(path for path in (store.folder, *store.folder.absolute().parents) if path.exists())
     free = f"{needed:,} bytes are needed and {shutil.disk_usage(room).free:,} free"
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    return f"{place}: the checkpoint cannot be written: {reason}; {free}; {last} once there is room"
+    full = error.errno == errno.ENOSPC
+    reason = "the disk is full" if full else error.strerror or str(error)
+    when = "there is room" if full else "it can be"
+    return f"{place}: the checkpoint cannot be written: {reason}; {free}; {last} once {when}"
 
 
 def _step(path: Path) -> int | None:

@@ -1,7 +1,10 @@
 """The tracker that is always on: one line of metrics.csv for every logged step."""
 
 import csv
+import itertools
+import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +13,8 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, on_main_process
 
 from lora_sentiment.errors import TrainingError
+
+log = logging.getLogger("lora_sentiment")
 
 COLUMNS = (
     "step",
@@ -39,7 +44,8 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = folder / "metrics.csv"
-        self._open()
+        with self._explain():
+            self._open()
 
     def _open(self) -> None:
         self.file = self.path.open("a", newline="", encoding="utf-8")
@@ -78,23 +84,40 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
     def rewind(self, step: int, *, evaluated: int) -> None:
         """Remove what a run that goes on will write again, and what was half written when it stopped.
 
+        A file that holds anything else is first copied beside this one, with a warning; of it the sound lines stay.
+
         Args:
             step: The last optimizer step that stays.
             evaluated: The step of the last evaluation that stays.
+
+        Raises:
+            TrainingError: If that fails, as `log` does.
         """
-        self.file.close()
-        with self.path.open(newline="", encoding="utf-8") as file:
-            header, *lines = file.readlines()
-        kept = [header]
-        for line in lines:
-            row = dict(zip(COLUMNS, line.split(","), strict=False))
-            if line.endswith("\n") and row["step"].isdigit() and len(row) == len(COLUMNS):
-                kept += [line] if int(row["step"]) <= (step if row["loss"] else evaluated) else []
-        aside = self.path.with_name("metrics.csv.aside")
         with self._explain():
-            aside.write_text("".join(kept), encoding="utf-8", newline="")
+            self.file.close()
+            with self.path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                header, *lines = file.readlines()
+            if lines and not lines[-1].endswith("\n"):
+                lines.pop()
+            rows = [_parse(line) for line in lines] if header.rstrip("\r\n") == ",".join(COLUMNS) else [{}]
+            if not all(rows):
+                self._copy_damaged()
+            kept = [row for row in rows if row and int(row["step"]) <= (step if row["loss"] else evaluated)]
+            aside = self.path.with_name("metrics.csv.aside")
+            with aside.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
             aside.replace(self.path)
             self._open()
+
+    def _copy_damaged(self) -> None:
+        names = (self.path.with_name(f"metrics.csv.damaged-{number}") for number in itertools.count(1))
+        copy = next(path for path in names if not path.exists())
+        shutil.copyfile(self.path, copy)
+        log.warning(
+            "%s: holds lines that no run wrote; it was copied to %s, and goes on with the others", self.path, copy.name
+        )
 
     @contextmanager
     def _explain(self) -> Iterator[None]:
@@ -110,6 +133,13 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
     def finish(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def _parse(line: str) -> dict[str, str]:
+    """Return a line's fields by column; nothing where no run wrote it."""
+    fields = line.rstrip("\r\n").split(",")
+    sound = line.isascii() and len(fields) == len(COLUMNS) and fields[0].isdigit() and len(fields[0]) < 16
+    return dict(zip(COLUMNS, fields, strict=True)) if sound else {}
 
 
 def sync(trackers: Sequence[GeneralTracker]) -> None:

@@ -1,8 +1,12 @@
 """Token ids on disk: the same as those made in memory, whole or not there."""
 
+import mmap
 import os
+import stat
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +57,8 @@ def test_kept_ids_are_those_made_in_memory_and_no_text_is_tokenised_twice(folder
     monkeypatch.setattr(TextEncoder, "tokenise", None)
     kept = encoder.encode(rows_of())
     assert same(kept, in_memory)
-    assert not isinstance(kept.input_ids.base, np.ndarray | None)  # mapped, not read
+    base = kept.input_ids.base
+    assert isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)  # mapped, not read
     index = np.array([7, 2000, 3])
     assert pad(kept, index)[0].tolist() == pad(in_memory, index)[0].tolist()
 
@@ -64,14 +69,13 @@ def test_few_rows_are_not_kept(folder, encoder, monkeypatch):
     assert not folder.exists()
 
 
-def test_all_that_decides_the_ids_is_in_their_key(folder, encoder, tiny_base):
+def test_all_that_decides_the_ids_is_in_their_key(folder, encoder, tiny_base, monkeypatch):
     upper = AutoTokenizer.from_pretrained(tiny_base)
     upper.add_tokens(["good"])
     several = [
         (encoder, rows_of()),
         (encoder, rows_of(TEXTS[:-1])),
         (encoder, rows_of(TEXTS[::-1])),
-        (encoder, rows_of(label=1)),
         (TextEncoder.of(AutoTokenizer.from_pretrained(tiny_base), max_length=8, truncation="head_tail"), rows_of()),
         (TextEncoder.of(AutoTokenizer.from_pretrained(tiny_base), max_length=9, truncation="head"), rows_of()),
         (TextEncoder.of(upper, max_length=9, truncation="head_tail"), rows_of()),
@@ -79,6 +83,33 @@ def test_all_that_decides_the_ids_is_in_their_key(folder, encoder, tiny_base):
     for number, (own, rows) in enumerate(several, start=1):
         own.encode(rows)
         assert len(list(folder.iterdir())) == number
+    assert encoder.encode(rows_of(label=1)).labels.tolist() == [1] * len(TEXTS)  # labels do not
+    assert len(list(folder.iterdir())) == number
+    monkeypatch.setattr(batches, "LAYOUT", batches.LAYOUT + 1)
+    encoder.encode(rows_of())
+    assert len(list(folder.iterdir())) == number + 1
+
+
+def test_other_ids_of_the_same_tokens_need_another_layout_number(encoder):
+    """Where this fails, raise `LAYOUT`, and state here what the ids are now."""
+    found = [
+        replace(encoder, truncation=way).frame(replace(encoder, truncation=way).truncate(list(range(20)))).tolist()
+        for way in ("head", "head_tail")
+    ]
+    first, last = encoder.cls_token_id, encoder.sep_token_id
+    ids = [[first, *range(7), last], [first, 0, *range(14, 20), last]]
+    assert (batches.LAYOUT, found) == (1, ids)
+
+
+def test_nobody_else_may_read_kept_ids(folder, encoder):
+    old = os.umask(0o022)
+    try:
+        encoder.encode(rows_of())
+    finally:
+        os.umask(old)
+    (place,) = folder.iterdir()
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()] == [0o600] * 3
 
 
 @pytest.mark.parametrize("damage", ["a byte", "half", "no card", "no ids", "no JSON"])
@@ -131,6 +162,51 @@ def test_two_runs_at_once_do_not_disturb_each_other(folder, encoder, in_memory, 
     assert len(found) == 2
     assert all(same(own, in_memory) for own in found)
     assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_what_another_run_made_whole_meanwhile_stays(folder, encoder, in_memory, monkeypatch, damaged):
+    """Both found it damaged, or not there: the second to finish leaves the first one's, which may be in use."""
+    if damaged:
+        encoder.encode(rows_of())
+        next(folder.glob("*/card.json")).write_text("{}")
+    opened, first = cache._open, []
+
+    def overtaken(place):
+        found = opened(place)
+        if not first:
+            first.append(None)
+            encoder.encode(rows_of())
+            (place / "of the first").touch()
+        return found
+
+    monkeypatch.setattr(cache, "_open", overtaken)
+    assert same(encoder.encode(rows_of()), in_memory)
+    (place,) = folder.iterdir()
+    assert (place / "of the first").exists()
+
+
+def test_names_that_go_while_old_ones_are_looked_for_are_no_matter(folder, encoder, in_memory, caplog):
+    folder.mkdir()
+    (folder / "nowhere").symlink_to(folder / "no such")
+    listed = Path.iterdir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda self: [*listed(self), self / ".renamed"])
+        assert same(encoder.encode(rows_of()), in_memory)
+    assert caplog.text == ""
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_folder_that_may_not_be_looked_into_is_said_and_costs_nothing_else(
+    folder, encoder, in_memory, caplog, monkeypatch
+):
+    def refuse(self, *arguments, **values):
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("stat", "mkdir"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert same(encoder.encode(rows_of()), in_memory)
+    assert caplog.messages == [f"token ids cannot be kept in {folder} (Permission denied): they stay in memory"]
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_costs_nothing_else(folder, encoder, in_memory, caplog):

@@ -1,12 +1,16 @@
 """Texts in a mapped file: what is written comes back, and nothing stays."""
 
+import mmap
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lora_sentiment.data import batches
+from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows, load_data
 from lora_sentiment.data.texts import Texts, TextsWriter
@@ -57,5 +61,47 @@ def test_no_name_holds_a_text(tmp_path, monkeypatch):
 
 def test_no_room_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(DataError, match=r"none: the texts that were read cannot be put there: .*set TMPDIR"):
+    with pytest.raises(DataError, match=r"none: the texts that were read cannot be put into .*No such file.*TMPDIR"):
         write(["a"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device without room is Linux's")
+@pytest.mark.parametrize("text", ["a", "a" * 10**5])
+def test_room_that_ends_at_the_last_byte_is_the_same_message(tmp_path, monkeypatch, text):
+    """A file is written to when it is flushed, and once more when it is closed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))  # noqa: SIM115
+    with pytest.raises(DataError, match=rf"{tmp_path}: the texts that were read .*No space left on device; free some"):
+        write([text])
+
+
+def test_no_temporary_folder_at_all_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    with pytest.raises(DataError, match=r"^the texts that were read .*: No usable temporary directory .*set TMPDIR"):
+        write(["a"])
+
+
+class Counting(mmap.mmap):
+    """A mapping that counts how often its pages are given back."""
+
+    given_back = 0
+
+    def madvise(self, option, *where):
+        self.given_back += option == mmap.MADV_DONTNEED
+        super().madvise(option, *where)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="pages cannot be given back here")
+def test_what_was_read_of_a_mapping_is_given_back(tmp_path):
+    """Else a pass over all of it would show as a peak of memory."""
+    path = tmp_path / "file"
+    path.write_bytes(np.arange(5000, dtype="<i4").tobytes())
+    with path.open("rb") as file:
+        mapped = Counting(file.fileno(), 0, access=mmap.ACCESS_READ)
+    ends = np.full(2500, 1)
+    assert len(list(Texts(mapped, ends - 1, ends))) == 2500
+    assert mapped.given_back == 3  # 1,000 texts at a time
+    encoded = Encoded(np.frombuffer(mapped, dtype="<i4"), np.array([0, 2, 5000]), np.zeros(2), 0, pad_token_id=0)
+    assert batches.pad(encoded, np.array([0]))[0].tolist() == [[0, 1]]
+    assert mapped.given_back == 4

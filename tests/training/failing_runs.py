@@ -61,6 +61,7 @@ FAILURES: dict[str, Callable[[], None]] = {
     "other train rows": lambda: None,
     "other test rows": lambda: None,
     "a folder of its own": lambda: None,
+    "the same bad row in files of their own": lambda: None,
 }
 
 
@@ -70,6 +71,9 @@ def launch(recipe: Path, name: str) -> dict[str, Any]:
 
     def run() -> None:
         overrides = ["output.overwrite=true", f"output.dir={recipe.parent}/{name}"]
+        if name == "the same bad row in files of their own":
+            bad = f"{recipe.parent}/bad{os.environ['RANK']}.csv"
+            overrides.append(f"data.source={{train: {recipe.parent}/train.csv, test: {bad}}}")
         if os.environ["RANK"] == "1":
             FAILURES[name]()
             # As on a machine with a disk of its own.

@@ -266,6 +266,24 @@ def test_a_broken_one_of_the_same_step_is_replaced(tmp_path):
     assert load_checkpoint(store, LIKE).progress.step == 6
 
 
+def test_a_link_is_refused_by_name_when_it_is_found(tmp_path):
+    store = make_store(tmp_path, limit=1)
+    place = save(store, 3)[0]
+    (store.folder / "step-00000006").symlink_to(place.rename(tmp_path / "elsewhere"))
+    with pytest.raises(TrainingError, match="step-00000006: is a link; remove it, or move the folder"):
+        load_checkpoint(store, LIKE)
+
+
+@pytest.mark.parametrize("name", ["unfinished", "removed", "step-00000006"])
+def test_a_file_or_link_of_a_name_of_ours_does_not_stop_a_save(tmp_path, name):
+    for number, put in enumerate((Path.touch, lambda path: path.symlink_to("nowhere"))):
+        store = make_store(tmp_path / str(number), limit=1)
+        save(store, 3)
+        put(store.folder / name)
+        save(store, 6)
+        assert [path.name for path in store.folder.iterdir()] == ["step-00000006"]
+
+
 def forge(place: Path, *, tensors=None, state=None, schema=1) -> None:
     """Rewrite a checkpoint with a manifest that fits."""
     if tensors is not None:

@@ -38,6 +38,41 @@ def test_going_on_neither_loses_nor_doubles_lines(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        (lambda whole: whole + b"7,0.5,\xff\r\n", ["1", "2", "3"]),
+        (lambda whole: whole + "\N{SUPERSCRIPT TWO},1,1,1,1,1,1,1,1,1\r\n".encode(), ["1", "2", "3"]),
+        (lambda whole: b"note,0\n".join(whole.partition(b"1,,")[::2]), ["2", "3"]),
+        (lambda whole: b"step,ep", ["3"]),
+    ],
+    ids=["no UTF-8", "no step", "a line changed", "half a header"],
+)
+def test_lines_that_no_run_wrote_are_kept_beside_the_sound_ones(tmp_path, caplog, change, steps):
+    tracker = CsvTracker(tmp_path)
+    for step in (1, 2):
+        tracker.log({"loss": step / 10}, step=step)
+    tracker.finish()
+    path, kept = tmp_path / "metrics.csv", tmp_path / "metrics.csv.damaged-2"
+    (tmp_path / "metrics.csv.damaged-1").write_text("of an earlier time")
+    damaged = change(path.read_bytes())
+    path.write_bytes(damaged)
+    again = CsvTracker(tmp_path)
+    again.rewind(2, evaluated=2)
+    again.log({"loss": 0.3}, step=3)
+    again.finish()
+    with path.open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == steps
+    assert kept.read_bytes() == damaged
+    assert "metrics.csv: holds lines that no run wrote; it was copied to metrics.csv.damaged-2" in caplog.text
+
+
+def test_a_folder_of_its_name_is_one_message(tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(TrainingError, match=r"metrics\.csv: cannot be written: Is a directory; once it can be"):
+        CsvTracker(tmp_path)
+
+
 def test_tensorboard_shows_no_step_twice_after_going_on(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
