@@ -1,8 +1,11 @@
 """The adapters that are served: loaded and verified once, beside one base; more come and go while it runs."""
 
 import copy
+import ctypes
 import logging
 import math
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +35,8 @@ log = logging.getLogger("lora_sentiment")
 Answers = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Signature = tuple[tuple[str, int, int, int], ...]
+TRIM_SECONDS = 1.0
+"""Least time between two returns of free memory to the system: one takes milliseconds."""
 _SHARING = ("lora", "head")
 """Methods that leave the base's own weights as they are, so that a model can be rebuilt around a shared one."""
 
@@ -81,6 +86,9 @@ class Pool:
         self._device = join_launch().device
         self._dtype_name, self._dtype = dtype, resolve_dtype(dtype, self._device)
         self._seen: dict[Path, Signature] = {}
+        # Only glibc has it.
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        self._trimmed = time.monotonic()
         base.model.requires_grad_(False).eval()
         encoder: Any = copy.deepcopy(base.model, _tensors(base.model) if self._device.type == "cpu" else {})
         self._forward = FastForward(encoder.distilbert.to(self._device), self._dtype)
@@ -145,7 +153,15 @@ class Pool:
             for index in cut(np.array(rows), encoded.lengths, max_tokens=INFERENCE_TOKENS):
                 found = self._answer([served[row].part for row in index], *pad(encoded, index))
                 logits.update(zip(index.tolist(), found, strict=True))
+        self._give_memory_back()
         return [logits[row] for row in range(len(served))]
+
+    def _give_memory_back(self) -> None:
+        """Let glibc return what is free: batches of ever other shapes leave it in pieces, and it keeps them all."""
+        now = time.monotonic()
+        if self._trim and now - self._trimmed > TRIM_SECONDS:
+            self._trimmed = now
+            self._trim(0)
 
     def _answer(self, parts: Sequence[Parts | Engine], input_ids: Ids, mask: Ids | None) -> Iterable[Answers]:
         own = [part for part in parts if isinstance(part, Parts)]

@@ -258,3 +258,12 @@ def test_longer_texts_take_fused_attention_and_answer_alike(tmp_path, tiny_base)
     pool = make_pool([folder])
     text = "so " * FUSED_ATTENTION_FROM
     np.testing.assert_allclose(answer(pool, [("long", text)])[0], alone(folder, text), atol=1e-5)
+
+
+def test_free_memory_is_given_back_now_and_then(folders, monkeypatch):
+    pool, trims = make_pool([folders["qv"]]), []
+    monkeypatch.setattr(pool, "_trim", trims.append)
+    monkeypatch.setattr(pool, "_trimmed", float("-inf"))
+    for _ in range(3):
+        answer(pool, [("qv", TEXTS[0])])
+    assert trims == [0]
