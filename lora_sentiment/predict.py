@@ -312,7 +312,7 @@ def _fill_parts(judge: _Judge, parts: _Parts, batches: Iterator[Batch], rank: in
 
 def _join_processes() -> tuple[int, int, Callable[[], None], Callable[[str], str]]:
     """Return this process's number, how many there are, what waits for them all, and what gives all the first's."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, lambda: None, lambda text: text
     from accelerate.utils import broadcast_object_list
 
