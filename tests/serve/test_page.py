@@ -386,7 +386,7 @@ def test_of_two_files_the_newest_is_taken_however_long_the_other_is_read(page, c
     choose(page, "new.csv", "t\ngood\n")
     page.wait_for_selector("#table-status:text('new.csv: 1 rows')")
     page.evaluate("goOn()")
-    page.wait_for_function("window.read")
+    page.wait_for_function("() => window.read")
     assert page.locator("#table-status").inner_text().startswith("new.csv: 1 rows")
     assert page.locator("[role=alert]").inner_text() == ""
 
