@@ -40,7 +40,7 @@ from lora_sentiment.serve.pool import Pool, load_pool
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.random_adapters import save_adapter  # noqa: E402
+from tests.random_adapters import name_labels, save_random  # noqa: E402
 
 RANKS = (4, 8, 12, 16)
 NUM_LABELS = 5
@@ -85,21 +85,18 @@ def main() -> None:
     (arguments.out / "serve.md").write_text(render(lines), encoding="utf-8")
 
 
+def make_adapter(folder: Path, seed: int, num_labels: int, arguments: argparse.Namespace) -> Path:
+    """Save the adapter of this seed and return its folder; its rank goes by the seed."""
+    method, labels = LoraMethod(r=RANKS[seed % len(RANKS)]), name_labels(num_labels)
+    save_random(folder, arguments.base, method, labels=labels, seed=seed, max_length=arguments.max_length)
+    return folder
+
+
 def make_forms(place: Path, arguments: argparse.Namespace) -> tuple[dict[str, Answer], dict[str, Any]]:
     """Make adapters and return what answers by form, after holding every form's answers against ours."""
     own, equal = (
-        [
-            save_adapter(
-                place / name / f"adapter-{i}",
-                arguments.base,
-                method=LoraMethod(r=RANKS[i % len(RANKS)]),
-                num_labels=labels(i),
-                seed=i,
-                max_length=arguments.max_length,
-            )
-            for i in range(arguments.adapters)
-        ]
-        for name, labels in (("own", lambda i: 2 + i % 19), ("equal", lambda _: NUM_LABELS))
+        [make_adapter(place / name / f"adapter-{i}", i, count(i), arguments) for i in range(arguments.adapters)]
+        for name, count in (("own", lambda i: 2 + i % 19), ("equal", lambda _: NUM_LABELS))
     )
     mixed, same = (load_pool(folders, watch=None, base=None, dtype="float32") for folders in (own, equal))
     merge(equal[0], place / "merged")

@@ -5,7 +5,7 @@ Importing this imports no torch.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
@@ -77,19 +77,28 @@ def explain(
     if classifier.clean:
         # Once: what cleaning undoes, such as an escaped entity, a second time could undo further.
         text, classifier = clean_text(text, Counter()), replace(classifier, clean=False)
-    found = list(re.finditer(r"\S+", text))
+    found = find_words(text)
     if not 0 < len(found) <= max_words:
         raise DataError(
             f"explain: the text has {len(found):,} words; allowed: 1 to {max_words:,}, because the model is asked "
             "again without each; give a shorter part of it, or raise max_words"
         )
-    without = [text[: word.start()] + text[word.end() :] for word in found]
-    scores = classifier.probabilities([text, *without], stride=stride, calibrated=calibrated)
+    scores = classifier.probabilities([text, *leave_each_out(text, found)], stride=stride, calibrated=calibrated)
     best = int(scores[0].argmax())
     effects = scores[0, best] - scores[1:, best]
     return Explanation(
         classifier.labels[best], float(scores[0, best]), [word.group() for word in found], effects.tolist()
     )
+
+
+def find_words(text: str) -> list[re.Match[str]]:
+    """Return where a text's words stand: what is between blanks."""
+    return list(re.finditer(r"\S+", text))
+
+
+def leave_each_out(text: str, words: Iterable[re.Match[str]]) -> Iterator[str]:
+    """Yield the text without each of its words in turn."""
+    return (text[: word.start()] + text[word.end() :] for word in words)
 
 
 def to_rich(explanation: Explanation) -> Text:

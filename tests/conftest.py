@@ -31,6 +31,17 @@ def signals_of_a_terminal():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def one_thread():
+    """Threads that wait for each other at every tiny operation take most of the time on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer encoder, saved as DistilBertModel, and its tokenizer."""
@@ -114,42 +125,6 @@ def toy_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pa
         encoding="utf-8",
     )
     return train(Recipe.load(folder / "toy.yaml")).adapter
-
-
-def save_random(folder: Path, base: Path, method, *, labels, probe, record=None, spread=0.05):
-    """Save an adapter whose trained tensors are random, at most 16 tokens a text; return the model and its base.
-
-    `probe` holds the token ids of the probe's texts; `record` names other rows than those of a Hub data set `x/y`.
-    """
-    import torch
-
-    from lora_sentiment.adapter.folder import DataRecord, compute_probe, save
-    from lora_sentiment.data.config import DataConfig
-    from lora_sentiment.model.base import load_base
-    from lora_sentiment.model.config import ModelConfig
-    from lora_sentiment.model.methods import make_trainable, trainable_tensors
-
-    folder.mkdir()
-    torch.manual_seed(1)
-    config = ModelConfig(name=str(base), max_length=16)
-    loaded = load_base(config, labels=labels)
-    model = make_trainable(loaded, method, config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in trainable_tensors(model).values():
-            parameter.add_(torch.randn_like(parameter) * spread)
-    save(
-        folder,
-        model,
-        base=loaded,
-        labels=labels,
-        model_config=config,
-        method=method,
-        data=record or DataRecord(config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1"),
-        machine={"threads": 2},
-        trained=compute_probe(model, probe),
-        tolerance=1e-4,
-    )
-    return model, loaded
 
 
 @pytest.fixture(scope="session")

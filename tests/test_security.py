@@ -21,7 +21,7 @@ from lora_sentiment.adapter.reading import MAX_JSON_BYTES, read_header, read_jso
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file
 from lora_sentiment.model.method_config import AdaloraMethod, LoraMethod, VeraMethod
-from tests.conftest import save_random
+from tests.random_adapters import save_random
 from tests.toy_hub import serve
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,6 @@
 """From texts to answers: which adapter, how it reads the texts, their place in the line, labels with probabilities."""
 
 import asyncio
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import clean_text
 from lora_sentiment.evaluation.probabilities import softmax
+from lora_sentiment.explain import find_words, leave_each_out
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import Prediction, PredictRequest, PredictResponse, RefusalError, Score, TeiRequest
 from lora_sentiment.serve.metrics import Metrics
@@ -173,13 +173,9 @@ def read_texts(
             `stopped` says that nobody waits for the answer.
     """
     read = [clean_text(text, Counter()) if served.clean else text for text in _while_wanted(texts, stopped)]
-    words = [list(re.finditer(r"\S+", text)) if way.explain else [] for text in read]
+    words = [find_words(text) if way.explain else [] for text in read]
     _check_words(read, words, limits)
-    asked = (
-        variant
-        for text, own in zip(read, words, strict=True)
-        for variant in (text, *(text[: word.start()] + text[word.end() :] for word in own))
-    )
+    asked = (variant for text, own in zip(read, words, strict=True) for variant in (text, *leave_each_out(text, own)))
     found = _tokenise(served.encoder, _while_wanted(asked, stopped))
     readings = []
     for place, own in enumerate(words):

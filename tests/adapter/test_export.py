@@ -24,7 +24,8 @@ from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.model.method_config import LoraMethod
-from tests.conftest import save_random, toy_rows, write_csv
+from tests.conftest import toy_rows, write_csv
+from tests.random_adapters import save_random
 
 LABELS = ("negative", "positive")
 IDS = [[2, 5, 6, 3], [2, 9, 14, 8, 3], [2, 7, 8, 9, 3]]

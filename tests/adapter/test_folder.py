@@ -13,7 +13,7 @@ from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.model import base as base_module
 from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
 from lora_sentiment.model.method_config import FullMethod, LoraMethod
-from tests.conftest import save_random
+from tests.random_adapters import save_random
 
 LABELS = ("no", "yes", "maybe")
 IDS = [[2, 5, 6, 3], [2, 9, 3]]

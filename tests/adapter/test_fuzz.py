@@ -32,7 +32,7 @@ from lora_sentiment.model.method_config import (
     UnfreezeMethod,
     VeraMethod,
 )
-from tests.conftest import save_random
+from tests.random_adapters import save_random
 
 LABELS = ("no", "yes", "maybe")
 # As many texts as it takes to reach every unit: a card vouches for what its probe asks.

@@ -18,17 +18,9 @@ from transformers.models.distilbert.modeling_distilbert import DistilBertModel
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.encoder import LowRank, low_rank, use_fast_encoder, use_stock_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 DIM, HIDDEN_DIM, NUM_LAYERS = 32, 80, 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every tiny operation take most of the time on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_classifier(

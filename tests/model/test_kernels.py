@@ -1,6 +1,5 @@
 """The fused operations have the gradients of the plain ones and keep for them what is needed."""
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -11,16 +10,8 @@ from torch.nn import functional
 
 from lora_sentiment.model.kernels import Adapter, Linear, attention, dropout, feed_forward, keep_probability, linear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINED = [{}, {"weight": True}, {"bias": True}, {"weight": True, "bias": True}]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every tiny operation take most of the time on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(*shape: int, trained: bool = True) -> Tensor:

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,9 @@ from tests.model.test_encoder import (
     make_lora,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, LENGTH = 5, 9
 TOKENS = ROWS * LENGTH
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every tiny operation take most of the time on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("num_chosen", range(1, 7))

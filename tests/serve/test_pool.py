@@ -11,21 +11,21 @@ from lora_sentiment.model.kernels import FUSED_ATTENTION_FROM
 from lora_sentiment.model.method_config import FullMethod, HeadMethod, Ia3Method, LoraMethod
 from lora_sentiment.serve.pool import load_pool
 from tests.conftest import toy_rows
-from tests.random_adapters import save_adapter
+from tests.random_adapters import name_labels, save_random
 
 TEXTS = [text for text, _ in toy_rows(24)] + ["good", "", "so " * 40]
 MIX = {
     "qv": {"method": LoraMethod(r=4, lora_alpha=8)},
-    "wide": {"method": LoraMethod(r=16, lora_alpha=8), "num_labels": 20},
-    "all-linear": {"method": LoraMethod(r=2, target_modules="all-linear", use_rslora=True), "num_labels": 3},
-    "k-lin1": {"method": LoraMethod(r=3, target_modules=("k_lin", "lin1")), "num_labels": 5},
-    "one-layer": {"method": LoraMethod(r=3, layers_to_transform=(1,)), "num_labels": 4},
-    "head": {"method": HeadMethod(kind="head"), "num_labels": 3},
+    "wide": {"method": LoraMethod(r=16, lora_alpha=8), "labels": name_labels(20)},
+    "all-linear": {"method": LoraMethod(r=2, target_modules="all-linear", use_rslora=True), "labels": name_labels(3)},
+    "k-lin1": {"method": LoraMethod(r=3, target_modules=("k_lin", "lin1")), "labels": name_labels(5)},
+    "one-layer": {"method": LoraMethod(r=3, layers_to_transform=(1,)), "labels": name_labels(4)},
+    "head": {"method": HeadMethod(kind="head"), "labels": name_labels(3)},
 }
 APART = {
-    "dora": {"method": LoraMethod(r=4, use_dora=True), "num_labels": 3},
+    "dora": {"method": LoraMethod(r=4, use_dora=True), "labels": name_labels(3)},
     "ia3": {"method": Ia3Method(kind="ia3")},
-    "full": {"method": FullMethod(kind="full"), "num_labels": 4},
+    "full": {"method": FullMethod(kind="full"), "labels": name_labels(4)},
     # Not int8: which values bitsandbytes computes in full depends on the batch, alone as well.
     "nf4": {"method": LoraMethod(r=4), "quantize": "nf4"},
 }
@@ -35,10 +35,9 @@ APART = {
 def folders(tiny_base, tmp_path_factory):
     place = tmp_path_factory.mktemp("adapters")
     every = {**MIX, **APART}
-    return {
-        name: save_adapter(place / name, tiny_base, seed=seed, **options)
-        for seed, (name, options) in enumerate(every.items())
-    }
+    for seed, (name, options) in enumerate(every.items()):
+        save_random(place / name, tiny_base, seed=seed, **{"labels": name_labels(2), **options})
+    return {name: place / name for name in every}
 
 
 def make_pool(folders, **options):
@@ -227,7 +226,8 @@ def test_an_adapter_for_another_base_is_refused(folders, tiny_base, tmp_path):
     with torch.no_grad():
         model.embeddings.LayerNorm.bias.add_(1)
     model.save_pretrained(other)
-    stranger = save_adapter(tmp_path / "stranger", other)
+    stranger = tmp_path / "stranger"
+    save_random(stranger, other, LoraMethod(r=4), labels=name_labels(2))
     with pytest.raises(AdapterError, match=r"stranger: is for the base .*this server has .*of its own"):
         make_pool([folders["qv"], stranger])
 
@@ -254,7 +254,8 @@ def test_longer_texts_take_fused_attention_and_answer_alike(tmp_path, tiny_base)
     config = DistilBertConfig.from_pretrained(tiny_base, max_position_embeddings=FUSED_ATTENTION_FROM + 8)
     base = shutil.copytree(tiny_base, tmp_path / "long-base")
     DistilBertModel(config).save_pretrained(base)
-    folder = save_adapter(tmp_path / "long", base, max_length=FUSED_ATTENTION_FROM + 8)
+    folder = tmp_path / "long"
+    save_random(folder, base, LoraMethod(r=4), labels=name_labels(2), max_length=FUSED_ATTENTION_FROM + 8)
     pool = make_pool([folder])
     text = "so " * FUSED_ATTENTION_FROM
     np.testing.assert_allclose(answer(pool, [("long", text)])[0], alone(folder, text), atol=1e-5)
