@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-BUCKET_STEPS = 50
+BUCKET_STEPS = 100
 """Optimizer steps whose rows are sorted together: enough to pad little, few enough to keep the order random."""
 TOKENISE_ROWS = 1000
 """Texts that the tokenizer is given at once; its own threads share them, unless TOKENIZERS_PARALLELISM=false."""

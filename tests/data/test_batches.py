@@ -59,8 +59,16 @@ def test_epochs_differ_and_repeat():
     assert [p.tolist() for p in plans[0]] != [p.tolist() for p in plans[1]]
 
 
-def test_buckets_pad_less_than_three_percent():
-    lengths = np.minimum(np.random.default_rng(0).lognormal(5.3, 0.6, 20_000).astype(np.int64) + 8, 512)
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        np.minimum(np.random.default_rng(0).lognormal(5.3, 0.6, 20_000) + 8, 512),
+        np.minimum(np.random.default_rng(0).exponential(10.3, 60_000) + 3, 66),
+    ],
+    ids=["like IMDB", "like SST-2"],
+)
+def test_buckets_pad_less_than_three_percent(drawn):
+    lengths = drawn.astype(np.int64)
     steps = plan_epoch(lengths, batch_size=32, seed=0, epoch=0)
     padded = sum(len(part) * lengths[part].max() for step in steps for part in cut(step, lengths, max_tokens=4096))
     assert padded / lengths.sum() < 1.03
