@@ -181,7 +181,9 @@ class Pool:
                 f"{self.base!r} ({self.base_sha256[:12]}); serve it by a server of its own"
             )
         loaded, part = self._open(folder, card)
-        weights = next(path for path in (folder / PEFT_WEIGHTS, folder / CHANGED_WEIGHTS) if path.is_file())
+        weights = [path for path in (folder / PEFT_WEIGHTS, folder / CHANGED_WEIGHTS) if path.is_file()]
+        if not weights:
+            raise AdapterError(f"{folder}: went away while it was loaded")
         served = Served(
             name=folder.name,
             folder=folder,
@@ -190,7 +192,7 @@ class Pool:
             clean=card.data.config.clean,
             sha256=card.sha256,
             method=card.method.kind,
-            num_parameters=sum(math.prod(shape) for _, shape in read_header(weights).values()),
+            num_parameters=sum(math.prod(shape) for _, shape in read_header(weights[0]).values()),
             form="low-rank" if isinstance(part, Parts) else "merged",
             part=part,
         )

@@ -178,6 +178,23 @@ def test_an_adapter_that_breaks_is_served_as_it_was(folders, tmp_path, caplog):
     assert "served as it was" in caplog.text
 
 
+def test_a_folder_that_goes_while_it_is_loaded_is_not_served(folders, tmp_path, caplog, monkeypatch):
+    pool = make_pool([folders["qv"]], watch=tmp_path)
+    load_whole = pool._open
+
+    def load_and_go(folder, card):
+        found = load_whole(folder, card)
+        shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(pool, "_open", load_and_go)
+    shutil.copytree(folders["wide"], tmp_path / "one")
+    shutil.copytree(folders["wide"], tmp_path / "two")
+    pool.refresh()
+    assert set(pool.served) == {"qv"}
+    assert all(f"{name}: went away while it was loaded" in caplog.text for name in ("one", "two"))
+
+
 def test_a_look_ends_when_the_server_stops(folders, tmp_path):
     pool = make_pool([folders["qv"]], watch=tmp_path)
     shutil.copytree(folders["wide"], tmp_path / "one")
