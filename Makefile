@@ -51,8 +51,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# A file's tests share a process, and what was made for them once.
 quick: $(READY)
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -34,7 +34,7 @@ from lora_sentiment.model.method_config import LoraMethod
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.random_adapters import save_adapter  # noqa: E402
+from tests.random_adapters import name_labels, save_random  # noqa: E402
 
 NUM_TEXTS = 64
 TOLERANCE = 1e-5
@@ -84,7 +84,9 @@ async def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     watched.mkdir()
     command = [sys.executable, "-m", "lora_sentiment.cli", "serve", *map(str, staying)]
     command += ["--watch", str(watched), "--port", "0", "--dtype", "float32", "--no-access-log"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    log = place / "server.log"
+    with log.open("w", encoding="utf-8") as file:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
     assert server.stdout is not None
     address = ""
     while not (found := re.search(r"http://\S+:\d+", address)):
@@ -96,13 +98,13 @@ async def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     await ask(url, expected, texts, seconds=10, clients=arguments.clients)  # warm
     start = len(memory)
     seen = await ask(url, expected, texts, seconds=60 * arguments.minutes, clients=arguments.clients)
-    saturated = memory[start:]
+    saturated, loads = memory[start:], log.read_text(encoding="utf-8").count(": served from ")
     flood = await ask(url, expected, texts, seconds=20, clients=100, texts_per_request=64)
     after = await ask(url, expected, texts, seconds=5, clients=arguments.clients)
     for task in tasks:
         task.cancel()
     server.terminate()
-    code = await asyncio.to_thread(server.wait, 120)
+    code = server.wait(120)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, server and clients share its cores",
@@ -114,9 +116,9 @@ async def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "saturation": summarise(seen, 60 * arguments.minutes),
         "overload": summarise(flood, 20),
         "after": summarise(after, 5),
-        # Of the first tenth and the last, so that one reading decides nothing.
-        "rss_first_mb": float(np.median(saturated[: max(1, len(saturated) // 10)])) / 1e6,
-        "rss_last_mb": float(np.median(saturated[-max(1, len(saturated) // 10) :])) / 1e6,
+        # Medians of ten parts of the time, so that one reading decides nothing.
+        "rss_mb": [round(float(np.median(part)) / 1e6, 1) for part in np.array_split(saturated, 10)],
+        "loads": loads,
         "exit_code": code,
     }
 
@@ -126,7 +128,8 @@ def make_adapters(place: Path, arguments: argparse.Namespace) -> tuple[list[Path
 
     def make(folder: Path, seed: int) -> Path:
         method = LoraMethod(r=(4, 8, 12, 16)[seed % 4])
-        return save_adapter(folder, arguments.base, method=method, num_labels=2 + seed % 19, seed=seed, max_length=128)
+        save_random(folder, arguments.base, method, labels=name_labels(2 + seed % 19), seed=seed, max_length=128)
+        return folder
 
     staying = [make(place / f"stay-{i}", i) for i in range(arguments.adapters)]
     moving = {
@@ -148,12 +151,12 @@ async def move(variants: dict[str, list[Path]], watched: Path) -> None:
         name = chance.choice(list(variants))
         place = watched / name
         if place.exists():
-            await asyncio.to_thread(shutil.rmtree, place)
+            shutil.rmtree(place)
         if chance.random() < 0.7:
             aside = watched / f"{name}.tmp"
             source = chance.choice(variants[name])
             # Where the server looks for finished folders a card appears last, by one rename.
-            await asyncio.to_thread(shutil.copytree, source, aside, ignore=shutil.ignore_patterns("card.json"))
+            shutil.copytree(source, aside, ignore=shutil.ignore_patterns("card.json"))
             aside.rename(place)
             shutil.copy(source / "card.json", place / "card.json.tmp")
             (place / "card.json.tmp").rename(place / "card.json")
@@ -258,7 +261,7 @@ def summarise(seen: Seen, seconds: float) -> dict[str, Any]:
 
 def render(facts: dict[str, Any]) -> str:
     """Return the page."""
-    growth = facts["rss_last_mb"] / facts["rss_first_mb"] - 1
+    memory = facts["rss_mb"]
     page = [
         "# A server at saturation",
         "",
@@ -286,8 +289,9 @@ def render(facts: dict[str, Any]) -> str:
         )
     page += [
         "",
-        f"Memory of the server at saturation: {facts['rss_first_mb']:,.0f} MB in the first tenth of the time, "
-        f"{facts['rss_last_mb']:,.0f} MB in the last ({growth:+.1%}). Exit code after SIGTERM: {facts['exit_code']}.",
+        f"Memory of the server at saturation, MB in each tenth of the time: {', '.join(f'{mb:,.0f}' for mb in memory)} "
+        f"(last against first: {memory[-1] / memory[0] - 1:+.1%}), with {facts['loads']} adapters loaded meanwhile. "
+        f"Exit code after SIGTERM: {facts['exit_code']}.",
     ]
     return "\n".join(page) + "\n"
 
