@@ -25,13 +25,21 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def take_place(aside: Path, place: Path) -> None:
-    """Sync a folder and every file in it to disk, then rename it to its place."""
+def take_place(aside: Path, place: Path, *, replaced: Path | None = None) -> None:
+    """Sync a folder and every file in it to disk, then rename it to its place.
+
+    Args:
+        aside: The folder.
+        place: Its place.
+        replaced: What stands in the place is renamed to this in the moment before; without it nothing may stand there.
+    """
     for path in aside.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(aside)
+    if replaced and place.exists():
+        place.rename(replaced)
     aside.rename(place)
     sync_folder(place.parent)
 

@@ -22,7 +22,7 @@ from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, take_place, write_json
 from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
-from lora_sentiment.model.base import Base, hash_tokenizer, load_base
+from lora_sentiment.model.base import Base, check_length, hash_tokenizer, load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod
 from lora_sentiment.section import Section
@@ -210,7 +210,7 @@ def load(
     Raises:
         AdapterError: If a file is missing or altered, the base or tokenizer is another one, a tensor is missing, extra,
             of the wrong shape or not finite, or the probe's answers differ.
-        ModelError: If the base cannot be loaded.
+        ModelError: If the base cannot be loaded, or has fewer positions than the card says.
     """
     card = load_card(folder)
     weights = (PEFT_WEIGHTS, PEFT_CONFIG) if isinstance(card.method, PeftMethod) else (CHANGED_WEIGHTS,)
@@ -229,6 +229,7 @@ def load(
         )
     if hash_tokenizer(loaded.tokenizer) != card.tokenizer_sha256:
         raise AdapterError(f"{folder}: was trained with another tokenizer than the one of {loaded.name!r}")
+    check_length(loaded.shape, config)
     _check_probe(folder, card, loaded)
     model = rebuild(folder, loaded, card.method, config)
     _verify_probe(model, card, folder)
@@ -274,11 +275,9 @@ def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
         AdapterError: If the place is taken and must not be overwritten.
     """
     replaced = aside.with_name("replaced")
-    if folder.exists():
-        if not overwrite:
-            raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; move it")
-        folder.rename(replaced)
-    take_place(aside, folder)
+    if folder.exists() and not overwrite:
+        raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; move it")
+    take_place(aside, folder, replaced=replaced)
     if replaced.exists():
         shutil.rmtree(replaced)
 

@@ -136,7 +136,7 @@ def _load_config(config: ModelConfig) -> tuple[Any, str | None]:
     _check_kind(path, config)
     revision = extract_commit_hash(path, None)
     found = AutoConfig.from_pretrained(config.place, revision=revision or config.revision, trust_remote_code=False)
-    _check_length(found, config)
+    check_length(found, config)
     for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
         if getattr(config, key) is not None:
             setattr(found, key, getattr(config, key))
@@ -305,7 +305,16 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
         )
 
 
-def _check_length(found: Any, config: ModelConfig) -> None:
+def check_length(found: Any, config: ModelConfig) -> None:
+    """Refuse more tokens a text than a base has positions.
+
+    Args:
+        found: The base's config or shape.
+        config: What is asked of it.
+
+    Raises:
+        ModelError: Saying how many there are.
+    """
     if config.max_length > found.max_position_embeddings:
         raise ModelError(
             f"model.max_length {config.max_length} is more than the {found.max_position_embeddings} positions of "

@@ -18,7 +18,7 @@ from lora_sentiment.explain import find_words, leave_each_out
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import Prediction, PredictRequest, PredictResponse, RefusalError, Score, TeiRequest
 from lora_sentiment.serve.metrics import Metrics
-from lora_sentiment.serve.queue import STOPPED, Ids, Queue
+from lora_sentiment.serve.queue import STOPPED, Ids, Queue, work_in_thread
 
 if TYPE_CHECKING:
     from lora_sentiment.serve.pool import Pool, Served
@@ -124,9 +124,11 @@ class Answerer:
             )
         given_up = threading.Event()
         self._count(size)
-        work = self._readers.submit(
-            read_texts, served, texts, way, limits, lambda: given_up.is_set() or self._queue.abandoned
-        )
+
+        def unwanted() -> bool:
+            return given_up.is_set() or self._queue.abandoned
+
+        work = self._readers.submit(work_in_thread, read_texts, served, texts, way, limits, unwanted)
         # Not when nobody waits any more: the thread still reads then, until it looks.
         work.add_done_callback(lambda _: self._count(-size))
         try:

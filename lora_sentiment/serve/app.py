@@ -34,7 +34,7 @@ from lora_sentiment.serve.messages import (
     read_request,
 )
 from lora_sentiment.serve.metrics import CONTENT_TYPE, Metrics
-from lora_sentiment.serve.queue import Queue
+from lora_sentiment.serve.queue import Queue, work_in_thread
 
 if TYPE_CHECKING:
     from lora_sentiment.serve.pool import Pool
@@ -236,7 +236,7 @@ async def _watch(pool: "Pool", config: ServeConfig, metrics: Metrics, *, stopped
     metrics.keep(pool.served)
     while config.watch is not None:
         await asyncio.sleep(config.limits.watch_seconds)
-        looked = loop.run_in_executor(None, pool.refresh, stopped)
+        looked = loop.run_in_executor(None, work_in_thread, pool.refresh, stopped)
         # What is loaded goes on being served whatever the folder holds.
         await asyncio.wait([looked])
         if error := looked.exception():

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -125,15 +126,21 @@ class Pool:
         self._seen = {folder: seen for folder, seen in self._seen.items() if folder in there}
         for folder, signature in there.items():
             named = self.served[folder.name].folder if folder.name in self.served else None
-            if stopped() or self._seen.get(folder) == signature or (named == folder and folder not in self._seen):
+            if named == folder and folder not in self._seen:
+                self._seen[folder] = signature  # loaded by name, and watched from now on
+            if stopped() or self._seen.get(folder) == signature:
                 continue
-            self._seen[folder] = signature
             try:
                 _refuse_taken(folder, {name: own for name, own in self.served.items() if own.folder != folder})
                 self.served = {**self.served, folder.name: self._load(folder)}
                 log.info("%r: served from %r", folder.name, str(folder))
             except (AdapterError, ModelError, OSError) as error:
                 log.warning("%r: %s: %s", str(folder), "served as it was" if named == folder else "not served", error)
+            except (RuntimeError, MemoryError):
+                # Such as a device that was full for a moment: nothing is wrong with the folder, so it is tried again.
+                log.exception("%r: could not be loaded; tried again at the next look", str(folder))
+                continue
+            self._seen[folder] = signature
 
     def compute(self, served: Sequence[Served], encoded: Encoded) -> list[Answers]:
         """Answer texts, each by its adapter: those of low-rank form together, others each in batches of their own.
@@ -175,12 +182,11 @@ class Pool:
 
     def _load(self, folder: Path) -> Served:
         card = load_card(folder)
-        if card.base.base_sha256 != self.base_sha256:
-            raise AdapterError(
-                f"{folder}: is for the base {card.base.name!r} ({card.base.base_sha256[:12]}); this server has "
-                f"{self.base!r} ({self.base_sha256[:12]}); serve it by a server of its own"
-            )
+        self._refuse_stranger(folder, card)
         loaded, part = self._open(folder, card)
+        # The card that the weights were held against: another one may have come since the first look at it.
+        card = loaded.card
+        self._refuse_stranger(folder, card)
         weights = [path for path in (folder / PEFT_WEIGHTS, folder / CHANGED_WEIGHTS) if path.is_file()]
         if not weights:
             raise AdapterError(f"{folder}: went away while it was loaded")
@@ -198,6 +204,13 @@ class Pool:
         )
         self._check(served, card)
         return served
+
+    def _refuse_stranger(self, folder: Path, card: Card) -> None:
+        if card.base.base_sha256 != self.base_sha256:
+            raise AdapterError(
+                f"{folder}: is for the base {card.base.name!r} ({card.base.base_sha256[:12]}); this server has "
+                f"{self.base!r} ({self.base_sha256[:12]}); serve it by a server of its own"
+            )
 
     def _open(self, folder: Path, card: Card) -> tuple[Loaded, Parts | Engine]:
         """Load an adapter around the shared base where that stays as it is, else around one of its own."""
@@ -256,12 +269,16 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
 def _find(watch: Path) -> dict[Path, Signature]:
     """Return the adapter folders inside a folder, each with what changes when one of its files does."""
     found = {}
-    for card in sorted(watch.resolve().glob("*/card.json")):
-        try:
-            facts = [(path.name, path.stat()) for path in sorted(card.parent.iterdir())]
-        except FileNotFoundError:
-            continue  # removed in this moment
-        found[card.parent] = tuple((name, at.st_ino, at.st_mtime_ns, at.st_size) for name, at in facts)
+    for folder in sorted(card.parent for card in watch.resolve().glob("*/card.json")):
+        facts = {}
+        # Removed in this moment, or a link to nowhere: that file, or the whole folder.
+        with suppress(OSError):
+            for path in sorted(folder.iterdir()):
+                with suppress(OSError):
+                    at = path.stat()
+                    facts[path.name] = (path.name, at.st_ino, at.st_mtime_ns, at.st_size)
+        if "card.json" in facts:
+            found[folder] = tuple(facts.values())
     return found
 
 

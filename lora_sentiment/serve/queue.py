@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("lora_sentiment")
 
 MAX_RETRY_SECONDS = 60
-STOPPED = "the server stopped before this request's turn"
+STOPPED = "the server stopped before it answered this request"
 Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
+Result = TypeVar("Result")
 Compute = Callable[[Sequence["Served"], Encoded], list[Logits]]
+
+
+def work_in_thread(work: Callable[..., Result], *given: Any) -> Result:
+    """Call something in a thread; a StopIteration would never reach the coroutine that waits for it."""
+    try:
+        return work(*given)
+    except StopIteration as error:
+        raise RuntimeError(f"{work.__qualname__} met an iterator that ended early") from error
 
 
 @dataclass(eq=False)
@@ -64,6 +73,7 @@ class Queue:
         self.closed = self.abandoned = False
         self._compute, self._limits, self._metrics = compute, limits, metrics
         self._line: OrderedDict[_Asked, None] = OrderedDict()
+        self._computing: list[tuple[_Asked, Ids]] = []
         self._some, self._enough = asyncio.Event(), asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._seconds_per_token: float | None = None
@@ -118,9 +128,9 @@ class Queue:
         self._enough.set()
 
     def abandon(self) -> None:
-        """Refuse all that waits, and whatever else comes."""
+        """Refuse all that waits or is computed, and whatever else comes."""
         self.abandoned = True
-        for asked in list(self._line):
+        for asked in [*self._line, *(asked for asked, _ in self._computing)]:
             self._fail(asked, RefusalError("Unhealthy", STOPPED))
 
     def shut(self) -> None:
@@ -172,16 +182,26 @@ class Queue:
         return batch
 
     async def _answer(self, batch: list[tuple[_Asked, Ids]]) -> None:
-        """Compute one batch in the thread and give each request its part; a fault is that of its own requests alone."""
+        """Compute one batch in the thread and give each request its part; a fault is that of one adapter alone."""
         loop = asyncio.get_running_loop()
         tokens = sum(len(ids) for _, ids in batch)
         started = time.perf_counter()
-        computed = loop.run_in_executor(self._thread, self._compute_rows, batch)
+        self._computing = batch
+        computed = loop.run_in_executor(self._thread, work_in_thread, self._compute_rows, batch)
         # Not awaited itself: what it raised is looked at, logged and answered, and the next batch is computed.
         await asyncio.wait([computed])
+        self._computing = []
         seconds = time.perf_counter() - started
         self._metrics.count_batch(texts=len(batch), tokens=tokens, seconds=seconds, failed=bool(computed.exception()))
         if error := computed.exception():
+            by_adapter: dict[int, list[tuple[_Asked, Ids]]] = {}
+            for asked, ids in batch:
+                by_adapter.setdefault(id(asked.served), []).append((asked, ids))
+            if len(by_adapter) > 1:
+                # Whose fault it is shows alone; the others are answered.
+                for own in by_adapter.values():
+                    await self._answer(own)
+                return
             log.error("a batch of %d texts could not be computed", len(batch), exc_info=error)
             for asked, _ in batch:
                 self._fail(asked, RefusalError("Backend", "the model could not be computed; the log says why"))

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -193,6 +194,76 @@ def test_a_folder_that_goes_while_it_is_loaded_is_not_served(folders, tmp_path, 
     pool.refresh()
     assert set(pool.served) == {"qv"}
     assert all(f"{name}: went away while it was loaded" in caplog.text for name in ("one", "two"))
+
+
+def test_a_folder_that_could_not_be_loaded_for_no_fault_of_its_own_is_tried_again(
+    folders, tmp_path, caplog, monkeypatch
+):
+    pool = make_pool([folders["qv"]], watch=tmp_path)
+    for name in ("one", "two"):
+        shutil.copytree(folders["wide"], tmp_path / name)
+    load_whole, faults = pool._load, [torch.OutOfMemoryError("the device is full")]
+
+    def load_or_fail(folder):
+        if faults:
+            raise faults.pop()
+        return load_whole(folder)
+
+    monkeypatch.setattr(pool, "_load", load_or_fail)
+    pool.refresh()
+    assert set(pool.served) == {"qv", "two"}
+    assert "tried again at the next look" in caplog.text
+    pool.refresh()
+    assert set(pool.served) == {"qv", "one", "two"}
+
+
+def test_an_adapter_that_is_named_and_watched_is_loaded_once_and_then_followed(folders, tmp_path, monkeypatch):
+    place = shutil.copytree(folders["wide"], tmp_path / "one")
+    pool = make_pool([place], watch=tmp_path)
+    first = pool.served["one"]
+    pool.refresh()
+    assert pool.served["one"] is first
+    shutil.rmtree(place)
+    shutil.copytree(folders["k-lin1"], place)
+    pool.refresh()
+    assert len(pool.served["one"].labels) == 5
+    shutil.rmtree(place)
+    pool.refresh()
+    assert not pool.served
+
+
+def test_a_file_that_goes_or_leads_nowhere_does_no_harm_to_its_adapter(folders, tmp_path, caplog):
+    shutil.copytree(folders["wide"], tmp_path / "one")
+    shutil.copytree(folders["qv"], tmp_path / "two")
+    pool = make_pool([], watch=tmp_path)
+    (tmp_path / "one/.#card.json").symlink_to("somebody@somewhere")
+    (tmp_path / "two/loop").symlink_to("loop")
+    pool.refresh()
+    assert set(pool.served) == {"one", "two"}
+    assert "gone" not in caplog.text
+
+
+def test_labels_are_those_of_the_weights_when_a_folder_is_replaced_while_it_is_loaded(folders, tmp_path, monkeypatch):
+    place = shutil.copytree(folders["qv"], tmp_path / "one")
+    pool = make_pool([folders["wide"]], dtype="bfloat16")
+    load_whole = pool._open
+
+    def replace_and_load(folder, card):
+        found = json.loads((place / "card.json").read_text())
+        (place / "card.json").write_text(json.dumps({**found, "labels": found["labels"][::-1]}))
+        return load_whole(folder, card)
+
+    monkeypatch.setattr(pool, "_open", replace_and_load)
+    pool.add([place])
+    assert pool.served["one"].labels == name_labels(2)[::-1]
+
+
+def test_more_tokens_than_the_base_has_positions_are_refused_at_loading(folders, tmp_path):
+    place = shutil.copytree(folders["qv"], tmp_path / "one")
+    card = json.loads((place / "card.json").read_text())
+    (place / "card.json").write_text(json.dumps({**card, "max_length": 4096}))
+    with pytest.raises(ModelError, match="4096 is more than the 64 positions"):
+        make_pool([folders["wide"], place])
 
 
 def test_a_look_ends_when_the_server_stops(folders, tmp_path):

@@ -133,7 +133,7 @@ def test_a_request_that_is_given_up_leaves_the_line():
 def test_a_batch_that_cannot_be_computed_is_refused_and_logged_and_the_next_one_is_answered(caplog):
     async def ask(queue, pool):
         pool.fault = RuntimeError("no such kernel")
-        found = await asyncio.gather(queue.ask(ONE, [TEXT]), queue.ask(TWO, [TEXT]), return_exceptions=True)
+        found = await asyncio.gather(queue.ask(ONE, [TEXT]), queue.ask(ONE, [TEXT]), return_exceptions=True)
         assert [(error.kind, error.status) for error in found] == [("Backend", 503)] * 2
         assert len(await queue.ask(ONE, [TEXT])) == 1
         assert queue.tokens == 0
@@ -142,6 +142,35 @@ def test_a_batch_that_cannot_be_computed_is_refused_and_logged_and_the_next_one_
         in_line(ask)
     assert "a batch of 2 texts could not be computed" in caplog.text
     assert "RuntimeError: no such kernel" in caplog.text
+
+
+def test_an_adapter_that_cannot_be_computed_leaves_the_others_of_its_batch_answered():
+    async def ask(queue, pool):
+        compute = queue._compute
+
+        def fail_for_two(served, encoded):
+            if TWO in served:
+                raise RuntimeError("no such kernel")
+            return compute(served, encoded)
+
+        queue._compute = fail_for_two
+        return await asyncio.gather(*(queue.ask(own, [TEXT, TEXT]) for own in (ONE, TWO, ONE)), return_exceptions=True)
+
+    first, fault, last = in_line(ask)
+    assert (fault.kind, fault.status) == ("Backend", 503)
+    for found in (*first, *last):
+        np.testing.assert_array_equal(found, answer(ONE, TEXT.tolist()))
+
+
+def test_an_iterator_that_ends_early_in_the_thread_is_a_fault_like_any_other():
+    async def ask(queue, pool):
+        pool.fault = StopIteration()
+        async with asyncio.timeout(10):
+            with pytest.raises(RefusalError, match="could not be computed"):
+                await queue.ask(ONE, [TEXT])
+            assert len(await queue.ask(ONE, [TEXT])) == 1
+
+    in_line(ask)
 
 
 def test_a_value_that_is_not_finite_is_the_fault_of_its_adapter_alone():
@@ -176,10 +205,10 @@ def test_what_is_abandoned_is_refused():
         await waits(queue, 4)
         queue.close()
         queue.abandon()
-        for refused in (second, queue.ask(ONE, [TEXT])):
-            with pytest.raises(RefusalError, match="stopped before this request's turn"):
-                await refused
+        for refused in (first, second, queue.ask(ONE, [TEXT])):
+            async with asyncio.timeout(10):
+                with pytest.raises(RefusalError, match="stopped before it answered"):
+                    await refused
         pool.gate.set()
-        assert len(await first) == 1
 
     in_line(ask)
