@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, cut, make_batch, shard
+from lora_sentiment.data.batches import CPU_INFERENCE_TOKENS, INFERENCE_TOKENS, Encoded, cut, make_batch, shard
 from lora_sentiment.model.engine import Engine
 from lora_sentiment.progress import make_bar
 
@@ -49,7 +49,7 @@ def predict_logits(
 
 
 def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> Engine:
-    """Return the forward of a model on the device where it is.
+    """Return the forward of a model on the device where it is; a CPU takes a batch in parts.
 
     Args:
         model: A sequence classifier in eval mode.
@@ -58,9 +58,13 @@ def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> E
     device = next(model.parameters()).device
 
     def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
+        rows = max(1, CPU_INFERENCE_TOKENS // input_ids.shape[1]) if device.type == "cpu" else len(input_ids)
+        parts = []
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
-            output = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask)
-        return np.asarray(output.logits.float().cpu().numpy(), dtype=np.float32)
+            for own in (slice(start, start + rows) for start in range(0, len(input_ids), rows)):
+                mask = None if attention_mask is None else torch.from_numpy(attention_mask[own]).to(device)
+                output = model(input_ids=torch.from_numpy(input_ids[own]).to(device), attention_mask=mask)
+                parts.append(output.logits.float().cpu().numpy())
+        return np.asarray(np.concatenate(parts), dtype=np.float32)
 
     return compute

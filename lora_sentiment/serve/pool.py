@@ -22,7 +22,7 @@ from lora_sentiment.adapter.folder import PROBE_TOLERANCE, Card, Loaded, load, l
 from lora_sentiment.adapter.reading import read_header
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
 from lora_sentiment.classifier import prepare_engine
-from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
+from lora_sentiment.data.batches import CPU_INFERENCE_TOKENS, INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.launch import join_launch
 from lora_sentiment.model.base import Base, load_base, resolve_dtype
@@ -85,6 +85,7 @@ class Pool:
         self.served: Mapping[str, Served] = {}
         self._fresh, self._source, self._watch = base, source, watch
         self._device = join_launch().device
+        self._max_tokens = CPU_INFERENCE_TOKENS if self._device.type == "cpu" else INFERENCE_TOKENS
         self._dtype_name, self._dtype = dtype, resolve_dtype(dtype, self._device)
         self._seen: dict[Path, Signature] = {}
         # Only glibc has it.
@@ -157,7 +158,7 @@ class Pool:
             groups.setdefault(0 if isinstance(own.part, Parts) else id(own.part), []).append(row)
         logits: dict[int, Answers] = {}
         for rows in groups.values():
-            for index in cut(np.array(rows), encoded.lengths, max_tokens=INFERENCE_TOKENS):
+            for index in cut(np.array(rows), encoded.lengths, max_tokens=self._max_tokens):
                 found = self._answer([served[row].part for row in index], *pad(encoded, index))
                 logits.update(zip(index.tolist(), found, strict=True))
         self._give_memory_back()

@@ -7,7 +7,7 @@ from lora_sentiment.data.rows import Rows
 from lora_sentiment.model import inference
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.inference import predict_logits
+from lora_sentiment.model.inference import make_engine, predict_logits
 from tests.conftest import toy_rows
 
 
@@ -26,3 +26,20 @@ def test_sorted_batches_give_each_rows_own_logits_in_order(tiny_base, monkeypatc
     for row, text in zip(logits, texts, strict=True):
         alone = model(**{"input_ids": base.tokenizer(text, return_tensors="pt")["input_ids"]}).logits[0]
         np.testing.assert_allclose(row, alone.detach().numpy(), atol=1e-5)
+
+
+def test_a_cpu_takes_a_batch_in_parts_and_gives_each_row_its_own_logits(tiny_base, monkeypatch):
+    monkeypatch.setattr(inference, "CPU_INFERENCE_TOKENS", 40)
+    base = load_base(ModelConfig(name=str(tiny_base), max_length=64), labels=("no", "yes"))
+    model, taken = base.model.eval(), []
+    model.register_forward_pre_hook(
+        lambda _, __, given: taken.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    input_ids = np.random.default_rng(0).integers(5, 60, (11, 16))
+    mask = (np.arange(16) < np.arange(3, 14)[:, None]).astype(np.int64)
+    found = make_engine(model)(input_ids, mask)
+    assert taken == [(2, 16)] * 5 + [(1, 16)]
+    whole = model(input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(mask)).logits
+    np.testing.assert_allclose(found, whole.detach().numpy(), atol=1e-5)
+    assert make_engine(model)(np.full((2, 50), 7), None).shape == (2, 2)
+    assert taken[-2:] == [(1, 50)] * 2

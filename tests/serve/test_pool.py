@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 
@@ -264,6 +265,24 @@ def test_more_tokens_than_the_base_has_positions_are_refused_at_loading(folders,
     (place / "card.json").write_text(json.dumps({**card, "max_length": 4096}))
     with pytest.raises(ModelError, match="4096 is more than the 64 positions"):
         make_pool([folders["wide"], place])
+
+
+def test_adapters_that_came_and_went_leave_nothing_behind(folders, tmp_path):
+    pool = make_pool([folders["qv"]], watch=tmp_path)
+
+    def come_and_go():
+        for name in ("wide", "dora"):
+            shutil.copytree(folders[name], tmp_path / name)
+            pool.refresh()
+            answer(pool, [(name, TEXTS[0]), ("qv", TEXTS[1])])
+            shutil.rmtree(tmp_path / name)
+        pool.refresh()
+        gc.collect()
+        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+    come_and_go()
+    first, second, third = (come_and_go() for _ in range(3))
+    assert first == second == third
 
 
 def test_a_look_ends_when_the_server_stops(folders, tmp_path):
