@@ -62,8 +62,12 @@ def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> E
         parts = []
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
             for own in (slice(start, start + rows) for start in range(0, len(input_ids), rows)):
-                mask = None if attention_mask is None else torch.from_numpy(attention_mask[own]).to(device)
-                output = model(input_ids=torch.from_numpy(input_ids[own]).to(device), attention_mask=mask)
+                ids, mask = input_ids[own], None
+                if attention_mask is not None:
+                    # A part is padded to its own longest row.
+                    longest = int(attention_mask[own].sum(axis=1).max())
+                    ids, mask = ids[:, :longest], torch.from_numpy(attention_mask[own, :longest]).to(device)
+                output = model(input_ids=torch.from_numpy(ids).to(device), attention_mask=mask)
                 parts.append(output.logits.float().cpu().numpy())
         return np.asarray(np.concatenate(parts), dtype=np.float32)
 
