@@ -48,8 +48,13 @@ def predict_logits(
     return np.asarray(summed.cpu().numpy(), dtype=np.float32)
 
 
+def inference_tokens(device: torch.device) -> int:
+    """Return how many padded tokens texts are answered by at once on a device."""
+    return CPU_INFERENCE_TOKENS if device.type == "cpu" else INFERENCE_TOKENS
+
+
 def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> Engine:
-    """Return the forward of a model on the device where it is; a CPU takes a batch in parts.
+    """Return the forward of a model on the device where it is; what is too much for that is taken in parts.
 
     Args:
         model: A sequence classifier in eval mode.
@@ -58,7 +63,7 @@ def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> E
     device = next(model.parameters()).device
 
     def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        rows = max(1, CPU_INFERENCE_TOKENS // input_ids.shape[1]) if device.type == "cpu" else len(input_ids)
+        rows = max(1, inference_tokens(device) // input_ids.shape[1])
         parts = []
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
             for own in (slice(start, start + rows) for start in range(0, len(input_ids), rows)):

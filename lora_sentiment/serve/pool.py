@@ -22,13 +22,14 @@ from lora_sentiment.adapter.folder import PROBE_TOLERANCE, Card, Loaded, load, l
 from lora_sentiment.adapter.reading import read_header
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
 from lora_sentiment.classifier import prepare_engine
-from lora_sentiment.data.batches import CPU_INFERENCE_TOKENS, INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
+from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.launch import join_launch
 from lora_sentiment.model.base import Base, load_base, resolve_dtype
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.encoder import FastForward
 from lora_sentiment.model.engine import Engine
+from lora_sentiment.model.inference import inference_tokens
 from lora_sentiment.serve.mixed import Parts, compute_mixed, read_parts
 
 log = logging.getLogger("lora_sentiment")
@@ -85,7 +86,6 @@ class Pool:
         self.served: Mapping[str, Served] = {}
         self._fresh, self._source, self._watch = base, source, watch
         self._device = join_launch().device
-        self._max_tokens = CPU_INFERENCE_TOKENS if self._device.type == "cpu" else INFERENCE_TOKENS
         self._dtype_name, self._dtype = dtype, resolve_dtype(dtype, self._device)
         self._seen: dict[Path, Signature] = {}
         # Only glibc has it.
@@ -158,7 +158,7 @@ class Pool:
             groups.setdefault(0 if isinstance(own.part, Parts) else id(own.part), []).append(row)
         logits: dict[int, Answers] = {}
         for rows in groups.values():
-            for index in cut(np.array(rows), encoded.lengths, max_tokens=self._max_tokens):
+            for index in cut(np.array(rows), encoded.lengths, max_tokens=inference_tokens(self._device)):
                 found = self._answer([served[row].part for row in index], *pad(encoded, index))
                 logits.update(zip(index.tolist(), found, strict=True))
         self._give_memory_back()
