@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from lora_sentiment.classifier import Classifier
 from lora_sentiment.data.batches import TextEncoder
+from lora_sentiment.model.engine import Engine
 from lora_sentiment.predict import predict_file
 
 WORDS = [f"word{number}" for number in range(5000)]
@@ -100,7 +101,9 @@ def make_classifier() -> Classifier:
         return logits
 
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length=512, truncation="head")
-    return Classifier(("negative", "positive"), encoder, engine, clean=False, temperature=None, sha256="none")
+    return Classifier(
+        ("negative", "positive"), encoder, Engine(engine, 1024), clean=False, temperature=None, sha256="none"
+    )
 
 
 if __name__ == "__main__":

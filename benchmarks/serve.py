@@ -33,9 +33,10 @@ from transformers import AutoModelForSequenceClassification
 from lora_sentiment import bundled
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import load
-from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, cut, pad
+from lora_sentiment.data.batches import Encoded, cut, pad
 from lora_sentiment.model.engine import compute_logits
 from lora_sentiment.model.method_config import LoraMethod
+from lora_sentiment.model.parameters import inference_tokens
 from lora_sentiment.serve.pool import Pool, load_pool
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def make_forms(place: Path, arguments: argparse.Namespace) -> tuple[dict[str, An
     encoded = make_texts(arguments, same)
     names = [f"adapter-{i % arguments.adapters}" for i in range(len(encoded))]
     stock = load_peft(arguments.base, equal)
-    sorted_batches = cut(np.arange(len(encoded)), encoded.lengths, max_tokens=INFERENCE_TOKENS)
+    sorted_batches = cut(np.arange(len(encoded)), encoded.lengths, max_tokens=inference_tokens("cpu"))
     arrival = [
         np.arange(start, min(start + ARRIVAL_BATCH, len(encoded))) for start in range(0, len(encoded), ARRIVAL_BATCH)
     ]

@@ -9,7 +9,6 @@ from lora_sentiment.adapter.reading import read_object
 from lora_sentiment.data.config import report_roles
 from lora_sentiment.errors import AdapterError, RecipeError
 from lora_sentiment.estimate import BASELINE_BYTES, cut_rows, look_up, make_plan
-from lora_sentiment.model.architecture import FP32
 from lora_sentiment.model.file_size import adapter_bytes
 from lora_sentiment.model.memory import estimate_memory
 from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod, UnfreezeMethod
@@ -120,7 +119,7 @@ def _row(path: Path) -> Row:
     if folder is not None and labels is None:
         labels = _num_labels(folder)
     # Not what this machine has, so that the same recipes give the same table everywhere.
-    facts = look_up(recipe.model, labels, auto_bytes=FP32)
+    facts = look_up(recipe.model, labels, this_machine=False)
     train = recipe.train
     plan = make_plan(
         facts, recipe.method, recipe.model, engine=train.engine, checkpointing=train.gradient_checkpointing

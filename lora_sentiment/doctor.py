@@ -17,6 +17,7 @@ from lora_sentiment.estimate import BASELINE_BYTES, Facts, cut_rows, make_plan
 from lora_sentiment.hub import ask_hub, without_login
 from lora_sentiment.model.architecture import Shape
 from lora_sentiment.model.memory import estimate_memory
+from lora_sentiment.model.parameters import inference_tokens
 from lora_sentiment.recipe import Recipe
 
 MAIN_RECIPE = {
@@ -152,7 +153,8 @@ def _look_at_devices() -> tuple[dict[str, Any], ...]:
 def _main_memory(device: Mapping[str, Any]) -> int:
     """Estimate the bytes that the main recipe holds on a device, without looking for its base."""
     recipe = Recipe.model_validate(MAIN_RECIPE)
-    facts = Facts(Shape(vocab_size=30522), {}, 2, 4 if device["auto"] == "float32" else 2, ())
+    size, tokens = 4 if device["auto"] == "float32" else 2, inference_tokens(device["kind"])
+    facts = Facts(Shape(vocab_size=30522), {}, 2, size, tokens, ())
     plan = make_plan(facts, recipe.method, recipe.model, engine="auto", checkpointing=False)
     length = recipe.model.max_length
     rows = cut_rows(plan, recipe, length=length)

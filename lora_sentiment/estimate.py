@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment.errors import ModelError, RecipeError
-from lora_sentiment.model.architecture import Shape
+from lora_sentiment.model.architecture import FP32, Shape
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.memory import GLIBC_KEEPS, Memory, Plan, estimate_memory, runs_fast
 from lora_sentiment.model.method_config import Method
-from lora_sentiment.model.parameters import micro_batch_tokens
+from lora_sentiment.model.parameters import inference_tokens, micro_batch_tokens
 from lora_sentiment.recipe import Recipe
 
 BASELINE_BYTES = 585 * 2**20
@@ -42,6 +42,7 @@ class Facts:
         config: What else the base's `config.json` says.
         num_labels: Labels of the head.
         element_bytes: Bytes of the compute dtype.
+        evaluation_tokens: Padded tokens of a forward without gradients, by `inference_tokens` of the device.
         assumed: What could not be looked up and was assumed, in words; one sentence each.
     """
 
@@ -49,6 +50,7 @@ class Facts:
     config: Mapping[str, Any]
     num_labels: int
     element_bytes: int
+    evaluation_tokens: int
     assumed: tuple[str, ...]
 
 
@@ -123,13 +125,13 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def look_up(model: ModelConfig, labels: int | None, *, auto_bytes: int | None = None) -> Facts:
+def look_up(model: ModelConfig, labels: int | None, *, this_machine: bool = True) -> Facts:
     """Find the facts of a base in its folder or the Hub cache, else among the public ones known here.
 
     Args:
         model: The recipe's `model` section.
         labels: Number of labels where it is known.
-        auto_bytes: Bytes of the dtype that `model.dtype` auto stands for; by default what it is on this machine.
+        this_machine: Whether the run is on this machine's device; else it is on a CPU that computes in float32 alone.
 
     Raises:
         ModelError: If the base is nowhere and its shape is not known.
@@ -149,10 +151,11 @@ def look_up(model: ModelConfig, labels: int | None, *, auto_bytes: int | None = 
         labels = own or 2
         source = "as many as the base's head has" if own else "the data is not read; name them in data.labels"
         assumed.append(f"{labels} labels are assumed: {source}")
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(model.dtype) or auto_bytes or _native_bytes()
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(model.dtype) or (_native_bytes() if this_machine else FP32)
     if model.dtype == "auto":
         assumed.append(f"model.dtype auto is taken as {'float32' if size == 4 else 'a 16-bit dtype'}")
-    return Facts(shape, config or {}, labels, size, tuple(assumed))
+    tokens = inference_tokens("cuda" if this_machine and _has_gpu() else "cpu")
+    return Facts(shape, config or {}, labels, size, tokens, tuple(assumed))
 
 
 def make_plan(facts: Facts, method: Method, model: ModelConfig, *, engine: str, checkpointing: bool) -> Plan:
@@ -171,6 +174,7 @@ def make_plan(facts: Facts, method: Method, model: ModelConfig, *, engine: str, 
         method,
         model,
         num_labels=facts.num_labels,
+        evaluation_tokens=facts.evaluation_tokens,
         element_bytes=facts.element_bytes,
         fast=fast,
         checkpointing=checkpointing,
@@ -311,9 +315,13 @@ def _read_config(model: ModelConfig) -> dict[str, Any] | None:
     return config
 
 
+def _has_gpu() -> bool:
+    return Path("/dev/nvidia0").exists() and bool(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+
+
 def _native_bytes() -> int:
     """Return the bytes of the dtype that `auto` takes on this machine, as `resolve_dtype` decides it, without torch."""
-    if Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0"):
+    if _has_gpu():
         return 2
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
     return 2 if "amx_bf16" in flags or "avx512_bf16" in flags else 4

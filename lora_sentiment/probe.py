@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.estimate import cut_rows, plan_recipe
-from lora_sentiment.model.memory import EVALUATION_TOKENS, Plan, estimate_memory
+from lora_sentiment.model.memory import Plan, estimate_memory
 from lora_sentiment.recipe import Recipe
 
 STEPS = 2
@@ -107,7 +107,7 @@ def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
     fit(
         model,
         train=texts,
-        validation=_make_texts(max(1, EVALUATION_TOKENS // length), length, plan),
+        validation=_make_texts(max(1, plan.evaluation_tokens // length), length, plan),
         numbers=texts.labels,
         config=recipe.train.model_copy(update=steps),
         method=recipe.method,

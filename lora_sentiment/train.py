@@ -36,7 +36,7 @@ from lora_sentiment.model.inference import predict_logits
 from lora_sentiment.model.memory import Plan
 from lora_sentiment.model.method_config import PeftMethod
 from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
-from lora_sentiment.model.parameters import ParameterCounts, count_parameters, micro_batch_tokens
+from lora_sentiment.model.parameters import ParameterCounts, count_parameters, inference_tokens, micro_batch_tokens
 from lora_sentiment.model.quantisation import Cut, Quantisation, measure_quantisation
 from lora_sentiment.offline import settle
 from lora_sentiment.plots import plot_confusion, plot_training
@@ -254,6 +254,7 @@ def _measure(recipe: Recipe, base: Base, data: Data, dtype: torch.dtype, device:
         recipe.method,
         recipe.model,
         num_labels=len(data.labels),
+        evaluation_tokens=inference_tokens(device.type),
         element_bytes=dtype.itemsize,
         fast=False,
         checkpointing=recipe.train.gradient_checkpointing,

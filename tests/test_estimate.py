@@ -18,7 +18,7 @@ from lora_sentiment.estimate import (
 from lora_sentiment.model.architecture import Shape
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.memory import estimate_memory
-from lora_sentiment.model.parameters import micro_batch_tokens
+from lora_sentiment.model.parameters import inference_tokens, micro_batch_tokens
 from lora_sentiment.recipe import Recipe
 
 PUBLIC = "distilbert/distilbert-base-uncased"
@@ -52,6 +52,14 @@ def test_a_budget_that_is_none_is_refused(text):
 def test_a_base_in_a_folder_is_read_from_its_config(tiny_base):
     facts = look_up(ModelConfig(name=str(tiny_base), dtype="float32"), 3)
     assert (facts.shape.dim, facts.shape.n_layers, facts.num_labels, facts.assumed) == (32, 2, 3, ())
+
+
+def test_an_evaluation_is_that_of_the_machine_or_of_a_plain_cpu(tiny_base, monkeypatch):
+    monkeypatch.setattr("lora_sentiment.estimate._has_gpu", lambda: True)
+    model = ModelConfig(name=str(tiny_base))
+    facts = [look_up(model, 2, this_machine=own) for own in (True, False)]
+    assert [each.evaluation_tokens for each in facts] == [inference_tokens("cuda"), inference_tokens("cpu")]
+    assert [each.element_bytes for each in facts] == [2, 4]
 
 
 def test_a_base_in_the_hub_cache_is_read_from_there(tmp_path, monkeypatch):

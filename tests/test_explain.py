@@ -15,12 +15,13 @@ from lora_sentiment.classifier import Classifier
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.errors import DataError, ModelError
 from lora_sentiment.explain import Explanation, explain, to_html, to_rich
+from lora_sentiment.model.engine import Engine
 
 WORDS = {"[PAD]": 0.0, "[UNK]": 0.0, "[CLS]": 0.5, "[SEP]": 0.0, "good": 2.0, "bad": -1.5, "film": 0.1, "<br": 0.3}
 WEIGHTS = np.array(list(WORDS.values()))
 
 
-class Engine:
+class BagOfWords:
     """A bag of words: the logit of `positive` is the sum of the words' weights."""
 
     def __init__(self):
@@ -38,8 +39,8 @@ def make(clean=False, max_length=32, temperature=None):
     tokenizer.pre_tokenizer = WhitespaceSplit()
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length, "head")
     return Classifier(
-        labels=("negative", "positive"), encoder=encoder, engine=Engine(), clean=clean, temperature=temperature,
-        sha256="0",
+        labels=("negative", "positive"), encoder=encoder, engine=Engine(BagOfWords(), 1024), clean=clean,
+        temperature=temperature, sha256="0",
     )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def test_the_only_word_is_held_against_the_empty_text():
 def test_the_model_is_asked_once_more_than_there_are_words():
     classifier = make()
     explain(classifier, "good bad film")
-    assert classifier.engine.num_rows == 4
+    assert classifier.engine.compute.num_rows == 4
 
 
 @pytest.mark.parametrize("clean", [False, True])
@@ -99,7 +100,7 @@ def test_a_text_of_too_many_words_is_refused_and_not_cut():
     classifier = make()
     with pytest.raises(DataError, match=r"3 words; allowed: 1 to 2.*raise max_words"):
         explain(classifier, "good bad film", max_words=2)
-    assert classifier.engine.num_rows == 0
+    assert classifier.engine.compute.num_rows == 0
     assert len(explain(classifier, "good bad film", max_words=3).words) == 3
 
 

@@ -23,6 +23,7 @@ from lora_sentiment.data import tables
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.tables import TableWriter, read_table
 from lora_sentiment.errors import DataError, ModelError
+from lora_sentiment.model.engine import Engine
 from lora_sentiment.predict import predict_file, predict_lines
 from tests.conftest import BAD, FILLERS, GOOD, toy_rows
 
@@ -46,7 +47,7 @@ def make_classifier(*, labels=LABELS, clean=False, temperature=None, sha256="abc
 
     engine.asked = 0
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length=8, truncation="head")
-    return Classifier(labels, encoder, engine, clean, temperature, sha256)
+    return Classifier(labels, encoder, Engine(engine, 8192), clean, temperature, sha256)
 
 
 def read(path):
@@ -217,7 +218,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(folder, options, message
     classifier = make_classifier()
     with pytest.raises(DataError, match=message):
         predict(folder, classifier=classifier, rows_per_part=options.pop("rows_per_part", 1), **options)
-    assert classifier.engine.asked == 0
+    assert classifier.engine.compute.asked == 0
     assert sorted(folder.iterdir()) == before
     assert (folder / "there.csv").read_text() == "precious"
 
@@ -262,7 +263,7 @@ def test_a_value_that_the_output_cannot_hold_is_found_before_any_work(tmp_path, 
     classifier = make_classifier()
     with pytest.raises(DataError, match=rf"{input}: does not fit the output .*{message}"):
         predict(tmp_path, input, output, classifier, rows_per_part=1)
-    assert classifier.engine.asked == 0
+    assert classifier.engine.compute.asked == 0
     assert [path.name for path in tmp_path.iterdir()] == [input]
 
 
@@ -279,7 +280,7 @@ def test_a_name_that_the_output_cannot_hold_is_found_before_any_work(folder, lab
     classifier = make_classifier(labels=labels)
     with pytest.raises(DataError, match=rf"a label's name, or --prefix, does not fit the output .*out.tsv: {message}"):
         predict(folder, output="out.tsv", classifier=classifier, **options)
-    assert classifier.engine.asked == 0
+    assert classifier.engine.compute.asked == 0
     assert [path.name for path in folder.iterdir()] == ["in.csv"]
 
 
@@ -289,7 +290,7 @@ def test_a_line_that_the_new_columns_make_too_long_is_found_before_any_work(tmp_
     classifier = make_classifier()
     with pytest.raises(DataError, match="row 2 cannot be written: it is longer than 170 characters"):
         predict(tmp_path, classifier=classifier, rows_per_part=1)
-    assert classifier.engine.asked == 0
+    assert classifier.engine.compute.asked == 0
 
 
 @pytest.mark.parametrize("output", ["out.csv", "out.tsv", "out.jsonl"])
@@ -338,11 +339,11 @@ def stopped(folder, after, output="out.csv", **options):
     classifier = make_classifier()
 
     def engine(input_ids, attention_mask):
-        if classifier.engine.asked >= after:
+        if classifier.engine.compute.asked >= after:
             raise StopError
-        return classifier.engine(input_ids, attention_mask)
+        return classifier.engine.compute(input_ids, attention_mask)
 
-    broken = Classifier(LABELS, classifier.encoder, engine, clean=False, temperature=None, sha256="abc")
+    broken = Classifier(LABELS, classifier.encoder, Engine(engine, 8192), clean=False, temperature=None, sha256="abc")
     with pytest.raises(StopError):
         predict(folder, output=output, classifier=broken, **options)
 
@@ -359,7 +360,7 @@ def test_resume_judges_only_what_is_missing(folder):
     stopped(folder, 25, rows_per_part=10)
     classifier = make_classifier()
     summary = predict(folder, classifier=classifier, rows_per_part=10, resume=True)
-    assert classifier.engine.asked == 20
+    assert classifier.engine.compute.asked == 20
     assert (summary.rows, summary.parts, sum(summary.labels.values())) == (50, 5, 50)
     predict(folder, output="whole.csv", rows_per_part=10)
     assert (folder / "out.csv").read_bytes() == (folder / "whole.csv").read_bytes()
@@ -441,7 +442,7 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(tmp_path, name):
     assert not (tmp_path / name).exists()
     classifier = make_classifier()
     summary = predict(tmp_path, f"in-{name}", name, classifier, rows_per_part=10, resume=True)
-    assert 0 < classifier.engine.asked < 59
+    assert 0 < classifier.engine.compute.asked < 59
     assert (summary.rows, summary.bad_rows) == (60, 1)
     predict(tmp_path, f"in-{name}", f"whole-{name}", rows_per_part=10)
     assert (tmp_path / name).read_bytes() == (tmp_path / f"whole-{name}").read_bytes()
@@ -457,9 +458,9 @@ def classifier_during(act):
 
     def engine(input_ids, attention_mask):
         act()
-        return classifier.engine(input_ids, attention_mask)
+        return classifier.engine.compute(input_ids, attention_mask)
 
-    return Classifier(LABELS, classifier.encoder, engine, clean=False, temperature=None, sha256="abc")
+    return Classifier(LABELS, classifier.encoder, Engine(engine, 8192), clean=False, temperature=None, sha256="abc")
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
@@ -529,7 +530,7 @@ def test_two_processes_share_the_parts_and_give_the_same_bytes(tmp_path):
         "try:\n    predict(folder, output='held.csv')\nexcept DataError as error:\n    refusal = str(error)\n"
         "summary = predict(folder, classifier=classifier, rows_per_part=10)\n"
         "assert (folder / 'out.csv').is_file()\n"
-        "found = [classifier.engine.asked, summary.rows, summary.parts, summary.labels, refusal]\n"
+        "found = [classifier.engine.compute.asked, summary.rows, summary.parts, summary.labels, refusal]\n"
         "(folder / f'rank{os.environ[\"RANK\"]}.json').write_text(json.dumps(found))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]

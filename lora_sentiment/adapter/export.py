@@ -18,7 +18,7 @@ from lora_sentiment.adapter.merged_card import say_reading
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
 from lora_sentiment.adapter.reading import read_labels
 from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp, write_stamp
-from lora_sentiment.data.batches import INFERENCE_TOKENS, Encoded, TextEncoder, cut, pad
+from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file
 from lora_sentiment.model.base import Base, load_base
@@ -213,13 +213,16 @@ def _check_drop(reference: Reference, engine: Engine, out: Path, max_drop: float
 def _race(engines: dict[str, Engine], rows: Encoded) -> dict[str, float]:
     """Return each engine's texts per second: the median of SPEED_ROUNDS turns over a few rows."""
     few = np.linspace(0, len(rows) - 1, min(SPEED_ROWS, len(rows))).astype(np.int64)
-    batches = [pad(rows, part) for part in cut(few, rows.lengths, max_tokens=INFERENCE_TOKENS)]
+    batches = {
+        name: [pad(rows, part) for part in cut(few, rows.lengths, max_tokens=engine.max_tokens)]
+        for name, engine in engines.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(SPEED_ROUNDS):
         for name, engine in engines.items():
             start = time.perf_counter()
-            for batch in batches:
-                engine(*batch)
+            for batch in batches[name]:
+                engine.compute(*batch)
             seconds[name].append(time.perf_counter() - start)
     return {name: len(few) / float(np.median(found)) for name, found in seconds.items()}
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.model.engine import Engine
+from lora_sentiment.model.parameters import inference_tokens
 
 PLAIN, QUANTISED = "onnx/model.onnx", "onnx/model_quantized.onnx"
 """Where text-embeddings-inference and transformers.js look; the second for transformers.js' dtype `q8`."""
@@ -53,7 +54,7 @@ def open_session(path: Path) -> Engine:
             raise AdapterError(f"{path}: ONNX Runtime cannot compute it: {_first_line(error)}") from error
         return np.asarray(logits, dtype=np.float32)
 
-    return answer
+    return Engine(answer, inference_tokens("cpu"))
 
 
 def count_threads() -> int:

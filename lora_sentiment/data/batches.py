@@ -33,11 +33,6 @@ CACHED_ROWS = 5000
 LAYOUT = 1
 """Part of the key of kept ids: raise it whenever other ids or lengths are made of the same texts, tokenizer and
 settings (`tokenise`, `truncate`, `frame`, `_encode_parts`), or are written otherwise; else old ones are taken."""
-INFERENCE_TOKENS = 8192
-"""Padded tokens of one forward without gradients."""
-CPU_INFERENCE_TOKENS = 1024
-"""The same where texts are answered on a CPU: larger buffers outgrow its caches, and glibc hands those of 32 MiB back
-to the kernel at every free."""
 
 
 @dataclass(frozen=True)

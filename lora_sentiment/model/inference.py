@@ -6,8 +6,9 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_sentiment.data.batches import CPU_INFERENCE_TOKENS, INFERENCE_TOKENS, Encoded, cut, make_batch, shard
+from lora_sentiment.data.batches import Encoded, cut, make_batch, shard
 from lora_sentiment.model.engine import Engine
+from lora_sentiment.model.parameters import inference_tokens
 from lora_sentiment.progress import make_bar
 
 
@@ -29,7 +30,7 @@ def predict_logits(
     own = shard(
         np.arange(len(encoded)), lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes
     )
-    parts = cut(own, lengths, max_tokens=INFERENCE_TOKENS)
+    parts = cut(own, lengths, max_tokens=inference_tokens(accelerator.device.type))
     num_labels = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     logits = torch.zeros(len(encoded), num_labels, device=accelerator.device)
     was_training = model.training
@@ -48,13 +49,8 @@ def predict_logits(
     return np.asarray(summed.cpu().numpy(), dtype=np.float32)
 
 
-def inference_tokens(device: torch.device) -> int:
-    """Return how many padded tokens texts are answered by at once on a device."""
-    return CPU_INFERENCE_TOKENS if device.type == "cpu" else INFERENCE_TOKENS
-
-
 def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> Engine:
-    """Return the forward of a model on the device where it is; what is too much for that is taken in parts.
+    """Return the forward of a model on the device where it is.
 
     Args:
         model: A sequence classifier in eval mode.
@@ -63,17 +59,9 @@ def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> E
     device = next(model.parameters()).device
 
     def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        rows = max(1, inference_tokens(device) // input_ids.shape[1])
-        parts = []
+        mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
-            for own in (slice(start, start + rows) for start in range(0, len(input_ids), rows)):
-                ids, mask = input_ids[own], None
-                if attention_mask is not None:
-                    # A part is padded to its own longest row.
-                    longest = int(attention_mask[own].sum(axis=1).max())
-                    ids, mask = ids[:, :longest], torch.from_numpy(attention_mask[own, :longest]).to(device)
-                output = model(input_ids=torch.from_numpy(ids).to(device), attention_mask=mask)
-                parts.append(output.logits.float().cpu().numpy())
-        return np.asarray(np.concatenate(parts), dtype=np.float32)
+            output = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask)
+        return np.asarray(output.logits.float().cpu().numpy(), dtype=np.float32)
 
-    return compute
+    return Engine(compute, inference_tokens(device.type))

@@ -23,8 +23,6 @@ from lora_sentiment.model.method_config import (
 from lora_sentiment.model.parameters import ParameterCounts, count_parameters, unfrozen_names
 from lora_sentiment.model.targets import Target, find_targets
 
-EVALUATION_TOKENS = 8192
-"""Padded tokens of a forward without gradients, as `inference.py` cuts them."""
 FUSED_FROM = 192
 """Length from which the fast engine attends without keeping the weights, where there is no dropout."""
 CHUNK_ELEMENTS = 2**21
@@ -46,6 +44,7 @@ class Plan:
         method: The recipe's `method` section.
         model: The recipe's `model` section.
         num_labels: Labels of the head.
+        evaluation_tokens: Padded tokens of a forward without gradients, by `inference_tokens` of the device.
         element_bytes: Bytes of the compute dtype.
         fast: Whether the fast engine runs.
         checkpointing: Whether activations are recomputed in the backward pass.
@@ -57,6 +56,7 @@ class Plan:
     method: Method
     model: ModelConfig
     num_labels: int
+    evaluation_tokens: int
     element_bytes: int = FP32
     fast: bool = True
     checkpointing: bool = False
@@ -155,7 +155,7 @@ def estimate_memory(plan: Plan, *, rows: int, length: int, batch_size: int) -> M
     # A quantised base is loaded beside the plain one, whose hash names it.
     loading = max(weights + hashed, plain + (weights if model.quantize != "none" else 0))
     between = weights + 2 * trained + trained
-    tokens = EVALUATION_TOKENS // length * length or length
+    tokens = plan.evaluation_tokens // length * length or length
     return Memory(
         weights=weights,
         kept=trained,

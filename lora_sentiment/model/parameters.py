@@ -24,6 +24,11 @@ MICRO_BATCH_BYTES = 1 << 30
 """Activations that one micro-batch may save for backward, in bytes. Fixed, so that the cut repeats everywhere."""
 MAX_MICRO_BATCH_TOKENS = 4096
 """A larger one does not run faster on a CPU: its buffers outgrow the caches and what glibc keeps between uses."""
+INFERENCE_TOKENS = 8192
+"""Padded tokens of one forward without gradients."""
+CPU_INFERENCE_TOKENS = 1024
+"""The same on a CPU: larger buffers outgrow its caches, and glibc hands those of 32 MiB back to the kernel at every
+free."""
 
 
 @dataclass(frozen=True)
@@ -160,3 +165,8 @@ def micro_batch_tokens(shape: Shape, *, max_length: int, element_bytes: int, che
     per_token = activation_bytes(shape, length=max_length, element_bytes=element_bytes) * blocks // shape.n_layers
     tokens = min(MICRO_BATCH_BYTES // per_token, MAX_MICRO_BATCH_TOKENS) // 256 * 256
     return max(tokens, max_length)
+
+
+def inference_tokens(device_type: str) -> int:
+    """Return how many padded tokens a forward without gradients takes at once on a `cpu`, `cuda` or other device."""
+    return CPU_INFERENCE_TOKENS if device_type == "cpu" else INFERENCE_TOKENS

@@ -29,7 +29,7 @@ from lora_sentiment.model.base import Base, load_base, resolve_dtype
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.encoder import FastForward
 from lora_sentiment.model.engine import Engine
-from lora_sentiment.model.inference import inference_tokens
+from lora_sentiment.model.parameters import inference_tokens
 from lora_sentiment.serve.mixed import Parts, compute_mixed, read_parts
 
 log = logging.getLogger("lora_sentiment")
@@ -158,7 +158,7 @@ class Pool:
             groups.setdefault(0 if isinstance(own.part, Parts) else id(own.part), []).append(row)
         logits: dict[int, Answers] = {}
         for rows in groups.values():
-            for index in cut(np.array(rows), encoded.lengths, max_tokens=inference_tokens(self._device)):
+            for index in cut(np.array(rows), encoded.lengths, max_tokens=inference_tokens(self._device.type)):
                 found = self._answer([served[row].part for row in index], *pad(encoded, index))
                 logits.update(zip(index.tolist(), found, strict=True))
         self._give_memory_back()
@@ -176,7 +176,7 @@ class Pool:
         if not own:
             engine = parts[0]
             assert not isinstance(engine, Parts)
-            return engine(input_ids, mask)
+            return engine.compute(input_ids, mask)
         ids = torch.from_numpy(input_ids).to(self._device)
         padding = None if mask is None else torch.from_numpy(mask).to(self._device)
         return [found.cpu().numpy() for found in compute_mixed(self._forward, ids, padding, own)]

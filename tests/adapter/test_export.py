@@ -23,6 +23,7 @@ from lora_sentiment.adapter.stamp import read_stamp, write_stamp
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.model.engine import Engine
 from lora_sentiment.model.method_config import LoraMethod
 from tests.conftest import toy_rows, write_csv
 from tests.random_adapters import save_random
@@ -102,11 +103,11 @@ def test_a_graph_answers_any_batch_and_length_as_the_merged_model(rows, length, 
     kept = generator.integers(1, length + 1, size=rows) if padded else np.full(rows, length)
     mask = (np.arange(length) < kept[:, None]).astype(np.int64)
     expected = stock_logits(merged, ids, mask)
-    session = open_session(exported[0] / PLAIN)
+    session = open_session(exported[0] / PLAIN).compute
     np.testing.assert_allclose(session(ids, mask), expected, atol=1e-5, rtol=0)
     if not padded:
         np.testing.assert_array_equal(session(ids, None), session(ids, mask))
-    np.testing.assert_allclose(open_session(exported[0] / QUANTISED)(ids, mask), expected, atol=0.5, rtol=0)
+    np.testing.assert_allclose(open_session(exported[0] / QUANTISED).compute(ids, mask), expected, atol=0.5, rtol=0)
 
 
 def test_the_axes_are_dynamic_and_everything_stands_in_one_file(exported):
@@ -212,7 +213,7 @@ def test_int8_past_the_allowed_drop_leaves_nothing(adapter, merged, traced, tmp_
 def test_a_graph_that_answers_otherwise_leaves_nothing(added, said, merged, traced, tmp_path, monkeypatch):
     def open_broken(path):
         session = open_session(path)
-        return lambda ids, mask: session(ids, mask) + np.float32(added)
+        return Engine(lambda ids, mask: session.compute(ids, mask) + np.float32(added), session.max_tokens)
 
     monkeypatch.setattr(export_module, "open_session", open_broken)
     with pytest.raises(AdapterError, match=f"answers otherwise than the merged model: its logits {said}"):

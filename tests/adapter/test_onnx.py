@@ -28,7 +28,7 @@ def write_graph(path: Path, *, names=("input_ids", "attention_mask"), output="lo
 
 
 def test_a_missing_mask_is_all_ones(tmp_path):
-    session = open_session(write_graph(tmp_path / "a.onnx"))
+    session = open_session(write_graph(tmp_path / "a.onnx")).compute
     ids = np.array([[5, 6]])
     assert session(ids, None).tolist() == [[6.0, 7.0]]
     assert session(ids, np.array([[1, 0]])).tolist() == [[6.0, 6.0]]
@@ -52,7 +52,7 @@ def test_a_file_that_is_no_classifier_is_refused(tmp_path):
 
 
 def test_inputs_that_do_not_fit_are_refused(tmp_path):
-    session = open_session(write_graph(tmp_path / "a.onnx"))
+    session = open_session(write_graph(tmp_path / "a.onnx")).compute
     with pytest.raises(AdapterError, match="cannot compute it"):
         session(np.ones((2, 3), dtype=np.int64), np.ones((2, 4), dtype=np.int64))
     with pytest.raises(AdapterError, match="cannot compute it"):

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_sentiment.model import inference, kernels, memory
+from lora_sentiment.model import kernels, memory
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.memory import Plan, estimate_memory, runs_fast
 from lora_sentiment.model.method_config import METHODS
 from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from lora_sentiment.model.parameters import inference_tokens
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.loop import make_optimizer
 
@@ -27,7 +28,8 @@ def make(tiny_base, method, *, engine="auto", **model):
     trained = make_trainable(base, section, config, dtype=torch.float32, num_steps=10)
     fast = engine == "auto" and use_fast_encoder(trained, compute_dtype=torch.float32) is None
     dropouts = {name: 0.1 if model.get(name) is None else model[name] for name in ("dropout", "attention_dropout")}
-    return trained.train(), Plan(base.shape, section, config, len(LABELS), fast=fast, **dropouts)
+    plan = Plan(base.shape, section, config, len(LABELS), inference_tokens("cpu"), fast=fast, **dropouts)
+    return trained.train(), plan
 
 
 def storages(tensors):
@@ -171,7 +173,14 @@ def scales(model):
 def test_the_constants_are_the_engines_own():
     assert memory.CHUNK_ELEMENTS == kernels.CHUNK_ELEMENTS
     assert memory.FUSED_FROM == kernels.FUSED_ATTENTION_FROM
-    assert memory.EVALUATION_TOKENS == inference.INFERENCE_TOKENS
+
+
+def test_an_evaluation_holds_what_its_device_takes_at_once(tiny_base):
+    _, plan = make(tiny_base, {"kind": "full"})
+    tokens = [inference_tokens("cpu"), 2 * inference_tokens("cpu"), 3 * inference_tokens("cpu")]
+    plans = [replace(plan, evaluation_tokens=each) for each in tokens]
+    one, two, three = (estimate_memory(each, rows=1, length=LENGTH, batch_size=1).evaluating for each in plans)
+    assert two - one == three - two > 0
 
 
 def test_a_step_holds_gradients_and_activations_together_only_from_the_second_micro_batch(tiny_base):

@@ -14,7 +14,7 @@ IDS = [[2, 5, 6, 3], [2, 9, 3]]
 def test_a_quantised_base_is_smaller_and_near(tiny_base, quantize, most):
     config = ModelConfig(name=str(tiny_base), max_length=16, quantize=quantize, dtype="float32")
     base = load_base(config, labels=("a", "b"))
-    plan = Plan(base.shape, LoraMethod(), config, num_labels=2, fast=False)
+    plan = Plan(base.shape, LoraMethod(), config, num_labels=2, evaluation_tokens=1024, fast=False)
     found = measure_quantisation(
         base,
         plan,

@@ -62,7 +62,7 @@ def answer(pool, pairs):
 def alone(folder, text):
     classifier = load(folder, dtype="float32")
     ids = classifier.encoder.truncate(classifier.encoder.tokenise([text])[0])
-    return classifier.engine(classifier.encoder.frame(ids)[None].astype(np.int64), None)[0]
+    return classifier.engine.compute(classifier.encoder.frame(ids)[None].astype(np.int64), None)[0]
 
 
 def shuffled(names):
@@ -78,7 +78,7 @@ def test_in_a_mixed_stream_every_adapter_answers_as_alone(folders):
     for (name, text), logits in zip(pairs, found, strict=True):
         own = engines[name]
         ids = own.encoder.frame(own.encoder.truncate(own.encoder.tokenise([text])[0]))[None].astype(np.int64)
-        np.testing.assert_allclose(logits, own.engine(ids, None)[0], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(logits, own.engine.compute(ids, None)[0], atol=1e-5, err_msg=name)
 
 
 def test_what_changes_the_base_or_has_no_low_rank_form_is_served_apart(folders):

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from lora_sentiment.classifier import Classifier
 from lora_sentiment.explain import explain
+from lora_sentiment.model.engine import Engine
 from lora_sentiment.serve.app import EXAMPLES, make_app
 from lora_sentiment.serve.config import Limits, ServeConfig
 from tests.serve.fake_pool import FakePool, answer, make_served
@@ -32,7 +33,7 @@ def make_classifier(served):
         lengths = np.full(len(input_ids), input_ids.shape[1]) if mask is None else mask.sum(1)
         return np.stack([answer(served, row[:n].tolist()) for row, n in zip(input_ids, lengths, strict=True)])
 
-    return Classifier(served.labels, served.encoder, engine, served.clean, None, "")
+    return Classifier(served.labels, served.encoder, Engine(engine, 1024), served.clean, None, "")
 
 
 def ask(client, **body):
