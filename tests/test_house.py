@@ -51,6 +51,7 @@ ORDER = [
     "evaluation.calibration",
     "training.config",
     "training.losses",
+    "training.optimizer",
     "training.trackers",
     "training.history",
     "training.checkpoint",

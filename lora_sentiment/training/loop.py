@@ -5,7 +5,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -31,6 +31,7 @@ from lora_sentiment.training.history import History as History
 from lora_sentiment.training.history import TrainPoint as TrainPoint
 from lora_sentiment.training.interrupts import StopSignals, is_out_of_memory
 from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
+from lora_sentiment.training.optimizer import make_optimizer
 from lora_sentiment.training.state import put_ranks, put_rng, put_state, take_ranks, take_rng, take_state
 from lora_sentiment.training.trackers import rewind, sync
 
@@ -409,31 +410,3 @@ class _Loop:
 def count_steps(num_rows: int, config: TrainConfig) -> int:
     """Return the optimizer steps of a run over this many training rows."""
     return config.max_steps or math.ceil(config.num_train_epochs * math.ceil(num_rows / config.batch_size))
-
-
-def make_optimizer(
-    parameters: dict[str, nn.Parameter], config: TrainConfig, *, ratios: Mapping[str, float]
-) -> torch.optim.Optimizer:
-    """Return fused AdamW (Loshchilov & Hutter 2019); biases and norms (one axis) are not decayed.
-
-    Args:
-        parameters: What is trained, by name.
-        config: The recipe's `train` section.
-        ratios: Names of the tensors that take another rate than the rest, and how many times it.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((ratios.get(name, 1.0), decay), []).append(parameter)
-    # The first group is one at the plain rate: that is the rate which is logged.
-    ordered = sorted(groups.items(), key=lambda group: group[0][0] != 1.0)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "lr": config.learning_rate * ratio, "weight_decay": decay}
-            for (ratio, decay), members in ordered
-        ],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )

@@ -13,7 +13,7 @@ from lora_sentiment.model.method_config import METHODS
 from lora_sentiment.model.methods import make_trainable, trainable_tensors
 from lora_sentiment.model.parameters import inference_tokens
 from lora_sentiment.training.config import TrainConfig
-from lora_sentiment.training.loop import make_optimizer
+from lora_sentiment.training.optimizer import make_optimizer
 
 ROWS, LENGTH = 16, 64
 LABELS = ("a", "b")

@@ -14,8 +14,9 @@ from lora_sentiment.model.method_config import LoraMethod
 from lora_sentiment.model.methods import make_trainable, trainable_tensors
 from lora_sentiment.training import loop
 from lora_sentiment.training.config import TrainConfig
-from lora_sentiment.training.loop import fit, make_optimizer
+from lora_sentiment.training.loop import fit
 from lora_sentiment.training.losses import loss_sum
+from lora_sentiment.training.optimizer import make_optimizer
 from tests.conftest import toy_rows
 
 CONFIG = ModelConfig(name="any")
