@@ -20,6 +20,23 @@ BAD = ("bad", "awful", "dull", "poor", "weak", "cold")
 FILLERS = ("film", "book", "meal", "app", "place", "plot", "the", "a", "was", "and", "so", "it", "really", "quite")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, so that the tests are those of CI everywhere; `-m gpu` asks for the others."""
+    asked = config.option.markexpr
+    if "gpu" not in asked or "not gpu" in asked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+@pytest.fixture
+def gpu():
+    """A CUDA device; a test that takes it needs the marker too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here, or torch is built without CUDA")
+    return torch.device("cuda")
+
+
 @pytest.fixture(autouse=True)
 def signals_of_a_terminal():
     """Python's own handlers: in the background of a shell SIGINT is ignored, and what is ignored stays so in a run."""

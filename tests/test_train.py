@@ -14,6 +14,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModel
 
+from lora_sentiment import load as load_classifier
 from lora_sentiment.adapter.folder import compute_probe, load
 from lora_sentiment.data.config import REPORT_BLOCKS
 from lora_sentiment.errors import DataError, ModelError, RecipeError
@@ -54,6 +55,22 @@ def test_a_run_writes_the_adapter_folder_and_nothing_of_the_base(toy_recipe):
     assert report["data"]["test"]["kept"] == 41
     assert report["parameters"]["trainable"] == report["parameters"]["adapter"] + report["parameters"]["head"]
     assert report["train"]["engine"] == "fast"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_gpu_learns_the_toy_and_answers_as_a_cpu_does(toy_recipe, dtype):
+    found = run(toy_recipe, "train.num_train_epochs=4", f"model.dtype={dtype}")
+    assert found.report["test"]["accuracy"]["value"] > 0.9
+    texts = ["a good film", "a dull book, and a bad plot"]
+    here = load_classifier(found.adapter, dtype="float32").probabilities(texts)
+    call = "import json, sys, lora_sentiment as l; f, *t = sys.argv[1:]; print(json.dumps(l.load(f, dtype='float32')"
+    there = subprocess.run(
+        [sys.executable, "-c", f"{call}.probabilities(t).tolist()))", str(found.adapter), *texts],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    np.testing.assert_allclose(here, json.loads(there.stdout), atol=1e-5)
 
 
 def test_stock_peft_loads_the_folder_and_agrees(toy_recipe, tiny_base):

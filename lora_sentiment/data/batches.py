@@ -261,11 +261,16 @@ def make_batch(encoded: Encoded, index: NDArray[np.int64], *, device: "torch.dev
     """Pad rows to the longest among them and move them to a device."""
     import torch
 
+    def move(values: NDArray[np.int64]) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        # From other memory a copy to a GPU may wait for all that the GPU was given before.
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
     input_ids, mask = pad(encoded, index)
     return Batch(
-        input_ids=torch.from_numpy(input_ids).to(device, non_blocking=True),
-        attention_mask=None if mask is None else torch.from_numpy(mask).to(device, non_blocking=True),
-        labels=torch.from_numpy(encoded.labels[index]).to(device, non_blocking=True),
+        input_ids=move(input_ids),
+        attention_mask=None if mask is None else move(mask),
+        labels=move(encoded.labels[index]),
         index=index,
         num_tokens=int(encoded.lengths[index].sum()),
     )

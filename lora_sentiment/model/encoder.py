@@ -232,8 +232,8 @@ class FastForward:
     ) -> BaseModelOutput:
         """Encodes input_ids: (batch, length) and returns last_hidden_state: (batch, 1, dim), that of [CLS], in fp32.
 
-        attention_mask: (batch, length) of 0 and 1, or None where every token counts. On an accelerator None is
-        faster: to see whether a mask is all ones costs a synchronisation.
+        attention_mask: (batch, length) of 0 and 1, or None where every token counts, which is faster than a mask of
+        ones: whether one is that is not looked at, for a GPU would have to be waited for.
 
         Raises:
             ModelError: Where something is asked for that only the stock forward gives, or an adapter was changed
@@ -270,7 +270,7 @@ class FastForward:
         return x
 
     def _additive_mask(self, attention_mask: Tensor | None) -> Tensor | None:
-        if attention_mask is None or bool(attention_mask.all()):
+        if attention_mask is None:
             return None
         mask = torch.zeros(attention_mask.shape, dtype=self.dtype, device=attention_mask.device)
         return mask.masked_fill_(attention_mask == 0, torch.finfo(self.dtype).min)[:, None, None, :]

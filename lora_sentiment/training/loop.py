@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,6 +40,19 @@ log = logging.getLogger("lora_sentiment")
 
 MAX_SKIPPED_STEPS = 20
 """Optimizer steps in a row that fp16's loss scaling may skip before the run is given up."""
+GPU_READ_STEPS = 10
+"""Steps on a GPU after which their losses and norms are read: each reading waits for all that the device was given."""
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step whose figures still lie on the device: its rows, rate, mean loss and gradient's norm."""
+
+    step: int
+    index: NDArray[np.int64]
+    rate: float
+    loss: torch.Tensor
+    norm: torch.Tensor
 
 
 def fit(
@@ -118,6 +132,9 @@ class _Loop:
         self.sign = 1 if METRICS[config.metric_for_best_model].greater_is_better else -1
         self.best_metric, self.waited, self.skipped = -math.inf, 0, 0
         self.done, self.saved = 0, 0
+        self.taken: list[_Taken] = []
+        # fp16 needs each norm at once: it says whether the step counts.
+        self.read_steps = 1 if accelerator.device.type == "cpu" or accelerator.scaler else GPU_READ_STEPS
         self.signals, self.stop_by = StopSignals(), ""
 
     def run(self) -> History:
@@ -132,11 +149,12 @@ class _Loop:
             for step, index in self._step_rows():
                 if self.history.stopped_early:
                     break
-                point = self._step(step, index)
+                self._step(step, index)
                 self.done = step
                 bar.update()
-                speed = self.history.tokens / self.history.seconds
-                bar.set_postfix(loss=f"{point.loss:.4f}", tok_s=f"{speed:,.0f}", refresh=False)
+                if not self.taken:
+                    speed = self.history.tokens / self.history.seconds
+                    bar.set_postfix(loss=f"{self.history.steps[-1].loss:.4f}", tok_s=f"{speed:,.0f}", refresh=False)
                 self._save_if_due()
                 self._evaluate_if_due()
         self._agree((), failed=False)
@@ -146,8 +164,10 @@ class _Loop:
                 parameter.copy_(self.best[name])
         return self.history
 
-    def _is_due(self, every: int | None) -> bool:
-        return self.done % (every or self.steps_per_epoch) == 0 or self.done == self.num_steps
+    def _is_due(self, every: int | None, step: int | None = None) -> bool:
+        """Whether what is done every so many steps, or once an epoch, follows the step; by default the last one."""
+        step = self.done if step is None else step
+        return step % (every or self.steps_per_epoch) == 0 or step == self.num_steps
 
     def _evaluate_if_due(self) -> None:
         """Judge what the last step made, unless it was judged before the run was stopped."""
@@ -174,6 +194,7 @@ class _Loop:
 
     def _save(self, store: Store) -> None:
         """Save on the main process, and raise on all where that fails."""
+        self._read()  # a signal comes between two readings
         tensors = take_state(
             self.model, self.best, optimizer=self.adamw, method=self.method, accelerator=self.accelerator
         )
@@ -256,20 +277,39 @@ class _Loop:
                 if step > self.done:
                     yield step, index
 
-    def _step(self, step: int, index: NDArray[np.int64]) -> TrainPoint:
+    def _step(self, step: int, index: NDArray[np.int64]) -> None:
         """Take one optimizer step: gradients of the (weighted) mean loss over its examples, however they are cut."""
         began = time.perf_counter()
-        mean_loss = self._reduce(self._gradients(step, index))
-        if not math.isfinite(mean_loss):
-            raise TrainingError(self._not_finite(step, index, mean_loss))
-        rate = self.scheduler.get_last_lr()[0]
-        norm = self._update(step)
-        self.history.seconds += time.perf_counter() - began
+        loss = self._reduce(self._gradients(step, index))
+        limit = self.config.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
+        self.taken.append(_Taken(step, index, self.scheduler.get_last_lr()[0], loss, norm))
         self.history.tokens += int(self.lengths[index].sum())
-        point = TrainPoint(step, step / self.steps_per_epoch, mean_loss, rate, norm)
-        self.history.steps.append(point)
-        self._log(step, epoch=point.epoch, loss=mean_loss, learning_rate=rate, grad_norm=norm)
-        return point
+        self.history.seconds += time.perf_counter() - began
+        began = time.perf_counter()
+        periods = [self.config.eval_steps, *([self.config.save_steps] if self.store else [])]
+        if any(self._is_due(every, step) for every in periods) or len(self.taken) >= self.read_steps:
+            self._read()
+        self._update(step)
+        self.history.seconds += time.perf_counter() - began
+
+    def _read(self) -> None:
+        """Wait for the device, and note and log the steps that were not read yet; refuse those that went wrong."""
+        taken, self.taken = self.taken, []
+        if not taken:
+            return
+        figures = torch.stack([torch.stack([each.loss.float(), each.norm.float()]) for each in taken]).tolist()
+        for each, (loss, norm) in zip(taken, figures, strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(self._not_finite(each.step, each.index, loss))
+            # fp16's scaler meets infinities on purpose: it skips the step and halves the scale. Accelerate's own flag
+            # for that stays False with a fused optimizer, so the norm decides.
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            if self.skipped > (MAX_SKIPPED_STEPS if self.accelerator.scaler else 0):
+                raise TrainingError(f"step {each.step}: the gradient's norm is {norm}; lower train.learning_rate")
+            point = TrainPoint(each.step, each.step / self.steps_per_epoch, loss, each.rate, norm)
+            self.history.steps.append(point)
+            self._log(each.step, epoch=point.epoch, loss=loss, learning_rate=each.rate, grad_norm=norm)
 
     def _gradients(self, step: int, index: NDArray[np.int64]) -> torch.Tensor:
         """Fill this process's gradients and return its loss; where memory runs out, halve the cut and begin again."""
@@ -345,7 +385,7 @@ class _Loop:
         weights = None if self.class_weights is None else torch.from_numpy(self.class_weights).to(logits.device)
         return loss_sum(logits, labels, class_weights=weights, label_smoothing=self.config.label_smoothing_factor)
 
-    def _reduce(self, loss: torch.Tensor) -> float:
+    def _reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Add up gradients and loss over all processes, in one flat tensor; return the loss."""
         if self.accelerator.num_processes > 1:
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
@@ -354,24 +394,16 @@ class _Loop:
             pieces = flat.split([g.numel() for g in gradients] + [1])
             for parameter, piece in zip(self.parameters.values(), pieces, strict=False):
                 parameter.grad = piece.view_as(parameter).clone()
-            loss = pieces[-1]
-        return float(loss)
+            loss = pieces[-1].squeeze()
+        return loss
 
-    def _update(self, step: int) -> float:
-        """Clip, step the optimizer, and the schedule unless fp16's scaler skipped the step; return the norm."""
-        limit = self.config.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
-        # fp16's scaler meets infinities on purpose: it skips the step and halves the scale. Accelerate's own flag for
-        # that stays False with a fused optimizer, so the norm decides.
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if self.skipped > (MAX_SKIPPED_STEPS if self.accelerator.scaler else 0):
-            raise TrainingError(f"step {step}: the gradient's norm is {norm}; lower train.learning_rate")
+    def _update(self, step: int) -> None:
+        """Step the optimizer, and the schedule unless fp16's scaler skipped the step."""
         self.optimizer.step()
         if not self.skipped:
             after_step(self.model, self.method, step=step)
             self.scheduler.step()
         self.optimizer.zero_grad()
-        return norm
 
     def _evaluate(self, step: int) -> None:
         """Judge the tensors on validation; keep them if they are the best so far."""

@@ -73,7 +73,7 @@ def make_batch(length: int, *, padded: bool = True) -> tuple[Tensor, Tensor]:
 def logits_and_grads(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    functional.cross_entropy(logits.float(), torch.arange(len(input_ids)) % 2).backward()
+    functional.cross_entropy(logits.float(), torch.arange(len(input_ids), device=input_ids.device) % 2).backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -106,6 +106,13 @@ def test_fp32_logits_and_gradients_are_those_of_the_stock_encoder(
     target_modules: list[str], length: int, padded: bool
 ) -> None:
     assert_exact(make_lora(target_modules), *make_batch(length, padded=padded))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [1, 7, 33, 200])
+def test_a_gpu_gives_the_numbers_of_the_stock_encoder_there(gpu: torch.device, length: int, padded: bool) -> None:
+    assert_exact(make_lora(ALL_LINEARS).to(gpu), *(each.to(gpu) for each in make_batch(length, padded=padded)))
 
 
 @pytest.mark.parametrize(

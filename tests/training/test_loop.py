@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_sentiment.data.batches import encode
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import RecipeError, TrainingError
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.method_config import LoraMethod
 from lora_sentiment.model.methods import make_trainable, trainable_tensors
 from lora_sentiment.training import loop
@@ -32,6 +34,7 @@ def run(tiny_base):
         model = make_trainable(base, LoraMethod(r=4, lora_alpha=8), CONFIG, dtype=torch.float32)
         if prepare:
             prepare(model)
+        model.to(Accelerator().device)
         rows = toy_rows(num_rows)
         labels = np.array([int(label == "positive") for _, label in rows])
         encoded = encode(
@@ -130,6 +133,83 @@ def test_gradients_that_are_not_finite_stop_too(run, monkeypatch):
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
     with pytest.raises(TrainingError, match="step 1: the gradient"):
         run()
+
+
+def use_fast(model):
+    """To see that a mask is all ones, transformers' own forward waits."""
+    assert use_fast_encoder(model, compute_dtype=torch.float32) is None
+
+
+def read_every(monkeypatch, num_steps):
+    """Let the loop read what its steps gave as seldom as on a GPU; return how many steps each reading found."""
+    monkeypatch.setattr(loop._Loop, "_resume", lambda self: setattr(self, "read_steps", num_steps))
+    found, read = [], loop._Loop._read
+
+    def spy(self):
+        if self.taken:
+            found.append(len(self.taken))
+        read(self)
+
+    monkeypatch.setattr(loop._Loop, "_read", spy)
+    return found
+
+
+def test_steps_that_are_read_late_are_those_that_were_read_at_once(run, monkeypatch):
+    model, history = run(max_steps=11, eval_steps=5)
+    found = read_every(monkeypatch, 4)
+    late_model, late = run(max_steps=11, eval_steps=5)
+    assert found == [4, 1, 4, 1, 1]  # before an evaluation nothing stays unread
+    assert (late.steps, late.evaluations, late.tokens) == (history.steps, history.evaluations, history.tokens)
+    plain, kept = (trainable_tensors(each) for each in (model, late_model))
+    assert all(torch.equal(plain[name], kept[name]) for name in plain)
+
+
+def test_a_step_that_went_wrong_is_named_though_it_is_read_late(run, monkeypatch):
+    plain, norms = Accelerator.clip_grad_norm_, iter([1.0, 1.0, math.nan, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(
+        Accelerator, "clip_grad_norm_", lambda self, parameters, limit: plain(self, parameters, limit) * next(norms)
+    )
+    assert read_every(monkeypatch, 4) == []
+    with pytest.raises(TrainingError, match="step 3: the gradient's norm is nan"):
+        run(max_steps=6)
+
+
+def test_between_readings_a_step_waits_for_nothing_on_its_device(run, monkeypatch):
+    waits, step = [], loop._Loop._step
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                waits.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def watched(self, *given):
+        with Watch():
+            step(self, *given)
+
+    monkeypatch.setattr(loop._Loop, "_step", watched)
+    read_every(monkeypatch, 4)
+    run(max_steps=4, prepare=use_fast)
+    assert waits == []
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_between_readings_the_host_does_not_wait_for_a_gpu(run, monkeypatch):
+    step = loop._Loop._step
+
+    def watched(self, *given):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(self, *given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    found = read_every(monkeypatch, 10**6)
+    monkeypatch.setattr(loop._Loop, "_step", watched)
+    monkeypatch.setattr(loop._Loop, "_is_due", lambda self, every, step=None: step is None and self.done == 8)
+    run(max_steps=8, prepare=use_fast)
+    assert found == []
 
 
 @pytest.mark.parametrize(
