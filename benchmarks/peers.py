@@ -21,6 +21,8 @@ counted, until validation accuracy is that high (peers_whole.py). With a CUDA de
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -90,8 +92,10 @@ VARIANTS = {
     "ours": Variant("ours"),
     "ours, no dropout": Variant("ours", dropout=False),
 }
+COMPILED = {"B, compiled": Variant("Trainer", "grouped", compiled=True)}
+"""On a CPU each of its processes compiles for minutes: measured there only where --variants names it."""
 CUDA_VARIANTS = {
-    "B, compiled": Variant("Trainer", "grouped", compiled=True),
+    **COMPILED,
     "ours, fp16 within 4 GB": Variant("ours", dtype="float16", bytes_limit=FOUR_GB),
 }
 ABLATION = {
@@ -128,7 +132,7 @@ class Cell:
     @property
     def variants(self) -> dict[str, Variant]:
         """The rows of its table on this machine."""
-        more = CUDA_VARIANTS if torch.cuda.is_available() else {}
+        more = CUDA_VARIANTS if torch.cuda.is_available() else COMPILED
         return {"train": {**VARIANTS, **more}, "ablation": ABLATION, "inference": INFERENCE}[self.task]
 
 
@@ -195,7 +199,8 @@ def describe(cell: Cell, variant: str, number: int, arguments: argparse.Namespac
 
 def slices(cell: Cell, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what names each slice of a cell: every variant of a round, in an order that turns, then the next round."""
-    names = [name for name in cell.variants if arguments.variants is None or name in arguments.variants]
+    usual = [name for name in cell.variants if name not in COMPILED or torch.cuda.is_available()]
+    names = usual if arguments.variants is None else [name for name in cell.variants if name in arguments.variants]
     for number in range(arguments.rounds):
         turn = number % max(1, len(names))
         for name in names[turn:] + names[:turn]:
@@ -217,17 +222,25 @@ def draw_batches(order: str, lengths: NDArray[np.int64], *, batch_size: int, see
 
 
 def choose_batches(
-    batches: Sequence[NDArray[np.int64]], lengths: NDArray[np.int64], *, steps: int, number: int, rounds: int
+    batches: Sequence[NDArray[np.int64]],
+    lengths: NDArray[np.int64],
+    *,
+    steps: int,
+    number: int,
+    rounds: int,
+    warm_ups: int = 1,
 ) -> tuple[NDArray[np.int64], ...]:
-    """Return the largest batch, to warm up on, and `steps` that stand for all: evenly spread by padded tokens.
+    """Return batches to warm up on, and `steps` that stand for all: evenly spread by padded tokens.
 
-    Of few steps drawn at random, one variant would get short rows and another long ones. Round `number` of `rounds`
-    takes batches between those of the others.
+    The largest warms up; of three the smallest and the middle one too, because a compiler compiles again when a second
+    shape comes. Of few steps drawn at random, one variant would get short rows and another long ones. Round `number` of
+    `rounds` takes batches between those of the others.
     """
     sizes = np.array([len(batch) * lengths[batch].max() for batch in batches])
     ordered = np.argsort(sizes, kind="stable")
     places = (np.arange(steps) + (number + 0.5) / rounds) / steps * len(batches)
-    return batches[ordered[-1]], *(batches[ordered[int(place)]] for place in places)
+    warm = [ordered[-1], ordered[0], ordered[len(ordered) // 2]][:warm_ups]
+    return *(batches[i] for i in warm), *(batches[ordered[int(place)]] for place in places)
 
 
 class Pools:
@@ -274,8 +287,11 @@ def make_job(line: dict[str, Any], cell: Cell, arguments: argparse.Namespace, po
     num_rows = len(rows) // line["batch_size"] * line["batch_size"]
     lengths = rows.lengths[: min(num_rows, POOL_STEPS * line["batch_size"])]
     drawn = draw_batches(variant.order, lengths, batch_size=line["batch_size"], seed=line["round"])
-    batches = choose_batches(drawn, lengths, steps=line["steps"], number=line["round"], rounds=arguments.rounds)
-    return Job(variant, base, labels, line["length"], rows, batches)
+    warm_ups = 3 if variant.compiled or line["device"] != "CPU" else 1
+    batches = choose_batches(
+        drawn, lengths, steps=line["steps"], number=line["round"], rounds=arguments.rounds, warm_ups=warm_ups
+    )
+    return Job(variant, base, labels, line["length"], rows, batches, warm_ups)
 
 
 def run_isolated(function: Callable[..., Any], *arguments: Any, log: Path, huge_pages: bool = False) -> Any:
@@ -303,7 +319,14 @@ def measure(line: dict[str, Any], cell: Cell, arguments: argparse.Namespace, poo
 def describe_machine() -> dict[str, Any]:
     """Return what slices are measured on and with; their threads are their own."""
     found = machine()
-    return {**found, "machine": found["machine"].rpartition(", ")[0] or found["machine"]}
+    return {**found, "machine": found["machine"].rpartition(", ")[0] or found["machine"], "code": hash_code()}
+
+
+@functools.cache
+def hash_code() -> str:
+    """Return a short hash of the package and of what takes the slices: figures of other code are not the same."""
+    files = [*sorted((ROOT / "lora_sentiment").rglob("*.py")), Path(__file__).with_name("peers_slice.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def time_whole_runs(arguments: argparse.Namespace, journal: Journal) -> None:

@@ -95,7 +95,8 @@ class Job:
         labels: Label names.
         length: Most tokens of a text.
         rows: The pool of tokenised rows.
-        batches: Positions in the pool, one array an optimizer step; the first warms up and is not timed.
+        batches: Positions in the pool, one array an optimizer step; the first few warm up and are not timed.
+        warm_ups: How many those are.
         texts: To be answered; the first few warm up and are not timed.
     """
 
@@ -105,18 +106,39 @@ class Job:
     length: int
     rows: Encoded
     batches: tuple[NDArray[np.int64], ...] = ()
+    warm_ups: int = 1
     texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Walk:
-    """A few steps that were taken: the model after them, when each ended, their mean loss, the cut of the steps."""
+    """A few steps that were taken: the model after them, their time, their mean loss, the cut of the steps."""
 
     model: nn.Module
     dtype: torch.dtype
-    ends: list[float]
+    seconds: float
     loss: float
     max_tokens: int | None
+
+
+class Stopwatch:
+    """The time of the steps after the warm-up. A device is waited for at both ends and never between them.
+
+    Attributes:
+        seconds: The time, once all steps have been taken.
+    """
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.first, self.last, self.device = job.warm_ups, len(job.batches), device
+        self.taken, self.began, self.seconds = 0, 0.0, 0.0
+
+    def end_step(self) -> None:
+        """Note that a step was taken, or given to the device."""
+        self.taken += 1
+        if self.taken == self.first:
+            self.began = now(self.device)
+        elif self.taken == self.last:
+            self.seconds = now(self.device) - self.began
 
 
 def measure_steps(job: Job) -> dict[str, Any]:
@@ -130,9 +152,8 @@ def measure_steps(job: Job) -> dict[str, Any]:
     baseline = measure_baseline(device)
     walk = (walk_ours if job.variant.engine == "ours" else walk_trainer)(job, device)
     peak = peak_memory(device) - baseline
-    seconds = walk.ends[-1] - walk.ends[0]
     frozen = sum(p.numel() * p.element_size() for p in walk.model.parameters() if not p.requires_grad)
-    lengths, steps = job.rows.lengths, job.batches[1:]
+    lengths, steps = job.rows.lengths, job.batches[job.warm_ups :]
     parts = [part for step in steps for part in cut(step, lengths, max_tokens=walk.max_tokens or 2**62)]
     padded = [(len(part), int(lengths[part].max())) for part in parts]
     real = lengths[np.concatenate(steps)]
@@ -143,7 +164,7 @@ def measure_steps(job: Job) -> dict[str, Any]:
         stock = count_products(walk.model)
     config: Any = walk.model.config
     return {
-        "seconds": seconds,
+        "seconds": walk.seconds,
         "steps": len(steps),
         "rows": len(real),
         "tokens": int(real.sum()),
@@ -226,7 +247,7 @@ def now(device: torch.device) -> float:
 def walk_trainer(job: Job, device: torch.device) -> Walk:
     """Train with transformers' Trainer and PEFT on their own forward."""
     torch.manual_seed(0)
-    variant, ends = job.variant, list[float]()
+    variant, watch = job.variant, Stopwatch(job, device)
     names = ("dropout", "attention_dropout", "seq_classif_dropout")
     off: dict[str, Any] = {} if variant.dropout else dict.fromkeys(names, 0.0)
     plain: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -241,7 +262,7 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(now(device))
+            watch.end_step()
 
     fused: dict[str, Any] = {"optim": "adamw_torch_fused"} if variant.tuned else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -269,7 +290,7 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
             callbacks=[Watch()],
         )
         loss = float(trainer.train().training_loss)
-    return Walk(model, dtype, ends, loss, None)
+    return Walk(model, dtype, watch.seconds, loss, None)
 
 
 def as_features(rows: Encoded, index: NDArray[np.int64]) -> Any:
@@ -286,7 +307,7 @@ def as_features(rows: Encoded, index: NDArray[np.int64]) -> Any:
 def walk_ours(job: Job, device: torch.device) -> Walk:
     """Train with this package, one lever off if the variant says so."""
     torch.manual_seed(0)
-    variant, ends = job.variant, list[float]()
+    variant, watch = job.variant, Stopwatch(job, device)
     accelerator = make_accelerator(join_launch(), variant.dtype)
     dtype = resolve_dtype(variant.dtype, device)
     off = None if variant.dropout else 0.0
@@ -310,16 +331,18 @@ def walk_ours(job: Job, device: torch.device) -> Walk:
         assert reason is None, reason
     reset_peak_memory(device)
 
-    def stamp(values: dict[str, Any], **_: Any) -> None:
-        if "loss" in values:
-            ends.append(now(device))
+    take_step = loop._Loop._step
+
+    def stamped(self: loop._Loop, *given: Any) -> None:
+        take_step(self, *given)
+        watch.end_step()
 
     with ExitStack() as patches:
         for module, name, value in LEVERS[variant.lever] if variant.lever else ():
             patches.enter_context(patch.object(module, name, value))
         # The batches were planned by it, in the main process.
         patches.enter_context(patch.object(loop, "plan_epoch", lambda *_, **__: list(job.batches)))
-        patches.enter_context(patch.object(accelerator, "log", stamp))
+        patches.enter_context(patch.object(loop._Loop, "_step", stamped))
         history = loop.fit(
             model,
             train=job.rows,
@@ -330,7 +353,8 @@ def walk_ours(job: Job, device: torch.device) -> Walk:
             accelerator=accelerator,
             max_tokens=max_tokens,
         )
-    return Walk(model, dtype, ends, float(np.mean([point.loss for point in history.steps])), history.max_tokens)
+    loss = float(np.mean([point.loss for point in history.steps]))
+    return Walk(model, dtype, watch.seconds, loss, history.max_tokens)
 
 
 def take(rows: Encoded, index: NDArray[np.int64]) -> Encoded:

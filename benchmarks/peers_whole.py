@@ -111,7 +111,7 @@ def run_trainer(recipe: Recipe, clock: Clock, folder: Path, variant: str) -> int
     from lora_sentiment.data.rows import load_data
     from lora_sentiment.model.base import resolve_dtype
     from lora_sentiment.model.method_config import LoraMethod
-    from lora_sentiment.training.loop import count_steps
+    from lora_sentiment.training.optimizer import count_steps
 
     data, method, settings = load_data(recipe.data), recipe.method, recipe.train
     assert isinstance(method, LoraMethod)

@@ -316,7 +316,9 @@ def _read_config(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def _has_gpu() -> bool:
-    return Path("/dev/nvidia0").exists() and bool(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    # The list ends before the first id that is none, which -1 is by custom.
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    return Path("/dev/nvidia0").exists() and first not in ("", "-1")
 
 
 def _native_bytes() -> int:

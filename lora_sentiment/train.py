@@ -45,8 +45,9 @@ from lora_sentiment.report import make_report, peak_memory, reset_peak_memory
 from lora_sentiment.run_folder import claim, drop_checkpoints, explain_full_disk, make_aside, make_settings
 from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
 from lora_sentiment.training.checkpoint import Store
-from lora_sentiment.training.loop import History, count_steps, fit
+from lora_sentiment.training.loop import History, fit
 from lora_sentiment.training.losses import make_class_weights
+from lora_sentiment.training.optimizer import count_steps
 
 log = logging.getLogger("lora_sentiment")
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import lora_sentiment.estimate as estimate_module
 from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.estimate import (
     BASELINE_BYTES,
@@ -52,6 +53,17 @@ def test_a_budget_that_is_none_is_refused(text):
 def test_a_base_in_a_folder_is_read_from_its_config(tiny_base):
     facts = look_up(ModelConfig(name=str(tiny_base), dtype="float32"), 3)
     assert (facts.shape.dim, facts.shape.n_layers, facts.num_labels, facts.assumed) == (32, 2, 3, ())
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, True), ("0", True), ("1,-1", True), ("", False), ("-1", False), ("-1,0", False)]
+)
+def test_a_gpu_that_is_hidden_is_none(visible, expected, monkeypatch):
+    monkeypatch.setattr("lora_sentiment.estimate.Path.exists", lambda path: str(path) == "/dev/nvidia0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert estimate_module._has_gpu() is expected
 
 
 def test_an_evaluation_is_that_of_the_machine_or_of_a_plain_cpu(tiny_base, monkeypatch):

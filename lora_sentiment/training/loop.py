@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from numpy.typing import NDArray
 from torch import nn
-from transformers import get_scheduler
 
 from lora_sentiment.data.batches import Encoded, cut, make_batch, plan_epoch, shard
 from lora_sentiment.errors import StoppedError, TrainingError
@@ -32,7 +32,7 @@ from lora_sentiment.training.history import History as History
 from lora_sentiment.training.history import TrainPoint as TrainPoint
 from lora_sentiment.training.interrupts import StopSignals, is_out_of_memory
 from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
-from lora_sentiment.training.optimizer import make_optimizer
+from lora_sentiment.training.optimizer import count_steps, make_optimizer, make_schedule
 from lora_sentiment.training.state import put_ranks, put_rng, put_state, take_ranks, take_rng, take_state
 from lora_sentiment.training.trackers import rewind, sync
 
@@ -46,10 +46,11 @@ GPU_READ_STEPS = 10
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step whose figures still lie on the device: its rows, rate, mean loss and gradient's norm."""
+    """A step whose mean loss and gradient's norm still lie on the device; `tokens` counts those before it too."""
 
     step: int
     index: NDArray[np.int64]
+    tokens: int
     rate: float
     loss: torch.Tensor
     norm: torch.Tensor
@@ -118,14 +119,15 @@ class _Loop:
         self.lengths = train.lengths
         names = list(model.config.id2label.values())  # type: ignore[union-attr, operator]
         self.class_weights = make_class_weights(config.class_weights, labels=train.labels, names=names)
+        self.weights_there = None  # on the device
+        if self.class_weights is not None:
+            self.weights_there = torch.from_numpy(self.class_weights).to(accelerator.device)
         self.parameters = trainable_tensors(model)
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
         self.num_steps = count_steps(len(train), config)
         optimizer = make_optimizer(self.parameters, config, ratios=learning_rate_ratios(model, method))
         # The scheduler is not prepared: a prepared one steps num_processes times per update.
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type, optimizer, math.ceil(self.num_steps * config.warmup_ratio), self.num_steps
-        )
+        self.scheduler = make_schedule(optimizer, config, num_steps=self.num_steps)
         self.adamw, self.optimizer = optimizer, accelerator.prepare_optimizer(optimizer)
         self.history = History(max_tokens=max_tokens)
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -136,6 +138,9 @@ class _Loop:
         # fp16 needs each norm at once: it says whether the step counts.
         self.read_steps = 1 if accelerator.device.type == "cpu" or accelerator.scaler else GPU_READ_STEPS
         self.signals, self.stop_by = StopSignals(), ""
+        # What hosts tell each other at every step waits for no GPU.
+        gpus = accelerator.num_processes > 1 and accelerator.device.type != "cpu"
+        self.hosts = dist.new_group(backend="gloo") if gpus else None
 
     def run(self) -> History:
         """Walk all steps that are left; evaluate once an epoch or every `eval_steps`, and after the last step."""
@@ -283,33 +288,33 @@ class _Loop:
         loss = self._reduce(self._gradients(step, index))
         limit = self.config.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
-        self.taken.append(_Taken(step, index, self.scheduler.get_last_lr()[0], loss, norm))
-        self.history.tokens += int(self.lengths[index].sum())
+        rate = float(self.scheduler.get_last_lr()[0])
+        self._update(step, norm)
         self.history.seconds += time.perf_counter() - began
-        began = time.perf_counter()
+        self.history.tokens += int(self.lengths[index].sum())
+        self.taken.append(_Taken(step, index, self.history.tokens, rate, loss, norm))
         periods = [self.config.eval_steps, *([self.config.save_steps] if self.store else [])]
         if any(self._is_due(every, step) for every in periods) or len(self.taken) >= self.read_steps:
             self._read()
-        self._update(step)
-        self.history.seconds += time.perf_counter() - began
 
     def _read(self) -> None:
         """Wait for the device, and note and log the steps that were not read yet; refuse those that went wrong."""
         taken, self.taken = self.taken, []
         if not taken:
             return
+        began = time.perf_counter()
         figures = torch.stack([torch.stack([each.loss.float(), each.norm.float()]) for each in taken]).tolist()
+        self.history.seconds += time.perf_counter() - began
         for each, (loss, norm) in zip(taken, figures, strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(self._not_finite(each.step, each.index, loss))
-            # fp16's scaler meets infinities on purpose: it skips the step and halves the scale. Accelerate's own flag
-            # for that stays False with a fused optimizer, so the norm decides.
             self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
             if self.skipped > (MAX_SKIPPED_STEPS if self.accelerator.scaler else 0):
                 raise TrainingError(f"step {each.step}: the gradient's norm is {norm}; lower train.learning_rate")
             point = TrainPoint(each.step, each.step / self.steps_per_epoch, loss, each.rate, norm)
             self.history.steps.append(point)
-            self._log(each.step, epoch=point.epoch, loss=loss, learning_rate=each.rate, grad_norm=norm)
+            figure = {"loss": loss, "learning_rate": each.rate, "grad_norm": norm, "tokens": each.tokens}
+            self._log(each.step, epoch=point.epoch, **figure)
 
     def _gradients(self, step: int, index: NDArray[np.int64]) -> torch.Tensor:
         """Fill this process's gradients and return its loss; where memory runs out, halve the cut and begin again."""
@@ -346,8 +351,9 @@ class _Loop:
         tokens = max((len(part) * int(self.lengths[part].max()) for part in parts), default=0) if failed else 0
         facts = [int(failed), rows, tokens, signal.Signals[self.signals.name] if self.signals.name else 0]
         if self.accelerator.num_processes > 1:
-            told = self.accelerator.gather(torch.tensor([facts], device=self.accelerator.device))
-            facts = told.max(dim=0).values.tolist()
+            told = torch.tensor(facts)
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.hosts)
+            facts = told.tolist()
         self.stop_by = signal.Signals(facts[3]).name if facts[3] else ""
         return (facts[1], facts[2]) if facts[0] else None
 
@@ -382,8 +388,8 @@ class _Loop:
         return loss
 
     def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        weights = None if self.class_weights is None else torch.from_numpy(self.class_weights).to(logits.device)
-        return loss_sum(logits, labels, class_weights=weights, label_smoothing=self.config.label_smoothing_factor)
+        smoothing = self.config.label_smoothing_factor
+        return loss_sum(logits, labels, class_weights=self.weights_there, label_smoothing=smoothing)
 
     def _reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Add up gradients and loss over all processes, in one flat tensor; return the loss."""
@@ -394,13 +400,16 @@ class _Loop:
             pieces = flat.split([g.numel() for g in gradients] + [1])
             for parameter, piece in zip(self.parameters.values(), pieces, strict=False):
                 parameter.grad = piece.view_as(parameter).clone()
-            loss = pieces[-1].squeeze()
+            loss = pieces[-1].squeeze().clone()  # a view of it would keep all gradients until it is read
         return loss
 
-    def _update(self, step: int) -> None:
+    def _update(self, step: int, norm: torch.Tensor) -> None:
         """Step the optimizer, and the schedule unless fp16's scaler skipped the step."""
+        # fp16's scaler meets infinities on purpose: it skips the step and halves the scale. Accelerate's own flag for
+        # that stays False with a fused optimizer, so the norm decides.
+        counts = self.accelerator.scaler is None or math.isfinite(float(norm))
         self.optimizer.step()
-        if not self.skipped:
+        if counts:
             after_step(self.model, self.method, step=step)
             self.scheduler.step()
         self.optimizer.zero_grad()
@@ -429,7 +438,8 @@ class _Loop:
         log.info("step %d: validation accuracy %.4f, log-loss %.4f%s", step, accuracy, log_loss, mark)
 
     def _log(self, step: int, **values: float) -> None:
-        self.accelerator.log(values | {"tokens": self.history.tokens, "seconds": self.history.seconds}, step=step)
+        tokens = values.get("tokens", self.history.tokens)
+        self.accelerator.log({**values, "tokens": tokens, "seconds": self.history.seconds}, step=step)
 
     def _not_finite(self, step: int, index: NDArray[np.int64], loss: float) -> str:
         rows = ", ".join(map(str, sorted(self.numbers[index].tolist())[:8]))
@@ -437,8 +447,3 @@ class _Loop:
             f"step {step}: the loss is {loss} on the step of train rows {rows}{', ...' if len(index) > 8 else ''}; "
             f"lower train.learning_rate (now {self.config.learning_rate:g}), or set model.dtype=float32"
         )
-
-
-def count_steps(num_rows: int, config: TrainConfig) -> int:
-    """Return the optimizer steps of a run over this many training rows."""
-    return config.max_steps or math.ceil(config.num_train_epochs * math.ceil(num_rows / config.batch_size))

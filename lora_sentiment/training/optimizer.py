@@ -1,11 +1,18 @@
-"""AdamW as a recipe sets it: what is decayed, and what takes a rate of its own."""
+"""AdamW as a recipe sets it: what is decayed, what takes a rate of its own, how rates go over the steps."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from lora_sentiment.training.config import TrainConfig
+
+
+def count_steps(num_rows: int, config: TrainConfig) -> int:
+    """Return the optimizer steps of a run over this many training rows."""
+    return config.max_steps or math.ceil(config.num_train_epochs * math.ceil(num_rows / config.batch_size))
 
 
 def make_optimizer(
@@ -34,3 +41,14 @@ def make_optimizer(
         eps=config.adam_epsilon,
         fused=True,
     )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, *, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the schedule of the learning rates over a run's steps, by transformers' names."""
+    warmup = math.ceil(num_steps * config.warmup_ratio)
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, warmup, num_steps
+    )
+    return schedule

@@ -118,48 +118,66 @@ class CountCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def fast_lora(*, p: float = 0.0, layers: tuple[int, ...] = tuple(range(NUM_LAYERS))) -> nn.Module:
-    model = make_lora(["q_lin", "v_lin"], p=p, layers_to_transform=list(layers))
-    assert use_fast_encoder(model, compute_dtype=torch.float32) is None
+def fast_lora(
+    dtype: torch.dtype,
+    linears: tuple[str, ...] = ("q_lin", "v_lin"),
+    *,
+    p: float = 0.0,
+    layers: tuple[int, ...] = tuple(range(NUM_LAYERS)),
+) -> nn.Module:
+    model = make_lora(list(linears), p=p, layers_to_transform=list(layers))
+    assert use_fast_encoder(model, compute_dtype=dtype) is None
     return model
 
 
-def test_a_step_takes_no_more_products_than_it_did() -> None:
-    model, earlier = fast_lora(), NUM_LAYERS - 1
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@DTYPES
+@pytest.mark.parametrize("linears", [("q_lin", "v_lin"), tuple(ALL_LINEARS)])
+def test_a_step_takes_no_more_products_than_it_did(dtype: torch.dtype, linears: tuple[str, ...]) -> None:
+    model, earlier = fast_lora(dtype, linears), NUM_LAYERS - 1
     with CountCalls() as counted:
         logits_and_grads(model, *make_batch(LENGTH, padded=False))
-    adapters = 2 * NUM_LAYERS
+    adapters = len(linears) * NUM_LAYERS
+    # In bf16 an adapter is not added to its weight but applied to x: one product more, and one for the gradient of x,
+    # which nobody wants of the first q, k and v.
+    applied = adapters if dtype == torch.bfloat16 else 0
+    wanted = applied and adapters - sum(name in ("q_lin", "k_lin", "v_lin") for name in linears)
     assert counted.calls == {
         # q, k and v in one, out_lin, lin1, lin2; of the last layer q alone, k and v; the head's two.
         "addmm": 4 * earlier + 5 + 2,
-        # Each adapter added to its weight.
-        "addmm_": adapters,
+        # Each adapter added to its weight, or to the output.
+        "addmm_": adapters + wanted,
         # Scores forward, and the gradients of q and k.
         "baddbmm": 3 * earlier,
         # Mixing forward, the gradients of v and of the weights; all six of the last layer's.
         "bmm": 3 * earlier + 6,
         # The head's four, inputs of out_lin, lin1 and lin2, of q, k and v but in the first layer, four an adapter.
-        "mm": 4 + 3 * NUM_LAYERS + (earlier - 1) + 2 + 4 * adapters,
+        "mm": 4 + 3 * NUM_LAYERS + (earlier - 1) + 2 + 4 * adapters + applied,
     }
 
 
-def test_a_step_takes_no_more_arithmetic_than_it_did() -> None:
-    model, earlier = fast_lora(), NUM_LAYERS - 1
+@DTYPES
+def test_a_step_takes_no_more_arithmetic_than_it_did(dtype: torch.dtype) -> None:
+    model, earlier = fast_lora(dtype), NUM_LAYERS - 1
     with FlopCounterMode(display=False) as counter:
         logits_and_grads(model, *make_batch(LENGTH, padded=False))
     square, ffn, rank = DIM * DIM, 2 * DIM * HIDDEN_DIM, 4
     forward = TOKENS * (earlier * (4 * square + ffn) + 2 * square) + ROWS * (2 * square + ffn)
     inputs = TOKENS * (earlier * (square + ffn) + (earlier - 1) * 3 * square + 2 * square) + ROWS * (2 * square + ffn)
-    adapters = 4 * rank * DIM * ((2 * NUM_LAYERS - 1) * TOKENS + ROWS)
+    # The counter leaves out what is added in place: bf16's products for the output and for the gradient of x.
+    adapters = (5 if dtype == torch.bfloat16 else 4) * rank * DIM * ((2 * NUM_LAYERS - 1) * TOKENS + ROWS)
     pairs = 6 * TOKENS * DIM * (earlier * LENGTH + 1)
     head = 3 * ROWS * (square + 2 * DIM)
     assert counter.get_total_flops() == 2 * (forward + inputs + adapters + pairs + head)
 
 
+@DTYPES
 @pytest.mark.parametrize(("p", "mask_bytes"), [(0.0, 0), (0.1, DIM)])
-def test_a_lora_block_keeps_for_a_token_what_backward_needs(p: float, mask_bytes: int) -> None:
+def test_a_lora_block_keeps_for_a_token_what_backward_needs(dtype: torch.dtype, p: float, mask_bytes: int) -> None:
     def kept(*layers: int) -> int:
-        model, batch = fast_lora(p=p, layers=layers), make_batch(LENGTH, padded=False)
+        model, batch = fast_lora(dtype, p=p, layers=layers), make_batch(LENGTH, padded=False)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         held: dict[int, Tensor] = {}
 
@@ -176,8 +194,10 @@ def test_a_lora_block_keeps_for_a_token_what_backward_needs(p: float, mask_bytes
     norms = 2 * (DIM + 2)  # the input of each with its mean and deviation
     words = norms + DIM + 3 * DIM + HIDDEN_DIM  # what q and v take; q, k and v; the FFN before its activation
     pairs = 4 * ROWS * LENGTH**2  # attention's weights, whose signs are its mask
-    folded = 3 * DIM * DIM  # q's, k's and v's weight with the adapters in it
-    assert kept(0, 1, 2) - kept(1, 2) == 4 * (TOKENS * words + pairs + folded) + TOKENS * mask_bytes
+    weights = 3 * DIM * DIM  # q's, k's and v's with the adapters in it
+    if dtype == torch.bfloat16:  # those of the block and its norms, cast once for all steps
+        weights = 4 * DIM * DIM + 2 * DIM * HIDDEN_DIM + 4 * DIM
+    assert kept(0, 1, 2) - kept(1, 2) == dtype.itemsize * (TOKENS * words + pairs + weights) + TOKENS * mask_bytes
 
 
 @pytest.mark.parametrize(
@@ -222,7 +242,7 @@ def test_two_processes_in_bf16_train_as_one(toy_recipe: Path) -> None:
 
 @pytest.mark.slow
 def test_200_steps_in_bf16_lie_within_the_spread_of_stock_fp32_seeds(toy_recipe: Path) -> None:
-    """In means of 40 steps, no further from the five seeds than they are from each other."""
+    """In means of 40 steps: five in the mean within the spread, and each as near to its twin as the seeds are apart."""
 
     def curve(seed: int, *overrides: str) -> np.ndarray:
         own = ("train.max_steps=200", "train.eval_steps=200", "train.save_steps=200", "train.learning_rate=5e-3")
@@ -231,9 +251,10 @@ def test_200_steps_in_bf16_lie_within_the_spread_of_stock_fp32_seeds(toy_recipe:
         return np.array([point.loss for point in steps]).reshape(5, 40).mean(axis=1)
 
     stock = np.stack([curve(seed, "train.engine=stock", "model.dtype=float32") for seed in range(1, 6)])
-    fast = curve(6, "train.engine=fast", "model.dtype=bfloat16")
+    fast = np.stack([curve(seed, "train.engine=fast", "model.dtype=bfloat16") for seed in range(1, 6)])
     low, high = stock.min(axis=0), stock.max(axis=0)
     # They have learned, so that a run which does not would lie outside.
     assert high[-1] < 0.7 * low[0]
-    assert (low - (high - low) <= fast).all()
-    assert (fast <= high + (high - low)).all()
+    assert (low <= fast.mean(axis=0)).all()
+    assert (fast.mean(axis=0) <= high).all()
+    assert (abs(fast - stock) <= high - low).all()

@@ -37,6 +37,7 @@ from lora_sentiment.model.methods import make_trainable
 from lora_sentiment.training import checkpoint, loop
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.training.optimizer import count_steps
 from lora_sentiment.training.trackers import CsvTracker
 from tests.conftest import toy_rows
 
@@ -75,7 +76,7 @@ def fit_toy(
     if scaler:
         accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = scaler, True, "fp16"
     torch.manual_seed(0)
-    num_steps = loop.count_steps(NUM_ROWS, config)
+    num_steps = count_steps(NUM_ROWS, config)
     model = make_trainable(toy["base"], method, toy["config"], dtype=torch.float32, num_steps=num_steps)
     torch.manual_seed(config.seed + state.process_index)
     history = loop.fit(

@@ -175,7 +175,7 @@ def test_a_step_that_went_wrong_is_named_though_it_is_read_late(run, monkeypatch
 
 
 def test_between_readings_a_step_waits_for_nothing_on_its_device(run, monkeypatch):
-    waits, step = [], loop._Loop._step
+    waits, step, quiet = [], loop._Loop._step, [False]
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -184,13 +184,32 @@ def test_between_readings_a_step_waits_for_nothing_on_its_device(run, monkeypatc
             return function(*args, **(kwargs or {}))
 
     def watched(self, *given):
+        quiet[0] = True
         with Watch():
             step(self, *given)
+        quiet[0] = False
 
+    def wait(name, plain):
+        def waiting(tensor, *given, **more):
+            if quiet[0]:
+                waits.append(name)
+            return plain(tensor, *given, **more)
+
+        monkeypatch.setattr(torch.Tensor, name, waiting)
+
+    found = read_every(monkeypatch, 4)
+    read = loop._Loop._read
+
+    def reading(self):
+        quiet[0] = False
+        read(self)
+
+    monkeypatch.setattr(loop._Loop, "_read", reading)
     monkeypatch.setattr(loop._Loop, "_step", watched)
-    read_every(monkeypatch, 4)
-    run(max_steps=4, prepare=use_fast)
-    assert waits == []
+    for name in ("tolist", "item", "cpu", "numpy"):  # they tell torch's dispatcher nothing on a CPU
+        wait(name, getattr(torch.Tensor, name))
+    run(max_steps=8, eval_steps=8, prepare=use_fast, class_weights="balanced")
+    assert (waits, found) == ([], [4, 4])
 
 
 @pytest.mark.gpu
@@ -208,7 +227,7 @@ def test_between_readings_the_host_does_not_wait_for_a_gpu(run, monkeypatch):
     found = read_every(monkeypatch, 10**6)
     monkeypatch.setattr(loop._Loop, "_step", watched)
     monkeypatch.setattr(loop._Loop, "_is_due", lambda self, every, step=None: step is None and self.done == 8)
-    run(max_steps=8, prepare=use_fast)
+    run(max_steps=8, prepare=use_fast, class_weights="balanced")
     assert found == []
 
 
