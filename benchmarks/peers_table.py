@@ -247,8 +247,8 @@ TABLES = {"train": show_training, "inference": show_inference, "ablation": show_
 
 def show_code(rows: dict[str, Rounds]) -> list[str]:
     """Return a line that names the states of the code which a table's slices were taken by."""
-    states = sorted({line.get("code", "unnoted") for own in rows.values() for line in own.values()})
-    return [f"Code {' and '.join(states)}.", ""]
+    states = sorted({line.get("code", "not noted") for own in rows.values() for line in own.values()})
+    return [f"Code: {', '.join(states)}.", ""]
 
 
 def show_whole(lines: Sequence[Line]) -> list[str]:
@@ -268,7 +268,7 @@ def show_whole(lines: Sequence[Line]) -> list[str]:
             f"| {line['variant']} | {reached} | {line['start_seconds']:,.0f} | {line['steps']} "
             f"| {line['accuracy']:.4f} | {line['validation_rows']:,} |"
         )
-    return [*page, ""]
+    return [*page, "", "One run each: at which step so few rows are judged well enough is chance in part.", ""]
 
 
 def show_targets(cells: dict[tuple[str, str, str, int, int], dict[str, Rounds]], *, is_cuda: bool) -> list[str]:
@@ -297,5 +297,6 @@ imports and a toy model's step, without the frozen weights, which have a column 
 a slice's few steps and only shows that all variants compute: they are too few to learn. The GEMM rate is that of the
 encoder's three products, measured in the slice's own process right after its steps; executed arithmetic counts the
 matrix products that were done, padding too; stock's is what transformers' own forward and backward would need for the
-same real tokens, unpadded.
+same real tokens, unpadded. Code is a hash of the package and of what takes a slice: under one that differs "ours" is
+another state of ours.
 """
