@@ -55,6 +55,8 @@ POOL_STEPS = 200
 """Steps whose rows make the pool: no fewer than either way of grouping rows by length sorts together."""
 MEGA_BATCH = 50
 """Batches that transformers sorts together on a whole data set; on a pool it would take fewer."""
+WHOLE_LENGTH = 256
+"""Tokens at which peers_whole.py cuts a text unless told otherwise."""
 TEXTS = 32
 """Texts of an inference slice that are timed."""
 
@@ -324,8 +326,8 @@ def describe_machine() -> dict[str, Any]:
 
 @functools.cache
 def hash_code() -> str:
-    """Return a short hash of the package and of what takes the slices: figures of other code are not the same."""
-    files = [*sorted((ROOT / "lora_sentiment").rglob("*.py")), Path(__file__).with_name("peers_slice.py")]
+    """Return a short hash of the package and of these scripts as they were at the start: other code, other figures."""
+    files = [*sorted((ROOT / "lora_sentiment").rglob("*.py")), *sorted(Path(__file__).parent.glob("peers*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
@@ -334,7 +336,9 @@ def time_whole_runs(arguments: argparse.Namespace, journal: Journal) -> None:
     name, where = list(arguments.bases.items())[-1]
     source = arguments.data.get("imdb")
     for variant in ("D", "B", "ours"):
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         line = {"task": "whole", "base": name, "dataset": "imdb", "variant": variant, "target": arguments.time_to}
+        line |= {"length": arguments.length or WHOLE_LENGTH, "device": device}
         line["key"] = json.dumps(line)
         if line["key"] in journal.lines:
             continue
@@ -353,6 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     for folder in (arguments.out, arguments.cache):
         folder.mkdir(parents=True, exist_ok=True)
+    hash_code()
     journal, page = Journal(arguments.out / "peers.jsonl"), arguments.out / "peers.md"
     pools = Pools(arguments)
     if arguments.time_to and not arguments.render:

@@ -264,7 +264,9 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             watch.end_step()
 
-    fused: dict[str, Any] = {"optim": "adamw_torch_fused"} if variant.tuned else {}
+    flags: dict[str, Any] = {"optim": "adamw_torch_fused"} if variant.tuned else {}
+    # Otherwise the Trainer waits for a GPU at every step, to see whether the loss is a number.
+    flags |= {"logging_nan_inf_filter": False, "accelerator_config": {"non_blocking": True}} if variant.tuned else {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -280,7 +282,7 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            **fused,
+            **flags,
         )
         trainer = Trainer(
             model=model,

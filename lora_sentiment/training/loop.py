@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
@@ -138,9 +137,6 @@ class _Loop:
         # fp16 needs each norm at once: it says whether the step counts.
         self.read_steps = 1 if accelerator.device.type == "cpu" or accelerator.scaler else GPU_READ_STEPS
         self.signals, self.stop_by = StopSignals(), ""
-        # What hosts tell each other at every step waits for no GPU.
-        gpus = accelerator.num_processes > 1 and accelerator.device.type != "cpu"
-        self.hosts = dist.new_group(backend="gloo") if gpus else None
 
     def run(self) -> History:
         """Walk all steps that are left; evaluate once an epoch or every `eval_steps`, and after the last step."""
@@ -199,11 +195,16 @@ class _Loop:
 
     def _save(self, store: Store) -> None:
         """Save on the main process, and raise on all where that fails."""
-        self._read()  # a signal comes between two readings
+        fault: list[TrainingError | None] = [None]
+        try:
+            self._read()  # a signal comes between two readings
+        except TrainingError as error:
+            fault = [error]
+        if told := broadcast_object_list(fault)[0]:
+            raise told
         tensors = take_state(
             self.model, self.best, optimizer=self.adamw, method=self.method, accelerator=self.accelerator
         )
-        fault: list[TrainingError | None] = [None]
         if self.accelerator.is_main_process:
             try:
                 sync(self.accelerator.trackers)
@@ -351,9 +352,9 @@ class _Loop:
         tokens = max((len(part) * int(self.lengths[part].max()) for part in parts), default=0) if failed else 0
         facts = [int(failed), rows, tokens, signal.Signals[self.signals.name] if self.signals.name else 0]
         if self.accelerator.num_processes > 1:
-            told = torch.tensor(facts)
-            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.hosts)
-            facts = told.tolist()
+            # GPUs are waited for here, once a step, as they wait for each other; a group of hosts needs a network more.
+            told = self.accelerator.gather(torch.tensor([facts], device=self.accelerator.device))
+            facts = told.max(dim=0).values.tolist()
         self.stop_by = signal.Signals(facts[3]).name if facts[3] else ""
         return (facts[1], facts[2]) if facts[0] else None
 

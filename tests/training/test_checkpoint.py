@@ -441,6 +441,9 @@ def test_the_loss_scaler_goes_on_where_it_was(fit_here, monkeypatch, tmp_path):
     whole, scale = start("whole")
     skipped = [point.step for point in whole.steps if not math.isfinite(point.grad_norm)]
     assert len(skipped) > 2
+    # The schedule stands still where a step is skipped, and nowhere else.
+    rates = [point.learning_rate for point in whole.steps]
+    assert [i + 1 for i in range(13) if rates[i] == rates[i + 1]] == skipped
     for step in (skipped[1], 13):
         with monkeypatch.context() as patch:
             patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
@@ -451,6 +454,24 @@ def test_the_loss_scaler_goes_on_where_it_was(fit_here, monkeypatch, tmp_path):
         assert history.resumed == [step]
         assert again == scale
         assert outcome(tmp_path / f"stopped {step}", tmp_path / "whole") == [True, True]
+
+
+def test_a_signal_between_two_readings_loses_no_step(fit_here, monkeypatch, tmp_path):
+    fit_here("whole", max_steps=10)
+    resume = loop._Loop._resume
+
+    def seldom(self):
+        self.read_steps = 4  # as on a GPU; evaluated, and so read, after 4 and 8
+        resume(self)
+
+    monkeypatch.setattr(loop._Loop, "_resume", seldom)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
+        signal_at(6, signal.SIGTERM)
+        with pytest.raises(StoppedError):
+            fit_here("stopped", max_steps=10)
+    assert fit_here("stopped", max_steps=10).resumed == [6]
+    assert outcome(tmp_path / "stopped", tmp_path / "whole") == [True, True]
 
 
 def test_the_best_before_the_stop_stays_the_best_after_it(fit_here, monkeypatch, tmp_path):
