@@ -5,10 +5,10 @@
 
 D is the Trainer as every tutorial has it: fp32, random batches padded to their longest row, the model's dropout as it
 ships, dropout of a tenth before the adapters. B is the best that its flags give: bf16 where it is native, rows grouped
-by length, fused AdamW, no dropout before the adapters; with the model's dropout and without. Ours is this package's own
-loop, with the model's dropout and without. All have one base, rank, learning rate, batch size and pool of tokenised
-rows; each draws its batches from the whole pool in its own way, takes the largest to warm up, and then as many as the
-table DATASETS says, evenly spread over its batches by size, other ones in every round.
+by length, fused AdamW, no dropout before the adapters; with the model's dropout and without, on a GPU compiled too.
+Ours is this package's own loop, with the model's dropout and without. All have one base, rank, learning rate, batch
+size and pool of tokenised rows; each draws its batches from the whole pool in its own way, takes the largest to warm
+up, and then as many as the table DATASETS says, evenly spread over its batches by size, other ones in every round.
 
 Every slice of a round is a process of its own, forked from one that has imported the libraries and done nothing else;
 the variants of a round follow each other in an order that turns from round to round, and ratios are taken round by
@@ -37,6 +37,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import peers_whole
 import torch
 from methods import Journal, enter_process, machine
 from numpy.typing import NDArray
@@ -55,8 +56,6 @@ POOL_STEPS = 200
 """Steps whose rows make the pool: no fewer than either way of grouping rows by length sorts together."""
 MEGA_BATCH = 50
 """Batches that transformers sorts together on a whole data set; on a pool it would take fewer."""
-WHOLE_LENGTH = 256
-"""Tokens at which peers_whole.py cuts a text unless told otherwise."""
 TEXTS = 32
 """Texts of an inference slice that are timed."""
 
@@ -338,7 +337,7 @@ def time_whole_runs(arguments: argparse.Namespace, journal: Journal) -> None:
     for variant in ("D", "B", "ours"):
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         line = {"task": "whole", "base": name, "dataset": "imdb", "variant": variant, "target": arguments.time_to}
-        line |= {"length": arguments.length or WHOLE_LENGTH, "device": device}
+        line |= {"length": arguments.length or peers_whole.LENGTH, "device": device}
         line["key"] = json.dumps(line)
         if line["key"] in journal.lines:
             continue

@@ -21,7 +21,14 @@ from lora_sentiment.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 EVAL_STEPS = 50
-OVERRIDES = ("model.max_length=256", "data.validation_fraction=0.02", f"train.eval_steps={EVAL_STEPS}", "offline=error")
+LENGTH = 256
+"""Tokens at which a text is cut unless told otherwise."""
+OVERRIDES = (
+    f"model.max_length={LENGTH}",
+    "data.validation_fraction=0.02",
+    f"train.eval_steps={EVAL_STEPS}",
+    "offline=error",
+)
 """Of 25,000 rows 500 decide when a run is good enough."""
 
 
