@@ -291,7 +291,7 @@ def _fitting_rows(plan: Plan, budget: int, *, length: int) -> int:
 
 def _read_config(model: ModelConfig) -> dict[str, Any] | None:
     """Return a base's `config.json` from its folder or the Hub cache; None where it is in neither."""
-    folder = Path(model.place).expanduser()
+    folder = Path(model.place)
     if folder.is_dir():
         path: Path | None = folder / "config.json"
     else:

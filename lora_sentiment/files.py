@@ -26,7 +26,7 @@ def hash_file(path: Path) -> str:
 
 
 def take_place(aside: Path, place: Path, *, replaced: Path | None = None) -> None:
-    """Sync a folder and every file in it to disk, then rename it to its place.
+    """Sync a folder and all that it holds to disk, then rename it to its place.
 
     Args:
         aside: The folder.
@@ -34,7 +34,9 @@ def take_place(aside: Path, place: Path, *, replaced: Path | None = None) -> Non
         replaced: What stands in the place is renamed to this in the moment before; without it nothing may stand there.
     """
     for path in aside.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            sync_folder(path)
+        else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(aside)

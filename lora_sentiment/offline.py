@@ -14,6 +14,8 @@ from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.sources import find_source, is_on_hub
 from lora_sentiment.errors import DataError, LoraSentimentError
 from lora_sentiment.hub import Answer, ask_hub, is_hub_name, rely_on_cache
+from lora_sentiment.model.base import has_tokenizer
+from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.recipe import Recipe
 
 log = logging.getLogger("lora_sentiment")
@@ -80,12 +82,17 @@ def _look(recipe: Recipe, wanted: dict[str, str]) -> tuple[Answer, list[str]]:
     rely_on_cache(answer)
     probes: dict[str, Callable[[], Any]] = {
         "data.source": lambda: find_source(recipe.data),
-        "model.name": lambda: [
-            cached_file(recipe.model.name, file, revision=recipe.model.revision)
-            for file in ("config.json", "tokenizer.json", "model.safetensors")
-        ],
+        "model.name": lambda: _find_base(recipe.model),
     }
     return answer, [key for key in wanted if not _is_cached(probes[key])]
+
+
+def _find_base(model: ModelConfig) -> None:
+    """Raise an OSError unless a base is whole."""
+    for file in ("config.json", "model.safetensors"):
+        cached_file(model.name, file, revision=model.revision)
+    if not has_tokenizer(model.name, revision=model.revision):
+        raise FileNotFoundError(model.name)
 
 
 def _is_cached(probe: Callable[[], Any]) -> bool:

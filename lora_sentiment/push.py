@@ -13,12 +13,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card, load_card
 from lora_sentiment.adapter.peft_file import PEFT_CONFIG
 from lora_sentiment.adapter.predictions import PREDICTIONS
 from lora_sentiment.adapter.stamp import check_files, read_stamp
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
-from lora_sentiment.data.sources import looks_like_files
+from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import AdapterError, ModelError
 
 SHARED_FILES = frozenset({"README.md", "tokenizer.json", "tokenizer_config.json"})
@@ -163,7 +164,7 @@ def _make_notes(name: str, card: Card | None, base: str, readme: str) -> list[st
         who = "whoever loads the adapter names theirs with --base; " if card else ""
         notes.append(f"the base was a folder of this machine: {who}its path {base} is told")
     source = card.data.config.source if card else ""
-    if card and (isinstance(source, dict) or looks_like_files(source)):
+    if card and source != bundled.NAME and not is_on_hub(source):
         notes.append(f"the data were files of this machine: their paths {source} are told, none of their text")
     return notes
 

@@ -297,10 +297,12 @@ def _leave_out_judged(config: DataConfig, *, where: str) -> DataConfig:
     kept = [role for role in source.roles if role not in source.judged]
     # Without a role to judge, test_fraction would now carve a test out of train.
     update: dict[str, Any] = {"test_fraction": 0.0, "max_test_rows": None}
-    if isinstance(config.source, dict):
-        update["source"] = {role: config.source[role] for role in kept}
-    else:
+    if source.hub:
         update["splits"] = {role: source.hub_splits[role] for role in kept}
+    elif isinstance(config.source, dict):
+        update["source"] = {role: config.source[role] for role in kept}
+    else:  # what ships: one name for a file of each role
+        update["source"] = {role: str(source.files[role][0]) for role in kept}
     return config.model_copy(update=update)
 
 

@@ -40,8 +40,9 @@ def show_compared(compared: Mapping[str, Any]) -> None:
                 typer.echo(f"{what:<11} not compared on {rows}: {found['reason']}")
                 continue
             accuracies = [f"{key.replace('_', ' ')} {found[key]:.4f}" for key in found if key.startswith("accuracy")]
+            difference = found["max_difference"]
             facts = [
-                f"logits differ by {found['max_difference']:.2g} at most",
+                "logits that are not finite" if difference is None else f"logits differ by {difference:.2g} at most",
                 f"{found['flips']:,} other labels",
                 *accuracies,
             ]

@@ -22,7 +22,7 @@ from lora_sentiment import hub, offline
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import load
 from lora_sentiment.data.sources import find_source
-from lora_sentiment.errors import DataError, ModelError
+from lora_sentiment.errors import DataError, LoraSentimentError, ModelError
 from lora_sentiment.evaluate import evaluate
 from lora_sentiment.hub import Answer, ask_hub
 from lora_sentiment.model import base
@@ -137,11 +137,30 @@ def test_a_recipe_that_does_not_say_bundled_stops_and_names_what_is_missing(stat
 def test_what_is_in_the_cache_is_used_and_said(state, endpoint, monkeypatch, caplog):
     endpoint(NOWHERE)
     monkeypatch.setattr(offline, "find_source", lambda config: None)
-    monkeypatch.setattr(offline, "cached_file", lambda name, file, revision: file)
+    monkeypatch.setattr(offline, "_find_base", lambda model: None)
     asked = recipe()
     assert settle(asked, state) == (asked, None)
     assert "what is in the cache is used" in caplog.text
     assert constants.HF_HUB_OFFLINE, "no client asks again"
+
+
+@pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab.txt", "README.md"])
+def test_a_cached_base_needs_one_file_of_a_tokenizer(state, endpoint, monkeypatch, tmp_path, tokenizer):
+    endpoint(NOWHERE)
+    monkeypatch.setattr(offline, "find_source", lambda config: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    held = tmp_path / "models--nobody--base"
+    (held / "refs").mkdir(parents=True)
+    (held / "refs/main").write_text("1" * 40)
+    (held / f"snapshots/{'1' * 40}").mkdir(parents=True)
+    for file in ("config.json", "model.safetensors", tokenizer):
+        (held / f"snapshots/{'1' * 40}/{file}").write_bytes(b"{}")
+    asked = recipe("offline=error")
+    if tokenizer == "README.md":
+        with pytest.raises(LoraSentimentError, match=r"not in the cache: model\.name"):
+            settle(asked, state)
+    else:
+        assert settle(asked, state) == (asked, None)
 
 
 def test_a_mistaken_address_is_told_and_not_taken_for_a_dead_network(state, endpoint):
@@ -153,7 +172,7 @@ def test_a_mistaken_address_is_told_and_not_taken_for_a_dead_network(state, endp
 def test_what_is_in_the_cache_is_used_even_if_the_address_is_mistaken(state, endpoint, monkeypatch, caplog):
     endpoint("huggingface.co")
     monkeypatch.setattr(offline, "find_source", lambda config: None)
-    monkeypatch.setattr(offline, "cached_file", lambda name, file, revision: file)
+    monkeypatch.setattr(offline, "_find_base", lambda model: None)
     asked = recipe()
     assert settle(asked, state) == (asked, None)
     assert "UnsupportedProtocol" in caplog.text
@@ -189,7 +208,7 @@ def test_a_certificate_that_is_not_trusted_is_no_dead_network(endpoint, monkeypa
 def test_a_misspelt_split_of_data_in_the_cache_is_told_and_nothing_stands_in(state, endpoint, monkeypatch):
     endpoint(NOWHERE)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *arguments, **options: ["train", "test"])
-    monkeypatch.setattr(offline, "cached_file", lambda name, file, revision: file)
+    monkeypatch.setattr(offline, "_find_base", lambda model: None)
     asked = recipe("data.splits={train: train, test: tset}")
     assert settle(asked, state) == (asked, None)
     with pytest.raises(DataError, match=r"has no split 'tset'.*did you mean 'test'"):

@@ -186,6 +186,10 @@ def test_what_travels_of_this_machine_is_told(adapter, exported, tiny_base):
     assert str(tiny_base) in base
     assert "--base" in base
     assert "train.csv" in data
+    card = json.loads((adapter / "card.json").read_text(encoding="utf-8"))
+    card["data"]["config"]["source"] = "bundled"
+    write_json(adapter / "card.json", card)
+    assert [note.split()[1] for note in push(adapter, NAME, dry_run=True).notes] == ["base"]
     (exported / "README.md").write_text("# merged.model\n")
     assert push(exported, NAME, dry_run=True).notes == [f"README.md has no code that uses the model as {NAME}"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_sentiment import train as train_module
+from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, DataError, ModelError, RecipeError
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.sweep import make_columns, make_trials, sweep
@@ -184,6 +185,16 @@ def test_what_is_judged_is_left_out_and_the_rest_stays(toy_recipe):
         assert trial.recipe.data.test_fraction == 0.2
     (trial, _) = make_trials(toy_recipe, ["data.source=a.csv", "data.test_fraction=0.2", "method.r=[2, 4]"])
     assert trial.run.data == trial.recipe.data
+
+
+def test_of_the_bundled_reviews_too(toy_recipe):
+    columns = ("data.source=bundled", "data.text_column=text", "data.label_column=label")
+    (trial, _) = make_trials(toy_recipe, [*columns, "method.r=[2, 4]"])
+    found = load_data(trial.run.data)
+    whole = load_data(trial.recipe.data)
+    assert (found.judged, whole.judged) == ((), ("test",))
+    assert found.train.fingerprint() == whole.train.fingerprint()
+    assert found.validation.fingerprint() == whole.validation.fingerprint()
 
 
 @pytest.mark.parametrize(

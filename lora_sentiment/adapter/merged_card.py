@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from lora_sentiment import bundled
 from lora_sentiment.adapter.stamp import Stamp
 
 
@@ -61,7 +62,7 @@ Compared with the unmerged adapter after reloading it with plain transformers.
 def make_metadata(stamp: Stamp, *, library: str, tags: tuple[str, ...] = ()) -> str:
     """Return the Hub's metadata of a model that holds an adapter, as YAML."""
     return ModelCardData(
-        base_model=None if Path(stamp.base).is_absolute() else stamp.base,
+        base_model=None if stamp.base == bundled.NAME or Path(stamp.base).is_absolute() else stamp.base,
         library_name=library,
         pipeline_tag="text-classification",
         tags=["text-classification", "distilbert", *tags, stamp.method],

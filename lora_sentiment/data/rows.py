@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.config import DataConfig
-from lora_sentiment.data.sources import Source, check_files, find_source, looks_like_files, read_columns
+from lora_sentiment.data.sources import Source, check_files, find_source, is_on_hub, read_columns
 from lora_sentiment.data.texts import Texts, TextsWriter
 from lora_sentiment.errors import DataError
 from lora_sentiment.section import show
@@ -164,15 +164,17 @@ def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tup
 
     Args:
         config: The recipe's `data` section; its source is text.
-        split: Name of a split; of files only a name.
+        split: Name of a split, or a role of the bundled reviews; of files only a name.
         labels: Label names as training used them.
 
     Raises:
         DataError: As `load_data`, and if the data set has no such split.
     """
-    lone = isinstance(config.source, str) and looks_like_files(config.source)
-    role = "train" if lone else split
-    source = find_source(config.model_copy(update={"splits": None if lone else {split: split}}))
+    source = find_source(config.model_copy(update={"splits": {split: split} if is_on_hub(config.source) else None}))
+    # Files named alone have one role, whatever they are.
+    role = split if len(source.roles) > 1 else source.roles[0]
+    if role not in source.roles:
+        raise DataError(f"split: found {show(split)}; {config.source!r} has {', '.join(source.roles)}")
     check_files(config, source)
     rows, _, counts = _load_split(config, source, role, labels, None)
     return rows, counts

@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lora_sentiment import bundled
 from lora_sentiment.errors import ModelError
+from lora_sentiment.hub import is_hub_name
 from lora_sentiment.hub_answers import explain_refusal
 from lora_sentiment.model.architecture import HEAD, Shape
 from lora_sentiment.model.config import ModelConfig
@@ -101,7 +102,7 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
     if config.quantize != "none":
         model = _quantise(model, config, found, where, device or torch.device("cpu"))
     # A folder is recorded whole: the adapter must find it from anywhere; the package finds its own.
-    name = str(Path(place).resolve()) if place == config.name and Path(place).is_dir() else config.name
+    name = str(Path(place).resolve()) if config.name != bundled.NAME and Path(place).is_dir() else config.name
     # What PEFT writes into its own file. It would look `bundled` up on the Hub, where anyone could own that name.
     model.name_or_path = bundled.PATH_IN_CLONE if name == bundled.NAME else name
     return Base(
@@ -155,12 +156,8 @@ def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTr
     """
     name, wanted = config.name, revision or config.revision
     with quiet(), _Explain(config):
-        places = [
-            cached_file(config.place, file, revision=wanted, _raise_exceptions_for_missing_entries=False)
-            for file in ("tokenizer.json", "vocab.txt")
-        ]
-        # Without either transformers makes one that knows no word.
-        if not any(places):
+        # Without it transformers makes one that knows no word.
+        if not has_tokenizer(config.place, revision=wanted):
             raise ModelError(f"model.name {name!r} has no tokenizer; it needs a tokenizer.json or a vocab.txt")
         try:
             found: Any = AutoTokenizer.from_pretrained(config.place, revision=wanted, trust_remote_code=False)
@@ -172,6 +169,18 @@ def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTr
         if getattr(found, role) is None:
             raise ModelError(f"the tokenizer of model.name {name!r} has no {role}; DistilBERT's has one")
     return cast(PreTrainedTokenizerFast, found)
+
+
+def has_tokenizer(place: str, *, revision: str | None) -> bool:
+    """Return whether a base has either of the files that a tokenizer is made of, on the Hub, in its cache or here.
+
+    Raises:
+        OSError: If the Hub is asked and there is no such base.
+    """
+    return any(
+        cached_file(place, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        for file in ("tokenizer.json", "vocab.txt")
+    )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -377,7 +386,7 @@ class _Explain:
         if not isinstance(error, expected) and type(error) is not Exception:
             return
         name, refusal = self.config.name, None
-        if self.config.place == name and not Path(name).is_dir():
+        if is_hub_name(self.config.place):
             refusal = explain_refusal(key="model.name", name=name, kind="model", revision=self.config.revision)
         raise ModelError(refusal or f"base {name!r} could not be loaded: {_describe(error)}") from error
 

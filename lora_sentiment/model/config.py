@@ -1,5 +1,6 @@
 """The recipe's `model` section."""
 
+import os
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -42,8 +43,10 @@ class ModelConfig(Section):
 
     @property
     def place(self) -> str:
-        """Where the base is: the package's own folder for `bundled`, else what `name` says."""
-        return str(bundled.BASE) if self.name == bundled.NAME else self.name
+        """Where the base is: the package's own folder for `bundled`, else what `name` says, with `~` written out."""
+        if self.name == bundled.NAME:
+            return str(bundled.BASE)
+        return os.path.expanduser(self.name)  # noqa: PTH111 - Path's raises where there is no such user
 
     @model_validator(mode="after")
     def _options_are_honoured(self) -> Self:

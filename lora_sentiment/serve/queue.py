@@ -118,9 +118,10 @@ class Queue:
         """Compute what comes, batch by batch, until cancelled."""
         while True:
             await self._wait_for_batch()
-            batch = self._take()
-            if batch:
-                await self._answer(batch)
+            self._computing = self._take()
+            if self._computing:
+                await self._answer(self._computing)
+                self._computing = []
 
     def close(self) -> None:
         """Take nothing new; what waits is still computed."""
@@ -186,22 +187,23 @@ class Queue:
         loop = asyncio.get_running_loop()
         tokens = sum(len(ids) for _, ids in batch)
         started = time.perf_counter()
-        self._computing = batch
         computed = loop.run_in_executor(self._thread, work_in_thread, self._compute_rows, batch)
         # Not awaited itself: what it raised is looked at, logged and answered, and the next batch is computed.
         await asyncio.wait([computed])
-        self._computing = []
         seconds = time.perf_counter() - started
-        self._metrics.count_batch(texts=len(batch), tokens=tokens, seconds=seconds, failed=bool(computed.exception()))
-        if error := computed.exception():
-            by_adapter: dict[int, list[tuple[_Asked, Ids]]] = {}
-            for asked, ids in batch:
-                by_adapter.setdefault(id(asked.served), []).append((asked, ids))
-            if len(by_adapter) > 1:
-                # Whose fault it is shows alone; the others are answered.
-                for own in by_adapter.values():
-                    await self._answer(own)
-                return
+        error = computed.exception()
+        by_adapter: dict[int, list[tuple[_Asked, Ids]]] = {}
+        for asked, ids in batch if error else ():
+            by_adapter.setdefault(id(asked.served), []).append((asked, ids))
+        if len(by_adapter) > 1:
+            # Whose fault it is shows alone; the others are answered.
+            said = "a batch of %d texts for %d adapters could not be computed (%s); now each adapter's alone"
+            log.warning(said, len(batch), len(by_adapter), type(error).__name__)
+            for own in by_adapter.values():
+                await self._answer(own)
+            return
+        self._metrics.count_batch(texts=len(batch), tokens=tokens, seconds=seconds, failed=bool(error))
+        if error:
             log.error("a batch of %d texts could not be computed", len(batch), exc_info=error)
             for asked, _ in batch:
                 self._fail(asked, RefusalError("Backend", "the model could not be computed; the log says why"))

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,12 +11,14 @@ from transformers import AutoModelForSequenceClassification, DistilBertForSequen
 from lora_sentiment.adapter import merge as merge_module
 from lora_sentiment.adapter.folder import compute_probe, load, load_card
 from lora_sentiment.adapter.merge import merge
+from lora_sentiment.adapter.merged_card import make_merged_card
 from lora_sentiment.adapter.stamp import check_files, read_stamp
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import write_json
+from lora_sentiment.files import take_place, write_json
 from lora_sentiment.model.base import load_base
+from lora_sentiment.terminal import show_compared
 from tests.adapter.test_folder import alter_tensors, reseal
 from tests.conftest import toy_rows, write_csv
 from tests.test_every_method import LABELS, PAIRS, make, train, write
@@ -133,6 +136,17 @@ def test_the_stamp_names_adapter_and_base_and_what_was_compared(adapter, tmp_pat
     assert "`negative`, `positive`" in readme
     assert "| base | probe, 3 rows | " in readme
     assert json.loads(json.dumps(done.as_dict()))["into"] == "base"
+
+
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [("a/base", "base_model: a/base\n"), ("bundled", ""), ("/home/somebody/base", "")],
+)
+def test_the_card_names_a_base_of_the_hub_alone(adapter, tmp_path, base, line):
+    merge(adapter, tmp_path / "out")
+    stamp = read_stamp(tmp_path / "out").model_copy(update={"base": base})
+    metadata = make_merged_card("out", ("negative", "positive"), stamp).split("---\n")[1]
+    assert "".join(found for found in metadata.splitlines(True) if found.startswith("base_model")) == line
 
 
 def test_a_stock_pipeline_gives_names_scores_and_the_cut_of_training(adapter, tmp_path):
@@ -397,3 +411,20 @@ def test_a_text_cut_elsewhere_is_said_in_the_readme(adapter, tmp_path):
     alter_card(adapter, truncation="head_tail")
     merge(adapter, tmp_path / "out")
     assert "this pipeline keeps the first tokens" in (tmp_path / "out/README.md").read_text()
+
+
+def test_what_is_not_finite_is_printed_as_that(capsys):
+    found = {"rows": 32, "flips": 3, "max_difference": None, "allowed": None}
+    show_compared({"dequantised": {"probe": found}})
+    assert capsys.readouterr().out == ("dequantised 32 probe rows: logits that are not finite, 3 other labels\n")
+
+
+def test_everything_that_a_folder_holds_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle)))
+    (tmp_path / "aside/onnx").mkdir(parents=True)
+    (tmp_path / "aside/onnx/model.onnx").write_bytes(b"1")
+    held = [path.stat().st_ino for path in (tmp_path / "aside", *(tmp_path / "aside").rglob("*"))]
+    take_place(tmp_path / "aside", tmp_path / "out")
+    assert sorted(synced) == sorted([*held, tmp_path.stat().st_ino])

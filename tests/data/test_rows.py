@@ -226,6 +226,14 @@ def test_a_lone_file_is_read_whatever_it_is_called(toy):
     assert len(rows) == 41
 
 
+def test_of_the_bundled_reviews_the_split_that_is_named_is_read():
+    config = DataConfig(source="bundled")
+    found = {split: load_rows(config, split=split, labels=("negative", "positive"))[0] for split in ("train", "test")}
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 400, "test": 100}
+    with pytest.raises(DataError, match=r"split: found 'dev'; 'bundled' has train, validation, test$"):
+        load_rows(config, split="dev", labels=("negative", "positive"))
+
+
 labelled = st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.integers(0, 2)), min_size=12, max_size=80)
 
 

@@ -6,8 +6,16 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, DistilBertForSequenceClassification
 
 from lora_sentiment.errors import ModelError
+from lora_sentiment.estimate import look_up
 from lora_sentiment.model import base as base_module
-from lora_sentiment.model.base import encoder_tensors, hash_tensors, hash_tokenizer, load_base, resolve_dtype
+from lora_sentiment.model.base import (
+    check_base,
+    encoder_tensors,
+    hash_tensors,
+    hash_tokenizer,
+    load_base,
+    resolve_dtype,
+)
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import LoraMethod
 from lora_sentiment.model.methods import make_trainable
@@ -121,6 +129,14 @@ def test_a_folder_that_is_not_there_or_has_no_revisions_says_so(tmp_path, tiny_b
 def test_a_relative_folder_is_recorded_whole(tiny_base, monkeypatch):
     monkeypatch.chdir(tiny_base.parent)
     assert load_base(config(tiny_base.name), labels=LABELS).name == str(tiny_base)
+
+
+def test_a_base_in_ones_home_is_found(tiny_base, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_base.parent))
+    assert load_base(config(f"~/{tiny_base.name}"), labels=LABELS).name == str(tiny_base)
+    assert look_up(config(f"~/{tiny_base.name}"), 2).shape.dim == 32
+    with pytest.raises(ModelError, match="'~/nothing': no such folder"):
+        check_base(config("~/nothing"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import RefusalError
 from lora_sentiment.serve.metrics import Metrics
-from lora_sentiment.serve.queue import Queue
+from lora_sentiment.serve.queue import STOPPED, Queue
 from tests.serve.fake_pool import FakePool, answer, make_served
 
 ONE, TWO = make_served("one"), make_served("two", "abcde", factor=0.3)
@@ -160,6 +160,33 @@ def test_an_adapter_that_cannot_be_computed_leaves_the_others_of_its_batch_answe
     assert (fault.kind, fault.status) == ("Backend", 503)
     for found in (*first, *last):
         np.testing.assert_array_equal(found, answer(ONE, TEXT.tolist()))
+
+
+def test_a_batch_of_several_adapters_that_failed_is_counted_once_and_can_still_be_refused(caplog):
+    async def ask(queue, pool):
+        compute = queue._compute
+
+        def fail_together(served, encoded):
+            if len({own.name for own in served}) > 1:
+                pool.gate.clear()  # the first adapter alone is now held up
+                raise RuntimeError("no such kernel")
+            return compute(served, encoded)
+
+        queue._compute = fail_together
+        asked = [asyncio.create_task(queue.ask(own, [TEXT])) for own in (ONE, TWO)]
+        while pool.gate.is_set():
+            await asyncio.sleep(0.002)
+        queue.abandon()
+        async with asyncio.timeout(10):
+            found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [str(error) for error in found] == [STOPPED] * 2
+        pool.gate.set()
+        while queue._computing:
+            await asyncio.sleep(0.002)
+        return queue._metrics.registry.get_sample_value("lora_sentiment_tokens_total")
+
+    assert in_line(ask) == 8
+    assert "a batch of 2 texts for 2 adapters could not be computed (RuntimeError)" in caplog.text
 
 
 def test_an_iterator_that_ends_early_in_the_thread_is_a_fault_like_any_other():
