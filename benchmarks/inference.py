@@ -15,15 +15,18 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from journal import Journal, Line
 
 from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.folder import load_card
@@ -47,8 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of inference.jsonl and .md")
     parser.add_argument("--render", action="store_true", help="write the table of what is finished, measure nothing")
     arguments = parser.parse_args()
-    results = arguments.out / "inference.jsonl"
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    journal = Journal(arguments.out / "inference.jsonl", key=itemgetter("start"))
     if not arguments.render:
         card = load_card(arguments.adapter)
         rows, _ = load_judged(card.data.config, role=arguments.split, labels=tuple(card.labels))
@@ -57,15 +59,15 @@ def main() -> None:
         order = np.random.default_rng(0).permutation(len(rows))
         forms = make_forms(arguments.adapter, arguments.cache, [rows.texts[i] for i in order[:64]])
         for start in range(0, len(rows), arguments.chunk):
-            if any(line["start"] == start for line in lines):
+            if start in journal.lines:
                 continue
             index = order[start : start + arguments.chunk]
             texts = [rows.texts[i] for i in index]
-            lines.append(measure(forms, texts, rows.labels[index], start=start, of=len(rows)))
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            print(json.dumps(lines[-1]), flush=True)
-    (arguments.out / "inference.md").write_text(render(lines, arguments), encoding="utf-8")
+            journal.append(measure(forms, texts, rows.labels[index], start=start, of=len(rows)))
+            print(json.dumps(journal.lines[start]), flush=True)
+    if not journal.lines:
+        sys.exit(f"{arguments.out / 'inference.jsonl'}: nothing is finished; run it without --render")
+    (arguments.out / "inference.md").write_text(render(list(journal.lines.values()), arguments), encoding="utf-8")
 
 
 def make_forms(adapter: Path, cache: Path, sample: list[str]) -> dict[str, Answer]:
@@ -136,7 +138,7 @@ def measure(forms: dict[str, Answer], texts: list[str], labels: np.ndarray, *, s
     }
 
 
-def render(lines: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+def render(lines: list[Line], arguments: argparse.Namespace) -> str:
     """Return the page."""
     card = load_card(arguments.adapter)
     done, of = sum(line["rows"] for line in lines), lines[0]["of"]

@@ -17,8 +17,11 @@ import platform
 import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+from journal import Journal
 
 from lora_sentiment.estimate import estimate
 from lora_sentiment.model.memory import Memory
@@ -46,24 +49,17 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="write the table of what is finished, measure nothing")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/memory.jsonl")
     arguments = parser.parse_args()
-    lines = read(arguments.results)
+    journal = Journal(arguments.results, key=itemgetter("shape", "case", "length"))
     if not arguments.render:
         with tempfile.TemporaryDirectory() as folder:
             base = make_base(Path(folder), SHAPES[arguments.shape])
             for case in arguments.cases:
                 for length in LENGTHS:
                     key = {"shape": arguments.shape, "case": case, "length": length}
-                    if not any(key.items() <= line.items() for line in lines):
-                        lines.append(measure(key, base))
-                        with arguments.results.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(lines[-1]) + "\n")
-                        print(json.dumps(lines[-1]), flush=True)
-    (ROOT / "benchmarks/memory.md").write_text(render(lines), encoding="utf-8")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the finished cases."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+                    if tuple(key.values()) not in journal.lines:
+                        journal.append(measure(key, base))
+                        print(json.dumps(journal.lines[tuple(key.values())]), flush=True)
+    (ROOT / "benchmarks/memory.md").write_text(render(list(journal.lines.values())), encoding="utf-8")
 
 
 def make_base(folder: Path, shape: dict[str, int]) -> Path:

@@ -36,7 +36,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from methods_table import Line, Row, judged_role, render, short, validation_accuracy
+from journal import Journal, Line
+from methods_table import Row, judged_role, render, short, validation_accuracy
 
 from lora_sentiment import __version__
 from lora_sentiment.adapter.predictions import load_predictions
@@ -118,27 +119,6 @@ class Job:
         recipe = Recipe.load(self.recipe, self.overrides)
         stated = recipe.model_dump(mode="json", exclude_unset=True, exclude={"name", "output"})
         return hashlib.sha256(json.dumps([self.stage, stated], sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Journal:
-    """The finished runs in a JSON-lines file, by key."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        whole, _, torn = text.rpartition("\n")
-        if torn:
-            # Killed in the middle of a line: that run is done again.
-            path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-        self.lines: dict[str, Line] = {line["key"]: line for line in map(json.loads, filter(None, whole.split("\n")))}
-
-    def append(self, line: Line) -> None:
-        """Write a finished run before anything else is begun."""
-        self.lines[line["key"]] = line
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from journal import Line
 
 from lora_sentiment.evaluation.statistics import Interval, percentile_interval, resample_weights
 
 MARGIN = 0.003
 """Accuracy that a method may lose and still be called not worse."""
 NUM_RESAMPLES = 2000
-
-Line = dict[str, Any]
-"""One finished run, as benchmarks/methods.jsonl holds it."""
 
 
 @dataclass

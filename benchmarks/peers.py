@@ -39,7 +39,8 @@ from unittest.mock import patch
 import numpy as np
 import peers_whole
 import torch
-from methods import Journal, enter_process, machine
+from journal import Journal
+from methods import enter_process, machine
 from numpy.typing import NDArray
 from peers_levers import LEVERS
 from peers_slice import FOUR_GB, WARM_UP_TEXTS, Job, Variant, measure_steps, measure_texts, save_classifier, take

@@ -4,10 +4,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Line = dict[str, Any]
-"""One finished slice, as benchmarks/peers.jsonl holds it."""
+from journal import Line
+
 Rounds = dict[int, Line]
 """Round to a variant's line."""
 

@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks/methods.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import methods  # noqa: E402
 import methods_table  # noqa: E402
+from journal import Journal  # noqa: E402
 
 TWO = ["full", "LoRA q,v"]
 
@@ -160,10 +161,10 @@ def test_a_killed_benchmark_goes_on_where_it_was(arguments, tmp_path, monkeypatc
 def test_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "methods.jsonl"
     path.write_text('{"key": "a"}\n{"key": "b", "met', encoding="utf-8")
-    journal = methods.Journal(path)
+    journal = Journal(path)
     assert list(journal.lines) == ["a"]
     journal.append({"key": "c"})
-    assert list(methods.Journal(path).lines) == ["a", "c"]
+    assert list(Journal(path).lines) == ["a", "c"]
 
 
 def test_the_best_rate_on_validation_gets_the_final_runs(arguments, fake_runs, tmp_path):

@@ -1,8 +1,10 @@
 """The structure that CONTRIBUTING.md promises, read from the syntax trees."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,24 @@ def imports(tree: ast.AST) -> set[str]:
                 joined = f"{name}.{alias.name}".lstrip(".")
                 found.add(joined if joined in ORDER else name)
     return found - {""}  # the package itself, for its version
+
+
+def test_every_library_that_is_imported_is_declared():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["onnx"], *extras["serve"]]
+    names = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in declared}
+    found = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").partition(".")[0])
+    found = {{"yaml": "pyyaml"}.get(name, name) for name in found - {"lora_sentiment", *sys.stdlib_module_names}}
+    assert sorted(found - names) == []
+    # onnxscript is what torch's exporter needs.
+    assert sorted(names - found) == ["onnxscript"]
 
 
 def is_main_guard(node: ast.stmt) -> bool:
