@@ -3,16 +3,25 @@
 import csv
 import itertools
 import os
+import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Nothing in the tests may leave the machine; a test that uses the local Hub sets its own address.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# A busy machine is slow, which is no fault of ours, and a fault shows in every run or in none.
+settings.register_profile("house", deadline=None, derandomize=True, database=None)
+settings.load_profile("house")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOOD = ("good", "great", "lovely", "fine", "superb", "warm")
@@ -21,10 +30,16 @@ FILLERS = ("film", "book", "meal", "app", "place", "plot", "the", "a", "was", "a
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs, so that the tests are those of CI everywhere; `-m gpu` asks for the others."""
+    """Hide GPUs, so that the tests are those of CI everywhere; `-m gpu` asks for the others. Hide caches as well."""
     asked = config.option.markexpr
     if "gpu" not in asked or "not gpu" in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora_sentiment-tests-")
+
+
+def pytest_unconfigure() -> None:
+    """Remove the cache of these tests."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture
@@ -95,6 +110,15 @@ def toy_rows(num_rows: int) -> list[tuple[str, str]]:
     return rows
 
 
+def free_port() -> int:
+    """A port that is free now, and is given to nobody who asks for any: those lie higher."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
@@ -118,7 +142,7 @@ def toy_recipe(toy: Path, tiny_base: Path) -> Path:
         f"""\
 data:
   source: {{train: {toy}/train.csv, test: {toy}/test.csv}}
-model: {{name: {tiny_base}, max_length: 16}}
+model: {{name: {tiny_base}, max_length: 16, dtype: float32}}
 method: {{r: 4, lora_alpha: 8}}
 train: {{num_train_epochs: 1, batch_size: 16, learning_rate: 1e-2, max_tokens_per_micro_batch: 100}}
 output: {{dir: {toy}/adapter}}
@@ -137,7 +161,7 @@ def toy_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pa
     folder = tmp_path_factory.mktemp("toy_adapter")
     write_csv(folder / "train.csv", toy_rows(80))
     (folder / "toy.yaml").write_text(
-        f"data: {{source: {folder}/train.csv}}\nmodel: {{name: {tiny_base}, max_length: 16}}\n"
+        f"data: {{source: {folder}/train.csv}}\nmodel: {{name: {tiny_base}, max_length: 16, dtype: float32}}\n"
         f"train: {{num_train_epochs: 2, learning_rate: 1e-2}}\noutput: {{dir: {folder}/adapter}}\n",
         encoding="utf-8",
     )

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from peft import PeftModel
 from pydantic import TypeAdapter
 from safetensors import safe_open
@@ -16,6 +16,7 @@ from lora_sentiment.data.batches import encode
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import ModelError
+from lora_sentiment.launch import make_accelerator
 from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.file_size import saved_tensors
@@ -106,7 +107,7 @@ def train(model, base, method, *, steps=3, eval_steps=None):
             eval_steps=eval_steps or steps,
         ),
         method=method,
-        accelerator=Accelerator(),
+        accelerator=make_accelerator(PartialState(), "float32"),
         max_tokens=4096,
     )
 

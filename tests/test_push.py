@@ -90,7 +90,7 @@ def trained(tmp_path_factory, tiny_base):
     write_csv(folder / "train.csv", rows)
     recipe = folder / "toy.yaml"
     recipe.write_text(
-        f"data: {{source: {folder}/train.csv}}\nmodel: {{name: {tiny_base}, max_length: 16}}\n"
+        f"data: {{source: {folder}/train.csv}}\nmodel: {{name: {tiny_base}, max_length: 16, dtype: float32}}\n"
         f"train: {{num_train_epochs: 1, learning_rate: 1e-2}}\noutput: {{dir: {folder}/adapter}}\n"
     )
     return train(Recipe.load(recipe)).adapter

@@ -28,7 +28,8 @@ def done(tiny_base, tmp_path_factory):
     path = folder / "toy.yaml"
     path.write_text(
         f"data: {{source: {{train: {folder}/train.csv, test: {folder}/test.csv}}}}\n"
-        f"model: {{name: {tiny_base}, max_length: 16}}\ntrain: {{batch_size: 16}}\noutput: {{dir: {folder}/adapter}}\n",
+        f"model: {{name: {tiny_base}, max_length: 16, dtype: float32}}\n"
+        f"train: {{batch_size: 16}}\noutput: {{dir: {folder}/adapter}}\n",
         encoding="utf-8",
     )
     return path, sweep(path, GRID)
@@ -388,7 +389,7 @@ def test_a_killed_sweep_goes_on_where_it_was(toy_recipe):
     code = "import sys, pathlib, lora_sentiment.sweep as s; s.sweep(pathlib.Path(sys.argv[1]), sys.argv[2:])"
     process = subprocess.Popen([sys.executable, "-c", code, str(toy_recipe), *grid], stderr=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not folders[0].exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
     finally:

@@ -1,9 +1,10 @@
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from lora_sentiment.data.batches import Encoded, encode, pad
 from lora_sentiment.data.rows import Rows
+from lora_sentiment.launch import make_accelerator
 from lora_sentiment.model import parameters
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
@@ -21,7 +22,7 @@ def test_sorted_batches_give_each_rows_own_logits_in_order(tiny_base, monkeypatc
     rows = Rows(texts, np.zeros(23, dtype=np.int64), np.arange(23))
     encoded = encode(rows, tokenizer=base.tokenizer, max_length=16, truncation="head")
     model = base.model.train()
-    logits = predict_logits(model, encoded, accelerator=Accelerator())
+    logits = predict_logits(model, encoded, accelerator=make_accelerator(PartialState(), "float32"))
     assert model.training
     model.eval()
     # 1e-5: what is promised for fp32; another padded shape adds up in another order.
@@ -51,7 +52,9 @@ def test_a_cpu_is_given_no_more_than_it_takes_at_once(tiny_base, monkeypatch):
     found = compute_logits(engine, encoded)
     assert taken == [(1, 50), (2, 16), (3, 8)]  # the longest alone, though it is longer
     taken.clear()
-    np.testing.assert_allclose(predict_logits(model, encoded, accelerator=Accelerator()), found, atol=1e-5)
+    np.testing.assert_allclose(
+        predict_logits(model, encoded, accelerator=make_accelerator(PartialState(), "float32")), found, atol=1e-5
+    )
     assert taken == [(1, 50), (2, 16), (3, 8)]
     whole = engine.compute(*pad(encoded, np.arange(6)))
     np.testing.assert_allclose(found, whole, atol=1e-5)

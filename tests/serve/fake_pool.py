@@ -54,6 +54,7 @@ class FakePool:
 
     Attributes:
         gate: `compute` waits for it; clear it to keep what is asked in the line.
+        begun: Set as soon as `compute` is called.
         fault: Raised by the next `compute`, once.
         batches: How many texts each `compute` was given.
     """
@@ -64,6 +65,7 @@ class FakePool:
         self.served = {own.name: own for own in served}
         self.gate = threading.Event()
         self.gate.set()
+        self.begun = threading.Event()
         self.fault: BaseException | None = None
         self.batches: list[int] = []
 
@@ -71,6 +73,7 @@ class FakePool:
         pass
 
     def compute(self, served: Sequence[FakeServed], encoded: Encoded) -> list[np.ndarray]:
+        self.begun.set()
         self.gate.wait(20)
         self.batches.append(len(served))
         if self.fault:

@@ -372,6 +372,7 @@ def test_free_memory_is_given_back_now_and_then(folders, monkeypatch):
     pool, trims = make_pool([folders["qv"]]), []
     monkeypatch.setattr(pool, "_trim", trims.append)
     monkeypatch.setattr(pool, "_trimmed", float("-inf"))
+    monkeypatch.setattr("lora_sentiment.serve.pool.TRIM_SECONDS", 3600.0)
     for _ in range(3):
         answer(pool, [("qv", TEXTS[0])])
     assert trims == [0]

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -178,19 +180,22 @@ def test_a_server_is_ready_while_something_is_loaded_and_it_is_not_stopping():
 
 
 def test_adapters_come_and_go_and_their_counts_with_them():
-    pool = FakePool(make_served("one"))
+    pool, asked = FakePool(make_served("one")), threading.Event()
 
     def swap(_):
-        pool.served = {"two": make_served("two")}
+        if asked.is_set():
+            pool.served = {"two": make_served("two")}
 
     pool.refresh = swap
     app = make_app(pool, ServeConfig(watch=Path("x"), limits=Limits(watch_seconds=0.05)))
     with TestClient(app) as client:
         ask(client, texts=["a"], adapter="one")
-        for _ in range(100):
+        asked.set()
+        for _ in range(1000):
             shown = client.get("/metrics").text
             if client.get("/adapters").json()["adapters"][0]["name"] == "two" and 'adapter="one"' not in shown:
                 break
+            time.sleep(0.01)
         assert client.post("/predict", json={"texts": ["a"], "adapter": "one"}).status_code == 404
         ask(client, texts=["a", "good"])
         assert 'lora_sentiment_texts_total{adapter="two"} 2.0' in client.get("/metrics").text

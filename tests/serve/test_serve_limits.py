@@ -235,10 +235,10 @@ def test_connections_beyond_the_most_are_closed_and_those_before_them_are_answer
 def holding(server, pool, *, texts=("a",)):
     """Ask something whose answer is held back; return the connection once it is computed."""
     pool.gate.clear()
+    pool.begun.clear()
     connection = connect(server)
     connection.sendall(post({"texts": list(texts)}))
-    until(lambda: server._app.state.queue.tokens == 0 and under_way(server) > 0)
-    time.sleep(0.1)
+    assert pool.begun.wait(20)
     return connection
 
 
@@ -372,7 +372,7 @@ def test_a_stop_does_not_wait_for_what_is_still_read_or_looked_at():
 
 def test_a_deadline_that_passes_is_answered_504_and_its_texts_leave_the_line():
     pool = FakePool(make_served("one"))
-    with running(pool, deadline_seconds=0.5) as server:
+    with running(pool, deadline_seconds=3.0) as server:
         with holding(server, pool) as first, connect(server) as second:
             second.sendall(post({"texts": ["a"] * 5}))
             until(lambda: server._app.state.queue.tokens == 15)

@@ -45,9 +45,10 @@ async def waits(queue, tokens):
 async def held_up(queue, pool):
     """Return a request that is being computed and stays so until the gate opens."""
     pool.gate.clear()
+    pool.begun.clear()
     first = asyncio.create_task(queue.ask(ONE, [TEXT]))
-    await waits(queue, 4)
-    await waits(queue, 0)
+    while not pool.begun.is_set():
+        await asyncio.sleep(0.002)
     return first
 
 
@@ -77,9 +78,9 @@ def test_a_batch_holds_no_more_tokens_than_allowed_and_a_request_that_spans_seve
 
 def test_a_full_batch_does_not_wait_for_more():
     async def ask(queue, _):
-        await asyncio.wait_for(queue.ask(ONE, [TEXT] * 4), timeout=0.9)
+        await asyncio.wait_for(queue.ask(ONE, [TEXT] * 4), timeout=30)
 
-    in_line(ask, batch_tokens=16, batch_wait_ms=1000.0)
+    in_line(ask, batch_tokens=16, batch_wait_ms=60_000.0)
 
 
 def test_what_does_not_fit_is_refused_with_a_time_and_what_never_fits_without():
@@ -113,7 +114,7 @@ def test_the_time_to_wait_follows_the_speed_seen():
         await asyncio.gather(first, second)
         return found
 
-    assert 2 <= in_line(ask) <= 10
+    assert 2 <= in_line(ask) <= 60
 
 
 def test_a_request_that_is_given_up_leaves_the_line():
@@ -220,9 +221,9 @@ def test_a_closed_line_takes_nothing_new_and_computes_what_waits_at_once():
             queue.check(4)
         # What was let in before the stop, and only now has been tokenised.
         late = queue.ask(TWO, [TEXT])
-        return len(await asyncio.wait_for(waiting, timeout=0.9)), len(await late)
+        return len(await asyncio.wait_for(waiting, timeout=30)), len(await late)
 
-    assert in_line(ask, batch_wait_ms=1000.0) == (1, 1)
+    assert in_line(ask, batch_wait_ms=60_000.0) == (1, 1)
 
 
 def test_what_is_abandoned_is_refused():

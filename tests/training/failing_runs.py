@@ -85,7 +85,11 @@ def launch(recipe: Path, name: str) -> dict[str, Any]:
         cli.main(["train", str(recipe), *overrides])
 
     main, other = fork_two(run, errors=errors)
-    codes = [wait(other)]
+    try:
+        codes = [wait(other)]
+    except AssertionError:
+        os.kill(main, signal.SIGKILL)
+        raise
     began = time.monotonic()
     codes.insert(0, wait(main))
     text = errors.read_text(encoding="utf-8", errors="replace")

@@ -10,7 +10,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -39,7 +38,7 @@ from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.optimizer import count_steps
 from lora_sentiment.training.trackers import CsvTracker
-from tests.conftest import toy_rows
+from tests.conftest import free_port, toy_rows
 
 SETTINGS = {"train.learning_rate": 0.01, "machine.threads": 1, "method.kind": "lora", "method.r": 4}
 NUM_ROWS = 90
@@ -136,9 +135,7 @@ def wait(pid: int, *, seconds: float = 120) -> int:
 
 def fork_two(run: Callable[[], Any], *, errors: Path | None = None) -> list[int]:
     """Start a run of two processes as torchrun would; return their process ids, the main one's first."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
 
     def join(rank: int) -> None:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

@@ -3,12 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_sentiment.data.batches import encode
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import RecipeError, TrainingError
+from lora_sentiment.launch import make_accelerator
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.encoder import use_fast_encoder
@@ -34,7 +35,7 @@ def run(tiny_base):
         model = make_trainable(base, LoraMethod(r=4, lora_alpha=8), CONFIG, dtype=torch.float32)
         if prepare:
             prepare(model)
-        model.to(Accelerator().device)
+        model.to(make_accelerator(PartialState(), "float32").device)
         rows = toy_rows(num_rows)
         labels = np.array([int(label == "positive") for _, label in rows])
         encoded = encode(
@@ -50,7 +51,7 @@ def run(tiny_base):
             numbers=np.arange(1, len(rows) + 1),
             config=TrainConfig(**{"batch_size": 16, "learning_rate": 1e-2, "num_train_epochs": 1.0, **values}),
             method=LoraMethod(r=4, lora_alpha=8),
-            accelerator=Accelerator(),
+            accelerator=make_accelerator(PartialState(), "float32"),
             max_tokens=max_tokens,
         )
         return model, history
