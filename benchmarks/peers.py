@@ -47,7 +47,7 @@ from peers_slice import FOUR_GB, WARM_UP_TEXTS, Job, Variant, measure_steps, mea
 from peers_table import render
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from lora_sentiment.data.batches import Encoded, encode, plan_epoch
+from lora_sentiment.data.batches import Encoded, TextEncoder, plan_epoch
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.model.base import load_tokenizer
 from lora_sentiment.recipe import Recipe
@@ -267,7 +267,7 @@ class Pools:
             recipe = Recipe.load(ROOT / f"recipes/{line['dataset']}_lora.yaml", overrides)
             data = load_data(recipe.data)
             tokenizer = load_tokenizer(recipe.model)
-            rows = encode(data.train, tokenizer=tokenizer, max_length=line["length"], truncation="head")
+            rows = TextEncoder.of(tokenizer, max_length=line["length"], truncation="head").encode(data.train)
             # Copied: those of many rows are mapped from a file.
             self.found[key] = (take(rows, np.arange(len(rows))), list(data.train.texts), data.labels)
         return self.found[key]

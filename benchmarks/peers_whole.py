@@ -114,7 +114,7 @@ def run_trainer(recipe: Recipe, clock: Clock, folder: Path, variant: str) -> int
         TrainingArguments,
     )
 
-    from lora_sentiment.data.batches import encode
+    from lora_sentiment.data.batches import TextEncoder
     from lora_sentiment.data.rows import load_data
     from lora_sentiment.model.base import resolve_dtype
     from lora_sentiment.model.method_config import LoraMethod
@@ -124,7 +124,7 @@ def run_trainer(recipe: Recipe, clock: Clock, folder: Path, variant: str) -> int
     assert isinstance(method, LoraMethod)
     tokenizer: Any = AutoTokenizer.from_pretrained(recipe.model.name)
     encoded = [
-        encode(rows, tokenizer=tokenizer, max_length=recipe.model.max_length, truncation=recipe.model.truncation)
+        TextEncoder.of(tokenizer, max_length=recipe.model.max_length, truncation=recipe.model.truncation).encode(rows)
         for rows in (data.train, data.validation)
     ]
     torch.manual_seed(settings.seed)

@@ -97,7 +97,7 @@ def load_tokenizer() -> Any:
 
 def walk(path: Path) -> dict[str, Any]:
     """Take a table from its file to padded micro-batches; return seconds and peak memory."""
-    from lora_sentiment.data.batches import cut, encode, pad, plan_epoch
+    from lora_sentiment.data.batches import TextEncoder, cut, pad, plan_epoch
     from lora_sentiment.data.config import DataConfig
     from lora_sentiment.data.report import describe_seen
     from lora_sentiment.data.rows import load_data
@@ -113,11 +113,11 @@ def walk(path: Path) -> dict[str, Any]:
         clock = time.perf_counter()
 
     data = load_data(DataConfig(source=str(path)))
-    fingerprint = data.train.fingerprint()
+    fingerprint = data.train.fingerprint
     mark("read")
     roles = {"train": data.train, "validation": data.validation}
     settings = {"tokenizer": tokenizer, "max_length": MAX_LENGTH, "truncation": "head"}
-    encoded = {role: encode(rows, **settings) for role, rows in roles.items()}
+    encoded = {role: TextEncoder.of(**settings).encode(rows) for role, rows in roles.items()}
     mark("tokenise")
     describe_seen(data, encoded, max_length=MAX_LENGTH)
     mark("count")

@@ -30,7 +30,7 @@ from lora_sentiment.adapter.reading import (
 )
 from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp
 from lora_sentiment.data.batches import TOKENISE_ROWS, Encoded, TextEncoder
-from lora_sentiment.data.rows import clean_text
+from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.evaluation.probabilities import softmax
 from lora_sentiment.files import hash_file

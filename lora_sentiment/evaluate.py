@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment.adapter.folder import Card, load
-from lora_sentiment.data.batches import encode
+from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub
 from lora_sentiment.errors import AdapterError, DataError
@@ -66,9 +66,8 @@ def evaluate(
         log.info("stock engine: %s", reason)
     rows = _read(card, source, split)
     main = accelerator.is_main_process
-    encoded = encode(
-        rows, tokenizer=loaded.tokenizer, max_length=card.max_length, truncation=card.truncation, progress=main
-    )
+    encoder = TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation)
+    encoded = encoder.encode(rows, progress=main)
     with explain_loss(state):
         logits = predict_logits(model, encoded, accelerator=accelerator, progress=split if main else None)
     found = score_calibrated(logits, encoded.labels, calibration=card.calibration)
@@ -108,7 +107,7 @@ def _read_recorded(card: Card, role: str) -> Rows:
         if data.carved_test is None or card.data.carved_test_sha256 is None:
             raise DataError(f"{config.source}: has no test split; use --split validation")
         carved, recorded = data.carved_test, card.data.carved_test_sha256
-    if carved.fingerprint() != recorded:
+    if carved.fingerprint != recorded:
         raise AdapterError(
             f"{config.source}: changed since training, so its {role} rows are other ones and may have been trained "
             "on; name rows with --source"

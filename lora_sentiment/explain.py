@@ -13,7 +13,7 @@ from typing import Any
 from rich.text import Text
 
 from lora_sentiment.classifier import Classifier
-from lora_sentiment.data.rows import clean_text
+from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.errors import DataError
 
 LEVELS = 3

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lora_sentiment.training.loop import History
+from lora_sentiment.training.history import History
 
 BLUE, ORANGE, GREY = "#2a6f97", "#e07a1f", "#9aa5b1"
 

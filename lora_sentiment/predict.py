@@ -24,8 +24,9 @@ import pyarrow as pa
 
 from lora_sentiment.classifier import Classifier, Prediction
 from lora_sentiment.data.batches import TOKENISE_ROWS
-from lora_sentiment.data.rows import clean_text
-from lora_sentiment.data.tables import FORMATS, Batch, TableWriter, read_table, table_columns, table_types
+from lora_sentiment.data.cleaning import clean_text
+from lora_sentiment.data.lines import Batch
+from lora_sentiment.data.tables import FORMATS, TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError
 from lora_sentiment.files import hash_file, hold_file, write_json
 from lora_sentiment.progress import make_bar

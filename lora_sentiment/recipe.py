@@ -82,7 +82,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, defaults included, as YAML that `load` reads back equal."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -115,10 +115,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):
     """Quotes every string that 1.1 or 1.2 would read as something else; writes no alias, which `_Loader` refuses."""
 
     def ignore_aliases(self, _: Any) -> bool:
+        """Write every value out."""
         return True
 
 
@@ -133,14 +134,19 @@ for _tag, _pattern, _first in (
     ),
 ):
     # PyYAML looks patterns up by the scalar's first character; an empty scalar has none and is looked up as ''.
-    for _kind in (_Loader, _Dumper):
+    for _kind in (_Loader, Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 # 1.1 reads 010 as eight.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers["\0"]
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the value of some YAML, as a recipe's is read.
+
+    Raises:
+        RecipeError: If it is none, beginning with `where`.
+    """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with fewer tags
     # The last four are how PyYAML fails at a tag whose value is of another kind, such as `!!bool maybe`.
@@ -160,7 +166,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: byte {error.start} is no UTF-8; save the recipe as UTF-8") from None
-    values = _parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path}: found {type(values).__name__}; a recipe is a mapping with data, model, method, train"
@@ -177,7 +183,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         inner = values.get(part)
         values[part] = dict(inner) if isinstance(inner, dict) else {}
         values = values[part]
-    values[last] = _parse_yaml(text, f"override {show(override)}")
+    values[last] = parse_yaml(text, f"override {show(override)}")
 
 
 def _faults(error: ValidationError) -> list[str]:

@@ -11,7 +11,7 @@ from lora_sentiment.data.report import DataReport
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.model.parameters import ParameterCounts
 from lora_sentiment.model.quantisation import Quantisation
-from lora_sentiment.training.loop import History
+from lora_sentiment.training.history import History
 
 SCHEMA = 1
 

@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 
 from lora_sentiment.bundled import describe
-from lora_sentiment.data.batches import encode
+from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Rows, load_data, load_judged
 from lora_sentiment.model.base import check_base, load_tokenizer
@@ -28,10 +28,8 @@ def survey(recipe: Recipe) -> DataReport:
     check_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     max_length, truncation = recipe.model.max_length, recipe.model.truncation
-    encoded = {
-        role: encode(rows, tokenizer=tokenizer, max_length=max_length, truncation=truncation)
-        for role, rows in (("train", data.train), ("validation", data.validation))
-    }
+    encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
+    encoded = {"train": encoder.encode(data.train), "validation": encoder.encode(data.validation)}
     found = describe_seen(data, encoded, max_length=max_length)
     judged: dict[str, Rows] = {"test": data.carved_test} if data.carved_test else {}
     reading = {}
@@ -44,7 +42,7 @@ def survey(recipe: Recipe) -> DataReport:
     for role, rows in judged.items():
         found.roles[role] = describe_role(
             rows,
-            encode(rows, tokenizer=tokenizer, max_length=max_length, truncation=truncation),
+            encoder.encode(rows),
             names=data.labels,
             max_length=max_length,
             read=reading.get(role),

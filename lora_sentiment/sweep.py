@@ -21,7 +21,7 @@ import yaml
 
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, DataError, ModelError, RecipeError, TrainingError
-from lora_sentiment.recipe import Recipe, _Dumper, _parse_yaml, make_schema
+from lora_sentiment.recipe import Dumper, Recipe, make_schema, parse_yaml
 from lora_sentiment.training.config import OutputConfig
 
 log = logging.getLogger("lora_sentiment")
@@ -193,7 +193,7 @@ def _read_choices(assignments: Sequence[str]) -> list[_Choice]:
     for text in assignments:
         key, _, written = text.partition("=")
         try:
-            value = _parse_yaml(written, key)
+            value = parse_yaml(written, key)
         except RecipeError:
             value = None  # loading the recipe tells, with every other fault
         # No list of a recipe holds lists or nulls, so one that does holds values of the key.
@@ -414,7 +414,7 @@ def make_columns(found: Sweep) -> dict[str, list[str]]:
 def _show(value: Any) -> str:
     """Return a value as YAML on one line, which an override reads back equal."""
     text = yaml.dump(
-        [value], Dumper=_Dumper, default_flow_style=True, width=sys.maxsize, sort_keys=False, allow_unicode=True
+        [value], Dumper=Dumper, default_flow_style=True, width=sys.maxsize, sort_keys=False, allow_unicode=True
     )
     return text.strip()[1:-1]
 

@@ -21,7 +21,7 @@ from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
 from lora_sentiment.bundled import StandIn, describe, probe_texts
-from lora_sentiment.data.batches import Encoded, encode
+from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
 from lora_sentiment.errors import DataError, ModelError, TrainingError
@@ -45,7 +45,8 @@ from lora_sentiment.report import make_report, peak_memory, reset_peak_memory
 from lora_sentiment.run_folder import claim, drop_checkpoints, explain_full_disk, make_aside, make_settings
 from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
 from lora_sentiment.training.checkpoint import Store
-from lora_sentiment.training.loop import History, fit
+from lora_sentiment.training.history import History
+from lora_sentiment.training.loop import fit
 from lora_sentiment.training.losses import make_class_weights
 from lora_sentiment.training.optimizer import count_steps
 
@@ -135,7 +136,7 @@ def _walk(
     log.info("temperature fitted on validation: %.3f, within %s to %s", calibration["temperature"], *TEMPERATURE_BOUNDS)
     # Saved before what is judged is read: a bad row there must not cost the run.
     card = _save_adapter(recipe, setup, accelerator, aside, calibration) if accelerator.is_main_process else None
-    fingerprints = {"validation": setup.data.validation.fingerprint()}
+    fingerprints = {"validation": setup.data.validation.fingerprint}
     verdict = _Verdict(described, encoded, {"validation": logits}, fingerprints)
     _judge(recipe, setup, verdict, accelerator, calibration)
     report: dict[str, Any] = {}
@@ -196,8 +197,8 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
         "engine": setup.engine,
         "num_steps": count_steps(len(setup.data.train), recipe.train),
         "labels": list(setup.data.labels),
-        "train_sha256": setup.data.train.fingerprint(),
-        "validation_sha256": setup.data.validation.fingerprint(),
+        "train_sha256": setup.data.train.fingerprint,
+        "validation_sha256": setup.data.validation.fingerprint,
         "base_sha256": setup.base.sha256,
         "frozen_sha256": frozen_sha256,
         "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
@@ -295,15 +296,11 @@ def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
 
 
 def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator) -> Encoded:
+    model = recipe.model
+    encoder = TextEncoder.of(setup.base.tokenizer, max_length=model.max_length, truncation=model.truncation)
     # The first process of a machine tokenises; the others then find the ids of many rows where it has kept them.
     with accelerator.local_main_process_first():
-        return encode(
-            rows,
-            tokenizer=setup.base.tokenizer,
-            max_length=recipe.model.max_length,
-            truncation=recipe.model.truncation,
-            progress=accelerator.is_main_process,
-        )
+        return encoder.encode(rows, progress=accelerator.is_main_process)
 
 
 def _describe_seen(data: Data, encoded: Mapping[str, Encoded], recipe: Recipe) -> DataReport:
@@ -331,9 +328,9 @@ def _save_adapter(
         method=recipe.method,
         data=adapter_folder.DataRecord(
             config=recipe.data,
-            train_sha256=data.train.fingerprint(),
-            validation_sha256=data.validation.fingerprint(),
-            carved_test_sha256=data.carved_test.fingerprint() if data.carved_test else None,
+            train_sha256=data.train.fingerprint,
+            validation_sha256=data.validation.fingerprint,
+            carved_test_sha256=data.carved_test.fingerprint if data.carved_test else None,
         ),
         machine=describe_machine(setup.dtype, max_tokens=setup.max_tokens),
         stand_in=setup.stand_in,
@@ -362,7 +359,7 @@ def _judge(
             log.warning("%s", verdict.data.to_lines([role])[0])
         else:
             rows[role] = found
-    verdict.fingerprints |= {role: judged.fingerprint() for role, judged in rows.items()}
+    verdict.fingerprints |= {role: judged.fingerprint for role, judged in rows.items()}
     # A fault's own words name files, which may lie elsewhere on each machine.
     faults = {role: re.findall(r": row (\d+): ", str(fault)) for role, fault in verdict.faults.items()}
     refuse_differences(verdict.fingerprints | {"list of bad rows": faults})
@@ -437,7 +434,7 @@ def _probe_ids(base: Base, max_length: int) -> list[list[int]]:
     texts = probe_texts()
     rows = Rows(texts, np.zeros(len(texts), dtype=np.int64), np.arange(len(texts)))
     length = min(PROBE_TOKENS, max_length)
-    encoded = encode(rows, tokenizer=base.tokenizer, max_length=length, truncation="head")
+    encoded = TextEncoder.of(base.tokenizer, max_length=length, truncation="head").encode(rows)
     return [part.tolist() for part in np.split(encoded.input_ids, encoded.offsets[1:-1])]
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, save
-from lora_sentiment.data.batches import encode
+from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import ModelError
@@ -90,10 +90,9 @@ def train(model, base, method, *, steps=3, eval_steps=None):
     """Take a few steps over the same rows, so that their losses can be compared."""
     rows = toy_rows(48)
     labels = np.array([LABELS.index(label) for _, label in rows])
-    encoded = encode(
-        Rows([text for text, _ in rows], labels, np.arange(48)),
-        tokenizer=base.tokenizer, max_length=16, truncation="head",
-    )  # fmt: skip
+    encoded = TextEncoder.of(base.tokenizer, max_length=16, truncation="head").encode(
+        Rows([text for text, _ in rows], labels, np.arange(48))
+    )
     return fit(
         model,
         train=encoded,

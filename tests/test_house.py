@@ -15,96 +15,23 @@ from lora_sentiment import errors
 
 PACKAGE = Path(lora_sentiment.__file__).parent
 
-# Imports run one way: a room imports from rooms above its own line only.
-ORDER = [
-    "errors",
-    "section",
-    "files",
-    "progress",
-    "hub",
-    "hub_answers",
-    "bundled",
-    "data.config",
-    "data.lines",
-    "data.tables",
-    "data.sources",
-    "data.texts",
-    "data.rows",
-    "data.cache",
-    "data.batches",
-    "data.report",
-    "model.architecture",
-    "model.config",
-    "model.method_config",
-    "model.targets",
-    "model.parameters",
-    "model.file_size",
-    "model.memory",
-    "model.base",
-    "model.methods",
-    "model.kernels",
-    "model.encoder",
-    "model.quantisation",
-    "model.engine",
-    "model.inference",
-    "evaluation.statistics",
-    "evaluation.probabilities",
-    "evaluation.metrics",
-    "evaluation.calibration",
-    "training.config",
-    "training.losses",
-    "training.optimizer",
-    "training.trackers",
-    "training.history",
-    "training.checkpoint",
-    "training.state",
-    "training.interrupts",
-    "training.loop",
-    "adapter.reading",
-    "adapter.stamp",
-    "adapter.onnx",
-    "adapter.peft_file",
-    "adapter.weights",
-    "adapter.folder",
-    "adapter.card",
-    "adapter.predictions",
-    "adapter.comparison",
-    "adapter.merged_card",
-    "adapter.merge",
-    "adapter.graph",
-    "adapter.exported_card",
-    "adapter.export",
-    "recipe",
-    "report",
-    "plots",
-    "launch",
-    "offline",
-    "survey",
-    "run_folder",
-    "classifier",
-    "train",
-    "evaluate",
-    "estimate",
-    "probe",
-    "compare",
-    "sweep",
-    "predict",
-    "explain",
-    "serve.config",
-    "serve.mixed",
-    "serve.pool",
-    "serve.messages",
-    "serve.metrics",
-    "serve.queue",
-    "serve.answers",
-    "serve.guard",
-    "serve.app",
-    "serve.run",
-    "push",
-    "doctor",
-    "terminal",
-    "cli",
-]
+
+def read_order() -> list[str]:
+    """The rooms in the order of CONTRIBUTING.md's tree: each imports from those above it only."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = text.partition("    lora_sentiment/\n")[2].partition("\nImports run one way")[0]
+    found, folder = [], ""
+    for line in listed.splitlines():
+        if top := re.match(r" {6}(\w+)(/|\.py)", line):
+            folder = f"{top[1]}." if top[2] == "/" else ""
+            if top[2] == ".py" or top[1] == "bundled":
+                found.append(top[1])
+        if folder:
+            found += [folder + name for name in re.findall(r"(\w+)\.py\b", line)]
+    return found
+
+
+ORDER = read_order()
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 

@@ -3,7 +3,7 @@ import pytest
 from matplotlib.image import imread
 
 from lora_sentiment.plots import plot_confusion, plot_training
-from lora_sentiment.training.loop import EvalPoint, History, TrainPoint
+from lora_sentiment.training.history import EvalPoint, History, TrainPoint
 
 
 @pytest.mark.parametrize("num_steps", [1, 200])

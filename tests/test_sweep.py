@@ -194,8 +194,8 @@ def test_of_the_bundled_reviews_too(toy_recipe):
     found = load_data(trial.run.data)
     whole = load_data(trial.recipe.data)
     assert (found.judged, whole.judged) == ((), ("test",))
-    assert found.train.fingerprint() == whole.train.fingerprint()
-    assert found.validation.fingerprint() == whole.validation.fingerprint()
+    assert found.train.fingerprint == whole.train.fingerprint
+    assert found.validation.fingerprint == whole.validation.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,6 @@ def _validation_rows(card: Card | None, max_rows: int) -> Rows:
     if is_on_hub(config.source):
         ask_or_rely_on_cache()
     rows = load_data(config).validation
-    if rows.fingerprint() != card.data.validation_sha256:
+    if rows.fingerprint != card.data.validation_sha256:
         raise DataError(f"{config.source}: changed since training, so its validation rows are other ones")
     return sample(rows, num_rows=max_rows, seed=config.split_seed)

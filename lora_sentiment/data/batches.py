@@ -185,27 +185,6 @@ class TextEncoder:
         return Encoded(np.concatenate(inputs), offsets, found, 0, self.pad_token_id)
 
 
-def encode(
-    rows: Rows,
-    *,
-    tokenizer: "PreTrainedTokenizerFast",
-    max_length: int,
-    truncation: Literal["head", "head_tail"],
-    progress: bool = False,
-) -> Encoded:
-    """Tokenise rows.
-
-    Args:
-        rows: Texts and labels.
-        tokenizer: The base's tokenizer.
-        max_length: Most tokens of a row, [CLS] and [SEP] included.
-        truncation: Which tokens of a longer text stay, as in `TextEncoder`.
-        progress: Show a bar.
-    """
-    encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
-    return encoder.encode(rows, progress=progress)
-
-
 def plan_epoch(lengths: NDArray[np.int64], *, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
     """Return the rows of each optimizer step of one epoch, every row once.
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from lora_sentiment.data.lines import (
     MAX_CHARACTERS,
+    Batch,
     TextFormat,
     check_columns,
     csv_line,
@@ -36,7 +37,6 @@ from lora_sentiment.data.lines import (
     tsv_line,
     tsv_rows,
 )
-from lora_sentiment.data.lines import Batch as Batch  # so that callers have it from here
 from lora_sentiment.errors import DataError
 from lora_sentiment.section import did_you_mean
 

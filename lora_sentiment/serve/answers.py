@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.batches import TextEncoder
-from lora_sentiment.data.rows import clean_text
+from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.evaluation.probabilities import softmax
 from lora_sentiment.explain import find_words, leave_each_out
 from lora_sentiment.serve.config import Limits

@@ -26,9 +26,7 @@ from lora_sentiment.model.methods import after_step, is_settled, learning_rate_r
 from lora_sentiment.progress import make_bar
 from lora_sentiment.training.checkpoint import Checkpoint, Progress, Store, load_checkpoint, save_checkpoint
 from lora_sentiment.training.config import TrainConfig
-from lora_sentiment.training.history import EvalPoint as EvalPoint
-from lora_sentiment.training.history import History as History
-from lora_sentiment.training.history import TrainPoint as TrainPoint
+from lora_sentiment.training.history import EvalPoint, History, TrainPoint
 from lora_sentiment.training.interrupts import StopSignals, is_out_of_memory
 from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
 from lora_sentiment.training.optimizer import count_steps, make_optimizer, make_schedule

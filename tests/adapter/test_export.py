@@ -61,8 +61,8 @@ def adapter(tiny_base, tmp_path_factory) -> Path:
     data = load_data(DataConfig(source=str(train), validation_fraction=0.5))
     record = DataRecord(
         config=DataConfig(source=str(train), validation_fraction=0.5, labels=LABELS),
-        train_sha256=data.train.fingerprint(),
-        validation_sha256=data.validation.fingerprint(),
+        train_sha256=data.train.fingerprint,
+        validation_sha256=data.validation.fingerprint,
     )
     method = LoraMethod(r=4, lora_alpha=8)
     save_random(folder / "a", tiny_base, method, labels=LABELS, probe=IDS, record=record, spread=0.1)

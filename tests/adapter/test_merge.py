@@ -57,7 +57,7 @@ def with_rows(adapter, tmp_path):
     """The adapter with validation rows that can be had."""
     config = DataConfig(source={"train": str(write_csv(tmp_path / "train.csv", toy_rows(200)))})
     rows = load_data(config).validation
-    data = {"config": config.model_dump(mode="json"), "train_sha256": "0", "validation_sha256": rows.fingerprint()}
+    data = {"config": config.model_dump(mode="json"), "train_sha256": "0", "validation_sha256": rows.fingerprint}
     alter_card(adapter, data=data)
     return adapter
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lora_sentiment.data.batches import cut, encode, make_batch, plan_epoch, shard
+from lora_sentiment.data.batches import TextEncoder, cut, make_batch, plan_epoch, shard
 from lora_sentiment.data.rows import Rows
 
 CPU = torch.device("cpu")
@@ -21,14 +21,14 @@ def rows_of(*texts):
 
 
 def test_a_short_text_is_encoded_as_the_tokenizer_does(tokenizer):
-    encoded = encode(rows_of("a good film"), tokenizer=tokenizer, max_length=16, truncation="head")
+    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(rows_of("a good film"))
     assert encoded.input_ids.tolist() == tokenizer("a good film")["input_ids"]
     assert encoded.truncated == 0
 
 
 def test_head_truncation_is_the_tokenizers_own(tokenizer):
     text = "a good film and so it was really a great plot"
-    encoded = encode(rows_of(text), tokenizer=tokenizer, max_length=8, truncation="head")
+    encoded = TextEncoder.of(tokenizer, max_length=8, truncation="head").encode(rows_of(text))
     assert encoded.input_ids.tolist() == tokenizer(text, truncation=True, max_length=8)["input_ids"]
     assert encoded.truncated == 1
 
@@ -36,7 +36,7 @@ def test_head_truncation_is_the_tokenizers_own(tokenizer):
 def test_head_tail_keeps_the_first_quarter_and_the_last_three(tokenizer):
     text = "a b c d e f g h i j k l m n o p"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    encoded = encode(rows_of(text), tokenizer=tokenizer, max_length=10, truncation="head_tail")
+    encoded = TextEncoder.of(tokenizer, max_length=10, truncation="head_tail").encode(rows_of(text))
     assert encoded.input_ids.tolist() == [tokenizer.cls_token_id, *ids[:2], *ids[-6:], tokenizer.sep_token_id]
 
 
@@ -91,7 +91,7 @@ def test_shards_part_the_rows_and_their_work(lengths, num_processes):
 
 
 def test_a_batch_is_padded_to_its_longest_row_and_masked(tokenizer):
-    encoded = encode(rows_of("a", "a good film"), tokenizer=tokenizer, max_length=16, truncation="head")
+    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(rows_of("a", "a good film"))
     batch = make_batch(encoded, np.array([1, 0]), device=CPU)
     assert batch.input_ids.shape == (2, 5)
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -101,5 +101,5 @@ def test_a_batch_is_padded_to_its_longest_row_and_masked(tokenizer):
 
 
 def test_a_batch_of_equal_rows_has_no_mask(tokenizer):
-    encoded = encode(rows_of("a b", "c d"), tokenizer=tokenizer, max_length=16, truncation="head")
+    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(rows_of("a b", "c d"))
     assert make_batch(encoded, np.array([0, 1]), device=CPU).attention_mask is None

@@ -47,7 +47,7 @@ def test_rows_of_a_source_lie_outside_memory_and_count_as_those_in_it(toy):
     assert isinstance(rows.texts, Texts)
     assert isinstance(rows.take(np.array([3, 1])).texts, Texts)
     listed = Rows(list(rows.texts), rows.labels, rows.numbers)
-    assert rows.fingerprint() == listed.fingerprint()
+    assert rows.fingerprint == listed.fingerprint
     assert rows.digests.tolist() == listed.digests.tolist()
 
 

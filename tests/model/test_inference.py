@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from lora_sentiment.data.batches import Encoded, encode, pad
+from lora_sentiment.data.batches import Encoded, TextEncoder, pad
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.launch import make_accelerator
 from lora_sentiment.model import parameters
@@ -20,7 +20,7 @@ def test_sorted_batches_give_each_rows_own_logits_in_order(tiny_base, monkeypatc
     base = load_base(ModelConfig(name=str(tiny_base), max_length=16), labels=("no", "yes"))
     texts = [text for text, _ in toy_rows(23)]
     rows = Rows(texts, np.zeros(23, dtype=np.int64), np.arange(23))
-    encoded = encode(rows, tokenizer=base.tokenizer, max_length=16, truncation="head")
+    encoded = TextEncoder.of(base.tokenizer, max_length=16, truncation="head").encode(rows)
     model = base.model.train()
     logits = predict_logits(model, encoded, accelerator=make_accelerator(PartialState(), "float32"))
     assert model.training

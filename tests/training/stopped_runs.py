@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from lora_sentiment.adapter.weights import save_weights
-from lora_sentiment.data.batches import encode
+from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import StoppedError
 from lora_sentiment.files import hash_file
@@ -52,11 +52,8 @@ def make_toy(base_folder: Path, *, dropout: float = 0.2) -> dict[str, Any]:
     base = load_base(config, labels=("negative", "positive"))
     rows = toy_rows(NUM_ROWS)
     labels = np.array([int(label == "positive") for _, label in rows])
-    encoded = encode(
-        Rows([text for text, _ in rows], labels, np.arange(NUM_ROWS)),
-        tokenizer=base.tokenizer,
-        max_length=16,
-        truncation="head",
+    encoded = TextEncoder.of(base.tokenizer, max_length=16, truncation="head").encode(
+        Rows([text for text, _ in rows], labels, np.arange(NUM_ROWS))
     )
     return {"base": base, "config": config, "encoded": encoded}
 

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_sentiment.data.batches import encode
+from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import RecipeError, TrainingError
 from lora_sentiment.launch import make_accelerator
@@ -38,11 +38,8 @@ def run(tiny_base):
         model.to(make_accelerator(PartialState(), "float32").device)
         rows = toy_rows(num_rows)
         labels = np.array([int(label == "positive") for _, label in rows])
-        encoded = encode(
-            Rows([text for text, _ in rows], labels, np.arange(1, len(rows) + 1)),
-            tokenizer=base.tokenizer,
-            max_length=16,
-            truncation="head",
+        encoded = TextEncoder.of(base.tokenizer, max_length=16, truncation="head").encode(
+            Rows([text for text, _ in rows], labels, np.arange(1, len(rows) + 1))
         )
         history = fit(
             model,
