@@ -228,7 +228,10 @@ def load(
             f"{loaded.name!r} has {loaded.sha256[:12]}; name the right one with --base"
         )
     if hash_tokenizer(loaded.tokenizer) != card.tokenizer_sha256:
-        raise AdapterError(f"{folder}: was trained with another tokenizer than the one of {loaded.name!r}")
+        raise AdapterError(
+            f"{folder}: was trained with another tokenizer than the one of {loaded.name!r}; name the base that it was "
+            "trained on with --base"
+        )
     check_length(loaded.shape, config)
     _check_probe(folder, card, loaded)
     model = rebuild(folder, loaded, card.method, config)

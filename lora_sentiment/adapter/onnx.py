@@ -31,7 +31,7 @@ def open_session(path: Path) -> Engine:
     """
     runtime, faults = _import_runtime()
     if not path.is_file():
-        raise AdapterError(f"{path}: no such file")
+        raise AdapterError(f"{path}: no such file; `lora-sentiment export ADAPTER OUT --format onnx` writes one")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = count_threads()
     options.log_severity_level = 3  # errors alone: they are raised too

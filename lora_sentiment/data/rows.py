@@ -252,7 +252,7 @@ def _read(config: DataConfig, source: Source, role: str) -> _Read:
             texts.write("" if fault else text)
         values += [one.setdefault((type(v), v), v) if isinstance(v, (str, int)) else v for v in some_values]
     if not values:
-        raise DataError(f"{source.where(role)}: has no rows")
+        raise DataError(f"{source.where(role)}: has no rows; name another file or split")
     return _Read(texts.finish(), faults, values, names, cleaned)
 
 
@@ -275,7 +275,10 @@ def _make_rows(
     if faults and config.on_bad_row == "error":
         raise DataError(_bad_rows(where, faults))
     if not kept.any():
-        raise DataError(f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}")
+        raise DataError(
+            f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}; data.on_bad_row=error says "
+            "which rows and why"
+        )
     found = np.array([-1 if label is None else label for label in index], dtype=np.int64)
     every = Rows(read.texts, found, np.arange(1, len(values) + 1))
     rows = every if kept.all() else every.take(np.flatnonzero(kept))
@@ -304,7 +307,10 @@ def _rename(values: list[Any], own: tuple[str, ...], names: tuple[str, ...], whe
     if set(own) <= set(names):
         return [own[v] if isinstance(v, int) and 0 <= v < len(own) else v for v in values]
     if set(own) & set(names) or len(own) != len(names):
-        raise DataError(f"{where}: its labels are {', '.join(own)}, and not {', '.join(names)}")
+        raise DataError(
+            f"{where}: its labels are {', '.join(own)}, and not {', '.join(names)}; name rows with the labels that "
+            "were trained"
+        )
     return values
 
 

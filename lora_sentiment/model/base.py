@@ -96,7 +96,8 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
         _check_own_labels(own_names, labels, config.name)
     if len(tokenizer) > found.vocab_size:
         raise ModelError(
-            f"the tokenizer of model.name {config.name!r} has {len(tokenizer)} tokens and the model {found.vocab_size}"
+            f"the tokenizer of model.name {config.name!r} has {len(tokenizer)} tokens and the model "
+            f"{found.vocab_size}; name a checkpoint with its own tokenizer"
         )
     sha256 = hash_tensors(encoder_tensors(model))
     if config.quantize != "none":
@@ -334,17 +335,19 @@ def check_length(found: Any, config: ModelConfig) -> None:
 def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
     """Refuse a checkpoint that does not fill the encoder; return True where the head is new."""
     missing = {key for key in report["missing_keys"] if not key.startswith(HEAD)}
-    mismatched = {key for key, *_ in report["mismatched_keys"]}
-    if missing or mismatched:
-        if mismatched and all(key.startswith(HEAD) for key in mismatched):
-            (_, found, _), *_ = [item for item in report["mismatched_keys"] if item[0].startswith("classifier")]
-            raise ModelError(
-                f"model.name {name!r} has a head for {found[0]} labels and the data has {num_labels}; name a base "
-                "without a head, or data with the same labels"
-            )
-        listed = ", ".join(sorted(missing | mismatched)[:4])
-        count = len(missing | mismatched)
-        raise ModelError(f"model.name {name!r} leaves {count} tensors of the encoder unfilled: {listed}, ...")
+    mismatched = {key: tuple(found) for key, found, _ in report["mismatched_keys"]}
+    sizes = [found[0] for key, found in mismatched.items() if key.startswith("classifier")]
+    if sizes and not missing and all(key.startswith(HEAD) for key in mismatched):
+        raise ModelError(
+            f"model.name {name!r} has a head for {sizes[0]} labels and the data has {num_labels}; name a base "
+            "without a head, or data with the same labels"
+        )
+    if unfilled := sorted(missing | mismatched.keys()):
+        listed = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
+        raise ModelError(
+            f"model.name {name!r} leaves {len(unfilled)} tensors unfilled, which it lacks or has in another shape: "
+            f"{listed}; name a whole checkpoint"
+        )
     return any(key.startswith(HEAD) for key in report["missing_keys"])
 
 

@@ -293,5 +293,5 @@ def _choose_head(model: nn.Module, config: ModelConfig, *, new_head: bool) -> No
     first.weight.requires_grad_(False)
     rank = config.head_r or DEFAULT_HEAD_R
     if rank > min(first.weight.shape):
-        raise ModelError(f"model.head_r is {rank}; the head layer is {tuple(first.weight.shape)}")
+        raise ModelError(f"model.head_r: found {rank}; allowed: 1 to {min(first.weight.shape)}, the head layer's size")
     parametrize.register_parametrization(first, "weight", _LowRankUpdate(first.weight, rank))

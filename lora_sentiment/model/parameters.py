@@ -1,4 +1,4 @@
-"""Parameter counts and memory, from shapes alone: no weights are loaded and nothing is timed."""
+"""Parameter counts and sizes of batches, from shapes alone: no weights are loaded and nothing is timed."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -106,7 +106,9 @@ def unfrozen_names(shape: Shape, method: UnfreezeMethod) -> list[str]:
     names = list(shape.tensors())
     if method.last_layers is not None:
         if method.last_layers > shape.n_layers:
-            raise ModelError(f"method.last_layers is {method.last_layers}; the base has {shape.n_layers} blocks")
+            raise ModelError(
+                f"method.last_layers: found {method.last_layers}; allowed: 1 to {shape.n_layers}, the base's blocks"
+            )
         first = shape.n_layers - method.last_layers
         return [name for name in names if name.startswith("transformer.") and int(name.split(".")[2]) >= first]
     found = set()

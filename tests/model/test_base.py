@@ -109,7 +109,20 @@ def test_a_checkpoint_that_leaves_encoder_tensors_unfilled_is_refused(tiny_base,
     tensors = load_file(tmp_path / "b/model.safetensors")
     tensors.pop("transformer.layer.1.attention.q_lin.weight")
     save_file(tensors, tmp_path / "b/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"leaves 1 tensors of the encoder unfilled: .*q_lin\.weight"):
+    with pytest.raises(ModelError, match=r"leaves 1 tensors unfilled, .*: distilbert.*q_lin\.weight; name a whole"):
+        load_base(config(tmp_path / "b"), labels=LABELS)
+
+
+def test_a_checkpoint_with_half_a_head_is_refused(tiny_base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    load_base(config(tiny_base), labels=LABELS).model.save_pretrained(tmp_path / "b")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / file, tmp_path / "b")
+    tensors = load_file(tmp_path / "b/model.safetensors")
+    tensors["pre_classifier.weight"] = tensors["pre_classifier.weight"][:8].contiguous()
+    save_file(tensors, tmp_path / "b/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"leaves 1 tensors unfilled, .*: pre_classifier\.weight; name a whole"):
         load_base(config(tmp_path / "b"), labels=LABELS)
 
 

@@ -60,7 +60,7 @@ def test_a_new_adapter_changes_no_answer(base):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (UnfreezeMethod(kind="unfreeze", last_layers=3), "last_layers is 3; the base has 2 blocks"),
+        (UnfreezeMethod(kind="unfreeze", last_layers=3), "last_layers: found 3; allowed: 1 to 2, the base"),
         (UnfreezeMethod(kind="unfreeze", patterns=("classifier.*",)), "matches no tensor of the encoder"),
         (AdaloraMethod(kind="adalora", tinit=2, tfinal=3), "leave no step of 5 to prune in"),
     ],
@@ -96,7 +96,7 @@ def test_a_head_of_the_checkpoint_is_kept(base):
 
 
 def test_a_rank_above_the_head_is_refused(base):
-    with pytest.raises(ModelError, match="head_r is 40"):
+    with pytest.raises(ModelError, match="head_r: found 40; allowed: 1 to 32, the head"):
         make_trainable(base, LoraMethod(), ModelConfig(name="any", head="low_rank", head_r=40), dtype=torch.float32)
 
 
