@@ -1,6 +1,7 @@
 """What every method gives and what it costs, on the same base, rows and number of tries: makes benchmarks/methods.md.
 
     python benchmarks/methods.py --datasets sst5
+    python benchmarks/methods.py --datasets sst2 --name methods_sst2
 
 A method's learning rate is chosen on validation from as many tries as every other method has; then one run a seed with
 that rate is judged on test. A rate that looks best after a short try may not survive the whole run: where the run ends
@@ -133,7 +134,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="a folder with a file for each split (train.parquet, ...), or another Hub name; repeatable",
     )
     parser.add_argument("--base", default="local/minilm-l6-distilbert", help="model.name of every run")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="default: all")
     parser.add_argument("--seeds", type=int, default=1, help="final runs of each method")
     parser.add_argument("--tries", type=int, choices=(1, 2, 3), default=3, help="learning rates tried by each method")
     # As many as may be: of 1,500 rows (47 steps) LoRA's 4e-3 looked best on SST-5, and 267 steps of it diverged.
@@ -142,7 +143,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--epochs", type=float, default=2, help="epochs of a final run; a try has one")
     parser.add_argument("--render", action="store_true", help="make the table of what is finished and run nothing")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of every run")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of methods.md and methods.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the page and its journal")
+    parser.add_argument("--name", default="methods", help="what both are called, without .md and .jsonl")
     parser.add_argument("--note", default="", help="sentence for the page, such as what else the machine was doing")
     parser.add_argument(
         "--cache", type=Path, default=ROOT / "adapters/methods", help="folder of what each run had right"
@@ -326,8 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     for folder in (arguments.out, arguments.cache):
         folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(arguments.out / "methods.jsonl")
-    rows = [Row(dataset, method) for dataset in arguments.datasets for method in arguments.methods]
+    journal, page = Journal(arguments.out / f"{arguments.name}.jsonl"), arguments.out / f"{arguments.name}.md"
+    rows = [Row(dataset, method) for dataset in arguments.datasets for method in arguments.methods or METHODS]
     num_faults = 0
     for row in rows:
         try:
@@ -335,8 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (LoraSentimentError, BrokenProcessPool) as error:
             num_faults += 1
             print(f"{row.dataset} {row.method}: {error or type(error).__name__}", file=sys.stderr, flush=True)
-        (arguments.out / "methods.md").write_text(render(rows, arguments), encoding="utf-8")
-    print(arguments.out / "methods.md")
+        page.write_text(render(rows, arguments), encoding="utf-8")
+    print(page)
     return 1 if num_faults else 0
 
 

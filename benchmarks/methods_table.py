@@ -1,5 +1,6 @@
 """The table of `benchmarks/methods.py`: what every method gave and cost, held against full fine-tuning."""
 
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,8 @@ def command(arguments: Namespace) -> str:
     parts += [f"--data {dataset}={short(where)}" for dataset, where in arguments.data.items()]
     parts += [f"--seeds {arguments.seeds} --tries {arguments.tries} --tries-rows {arguments.tries_rows}"]
     parts += [f"--epochs {arguments.epochs:g}", *([f"--rows {arguments.rows}"] if arguments.rows else [])]
+    parts += [f"--methods {shlex.join(arguments.methods)}"] if arguments.methods else []
+    parts += [f"--name {arguments.name}"] if arguments.name != "methods" else []
     return " ".join([*parts, *(f"--set {item}" for item in arguments.set)])
 
 

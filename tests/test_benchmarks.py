@@ -204,6 +204,12 @@ def test_a_rate_that_does_not_hold_in_the_whole_run_gives_way_to_the_next(argume
     assert table_rows(tmp_path / "none")["full"][3] == "2e-05 (edge)"
 
 
+def test_another_page_names_itself_and_its_methods(arguments, fake_runs, tmp_path):
+    assert methods.main([*arguments, "--name=own", "--methods", *TWO]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"own.md", "own.jsonl"}
+    assert "--methods full 'LoRA q,v' --name own " in (tmp_path / "out/own.md").read_text(encoding="utf-8")
+
+
 def test_a_rate_that_diverged_is_never_chosen(arguments, fake_runs, tmp_path, monkeypatch):
     plain = methods.run_isolated
 
