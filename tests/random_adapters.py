@@ -19,7 +19,7 @@ def save_random(folder, base, method, *, labels, probe=PROBE, record=None, sprea
     """
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    config = ModelConfig(name=str(base), max_length=max_length, **model)
+    config = ModelConfig(name=str(base), max_length=max_length, **{"dtype": "float32", **model})
     loaded = load_base(config, labels=labels)
     trained = make_trainable(loaded, method, config, dtype=torch.float32).eval()
     with torch.no_grad():

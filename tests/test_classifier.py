@@ -92,7 +92,7 @@ def test_a_temperature_moves_scores_and_no_label(toy_adapter):
 
 def test_a_stock_peft_folder_answers_as_stock_peft_and_says_what_is_unverified(stock, tiny_base):
     folder, model = stock
-    classifier = load(folder, labels=["bad", "good"])
+    classifier = load(folder, labels=["bad", "good"], dtype="float32")
     np.testing.assert_allclose(classifier.probabilities(TEXTS), stock_probabilities(model, tiny_base, TEXTS), atol=1e-5)
     assert any("records no hash" in sentence for sentence in classifier.unverified)
     with pytest.raises(ModelError, match="was saved without a temperature"):
@@ -132,7 +132,7 @@ def test_a_stock_model_folder_answers_and_says_that_nobody_vouches_for_it(tmp_pa
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base, id2label={0: "bad", 1: "good", 2: "so"})
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
-    classifier = load(tmp_path)
+    classifier = load(tmp_path, dtype="float32")
     assert classifier.labels == ("bad", "good", "so")
     assert classifier.unverified
     expected = stock_probabilities(model.eval(), tiny_base, TEXTS)

@@ -15,7 +15,7 @@ def trained(toy_recipe):
 
 def test_the_folder_alone_gives_the_reports_figures(trained):
     for split in ("test", "validation"):
-        found = evaluate(trained.adapter, split=split)
+        found = evaluate(trained.adapter, split=split, dtype="float32")
         for name, interval in found.scores.items():
             assert interval.value == pytest.approx(trained.report[split][name]["value"], abs=1e-5), name
 
@@ -49,7 +49,7 @@ def test_an_unknown_split_or_dtype_is_refused(trained):
 
 def test_a_carved_test_split_is_carved_again(toy_recipe, toy):
     run = train(Recipe.load(toy_recipe, [f"data.source={toy}/train.csv", "data.test_fraction=0.2"]))
-    found = evaluate(run.adapter)
+    found = evaluate(run.adapter, dtype="float32")
     assert found.num_rows == 24
     assert found.scores["log_loss"].value == pytest.approx(run.report["test"]["log_loss"]["value"], abs=1e-5)
 
@@ -62,7 +62,7 @@ def with_dev(toy_recipe, toy):
 
 
 def test_every_judged_role_can_be_judged_again(with_dev):
-    found = evaluate(with_dev.adapter, split="dev")
+    found = evaluate(with_dev.adapter, split="dev", dtype="float32")
     assert (found.split, found.num_rows) == ("dev", 21)
     assert set(found.scores) == set(with_dev.report["dev"]) >= {"calibrated_log_loss", "calibrated_ece"}
     for name, interval in found.scores.items():

@@ -61,7 +61,7 @@ def originals(tmp_path_factory, tiny_base):
 
 @pytest.fixture(scope="module")
 def base(tiny_base):
-    return load_base(ModelConfig(name=str(tiny_base), max_length=16), labels=LABELS)
+    return load_base(ModelConfig(name=str(tiny_base), max_length=16, dtype="float32"), labels=LABELS)
 
 
 @pytest.fixture
