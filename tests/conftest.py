@@ -34,12 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.option.markexpr
     if "gpu" not in asked or "not gpu" in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora_sentiment-tests-")
-
-
-def pytest_unconfigure() -> None:
-    """Remove the cache of these tests."""
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    cache = tempfile.mkdtemp(prefix="lora_sentiment-tests-")
+    os.environ["HF_HOME"] = cache
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
 @pytest.fixture

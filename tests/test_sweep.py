@@ -154,7 +154,7 @@ def test_runs_are_named_by_their_values_and_by_all_else(toy_recipe):
         (["output.dir=[a, b]"], "name, output: are no axes"),
         (["name=[a, b]"], "name, output: are no axes"),
         (["train.seed=[" + ", ".join(map(str, range(40))) + "]", "method.r=[" + "1, " * 30 + "2]"], "1,240 combin"),
-        (["data.source=['nowhere-*.csv', 'x.csv']"], "mend the pattern (with data.source=nowhere-*.csv)"),
+        (["data.source=['nowhere-*.csv', 'x.csv']"], "matches no file (with data.source=nowhere-*.csv)"),
     ],
 )
 def test_a_fault_of_the_grid_is_told_before_anything_runs(toy_recipe, no_training, assignments, message):

@@ -92,7 +92,7 @@ def _files(pattern: str) -> list[Path]:
     if not paths and not has_magic(pattern):
         paths = [Path(pattern)]
     if not paths:
-        raise DataError(f"data.source {pattern!r} matches no file here ({Path.cwd()}); mend the pattern")
+        raise DataError(f"data.source {pattern!r} matches no file")
     return paths
 
 

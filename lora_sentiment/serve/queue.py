@@ -192,14 +192,11 @@ class Queue:
         await asyncio.wait([computed])
         seconds = time.perf_counter() - started
         error = computed.exception()
-        by_adapter: dict[int, list[tuple[_Asked, Ids]]] = {}
-        for asked, ids in batch if error else ():
-            by_adapter.setdefault(id(asked.served), []).append((asked, ids))
-        if len(by_adapter) > 1:
+        if error and len(apart := _take_apart(batch)) > 1:
             # Whose fault it is shows alone; the others are answered.
             said = "a batch of %d texts for %d adapters could not be computed (%s); now each adapter's alone"
-            log.warning(said, len(batch), len(by_adapter), type(error).__name__)
-            for own in by_adapter.values():
+            log.warning(said, len(batch), len(apart), type(error).__name__)
+            for own in apart:
                 await self._answer(own)
             return
         self._metrics.count_batch(texts=len(batch), tokens=tokens, seconds=seconds, failed=bool(error))
@@ -241,3 +238,11 @@ class Queue:
         self._metrics.queued_tokens.set(self.tokens)
         if self.tokens >= self._limits.batch_tokens:
             self._enough.set()
+
+
+def _take_apart(batch: list[tuple[_Asked, Ids]]) -> list[list[tuple[_Asked, Ids]]]:
+    """Return the parts of a batch by adapter."""
+    parts: dict[int, list[tuple[_Asked, Ids]]] = {}
+    for asked, ids in batch:
+        parts.setdefault(id(asked.served), []).append((asked, ids))
+    return list(parts.values())
