@@ -269,7 +269,7 @@ BASES = {
     "tokenizer of another kind": (_write("tokenizer.json", b"{}"), "is none: 'added_tokens'; fetch it again"),
     "weights in a pickle": (_pickle, "it has no model.safetensors, and pickled weights are never loaded; convert them"),
     "weights cut short": (_cut, "could not be loaded: Error while deserializing header"),
-    "weights of another width": (_edit(dim=64, hidden_dim=128), "tensors unfilled, which it lacks or has in another sh"),
+    "weights of another width": (_edit(dim=64, hidden_dim=128), "tensors unfilled, which it lacks or has in another"),
     "another head": (_head, "has a head for 3 labels and the data has 2; name a base without a head"),
     "more length than positions": (
         _edit(max_position_embeddings=8), "model.max_length 16 is more than the 8 positions"
