@@ -4,7 +4,7 @@
     python benchmarks/peers.py --bases distilbert-shape=/tmp/random minilm=local/minilm-l6-distilbert
 
 D is the Trainer as every tutorial has it: fp32, random batches padded to their longest row, the model's dropout as it
-ships, dropout of a tenth before the adapters. B is the best that its flags give: bf16 where it is native, rows grouped
+ships, dropout of a tenth before the adapters. B is the best that its flags give: bf16 where it is faster, rows grouped
 by length, fused AdamW, no dropout before the adapters; with the model's dropout and without, on a GPU compiled too.
 Ours is this package's own loop, with the model's dropout and without. All have one base, rank, learning rate, batch
 size and pool of tokenised rows; each draws its batches from the whole pool in its own way, takes the largest to warm

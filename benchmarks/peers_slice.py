@@ -61,7 +61,7 @@ class Variant:
         order: Which rows share a step: `random`, `grouped` by transformers' length sampler, or our `buckets`.
         dropout: Whether the model's own dropout is as shipped; else it is off.
         lora_dropout: Dropout of the adapters' input.
-        tuned: bf16 or fp16 where it is native, and fused AdamW.
+        tuned: bf16 or fp16 where it is faster, and fused AdamW.
         compiled: torch.compile, by the Trainer's own flag.
         dtype: Of ours.
         lever: The one of LEVERS that is off; none by default.

@@ -203,7 +203,7 @@ def batch_size(rows: dict[str, Rounds]) -> int:
 
 def show_dtype(name: str, line: Line) -> str:
     """Return the dtype, and that a row would have taken a shorter one if there were one."""
-    return line["dtype"] if name == "D" or line["dtype"] != "float32" else "float32 (bf16 is not native here)"
+    return line["dtype"] if name == "D" or line["dtype"] != "float32" else "float32 (bf16 is no faster here)"
 
 
 def show_inference(title: str, _: int, rows: dict[str, Rounds]) -> list[str]:

@@ -147,7 +147,7 @@ def _look_at_devices() -> tuple[dict[str, Any], ...]:
     native = ["float32"]
     for dtype, names in (("bfloat16", ("amx_bf16", "avx512_bf16")), ("float16", ("amx_fp16", "avx512_fp16"))):
         native += [dtype] if any(found.get(name) for name in names) else []
-    return (*devices, {"kind": "cpu", "native": native, "auto": "bfloat16" if "bfloat16" in native else "float32"})
+    return (*devices, {"kind": "cpu", "native": native, "auto": "bfloat16" if found.get("amx_bf16") else "float32"})
 
 
 def _main_memory(device: Mapping[str, Any]) -> int:
@@ -273,10 +273,11 @@ def _device_notes(
     first, build = devices[0], cpu["torch_build"]
     driver = NVIDIA.exists() or shutil.which("nvidia-smi") is not None
     on_gpu = first["kind"].startswith("cuda")
-    if first["kind"] == "cpu" and "bfloat16" not in first["native"]:
+    if first["kind"] == "cpu" and first["auto"] == "float32":
+        how = "no faster than float32" if "bfloat16" in first["native"] else "emulated"
         yield (
-            "the CPU has neither amx_bf16 nor avx512_bf16: bfloat16 would be emulated, and model.dtype auto means "
-            "float32 here. Leave it at auto; bfloat16 would save memory and take longer."
+            f"the CPU has no amx_bf16: bfloat16 would be {how}, and model.dtype auto means float32 here. "
+            "Leave it at auto; bfloat16 would save memory and take longer."
         )
     if driver and build == "cpu":
         yield (

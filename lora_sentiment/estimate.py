@@ -326,4 +326,4 @@ def _native_bytes() -> int:
     if _has_gpu():
         return 2
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    return 2 if "amx_bf16" in flags or "avx512_bf16" in flags else 4
+    return 2 if "amx_bf16" in flags else 4

@@ -187,7 +187,9 @@ def has_tokenizer(place: str, *, revision: str | None) -> bool:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the compute dtype for `model.dtype` on a device.
 
-    `auto` takes bfloat16 only where the hardware multiplies it: GTX 16xx cards, say, report support but emulate it.
+    `auto` takes bfloat16 only where that is faster. GTX 16xx cards report support but emulate it. An Intel CPU with
+    avx512_bf16 and no AMX multiplies it more slowly than float32: on two cores 147 against 207 to 258 GFLOP/s, and
+    the main recipe trained a base of 6 x 384 at 1,864 against 2,323 tokens/s.
 
     Raises:
         ModelError: If there is no dtype of that name.
@@ -201,8 +203,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if capabilities.get("amx_bf16") else torch.float32
 
 
 def _quantise(

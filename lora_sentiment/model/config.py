@@ -20,7 +20,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Revision of the Hub checkpoint; what was resolved is recorded."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute dtype; auto: bfloat16 where native, else float16 on CUDA, else float32. Trained tensors stay float32."""
+    """Compute dtype; auto: bfloat16 where faster, else float16 on CUDA, else float32. Trained tensors stay float32."""
     max_length: int = Field(512, ge=8)
     """Longest input in tokens, [CLS] and [SEP] included."""
     truncation: Literal["head", "head_tail"] = "head"
