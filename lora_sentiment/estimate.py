@@ -168,7 +168,6 @@ def make_plan(facts: Facts, method: Method, model: ModelConfig, *, engine: str, 
     for name in ("dropout", "attention_dropout"):
         stated = getattr(model, name)
         dropouts[name] = float(facts.config.get(name, 0.1) if stated is None else stated)
-    fast = runs_fast(method, model, engine=engine, checkpointing=checkpointing)
     return Plan(
         facts.shape,
         method,
@@ -176,7 +175,7 @@ def make_plan(facts: Facts, method: Method, model: ModelConfig, *, engine: str, 
         num_labels=facts.num_labels,
         evaluation_tokens=facts.evaluation_tokens,
         element_bytes=facts.element_bytes,
-        fast=fast,
+        fast=runs_fast(method, model, engine=engine),
         checkpointing=checkpointing,
         **dropouts,
     )

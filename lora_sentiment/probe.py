@@ -121,7 +121,7 @@ def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
 def _make_model(recipe: Recipe, plan: Plan, labels: list[str], device: Any) -> Any:
     """Load and wrap the base as training does."""
     from lora_sentiment.model.base import hash_tensors, load_base, resolve_dtype
-    from lora_sentiment.model.encoder import use_fast_encoder
+    from lora_sentiment.model.encoder import checkpoint_activations, use_fast_encoder
     from lora_sentiment.model.methods import frozen_tensors, make_trainable
 
     base = load_base(recipe.model, labels=tuple(labels), device=device)
@@ -130,7 +130,7 @@ def _make_model(recipe: Recipe, plan: Plan, labels: list[str], device: Any) -> A
         device
     )  # AdaLoRA's pruning lies beyond
     if plan.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_activations(model)
     reason = "asked for" if recipe.train.engine == "stock" else use_fast_encoder(model, compute_dtype=dtype)
     if (reason is None) != plan.fast:
         raise ModelError(f"the estimate is of the other engine; stock: {reason}; please report this")

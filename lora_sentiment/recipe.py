@@ -220,7 +220,6 @@ def _conflicts(values: dict[str, Any]) -> list[str]:
         f"method.kind={kind}": kind in ("adalora", "ia3", "vera"),
         "method.use_dora=true": stated("method", "use_dora") is True,
         f"model.quantize={quantize}": quantize != "none",
-        "train.gradient_checkpointing=true": stated("train", "gradient_checkpointing") is True,
     }
     if stated("train", "engine") == "fast":
         faults += [

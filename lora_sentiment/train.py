@@ -31,7 +31,7 @@ from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.files import write_json
 from lora_sentiment.launch import describe_machine, explain_loss, join_launch, make_accelerator, refuse_differences
 from lora_sentiment.model.base import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
-from lora_sentiment.model.encoder import use_fast_encoder
+from lora_sentiment.model.encoder import checkpoint_activations, use_fast_encoder
 from lora_sentiment.model.inference import predict_logits
 from lora_sentiment.model.memory import Plan
 from lora_sentiment.model.method_config import PeftMethod
@@ -226,7 +226,7 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
     num_steps = count_steps(len(data.train), recipe.train)
     model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps).to(device)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_activations(model)
     engine = _choose_engine(model, recipe.train.engine, dtype)
     max_tokens = _max_tokens(recipe, base, dtype)
     log.info("%s on %s, %s engine, micro-batches of at most %s tokens", dtype, device, engine, f"{max_tokens:,}")

@@ -150,9 +150,12 @@ def test_bfloat16_walks_with_both_engines(toy_recipe, engine):
     assert load(found.adapter).card.machine["dtype"] == "bfloat16"
 
 
-def test_gradient_checkpointing_takes_the_stock_engine_and_says_so(toy_recipe):
-    found = run(toy_recipe, "train.gradient_checkpointing=true", "train.max_steps=2")
-    assert found.report["train"]["engine"] == "stock (transformer: gradient checkpointing is on)"
+def test_gradient_checkpointing_gives_the_same_losses_with_the_fast_engine(toy_recipe):
+    plain = run(toy_recipe, "train.max_steps=4")
+    again = run(toy_recipe, "train.gradient_checkpointing=true", "train.engine=fast", "train.max_steps=4", "name=again")
+    assert again.report["train"]["engine"] == "fast"
+    expected = [point.loss for point in plain.history.steps]
+    assert [point.loss for point in again.history.steps] == expected
 
 
 def test_a_taken_folder_is_refused_before_anything_is_loaded(toy_recipe):

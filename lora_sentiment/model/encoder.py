@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert.modeling_distilbert import (
     DistilBertForSequenceClassification,
@@ -115,6 +116,13 @@ def use_stock_encoder(model: nn.Module) -> None:
             del part.forward
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Has each block keep its input alone and compute the rest again in the backward pass, with either forward."""
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # Only reentrant checkpoints need the gradient of embeddings that nobody trains, for which PEFT's models get a hook.
+    model.disable_input_require_grads()  # type: ignore[operator]
+
+
 def _is_fast(module: nn.Module) -> bool:
     return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), FastForward)
 
@@ -125,8 +133,6 @@ def _why_not(encoder: DistilBertModel) -> str | None:
         return f"ffn.activation: {config.activation!r} is not 'gelu'"
     if config.output_hidden_states or config.output_attentions:
         return "config: output_hidden_states and output_attentions need every token of every layer"
-    if any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules()):
-        return "transformer: gradient checkpointing is on"
     for name, module in encoder.named_modules():
         where = name or "distilbert"
         if "forward" in module.__dict__:
@@ -261,13 +267,22 @@ class FastForward:
         x = self._embed(input_ids)
         blocks = cast(list[TransformerBlock], list(self.encoder.transformer.layer))
         for index, block in enumerate(blocks):
-            own = linears(index, block)
-            attend = self._first_token_attends if index == len(blocks) - 1 else self._all_attend
-            residual, mixed = attend(x, mask, own.qkv, block.attention)
-            x = self._norm(block.sa_layer_norm, linear(mixed, own.out_lin) + residual)
-            inner = feed_forward(x, own.lin1, own.lin2)
-            x = self._norm(block.output_layer_norm, dropout(inner, self._p(block.ffn.dropout)) + x)
+            if block.gradient_checkpointing and block.training:
+                # The linears too are read again on the way back: stacked or folded weights are not kept meanwhile.
+                x = checkpoint(self._encode_block, index, block, x, mask, linears, use_reentrant=False)
+            else:
+                x = self._encode_block(index, block, x, mask, linears)
         return x
+
+    def _encode_block(
+        self, index: int, block: TransformerBlock, x: Tensor, mask: Tensor | None, linears: LinearsOfLayer
+    ) -> Tensor:
+        own = linears(index, block)
+        attend = self._all_attend if index < len(self.encoder.transformer.layer) - 1 else self._first_token_attends
+        residual, mixed = attend(x, mask, own.qkv, block.attention)
+        x = self._norm(block.sa_layer_norm, linear(mixed, own.out_lin) + residual)
+        inner = feed_forward(x, own.lin1, own.lin2)
+        return self._norm(block.output_layer_norm, dropout(inner, self._p(block.ffn.dropout)) + x)
 
     def _additive_mask(self, attention_mask: Tensor | None) -> Tensor | None:
         if attention_mask is None:

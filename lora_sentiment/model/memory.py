@@ -169,9 +169,9 @@ def estimate_memory(plan: Plan, *, rows: int, length: int, batch_size: int) -> M
     )
 
 
-def runs_fast(method: Method, model: ModelConfig, *, engine: str, checkpointing: bool) -> bool:
+def runs_fast(method: Method, model: ModelConfig, *, engine: str) -> bool:
     """Return whether the fast engine takes a run: plain linears with LoRA at most, as `encoder.py` decides it."""
-    if engine == "stock" or checkpointing or model.quantize != "none":
+    if engine == "stock" or model.quantize != "none":
         return False
     match method:
         case LoraMethod():

@@ -97,7 +97,7 @@ def measure_quantisation(
     with torch.random.fork_rng(devices=[]):
         plain = load_base(config, labels=tuple(map(str, range(plan.num_labels))))
     plain.model.to(device, dtype)
-    fast = runs_fast(plan.method, config, engine=engine, checkpointing=plan.checkpointing)
+    fast = runs_fast(plan.method, config, engine=engine)
     if fast:
         use_fast_encoder(plain.model, compute_dtype=dtype)
     encoders = [loaded.model.get_submodule("distilbert").eval() for loaded in (plain, base)]

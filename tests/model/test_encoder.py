@@ -16,7 +16,13 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from transformers.models.distilbert.modeling_distilbert import DistilBertModel
 
 from lora_sentiment.errors import ModelError
-from lora_sentiment.model.encoder import LowRank, low_rank, use_fast_encoder, use_stock_encoder
+from lora_sentiment.model.encoder import (
+    LowRank,
+    checkpoint_activations,
+    low_rank,
+    use_fast_encoder,
+    use_stock_encoder,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
@@ -365,11 +371,6 @@ def hook(model: nn.Module) -> nn.Module:
     return model
 
 
-def checkpoint(model: PeftModel) -> PeftModel:
-    model.base_model.model.gradient_checkpointing_enable()
-    return model
-
-
 def add_second(model: PeftModel) -> PeftModel:
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"])
     model.add_adapter("second", config)
@@ -394,7 +395,6 @@ REFUSED = {
     "merged": (lambda: merge(make_lora()), "layer.0.attention.q_lin", "merged"),
     "two adapters": (lambda: add_second(make_lora()), "layer.0.attention.q_lin", "several adapters"),
     "bias": (lambda: make_lora(lora_bias=True), "layer.0.attention.q_lin", "lora_bias"),
-    "checkpointing": (lambda: checkpoint(make_lora()), "transformer", "checkpointing"),
     "activation": (lambda: make_lora(activation="relu"), "ffn.activation", "relu"),
     "hook": (lambda: hook(make_lora()), "layer.2.ffn", "hook"),
     "prompt": (
@@ -546,6 +546,46 @@ def test_blocks_before_the_first_trained_one_keep_nothing(p: float) -> None:
     shallow = train(make_classifier(p=p, n_layers=1), "layer.0.", only=True)
     deep = train(make_classifier(p=p), "layer.2.", only=True)
     assert count_kept(deep) == count_kept(shallow)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: make_lora(p=p),
+        lambda p: make_lora(ALL_LINEARS, p=p, lora_dropout=p),
+        lambda p: train(make_classifier(p=p), ""),
+    ],
+    ids=["q_lin and v_lin", "all linears", "full"],
+)
+def test_checkpointing_gives_the_same_bits(make: Callable[[float], nn.Module], p: float, dtype: torch.dtype) -> None:
+    model = make(p)
+    assert use_fast_encoder(model, compute_dtype=dtype) is None
+    torch.manual_seed(3)
+    logits, grads = logits_and_grads(model, *make_batch(33))
+    drawn = torch.rand(1)
+    checkpoint_activations(model)
+    assert use_fast_encoder(model, compute_dtype=dtype) is None
+    torch.manual_seed(3)
+    logits_again, grads_again = logits_and_grads(model, *make_batch(33))
+    assert torch.equal(logits_again, logits)
+    assert torch.equal(torch.rand(1), drawn)
+    assert grads_again.keys() == grads.keys()
+    assert all(torch.equal(grads_again[name], grads[name]) for name in grads)
+
+
+def test_checkpointing_keeps_the_input_of_a_block_and_computes_it_once_more() -> None:
+    kept, products = [], []
+    for n_layers in (1, NUM_LAYERS):
+        model = train(make_classifier(n_layers=n_layers), "layer.", only=True)
+        checkpoint_activations(model)
+        kept.append(count_kept(model))
+        with counted() as shapes:
+            logits_and_grads(model, *make_batch(9))
+        products.append(shapes[5 * 9, DIM, HIDDEN_DIM])
+    assert kept[1] - kept[0] == (NUM_LAYERS - 1) * 5 * 9 * DIM
+    assert products[1] == 2 * (NUM_LAYERS - 1)
 
 
 def test_a_trained_block_keeps_each_activation_once() -> None:

@@ -134,7 +134,7 @@ def test_the_engine_that_is_estimated_is_the_one_that_runs(tiny_base, method, qu
     if quantize != "none" and method["kind"] in ("full", "unfreeze", "vera"):
         pytest.skip("refused on a quantised base")
     _, plan = make(tiny_base, method, quantize=quantize)
-    assert runs_fast(plan.method, plan.model, engine="auto", checkpointing=False) == plan.fast
+    assert runs_fast(plan.method, plan.model, engine="auto") == plan.fast
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,9 @@ def test_a_step_holds_gradients_and_activations_together_only_from_the_second_mi
     assert one.step == one.weights + one.kept + one.optimizer + one.activations + one.workspace
 
 
-def test_checkpointing_keeps_one_block_and_the_inputs(tiny_base):
-    _, plan = make(tiny_base, {"kind": "full"}, engine="stock")
+@pytest.mark.parametrize("engine", ["stock", "auto"])
+def test_checkpointing_keeps_one_block_and_the_inputs(tiny_base, engine):
+    _, plan = make(tiny_base, {"kind": "full"}, engine=engine)
     plans = (replace(plan, checkpointing=on) for on in (False, True))
     plain, less = (estimate_memory(each, rows=ROWS, length=LENGTH, batch_size=ROWS) for each in plans)
     assert less.activations < plain.activations
