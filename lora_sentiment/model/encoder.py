@@ -294,7 +294,7 @@ class FastForward:
         parts = self.encoder.embeddings
         words = functional.embedding(input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx)
         x = words + parts.position_embeddings.weight[: input_ids.shape[1]]
-        return dropout(parts.LayerNorm(x).to(self.dtype), self._p(parts.dropout))
+        return dropout(self._norm(parts.LayerNorm, x).to(self.dtype), self._p(parts.dropout))
 
     def _p(self, module: nn.Dropout) -> float:
         return float(module.p) if self.encoder.training else 0.0
@@ -342,7 +342,8 @@ class FastForward:
         return first, first_token_attention(q, kv, mask, num_heads=module.n_heads, dropout_p=p)
 
     def _norm(self, module: nn.LayerNorm, x: Tensor) -> Tensor:
-        weight, bias = module.weight.to(self.dtype), module.bias.to(self.dtype)
+        # Where one of them is trained and the other is not, they differ in dtype.
+        weight, bias = module.weight.to(x.dtype), module.bias.to(x.dtype)
         return functional.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -8,6 +9,7 @@ from lora_sentiment.errors import ModelError
 from lora_sentiment.model.architecture import LINEARS
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.method_config import AdaloraMethod, FullMethod, HeadMethod, LoraMethod, UnfreezeMethod
 from lora_sentiment.model.methods import frozen_tensors, head_layers, make_trainable, penalty, trainable_tensors
 
@@ -78,6 +80,25 @@ def test_unfreeze_trains_what_it_names_and_the_head(base):
     }
     head = {f"{name}.{part}" for name in ("pre_classifier", "classifier") for part in ("weight", "bias")}
     assert names == ffn | head | {"distilbert.embeddings.LayerNorm.bias"}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*.bias", "*norm.weight", "*.LayerNorm.*", "embeddings.word_embeddings.*", "embeddings.position_embeddings.*"],
+)
+def test_what_is_trained_of_a_bf16_base_gets_the_gradients_of_fp32(base, pattern):
+    method = UnfreezeMethod(kind="unfreeze", patterns=(pattern,))
+    ids = torch.tensor([[2, 5, 6, 7, 3], [2, 9, 8, 4, 3]])
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_trainable(dataclasses.replace(base, model=copy.deepcopy(base.model)), method, CONFIG, dtype=dtype)
+        assert use_fast_encoder(model.eval(), compute_dtype=dtype) is None
+        model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+        found.append({name: p.grad for name, p in trainable_tensors(model).items() if "k_lin" not in name})
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        assert found[1][name].dtype == torch.float32
+        assert (found[1][name] - expected).norm() <= 0.1 * expected.norm(), name
 
 
 def test_a_low_rank_head_starts_as_the_identity_where_it_is_new(base):
