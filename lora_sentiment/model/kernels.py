@@ -322,12 +322,12 @@ class _Attention(Function):
         split = (batch, length, 3, ctx.num_heads, -1)
         inputs, grad_qkv = qkv.view(split), torch.empty_like(qkv)
         grad_heads = grads[0].reshape(batch, length, ctx.num_heads, -1)
-        for rows in _chunks(batch, ctx.num_heads * length * length):
-            heads = inputs[rows].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
-            grad = grad_heads[rows].transpose(1, 2).flatten(0, 1).contiguous()
-            part = _attend_backward(heads, weights[rows].flatten(0, 1), grad, ctx.dropout_p)
-            part = part.view(3, -1, ctx.num_heads, length, part.shape[-1])
-            grad_qkv.view(split)[rows] = part.permute(1, 3, 0, 2, 4)
+        for rows, some in _chunks(batch, ctx.num_heads, length):
+            heads = inputs[rows, :, :, some].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
+            grad = grad_heads[rows, :, some].transpose(1, 2).flatten(0, 1).contiguous()
+            part = _attend_backward(heads, weights[rows, some].flatten(0, 1), grad, ctx.dropout_p)
+            part = part.view(3, rows.stop - rows.start, -1, length, part.shape[-1])
+            grad_qkv.view(split)[rows, :, :, some] = part.permute(1, 3, 0, 2, 4)
         return grad_qkv, None, None, None
 
 
@@ -350,9 +350,14 @@ def _factors(keep: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return keep.view(torch.uint8).to(dtype).mul_(scale)
 
 
-def _chunks(batch: int, elements_per_example: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // elements_per_example)
-    return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
+def _chunks(batch: int, num_heads: int, length: int) -> Iterator[tuple[slice, slice]]:
+    """Yields examples and heads whose attention weights are one chunk: whole examples, or heads of a single one."""
+    of_a_head = length * length
+    heads = min(num_heads, max(1, CHUNK_ELEMENTS // of_a_head))
+    rows = max(1, CHUNK_ELEMENTS // (of_a_head * num_heads))
+    for row in range(0, batch, rows):
+        for head in range(0, num_heads, heads):
+            yield slice(row, min(row + rows, batch)), slice(head, min(head + heads, num_heads))
 
 
 def _attend(qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float, weights: Tensor | None) -> Tensor:
@@ -363,18 +368,18 @@ def _attend(qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float, 
     batch, length, width = qkv.shape
     inputs = qkv.view(batch, length, 3, num_heads, -1)
     y = qkv.new_empty(batch, length, num_heads, inputs.shape[-1])
-    for rows in _chunks(batch, num_heads * length * length):
-        q, k, v = inputs[rows].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous().unbind(0)
+    for rows, heads in _chunks(batch, num_heads, length):
+        q, k, v = inputs[rows, :, :, heads].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous().unbind(0)
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
         if mask is not None:
-            scores.view(-1, num_heads, length, length).add_(mask[rows])
-        chunk = torch.softmax(scores, dim=-1, out=None if weights is None else weights[rows].flatten(0, 1))
+            scores.view(rows.stop - rows.start, -1, length, length).add_(mask[rows])
+        chunk = torch.softmax(scores, dim=-1, out=None if weights is None else weights[rows, heads].flatten(0, 1))
         if dropout_p:
             # The half keeps the difference off zero, which has no sign to copy.
             signs = _random_bytes(chunk.shape).to(chunk.dtype).sub_(_threshold(dropout_p) - 0.5)
             chunk = chunk.copysign_(signs).relu()
             v = v * (1.0 / keep_probability(dropout_p))
-        y[rows] = torch.bmm(chunk, v).view(-1, num_heads, length, v.shape[-1]).transpose(1, 2)
+        y[rows, :, heads] = torch.bmm(chunk, v).view(rows.stop - rows.start, -1, length, v.shape[-1]).transpose(1, 2)
     return y.view(batch, length, width // 3)
 
 

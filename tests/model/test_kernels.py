@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from lora_sentiment.model.kernels import Adapter, Linear, attention, dropout, feed_forward, keep_probability, linear
+from lora_sentiment.model.kernels import (
+    CHUNK_ELEMENTS,
+    Adapter,
+    Linear,
+    attention,
+    dropout,
+    feed_forward,
+    keep_probability,
+    linear,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINED = [{}, {"weight": True}, {"bias": True}, {"weight": True, "bias": True}]
@@ -88,18 +97,47 @@ def test_the_feed_forward_keeps_its_input_and_the_pre_activation_only() -> None:
     assert x.data_ptr() in activations
 
 
+@pytest.mark.parametrize("chunk", [2 * 3 * 5 * 5, 2 * 5 * 5, 1], ids=["two examples", "two heads", "one head"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_attention_by_explicit_products_has_exact_gradients(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_sentiment.model.kernels.CHUNK_ELEMENTS", 2 * 2 * 5 * 5)  # two examples per chunk
+def test_attention_by_explicit_products_has_exact_gradients(
+    p: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_sentiment.model.kernels.CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
     mask = torch.zeros(3, 1, 1, 5, dtype=torch.float64)
     mask[1, ..., 3:] = torch.finfo(torch.float64).min
 
     def run(qkv: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return attention(qkv, mask, num_heads=2, dropout_p=p)
+        return attention(qkv, mask, num_heads=3, dropout_p=p)
 
-    assert torch.autograd.gradcheck(run, (draw(3, 5, 12),))
+    assert torch.autograd.gradcheck(run, (draw(3, 5, 18),))
+
+
+@pytest.mark.parametrize("length", [33, 200, 512])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_attention_at_real_shapes_is_the_formulas(length: int, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training attends with dropout on: DistilBERT's heads, fp32, and more weights than one chunk holds."""
+    monkeypatch.setattr("lora_sentiment.model.kernels.FUSED_ATTENTION_FROM", 10**9)
+    torch.manual_seed(0)
+    batch, heads, width = 2 + CHUNK_ELEMENTS // (12 * length**2), 12, 8
+    qkv = torch.randn(batch, length, 3 * heads * width, requires_grad=True)
+    mask = torch.zeros(batch, 1, 1, length)
+    mask[1, ..., length // 2 :] = torch.finfo(torch.float32).min
+    found = attention(qkv, mask, num_heads=heads, dropout_p=p)
+    weights = found.grad_fn.saved_tensors[1]  # type: ignore[union-attr]
+    q, k, v = qkv.view(batch, length, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+    expected = torch.softmax(q @ k.transpose(2, 3) * width**-0.5 + mask, dim=-1)
+    assert torch.allclose(weights.abs(), expected, atol=1e-6)
+    if p:
+        dropped = weights.signbit()
+        assert abs(float(dropped[0].float().mean()) - (1 - keep_probability(p))) < 0.02
+        expected = expected.masked_fill(dropped, 0) / keep_probability(p)
+    y = (expected @ v).transpose(1, 2).flatten(2)
+    assert torch.allclose(found, y, atol=1e-5)
+    direction = torch.randn_like(y)
+    (mine,), (theirs,) = (torch.autograd.grad(each, qkv, direction) for each in (found, y))
+    assert float((mine - theirs).norm() / theirs.norm()) <= 1e-5
 
 
 def test_dropout_keeps_the_mean_and_drops_the_same_entries_of_the_gradient() -> None:
