@@ -8,15 +8,15 @@ that rate is judged on test. A rate that looks best after a short try may not su
 below its own try on validation, the next best rate is run. A data set's other settings are those of its recipe,
 `recipes/<data set>_lora.yaml`.
 
-Every finished run is one line of benchmarks/methods.jsonl, so a killed script goes on where it was; `--render` makes
-the table of what is finished. Which test rows a run had right is kept in --cache, for the paired intervals, beside the
-running one's log.txt.
+Every finished run is one line of benchmarks/methods.jsonl with the test rows that it had right, for the paired
+intervals, so a killed script goes on where it was; `--render` makes the table of what is finished.
 
 Every run has a process of its own, forked from one that has imported the libraries and done nothing else: peak memory
 is the run's own, and the imports are paid for once.
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import logging
@@ -39,6 +39,7 @@ from pathlib import Path
 import numpy as np
 from journal import Journal, Line
 from methods_table import Row, judged_role, render, short, validation_accuracy
+from numpy.typing import NDArray
 
 from lora_sentiment import __version__
 from lora_sentiment.adapter.predictions import load_predictions
@@ -146,9 +147,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the page and its journal")
     parser.add_argument("--name", default="methods", help="what both are called, without .md and .jsonl")
     parser.add_argument("--note", default="", help="sentence for the page, such as what else the machine was doing")
-    parser.add_argument(
-        "--cache", type=Path, default=ROOT / "adapters/methods", help="folder of what each run had right"
-    )
+    parser.add_argument("--cache", type=Path, default=ROOT / "adapters/methods", help="folder of what is only passing")
     found = parser.parse_args(arguments)
     if not 0 < found.tries_rows <= 10_000:
         parser.error(f"--tries-rows: found {found.tries_rows}; allowed: 1 to 10,000")
@@ -194,7 +193,7 @@ def make_job(arguments: argparse.Namespace, row: Row, *, stage: str, seed: int, 
 
 
 def run_job(job: Job, cache: Path) -> Line:
-    """Train one job in this process and return its line for the journal, what it had right being in the cache.
+    """Train one job in this process and return its line for the journal.
 
     Raises:
         LoraSentimentError: For anything but a loss that stopped being finite, which is a result.
@@ -211,8 +210,7 @@ def run_job(job: Job, cache: Path) -> Line:
     try:
         done = train(recipe)
         if job.stage == "final":
-            right = load_predictions(done.adapter)[judged_role(done.report)].correct
-            np.save(cache / f"{job.key}.npy", right, allow_pickle=False)
+            line["right"] = pack(load_predictions(done.adapter)[judged_role(done.report)].correct)
     except TrainingError as error:
         return line | machine() | {"failed": str(error)}
     finally:
@@ -279,9 +277,12 @@ def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal) -> None:
     def have(stage: str, seed: int, rate: float) -> Line | None:
         job = make_job(arguments, row, stage=stage, seed=seed, rate=rate)
         line = journal.lines.get(job.key)
-        # Without its rows a final run cannot be compared.
-        kept = stage == "try" or (arguments.cache / f"{job.key}.npy").is_file()
-        if line is None or not (kept or "failed" in line):
+        # Without its rows a final run cannot be compared; journals of before 2026-11-22 have none.
+        kept = line is not None and (stage == "try" or "right" in line or "failed" in line)
+        if line is not None and not kept and arguments.render:
+            sys.exit(f"{row.dataset} {row.method}, seed {seed}: the journal does not say which rows it had right; the "
+                     "page stays as it is; without --render the run is made again")  # fmt: skip
+        if not kept:
             line = None
             if not arguments.render:
                 line = run_isolated(job, arguments.cache)
@@ -308,7 +309,18 @@ def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal) -> None:
     for seed in range(FIRST_SEED + 1, FIRST_SEED + arguments.seeds) if row.finals else ():
         row.finals += filter(None, [have("final", seed, row.finals[0]["rate"])])
     if row.finals and all("metrics" in line for line in row.finals) and len(row.finals) == arguments.seeds:
-        row.right = np.stack([np.load(arguments.cache / f"{line['key']}.npy") for line in row.finals])
+        row.right = np.stack([unpack(line) for line in row.finals])
+
+
+def pack(right: NDArray[np.bool_]) -> str:
+    """Return what a run had right as text, a bit a row."""
+    return base64.b64encode(np.packbits(right)).decode()
+
+
+def unpack(line: Line) -> NDArray[np.bool_]:
+    """Return what a final run had right, of all rows that it was judged on."""
+    bits = np.frombuffer(base64.b64decode(line["right"]), dtype=np.uint8)
+    return np.unpackbits(bits, count=line["rows"][judged_role(line["metrics"])]).astype(bool)
 
 
 def show_run(line: Line) -> str:
@@ -337,7 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (LoraSentimentError, BrokenProcessPool) as error:
             num_faults += 1
             print(f"{row.dataset} {row.method}: {error or type(error).__name__}", file=sys.stderr, flush=True)
-        page.write_text(render(rows, arguments), encoding="utf-8")
+        if not arguments.render:
+            page.write_text(render(rows, arguments), encoding="utf-8")
+    page.write_text(render(rows, arguments), encoding="utf-8")
     print(page)
     return 1 if num_faults else 0
 

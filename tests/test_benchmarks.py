@@ -75,6 +75,7 @@ def fake_line(job: methods.Job, *, accuracy: float) -> dict:
         **{"rate": job.rate, "epochs": 1, "base": "b", "source": "SetFit/sst5", "machine": "m", "versions": {"x": "1"}},
         **{"date": "2030-01-01", "rows": {"train": 5, "validation": 6, "test": 300}, "parameters": parameters},
         **{"metrics": {"validation": figures, "test": figures}, "train": cost},
+        **({"right": methods.pack(np.arange(300) < 200)} if job.stage == "final" else {}),
     }
 
 
@@ -85,8 +86,6 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[methods.Job]:
 
     def run(job: methods.Job, cache: Path) -> dict:
         jobs.append(job)
-        if job.stage == "final":
-            np.save(cache / f"{job.key}.npy", np.arange(300) < 200, allow_pickle=False)
         return fake_line(job, accuracy=0.5 - 0.1 * methods.RATES[methods.METHODS[job.method][0]].index(job.rate))
 
     monkeypatch.setattr(methods, "run_isolated", run)
@@ -151,10 +150,10 @@ def test_a_killed_benchmark_goes_on_where_it_was(arguments, tmp_path, monkeypatc
         assert line["train"]["tokens_per_second"] > 0
         assert line["parameters"]["trainable"] > 0
     for line in lines[1::2]:
-        right = np.load(tmp_path / f"cache/{line['key']}.npy")
+        right = methods.unpack(line)
         assert right.mean() == pytest.approx(line["metrics"]["test"]["accuracy"])
         assert len(right) == line["rows"]["test"] == 30
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".npy", ".npy"]
+    assert list((tmp_path / "cache").iterdir()) == []
     assert list(table_rows(tmp_path / "out")) == ["method", *TWO]
 
 
@@ -244,9 +243,16 @@ def test_a_run_that_cannot_be_made_leaves_the_others(arguments, fake_runs, tmp_p
     assert rows["full"][0] == "not finished"
 
 
-def test_a_final_run_whose_rows_are_lost_is_run_again(arguments, fake_runs, tmp_path):
+def test_a_final_run_whose_rows_the_journal_lacks_is_run_again_and_never_rendered_away(arguments, fake_runs, tmp_path):
     methods.main([*arguments, "--methods", "full"])
-    next((tmp_path / "cache").glob("*.npy")).unlink()
+    journal, page = tmp_path / "out/methods.jsonl", tmp_path / "out/methods.md"
+    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    old = [{key: value for key, value in line.items() if key != "right"} for line in lines]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in old), encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="does not say which rows"):
+        methods.main([*arguments, "--methods", "LoRA q,v", "full", "--render"])
+    assert page.read_text(encoding="utf-8") == before
     methods.main([*arguments, "--methods", "full"])
     assert [job.stage for job in fake_runs] == ["try", "final", "final"]
 
