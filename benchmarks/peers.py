@@ -4,8 +4,9 @@
     python benchmarks/peers.py --bases distilbert-shape=/tmp/random minilm=local/minilm-l6-distilbert
 
 D is the Trainer as every tutorial has it: fp32, random batches padded to their longest row, the model's dropout as it
-ships, dropout of a tenth before the adapters. B is the best that its flags give: bf16 where it is faster, rows grouped
-by length, fused AdamW, no dropout before the adapters; with the model's dropout and without, on a GPU compiled too.
+ships, dropout of a tenth before the adapters. B is what an expert's flags give: bf16 where `model.dtype: auto` takes
+it, rows grouped by length, fused AdamW, no dropout before the adapters; with the model's dropout and without, on a GPU
+compiled too. `--variants` names more: B compiled, in four micro-batches a step, in bf16, ours in bf16.
 Ours is this package's own loop, with the model's dropout and without. All have one base, rank, learning rate, batch
 size and pool of tokenised rows; each draws its batches from the whole pool in its own way, takes the largest to warm
 up, and then as many as the table DATASETS says, evenly spread over its batches by size, other ones in every round.
@@ -95,7 +96,13 @@ VARIANTS = {
     "ours, no dropout": Variant("ours", dropout=False),
 }
 COMPILED = {"B, compiled": Variant("Trainer", "grouped", compiled=True)}
-"""On a CPU each of its processes compiles for minutes: measured there only where --variants names it."""
+NAMED = {
+    **COMPILED,
+    "B, in 4 parts": Variant("Trainer", "grouped", parts=4),
+    "B, bf16": Variant("Trainer", "grouped", dtype="bfloat16"),
+    "ours, bf16": Variant("ours", dtype="bfloat16"),
+}
+"""Rows that a CPU measures only where --variants names them; of the first each process compiles for minutes."""
 CUDA_VARIANTS = {
     **COMPILED,
     "ours, fp16 within 4 GB": Variant("ours", dtype="float16", bytes_limit=FOUR_GB),
@@ -117,6 +124,10 @@ INFERENCE = {
 """Row of each table to what it measures."""
 
 
+WIDTHS = {"amx_bf16": "AMX", "avx512_f": "AVX-512, no AMX", "avx2": "AVX2"}
+"""What a CPU multiplies with, the widest first."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """A base on a data set: what is compared.
@@ -134,7 +145,7 @@ class Cell:
     @property
     def variants(self) -> dict[str, Variant]:
         """The rows of its table on this machine."""
-        more = CUDA_VARIANTS if torch.cuda.is_available() else COMPILED
+        more = CUDA_VARIANTS if torch.cuda.is_available() else NAMED
         return {"train": {**VARIANTS, **more}, "ablation": ABLATION, "inference": INFERENCE}[self.task]
 
 
@@ -184,7 +195,7 @@ def list_cells(arguments: argparse.Namespace) -> list[Cell]:
 
 
 def describe(cell: Cell, variant: str, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return all that names one slice: another length, step count or device is another slice."""
+    """Return all that names one slice: another length, step count or machine is another slice."""
     dataset, cuda = DATASETS[cell.dataset], torch.cuda.is_available()
     key = {
         **dataclasses.asdict(cell),
@@ -195,13 +206,14 @@ def describe(cell: Cell, variant: str, number: int, arguments: argparse.Namespac
         "batch_size": dataset.cuda_batch_size if cuda else dataset.batch_size,
         "steps": 1 if arguments.quick else dataset.cuda_steps if cuda else dataset.steps,
         "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "machine": describe_machine()["machine"],
     }
     return {"key": json.dumps(key), **key}
 
 
 def slices(cell: Cell, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what names each slice of a cell: every variant of a round, in an order that turns, then the next round."""
-    usual = [name for name in cell.variants if name not in COMPILED or torch.cuda.is_available()]
+    usual = [name for name in cell.variants if name not in NAMED or torch.cuda.is_available()]
     names = usual if arguments.variants is None else [name for name in cell.variants if name in arguments.variants]
     for number in range(arguments.rounds):
         turn = number % max(1, len(names))
@@ -320,8 +332,15 @@ def measure(line: dict[str, Any], cell: Cell, arguments: argparse.Namespace, poo
 
 def describe_machine() -> dict[str, Any]:
     """Return what slices are measured on and with; their threads are their own."""
-    found = machine()
-    return {**found, "machine": found["machine"].rpartition(", ")[0] or found["machine"], "code": hash_code()}
+    found, has = machine(), torch.cpu.get_capabilities()
+    name = found["machine"].rpartition(", ")[0]
+    # A virtual machine's name does not say what it was given of its processor.
+    widest = next((text for flag, text in WIDTHS.items() if has.get(flag)), "")
+    return {
+        **found,
+        "machine": f"{name} ({widest})" if name and widest else name or found["machine"],
+        "code": hash_code(),
+    }
 
 
 @functools.cache
@@ -339,6 +358,7 @@ def time_whole_runs(arguments: argparse.Namespace, journal: Journal) -> None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         line = {"task": "whole", "base": name, "dataset": "imdb", "variant": variant, "target": arguments.time_to}
         line |= {"length": arguments.length or peers_whole.LENGTH, "device": device}
+        line |= {"machine": describe_machine()["machine"]}
         line["key"] = json.dumps(line)
         if line["key"] in journal.lines:
             continue

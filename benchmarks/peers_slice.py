@@ -46,7 +46,7 @@ from lora_sentiment.training.config import TrainConfig
 
 RANK, ALPHA, RATE = 8, 16, 5e-4
 TARGETS = ["q_lin", "v_lin"]
-GEMM_TOKENS, GEMM_PASSES = 2048, 5
+GEMM_TOKENS, GEMM_PASSES = 2048, 15
 WARM_UP_TEXTS = 4
 FOUR_GB = 4 * 10**9
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -63,7 +63,8 @@ class Variant:
         lora_dropout: Dropout of the adapters' input.
         tuned: bf16 or fp16 where it is faster, and fused AdamW.
         compiled: torch.compile, by the Trainer's own flag.
-        dtype: Of ours.
+        parts: Micro-batches of a Trainer's step, by its own flag.
+        dtype: Of ours, and of a tuned Trainer.
         lever: The one of LEVERS that is off; none by default.
         batch_size: Texts of a pipeline's batch.
         bytes_limit: Most GPU memory that the process may take; None for all.
@@ -77,7 +78,8 @@ class Variant:
     lora_dropout: float = 0.0
     tuned: bool = True
     compiled: bool = False
-    dtype: Literal["auto", "float16"] = "auto"
+    parts: int = 1
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"
     lever: str | None = None
     batch_size: int = 1
     bytes_limit: int | None = None
@@ -112,13 +114,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Walk:
-    """A few steps that were taken: the model after them, their time, their mean loss, the cut of the steps."""
+    """A few steps that were taken.
+
+    Attributes:
+        model: As it was left.
+        executed: From (rows, length) to the arithmetic that the variant takes for them.
+        dtype: Of the encoder's arithmetic.
+        seconds: Of the timed steps.
+        loss: Mean of all steps.
+        micro_batches: Rows of each micro-batch of the timed steps.
+    """
 
     model: nn.Module
+    executed: Callable[[int, int], float]
     dtype: torch.dtype
     seconds: float
     loss: float
-    max_tokens: int | None
+    micro_batches: list[NDArray[np.int64]]
 
 
 class Stopwatch:
@@ -154,10 +166,8 @@ def measure_steps(job: Job) -> dict[str, Any]:
     peak = peak_memory(device) - baseline
     frozen = sum(p.numel() * p.element_size() for p in walk.model.parameters() if not p.requires_grad)
     lengths, steps = job.rows.lengths, job.batches[job.warm_ups :]
-    parts = [part for step in steps for part in cut(step, lengths, max_tokens=walk.max_tokens or 2**62)]
-    padded = [(len(part), int(lengths[part].max())) for part in parts]
+    padded = [(len(part), int(lengths[part].max())) for part in walk.micro_batches]
     real = lengths[np.concatenate(steps)]
-    executed = count_products(walk.model)
     use_stock_encoder(walk.model)
     # As it is always computed with dropout on, whatever this variant attends by.
     with sdpa_kernel(SDPBackend.MATH):
@@ -174,7 +184,7 @@ def measure_steps(job: Job) -> dict[str, Any]:
         "baseline_bytes": baseline,
         "peak_bytes": peak,
         "frozen_bytes": frozen,
-        "executed_flops": sum(executed(rows, length) for rows, length in padded),
+        "executed_flops": sum(walk.executed(rows, length) for rows, length in padded),
         "stock_flops": sum(stock(1, int(length)) for length in real),
         "gemm_flops_per_second": measure_gemm(config.dim, config.hidden_dim, walk.dtype, device),
         "dtype": str(walk.dtype).removeprefix("torch."),
@@ -257,7 +267,7 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
         task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, lora_dropout=variant.lora_dropout, target_modules=TARGETS
     )
     model = get_peft_model(plain, settings)
-    dtype = resolve_dtype("auto", device) if variant.tuned else torch.float32
+    dtype = resolve_dtype(variant.dtype, device) if variant.tuned else torch.float32
     reset_peak_memory(device)
 
     class Watch(TrainerCallback):
@@ -270,7 +280,8 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=len(job.batches[0]),
+            per_device_train_batch_size=len(job.batches[0]) // variant.parts,
+            gradient_accumulation_steps=variant.parts,
             max_steps=len(job.batches),
             learning_rate=RATE,
             # The batches were drawn by the sampler that the variant names.
@@ -292,7 +303,8 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
             callbacks=[Watch()],
         )
         loss = float(trainer.train().training_loss)
-    return Walk(model, dtype, watch.seconds, loss, None)
+    parts = [part for step in job.batches[job.warm_ups :] for part in np.array_split(step, variant.parts)]
+    return Walk(model, count_products(model), dtype, watch.seconds, loss, parts)
 
 
 def as_features(rows: Encoded, index: NDArray[np.int64]) -> Any:
@@ -355,8 +367,12 @@ def walk_ours(job: Job, device: torch.device) -> Walk:
             accelerator=accelerator,
             max_tokens=max_tokens,
         )
+        # While what the lever turns off is off.
+        executed = count_products(model)
     loss = float(np.mean([point.loss for point in history.steps]))
-    return Walk(model, dtype, watch.seconds, loss, history.max_tokens)
+    timed, most = job.batches[job.warm_ups :], history.max_tokens
+    parts = [part for step in timed for part in cut(step, job.rows.lengths, max_tokens=most)]
+    return Walk(model, executed, dtype, watch.seconds, loss, parts)
 
 
 def take(rows: Encoded, index: NDArray[np.int64]) -> Encoded:
@@ -386,7 +402,10 @@ def count_products(model: nn.Module) -> Callable[[int, int], float]:
 
 
 def measure_gemm(dim: int, hidden_dim: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the machine's rate at the encoder's three products, in floating-point operations a second: the median."""
+    """Return the machine's rate at the encoder's three products, in floating-point operations a second: the best pass.
+
+    The best, so that a share of it is not too large where the machine's speed wanders.
+    """
     cases: list[tuple[Tensor, Tensor, Tensor]] = []
     for inner, outer in ((dim, dim), (dim, hidden_dim), (hidden_dim, dim)):
         x, weight = (torch.randn(n, inner, device=device).to(dtype) for n in (GEMM_TOKENS, outer))
@@ -399,7 +418,7 @@ def measure_gemm(dim: int, hidden_dim: int, dtype: torch.dtype, device: torch.de
             for x, weight, out in cases:
                 torch.mm(x, weight, out=out)
             rates.append(flops / (now(device) - began))
-    return float(np.median(rates[1:]))
+    return float(max(rates[1:]))
 
 
 def save_classifier(base: str, folder: Path, labels: Sequence[str]) -> None:

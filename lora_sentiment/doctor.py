@@ -274,10 +274,10 @@ def _device_notes(
     driver = NVIDIA.exists() or shutil.which("nvidia-smi") is not None
     on_gpu = first["kind"].startswith("cuda")
     if first["kind"] == "cpu" and first["auto"] == "float32":
-        how = "no faster than float32" if "bfloat16" in first["native"] else "emulated"
+        how = "no faster, as measured on an Intel one" if "bfloat16" in first["native"] else "emulated, and slower"
         yield (
-            f"the CPU has no amx_bf16: bfloat16 would be {how}, and model.dtype auto means float32 here. "
-            "Leave it at auto; bfloat16 would save memory and take longer."
+            f"the CPU has no amx_bf16: bfloat16 would save memory and be {how}, so that model.dtype auto means float32 "
+            "here. Leave it at auto, unless model.dtype=bfloat16 turns out faster."
         )
     if driver and build == "cpu":
         yield (

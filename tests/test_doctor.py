@@ -159,7 +159,7 @@ def test_the_main_recipe_is_that_of_the_repository(plain, monkeypatch, auto):
 @pytest.mark.parametrize(("capability", "how"), [("avx2", "emulated"), ("avx512_bf16", "no faster")])
 def test_bfloat16_that_is_no_faster(plain, monkeypatch, capability, how):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    assert f"would be {how}" in note("auto means float32")
+    assert f"save memory and be {how}" in note("auto means float32")
     cuda(monkeypatch)
     assert examine(hub=False).notes == ()
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lora_sentiment.model.base import resolve_dtype
 from lora_sentiment.model.encoder import use_stock_encoder
 from lora_sentiment.training import loop
 from tests.conftest import FILLERS, toy_rows, write_csv
@@ -55,10 +56,13 @@ def read(tmp_path):
     return [json.loads(line) for line in (tmp_path / "out/peers.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+CPU = torch.device("cpu")
+
+
 def make_job(arguments, name, *, steps=2):
     """The slice of one variant."""
     found = peers.parse_arguments(arguments)
-    cell = peers.Cell("train" if name in peers.VARIANTS else "ablation", "toy", "imdb")
+    cell = peers.Cell("train" if {**peers.VARIANTS, **peers.NAMED}.get(name) else "ablation", "toy", "imdb")
     line = {**peers.describe(cell, name, 0, found), "steps": steps}
     return peers.make_job(line, cell, found, peers.Pools(found))
 
@@ -91,15 +95,20 @@ def test_every_variant_takes_its_steps_and_a_stopped_script_goes_on(arguments, h
     assert here == ["measure_steps"]
 
 
-@pytest.mark.parametrize("name", ["D", "B", "ours"])
+@pytest.mark.parametrize("name", ["D", "B", "B, in 4 parts", "B, bf16", "ours", "ours, bf16"])
 def test_an_engine_trains_the_same_adapters_on_its_own_batches(arguments, name):
     job = make_job(arguments, name)
-    walk = (peers_slice.walk_ours if name == "ours" else peers_slice.walk_trainer)(job, torch.device("cpu"))
+    walk = (peers_slice.walk_trainer if name[0] in "DB" else peers_slice.walk_ours)(job, torch.device("cpu"))
     trained = {key: p.numel() for key, p in walk.model.named_parameters() if p.requires_grad}
     # Two layers of q and v at rank 8, and the head.
     assert sum(size for key, size in trained.items() if "lora_" in key) == 2 * 2 * 8 * (32 + 32)
     assert sum(size for key, size in trained.items() if "lora_" not in key) == 33 * 32 + 33 * 2
     assert walk.seconds > 0
+    rows = np.concatenate(walk.micro_batches)
+    assert sorted(rows) == sorted(np.concatenate(job.batches[job.warm_ups :]))
+    assert len(walk.micro_batches) == (4 if "parts" in name else 1) * (len(job.batches) - job.warm_ups)
+    auto = torch.float32 if name == "D" else resolve_dtype("auto", CPU)
+    assert walk.dtype == (torch.bfloat16 if "bf16" in name else auto)
 
 
 @pytest.mark.parametrize("name", ["D", "ours"])

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from lora_sentiment.files import hash_file
 from lora_sentiment.recipe import Recipe
@@ -116,6 +117,29 @@ def test_two_processes_train_as_one(recipe, two):
                 same = value == (own[key] if isinstance(value, str) else pytest.approx(own[key], abs=tolerance, rel=0))
                 assert same, (role, metric, key)
     assert errors.count("saved and verified") == 1
+
+
+def test_two_processes_add_up_to_the_gradients_of_the_stock_encoder(recipe):
+    """At the first step, tensor by tensor; with orthogonal starts, for B = 0 gives A no gradient."""
+    settings = (
+        *WEIGHED,
+        "train.max_steps=1",
+        "method.init_lora_weights=orthogonal",
+        "method.target_modules=all-linear",
+    )
+    found = {}
+    for engine, processes in (("stock", "1"), ("fast", "2")):
+        path = recipe.parent / f"{engine}.safetensors"
+        own = (*settings, f"train.engine={engine}", f"output.dir={recipe.parent}/gradients-{engine}", str(path))
+        script, torchrun = ("-m", "tests.training.reduced_gradients"), ("--standalone", "--nproc_per_node", processes)
+        launcher = start(recipe, *own, torchrun=torchrun, cores=CORES[:2], script=script)
+        _, errors = launcher.communicate(timeout=300)
+        assert launcher.returncode == 0, errors
+        found[engine] = load_file(path)
+    assert found["stock"].keys() == found["fast"].keys()
+    assert sum("lora_A" in name for name in found["stock"]) == 12
+    for name, expected in found["stock"].items():
+        assert (found["fast"][name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 def test_two_machines_train_as_two_processes(recipe, two):

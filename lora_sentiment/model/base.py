@@ -189,7 +189,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
     `auto` takes bfloat16 only where that is faster. GTX 16xx cards report support but emulate it. An Intel CPU with
     avx512_bf16 and no AMX multiplies it more slowly than float32: on two cores 147 against 207 to 258 GFLOP/s, and
-    the main recipe trained a base of 6 x 384 at 1,864 against 2,323 tokens/s.
+    the main recipe trained a base of 6 x 384 at 1,864 against 2,323 tokens/s. CPUs of other makes were not measured.
 
     Raises:
         ModelError: If there is no dtype of that name.

@@ -1,7 +1,7 @@
 """What a training run holds in memory, from shapes alone: no weights are loaded and nothing is timed.
 
 Activations are counted as the two engines save them for backward, tensor by tensor; `tests/model/test_memory.py` holds
-the counts against what autograd really saves. They are exact for fp32; a run in a shorter dtype is an approximation.
+the counts against what autograd really saves, within 5 % in fp32; a run in a shorter dtype is an approximation.
 """
 
 import math
