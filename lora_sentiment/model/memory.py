@@ -25,7 +25,7 @@ from lora_sentiment.model.targets import Target, find_targets
 
 FUSED_FROM = 192
 """Length from which the fast engine attends without keeping the weights, where there is no dropout."""
-CHUNK_ELEMENTS = 2**21
+CHUNK_ELEMENTS = 2**19
 """Attention weights that the fast engine computes at once."""
 QUANTISED_BLOCK = 64
 """Weights that share a 4-bit scale in bitsandbytes."""
