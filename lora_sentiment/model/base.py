@@ -234,6 +234,11 @@ def _quantise(
         )
     for name in HEAD:
         model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # With it the first answer on a CPU that has avx512_bf16 rounds the scales for good, packs the weights as no
+            # backward pass can read them (training ends in an error after an evaluation), and fails for narrow linears.
+            cast(Any, module).support_avx512bf16_for_cpu = False
     return cast(nn.Module, model)
 
 
