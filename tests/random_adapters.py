@@ -6,16 +6,18 @@ from lora_sentiment.adapter.folder import DataRecord, compute_probe, save
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from lora_sentiment.model.methods import head_layers, make_trainable, trainable_tensors
 
 PROBE = [[2, 7, 9, 3], [2, 5, 3], [2, 20, 21, 22, 23, 24, 3]]
 
 
-def save_random(folder, base, method, *, labels, probe=PROBE, record=None, spread=0.05, seed=1, max_length=16, **model):
+def save_random(
+    folder, base, method, *, labels, probe=PROBE, record=None, spread=0.05, head=1.0, seed=1, max_length=16, **model
+):
     """Save an adapter whose trained tensors are random; return the model and its base.
 
     `probe` holds the token ids of the probe's texts; `record` names other rows than those of a Hub data set `x/y`;
-    further options are the recipe's `model` keys.
+    `head` is a factor of the head's weights; further options are the recipe's `model` keys.
     """
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
@@ -25,6 +27,8 @@ def save_random(folder, base, method, *, labels, probe=PROBE, record=None, sprea
     with torch.no_grad():
         for parameter in trainable_tensors(trained).values():
             parameter.add_(torch.randn_like(parameter) * spread)
+        for layer in head_layers(trained).values():
+            layer.weight.mul_(head)
     save(
         folder,
         trained,
