@@ -62,7 +62,7 @@ CPU = torch.device("cpu")
 def make_job(arguments, name, *, steps=2):
     """The slice of one variant."""
     found = peers.parse_arguments(arguments)
-    cell = peers.Cell("train" if {**peers.VARIANTS, **peers.NAMED}.get(name) else "ablation", "toy", "imdb")
+    cell = peers.Cell("train" if name in {**peers.VARIANTS, **peers.NAMED} else "ablation", "toy", "imdb")
     line = {**peers.describe(cell, name, 0, found), "steps": steps}
     return peers.make_job(line, cell, found, peers.Pools(found))
 
