@@ -9,12 +9,16 @@
 `lora_sentiment.train` is the module that a launcher runs, and a name cannot be both a module and a function.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_sentiment.classifier import load as load
 
 __version__ = "0.1.0"
+
+# Where a CPU has avx512_bf16, importing bitsandbytes advises a package that fetches code from the Hub and runs it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
