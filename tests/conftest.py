@@ -34,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.option.markexpr
     if "gpu" not in asked or "not gpu" in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+        # Triton reads it when it is imported: its kernels then run on CPU tensors.
+        os.environ["TRITON_INTERPRET"] = "1"
     cache = tempfile.mkdtemp(prefix="lora_sentiment-tests-")
     os.environ["HF_HOME"] = cache
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
