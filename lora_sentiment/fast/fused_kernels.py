@@ -103,7 +103,7 @@ def backward_kernel(
         z = tl.load(z_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
-        n = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
+        n = (z - tl.load(mean_ptr + row)) * rstd
         weight_sum += grad * n
         bias_sum += grad
         g = grad * weight

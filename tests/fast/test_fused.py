@@ -217,6 +217,24 @@ def test_what_is_kept_for_the_backward_pass():
     assert kept == [weight, seed, z, mean, rstd]
 
 
+@needs_triton
+def test_without_a_gradient_only_the_output_is_written(monkeypatch):
+    made = []
+    plain_empty_like = torch.empty_like
+
+    def empty_like(tensor: Tensor) -> Tensor:
+        made.append(plain_empty_like(tensor))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    inputs = make_inputs(3, 32)
+    with torch.no_grad():
+        triton_dropout_add_norm(*inputs, p=P, eps=EPS)
+    assert len(made) == 1
+    triton_dropout_add_norm(*inputs, p=P, eps=EPS)
+    assert len(made) == 3
+
+
 def test_a_cpu_takes_the_plain_formula():
     assert has_triton() == (find_spec("triton") is not None)
     inputs = make_inputs(3, 32)
@@ -227,9 +245,11 @@ def test_a_cpu_takes_the_plain_formula():
 
 
 def test_the_plain_formula_takes_weights_of_another_dtype():
-    inputs = make_inputs(3, 32, dtype=torch.bfloat16)
+    x, residual, *masters = make_inputs(3, 32)
+    weight, bias = (tensor.detach().bfloat16().requires_grad_() for tensor in masters)
+    inputs = (x, residual, weight, bias)
     y = plain_dropout_add_norm(*inputs, p=0.0, eps=EPS)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == torch.float32
     for tensor, gradient in zip(inputs, gradients(y, inputs), strict=True):
         assert gradient.dtype == tensor.dtype
 
