@@ -192,12 +192,12 @@ def make_accelerator(
     return accelerator
 
 
-def describe_machine(dtype: torch.dtype, *, max_tokens: int) -> dict[str, Any]:
+def describe_machine(dtype: torch.dtype, *, max_tokens: int | None) -> dict[str, Any]:
     """Return the facts of machine and launch that fix the bytes of the result.
 
     Args:
         dtype: Compute dtype.
-        max_tokens: Most padded tokens of a micro-batch.
+        max_tokens: Most padded tokens of a micro-batch; None where the free memory decided it.
     """
     state = PartialState()
     return {

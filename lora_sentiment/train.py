@@ -4,6 +4,7 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -46,8 +47,9 @@ from lora_sentiment.run_folder import claim, drop_checkpoints, explain_full_disk
 from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History
-from lora_sentiment.training.loop import fit
+from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.losses import make_class_weights
+from lora_sentiment.training.micro_batch import fit_micro_batch, measure_micro_batch
 from lora_sentiment.training.optimizer import count_steps
 
 log = logging.getLogger("lora_sentiment")
@@ -203,7 +205,9 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
         "frozen_sha256": frozen_sha256,
         "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
     }
-    machine = describe_machine(setup.dtype, max_tokens=setup.max_tokens)
+    # What was measured on a GPU is kept by the checkpoint itself: other free memory must not stop a resume.
+    measured = next(setup.model.parameters()).device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None
+    machine = describe_machine(setup.dtype, max_tokens=None if measured else setup.max_tokens)
     config: Any = setup.base.model.config
     return make_settings(recipe, found, machine=machine, base=config.to_dict())
 
@@ -229,6 +233,8 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
         checkpoint_activations(model)
     engine = _choose_engine(model, recipe.train.engine, dtype)
     max_tokens = _max_tokens(recipe, base, dtype)
+    if device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None:
+        max_tokens = _measure_max_tokens(recipe, model, accelerator, num_steps)
     log.info("%s on %s, %s engine, micro-batches of at most %s tokens", dtype, device, engine, f"{max_tokens:,}")
     return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, stand_in)
 
@@ -283,6 +289,28 @@ def _max_tokens(recipe: Recipe, base: Base, dtype: torch.dtype) -> int:
         element_bytes=dtype.itemsize,
         checkpointing=recipe.train.gradient_checkpointing,
     )
+
+
+def _measure_max_tokens(recipe: Recipe, model: nn.Module, accelerator: Accelerator, num_steps: int) -> int:
+    """Return the most tokens of a micro-batch on a GPU: a whole step where its memory allows."""
+    rows = math.ceil(recipe.train.batch_size / accelerator.num_processes)
+    length = recipe.model.max_length
+    measured = measure_micro_batch(model, accelerator=accelerator, max_length=length, batch_size=rows)
+    reason = why_not_graphs(model, recipe.train, device=accelerator.device, num_steps=num_steps)
+    max_tokens = fit_micro_batch(
+        measured,
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        most=rows * length,
+        least=length,
+        graphs=reason is None,
+    )
+    log.info(
+        "%s MiB are free; a token of a micro-batch takes %s KiB",
+        f"{measured.free / 2**20:,.0f}",
+        f"{measured.per_token / 2**10:,.1f}",
+    )
+    reset_peak_memory(accelerator.device)
+    return max_tokens
 
 
 def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:

@@ -20,6 +20,7 @@ from lora_sentiment.adapter.stamp import check_files
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS, rebuild, save_as_plain_lora, save_weights
 from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.files import hash_file, take_place, write_json
 from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
 from lora_sentiment.model.base import Base, check_length, hash_tokenizer, load_base
@@ -262,7 +263,7 @@ def compute_probe(model: nn.Module, input_ids: list[list[int]]) -> Probe:
 
 def _answer(model: nn.Module, input_ids: list[list[int]]) -> list[list[float]]:
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), attention_backends(device):
         return [model(input_ids=torch.tensor([ids], device=device)).logits[0].tolist() for ids in input_ids]
 
 

@@ -220,14 +220,18 @@ def shard(index: NDArray[np.int64], lengths: NDArray[np.int64], *, rank: int, nu
     return index[np.argsort(lengths[index], kind="stable")][rank::num_processes]
 
 
-def pad(encoded: Encoded, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """Pad rows to the longest among them.
+def pad(
+    encoded: Encoded, index: NDArray[np.int64], *, to: Sequence[int] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """Pad rows to the longest among them, or to the next of the lengths `to`, ascending.
 
     Returns:
         (input_ids, attention_mask), both (num_rows, longest); the mask is None where no row is padded.
     """
     lengths = encoded.lengths[index]
     longest = int(lengths.max())
+    if to is not None:
+        longest = next((length for length in to if length >= longest), longest)
     input_ids = np.full((len(index), longest), encoded.pad_token_id, dtype=np.int64)
     for row, i in enumerate(index):
         input_ids[row, : lengths[row]] = encoded.input_ids[encoded.offsets[i] : encoded.offsets[i + 1]]
@@ -236,8 +240,10 @@ def pad(encoded: Encoded, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], 
     return input_ids, mask
 
 
-def make_batch(encoded: Encoded, index: NDArray[np.int64], *, device: "torch.device") -> Batch:
-    """Pad rows to the longest among them and move them to a device."""
+def make_batch(
+    encoded: Encoded, index: NDArray[np.int64], *, device: "torch.device", lengths: Sequence[int] | None = None
+) -> Batch:
+    """Pad rows to the longest among them, or to the next of `lengths`, and move them to a device."""
     import torch
 
     def move(values: NDArray[np.int64]) -> torch.Tensor:
@@ -245,7 +251,7 @@ def make_batch(encoded: Encoded, index: NDArray[np.int64], *, device: "torch.dev
         # From other memory a copy to a GPU may wait for all that the GPU was given before.
         return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-    input_ids, mask = pad(encoded, index)
+    input_ids, mask = pad(encoded, index, to=lengths)
     return Batch(
         input_ids=move(input_ids),
         attention_mask=None if mask is None else move(mask),

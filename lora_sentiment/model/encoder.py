@@ -24,11 +24,14 @@ from transformers.models.distilbert.modeling_distilbert import (
 )
 
 from lora_sentiment.errors import ModelError
+from lora_sentiment.fast.attention import packed_attention
+from lora_sentiment.fast.fused import dropout_add_norm
 from lora_sentiment.model.kernels import (
     Adapter,
     Linear,
     Segment,
     attention,
+    cast_adapters,
     dropout,
     feed_forward,
     first_token_attention,
@@ -114,6 +117,15 @@ def use_stock_encoder(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, DistilBertModel) and _is_fast(part):
             del part.forward
+
+
+def takes_packed_rows(model: nn.Module) -> bool:
+    """Return whether the forward pass of `model` takes rows without padding, as `FastForward.encode_packed` does."""
+    for part in model.modules():
+        if isinstance(part, DistilBertModel) and _is_fast(part):
+            # A GPU's attention kernels take heads of whole groups of eight values.
+            return (part.config.dim // part.config.n_heads) % 8 == 0
+    return False
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -234,6 +246,8 @@ class FastForward:
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
         """Encodes input_ids: (batch, length) and returns last_hidden_state: (batch, 1, dim), that of [CLS], in fp32.
@@ -241,11 +255,18 @@ class FastForward:
         attention_mask: (batch, length) of 0 and 1, or None where every token counts, which is faster than a mask of
         ones: whether one is that is not looked at, for a GPU would have to be waited for.
 
+        With cu_seq_lens_q the sequences lie one after another without padding, as `encode_packed` describes:
+        input_ids and position_ids are (1, num_tokens), and last_hidden_state is (num_sequences, 1, dim).
+
         Raises:
             ModelError: Where something is asked for that only the stock forward gives, or an adapter was changed
                 into something that it cannot compute.
         """
-        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        if cu_seq_lens_q is not None and input_ids is not None and position_ids is not None and max_length_q:
+            with torch.autocast(input_ids.device.type, enabled=False):
+                first = self.encode_packed(input_ids[0], position_ids[0], cu_seq_lens_q, max_length_q)
+            return BaseModelOutput(last_hidden_state=first.float()[:, None])
+        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q}
         asked = [name for name, value in given.items() if value is not None]
         asked += [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
         if input_ids is None or asked:
@@ -273,6 +294,98 @@ class FastForward:
             else:
                 x = self._encode_block(index, block, x, mask, linears)
         return x
+
+    def encode_packed(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int
+    ) -> Tensor:
+        """Encodes sequences that lie one after another.
+
+        Args:
+            input_ids: Token ids, shape (num_tokens,).
+            position_ids: Place of each token in its sequence, shape (num_tokens,).
+            cu_seq_lens: Where each sequence starts, and the end of the last one, int32, shape (num_sequences + 1,).
+                A sequence may be empty.
+            max_length: Most tokens of a sequence.
+
+        Returns:
+            The first token of each sequence in the compute dtype, shape (num_sequences, dim).
+        """
+        parts = self.encoder.embeddings
+        words = functional.embedding(input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx)
+        positions = functional.embedding(position_ids, parts.position_embeddings.weight)
+        dtype = torch.promote_types(words.dtype, positions.dtype)  # of the two, one may be trained
+        x = self._add_norm(parts.LayerNorm, positions.to(dtype), words.to(dtype)).to(self.dtype)
+        x = dropout(x, self._p(parts.dropout))
+        blocks = cast(list[TransformerBlock], list(self.encoder.transformer.layer))
+        layers = self._cast_adapters([self.linears(index, block) for index, block in enumerate(blocks)])
+        for own, block in zip(layers[:-1], blocks[:-1], strict=True):
+            if block.gradient_checkpointing and block.training:
+                x = checkpoint(self._encode_packed_block, block, own, x, cu_seq_lens, max_length, use_reentrant=False)
+            else:
+                x = self._encode_packed_block(block, own, x, cu_seq_lens, max_length)
+        return self._encode_first_tokens(blocks[-1], layers[-1], x, cu_seq_lens, max_length)
+
+    def _encode_packed_block(
+        self, block: TransformerBlock, own: Linears, x: Tensor, cu_seq_lens: Tensor, max_length: int
+    ) -> Tensor:
+        num_heads = block.attention.n_heads
+        q, k, v = linear(x, own.qkv).view(len(x), 3, num_heads, -1).unbind(1)
+        mixed = packed_attention(
+            q,
+            k,
+            v,
+            cu_seq_lens_q=cu_seq_lens,
+            cu_seq_lens_k=cu_seq_lens,
+            max_length_q=max_length,
+            max_length_k=max_length,
+            dropout_p=self._p(block.attention.dropout),
+        )
+        return self._after_attention(block, own, x, mixed)
+
+    def _encode_first_tokens(
+        self, block: TransformerBlock, own: Linears, x: Tensor, cu_seq_lens: Tensor, max_length: int
+    ) -> Tensor:
+        """The last block: only the first token of each sequence reaches the head."""
+        num_heads = block.attention.n_heads
+        # An empty sequence at the end starts behind the last token.
+        first = x.index_select(0, cu_seq_lens[:-1].clamp(max=len(x) - 1))
+        query, keys_values = _split_query(own.qkv)
+        q = linear(first, query).view(len(first), num_heads, -1)
+        k, v = linear(x, keys_values).view(len(x), 2, num_heads, -1).unbind(1)
+        mixed = packed_attention(
+            q,
+            k,
+            v,
+            cu_seq_lens_q=torch.arange(len(first) + 1, dtype=torch.int32, device=x.device),
+            cu_seq_lens_k=cu_seq_lens,
+            max_length_q=1,
+            max_length_k=max_length,
+            dropout_p=self._p(block.attention.dropout),
+        )
+        return self._after_attention(block, own, first, mixed)
+
+    def _after_attention(self, block: TransformerBlock, own: Linears, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows attention in a block, of packed tokens; x: (num_tokens, dim), mixed: (num_tokens, heads, head_dim)."""
+        projected = linear(mixed.reshape(x.shape), own.out_lin)
+        x = self._add_norm(block.sa_layer_norm, projected, x)
+        inner = feed_forward(x, own.lin1, own.lin2)
+        return self._add_norm(block.output_layer_norm, inner, x, p=self._p(block.ffn.dropout))
+
+    def _add_norm(self, module: nn.LayerNorm, x: Tensor, residual: Tensor, *, p: float = 0.0) -> Tensor:
+        return dropout_add_norm(x, residual, module.weight, module.bias, p=p, eps=module.eps)
+
+    def _cast_adapters(self, layers: list[Linears]) -> list[Linears]:
+        """Cast the adapters of all layers to a 16-bit compute dtype at once, their scale multiplied in."""
+        if self.dtype == torch.float32:
+            return layers
+        adapters = [adapter for own in layers for part in own for adapter in part.adapters]
+        if not adapters:
+            return layers
+        cast_pairs = iter(cast_adapters(adapters, self.dtype))
+        return [
+            Linears(*(part._replace(adapters=tuple(next(cast_pairs) for _ in part.adapters)) for part in own))
+            for own in layers
+        ]
 
     def _encode_block(
         self, index: int, block: TransformerBlock, x: Tensor, mask: Tensor | None, linears: LinearsOfLayer

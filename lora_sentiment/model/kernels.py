@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
+from lora_sentiment.fast.attention import attention_backends
+
 # On a CPU, fused attention is the faster one for fp32 inference from about this length, and keeps less for training at
 # the same speed (measured in fp32 on AVX2 cores). Shorter dtypes take explicit products at every length, which earlier
 # measurements on AMX cores favoured. A constant and never a timing at run time, because results must repeat.
@@ -90,6 +92,18 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
     return y
 
 
+def cast_adapters(adapters: Sequence[Adapter], dtype: torch.dtype) -> list[Adapter]:
+    """Returns adapters in another dtype, their scale multiplied into B, by few operations for all of them.
+
+    Gradients reach the tensors that were given, in their own dtype.
+    """
+    masters = [tensor for adapter in adapters for tensor in (adapter.A, adapter.B)]
+    scales = [scale for adapter in adapters for scale in (1.0, adapter.scale)]
+    found: tuple[Tensor, ...] = _Cast.apply(dtype, scales, *masters)  # type: ignore[no-untyped-call]
+    pairs = zip(adapters, found[::2], found[1::2], strict=True)
+    return [adapter._replace(A=A, B=B, scale=1.0) for adapter, A, B in pairs]
+
+
 def feed_forward(x: Tensor, lin1: Linear, lin2: Linear) -> Tensor:
     """Returns lin2(gelu(lin1(x))) with the exact, erf-based GELU; x: (..., dim). Keeps the pre-activation only."""
     tensors = _tensors(lin1) + _tensors(lin2)
@@ -116,7 +130,8 @@ def attention(qkv: Tensor, mask: Tensor | None, *, num_heads: int, dropout_p: fl
     if qkv.device.type != "cpu" or fused:
         heads = qkv.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind(0)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        with attention_backends(qkv.device):
+            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
         return mixed.transpose(1, 2).reshape(batch, length, width // 3)
     if _wants_grad(qkv):
         y: Tensor = _Attention.apply(qkv, mask, num_heads, dropout_p)  # type: ignore[no-untyped-call]
@@ -238,8 +253,8 @@ def _project_backward(
     for adapter in adapters:
         grad_y = grad[:, adapter.start : adapter.stop]
         down, up = adapter.A.to(grad.dtype), adapter.B.to(grad.dtype)
-        grad_reduced = (up * adapter.scale).t() @ grad_y.t()
-        reduced = x @ (down * adapter.scale).t()
+        grad_reduced = _times(up, adapter.scale).t() @ grad_y.t()
+        reduced = x @ _times(down, adapter.scale).t()
         grads.append((grad_reduced @ x).to(adapter.A.dtype))
         grads.append((reduced.t() @ grad_y).t().to(adapter.B.dtype))
         if grad_x is not None and not _is_folded(grad.dtype):
@@ -247,9 +262,32 @@ def _project_backward(
     return grads
 
 
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor * scale
+
+
 def _restore(adapters: Sequence[Adapter], pairs: Sequence[Tensor]) -> list[Adapter]:
     """Puts the saved A and B back, so that autograd's check for changes made in between sees them."""
     return [old._replace(A=A, B=B) for old, A, B in zip(adapters, pairs[::2], pairs[1::2], strict=True)]
+
+
+class _Cast(Function):
+    """Tensors times a number each, in another dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, scales: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.scales = scales
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(found, torch._foreach_mul(tensors, scales))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        found = [torch.empty_like(grad, dtype=dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        torch._foreach_copy_(found, list(grads))
+        torch._foreach_mul_(found, ctx.scales)
+        return None, None, *found
 
 
 class _Linear(Function):

@@ -26,6 +26,8 @@ MAX_MICRO_BATCH_TOKENS = 4096
 """A larger one does not run faster on a CPU: its buffers outgrow the caches and what glibc keeps between uses."""
 INFERENCE_TOKENS = 8192
 """Padded tokens of one forward without gradients."""
+CUDA_INFERENCE_TOKENS = 32768
+"""The same on a CUDA device: enough that launching the kernels takes less time than computing them."""
 CPU_INFERENCE_TOKENS = 1024
 """The same on a CPU: larger buffers outgrow its caches, and glibc hands those of 32 MiB back to the kernel at every
 free."""
@@ -171,4 +173,4 @@ def micro_batch_tokens(shape: Shape, *, max_length: int, element_bytes: int, che
 
 def inference_tokens(device_type: str) -> int:
     """Return how many padded tokens a forward without gradients takes at once on a `cpu`, `cuda` or other device."""
-    return CPU_INFERENCE_TOKENS if device_type == "cpu" else INFERENCE_TOKENS
+    return {"cpu": CPU_INFERENCE_TOKENS, "cuda": CUDA_INFERENCE_TOKENS}.get(device_type, INFERENCE_TOKENS)

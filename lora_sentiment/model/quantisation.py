@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.model.base import Base, load_base
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.memory import Plan, estimate_memory, runs_fast
@@ -106,7 +107,7 @@ def measure_quantisation(
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in input_ids], device=device)
     seconds: list[list[float]] = [[], []]
     vectors = []
-    with torch.inference_mode():
+    with torch.inference_mode(), attention_backends(device):
         for _ in range(ROUNDS):
             vectors = [_timed(encoder, ids, mask, times) for encoder, times in zip(encoders, seconds, strict=True)]
     unquantised, quantised = vectors

@@ -63,6 +63,8 @@ class TrainConfig(Section):
     """Go on from a checkpoint: auto where there is one, never starts anew, always refuses to start anew."""
     engine: Literal["auto", "fast", "stock"] = "auto"
     """Encoder forward: auto takes the fast exact one where it can and says so; fast raises where it cannot."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Record the kernels of a step once and launch them together: auto does so on a CUDA device where it can."""
     report_to: Names = ()
     """Accelerate trackers beside metrics.csv, which is always written."""
 

@@ -6,7 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,19 +17,23 @@ from accelerate.utils.memory import clear_device_cache
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_sentiment.data.batches import Encoded, cut, make_batch, plan_epoch, shard
+from lora_sentiment.data.batches import Encoded, plan_epoch, shard
+from lora_sentiment.data.packing import choose_sizes, plan_packing
 from lora_sentiment.errors import StoppedError, TrainingError
 from lora_sentiment.evaluation.metrics import METRICS, quick_score
+from lora_sentiment.fast.graphs import GraphRunner
+from lora_sentiment.model.encoder import takes_packed_rows
 from lora_sentiment.model.inference import predict_logits
 from lora_sentiment.model.method_config import Method
 from lora_sentiment.model.methods import after_step, is_settled, learning_rate_ratios, penalty, trainable_tensors
 from lora_sentiment.progress import make_bar
+from lora_sentiment.training.backward import Backward, PackedBackward, PaddedBackward
 from lora_sentiment.training.checkpoint import Checkpoint, Progress, Store, load_checkpoint, save_checkpoint
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.history import EvalPoint, History, TrainPoint
 from lora_sentiment.training.interrupts import StopSignals, is_out_of_memory
 from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
-from lora_sentiment.training.optimizer import count_steps, make_optimizer, make_schedule
+from lora_sentiment.training.optimizer import GraphedUpdate, count_steps, make_optimizer, make_schedule
 from lora_sentiment.training.state import put_ranks, put_rng, put_state, take_ranks, take_rng, take_state
 from lora_sentiment.training.trackers import rewind, sync
 
@@ -37,8 +41,10 @@ log = logging.getLogger("lora_sentiment")
 
 MAX_SKIPPED_STEPS = 20
 """Optimizer steps in a row that fp16's loss scaling may skip before the run is given up."""
-GPU_READ_STEPS = 10
+GPU_READ_STEPS = 50
 """Steps on a GPU after which their losses and norms are read: each reading waits for all that the device was given."""
+MIN_STEPS_FOR_GRAPHS = 3
+"""Optimizer steps from which on a run can replay anything: the first of a size runs eagerly, the second is captured."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,30 @@ class _Taken:
     rate: float
     loss: torch.Tensor
     norm: torch.Tensor
+
+
+def why_not_graphs(
+    model: nn.Module, config: TrainConfig, *, device: torch.device, num_steps: int
+) -> str | None:
+    """Return why steps are not replayed as CUDA graphs, or None where they are.
+
+    Args:
+        model: With its forward pass in place.
+        config: The recipe's `train` section.
+        device: Where the model is.
+        num_steps: Optimizer steps of the run.
+    """
+    if config.cuda_graphs == "off":
+        return "train.cuda_graphs=off"
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if not takes_packed_rows(model):
+        return "the stock forward pass runs"
+    if config.gradient_checkpointing:
+        return "train.gradient_checkpointing saves generator states on the host"
+    if num_steps < MIN_STEPS_FOR_GRAPHS:
+        return f"the run has {num_steps} steps"
+    return None
 
 
 def fit(
@@ -96,6 +126,16 @@ def fit(
         ) from error
 
 
+@contextmanager
+def _on_own_stream(device: torch.device) -> Iterator[None]:
+    """Put a GPU's work on a stream of its own, after all that it was given before, and before all that follows."""
+    own = torch.cuda.Stream(device)
+    own.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(own):
+        yield
+    torch.cuda.current_stream(device).wait_stream(own)
+
+
 class _Loop:
     """The state of one run between optimizer steps."""
 
@@ -126,6 +166,18 @@ class _Loop:
         # The scheduler is not prepared: a prepared one steps num_processes times per update.
         self.scheduler = make_schedule(optimizer, config, num_steps=self.num_steps)
         self.adamw, self.optimizer = optimizer, accelerator.prepare_optimizer(optimizer)
+        reason = why_not_graphs(model, config, device=accelerator.device, num_steps=self.num_steps)
+        self.graphs = self._make_graphs() if reason is None else None
+        if accelerator.device.type == "cuda":
+            log.info("CUDA graphs: %s", "on" if reason is None else f"off, because {reason}")
+        self.update = None  # clips and steps as a graph
+        if self.graphs and not accelerator.scaler:
+            self.update = GraphedUpdate(
+                optimizer,
+                list(self.parameters.values()),
+                max_norm=config.max_grad_norm or math.inf,
+                graphs=self.graphs,
+            )
         self.history = History(max_tokens=max_tokens)
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.sign = 1 if METRICS[config.metric_for_best_model].greater_is_better else -1
@@ -138,7 +190,65 @@ class _Loop:
 
     def run(self) -> History:
         """Walk all steps that are left; evaluate once an epoch or every `eval_steps`, and after the last step."""
+        with self._stream():
+            return self._run()
+
+    def _stream(self) -> AbstractContextManager[None]:
+        """Return a context in which a GPU's work is put on a stream that can be captured."""
+        if self.graphs is None or self.accelerator.device.type != "cuda":
+            return nullcontext()
+        return _on_own_stream(self.accelerator.device)
+
+    @staticmethod
+    def _make_graphs() -> GraphRunner:
+        return GraphRunner()
+
+    def _make_backward(self) -> Backward:
+        """Choose how micro-batches are laid out, and their sizes."""
+        device = self.accelerator.device
+        if not self._packs_rows():
+            lengths = None
+            if device.type == "cuda":
+                longest = [
+                    int(self.lengths[step].max())
+                    for step in plan_epoch(
+                        self.lengths, batch_size=self.config.batch_size, seed=self.config.seed, epoch=0
+                    )
+                ]
+                lengths = choose_sizes(np.array([*longest, self.lengths.max()]))
+            return PaddedBackward(
+                self.model,
+                self.train,
+                loss_sum=self._loss_sum,
+                accelerator=self.accelerator,
+                lengths=lengths,
+            )
+        plan = plan_packing(
+            self.lengths,
+            batch_size=self.config.batch_size,
+            max_tokens=self.history.max_tokens,
+            max_length=int(self.lengths.max()),
+            seed=self.config.seed,
+            num_epochs=math.ceil(self.num_steps / self.steps_per_epoch),
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        log.info("micro-batches are packed into arrays of %s tokens", ", ".join(map(str, plan.sizes)))
+        return PackedBackward(
+            self.model,
+            self.train,
+            plan=plan,
+            loss_sum=self._loss_sum,
+            accelerator=self.accelerator,
+            graphs=self.graphs,
+        )
+
+    def _packs_rows(self) -> bool:
+        return self.accelerator.device.type == "cuda" and takes_packed_rows(self.model)
+
+    def _run(self) -> History:
         self._resume()
+        self.backward = self._make_backward()
         bar = make_bar(self.num_steps, desc="training", unit="step", show=self.accelerator.is_main_process)
         self.model.train()
         with bar:
@@ -161,6 +271,9 @@ class _Loop:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.best[name])
+                parameter.grad = None
+        if self.graphs:
+            self.graphs.clear()
         return self.history
 
     def _is_due(self, every: int | None, step: int | None = None) -> bool:
@@ -285,10 +398,8 @@ class _Loop:
         """Take one optimizer step: gradients of the (weighted) mean loss over its examples, however they are cut."""
         began = time.perf_counter()
         loss = self._reduce(self._gradients(step, index))
-        limit = self.config.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
         rate = float(self.scheduler.get_last_lr()[0])
-        self._update(step, norm)
+        norm = self._update(step)
         self.history.seconds += time.perf_counter() - began
         self.history.tokens += int(self.lengths[index].sum())
         self.taken.append(_Taken(step, index, self.history.tokens, rate, loss, norm))
@@ -323,7 +434,7 @@ class _Loop:
         device = self.accelerator.device
         generators = take_rng(device)
         while True:
-            parts = cut(own, self.lengths, max_tokens=self.history.max_tokens)
+            parts = self.backward.cut(own, max_tokens=self.history.max_tokens)
             loss: torch.Tensor | None
             try:
                 loss = self._backward(index, parts)
@@ -335,10 +446,13 @@ class _Loop:
             too_large = self._agree(parts, failed=loss is None)
             if loss is not None and too_large is None:
                 return loss
-            self.optimizer.zero_grad()
+            self._clear_gradients()
+            if self.graphs:
+                self.graphs.clear()
             clear_device_cache(garbage_collection=True)
             put_rng(generators, device)
             self._halve(step, *(too_large or (0, 0)))
+            self.backward = self._make_backward()
 
     def _agree(self, parts: Sequence[NDArray[np.int64]], *, failed: bool) -> tuple[int, int] | None:
         """Let all processes know of a signal, and of memory that ran out in any of them.
@@ -374,12 +488,7 @@ class _Loop:
         loss = torch.zeros((), device=self.accelerator.device)
         total = total_weight(self.train.labels[index], self.class_weights)
         for part in parts:
-            batch = make_batch(self.train, part, device=self.accelerator.device)
-            with self.accelerator.autocast():
-                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            part_loss = self._loss_sum(logits, batch.labels) / total
-            self.accelerator.backward(part_loss)
-            loss += part_loss.detach()
+            loss += self.backward.add_gradients(part, total=total)
         extra = penalty(self.model, self.method)
         if extra is not None:
             # Gradients are summed over processes, and every process has the whole penalty.
@@ -398,12 +507,28 @@ class _Loop:
             flat = self.accelerator.reduce(flat, reduction="sum")
             pieces = flat.split([g.numel() for g in gradients] + [1])
             for parameter, piece in zip(self.parameters.values(), pieces, strict=False):
-                parameter.grad = piece.view_as(parameter).clone()
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                parameter.grad.copy_(piece.view_as(parameter))
             loss = pieces[-1].squeeze().clone()  # a view of it would keep all gradients until it is read
         return loss
 
-    def _update(self, step: int, norm: torch.Tensor) -> None:
-        """Step the optimizer, and the schedule unless fp16's scaler skipped the step."""
+    def _clear_gradients(self) -> None:
+        """Forget the gradients; graphs write to those that are there, so these stay and become zero."""
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
+
+    def _update(self, step: int) -> torch.Tensor:
+        """Clip the gradients, step the optimizer, and the schedule unless fp16's scaler skipped the step.
+
+        Returns:
+            The gradients' norm before it was clipped.
+        """
+        if self.update is not None:
+            norm = self.update()
+            self.scheduler.step()
+            return norm
+        limit = self.config.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
         # fp16's scaler meets infinities on purpose: it skips the step and halves the scale. Accelerate's own flag for
         # that stays False with a fused optimizer, so the norm decides.
         counts = self.accelerator.scaler is None or math.isfinite(float(norm))
@@ -411,7 +536,8 @@ class _Loop:
         if counts:
             after_step(self.model, self.method, step=step)
             self.scheduler.step()
-        self.optimizer.zero_grad()
+        self._clear_gradients()
+        return norm
 
     def _evaluate(self, step: int) -> None:
         """Judge the tensors on validation; keep them if they are the best so far."""

@@ -1,12 +1,13 @@
 """AdamW as a recipe sets it: what is decayed, what takes a rate of its own, how rates go over the steps."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import get_scheduler
 
+from lora_sentiment.fast.graphs import GraphRunner
 from lora_sentiment.training.config import TrainConfig
 
 
@@ -31,6 +32,7 @@ def make_optimizer(
         groups.setdefault((ratios.get(name, 1.0), decay), []).append(parameter)
     # The first group is one at the plain rate: that is the rate which is logged.
     ordered = sorted(groups.items(), key=lambda group: group[0][0] != 1.0)
+    on_cuda = any(parameter.device.type == "cuda" for parameter in parameters.values())
     return torch.optim.AdamW(
         [
             {"params": members, "lr": config.learning_rate * ratio, "weight_decay": decay}
@@ -40,6 +42,7 @@ def make_optimizer(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,
+        capturable=on_cuda,
     )
 
 
@@ -52,3 +55,53 @@ def make_schedule(
         config.lr_scheduler_type, optimizer, warmup, num_steps
     )
     return schedule
+
+
+class GraphedUpdate:
+    """Clips gradients, steps AdamW and sets the gradients to zero, as one graph.
+
+    Args:
+        optimizer: AdamW whose step can be captured.
+        parameters: What it trains; each gets a gradient of zeros that stays where it is.
+        max_norm: The global norm that gradients are clipped at; infinity for none.
+        graphs: Replays the update.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        max_norm: float,
+        graphs: GraphRunner,
+    ) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.max_norm = max_norm
+        self.graphs = graphs
+        device = parameters[0].device
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._norm = torch.zeros((), device=device)
+        # The schedule writes plain numbers into the groups. The graph reads them from here.
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+
+    def __call__(self) -> torch.Tensor:
+        """Update the parameters and return the gradients' norm before it was clipped."""
+        for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self.graphs.run("update", self._update)
+        return self._norm.clone()
+
+    def _update(self) -> None:
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
+        self._norm.copy_(norm)
+        numbers = [group["lr"] for group in self.optimizer.param_groups]
+        try:
+            for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
+                group["lr"] = rate
+            self.optimizer.step()
+        finally:
+            for number, group in zip(numbers, self.optimizer.param_groups, strict=True):
+                group["lr"] = number
+        torch._foreach_zero_([parameter.grad for parameter in self.parameters])

@@ -33,7 +33,7 @@ from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.method_config import LoraMethod
 from lora_sentiment.model.methods import make_trainable
-from lora_sentiment.training import checkpoint, loop
+from lora_sentiment.training import backward, checkpoint, loop
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.optimizer import count_steps
@@ -288,7 +288,7 @@ def signal_at(step: int, number: int) -> None:
 def watch_training(reach: Callable[[str], None]) -> None:
     """Call `reach` at every step, micro-batch of one and evaluation of this process, and when all are done."""
     run, step, evaluate = loop._Loop.run, loop._Loop._step, loop._Loop._evaluate
-    make_batch, parts = loop.make_batch, {"step": 0, "part": 0}
+    make_batch, parts = backward.make_batch, {"step": 0, "part": 0}
 
     def watched_run(self: Any) -> Any:
         history = run(self)
@@ -311,7 +311,7 @@ def watch_training(reach: Callable[[str], None]) -> None:
         reach(f"evaluated {number}")
 
     loop._Loop.run, loop._Loop._step, loop._Loop._evaluate = watched_run, watched_step, watched_evaluate
-    loop.make_batch = watched_batch
+    backward.make_batch = watched_batch
 
 
 def start_watched(place: Path, toy: dict[str, Any], processes: int) -> tuple[list[int], TextIO]:

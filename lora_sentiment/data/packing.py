@@ -1,0 +1,232 @@
+"""Pack rows one after another without padding, into arrays of few sizes. Importing this imports no torch.
+
+A GPU pays for each new shape: memory is laid out anew, and a CUDA graph is captured. So a run uses at most `MAX_SIZES`
+sizes, which are chosen from the run's own steps.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_sentiment.data.batches import Encoded, plan_epoch, shard
+from lora_sentiment.data.texts import let_go
+
+MAX_SIZES = 20
+"""Most sizes of a run."""
+CANDIDATES = 256
+"""Values among which sizes are chosen: enough that rounding adds 0.4 % at most to the largest step."""
+PLANNED_EPOCHS = 3
+"""Epochs whose steps are looked at when sizes are chosen."""
+NO_LABEL = -100
+"""Label of a row that is not there; torch's `cross_entropy` ignores it."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows one after another, then padding, as arrays of a fixed size.
+
+    The padding consists of sequences of its own, so that no row attends to it.
+
+    Attributes:
+        input_ids: Token ids, shape (size,).
+        position_ids: Place of each token in its sequence, shape (size,).
+        cu_seq_lens: Where each sequence starts, and the end of the last one, shape (num_sequences + 1,). The first
+            `num_rows` sequences are rows.
+        labels: Shape (num_rows,); NO_LABEL where there is no row.
+    """
+
+    input_ids: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+    cu_seq_lens: NDArray[np.int32]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """The sizes into which a run packs its micro-batches.
+
+    Attributes:
+        sizes: Tokens of an array, ascending.
+        num_rows: Rows of an array; fewer are filled up with sequences of one padding token.
+        num_spare: Sequences that hold the padding.
+        max_length: Most tokens of a sequence.
+    """
+
+    sizes: tuple[int, ...]
+    num_rows: int
+    num_spare: int
+    max_length: int
+
+    def size_for(self, num_tokens: int, num_rows: int) -> int:
+        """Return the smallest size that holds rows with this many tokens together.
+
+        Raises:
+            ValueError: If none does.
+        """
+        needed = num_tokens + self.num_rows - num_rows
+        for size in self.sizes:
+            if size >= needed:
+                return size
+        raise ValueError(f"{needed} tokens do not fit into {self.sizes[-1]}")
+
+
+def choose_sizes(needed: NDArray[np.int64], *, limit: int = MAX_SIZES) -> tuple[int, ...]:
+    """Return at most `limit` sizes, ascending, such that rounding up to them adds the fewest tokens in total.
+
+    Args:
+        needed: How many tokens each array has to hold, shape (num_arrays,).
+        limit: Most sizes.
+    """
+    step = 8 * math.ceil(int(needed.max()) / (8 * CANDIDATES))
+    values, counts = np.unique(-(-needed // step) * step, return_counts=True)
+    # Dynamic programming: best[j] is the fewest tokens for the arrays of the first j values.
+    below = np.concatenate([[0], np.cumsum(counts)])
+    best = np.full(len(values) + 1, np.inf)
+    best[0] = 0
+    choices = []
+    for _ in range(min(limit, len(values))):
+        # cost[i, j]: the arrays of values i to j - 1 take the size of value j - 1.
+        cost = best[:-1, None] + (below[None, 1:] - below[:-1, None]) * values[None, :]
+        cost = np.where(np.tri(len(values), k=-1, dtype=bool), np.inf, cost)
+        choices.append(cost.argmin(axis=0))
+        best = np.concatenate([[0], cost.min(axis=0)])
+    sizes = []
+    end = len(values)
+    for choice in reversed(choices):
+        if end == 0:
+            break
+        sizes.append(int(values[end - 1]))
+        end = int(choice[end - 1])
+    return tuple(reversed(sizes))
+
+
+def plan_packing(
+    lengths: NDArray[np.int64],
+    *,
+    batch_size: int,
+    max_tokens: int,
+    max_length: int,
+    seed: int,
+    num_epochs: int,
+    rank: int = 0,
+    num_processes: int = 1,
+) -> PackPlan:
+    """Choose the sizes of one process's micro-batches from the steps of its run.
+
+    Args:
+        lengths: Tokens of each training row, shape (num_rows,).
+        batch_size: Rows of an optimizer step over all processes.
+        max_tokens: Most tokens of a micro-batch.
+        max_length: Most tokens of a row.
+        seed: The recipe's `train.seed`, which orders the rows.
+        num_epochs: Passes over the rows.
+        rank: Number of this process.
+        num_processes: Number of processes.
+    """
+    num_rows = math.ceil(min(batch_size, len(lengths)) / num_processes)
+    needed = []
+    for epoch in range(min(num_epochs, PLANNED_EPOCHS)):
+        for step in plan_epoch(lengths, batch_size=batch_size, seed=seed, epoch=epoch):
+            own = shard(step, lengths, rank=rank, num_processes=num_processes)
+            for part in cut_packed(own, lengths, max_tokens=max_tokens):
+                needed.append(int(lengths[part].sum()) + num_rows - len(part))
+    # No micro-batch needs more than this, in whatever epoch.
+    longest = int(np.sort(lengths)[-num_rows:].sum()) + num_rows
+    most = max(min(longest, max_tokens + num_rows), max(needed, default=1), num_rows)
+    sizes = choose_sizes(np.array(needed or [most]), limit=MAX_SIZES - 1)
+    if sizes[-1] < most:
+        sizes = (*sizes, 8 * math.ceil(most / 8))
+    gaps = np.diff([0, *sizes])
+    return PackPlan(sizes, num_rows, max(1, math.ceil(int(gaps.max()) / max_length)), max_length)
+
+
+def cut_packed(
+    index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int
+) -> list[NDArray[np.int64]]:
+    """Cut rows into the fewest micro-batches of at most `max_tokens` tokens that keep their order, of like size.
+
+    A single row longer than that is a micro-batch of its own.
+    """
+    parts = []
+    remaining = int(lengths[index].sum())
+    while len(index):
+        target = remaining / math.ceil(remaining / max_tokens)
+        ends = np.cumsum(lengths[index])
+        count = int(np.searchsorted(ends, target)) + 1
+        while count > 1 and ends[min(count, len(index)) - 1] > max_tokens:
+            count -= 1
+        parts.append(index[:count])
+        remaining -= int(lengths[index[:count]].sum())
+        index = index[count:]
+    return parts
+
+
+def pack(encoded: Encoded, index: NDArray[np.int64], *, plan: PackPlan) -> Packed:
+    """Pack rows into the smallest array of a plan that holds them.
+
+    Args:
+        encoded: Where the rows are.
+        index: The rows, at most `plan.num_rows`.
+        plan: The sizes.
+
+    Raises:
+        ValueError: If no size holds them.
+    """
+    lengths = encoded.lengths[index]
+    starts = encoded.offsets[index]
+    rows = [encoded.input_ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    size = plan.size_for(int(lengths.sum()), len(index))
+    packed = pack_rows(
+        rows,
+        size=size,
+        num_rows=plan.num_rows,
+        num_spare=plan.num_spare,
+        max_length=plan.max_length,
+        pad_token_id=encoded.pad_token_id,
+    )
+    packed.labels[: len(index)] = encoded.labels[index]
+    let_go(encoded.input_ids.base)
+    return packed
+
+
+def pack_rows(
+    rows: Sequence[NDArray[np.int32]],
+    *,
+    size: int,
+    num_rows: int,
+    num_spare: int,
+    max_length: int,
+    pad_token_id: int,
+) -> Packed:
+    """Lay rows out one after another in an array of a given size; every label is NO_LABEL.
+
+    Args:
+        rows: Token ids of each row.
+        size: Tokens of the array.
+        num_rows: Rows of the array; missing ones become sequences of one padding token.
+        num_spare: Sequences for the padding that is left then.
+        max_length: Most tokens of a sequence.
+        pad_token_id: Fills the padding.
+
+    Raises:
+        ValueError: If the rows, or the padding, do not fit.
+    """
+    missing = num_rows - len(rows)
+    num_tokens = sum(len(row) for row in rows)
+    left = size - num_tokens - missing
+    if missing < 0 or left < 0 or left > num_spare * max_length:
+        raise ValueError(f"{len(rows)} rows of {num_tokens} tokens do not fit into {num_rows} rows of {size}")
+    lengths = np.ones(num_rows + num_spare, dtype=np.int32)
+    lengths[: len(rows)] = [len(row) for row in rows]
+    spare = np.arange(num_spare) * max_length
+    lengths[num_rows:] = np.clip(left - spare, 0, max_length)
+    ends = np.cumsum(lengths, dtype=np.int32)
+    cu_seq_lens = np.concatenate([np.zeros(1, dtype=np.int32), ends])
+    input_ids = np.full(size, pad_token_id, dtype=np.int32)
+    if rows:
+        np.concatenate(rows, out=input_ids[:num_tokens])
+    position_ids = np.arange(size, dtype=np.int32) - np.repeat(cu_seq_lens[:-1], lengths)
+    return Packed(input_ids, position_ids, cu_seq_lens, np.full(num_rows, NO_LABEL, dtype=np.int64))

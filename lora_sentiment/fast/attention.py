@@ -1,0 +1,87 @@
+"""Which attention kernels run on a GPU, and attention over packed rows."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What `scaled_dot_product_attention` may use on a GPU: all but cuDNN, which takes 0.1 to 1 s for each new shape."""
+
+
+def attention_backends(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which attention on a GPU does not go to cuDNN; elsewhere it changes nothing."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel(BACKENDS)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    dropout_p: float,
+) -> Tensor:
+    """Multi-head attention within each of the sequences that lie one after another.
+
+    A GPU runs flash attention (Dao 2023) in a 16-bit dtype from compute capability 8.0 on, and the memory-efficient
+    kernel otherwise. On other devices the mask is written out: that is the definition, which tests compare with.
+
+    Args:
+        q: Queries, shape (num_queries, num_heads, head_dim).
+        k: Keys, shape (num_tokens, num_heads, head_dim).
+        v: Values, same shape as k.
+        cu_seq_lens_q: Where the queries of each sequence start, and the end, int32, shape (num_sequences + 1,).
+        cu_seq_lens_k: The same of keys and values.
+        max_length_q: Most queries of a sequence.
+        max_length_k: Most keys of a sequence.
+        dropout_p: Probability of dropping an attention weight.
+
+    Returns:
+        Shape of q.
+    """
+    if q.device.type != "cuda":
+        return _masked_attention(q, k, v, cu_seq_lens_q, cu_seq_lens_k, dropout_p)
+    if q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        y: Tensor = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, dropout_p, False, False
+        )[0]
+        return y
+    found: Tensor = torch.ops.aten._efficient_attention_forward(
+        q[None],
+        k[None],
+        v[None],
+        None,
+        cu_seq_lens_q,
+        cu_seq_lens_k,
+        max_length_q,
+        max_length_k,
+        dropout_p,
+        0,
+        torch.is_grad_enabled(),
+    )[0]
+    return found[0]
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, dropout_p: float
+) -> Tensor:
+    """Attention of all queries to all keys, with a mask that leaves those of the same sequence."""
+    sequence_of_q = _sequence_numbers(cu_seq_lens_q)
+    sequence_of_k = _sequence_numbers(cu_seq_lens_k)
+    mask = sequence_of_q[:, None] == sequence_of_k[None, :]
+    heads_first = [each.transpose(0, 1)[None] for each in (q, k, v)]
+    mixed = functional.scaled_dot_product_attention(*heads_first, attn_mask=mask, dropout_p=dropout_p)
+    return mixed[0].transpose(0, 1)
+
+
+def _sequence_numbers(cu_seq_lens: Tensor) -> Tensor:
+    lengths = cu_seq_lens.diff()
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)

@@ -1,0 +1,163 @@
+"""Gradients of one micro-batch: of padded rows, or of packed rows, which a GPU replays as CUDA graphs."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_sentiment.data.batches import Encoded, cut, make_batch
+from lora_sentiment.data.packing import PackPlan, Packed, cut_packed, pack
+from lora_sentiment.fast.attention import attention_backends
+from lora_sentiment.fast.graphs import GraphRunner
+
+LossSum = Callable[[Tensor, Tensor], Tensor]
+"""From logits (num_rows, num_labels) and labels (num_rows,) to the loss summed over rows."""
+
+
+class Backward(Protocol):
+    """Cuts the rows of a step into micro-batches, and adds the gradients of each."""
+
+    def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
+        """Cut rows into micro-batches of at most `max_tokens` tokens."""
+        ...
+
+    def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
+        """Add the gradients of a micro-batch to the parameters' own, and return its loss.
+
+        Args:
+            part: The rows of the micro-batch.
+            total: What the loss summed over rows is divided by.
+        """
+        ...
+
+
+class PaddedBackward:
+    """Micro-batches of rows that are padded to equal length.
+
+    Attributes:
+        lengths: Lengths that rows are padded up to, ascending; None to pad to the longest row of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoded: Encoded,
+        *,
+        loss_sum: LossSum,
+        accelerator: Accelerator,
+        lengths: tuple[int, ...] | None,
+    ) -> None:
+        self.model = model
+        self.encoded = encoded
+        self.loss_sum = loss_sum
+        self.accelerator = accelerator
+        self.lengths = lengths
+
+    def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
+        """Cut rows into micro-batches of at most `max_tokens` tokens, padding included."""
+        return cut(index, self.encoded.lengths, max_tokens=max_tokens)
+
+    def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
+        """Add the gradients of a micro-batch to the parameters' own, and return its loss."""
+        device = self.accelerator.device
+        batch = make_batch(self.encoded, part, device=device, lengths=self.lengths)
+        with self.accelerator.autocast(), attention_backends(device):
+            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = self.loss_sum(logits, batch.labels) / total
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class _Inputs(NamedTuple):
+    """The static input of one size: all fields are views of `buffer`, int32, which one copy fills."""
+
+    buffer: Tensor
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seq_lens: Tensor
+    labels: Tensor
+    total: Tensor
+
+
+class PackedBackward:
+    """Micro-batches of rows that lie one after another, in arrays of few sizes.
+
+    Attributes:
+        plan: The sizes.
+        graphs: Replays forward and backward of each size; None to run them eagerly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoded: Encoded,
+        *,
+        plan: PackPlan,
+        loss_sum: LossSum,
+        accelerator: Accelerator,
+        graphs: GraphRunner | None,
+    ) -> None:
+        self.model = model
+        self.encoded = encoded
+        self.plan = plan
+        self.loss_sum = loss_sum
+        self.accelerator = accelerator
+        self.graphs = graphs
+        self._loss = torch.zeros((), device=accelerator.device)
+        self._inputs: dict[int, _Inputs] = {}
+
+    def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
+        """Cut rows into micro-batches of at most `max_tokens` tokens."""
+        return cut_packed(index, self.encoded.lengths, max_tokens=max_tokens)
+
+    def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
+        """Add the gradients of a micro-batch to the parameters' own, and return its loss.
+
+        The loss is valid until the next call.
+        """
+        inputs = self._fill(pack(self.encoded, part, plan=self.plan), total)
+        if self.graphs is None:
+            self._compute(inputs)
+        else:
+            self.graphs.run(len(inputs.input_ids), lambda: self._compute(inputs))
+        return self._loss
+
+    def _compute(self, inputs: _Inputs) -> None:
+        with self.accelerator.autocast():
+            logits = self.model(
+                input_ids=inputs.input_ids[None],
+                position_ids=inputs.position_ids[None],
+                cu_seq_lens_q=inputs.cu_seq_lens,
+                max_length_q=self.plan.max_length,
+            ).logits
+        labels = inputs.labels.long()
+        loss = self.loss_sum(logits[: len(labels)], labels) / inputs.total
+        self.accelerator.backward(loss)
+        self._loss.copy_(loss.detach())
+
+    def _fill(self, packed: Packed, total: float) -> _Inputs:
+        """Copy a micro-batch to the place on the device from which its size is computed."""
+        fields = [
+            packed.input_ids,
+            packed.position_ids,
+            packed.cu_seq_lens,
+            packed.labels.astype(np.int32),
+            np.array([total], dtype=np.float32).view(np.int32),
+        ]
+        host = torch.from_numpy(np.concatenate(fields))
+        device = self.accelerator.device
+        if device.type == "cuda":
+            # From other memory a copy to a GPU may wait for all that the GPU was given before.
+            host = host.pin_memory()
+        size = len(packed.input_ids)
+        if size not in self._inputs:
+            buffer = torch.empty(len(host), dtype=torch.int32, device=device)
+            *views, number = buffer.split([len(field) for field in fields])
+            self._inputs[size] = _Inputs(buffer, *views, number.view(torch.float32)[0])
+        inputs = self._inputs[size]
+        inputs.buffer.copy_(host, non_blocking=True)
+        return inputs

@@ -1,0 +1,117 @@
+"""How large a micro-batch may be on a GPU, from its free memory and the measured bytes of a token."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_sentiment.fast.attention import attention_backends
+from lora_sentiment.model.inference import compute_packed, packs_rows
+from lora_sentiment.model.parameters import inference_tokens
+
+SHARE = 0.92
+"""Share of the free memory that is planned with: the allocator rounds, and cannot use every gap."""
+ROUND = 1024
+"""A cut that memory decides is a multiple of this, so that a little more or less memory does not change it."""
+TRAINED_BYTES = 16
+"""Bytes of a trained parameter beside itself: gradient, two moments, and the copy of the best value, in fp32."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What forward and backward passes hold on a device, in bytes.
+
+    Attributes:
+        per_token: Of each token of a micro-batch.
+        fixed: Beside them, whatever the size of the micro-batch.
+        evaluation: Peak of a forward pass without gradients over a full batch.
+        free: Memory that is not in use.
+    """
+
+    per_token: float
+    fixed: float
+    evaluation: int
+    free: int
+
+
+def fit_micro_batch(
+    measured: Measured, *, num_trained: int, most: int, least: int, graphs: bool
+) -> int:
+    """Return the most tokens that a micro-batch may have.
+
+    Args:
+        measured: What was measured.
+        num_trained: Trained parameters.
+        most: Tokens of the largest step: no micro-batch is larger.
+        least: Tokens of the longest row: no micro-batch needs to be smaller.
+        graphs: Whether steps are replayed as CUDA graphs. These hold their memory for as long as the run lasts, and
+            the first step of a size runs beside them.
+    """
+    copies = 2 if graphs else 1
+    left = SHARE * measured.free - measured.evaluation - TRAINED_BYTES * num_trained
+    tokens = (left / copies - measured.fixed) / measured.per_token
+    if tokens >= most:
+        return most
+    return max(least, math.floor(tokens / ROUND) * ROUND)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of a CUDA device that this process may still take, what its allocator keeps unused included."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+
+
+def measure_micro_batch(
+    model: nn.Module, *, accelerator: Accelerator, max_length: int, batch_size: int
+) -> Measured:
+    """Run forward and backward passes over rows of the longest length, and measure what they hold.
+
+    Gradients are dropped, generators are put back, and no weight changes.
+
+    Args:
+        model: On the accelerator's CUDA device, with its forward pass in place.
+        accelerator: Says device and precision.
+        max_length: Most tokens of a row.
+        batch_size: Rows of a step on this process.
+    """
+    device = accelerator.device
+    few, many = 1, max(2, min(8, batch_size))
+    was_training = model.training
+    with torch.random.fork_rng(devices=[device]):
+        model.train()
+        _peak(model, accelerator, few, max_length)  # libraries take memory of their own in a first pass
+        peaks = [_peak(model, accelerator, rows, max_length) for rows in (few, many)]
+        model.eval()
+        rows = max(1, inference_tokens(device.type) // max_length)
+        with torch.inference_mode():
+            evaluation = _peak(model, accelerator, rows, max_length)
+    model.train(was_training)
+    per_token = (peaks[1] - peaks[0]) / ((many - few) * max_length)
+    fixed = max(0.0, peaks[0] - per_token * few * max_length)
+    return Measured(per_token, fixed, evaluation, free_bytes(device))
+
+
+def _peak(model: nn.Module, accelerator: Accelerator, rows: int, length: int) -> int:
+    """Return the bytes that one pass over `rows` rows takes beyond what is held before it."""
+    device = accelerator.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with accelerator.autocast():
+        if packs_rows(model, device):
+            ids = [np.zeros(length, dtype=np.int32)] * rows
+            logits = compute_packed(model, ids, device=device, pad_token_id=0)
+        else:
+            input_ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
+            mask = torch.ones_like(input_ids)
+            with attention_backends(device):
+                logits = model(input_ids=input_ids, attention_mask=mask).logits
+    if torch.is_grad_enabled():
+        logits.float().sum().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return torch.cuda.max_memory_allocated(device) - before
