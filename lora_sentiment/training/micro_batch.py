@@ -60,9 +60,10 @@ def fit_micro_batch(
 
 def free_bytes(device: torch.device) -> int:
     """Return the memory of a CUDA device that this process may still take, what its allocator keeps unused included."""
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    reserved = torch.cuda.memory_reserved(index)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index)) - reserved
     return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
