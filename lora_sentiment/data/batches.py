@@ -220,6 +220,13 @@ def shard(index: NDArray[np.int64], lengths: NDArray[np.int64], *, rank: int, nu
     return index[np.argsort(lengths[index], kind="stable")][rank::num_processes]
 
 
+def take_rows(encoded: Encoded, index: NDArray[np.int64]) -> list[NDArray[np.int32]]:
+    """Return the token ids of rows, as views; call `let_go` on their base once they were copied."""
+    starts = encoded.offsets[index].tolist()
+    ends = encoded.offsets[index + 1].tolist()
+    return [encoded.input_ids[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
 def pad(
     encoded: Encoded, index: NDArray[np.int64], *, to: Sequence[int] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:

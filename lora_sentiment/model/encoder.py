@@ -5,7 +5,7 @@ weight format: adapters and trainable weights are read from the modules in every
 weights are rebuilt when their sources change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -37,6 +37,16 @@ from lora_sentiment.model.kernels import (
     first_token_attention,
     linear,
 )
+
+FAST_DEVICES = ("cpu", "cuda")
+"""Kinds of devices on which the fast forward pass was tested."""
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Return why the fast forward pass does not run on a device, or None where it does."""
+    if device.type in FAST_DEVICES:
+        return None
+    return f"the device is {device.type}, and the fast forward pass was tested on {' and '.join(FAST_DEVICES)} only"
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ def use_fast_encoder(model: nn.Module, *, compute_dtype: torch.dtype) -> str | N
         return f"{type(model).__name__} holds no DistilBertForSequenceClassification over a plain DistilBertModel"
     encoder = classifiers[0].distilbert
     use_stock_encoder(model)
-    reason = _why_not(encoder)
+    reason = why_not_on(next(encoder.parameters()).device) or _why_not(encoder)
     if reason is None:
         encoder.forward = FastForward(encoder, compute_dtype).forward
     return reason
@@ -123,9 +133,13 @@ def takes_packed_rows(model: nn.Module) -> bool:
     """Return whether the forward pass of `model` takes rows without padding, as `FastForward.encode_packed` does."""
     for part in model.modules():
         if isinstance(part, DistilBertModel) and _is_fast(part):
-            # A GPU's attention kernels take heads of whole groups of eight values.
-            return (part.config.dim // part.config.n_heads) % 8 == 0
+            return has_packable_heads(part)
     return False
+
+
+def has_packable_heads(encoder: DistilBertModel) -> bool:
+    """Return whether a GPU's attention kernels take the encoder's heads: whole groups of eight values."""
+    return (encoder.config.dim // encoder.config.n_heads) % 8 == 0
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -296,7 +310,14 @@ class FastForward:
         return x
 
     def encode_packed(
-        self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seq_lens: Tensor,
+        max_length: int,
+        *,
+        layers: Sequence[Linears] | None = None,
+        first_tokens: Linears | None = None,
     ) -> Tensor:
         """Encodes sequences that lie one after another.
 
@@ -306,6 +327,9 @@ class FastForward:
             cu_seq_lens: Where each sequence starts, and the end of the last one, int32, shape (num_sequences + 1,).
                 A sequence may be empty.
             max_length: Most tokens of a sequence.
+            layers: The linears of each layer, their segments counted in tokens; by default those of the modules.
+            first_tokens: The linears of the last layer for what only the first token of each sequence passes, their
+                segments counted in sequences; by default those of `layers`.
 
         Returns:
             The first token of each sequence in the compute dtype, shape (num_sequences, dim).
@@ -317,13 +341,14 @@ class FastForward:
         x = self._add_norm(parts.LayerNorm, positions.to(dtype), words.to(dtype)).to(self.dtype)
         x = dropout(x, self._p(parts.dropout))
         blocks = cast(list[TransformerBlock], list(self.encoder.transformer.layer))
-        layers = self._cast_adapters([self.linears(index, block) for index, block in enumerate(blocks)])
+        if layers is None:
+            layers = self._cast_adapters([self.linears(index, block) for index, block in enumerate(blocks)])
         for own, block in zip(layers[:-1], blocks[:-1], strict=True):
             if block.gradient_checkpointing and block.training:
                 x = checkpoint(self._encode_packed_block, block, own, x, cu_seq_lens, max_length, use_reentrant=False)
             else:
                 x = self._encode_packed_block(block, own, x, cu_seq_lens, max_length)
-        return self._encode_first_tokens(blocks[-1], layers[-1], x, cu_seq_lens, max_length)
+        return self._encode_first_tokens(blocks[-1], layers[-1], first_tokens or layers[-1], x, cu_seq_lens, max_length)
 
     def _encode_packed_block(
         self, block: TransformerBlock, own: Linears, x: Tensor, cu_seq_lens: Tensor, max_length: int
@@ -343,13 +368,20 @@ class FastForward:
         return self._after_attention(block, own, x, mixed)
 
     def _encode_first_tokens(
-        self, block: TransformerBlock, own: Linears, x: Tensor, cu_seq_lens: Tensor, max_length: int
+        self,
+        block: TransformerBlock,
+        own: Linears,
+        own_of_first: Linears,
+        x: Tensor,
+        cu_seq_lens: Tensor,
+        max_length: int,
     ) -> Tensor:
         """The last block: only the first token of each sequence reaches the head."""
         num_heads = block.attention.n_heads
         # An empty sequence at the end starts behind the last token.
         first = x.index_select(0, cu_seq_lens[:-1].clamp(max=len(x) - 1))
-        query, keys_values = _split_query(own.qkv)
+        _, keys_values = _split_query(own.qkv)
+        query, _ = _split_query(own_of_first.qkv)
         q = linear(first, query).view(len(first), num_heads, -1)
         k, v = linear(x, keys_values).view(len(x), 2, num_heads, -1).unbind(1)
         mixed = packed_attention(
@@ -362,7 +394,7 @@ class FastForward:
             max_length_k=max_length,
             dropout_p=self._p(block.attention.dropout),
         )
-        return self._after_attention(block, own, first, mixed)
+        return self._after_attention(block, own_of_first, first, mixed)
 
     def _after_attention(self, block: TransformerBlock, own: Linears, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows attention in a block, of packed tokens; x: (num_tokens, dim), mixed: (num_tokens, heads, head_dim)."""

@@ -1,7 +1,9 @@
 """Logits by torch: of many rows, sharded over processes, or of one batch as an engine."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,8 +11,9 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_sentiment.data.batches import Encoded, cut, make_batch, shard
+from lora_sentiment.data.batches import Encoded, cut, make_batch, shard, take_rows
 from lora_sentiment.data.packing import cut_packed, pack_rows
+from lora_sentiment.data.texts import let_go
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.model.encoder import takes_packed_rows
 from lora_sentiment.model.engine import Engine
@@ -42,6 +45,7 @@ def predict_logits(
     parts = (cut_packed if packs else cut)(own, lengths, max_tokens=max_tokens)
     num_labels = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     logits = torch.zeros(len(encoded), num_labels, device=device)
+    found = []
     was_training = model.training
     model.eval()
     bar = make_bar(int(lengths[own].sum()), desc=progress or "", unit="tok", show=progress is not None)
@@ -49,14 +53,19 @@ def predict_logits(
         for part in parts:
             with accelerator.autocast():
                 if packs:
-                    rows = [encoded.input_ids[encoded.offsets[i] : encoded.offsets[i + 1]] for i in part]
-                    found = compute_packed(model, rows, device=device, pad_token_id=encoded.pad_token_id)
+                    rows = take_rows(encoded, part)
+                    own_logits = compute_packed(model, rows, device=device, pad_token_id=encoded.pad_token_id)
+                    let_go(encoded.input_ids.base)
                 else:
                     batch = make_batch(encoded, part, device=device)
                     with attention_backends(device):
-                        found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            logits[torch.from_numpy(part).to(device)] = found.float()
+                        own_logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            found.append(own_logits.float())
             bar.update(int(lengths[part].sum()))
+        if parts:
+            # Once, after all parts: moving the order to a GPU waits for what the GPU was given before.
+            order = torch.from_numpy(np.concatenate(parts)).to(device)
+            logits[order] = torch.cat(found)
         # Every process filled its own rows and left zeros elsewhere: the sum is exact on sizes that do not divide.
         summed = accelerator.reduce(logits, reduction="sum")
     model.train(was_training)
@@ -66,6 +75,50 @@ def predict_logits(
 def packs_rows(model: nn.Module, device: torch.device) -> bool:
     """Return whether rows lie one after another without padding: on a GPU, where the fast forward pass runs."""
     return device.type == "cuda" and takes_packed_rows(model)
+
+
+class PackedRows(NamedTuple):
+    """Rows one after another on a device, as `FastForward.encode_packed` takes them.
+
+    Attributes:
+        input_ids: Token ids, int32, shape (num_tokens,).
+        position_ids: Place of each token in its row, same shape.
+        cu_seq_lens: Where each row starts, then where the padding's sequences start, and the end.
+        max_length: Tokens of the longest row.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seq_lens: Tensor
+    max_length: int
+
+
+def pack_on_device(rows: Sequence[NDArray[np.int32]], *, device: torch.device, pad_token_id: int) -> PackedRows:
+    """Lay rows out one after another and move them to a device by one copy, which is not waited for.
+
+    Args:
+        rows: Token ids of each row.
+        device: Where to.
+        pad_token_id: Fills the few tokens by which the rows fall short of a round number.
+    """
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    size = round_size(sum(lengths))
+    packed = pack_rows(
+        rows,
+        size=size,
+        num_rows=len(rows),
+        num_spare=math.ceil(size / longest),
+        max_length=longest,
+        pad_token_id=pad_token_id,
+    )
+    arrays = (packed.input_ids, packed.position_ids, packed.cu_seq_lens)
+    host = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    there = host.to(device, non_blocking=True)
+    input_ids, position_ids, cu_seq_lens = torch.split(there, [len(each) for each in arrays])
+    return PackedRows(input_ids, position_ids, cu_seq_lens, longest)
 
 
 def compute_packed(
@@ -82,30 +135,20 @@ def compute_packed(
     Returns:
         Logits on the device, shape (num_rows, num_labels).
     """
-    longest = max(len(row) for row in rows)
-    size = round_size(sum(len(row) for row in rows))
-    packed = pack_rows(
-        rows,
-        size=size,
-        num_rows=len(rows),
-        num_spare=math.ceil(size / longest),
-        max_length=longest,
-        pad_token_id=pad_token_id,
-    )
-    arrays = (packed.input_ids, packed.position_ids, packed.cu_seq_lens)
-    host = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    input_ids, position_ids, cu_seq_lens = host.to(device, non_blocking=True).split([len(each) for each in arrays])
+    packed = pack_on_device(rows, device=device, pad_token_id=pad_token_id)
     logits: Tensor = model(
-        input_ids=input_ids[None], position_ids=position_ids[None], cu_seq_lens_q=cu_seq_lens, max_length_q=longest
+        input_ids=packed.input_ids[None],
+        position_ids=packed.position_ids[None],
+        cu_seq_lens_q=packed.cu_seq_lens,
+        max_length_q=packed.max_length,
     ).logits
     return logits[: len(rows)]
 
 
 def round_size(num_tokens: int) -> int:
     """Return the next multiple of an eighth of a power of two, which pads by 12.5 % at most, and of 8."""
-    step = max(8, 2 ** (num_tokens - 1).bit_length() // 16)
+    next_power = 1 << (num_tokens - 1).bit_length()
+    step = max(8, next_power // 16)
     return math.ceil(num_tokens / step) * step
 
 
@@ -118,22 +161,21 @@ def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> E
     """
     device = next(model.parameters()).device
 
-    def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    @contextmanager
+    def computing() -> Iterator[None]:
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
-            if packs_rows(model, device):
-                rows = _unpad(input_ids, attention_mask)
-                logits = compute_packed(model, rows, device=device, pad_token_id=0)
-            else:
-                mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
-                with attention_backends(device):
-                    logits = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask).logits
+            yield
+
+    def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
+        with computing(), attention_backends(device):
+            logits = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask).logits
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
-    return Engine(compute, inference_tokens(device.type))
+    def compute_rows(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+        with computing():
+            logits = compute_packed(model, rows, device=device, pad_token_id=0)
+        return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
-
-def _unpad(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> list[NDArray[np.int32]]:
-    ids = input_ids.astype(np.int32)
-    if attention_mask is None:
-        return list(ids)
-    return [row[:length] for row, length in zip(ids, attention_mask.sum(axis=1), strict=True)]
+    max_tokens = inference_tokens(device.type)
+    return Engine(compute, max_tokens, compute_rows if packs_rows(model, device) else None)

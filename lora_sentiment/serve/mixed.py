@@ -6,9 +6,11 @@ The idea is that of Punica (Chen et al. 2023), whose products over segments of a
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,9 +18,11 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from lora_sentiment.model.architecture import LINEARS
 from lora_sentiment.model.encoder import FastForward, Linears, low_rank, named_linears
+from lora_sentiment.model.inference import pack_on_device
 from lora_sentiment.model.kernels import Segment
 from lora_sentiment.model.methods import head_layers
 
+Logits = NDArray[np.float32]
 Place = tuple[int, int]
 """A linear of the encoder: its layer, and its position in LINEARS."""
 
@@ -68,7 +72,7 @@ def read_parts(model: nn.Module, *, dtype: torch.dtype, device: torch.device) ->
 
 def compute_mixed(
     base: FastForward, input_ids: Tensor, attention_mask: Tensor | None, parts: Sequence[Parts]
-) -> list[Tensor]:
+) -> list[Logits]:
     """Answer texts, each by its own adapter.
 
     The base is computed once for all. Texts of one adapter are put side by side, and its pairs and head are applied to
@@ -81,37 +85,75 @@ def compute_mixed(
         parts: Each text's adapter.
 
     Returns:
-        One tensor of logits a text: (num_labels of its adapter,), in fp32.
+        The logits of each text: (num_labels of its adapter,).
     """
+    order, groups = _put_side_by_side(parts)
+
+    def linears(layer: int, block: TransformerBlock) -> Linears:
+        return _with_segments(base.linears(layer, block), layer, groups)
+
+    with torch.inference_mode():
+        mask = None if attention_mask is None else attention_mask[order]
+        hidden = base.encode(input_ids[order], mask, linears)[:, 0]
+        return _apply_heads(hidden, groups, order)
+
+
+def compute_mixed_packed(
+    base: FastForward, rows: Sequence[NDArray[np.int32]], parts: Sequence[Parts], *, pad_token_id: int
+) -> list[Logits]:
+    """Answer texts as `compute_mixed`, without padding between them.
+
+    Args:
+        base: The shared encoder, in eval mode.
+        rows: Token ids of each text.
+        parts: Each text's adapter.
+        pad_token_id: Fills up to a round number of tokens.
+
+    Returns:
+        The logits of each text: (num_labels of its adapter,).
+    """
+    order, groups = _put_side_by_side(parts)
+    ordered = [rows[row] for row in order]
+    starts = [0, *itertools.accumulate(len(row) for row in ordered)]
+    groups_in_tokens = [_Group(group.part, starts[group.first], starts[group.last]) for group in groups]
+    blocks = cast(list[TransformerBlock], list(base.encoder.transformer.layer))
+    with torch.inference_mode():
+        packed = pack_on_device(ordered, device=base.encoder.device, pad_token_id=pad_token_id)
+        plain = [base.linears(layer, block) for layer, block in enumerate(blocks)]
+        layers = [_with_segments(own, layer, groups_in_tokens) for layer, own in enumerate(plain)]
+        # In the last layer one row is left of each text.
+        first_tokens = _with_segments(plain[-1], len(plain) - 1, groups)
+        hidden = base.encode_packed(*packed, layers=layers, first_tokens=first_tokens)
+        return _apply_heads(hidden, groups, order)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The texts of one adapter in a batch, or their tokens: from `first` to `last`."""
+
+    part: Parts
+    first: int
+    last: int
+
+
+def _put_side_by_side(parts: Sequence[Parts]) -> tuple[list[int], list[_Group]]:
+    """Return an order of the texts in which those of one adapter are neighbours, and the adapters' places in it."""
     rows: dict[int, list[int]] = {}
     for row, part in enumerate(parts):
         rows.setdefault(id(part), []).append(row)
     order = [row for own in rows.values() for row in own]
     ends = list(itertools.accumulate(len(own) for own in rows.values()))
     groups = [_Group(parts[own[0]], end - len(own), end) for own, end in zip(rows.values(), ends, strict=True)]
-
-    def linears(layer: int, block: TransformerBlock) -> Linears:
-        own = base.linears(layer, block)
-        beside = [_segments(groups, (layer, position)) for position in range(len(LINEARS))]
-        return Linears(
-            own.qkv._replace(segments=_one_below_the_other(beside[:3], rows=len(own.qkv.weight) // 3)),
-            *(part._replace(segments=found) for part, found in zip(own[1:], beside[3:], strict=True)),
-        )
-
-    with torch.inference_mode():
-        mask = None if attention_mask is None else attention_mask[order]
-        hidden = base.encode(input_ids[order], mask, linears)[:, 0]
-        logits = [found for group in groups for found in _apply_head(hidden[group.first : group.last], group.part)]
-    return [found for _, found in sorted(zip(order, logits, strict=True), key=lambda pair: pair[0])]
+    return order, groups
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The texts of one adapter in a batch: from `first` to `last`."""
-
-    part: Parts
-    first: int
-    last: int
+def _with_segments(own: Linears, layer: int, groups: Sequence[_Group]) -> Linears:
+    """Return the base's linears of one layer with each adapter's pairs beside them."""
+    beside = [_segments(groups, (layer, position)) for position in range(len(LINEARS))]
+    return Linears(
+        own.qkv._replace(segments=_one_below_the_other(beside[:3], rows=len(own.qkv.weight) // 3)),
+        *(part._replace(segments=found) for part, found in zip(own[1:], beside[3:], strict=True)),
+    )
 
 
 def _segments(groups: Sequence[_Group], place: Place) -> tuple[Segment, ...]:
@@ -129,6 +171,27 @@ def _one_below_the_other(parts: Sequence[tuple[Segment, ...]], *, rows: int) -> 
         for position, segments in enumerate(parts)
         for segment in segments
     )
+
+
+def _apply_heads(hidden: Tensor, groups: Sequence[_Group], order: Sequence[int]) -> list[Logits]:
+    """Apply each adapter's head to its texts, and return their logits in the order in which they were asked.
+
+    Args:
+        hidden: The first token of each text, adapter by adapter, shape (at least num_texts, dim).
+        groups: The adapters and their rows.
+        order: The text of each row.
+    """
+    logits = [_apply_head(hidden[group.first : group.last], group.part) for group in groups]
+    # One copy for all adapters: each one waits for the device.
+    flat = torch.cat([found.flatten() for found in logits]).cpu().numpy()
+    answers: dict[int, Logits] = {}
+    place = 0
+    for group, found in zip(groups, logits, strict=True):
+        num_labels = found.shape[1]
+        for row in range(group.first, group.last):
+            answers[order[row]] = flat[place : place + num_labels]
+            place += num_labels
+    return [answers[row] for row in range(len(order))]
 
 
 def _apply_head(hidden: Tensor, part: Parts) -> Tensor:

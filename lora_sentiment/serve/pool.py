@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import itertools
 import logging
 import math
 import sys
@@ -22,21 +23,25 @@ from lora_sentiment.adapter.folder import PROBE_TOLERANCE, Card, Loaded, load, l
 from lora_sentiment.adapter.reading import read_header
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
 from lora_sentiment.classifier import prepare_engine
-from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
+from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad, take_rows
+from lora_sentiment.data.packing import cut_packed
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.launch import join_launch
 from lora_sentiment.model.base import Base, load_base, resolve_dtype
 from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.encoder import FastForward
+from lora_sentiment.model.encoder import FastForward, has_packable_heads, why_not_on
 from lora_sentiment.model.engine import Engine
 from lora_sentiment.model.parameters import inference_tokens
-from lora_sentiment.serve.mixed import Parts, compute_mixed, read_parts
+from lora_sentiment.serve.mixed import Parts, compute_mixed, compute_mixed_packed, read_parts
+from lora_sentiment.training.interrupts import is_out_of_memory
 
 log = logging.getLogger("lora_sentiment")
 
 Answers = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Signature = tuple[tuple[str, int, int, int], ...]
+WARM_UP_LENGTHS = (8, 64, 512)
+"""Tokens of the texts by which a GPU is warmed up, beside a full batch."""
 TRIM_SECONDS = 1.0
 """Least time between two returns of free memory to the system: one takes milliseconds."""
 _SHARING = ("lora", "head")
@@ -94,6 +99,7 @@ class Pool:
         base.model.requires_grad_(False).eval()
         encoder: Any = copy.deepcopy(base.model, _tensors(base.model) if self._device.type == "cpu" else {})
         self._forward = FastForward(encoder.distilbert.to(self._device), self._dtype)
+        self._packs = self._device.type == "cuda" and has_packable_heads(encoder.distilbert)
 
     def add(self, folders: Sequence[Path]) -> None:
         """Load adapters and put them beside the others; none of them where one is refused.
@@ -158,11 +164,48 @@ class Pool:
             groups.setdefault(0 if isinstance(own.part, Parts) else id(own.part), []).append(row)
         logits: dict[int, Answers] = {}
         for rows in groups.values():
-            for index in cut(np.array(rows), encoded.lengths, max_tokens=inference_tokens(self._device.type)):
-                found = self._answer([served[row].part for row in index], *pad(encoded, index))
+            part = served[rows[0]].part
+            cut_rows = part.cut if isinstance(part, Engine) else self._cut
+            for index in cut_rows(np.array(rows), encoded.lengths):
+                if isinstance(part, Engine):
+                    found: Iterable[Answers] = part.answer(encoded, index)
+                else:
+                    found = self._answer_mixed([served[row].part for row in index], encoded, index)
                 logits.update(zip(index.tolist(), found, strict=True))
         self._give_memory_back()
         return [logits[row] for row in range(len(served))]
+
+    def warm_up(self, *, batch_tokens: int) -> None:
+        """Let every adapter answer texts of a few sizes on a GPU, so that the first request waits for nothing else.
+
+        The first answer of a thread there compiles kernels, loads libraries and takes memory. On a CPU the check of
+        each adapter has done all that is done once, so nothing happens.
+
+        Args:
+            batch_tokens: Most tokens of a batch.
+
+        Raises:
+            ModelError: If a batch does not fit into memory.
+        """
+        every = list(self.served.values())
+        if self._device.type != "cuda" or not every:
+            return
+        began = time.perf_counter()
+        longest = max(own.encoder.max_length for own in every)
+        num_rows = max(1, batch_tokens // longest)
+        batches = [(every, length) for length in WARM_UP_LENGTHS]
+        batches.append((list(itertools.islice(itertools.cycle(every), num_rows)), longest))
+        try:
+            for served, length in batches:
+                self.compute(served, served[0].encoder.pack([_make_text(own.encoder, length) for own in served]))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"serve: memory ran out on a batch of {batch_tokens:,} tokens; give --limit batch_tokens=N with a "
+                f"smaller N, or fewer adapters: {str(error).splitlines()[0]}"
+            ) from error
+        log.info("warmed up in %.1f seconds", time.perf_counter() - began)
 
     def _give_memory_back(self) -> None:
         """Let glibc return what is free: batches of ever other shapes leave it in pieces, and it keeps them all."""
@@ -171,15 +214,21 @@ class Pool:
             self._trimmed = now
             self._trim(0)
 
-    def _answer(self, parts: Sequence[Parts | Engine], input_ids: Ids, mask: Ids | None) -> Iterable[Answers]:
+    def _cut(self, index: Ids, lengths: Ids) -> list[Ids]:
+        """Cut texts of low-rank adapters into batches."""
+        max_tokens = inference_tokens(self._device.type)
+        return (cut_packed if self._packs else cut)(index, lengths, max_tokens=max_tokens)
+
+    def _answer_mixed(self, parts: Sequence[Parts | Engine], encoded: Encoded, index: Ids) -> list[Answers]:
+        """Answer one batch of texts of low-rank adapters."""
         own = [part for part in parts if isinstance(part, Parts)]
-        if not own:
-            engine = parts[0]
-            assert not isinstance(engine, Parts)
-            return engine.compute(input_ids, mask)
+        if self._packs:
+            rows = take_rows(encoded, index)
+            return compute_mixed_packed(self._forward, rows, own, pad_token_id=encoded.pad_token_id)
+        input_ids, mask = pad(encoded, index)
         ids = torch.from_numpy(input_ids).to(self._device)
         padding = None if mask is None else torch.from_numpy(mask).to(self._device)
-        return [found.cpu().numpy() for found in compute_mixed(self._forward, ids, padding, own)]
+        return compute_mixed(self._forward, ids, padding, own)
 
     def _load(self, folder: Path) -> Served:
         card = load_card(folder)
@@ -215,7 +264,10 @@ class Pool:
 
     def _open(self, folder: Path, card: Card) -> tuple[Loaded, Parts | Engine]:
         """Load an adapter around the shared base where that stays as it is, else around one of its own."""
-        if card.method.kind in _SHARING and card.base.quantize == "none":
+        reason = why_not_on(self._device)
+        if reason is not None:
+            log.info("%r: served merged: %s", folder.name, reason)
+        elif card.method.kind in _SHARING and card.base.quantize == "none":
             loaded = load(folder, base=self._source, fresh=_with_labels(self._fresh, card.labels))
             part = read_parts(loaded.model, dtype=self._dtype, device=self._device)
             if isinstance(part, Parts):
@@ -289,6 +341,12 @@ def _refuse_taken(folder: Path, served: Mapping[str, Served]) -> None:
             f"{folder}: an adapter of the name {folder.name!r} is served already, from {served[folder.name].folder}; "
             "rename one of the folders"
         )
+
+
+def _make_text(encoder: TextEncoder, length: int) -> NDArray[np.int32]:
+    """Return an input of a length, or of the longest that an adapter reads."""
+    room = min(length, encoder.max_length) - 2
+    return encoder.frame([encoder.sep_token_id] * room)
 
 
 def _tensors(model: nn.Module) -> dict[int, Any]:

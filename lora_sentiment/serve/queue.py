@@ -114,6 +114,10 @@ class Queue:
         finally:
             self._forget(asked)
 
+    def work_first(self, work: Callable[[], None]) -> None:
+        """Do something in the thread that computes, and wait for it; to be called before `run`."""
+        self._thread.submit(work_in_thread, work).result()
+
     async def run(self) -> None:
         """Compute what comes, batch by batch, until cancelled."""
         while True:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     Raises:
         RecipeError: If the address cannot be listened on, or is not loopback and there is no key.
         AdapterError: As `load_pool`.
-        ModelError: As `load_pool`.
+        ModelError: As `load_pool`; if a batch does not fit into memory.
     """
     # Before anything is imported or loaded: an address that is taken, or must not be, is known at once.
     bound = bind(config)
@@ -92,6 +93,7 @@ class Server(uvicorn.Server):
     ) -> None:
         host, port = bound.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._pool = pool
         self._app: FastAPI = make_app(pool, config)
         self._bound, self._limits, self._announce = bound, config.limits, announce
         self._stopped_at = 0.0
@@ -106,7 +108,14 @@ class Server(uvicorn.Server):
         )  # fmt: skip
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer until `should_exit` is set, which SIGTERM and SIGINT do in the main thread."""
+        """Warm up, then answer until `should_exit` is set, which SIGTERM and SIGINT do in the main thread.
+
+        Raises:
+            ModelError: If a batch does not fit into memory.
+        """
+        # Before anybody can connect: the server is ready as soon as it answers.
+        warm_up = partial(self._pool.warm_up, batch_tokens=self._limits.batch_tokens)
+        self._app.state.queue.work_first(warm_up)
         super().run(sockets or [self._bound])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -5,9 +5,10 @@ from accelerate import PartialState
 from lora_sentiment.data.batches import Encoded, TextEncoder, pad
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.launch import make_accelerator
-from lora_sentiment.model import parameters
+from lora_sentiment.model import inference, parameters
 from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.engine import compute_logits
 from lora_sentiment.model.inference import make_engine, predict_logits
 from lora_sentiment.model.parameters import inference_tokens
@@ -58,6 +59,26 @@ def test_a_cpu_is_given_no_more_than_it_takes_at_once(tiny_base, monkeypatch):
     assert taken == [(1, 50), (2, 16), (3, 8)]
     whole = engine.compute(*pad(encoded, np.arange(6)))
     np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def test_packed_rows_give_the_logits_of_padded_ones_in_the_rows_order(tiny_base, monkeypatch):
+    monkeypatch.setattr(parameters, "CPU_INFERENCE_TOKENS", 40)
+    torch.manual_seed(0)
+    model = load_base(ModelConfig(name=str(tiny_base), max_length=64), labels=("no", "yes")).model.eval()
+    lengths = np.array([13, 3, 16, 4, 50, 8])
+    ids = np.random.default_rng(0).integers(5, 60, lengths.sum(), dtype=np.int32)
+    encoded = Encoded(ids, np.r_[0, lengths.cumsum()], np.zeros(6, dtype=np.int64), 0, 0)
+    assert make_engine(model).compute_rows is None
+    expected = compute_logits(make_engine(model), encoded)
+    assert use_fast_encoder(model, compute_dtype=torch.float32) is None
+    monkeypatch.setattr(inference, "packs_rows", lambda model, device: True)
+    taken, engine = shapes_taken(model), make_engine(model)
+    np.testing.assert_allclose(compute_logits(engine, encoded), expected, atol=1e-5)
+    assert taken == [(1, 56), (1, 32), (1, 16)]  # 50, then 16 + 13, then 8 + 4 + 3
+    taken.clear()
+    accelerator = make_accelerator(PartialState(), "float32")
+    np.testing.assert_allclose(predict_logits(model, encoded, accelerator=accelerator), expected, atol=1e-5)
+    assert sum(length for _, length in taken) <= 1.125 * lengths.sum() + 8 * len(taken)
 
 
 def test_a_gpu_takes_more_at_once_than_a_cpu():

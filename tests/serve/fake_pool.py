@@ -57,6 +57,7 @@ class FakePool:
         begun: Set as soon as `compute` is called.
         fault: Raised by the next `compute`, once.
         batches: How many texts each `compute` was given.
+        warmed: What `warm_up` was given, or None before it.
     """
 
     base, base_sha256 = "fake", "1" * 64
@@ -68,9 +69,13 @@ class FakePool:
         self.begun = threading.Event()
         self.fault: BaseException | None = None
         self.batches: list[int] = []
+        self.warmed: int | None = None
 
     def refresh(self, stopped: Callable[[], bool]) -> None:
         pass
+
+    def warm_up(self, *, batch_tokens: int) -> None:
+        self.warmed = batch_tokens
 
     def compute(self, served: Sequence[FakeServed], encoded: Encoded) -> list[np.ndarray]:
         self.begun.set()

@@ -11,6 +11,7 @@ from lora_sentiment.data.batches import Encoded
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.model.kernels import FUSED_ATTENTION_FROM
 from lora_sentiment.model.method_config import FullMethod, HeadMethod, Ia3Method, LoraMethod
+from lora_sentiment.serve import pool as pool_module
 from lora_sentiment.serve.pool import load_pool
 from tests.conftest import toy_rows
 from tests.random_adapters import name_labels, save_random
@@ -80,6 +81,102 @@ def test_in_a_mixed_stream_every_adapter_answers_as_alone(folders):
         own = engines[name]
         ids = own.encoder.frame(own.encoder.truncate(own.encoder.tokenise([text])[0]))[None].astype(np.int64)
         np.testing.assert_allclose(logits, own.engine.compute(ids, None)[0], atol=1e-5, err_msg=name)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Let rows lie one after another on the CPU, as they do on a GPU."""
+
+    def pack(pool):
+        monkeypatch.setattr(pool, "_packs", True)
+        return pool
+
+    return pack
+
+
+@pytest.mark.parametrize("max_tokens", [2**15, 100, 1])
+def test_packed_rows_of_many_adapters_answer_as_padded_ones(folders, packed, monkeypatch, max_tokens):
+    pairs = shuffled(MIX)
+    pool = make_pool([folders[name] for name in MIX])
+    padded = answer(pool, pairs)
+    monkeypatch.setattr(pool_module, "inference_tokens", lambda device_type: max_tokens)
+    for found, expected in zip(answer(packed(pool), pairs), padded, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_packed_rows_hold_no_padding_between_them(folders, packed, monkeypatch):
+    pool = packed(make_pool([folders[name] for name in MIX]))
+    given = []
+    encode = pool._forward.encode_packed
+
+    def encode_and_note(input_ids, *rest, **options):
+        given.append(len(input_ids))
+        return encode(input_ids, *rest, **options)
+
+    monkeypatch.setattr(pool._forward, "encode_packed", encode_and_note)
+    monkeypatch.setattr(pool_module, "inference_tokens", lambda device_type: 2**15)
+    pairs = shuffled(MIX)
+    answer(pool, pairs)
+    tokens = sum(len(read(pool.served[name], text)) for name, text in pairs)
+    assert len(given) == 1
+    assert tokens <= given[0] <= 1.125 * tokens + 8
+
+
+def test_one_text_of_one_adapter_is_packed_too(folders, packed):
+    pool = make_pool([folders["all-linear"]])
+    expected = answer(pool, [("all-linear", "good")])[0]
+    np.testing.assert_allclose(answer(packed(pool), [("all-linear", "good")])[0], expected, atol=1e-5)
+
+
+def test_a_cpu_is_not_warmed_up(folders, monkeypatch):
+    pool = make_pool([folders["qv"]])
+    monkeypatch.setattr(pool, "compute", lambda served, encoded: pytest.fail("a CPU was given work"))
+    pool.warm_up(batch_tokens=512)
+
+
+def test_a_gpu_is_warmed_up_by_every_adapter_at_a_few_sizes_and_by_a_full_batch(folders, monkeypatch, caplog):
+    pool = make_pool([folders["qv"], folders["wide"], folders["dora"]])
+    given = []
+    compute = pool.compute
+
+    def compute_and_note(served, encoded):
+        given.append([(own.name, int(length)) for own, length in zip(served, encoded.lengths, strict=True)])
+        return compute(served, encoded)
+
+    monkeypatch.setattr(pool, "compute", compute_and_note)
+    monkeypatch.setattr(pool, "_device", torch.device("cuda"))
+    monkeypatch.setattr(pool, "_answer_mixed", lambda parts, encoded, index: [np.zeros(2)] * len(index))
+    with caplog.at_level("INFO", logger="lora_sentiment"):
+        pool.warm_up(batch_tokens=100)
+    names = list(pool.served)
+    longest = {name: own.encoder.max_length for name, own in pool.served.items()}
+    assert given[0] == [(name, 8) for name in names]
+    assert given[2] == [(name, min(512, longest[name])) for name in names]
+    most = max(longest.values())
+    assert len(given[-1]) == max(1, 100 // most)
+    assert "warmed up in" in caplog.text
+
+
+def test_memory_that_runs_out_while_warming_up_says_what_to_lower(folders, monkeypatch):
+    pool = make_pool([folders["qv"]])
+
+    def run_out(served, encoded):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(pool, "compute", run_out)
+    monkeypatch.setattr(pool, "_device", torch.device("cuda"))
+    with pytest.raises(ModelError, match=r"a batch of 8,192 tokens; give --limit batch_tokens=N"):
+        pool.warm_up(batch_tokens=8192)
+
+
+def test_where_the_fast_forward_does_not_run_every_adapter_is_a_model_of_its_own(folders, monkeypatch):
+    monkeypatch.setattr(pool_module, "why_not_on", lambda device: "the device is mps")
+    pool = make_pool([folders["qv"], folders["head"]])
+    assert {own.form for own in pool.served.values()} == {"merged"}
+    pairs = shuffled(["qv", "head"])[:6]
+    for (name, text), found in zip(pairs, answer(pool, pairs), strict=True):
+        np.testing.assert_allclose(found, alone(folders[name], text), atol=1e-5)
 
 
 def test_what_changes_the_base_or_has_no_low_rank_form_is_served_apart(folders):

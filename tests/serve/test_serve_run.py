@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -14,9 +15,10 @@ import pytest
 from pydantic import SecretStr
 
 from lora_sentiment import load
-from lora_sentiment.errors import RecipeError
+from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.serve.config import Limits, ServeConfig, make_config
-from lora_sentiment.serve.run import bind
+from lora_sentiment.serve.run import Server, bind, serve
+from tests.serve.fake_pool import FakePool, make_served
 
 HERE = (Path("x"),)
 
@@ -52,6 +54,61 @@ def test_requests_that_wait_when_the_server_is_told_to_stop_are_answered_and_it_
     assert address.startswith("http://127.0.0.1:")
     assert "stopping: " in said
     assert "Traceback" not in said
+
+
+class WarmingPool(FakePool):
+    """Notes in which thread it is warmed up, and in which it computes, and who can connect meanwhile."""
+
+    def __init__(self, port):
+        super().__init__(make_served("one"))
+        self.port = port
+        self.threads = []
+        self.refused = False
+
+    def warm_up(self, *, batch_tokens):
+        super().warm_up(batch_tokens=batch_tokens)
+        self.threads.append(threading.current_thread().name)
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+        except ConnectionRefusedError:
+            self.refused = True
+
+    def compute(self, served, encoded):
+        self.threads.append(threading.current_thread().name)
+        return super().compute(served, encoded)
+
+
+def test_nobody_can_connect_before_the_thread_that_computes_is_warmed_up():
+    config = ServeConfig(watch=Path("x"), port=0, limits=Limits(batch_tokens=777))
+    bound = bind(config)
+    pool = WarmingPool(bound.getsockname()[1])
+    ready = threading.Event()
+    server = Server(pool, config, bound, announce=lambda address: ready.set())
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert ready.wait(20)
+        assert pool.warmed == 777
+        assert pool.refused
+        ask(server.address, "/readyz")
+        ask(server.address, "/predict", texts=["good"])
+        assert len(pool.threads) == 2
+        assert len(set(pool.threads)) == 1
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def test_what_goes_wrong_while_warming_up_ends_the_start(monkeypatch):
+    pool = FakePool(make_served("one"))
+
+    def run_out(*, batch_tokens):
+        raise ModelError("serve: memory ran out")
+
+    monkeypatch.setattr(pool, "warm_up", run_out)
+    monkeypatch.setattr("lora_sentiment.serve.pool.load_pool", lambda *args, **options: pool)
+    with pytest.raises(ModelError, match="memory ran out"):
+        serve(ServeConfig(watch=Path("x"), port=0), announce=lambda address: pytest.fail("it said ready"))
 
 
 def test_an_address_that_others_can_reach_needs_a_key_or_a_word():
