@@ -143,6 +143,9 @@ def _look_at_devices() -> tuple[dict[str, Any], ...]:
             devices[-1]["trouble"] = str(error).splitlines()[0]
     if torch.backends.mps.is_available():
         devices.append({"kind": "mps", "name": "Apple GPU", "native": ["float32", "float16"], "auto": "float32"})
+    if torch.xpu.is_available():
+        name = torch.xpu.get_device_name()
+        devices.append({"kind": "xpu", "name": name, "native": ["float32", "float16"], "auto": "float32"})
     found = torch.cpu.get_capabilities()
     native = ["float32"]
     for dtype, names in (("bfloat16", ("amx_bf16", "avx512_bf16")), ("float16", ("amx_fp16", "avx512_fp16"))):
@@ -153,7 +156,8 @@ def _look_at_devices() -> tuple[dict[str, Any], ...]:
 def _main_memory(device: Mapping[str, Any]) -> int:
     """Estimate the bytes that the main recipe holds on a device, without looking for its base."""
     recipe = Recipe.model_validate(MAIN_RECIPE)
-    size, tokens = 4 if device["auto"] == "float32" else 2, inference_tokens(device["kind"])
+    size = 4 if device["auto"] == "float32" else 2
+    tokens = inference_tokens(device["kind"].partition(":")[0])
     facts = Facts(Shape(vocab_size=30522), {}, 2, size, tokens, ())
     plan = make_plan(facts, recipe.method, recipe.model, engine="auto", checkpointing=False)
     length = recipe.model.max_length
@@ -300,7 +304,12 @@ def _device_notes(
                 f"{device['kind']} does not tell its free memory ({device['trouble']}): it may be full or another "
                 "process's own. See nvidia-smi, or choose another GPU by CUDA_VISIBLE_DEVICES."
             )
-    if not on_gpu and versions["bitsandbytes"]:
+    if first["kind"] in ("mps", "xpu"):
+        yield (
+            f"training takes {first['kind']} ({first['name']}), with the stock forward pass in float32; nobody "
+            "measured that. Leave train.engine and model.dtype at auto."
+        )
+    if first["kind"] == "cpu" and versions["bitsandbytes"]:
         yield (
             "bitsandbytes without CUDA: model.quantize works on the CPU, on the stock engine alone, which holds more "
             "than the small weights save. Choose it to try a recipe meant for a GPU; report.json gives what it saved."

@@ -42,6 +42,7 @@ def plain(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "A CPU"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor, "PROC", tmp_path / "proc")
     monkeypatch.setattr(doctor, "CGROUPS", tmp_path / "cgroup")
@@ -241,6 +242,18 @@ def test_bitsandbytes_on_a_cpu(plain, monkeypatch):
     assert "stock engine" in note("bitsandbytes without CUDA")
     cuda(monkeypatch)
     assert examine(hub=False).notes == ()
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_device_that_nobody_measured(plain, monkeypatch, kind):
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "kernels" else "1.2")
+    monkeypatch.setattr(torch.backends.mps if kind == "mps" else torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Apple GPU")
+    for call in ("get_device_capability", "mem_get_info", "get_device_name", "device_count"):
+        monkeypatch.setattr(torch.cuda, call, lambda *given: pytest.fail("CUDA was asked"))
+    assert note(f"training takes {kind} (Apple GPU), with the stock forward pass in float32; nobody measured")
+    assert [device["kind"] for device in examine(hub=False).devices] == [kind, "cpu"]
+    assert examine(hub=False).devices[0]["auto"] == "float32"
 
 
 def test_the_package_kernels(plain, monkeypatch):

@@ -19,8 +19,10 @@ from lora_sentiment.adapter.folder import compute_probe, load
 from lora_sentiment.data.config import REPORT_BLOCKS
 from lora_sentiment.errors import DataError, ModelError, RecipeError
 from lora_sentiment.evaluation.metrics import score
+from lora_sentiment.model.base import load_base
+from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.recipe import Recipe
-from lora_sentiment.train import train
+from lora_sentiment.train import _choose_engine, train
 
 FILES = {
     "README.md",
@@ -128,6 +130,16 @@ def test_both_engines_train_alike_without_dropout(toy_recipe, engine):
         )
         losses.append([point.loss for point in found.history.steps])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_on_another_device_the_stock_engine_runs_and_the_fast_one_is_refused(tiny_base):
+    # A device that this machine does not have is stood for by one without values.
+    model = load_base(ModelConfig(name=str(tiny_base), max_length=16), labels=("no", "yes")).model.to("meta")
+    reason = "the device is meta, and the fast forward pass was tested on cpu and cuda only"
+    assert _choose_engine(model, "auto", torch.float32) == f"stock ({reason})"
+    assert "forward" not in model.distilbert.__dict__
+    with pytest.raises(ModelError, match=r"train\.engine=fast cannot run here: the device is meta"):
+        _choose_engine(model, "fast", torch.float32)
 
 
 def test_the_fast_engine_says_where_it_cannot_run(toy_recipe, monkeypatch):

@@ -33,6 +33,10 @@ from lora_sentiment.model.architecture import HEAD, Shape
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.section import did_you_mean
 
+SHORT_DTYPE_DEVICES = ("cpu", "cuda")
+"""Kinds of devices that may compute in bfloat16 or float16."""
+QUANTISING_DEVICES = ("cpu", "cuda", "xpu")
+"""Kinds of devices on which a base may be quantised. On Apple's, bitsandbytes may run code that it fetches from the Hub."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,8 +76,10 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
 
     Raises:
         ModelError: If nothing can be loaded, the checkpoint is no DistilBERT, an encoder tensor is missing, its head
-            has another number of labels, or `max_length` is more than its positions.
+            has another number of labels, `max_length` is more than its positions, or the device quantises nothing.
     """
+    device = device or torch.device("cpu")
+    refuse_unquantisable(config, device)
     names = dict(enumerate(labels))
     place = config.place
     with quiet(), _Explain(config):
@@ -101,7 +107,7 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
         )
     sha256 = hash_tensors(encoder_tensors(model))
     if config.quantize != "none":
-        model = _quantise(model, config, found, where, device or torch.device("cpu"))
+        model = _quantise(model, config, found, where, device)
     # A folder is recorded whole: the adapter must find it from anywhere; the package finds its own.
     name = str(Path(place).resolve()) if config.name != bundled.NAME and Path(place).is_dir() else config.name
     # What PEFT writes into its own file. It would look `bundled` up on the Hub, where anyone could own that name.
@@ -190,20 +196,36 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     `auto` takes bfloat16 only where that is faster. GTX 16xx cards report support but emulate it. An Intel CPU with
     avx512_bf16 and no AMX multiplies it more slowly than float32: on two cores 147 against 207 to 258 GFLOP/s, and
     the main recipe trained a base of 6 x 384 at 1,864 against 2,323 tokens/s. CPUs of other makes were not measured.
+    Devices other than CPUs and CUDA's compute in float32 alone.
 
     Raises:
-        ModelError: If there is no dtype of that name.
+        ModelError: If there is no dtype of that name, or the device does not compute in it.
     """
     if name != "auto":
         if name not in DTYPES:
             raise ModelError(
                 f"dtype: found {name!r}; allowed: auto, {', '.join(DTYPES)}{did_you_mean(name, list(DTYPES))}"
             )
+        if device.type not in SHORT_DTYPE_DEVICES and name != "float32":
+            raise ModelError(f"dtype: found {name!r}; on {device.type} only float32 was made to work; set auto")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return torch.bfloat16 if capabilities.get("amx_bf16") else torch.float32
+
+
+def refuse_unquantisable(config: ModelConfig, device: torch.device) -> None:
+    """Refuse a quantised base on a device that has none.
+
+    Raises:
+        ModelError: Naming the devices that have.
+    """
+    if config.quantize != "none" and device.type not in QUANTISING_DEVICES:
+        raise ModelError(
+            f"model.quantize={config.quantize}: the device is {device.type}, and a base is quantised on "
+            f"{', '.join(QUANTISING_DEVICES)} only; set model.quantize=none"
+        )
 
 
 def _quantise(

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.model.architecture import HEAD
-from lora_sentiment.model.base import Base
+from lora_sentiment.model.base import Base, refuse_unquantisable
 from lora_sentiment.model.config import DEFAULT_HEAD_R, ModelConfig
 from lora_sentiment.model.method_config import (
     AdaloraMethod,
@@ -79,6 +79,7 @@ def refuse_unfit(method: Method, config: ModelConfig, *, dtype: torch.dtype, dev
     Raises:
         ModelError: With the reason and what to do.
     """
+    refuse_unquantisable(config, device)
     if config.quantize != "none" and (reason := why_not_quantised(method)):
         raise ModelError(f"model.quantize={config.quantize}: {reason}; set model.quantize=none")
     if config.quantize == "int8" and isinstance(method, LoraMethod) and method.use_dora and device.type == "cpu":

@@ -11,8 +11,8 @@ import torch
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_SECONDS = 1.0
 """Signals this close are one: a terminal's Ctrl-C reaches every process, and a launcher passes it on once more."""
-_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
-"""How torch's allocator on the CPU words it, on Linux and macOS, and on Windows."""
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "MPS backend out of memory")
+"""How torch's allocators word it: on the CPU on Linux and macOS, and on Windows; on Apple's GPU."""
 
 
 class StopSignals:

@@ -14,6 +14,7 @@ from lora_sentiment.model.base import (
     hash_tensors,
     hash_tokenizer,
     load_base,
+    refuse_unquantisable,
     resolve_dtype,
 )
 from lora_sentiment.model.config import ModelConfig
@@ -166,6 +167,26 @@ def test_auto_takes_bf16_only_where_the_cpu_multiplies_it_faster(monkeypatch, ca
 def test_auto_takes_fp16_on_older_cards(monkeypatch, capability, expected):
     monkeypatch.setattr(base_module.torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_dtype("auto", torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_other_devices_compute_in_float32_alone(monkeypatch, kind):
+    monkeypatch.setattr(base_module.torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    device = torch.device(kind)
+    assert resolve_dtype("auto", device) == torch.float32
+    assert resolve_dtype("float32", device) == torch.float32
+    for name in ("bfloat16", "float16"):
+        with pytest.raises(ModelError, match=f"found '{name}'; on {kind} only float32 was made to work; set auto"):
+            resolve_dtype(name, device)
+
+
+def test_a_base_is_not_quantised_where_bitsandbytes_may_run_fetched_code(tiny_base):
+    quantised = config(tiny_base, quantize="nf4")
+    for kind in ("cpu", "cuda", "xpu"):
+        refuse_unquantisable(quantised, torch.device(kind))
+    with pytest.raises(ModelError, match=r"quantize=nf4: the device is mps, .* cpu, cuda, xpu only; set .*=none"):
+        load_base(quantised, labels=LABELS, device=torch.device("mps"))
+    refuse_unquantisable(config(tiny_base), torch.device("mps"))
 
 
 def test_the_models_class_is_stock(tiny_base):
