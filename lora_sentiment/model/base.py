@@ -36,7 +36,7 @@ from lora_sentiment.section import did_you_mean
 SHORT_DTYPE_DEVICES = ("cpu", "cuda")
 """Kinds of devices that may compute in bfloat16 or float16."""
 QUANTISING_DEVICES = ("cpu", "cuda", "xpu")
-"""Kinds of devices on which a base may be quantised. On Apple's, bitsandbytes may run code that it fetches from the Hub."""
+"""Kinds of devices on which a base may be quantised; on Apple's, bitsandbytes may run code fetched from the Hub."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
