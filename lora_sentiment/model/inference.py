@@ -96,7 +96,9 @@ def compute_packed(
     host = torch.from_numpy(np.concatenate(arrays))
     if device.type == "cuda":
         host = host.pin_memory()
-    input_ids, position_ids, cu_seq_lens = host.to(device, non_blocking=True).split([len(each) for each in arrays])
+    input_ids, position_ids, cu_seq_lens = host.to(device, non_blocking=True).split_with_sizes(
+        [len(each) for each in arrays]
+    )
     logits: Tensor = model(
         input_ids=input_ids[None], position_ids=position_ids[None], cu_seq_lens_q=cu_seq_lens, max_length_q=longest
     ).logits
@@ -105,7 +107,7 @@ def compute_packed(
 
 def round_size(num_tokens: int) -> int:
     """Return the next multiple of an eighth of a power of two, which pads by 12.5 % at most, and of 8."""
-    step = max(8, 2 ** (num_tokens - 1).bit_length() // 16)
+    step = max(8, (1 << (num_tokens - 1).bit_length()) // 16)
     return math.ceil(num_tokens / step) * step
 
 
