@@ -171,7 +171,7 @@ def measure_steps(job: Job) -> dict[str, Any]:
     use_stock_encoder(walk.model)
     # As it is always computed with dropout on, whatever this variant attends by.
     with sdpa_kernel(SDPBackend.MATH):
-        stock = count_products(walk.model)
+        stock = count_products(walk.model, walk.dtype)
     config: Any = walk.model.config
     return {
         "seconds": walk.seconds,
@@ -304,7 +304,7 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
         )
         loss = float(trainer.train().training_loss)
     parts = [part for step in job.batches[job.warm_ups :] for part in np.array_split(step, variant.parts)]
-    return Walk(model, count_products(model), dtype, watch.seconds, loss, parts)
+    return Walk(model, count_products(model, dtype), dtype, watch.seconds, loss, parts)
 
 
 def as_features(rows: Encoded, index: NDArray[np.int64]) -> Any:
@@ -368,7 +368,7 @@ def walk_ours(job: Job, device: torch.device) -> Walk:
             max_tokens=max_tokens,
         )
         # While what the lever turns off is off.
-        executed = count_products(model)
+        executed = count_products(model, dtype)
     loss = float(np.mean([point.loss for point in history.steps]))
     timed, most = job.batches[job.warm_ups :], history.max_tokens
     parts = [part for step in timed for part in cut(step, job.rows.lengths, max_tokens=most)]
@@ -382,18 +382,24 @@ def take(rows: Encoded, index: NDArray[np.int64]) -> Encoded:
     return Encoded(np.concatenate(ids), offsets, rows.labels[index], 0, rows.pad_token_id)
 
 
-def count_products(model: nn.Module) -> Callable[[int, int], float]:
+def count_products(model: nn.Module, dtype: torch.dtype) -> Callable[[int, int], float]:
     """Return what matrix products cost a forward and backward of (rows, length), in floating-point operations.
+
+    The forward runs under autocast in the compute dtype: the stock one cannot join a bf16 base and fp32 adapters.
 
     The cost is a * rows * length + b * rows * length**2 + c * rows + d: counted by torch at four small sizes, it is
     known at all. Backward passes of fused attention compute the scores once more, which is not counted.
     """
     sizes = [(1, 4), (1, 8), (1, 12), (2, 4)]
+    device = next(model.parameters()).device
     counts = []
     for rows, length in sizes:
-        ids = torch.ones(rows, length, dtype=torch.int64, device=next(model.parameters()).device)
+        ids = torch.ones(rows, length, dtype=torch.int64, device=device)
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
-            model(input_ids=ids).logits.float().sum().backward()
+            with autocast:
+                logits = model(input_ids=ids).logits
+            logits.float().sum().backward()
         counts.append(counter.get_total_flops())
     model.zero_grad()
     terms = np.array([[n * length, n * length**2, n, 1] for n, length in sizes], dtype=np.float64)

@@ -185,7 +185,39 @@ def test_products_are_counted_for_any_size(arguments):
     ids = torch.ones(3, 20, dtype=torch.int64)
     for prepare in (lambda: None, lambda: use_stock_encoder(model)):
         prepare()
-        expected = peers_slice.count_products(model)(3, 20)
+        expected = peers_slice.count_products(model, torch.float32)(3, 20)
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             model(input_ids=ids).logits.sum().backward()
         assert expected == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["ours, bf16", "B, bf16"])
+def test_a_slice_in_bfloat16_is_measured_to_its_end(arguments, name):
+    """Its products are counted on the stock forward too: a bf16 base under fp32 adapters."""
+    found = peers_slice.measure_steps(make_job(arguments, name, steps=1))
+    assert found["dtype"] == "bfloat16"
+    same = peers_slice.measure_steps(make_job(arguments, name.removesuffix(", bf16"), steps=1))
+    # The variants of one engine take the same rows, so their products differ in nothing but the dtype.
+    assert found["stock_flops"] == same["stock_flops"]
+
+
+@pytest.mark.parametrize("auto", ["float32", "bfloat16"])
+def test_where_auto_is_bfloat16_no_row_is_measured_twice(arguments, auto, monkeypatch):
+    monkeypatch.setattr(peers, "resolve_dtype", lambda name, device: getattr(torch, auto))
+
+    def rows(*more):
+        found = peers.parse_arguments([*arguments, "--rounds=1", *more])
+        return [line["variant"] for line in peers.slices(peers.Cell("train", "toy", "imdb"), found)]
+
+    # There B and ours are the rows in bf16, as their table's column of dtypes says.
+    assert rows() == list(peers.VARIANTS)
+    both = rows("--variants", "B", "B, bf16", "ours", "ours, bf16")
+    assert both == (["B", "ours"] if auto == "bfloat16" else ["B", "ours", "B, bf16", "ours, bf16"])
+    alone = rows("--variants", "ours, bf16")
+    assert alone == (["ours"] if auto == "bfloat16" else ["ours, bf16"])
+
+
+def test_a_row_that_no_table_has_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        peers.parse_arguments([*arguments, "--variants", "ours, fp16"])
+    assert "'ours, fp16'" in capsys.readouterr().err
