@@ -337,15 +337,32 @@ def make_job(line: dict[str, Any], cell: Cell, arguments: argparse.Namespace, po
     return Job(variant, base, labels, line["length"], rows, batches, warm_ups)
 
 
-def run_isolated(function: Callable[..., Any], *arguments: Any, log: Path, huge_pages: bool = False) -> Any:
-    """Call a function in a process of its own, so that memory and threads are no other's."""
+def run_isolated(
+    function: Callable[..., Any],
+    *arguments: Any,
+    log: Path,
+    huge_pages: bool = False,
+    preload: str = "peers_slice",
+) -> Any:
+    """Call a function in a process of its own, so that memory and threads are no other's.
+
+    Args:
+        function: What is called there.
+        arguments: What it is given.
+        log: File for what the process writes to stderr.
+        huge_pages: Let torch ask the kernel for huge pages.
+        preload: Module that the server of processes imports.
+    """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     # torch reads the variable once, at its first tensor: that process cannot be forked from one that has imported.
     context = multiprocessing.get_context("spawn" if huge_pages else method)
     # The server imports this once and never computes: every slice is forked from it in no time.
-    context.set_forkserver_preload(["peers_slice"])
+    context.set_forkserver_preload([preload])
+    # Python 3.11 does not tell the server this script's folder, and the server then imports nothing without a word.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with (
-        patch.dict(os.environ, {"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {}),
+        patch.dict(os.environ, {**environment, **({"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {})}),
         ProcessPoolExecutor(1, mp_context=context, initializer=enter_process, initargs=(log,)) as pool,
     ):
         return pool.submit(function, *arguments).result()

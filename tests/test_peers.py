@@ -1,6 +1,7 @@
 """The benchmark against the Trainer: every variant computes what it says, and a stopped script goes on."""
 
 import json
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -221,3 +222,21 @@ def test_a_row_that_no_table_has_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         peers.parse_arguments([*arguments, "--variants", "ours, fp16"])
     assert "'ours, fp16'" in capsys.readouterr().err
+
+
+def test_a_slice_is_forked_from_a_server_that_has_imported(tmp_path):
+    """The server of processes does not look into the script's folder by itself (Python 3.11)."""
+    loaded = "'gpu_check' in __import__('sys').modules"
+    code = f"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import peers
+
+if __name__ == "__main__":
+    print(peers.run_isolated(eval, {loaded!r}, log=Path({str(tmp_path / "log.txt")!r}), preload="gpu_check"))
+"""
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
