@@ -25,6 +25,7 @@ from gpu_table import render
 from journal import Journal, Line
 from numpy.typing import NDArray
 from peers import DATASETS, NAMED, VARIANTS, draw_batches
+from peers_levers import CUDA_LEVERS
 from peers_slice import Job, Stopwatch, Variant, find_device, now, save_classifier, walk_ours, walk_trainer
 from transformers import DistilBertConfig, DistilBertForMaskedLM, pipeline
 
@@ -111,6 +112,18 @@ IMDB = {
     "B, compiled": Training(NAMED["B, compiled"], 20, 40, 60, cuda_only="a CPU compiles for minutes"),
 }
 """Row of the table to how it trains, in the order of measuring."""
+ABLATION = {
+    "all parts": Training(VARIANTS["ours"], 50, 150, 20),
+    **{
+        f"without {lever}": Training(Variant("ours", lever=lever), 50, 150, 20, cuda_only="its parts are a GPU's")
+        for lever in CUDA_LEVERS
+    },
+    "without CUDA graphs": Training(Variant("ours", cuda_graphs="off"), 50, 150, 20, cuda_only="only a GPU has graphs"),
+    "without the fast forward pass": Training(
+        Variant("ours", lever="the fast encoder"), 50, 150, 30, cuda_only="benchmarks/peers.py --ablation is a CPU's"
+    ),
+}
+"""Row to how it trains: each part of the fast forward pass off in turn, the rest as it is."""
 SHORT = {"ours": OURS, "D": D, "B, cuDNN off": B_WITHOUT_CUDNN}
 
 
@@ -363,21 +376,29 @@ def measure_training(training: Training, pool: Pool, settings: Settings) -> Line
     }
 
 
-def run_training(dataset: str, settings: Settings) -> None:
-    """Measure every row of one data set, in one process and on the same tokenised rows."""
+def run_training(dataset: str, settings: Settings, *, part: str | None = None) -> None:
+    """Measure every row of one data set, in one process and on the same tokenised rows.
+
+    Args:
+        dataset: Name of the data set.
+        settings: What the script was asked for.
+        part: The table; by default the data set's own.
+    """
+    part = part or dataset
+    rows = {"imdb": IMDB, "ablation": ABLATION}.get(part, SHORT)
     recorder = Recorder(settings)
     pools: list[Pool] = []
 
     def read() -> Line:
         pools.append(load_pool(dataset, settings))
-        rows = pools[0].rows
-        return {"num_rows": len(rows), "tokens": int(rows.lengths.sum()), "seconds": time.perf_counter() - began}
+        found = pools[0].rows
+        return {"num_rows": len(found), "tokens": int(found.lengths.sum()), "seconds": time.perf_counter() - began}
 
     began = time.perf_counter()
-    recorder.measure(dataset, "rows read and tokenised", 120, read, repeats=True)
-    for row, training in (IMDB if dataset == "imdb" else SHORT).items() if pools else ():
+    recorder.measure(part, "rows read and tokenised", 120, read, repeats=True)
+    for row, training in rows.items() if pools else ():
         recorder.measure(
-            dataset, row, training.limit + 30, lambda training=training: measure_training(training, pools[0], settings)
+            part, row, training.limit + 30, lambda training=training: measure_training(training, pools[0], settings)
         )
 
 
@@ -568,6 +589,7 @@ def run_part(part: str, settings: Settings) -> None:
         run_training(part, settings)
     else:
         run: Callable[[Settings], None] = {
+            "ablation": lambda given: run_training("imdb", given, part="ablation"),
             "whole": run_whole,
             "quickstart": run_quickstart,
             "inference": run_inference,
@@ -576,5 +598,5 @@ def run_part(part: str, settings: Settings) -> None:
         run(settings)
 
 
-PARTS = ("whole", "quickstart", "imdb", "sst2", "ag_news", "inference", "memory")
+PARTS = ("whole", "quickstart", "imdb", "sst2", "ag_news", "inference", "memory", "ablation")
 """What the script measures, in order."""

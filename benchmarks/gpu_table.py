@@ -54,6 +54,8 @@ def show_run(lines: Sequence[Line]) -> list[str]:
         page += show_inference(parts["inference"])
     if "memory" in parts:
         page += show_memory(parts["memory"])
+    if "ablation" in parts:
+        page += show_ablation(parts["ablation"])
     page += show_aims(parts)
     return page
 
@@ -159,6 +161,29 @@ def show_training(dataset: str, lines: Sequence[Line]) -> list[str]:
             read = f"read and tokenised in {line['seconds']:.1f} s"
             page += [f"{line['num_rows']:,} rows of {line['tokens']:,} tokens, {read}.", ""]
     return page + show_missing(lines)
+
+
+def show_ablation(lines: Sequence[Line]) -> list[str]:
+    """Return the table of what each part of the fast forward pass gives."""
+    rows = [line for line in lines if "first_steps" in line]
+    whole = find(rows, "all parts")
+    page = [
+        "### What each part gives: IMDB at 512, 150 steps",
+        "",
+        "| | tokens/s after the first steps | of all parts | peak MiB | of all parts |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for line in rows:
+        memory = line["peak_bytes"] / whole["peak_bytes"] if whole else None
+        cells = [
+            line["row"],
+            show(speed(line), ",.0f"),
+            show(divide(speed(line), speed(whole)), ".2f"),
+            f"{line['peak_bytes'] / MIB:,.0f}",
+            show(memory, ".2f"),
+        ]
+        page.append(f"| {' | '.join(cells)} |")
+    return [*page, "", *show_missing(lines)]
 
 
 def show_inference(lines: Sequence[Line]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from peers_levers import COUNTED, LEVERS
+from peers_levers import COUNTED, CUDA_LEVERS, LEVERS
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from lora_sentiment.classifier import load
+from lora_sentiment.data import packing
 from lora_sentiment.data.batches import Encoded, cut
 from lora_sentiment.launch import join_launch, make_accelerator
 from lora_sentiment.model.base import load_base, resolve_dtype
@@ -44,6 +45,7 @@ from lora_sentiment.model.parameters import micro_batch_tokens
 from lora_sentiment.report import peak_memory, reset_peak_memory
 from lora_sentiment.training import loop
 from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.training.micro_batch import choose_max_tokens
 
 RANK, ALPHA, RATE = 8, 16, 5e-4
 TARGETS = ["q_lin", "v_lin"]
@@ -365,6 +367,15 @@ def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) ->
     if variant.lever != "the fast encoder":
         reason = use_fast_encoder(model, compute_dtype=dtype)
         assert reason is None, reason
+    if device.type == "cuda":
+        # As a run decides it there.
+        max_tokens = choose_max_tokens(
+            model,
+            accelerator=accelerator,
+            max_length=job.length,
+            batch_size=len(job.batches[0]),
+            graphs=variant.cuda_graphs != "off",
+        )
     reset_peak_memory(device)
     more: dict[str, Any] = {"cuda_graphs": variant.cuda_graphs} if variant.cuda_graphs else {}
 
@@ -378,10 +389,11 @@ def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) ->
             self.history.stopped_early = True
 
     with ExitStack() as patches:
-        for module, name, value in LEVERS[variant.lever] if variant.lever else ():
+        for module, name, value in {**LEVERS, **CUDA_LEVERS}[variant.lever] if variant.lever else ():
             patches.enter_context(patch.object(module, name, value))
         # The batches were planned by it, in the main process.
-        patches.enter_context(patch.object(loop, "plan_epoch", lambda *_, **__: list(job.batches)))
+        for module in (loop, packing):
+            patches.enter_context(patch.object(module, "plan_epoch", lambda *_, **__: list(job.batches)))
         patches.enter_context(patch.object(loop._Loop, "_step", stamped))
         history = loop.fit(
             model,
