@@ -8,7 +8,7 @@ RUN := $(VENV)/.ready-to-run
 READY := $(VENV)/.ready
 QUICK := adapters/quickstart
 
-.PHONY: quickstart test lint types quick slow schema clean
+.PHONY: quickstart test lint types quick slow gpu schema clean
 
 # From nothing to an adapter, and two sentences answered by the one that ships; needs a package index and nothing else.
 quickstart: $(RUN)
@@ -57,6 +57,13 @@ quick: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# For a machine with a card and its own torch: no venv and no network. OUT: folder of all results. GPU_FLAGS: for
+# benchmarks/gpu.py, such as --base-small FOLDER --data imdb=FOLDER.
+OUT ?= benchmarks
+GPU_FLAGS ?=
+gpu:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu_check.py --out "$(OUT)" $(GPU_FLAGS)
 
 schema: $(READY)
 	$(BIN)/lora-sentiment schema > recipes/schema.json

@@ -6,7 +6,8 @@
 D is the Trainer as every tutorial has it: fp32, random batches padded to their longest row, the model's dropout as it
 ships, dropout of a tenth before the adapters. B is what an expert's flags give: bf16 where `model.dtype: auto` takes
 it, rows grouped by length, fused AdamW, no dropout before the adapters; with the model's dropout and without, on a GPU
-compiled too. `--variants` names more: B compiled, in four micro-batches a step, in bf16, ours in bf16.
+compiled too. `--variants` names more: B compiled, in four micro-batches a step, in bf16, ours in bf16. Where `auto` is
+bf16, B and ours are in bf16 as they are, and the last two names mean them: nothing is measured twice.
 Ours is this package's own loop, with the model's dropout and without. All have one base, rank, learning rate, batch
 size and pool of tokenised rows; each draws its batches from the whole pool in its own way, takes the largest to warm
 up, and then as many as the table DATASETS says, evenly spread over its batches by size, other ones in every round.
@@ -44,13 +45,23 @@ from journal import Journal
 from methods import enter_process, machine
 from numpy.typing import NDArray
 from peers_levers import LEVERS
-from peers_slice import FOUR_GB, WARM_UP_TEXTS, Job, Variant, measure_steps, measure_texts, save_classifier, take
+from peers_slice import (
+    FOUR_GB,
+    WARM_UP_TEXTS,
+    Job,
+    Variant,
+    find_device,
+    measure_steps,
+    measure_texts,
+    save_classifier,
+    take,
+)
 from peers_table import render
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_sentiment.data.batches import Encoded, TextEncoder, plan_epoch
 from lora_sentiment.data.rows import load_data
-from lora_sentiment.model.base import load_tokenizer
+from lora_sentiment.model.base import load_tokenizer, resolve_dtype
 from lora_sentiment.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +113,7 @@ NAMED = {
     "B, bf16": Variant("Trainer", "grouped", dtype="bfloat16"),
     "ours, bf16": Variant("ours", dtype="bfloat16"),
 }
-"""Rows that a CPU measures only where --variants names them; of the first each process compiles for minutes."""
+"""Rows that are measured only where --variants names them; of the first each process compiles for minutes."""
 CUDA_VARIANTS = {
     **COMPILED,
     "ours, fp16 within 4 GB": Variant("ours", dtype="float16", bytes_limit=FOUR_GB),
@@ -144,9 +155,25 @@ class Cell:
 
     @property
     def variants(self) -> dict[str, Variant]:
-        """The rows of its table on this machine."""
-        more = CUDA_VARIANTS if torch.cuda.is_available() else NAMED
-        return {"train": {**VARIANTS, **more}, "ablation": ABLATION, "inference": INFERENCE}[self.task]
+        """The rows that its table can have on this machine."""
+        return {"train": {**VARIANTS, **NAMED, **usual_more()}, "ablation": ABLATION, "inference": INFERENCE}[self.task]
+
+
+def usual_more() -> dict[str, Variant]:
+    """Return the rows of training that a GPU measures beside VARIANTS; none on a CPU."""
+    return CUDA_VARIANTS if torch.cuda.is_available() else {}
+
+
+def choose_rows(cell: Cell, asked: Sequence[str] | None) -> list[str]:
+    """Return the rows of a cell that are measured, those of one dtype once.
+
+    `auto` is the dtype of every row that names none. Where it is bf16, `ours, bf16` would be `ours` again.
+    """
+    if asked is None:
+        return [name for name in cell.variants if name not in NAMED or name in usual_more()]
+    if resolve_dtype("auto", find_device()) == torch.bfloat16:
+        asked = [name.removesuffix(", bf16") for name in asked]
+    return [name for name in cell.variants if name in asked]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -159,7 +186,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--data", action="append", default=[], metavar="DATASET=WHERE", help="read rows from elsewhere")
     parser.add_argument("--tasks", nargs="+", choices=("train", "inference"), default=["train", "inference"])
-    parser.add_argument("--variants", nargs="+", help="rows of the tables to measure; default all")
+    rows = list({**VARIANTS, **NAMED, **usual_more(), **ABLATION, **INFERENCE})
+    parser.add_argument(
+        "--variants", nargs="+", choices=rows, metavar="ROW", help="rows of the tables to measure; default all"
+    )
     parser.add_argument("--ablation", action="store_true", help="turn each part of ours off, and measure nothing else")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -213,8 +243,7 @@ def describe(cell: Cell, variant: str, number: int, arguments: argparse.Namespac
 
 def slices(cell: Cell, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what names each slice of a cell: every variant of a round, in an order that turns, then the next round."""
-    usual = [name for name in cell.variants if name not in NAMED or torch.cuda.is_available()]
-    names = usual if arguments.variants is None else [name for name in cell.variants if name in arguments.variants]
+    names = choose_rows(cell, arguments.variants)
     for number in range(arguments.rounds):
         turn = number % max(1, len(names))
         for name in names[turn:] + names[:turn]:
@@ -308,15 +337,32 @@ def make_job(line: dict[str, Any], cell: Cell, arguments: argparse.Namespace, po
     return Job(variant, base, labels, line["length"], rows, batches, warm_ups)
 
 
-def run_isolated(function: Callable[..., Any], *arguments: Any, log: Path, huge_pages: bool = False) -> Any:
-    """Call a function in a process of its own, so that memory and threads are no other's."""
+def run_isolated(
+    function: Callable[..., Any],
+    *arguments: Any,
+    log: Path,
+    huge_pages: bool = False,
+    preload: str = "peers_slice",
+) -> Any:
+    """Call a function in a process of its own, so that memory and threads are no other's.
+
+    Args:
+        function: What is called there.
+        arguments: What it is given.
+        log: File for what the process writes to stderr.
+        huge_pages: Let torch ask the kernel for huge pages.
+        preload: Module that the server of processes imports.
+    """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     # torch reads the variable once, at its first tensor: that process cannot be forked from one that has imported.
     context = multiprocessing.get_context("spawn" if huge_pages else method)
     # The server imports this once and never computes: every slice is forked from it in no time.
-    context.set_forkserver_preload(["peers_slice"])
+    context.set_forkserver_preload([preload])
+    # Python 3.11 does not tell the server this script's folder, and the server then imports nothing without a word.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with (
-        patch.dict(os.environ, {"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {}),
+        patch.dict(os.environ, {**environment, **({"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {})}),
         ProcessPoolExecutor(1, mp_context=context, initializer=enter_process, initargs=(log,)) as pool,
     ):
         return pool.submit(function, *arguments).result()

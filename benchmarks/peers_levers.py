@@ -4,13 +4,17 @@ Nothing here is an option of the package: a slice's process replaces names in it
 replacement computes the same, `tests/test_peers.py` holds it.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import mm_flop, sdpa_flop
 
+from lora_sentiment.fast import fused
 from lora_sentiment.model import encoder, kernels
 from lora_sentiment.model.kernels import Linear
+from lora_sentiment.training import loop
 
 Forward = encoder.FastForward
 aten = torch.ops.aten
@@ -73,6 +77,50 @@ LEVERS: dict[str, tuple[tuple[object, str, object], ...]] = {
     "the fast encoder": (),
 }
 """Lever to (module, name, what stands in for it)."""
+
+
+def _takes_none(model: nn.Module) -> bool:
+    """No model takes packed rows, so the fast forward pass gets padded ones."""
+    del model
+    return False
+
+
+def _cast_each(layers: Sequence[Linear], dtype: torch.dtype) -> list[Linear]:
+    """Adapters are cast where they are used, and each has products of its own."""
+    del dtype
+    return list(layers)
+
+
+def _encode_all_tokens(
+    self: encoder.FastForward, block: object, own: list[Linear], x: Tensor, cu_seq_lens: Tensor, max_length: int
+) -> Tensor:
+    """The last block for every token, of packed rows."""
+    query, keys_values, *others = own
+    parts = [query, keys_values]
+    qkv = torch.cat([kernels.linear(x, part) for part in parts], dim=-1)
+    heads = block.attention.n_heads
+    q, k, v = qkv.view(len(x), 3, heads, -1).unbind(1)
+    mixed = encoder.packed_attention(
+        q, k, v, cu_seq_lens_q=cu_seq_lens, cu_seq_lens_k=cu_seq_lens, max_length_q=max_length,
+        max_length_k=max_length, dropout_p=self._p(block.attention.dropout),
+    )  # fmt: skip
+    y = self._after_attention(block, others, x, mixed)
+    return y.index_select(0, cu_seq_lens[:-1].clamp(max=len(x) - 1))
+
+
+CUDA_LEVERS: dict[str, tuple[tuple[object, str, object], ...]] = {
+    "packed rows": ((loop, "takes_packed_rows", _takes_none),),
+    "dropout, residual and norm in one kernel": ((encoder, "dropout_add_norm", fused.plain_dropout_add_norm),),
+    "adapters cast and multiplied together": ((encoder, "cast_adapters", _cast_each),),
+    "own backward passes": (
+        (encoder, "cast_adapters", _cast_each),
+        (encoder, "linear", _by_autograd),
+        (encoder, "feed_forward", _feed_forward_by_autograd),
+    ),
+    "the last block for [CLS] alone": ((Forward, "_encode_first_tokens", _encode_all_tokens),),
+    "weights prepared once for packed rows": ((Forward, "_stacked", _stack_anew),),
+}
+"""The same of what runs on a GPU alone, for benchmarks/gpu.py."""
 
 
 def _count_add(_: Size, a: Size, b: Size, *args: object, **kwargs: object) -> int:

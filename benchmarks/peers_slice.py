@@ -1,6 +1,7 @@
 """One slice of benchmarks/peers.py: a few optimizer steps, or a few texts, measured in a process of its own."""
 
 import ctypes
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from peers_levers import COUNTED, LEVERS
+from peers_levers import COUNTED, CUDA_LEVERS, LEVERS
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from lora_sentiment.classifier import load
+from lora_sentiment.data import packing
 from lora_sentiment.data.batches import Encoded, cut
 from lora_sentiment.launch import join_launch, make_accelerator
 from lora_sentiment.model.base import load_base, resolve_dtype
@@ -43,6 +45,7 @@ from lora_sentiment.model.parameters import micro_batch_tokens
 from lora_sentiment.report import peak_memory, reset_peak_memory
 from lora_sentiment.training import loop
 from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.training.micro_batch import choose_max_tokens
 
 RANK, ALPHA, RATE = 8, 16, 5e-4
 TARGETS = ["q_lin", "v_lin"]
@@ -70,6 +73,7 @@ class Variant:
         bytes_limit: Most GPU memory that the process may take; None for all.
         keeps_freed: Tell glibc to keep freed buffers however large.
         huge_pages: Let torch ask the kernel for huge pages, in a process that imports anew.
+        cuda_graphs: `train.cuda_graphs` of ours; None for the recipe's default.
     """
 
     engine: str
@@ -85,6 +89,7 @@ class Variant:
     bytes_limit: int | None = None
     keeps_freed: bool = False
     huge_pages: bool = False
+    cuda_graphs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Job:
         batches: Positions in the pool, one array an optimizer step; the first few warm up and are not timed.
         warm_ups: How many those are.
         texts: To be answered; the first few warm up and are not timed.
+        counts: Whether the products of the variant are counted after its steps.
     """
 
     variant: Variant
@@ -110,6 +116,7 @@ class Job:
     batches: tuple[NDArray[np.int64], ...] = ()
     warm_ups: int = 1
     texts: tuple[str, ...] = ()
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Walk:
 
     Attributes:
         model: As it was left.
-        executed: From (rows, length) to the arithmetic that the variant takes for them.
+        executed: From (rows, length) to the arithmetic that the variant takes for them; None where the job counts none.
         dtype: Of the encoder's arithmetic.
         seconds: Of the timed steps.
         loss: Mean of all steps.
@@ -126,7 +133,7 @@ class Walk:
     """
 
     model: nn.Module
-    executed: Callable[[int, int], float]
+    executed: Callable[[int, int], float] | None
     dtype: torch.dtype
     seconds: float
     loss: float
@@ -134,23 +141,35 @@ class Walk:
 
 
 class Stopwatch:
-    """The time of the steps after the warm-up. A device is waited for at both ends and never between them.
+    """The time of the steps after the warm-up, and of those before. A device is waited for at their ends alone.
 
     Attributes:
-        seconds: The time, once all steps have been taken.
+        taken: Steps so far.
+        warm_up_seconds: Time of the warm-up, once its steps have been taken.
+        seconds: Time of the steps after it, once all have been taken or the limit has passed.
     """
 
-    def __init__(self, job: Job, device: torch.device) -> None:
-        self.first, self.last, self.device = job.warm_ups, len(job.batches), device
-        self.taken, self.began, self.seconds = 0, 0.0, 0.0
+    def __init__(self, job: Job, device: torch.device, *, limit: float = math.inf) -> None:
+        self.first, self.last, self.device, self.limit = job.warm_ups, len(job.batches), device, limit
+        self.taken, self.began, self.warm_up_seconds, self.seconds = 0, 0.0, 0.0, 0.0
+        self.stops_at = math.inf
 
-    def end_step(self) -> None:
-        """Note that a step was taken, or given to the device."""
-        self.taken += 1
-        if self.taken == self.first:
+    def begin_step(self) -> None:
+        """Note that a step is about to be taken."""
+        if self.taken == 0:
             self.began = now(self.device)
-        elif self.taken == self.last:
+            self.stops_at = time.perf_counter() + self.limit
+
+    def end_step(self) -> bool:
+        """Note that a step was taken, or given to the device; return whether the limit in seconds has passed."""
+        self.taken += 1
+        is_late = time.perf_counter() > self.stops_at
+        if self.taken == self.first:
+            warm = now(self.device)
+            self.warm_up_seconds, self.began = warm - self.began, warm
+        elif self.taken > self.first and (self.taken == self.last or is_late):
             self.seconds = now(self.device) - self.began
+        return is_late
 
 
 def measure_steps(job: Job) -> dict[str, Any]:
@@ -163,6 +182,7 @@ def measure_steps(job: Job) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     baseline = measure_baseline(device)
     walk = (walk_ours if job.variant.engine == "ours" else walk_trainer)(job, device)
+    assert walk.executed is not None
     peak = peak_memory(device) - baseline
     frozen = sum(p.numel() * p.element_size() for p in walk.model.parameters() if not p.requires_grad)
     lengths, steps = job.rows.lengths, job.batches[job.warm_ups :]
@@ -171,7 +191,7 @@ def measure_steps(job: Job) -> dict[str, Any]:
     use_stock_encoder(walk.model)
     # As it is always computed with dropout on, whatever this variant attends by.
     with sdpa_kernel(SDPBackend.MATH):
-        stock = count_products(walk.model)
+        stock = count_products(walk.model, walk.dtype)
     config: Any = walk.model.config
     return {
         "seconds": walk.seconds,
@@ -254,10 +274,10 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def walk_trainer(job: Job, device: torch.device) -> Walk:
+def walk_trainer(job: Job, device: torch.device, watch: Stopwatch | None = None) -> Walk:
     """Train with transformers' Trainer and PEFT on their own forward."""
     torch.manual_seed(0)
-    variant, watch = job.variant, Stopwatch(job, device)
+    variant, watch = job.variant, watch or Stopwatch(job, device)
     names = ("dropout", "attention_dropout", "seq_classif_dropout")
     off: dict[str, Any] = {} if variant.dropout else dict.fromkeys(names, 0.0)
     plain: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -271,8 +291,12 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
     reset_peak_memory(device)
 
     class Watch(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            watch.end_step()
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            watch.begin_step()
+
+        def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
+            if watch.end_step():
+                control.should_training_stop = True
 
     flags: dict[str, Any] = {"optim": "adamw_torch_fused"} if variant.tuned else {}
     # Otherwise the Trainer waits for a GPU at every step, to see whether the loss is a number.
@@ -304,7 +328,7 @@ def walk_trainer(job: Job, device: torch.device) -> Walk:
         )
         loss = float(trainer.train().training_loss)
     parts = [part for step in job.batches[job.warm_ups :] for part in np.array_split(step, variant.parts)]
-    return Walk(model, count_products(model), dtype, watch.seconds, loss, parts)
+    return Walk(model, count_products(model, dtype) if job.counts else None, dtype, watch.seconds, loss, parts)
 
 
 def as_features(rows: Encoded, index: NDArray[np.int64]) -> Any:
@@ -318,10 +342,10 @@ def as_features(rows: Encoded, index: NDArray[np.int64]) -> Any:
     ]
 
 
-def walk_ours(job: Job, device: torch.device) -> Walk:
+def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) -> Walk:
     """Train with this package, one lever off if the variant says so."""
     torch.manual_seed(0)
-    variant, watch = job.variant, Stopwatch(job, device)
+    variant, watch = job.variant, watch or Stopwatch(job, device)
     accelerator = make_accelerator(join_launch(), variant.dtype)
     dtype = resolve_dtype(variant.dtype, device)
     off = None if variant.dropout else 0.0
@@ -343,32 +367,46 @@ def walk_ours(job: Job, device: torch.device) -> Walk:
     if variant.lever != "the fast encoder":
         reason = use_fast_encoder(model, compute_dtype=dtype)
         assert reason is None, reason
+    if device.type == "cuda":
+        # As a run decides it there.
+        max_tokens = choose_max_tokens(
+            model,
+            accelerator=accelerator,
+            max_length=job.length,
+            batch_size=len(job.batches[0]),
+            graphs=variant.cuda_graphs != "off",
+        )
     reset_peak_memory(device)
+    more: dict[str, Any] = {"cuda_graphs": variant.cuda_graphs} if variant.cuda_graphs else {}
 
     take_step = loop._Loop._step
 
     def stamped(self: loop._Loop, *given: Any) -> None:
+        watch.begin_step()
         take_step(self, *given)
-        watch.end_step()
+        if watch.end_step():
+            self._read()
+            self.history.stopped_early = True
 
     with ExitStack() as patches:
-        for module, name, value in LEVERS[variant.lever] if variant.lever else ():
+        for module, name, value in {**LEVERS, **CUDA_LEVERS}[variant.lever] if variant.lever else ():
             patches.enter_context(patch.object(module, name, value))
         # The batches were planned by it, in the main process.
-        patches.enter_context(patch.object(loop, "plan_epoch", lambda *_, **__: list(job.batches)))
+        for module in (loop, packing):
+            patches.enter_context(patch.object(module, "plan_epoch", lambda *_, **__: list(job.batches)))
         patches.enter_context(patch.object(loop._Loop, "_step", stamped))
         history = loop.fit(
             model,
             train=job.rows,
             validation=take(job.rows, job.batches[0][-2:]),
             numbers=np.arange(len(job.rows)),
-            config=TrainConfig(batch_size=len(job.batches[0]), max_steps=steps, learning_rate=RATE),
+            config=TrainConfig(batch_size=len(job.batches[0]), max_steps=steps, learning_rate=RATE, **more),
             method=method,
             accelerator=accelerator,
             max_tokens=max_tokens,
         )
         # While what the lever turns off is off.
-        executed = count_products(model)
+        executed = count_products(model, dtype) if job.counts else None
     loss = float(np.mean([point.loss for point in history.steps]))
     timed, most = job.batches[job.warm_ups :], history.max_tokens
     parts = [part for step in timed for part in cut(step, job.rows.lengths, max_tokens=most)]
@@ -382,18 +420,24 @@ def take(rows: Encoded, index: NDArray[np.int64]) -> Encoded:
     return Encoded(np.concatenate(ids), offsets, rows.labels[index], 0, rows.pad_token_id)
 
 
-def count_products(model: nn.Module) -> Callable[[int, int], float]:
+def count_products(model: nn.Module, dtype: torch.dtype) -> Callable[[int, int], float]:
     """Return what matrix products cost a forward and backward of (rows, length), in floating-point operations.
+
+    The forward runs under autocast in the compute dtype: the stock one cannot join a bf16 base and fp32 adapters.
 
     The cost is a * rows * length + b * rows * length**2 + c * rows + d: counted by torch at four small sizes, it is
     known at all. Backward passes of fused attention compute the scores once more, which is not counted.
     """
     sizes = [(1, 4), (1, 8), (1, 12), (2, 4)]
+    device = next(model.parameters()).device
     counts = []
     for rows, length in sizes:
-        ids = torch.ones(rows, length, dtype=torch.int64, device=next(model.parameters()).device)
+        ids = torch.ones(rows, length, dtype=torch.int64, device=device)
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
-            model(input_ids=ids).logits.float().sum().backward()
+            with autocast:
+                logits = model(input_ids=ids).logits
+            logits.float().sum().backward()
         counts.append(counter.get_total_flops())
     model.zero_grad()
     terms = np.array([[n * length, n * length**2, n, 1] for n, length in sizes], dtype=np.float64)

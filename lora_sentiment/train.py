@@ -49,7 +49,7 @@ from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History
 from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.losses import make_class_weights
-from lora_sentiment.training.micro_batch import fit_micro_batch, measure_micro_batch
+from lora_sentiment.training.micro_batch import choose_max_tokens
 from lora_sentiment.training.optimizer import count_steps
 
 log = logging.getLogger("lora_sentiment")
@@ -293,21 +293,13 @@ def _max_tokens(recipe: Recipe, base: Base, dtype: torch.dtype) -> int:
 
 def _measure_max_tokens(recipe: Recipe, model: nn.Module, accelerator: Accelerator, num_steps: int) -> int:
     """Return the most tokens of a micro-batch on a GPU: a whole step where its memory allows."""
-    rows = math.ceil(recipe.train.batch_size / accelerator.num_processes)
-    length = recipe.model.max_length
-    measured = measure_micro_batch(model, accelerator=accelerator, max_length=length, batch_size=rows)
     reason = why_not_graphs(model, recipe.train, device=accelerator.device, num_steps=num_steps)
-    max_tokens = fit_micro_batch(
-        measured,
-        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        most=rows * length,
-        least=length,
+    max_tokens = choose_max_tokens(
+        model,
+        accelerator=accelerator,
+        max_length=recipe.model.max_length,
+        batch_size=math.ceil(recipe.train.batch_size / accelerator.num_processes),
         graphs=reason is None,
-    )
-    log.info(
-        "%s MiB are free; a token of a micro-batch takes %s KiB",
-        f"{measured.free / 2**20:,.0f}",
-        f"{measured.per_token / 2**10:,.1f}",
     )
     reset_peak_memory(accelerator.device)
     return max_tokens

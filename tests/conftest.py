@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -30,15 +31,34 @@ FILLERS = ("film", "book", "meal", "app", "place", "plot", "the", "a", "was", "a
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs, so that the tests are those of CI everywhere; `-m gpu` asks for the others. Hide caches as well."""
-    asked = config.option.markexpr
-    if "gpu" not in asked or "not gpu" in asked:
+    """Hide GPUs, so that the tests are those of CI everywhere; `-m gpu` asks for the others. Hide caches as well.
+
+    Processes that a test starts inherit the variable. With a card visible, tests without the marker would train on it.
+    """
+    if not shows_card(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
         # Triton reads it when it is imported: its kernels then run on CPU tensors.
         os.environ["TRITON_INTERPRET"] = "1"
     cache = tempfile.mkdtemp(prefix="lora_sentiment-tests-")
     os.environ["HF_HOME"] = cache
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+
+
+def shows_card(config: pytest.Config) -> bool:
+    """Whether -m asks for tests with the marker gpu, which the expression `not gpu` does not."""
+    asked = config.option.markexpr
+    return re.search(r"\bgpu\b", asked) is not None and re.search(r"\bnot\s+gpu\b", asked) is None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse to run tests of the CPU where the card is visible. pytest has chosen by -m before this."""
+    others = [item.nodeid for item in items if not item.get_closest_marker("gpu")]
+    if shows_card(config) and others:
+        raise pytest.UsageError(
+            f"-m {config.option.markexpr!r} chose {len(others)} tests without the marker gpu, such as {others[0]}; "
+            "they are tests of the CPU and hide the card: run -m gpu by itself, and the others without it"
+        )
 
 
 @pytest.fixture

@@ -180,13 +180,3 @@ def test_the_readmes_imports_work_in_a_fresh_process():
     assert len(lines) >= 2
     code = "\n".join([*lines, "assert callable(train) and callable(Recipe.load)"])
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_files_fit_a_sitting_and_functions_a_screen(path):
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 450
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            docstring = (ast.get_docstring(node) or "").count("\n")
-            assert (node.end_lineno or 0) - node.lineno - docstring <= 50, f"{node.name} is long"

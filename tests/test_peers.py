@@ -1,6 +1,7 @@
 """The benchmark against the Trainer: every variant computes what it says, and a stopped script goes on."""
 
 import json
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -185,7 +186,57 @@ def test_products_are_counted_for_any_size(arguments):
     ids = torch.ones(3, 20, dtype=torch.int64)
     for prepare in (lambda: None, lambda: use_stock_encoder(model)):
         prepare()
-        expected = peers_slice.count_products(model)(3, 20)
+        expected = peers_slice.count_products(model, torch.float32)(3, 20)
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             model(input_ids=ids).logits.sum().backward()
         assert expected == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["ours, bf16", "B, bf16"])
+def test_a_slice_in_bfloat16_is_measured_to_its_end(arguments, name):
+    """Its products are counted on the stock forward too: a bf16 base under fp32 adapters."""
+    found = peers_slice.measure_steps(make_job(arguments, name, steps=1))
+    assert found["dtype"] == "bfloat16"
+    same = peers_slice.measure_steps(make_job(arguments, name.removesuffix(", bf16"), steps=1))
+    # The variants of one engine take the same rows, so their products differ in nothing but the dtype.
+    assert found["stock_flops"] == same["stock_flops"]
+
+
+@pytest.mark.parametrize("auto", ["float32", "bfloat16"])
+def test_where_auto_is_bfloat16_no_row_is_measured_twice(arguments, auto, monkeypatch):
+    monkeypatch.setattr(peers, "resolve_dtype", lambda name, device: getattr(torch, auto))
+
+    def rows(*more):
+        found = peers.parse_arguments([*arguments, "--rounds=1", *more])
+        return [line["variant"] for line in peers.slices(peers.Cell("train", "toy", "imdb"), found)]
+
+    # There B and ours are the rows in bf16, as their table's column of dtypes says.
+    assert rows() == list(peers.VARIANTS)
+    both = rows("--variants", "B", "B, bf16", "ours", "ours, bf16")
+    assert both == (["B", "ours"] if auto == "bfloat16" else ["B", "ours", "B, bf16", "ours, bf16"])
+    alone = rows("--variants", "ours, bf16")
+    assert alone == (["ours"] if auto == "bfloat16" else ["ours, bf16"])
+
+
+def test_a_row_that_no_table_has_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        peers.parse_arguments([*arguments, "--variants", "ours, fp16"])
+    assert "'ours, fp16'" in capsys.readouterr().err
+
+
+def test_a_slice_is_forked_from_a_server_that_has_imported(tmp_path):
+    """The server of processes does not look into the script's folder by itself (Python 3.11)."""
+    loaded = "'gpu_check' in __import__('sys').modules"
+    code = f"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import peers
+
+if __name__ == "__main__":
+    print(peers.run_isolated(eval, {loaded!r}, log=Path({str(tmp_path / "log.txt")!r}), preload="gpu_check"))
+"""
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]

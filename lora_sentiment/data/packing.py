@@ -143,9 +143,7 @@ def plan_packing(
     return PackPlan(sizes, num_rows, max(1, math.ceil(int(gaps.max()) / max_length)), max_length)
 
 
-def cut_packed(
-    index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int
-) -> list[NDArray[np.int64]]:
+def cut_packed(index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
     """Cut rows into the fewest micro-batches of at most `max_tokens` tokens that keep their order, of like size.
 
     A single row longer than that is a micro-batch of its own.

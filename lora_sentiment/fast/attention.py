@@ -77,8 +77,8 @@ def _masked_attention(
     sequence_of_q = _sequence_numbers(cu_seq_lens_q)
     sequence_of_k = _sequence_numbers(cu_seq_lens_k)
     mask = sequence_of_q[:, None] == sequence_of_k[None, :]
-    heads_first = [each.transpose(0, 1)[None] for each in (q, k, v)]
-    mixed = functional.scaled_dot_product_attention(*heads_first, attn_mask=mask, dropout_p=dropout_p)
+    q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     return mixed[0].transpose(0, 1)
 
 

@@ -342,19 +342,30 @@ class FastForward:
         x = dropout(x, self._p(parts.dropout))
         blocks = cast(list[TransformerBlock], list(self.encoder.transformer.layer))
         if layers is None:
-            layers = self._cast_adapters([self.linears(index, block) for index, block in enumerate(blocks)])
-        for own, block in zip(layers[:-1], blocks[:-1], strict=True):
+            layers = [self.linears(index, block) for index, block in enumerate(blocks)]
+        # The query of the last block is computed apart from its keys and values.
+        query, keys_values = _split_query(layers[-1].qkv)
+        others = layers[-1][1:]
+        if first_tokens is not None:
+            query, _ = _split_query(first_tokens.qkv)
+            others = first_tokens[1:]
+        split = [*map(list, layers[:-1]), [query, keys_values, *others]]
+        if self.dtype != torch.float32:
+            done = iter(cast_adapters([each for own in split for each in own], self.dtype))
+            split = [[next(done) for _ in own] for own in split]
+        for own, block in zip(split[:-1], blocks[:-1], strict=True):
             if block.gradient_checkpointing and block.training:
                 x = checkpoint(self._encode_packed_block, block, own, x, cu_seq_lens, max_length, use_reentrant=False)
             else:
                 x = self._encode_packed_block(block, own, x, cu_seq_lens, max_length)
-        return self._encode_first_tokens(blocks[-1], layers[-1], first_tokens or layers[-1], x, cu_seq_lens, max_length)
+        return self._encode_first_tokens(blocks[-1], split[-1], x, cu_seq_lens, max_length)
 
     def _encode_packed_block(
-        self, block: TransformerBlock, own: Linears, x: Tensor, cu_seq_lens: Tensor, max_length: int
+        self, block: TransformerBlock, own: list[Linear], x: Tensor, cu_seq_lens: Tensor, max_length: int
     ) -> Tensor:
         num_heads = block.attention.n_heads
-        q, k, v = linear(x, own.qkv).view(len(x), 3, num_heads, -1).unbind(1)
+        qkv, *others = own
+        q, k, v = linear(x, qkv).view(len(x), 3, num_heads, -1).unbind(1)
         mixed = packed_attention(
             q,
             k,
@@ -365,23 +376,16 @@ class FastForward:
             max_length_k=max_length,
             dropout_p=self._p(block.attention.dropout),
         )
-        return self._after_attention(block, own, x, mixed)
+        return self._after_attention(block, others, x, mixed)
 
     def _encode_first_tokens(
-        self,
-        block: TransformerBlock,
-        own: Linears,
-        own_of_first: Linears,
-        x: Tensor,
-        cu_seq_lens: Tensor,
-        max_length: int,
+        self, block: TransformerBlock, own: list[Linear], x: Tensor, cu_seq_lens: Tensor, max_length: int
     ) -> Tensor:
         """The last block: only the first token of each sequence reaches the head."""
         num_heads = block.attention.n_heads
         # An empty sequence at the end starts behind the last token.
         first = x.index_select(0, cu_seq_lens[:-1].clamp(max=len(x) - 1))
-        _, keys_values = _split_query(own.qkv)
-        query, _ = _split_query(own_of_first.qkv)
+        query, keys_values, *others = own
         q = linear(first, query).view(len(first), num_heads, -1)
         k, v = linear(x, keys_values).view(len(x), 2, num_heads, -1).unbind(1)
         mixed = packed_attention(
@@ -394,30 +398,21 @@ class FastForward:
             max_length_k=max_length,
             dropout_p=self._p(block.attention.dropout),
         )
-        return self._after_attention(block, own_of_first, first, mixed)
+        return self._after_attention(block, others, first, mixed)
 
-    def _after_attention(self, block: TransformerBlock, own: Linears, x: Tensor, mixed: Tensor) -> Tensor:
-        """What follows attention in a block, of packed tokens; x: (num_tokens, dim), mixed: (num_tokens, heads, head_dim)."""
-        projected = linear(mixed.reshape(x.shape), own.out_lin)
+    def _after_attention(self, block: TransformerBlock, own: list[Linear], x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows attention in a block of packed tokens; own: out_lin, lin1 and lin2.
+
+        x: (num_tokens, dim), mixed: (num_tokens, num_heads, head_dim).
+        """
+        out_lin, lin1, lin2 = own
+        projected = linear(mixed.reshape(x.shape), out_lin)
         x = self._add_norm(block.sa_layer_norm, projected, x)
-        inner = feed_forward(x, own.lin1, own.lin2)
+        inner = feed_forward(x, lin1, lin2)
         return self._add_norm(block.output_layer_norm, inner, x, p=self._p(block.ffn.dropout))
 
     def _add_norm(self, module: nn.LayerNorm, x: Tensor, residual: Tensor, *, p: float = 0.0) -> Tensor:
         return dropout_add_norm(x, residual, module.weight, module.bias, p=p, eps=module.eps)
-
-    def _cast_adapters(self, layers: list[Linears]) -> list[Linears]:
-        """Cast the adapters of all layers to a 16-bit compute dtype at once, their scale multiplied in."""
-        if self.dtype == torch.float32:
-            return layers
-        adapters = [adapter for own in layers for part in own for adapter in part.adapters]
-        if not adapters:
-            return layers
-        cast_pairs = iter(cast_adapters(adapters, self.dtype))
-        return [
-            Linears(*(part._replace(adapters=tuple(next(cast_pairs) for _ in part.adapters)) for part in own))
-            for own in layers
-        ]
 
     def _encode_block(
         self, index: int, block: TransformerBlock, x: Tensor, mask: Tensor | None, linears: LinearsOfLayer

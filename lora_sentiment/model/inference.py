@@ -117,7 +117,7 @@ def pack_on_device(rows: Sequence[NDArray[np.int32]], *, device: torch.device, p
     if device.type == "cuda":
         host = host.pin_memory()
     there = host.to(device, non_blocking=True)
-    input_ids, position_ids, cu_seq_lens = torch.split(there, [len(each) for each in arrays])
+    input_ids, position_ids, cu_seq_lens = there.split_with_sizes([len(each) for each in arrays])
     return PackedRows(input_ids, position_ids, cu_seq_lens, longest)
 
 
@@ -147,8 +147,7 @@ def compute_packed(
 
 def round_size(num_tokens: int) -> int:
     """Return the next multiple of an eighth of a power of two, which pads by 12.5 % at most, and of 8."""
-    next_power = 1 << (num_tokens - 1).bit_length()
-    step = max(8, next_power // 16)
+    step = max(8, (1 << (num_tokens - 1).bit_length()) // 16)
     return math.ceil(num_tokens / step) * step
 
 

@@ -59,12 +59,16 @@ class Linear(NamedTuple):
     """A linear in the compute dtype, weight: (out_features, in_features), with its adapters.
 
     Each tensor is frozen or trained as its own `requires_grad` says.
+
+    Where `stack` is given, it holds the A of all adapters one below the other, with their scale in B, in the compute
+    dtype. One product then serves all of them. Weight and bias are frozen then.
     """
 
     weight: Tensor
     bias: Tensor
     adapters: tuple[Adapter, ...] = ()
     segments: tuple[Segment, ...] = ()
+    stack: Tensor | None = None
 
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
@@ -73,6 +77,12 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
     In fp32 the adapters are added to a copy of the weight (one product, exact to rounding). In a shorter dtype that
     would round small updates away, so there they are applied to x.
     """
+    if layer.stack is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        spans = [(adapter.start, adapter.stop, len(adapter.A)) for adapter in layer.adapters]
+        ups = [adapter.B for adapter in layer.adapters]
+        stacked: Tensor = _StackedLinear.apply(rows, layer.weight, layer.bias, layer.stack, spans, *ups)  # type: ignore[no-untyped-call]
+        return stacked.view(*x.shape[:-1], -1)
     plain = layer._replace(adapters=tuple(adapter for adapter in layer.adapters if not adapter.dropout))
     if plain.adapters and _wants_grad(*_tensors(plain)):
         y: Tensor = _Linear.apply(x, plain, *_tensors(plain))  # type: ignore[no-untyped-call]
@@ -92,16 +102,34 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
     return y
 
 
-def cast_adapters(adapters: Sequence[Adapter], dtype: torch.dtype) -> list[Adapter]:
-    """Returns adapters in another dtype, their scale multiplied into B, by few operations for all of them.
+def cast_adapters(layers: Sequence[Linear], dtype: torch.dtype) -> list[Linear]:
+    """Returns linears with adapters in a 16-bit dtype, their scale multiplied into B.
 
-    Gradients reach the tensors that were given, in their own dtype.
+    All adapters are cast by few operations. Gradients reach the tensors that were given, in their own dtype. Linears
+    whose base is frozen and whose adapters drop nothing get a `stack`.
     """
-    masters = [tensor for adapter in adapters for tensor in (adapter.A, adapter.B)]
-    scales = [scale for adapter in adapters for scale in (1.0, adapter.scale)]
-    found: tuple[Tensor, ...] = _Cast.apply(dtype, scales, *masters)  # type: ignore[no-untyped-call]
-    pairs = zip(adapters, found[::2], found[1::2], strict=True)
-    return [adapter._replace(A=A, B=B, scale=1.0) for adapter, A, B in pairs]
+    adapters = [layer.adapters for layer in layers if layer.adapters]
+    if not adapters:
+        return list(layers)
+    groups = [len(group) for group in adapters]
+    masters = [tensor for group in adapters for adapter in group for tensor in (adapter.A, adapter.B)]
+    scales = [scale for group in adapters for adapter in group for scale in (1.0, adapter.scale)]
+    tensors = iter(_CastAdapters.apply(dtype, groups, scales, *masters))  # type: ignore[no-untyped-call]
+    found = []
+    for layer in layers:
+        if not layer.adapters:
+            found.append(layer)
+            continue
+        stack = next(tensors)
+        downs = stack.split_with_sizes([len(adapter.A) for adapter in layer.adapters])
+        cast = [
+            adapter._replace(A=down, B=next(tensors), scale=1.0)
+            for adapter, down in zip(layer.adapters, downs, strict=True)
+        ]
+        drops = any(adapter.dropout for adapter in cast)
+        stacks = not drops and not layer.segments and not layer.weight.requires_grad and not layer.bias.requires_grad
+        found.append(layer._replace(adapters=tuple(cast), stack=stack if stacks else None))
+    return found
 
 
 def feed_forward(x: Tensor, lin1: Linear, lin2: Linear) -> Tensor:
@@ -271,23 +299,97 @@ def _restore(adapters: Sequence[Adapter], pairs: Sequence[Tensor]) -> list[Adapt
     return [old._replace(A=A, B=B) for old, A, B in zip(adapters, pairs[::2], pairs[1::2], strict=True)]
 
 
-class _Cast(Function):
-    """Tensors times a number each, in another dtype."""
+class _CastAdapters(Function):
+    """A and B of adapters, in turn, times a number each, in another dtype.
+
+    Returns for each group of adapters their A one below the other, and then each B.
+    """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, scales: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.scales = scales
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(found, torch._foreach_mul(tensors, scales))
+    def forward(
+        ctx: Any, dtype: torch.dtype, groups: list[int], scales: list[float], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.groups, ctx.scales = groups, scales
+        ctx.like = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        found: list[Tensor] = []
+        places: list[Tensor] = []
+        start = 0
+        for count in groups:
+            pairs = tensors[start : start + 2 * count]
+            ranks = [len(down) for down in pairs[::2]]
+            stack = pairs[0].new_empty(sum(ranks), pairs[0].shape[1], dtype=dtype)
+            ups = [torch.empty_like(up, dtype=dtype) for up in pairs[1::2]]
+            for down, up in zip(stack.split_with_sizes(ranks), ups, strict=True):
+                places += [down, up]
+            found += [stack, *ups]
+            start += 2 * count
+        torch._foreach_copy_(places, torch._foreach_mul(tensors, scales))
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        found = [torch.empty_like(grad, dtype=dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        torch._foreach_copy_(found, list(grads))
+        parts: list[Tensor] = []
+        rest = iter(grads)
+        sizes = iter(ctx.like[::2])
+        for count in ctx.groups:
+            downs = next(rest).split_with_sizes([next(sizes)[0][0] for _ in range(count)])
+            for down in downs:
+                parts += [down, next(rest)]
+        found = [part.new_empty(shape, dtype=dtype) for part, (shape, dtype) in zip(parts, ctx.like, strict=True)]
+        torch._foreach_copy_(found, parts)
         torch._foreach_mul_(found, ctx.scales)
-        return None, None, *found
+        return None, None, None, *found
+
+
+class _StackedLinear(Function):
+    """x W^T + b, and for each adapter x A^T B^T added to its columns; W and b are frozen.
+
+    `spans` has (first column, end, rank) of each adapter.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stack: Tensor,
+        spans: list[tuple[int, int, int]],
+        *ups: Tensor,
+    ) -> Tensor:
+        y = torch.addmm(bias, x, weight.t())
+        reduced = x @ stack.t()
+        pieces = reduced.split_with_sizes([rank for *_, rank in spans], dim=1)
+        for (start, stop, _), piece, up in zip(spans, pieces, ups, strict=True):
+            y[:, start:stop].addmm_(piece, up.t())
+        ctx.save_for_backward(x, weight, stack, reduced, *ups)
+        ctx.spans = spans
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight, stack, reduced, *ups = ctx.saved_tensors
+        grad = grads[0]
+        ranks = [rank for *_, rank in ctx.spans]
+        grad_reduced = torch.empty_like(reduced)
+        grad_ups = []
+        pieces = zip(
+            ctx.spans,
+            reduced.split_with_sizes(ranks, dim=1),
+            grad_reduced.split_with_sizes(ranks, dim=1),
+            ups,
+            strict=True,
+        )
+        for (start, stop, _), piece, grad_piece, up in pieces:
+            own = grad[:, start:stop]
+            torch.mm(own, up, out=grad_piece)
+            grad_ups.append(own.t() @ piece)
+        grad_stack = grad_reduced.t() @ x
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            grad_x.addmm_(grad_reduced, stack)
+        return grad_x, None, None, grad_stack, None, *grad_ups
 
 
 class _Linear(Function):

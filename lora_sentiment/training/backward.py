@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_sentiment.data.batches import Encoded, cut, make_batch
-from lora_sentiment.data.packing import PackPlan, Packed, cut_packed, pack
+from lora_sentiment.data.packing import Packed, PackPlan, cut_packed, pack
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.fast.graphs import GraphRunner
 
@@ -107,6 +107,7 @@ class PackedBackward:
         self.loss_sum = loss_sum
         self.accelerator = accelerator
         self.graphs = graphs
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._loss = torch.zeros((), device=accelerator.device)
         self._inputs: dict[int, _Inputs] = {}
 
@@ -136,8 +137,20 @@ class PackedBackward:
             ).logits
         labels = inputs.labels.long()
         loss = self.loss_sum(logits[: len(labels)], labels) / inputs.total
-        self.accelerator.backward(loss)
+        scaler = self.accelerator.scaler
+        # One operation adds all gradients, where `backward` would launch a kernel for each.
+        grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), self._parameters)
+        torch._foreach_add_(self._gradients(), list(grads))
         self._loss.copy_(loss.detach())
+
+    def _gradients(self) -> list[Tensor]:
+        """The parameters' own gradients, zero where there were none."""
+        found = []
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found.append(parameter.grad)
+        return found
 
     def _fill(self, packed: Packed, total: float) -> _Inputs:
         """Copy a micro-batch to the place on the device from which its size is computed."""
@@ -156,8 +169,8 @@ class PackedBackward:
         size = len(packed.input_ids)
         if size not in self._inputs:
             buffer = torch.empty(len(host), dtype=torch.int32, device=device)
-            *views, number = buffer.split([len(field) for field in fields])
-            self._inputs[size] = _Inputs(buffer, *views, number.view(torch.float32)[0])
+            ids, positions, starts, labels, number = buffer.split_with_sizes([len(field) for field in fields])
+            self._inputs[size] = _Inputs(buffer, ids, positions, starts, labels, number.view(torch.float32)[0])
         inputs = self._inputs[size]
         inputs.buffer.copy_(host, non_blocking=True)
         return inputs

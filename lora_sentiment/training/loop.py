@@ -59,9 +59,7 @@ class _Taken:
     norm: torch.Tensor
 
 
-def why_not_graphs(
-    model: nn.Module, config: TrainConfig, *, device: torch.device, num_steps: int
-) -> str | None:
+def why_not_graphs(model: nn.Module, config: TrainConfig, *, device: torch.device, num_steps: int) -> str | None:
     """Return why steps are not replayed as CUDA graphs, or None where they are.
 
     Args:
@@ -129,7 +127,7 @@ def fit(
 @contextmanager
 def _on_own_stream(device: torch.device) -> Iterator[None]:
     """Put a GPU's work on a stream of its own, after all that it was given before, and before all that follows."""
-    own = torch.cuda.Stream(device)
+    own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     own.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(own):
         yield
@@ -524,11 +522,11 @@ class _Loop:
             The gradients' norm before it was clipped.
         """
         if self.update is not None:
-            norm = self.update()
+            before = self.update()
             self.scheduler.step()
-            return norm
+            return before
         limit = self.config.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
         # fp16's scaler meets infinities on purpose: it skips the step and halves the scale. Accelerate's own flag for
         # that stays False with a fused optimizer, so the norm decides.
         counts = self.accelerator.scaler is None or math.isfinite(float(norm))

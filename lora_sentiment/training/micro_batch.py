@@ -1,5 +1,6 @@
 """How large a micro-batch may be on a GPU, from its free memory and the measured bytes of a token."""
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import nn
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.model.inference import compute_packed, packs_rows
 from lora_sentiment.model.parameters import inference_tokens
+
+log = logging.getLogger("lora_sentiment")
 
 SHARE = 0.92
 """Share of the free memory that is planned with: the allocator rounds, and cannot use every gap."""
@@ -37,9 +40,7 @@ class Measured:
     free: int
 
 
-def fit_micro_batch(
-    measured: Measured, *, num_trained: int, most: int, least: int, graphs: bool
-) -> int:
+def fit_micro_batch(measured: Measured, *, num_trained: int, most: int, least: int, graphs: bool) -> int:
     """Return the most tokens that a micro-batch may have.
 
     Args:
@@ -58,6 +59,33 @@ def fit_micro_batch(
     return max(least, math.floor(tokens / ROUND) * ROUND)
 
 
+def choose_max_tokens(
+    model: nn.Module, *, accelerator: Accelerator, max_length: int, batch_size: int, graphs: bool
+) -> int:
+    """Return the most tokens of a micro-batch on a CUDA device: those of a whole step where its memory allows.
+
+    Args:
+        model: On the accelerator's device, with its forward pass in place.
+        accelerator: Says device and precision.
+        max_length: Most tokens of a row.
+        batch_size: Rows of a step on this process.
+        graphs: Whether steps are replayed as CUDA graphs.
+    """
+    measured = measure_micro_batch(model, accelerator=accelerator, max_length=max_length, batch_size=batch_size)
+    log.info(
+        "%s MiB are free on the GPU; a token of a micro-batch takes %s KiB",
+        f"{measured.free / 2**20:,.0f}",
+        f"{measured.per_token / 2**10:,.1f}",
+    )
+    return fit_micro_batch(
+        measured,
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        most=batch_size * max_length,
+        least=max_length,
+        graphs=graphs,
+    )
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the memory of a CUDA device that this process may still take, what its allocator keeps unused included."""
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -67,9 +95,7 @@ def free_bytes(device: torch.device) -> int:
     return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
-def measure_micro_batch(
-    model: nn.Module, *, accelerator: Accelerator, max_length: int, batch_size: int
-) -> Measured:
+def measure_micro_batch(model: nn.Module, *, accelerator: Accelerator, max_length: int, batch_size: int) -> Measured:
     """Run forward and backward passes over rows of the longest length, and measure what they hold.
 
     Gradients are dropped, generators are put back, and no weight changes.
@@ -112,7 +138,7 @@ def _peak(model: nn.Module, accelerator: Accelerator, rows: int, length: int) ->
             with attention_backends(device):
                 logits = model(input_ids=input_ids, attention_mask=mask).logits
     if torch.is_grad_enabled():
-        logits.float().sum().backward()
+        torch.autograd.backward(logits.float().sum())
         for parameter in model.parameters():
             parameter.grad = None
     return torch.cuda.max_memory_allocated(device) - before

@@ -80,8 +80,9 @@ class GraphedUpdate:
         self.max_norm = max_norm
         self.graphs = graphs
         device = parameters[0].device
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient
         self._norm = torch.zeros((), device=device)
         # The schedule writes plain numbers into the groups. The graph reads them from here.
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
@@ -104,4 +105,4 @@ class GraphedUpdate:
         finally:
             for number, group in zip(numbers, self.optimizer.param_groups, strict=True):
                 group["lr"] = number
-        torch._foreach_zero_([parameter.grad for parameter in self.parameters])
+        torch._foreach_zero_(self._gradients)
