@@ -15,6 +15,7 @@ from lora_sentiment.data.batches import Encoded, cut, make_batch, shard, take_ro
 from lora_sentiment.data.packing import cut_packed, pack_rows
 from lora_sentiment.data.texts import let_go
 from lora_sentiment.fast.attention import attention_backends
+from lora_sentiment.fast.transfer import HostBuffers
 from lora_sentiment.model.encoder import takes_packed_rows
 from lora_sentiment.model.engine import Engine
 from lora_sentiment.model.parameters import inference_tokens
@@ -45,6 +46,7 @@ def predict_logits(
     parts = (cut_packed if packs else cut)(own, lengths, max_tokens=max_tokens)
     num_labels = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     logits = torch.zeros(len(encoded), num_labels, device=device)
+    host = HostBuffers(device)
     found = []
     was_training = model.training
     model.eval()
@@ -54,7 +56,9 @@ def predict_logits(
             with accelerator.autocast():
                 if packs:
                     rows = take_rows(encoded, part)
-                    own_logits = compute_packed(model, rows, device=device, pad_token_id=encoded.pad_token_id)
+                    own_logits = compute_packed(
+                        model, rows, device=device, pad_token_id=encoded.pad_token_id, host=host
+                    )
                     let_go(encoded.input_ids.base)
                 else:
                     batch = make_batch(encoded, part, device=device)
@@ -93,13 +97,16 @@ class PackedRows(NamedTuple):
     max_length: int
 
 
-def pack_on_device(rows: Sequence[NDArray[np.int32]], *, device: torch.device, pad_token_id: int) -> PackedRows:
+def pack_on_device(
+    rows: Sequence[NDArray[np.int32]], *, device: torch.device, pad_token_id: int, host: HostBuffers | None = None
+) -> PackedRows:
     """Lay rows out one after another and move them to a device by one copy, which is not waited for.
 
     Args:
         rows: Token ids of each row.
         device: Where to.
         pad_token_id: Fills the few tokens by which the rows fall short of a round number.
+        host: Memory to copy from, for many calls in a row; by default some for this call.
     """
     lengths = [len(row) for row in rows]
     longest = max(lengths)
@@ -113,16 +120,18 @@ def pack_on_device(rows: Sequence[NDArray[np.int32]], *, device: torch.device, p
         pad_token_id=pad_token_id,
     )
     arrays = (packed.input_ids, packed.position_ids, packed.cu_seq_lens)
-    host = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    there = host.to(device, non_blocking=True)
+    there = (host or HostBuffers(device)).send(arrays)
     input_ids, position_ids, cu_seq_lens = there.split_with_sizes([len(each) for each in arrays])
     return PackedRows(input_ids, position_ids, cu_seq_lens, longest)
 
 
 def compute_packed(
-    model: nn.Module, rows: Sequence[NDArray[np.int32]], *, device: torch.device, pad_token_id: int
+    model: nn.Module,
+    rows: Sequence[NDArray[np.int32]],
+    *,
+    device: torch.device,
+    pad_token_id: int,
+    host: HostBuffers | None = None,
 ) -> Tensor:
     """Compute the logits of rows in one forward pass without padding between them.
 
@@ -131,11 +140,12 @@ def compute_packed(
         rows: Token ids of each row.
         device: Where the model is.
         pad_token_id: Fills the few tokens by which the rows fall short of a round number.
+        host: Memory to copy from, for many calls in a row; by default some for this call.
 
     Returns:
         Logits on the device, shape (num_rows, num_labels).
     """
-    packed = pack_on_device(rows, device=device, pad_token_id=pad_token_id)
+    packed = pack_on_device(rows, device=device, pad_token_id=pad_token_id, host=host)
     logits: Tensor = model(
         input_ids=packed.input_ids[None],
         position_ids=packed.position_ids[None],

@@ -13,6 +13,7 @@ from lora_sentiment.data.batches import Encoded, cut, make_batch
 from lora_sentiment.data.packing import Packed, PackPlan, cut_packed, pack
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.fast.graphs import GraphRunner
+from lora_sentiment.fast.transfer import HostBuffers
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 """From logits (num_rows, num_labels) and labels (num_rows,) to the loss summed over rows."""
@@ -110,6 +111,7 @@ class PackedBackward:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._loss = torch.zeros((), device=accelerator.device)
         self._inputs: dict[int, _Inputs] = {}
+        self._host = HostBuffers(accelerator.device)
 
     def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
         """Cut rows into micro-batches of at most `max_tokens` tokens."""
@@ -161,16 +163,12 @@ class PackedBackward:
             packed.labels.astype(np.int32),
             np.array([total], dtype=np.float32).view(np.int32),
         ]
-        host = torch.from_numpy(np.concatenate(fields))
-        device = self.accelerator.device
-        if device.type == "cuda":
-            # From other memory a copy to a GPU may wait for all that the GPU was given before.
-            host = host.pin_memory()
         size = len(packed.input_ids)
         if size not in self._inputs:
-            buffer = torch.empty(len(host), dtype=torch.int32, device=device)
+            num_values = sum(len(field) for field in fields)
+            buffer = torch.empty(num_values, dtype=torch.int32, device=self.accelerator.device)
             ids, positions, starts, labels, number = buffer.split_with_sizes([len(field) for field in fields])
             self._inputs[size] = _Inputs(buffer, ids, positions, starts, labels, number.view(torch.float32)[0])
         inputs = self._inputs[size]
-        inputs.buffer.copy_(host, non_blocking=True)
+        self._host.send(fields, inputs.buffer)
         return inputs
