@@ -51,7 +51,7 @@ class HostBuffers:
         host = buffer[:num_values]
         np.concatenate(arrays, out=host.numpy())
         to.copy_(host, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._copied[place] = event
         return to
