@@ -24,7 +24,7 @@ class TrainConfig(Section):
     batch_size: int = Field(32, ge=1)
     """Examples per optimizer step over all processes, however they are cut into micro-batches."""
     max_tokens_per_micro_batch: int | None = Field(None, ge=8)
-    """Padded tokens that one forward may hold; by default from a memory formula, never from timing."""
+    """Tokens that one micro-batch may hold; by default from a memory formula, on a GPU from its free memory."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
