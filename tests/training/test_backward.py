@@ -348,6 +348,23 @@ def test_where_memory_runs_out_graphs_are_dropped_and_the_step_is_done_again(
     assert largest_difference(weights(done), weights(whole)) <= 1e-5
 
 
+def test_memory_that_runs_out_halves_what_was_packed(run, force, monkeypatch):
+    """The new cut is half of the tokens that did not fit, not of what padding would add to them."""
+    force()
+    add, failed = PackedBackward.add_gradients, []
+
+    def failing(self, part, *, total):
+        lengths = self.encoded.lengths[part]
+        if not failed and lengths.min() < lengths.max():
+            failed.append(int(lengths.sum()))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return add(self, part, total=total)
+
+    monkeypatch.setattr(PackedBackward, "add_gradients", failing)
+    done = run(max_steps=6)
+    assert [tokens for _, tokens in done.history.cuts] == [failed[0] // 2]
+
+
 def test_one_packed_row_that_does_not_fit_is_an_error(run, force, monkeypatch):
     force(RecordedCapture())
 
