@@ -215,7 +215,10 @@ class _Loop:
                         self.lengths, batch_size=self.config.batch_size, seed=self.config.seed, epoch=0
                     )
                 ]
-                lengths = choose_sizes(np.array([*longest, self.lengths.max()]))
+                most = int(self.lengths.max())
+                lengths = choose_sizes(np.array([*longest, most]))
+                # Rounded up it may be more than the base has positions.
+                lengths = (*lengths[:-1], most)
             return PaddedBackward(
                 self.model,
                 self.train,

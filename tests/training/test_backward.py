@@ -497,6 +497,15 @@ def test_on_a_cpu_nothing_of_it_runs_and_nothing_is_said(run, caplog):
     assert "CUDA graphs" not in caplog.text
 
 
+def test_padded_rows_of_a_gpu_take_few_lengths_and_none_beyond_the_longest(make_loop):
+    found = make_loop(fast=False)._make_backward()
+    assert isinstance(found, PaddedBackward)
+    longest = int(found.encoded.lengths.max())
+    assert longest % 8
+    assert found.lengths[-1] == longest  # a base may have no more positions than that
+    assert len(found.lengths) <= 20
+
+
 def test_gradient_checkpointing_packs_rows_and_runs_them_eagerly(run, force):
     force()
     plain = run(max_steps=4)
