@@ -134,8 +134,8 @@ def plan_packing(
             for part in cut_packed(own, lengths, max_tokens=max_tokens):
                 needed.append(int(lengths[part].sum()) + num_rows - len(part))
     # No micro-batch needs more than this, in whatever epoch.
-    longest = int(np.sort(lengths)[-num_rows:].sum()) + num_rows
-    most = max(min(longest, max_tokens + num_rows), max(needed, default=1), num_rows)
+    together = int(np.sort(lengths)[-num_rows:].sum())
+    most = min(together, max(max_tokens, int(lengths.max()))) + num_rows
     sizes = choose_sizes(np.array(needed or [most]), limit=MAX_SIZES - 1)
     if sizes[-1] < most:
         sizes = (*sizes, 8 * math.ceil(most / 8))
@@ -144,7 +144,7 @@ def plan_packing(
 
 
 def cut_packed(index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
-    """Cut rows into the fewest micro-batches of at most `max_tokens` tokens that keep their order, of like size.
+    """Cut rows into few micro-batches of at most `max_tokens` tokens that keep their order, of like size.
 
     A single row longer than that is a micro-batch of its own.
     """

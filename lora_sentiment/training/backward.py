@@ -26,6 +26,10 @@ class Backward(Protocol):
         """Cut rows into micro-batches of at most `max_tokens` tokens."""
         ...
 
+    def count_tokens(self, part: NDArray[np.int64]) -> int:
+        """Count the tokens of a micro-batch as `cut` does."""
+        ...
+
     def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
         """Add the gradients of a micro-batch to the parameters' own, and return its loss.
 
@@ -61,6 +65,10 @@ class PaddedBackward:
     def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
         """Cut rows into micro-batches of at most `max_tokens` tokens, padding included."""
         return cut(index, self.encoded.lengths, max_tokens=max_tokens)
+
+    def count_tokens(self, part: NDArray[np.int64]) -> int:
+        """Count the tokens of a micro-batch, padding included."""
+        return len(part) * int(self.encoded.lengths[part].max())
 
     def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
         """Add the gradients of a micro-batch to the parameters' own, and return its loss."""
@@ -116,6 +124,10 @@ class PackedBackward:
     def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
         """Cut rows into micro-batches of at most `max_tokens` tokens."""
         return cut_packed(index, self.encoded.lengths, max_tokens=max_tokens)
+
+    def count_tokens(self, part: NDArray[np.int64]) -> int:
+        """Count the tokens of a micro-batch; the padding behind them is left out."""
+        return int(self.encoded.lengths[part].sum())
 
     def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
         """Add the gradients of a micro-batch to the parameters' own, and return its loss.

@@ -213,7 +213,10 @@ class _Loop:
                         self.lengths, batch_size=self.config.batch_size, seed=self.config.seed, epoch=0
                     )
                 ]
-                lengths = choose_sizes(np.array([*longest, self.lengths.max()]))
+                most = int(self.lengths.max())
+                lengths = choose_sizes(np.array([*longest, most]))
+                # Rounded up it may be more than the base has positions.
+                lengths = (*lengths[:-1], most)
             return PaddedBackward(
                 self.model,
                 self.train,
@@ -456,10 +459,10 @@ class _Loop:
         """Let all processes know of a signal, and of memory that ran out in any of them.
 
         Returns:
-            (rows, padded tokens) of the largest micro-batch that did not fit; None where all did.
+            (rows, tokens) of the largest micro-batch that did not fit; None where all did.
         """
         rows = max(map(len, parts), default=0) if failed else 0
-        tokens = max((len(part) * int(self.lengths[part].max()) for part in parts), default=0) if failed else 0
+        tokens = max(map(self.backward.count_tokens, parts), default=0) if failed else 0
         facts = [int(failed), rows, tokens, signal.Signals[self.signals.name] if self.signals.name else 0]
         if self.accelerator.num_processes > 1:
             # GPUs are waited for here, once a step, as they wait for each other; a group of hosts needs a network more.

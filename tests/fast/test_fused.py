@@ -78,8 +78,12 @@ def check_dropout(num_tokens: int, dim: int, device: str) -> None:
     deviation = math.sqrt(P * (1 - P) / kept.numel())
     assert abs(kept.float().mean().item() - (1 - P)) <= 4 * deviation
     torch.testing.assert_close(grad_x[kept], grad_residual[kept] / (1 - P))
-    # Neither rows nor columns share their draws.
-    assert len(kept.unique(dim=0)) == num_tokens
+    # Neither rows nor columns share their draws. Two short rows may be equal by chance.
+    counts = kept.unique(dim=0, return_counts=True)[1].double()
+    equal_pairs = (counts * (counts - 1) / 2).sum().item()
+    probability = ((1 - P) ** 2 + P**2) ** dim
+    expected_pairs = probability * num_tokens * (num_tokens - 1) / 2
+    assert equal_pairs <= 1 + 3 * expected_pairs
     assert len(kept.unique(dim=1).T) > dim / 2
     x, residual, weight, bias = inputs
     z = x * kept / (1 - P) + residual
