@@ -124,14 +124,19 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """The peak with what is kept beside it: freed buffers on a CPU, the pool of CUDA graphs on a GPU."""
-        return max(self.loading, self.step + self.kept_free, self.evaluating + self.pool)
+        """The peak with what is kept beside it: on a CPU freed buffers.
+
+        On a GPU torch's allocator keeps the buffers of a step and of an evaluation, and CUDA graphs their pool.
+        """
+        if self.device == "cuda":
+            return max(self.loading, self.evaluating + self.kept_free)
+        return max(self.loading, self.step + self.kept_free, self.evaluating)
 
     @property
     def kept_free(self) -> int:
-        """Buffers that are kept for later, beside what is in use: by glibc, or by CUDA graphs."""
+        """Buffers that are kept for later: by glibc beside a step, on a GPU beside an evaluation."""
         if self.device == "cuda":
-            return self.pool
+            return self.activations + self.workspace + self.pool
         return int(GLIBC_KEEPS * (self.activations + self.workspace))
 
     def as_dict(self) -> dict[str, float]:
@@ -540,8 +545,9 @@ def _forward_on_cuda(plan: Plan, tokens: int) -> int:
     names = _trained_names(plan)
     if plan.fast:
         # Weights are cast for all blocks at once, and the embeddings of words and places are held to the end.
-        linears = [name for name in names if name.endswith("_lin.weight") or ".ffn.lin" in name and "weight" in name]
-        casts = sum(plan.shape.tensors()[name] for name in linears) if size < FP32 else 0
+        endings = tuple(f".{name}.weight" for name in LINEARS)
+        trained = [count for name, count in plan.shape.tensors().items() if name in names and name.endswith(endings)]
+        casts = sum(trained) if size < FP32 else 0
         embeddings = FP32 if any(name.startswith("embeddings.") for name in names) else size
         return size * casts + tokens * (size * (7 * dim + 2 * hidden) + embeddings * 2 * dim)
     adapted = any("lin2" in block.adapters for block in _blocks(plan))

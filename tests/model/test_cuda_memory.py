@@ -1,15 +1,17 @@
 """The counts of a GPU, held against the real code run on tensors of no bytes, with kernels that allocate as a GPU's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lora_sentiment.model.architecture import Shape
 from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.memory import CUBLAS_BYTES, Plan, estimate_memory
+from lora_sentiment.model.memory import CUBLAS_BYTES, CUDA_SHARE, Plan, estimate_memory
 from lora_sentiment.model.method_config import METHODS
-from lora_sentiment.model.methods import trainable_tensors
 from lora_sentiment.model.parameters import CUDA_INFERENCE_TOKENS
-from tests.model.cuda_stand_ins import make_model, prepared, run
+from lora_sentiment.training import micro_batch
+from tests.model.cuda_stand_ins import make_model, run
 
 ROWS = 16
 LENGTHS = (128, 256, 512)
@@ -81,3 +83,21 @@ def test_an_evaluation_is_what_the_code_holds(method, options, monkeypatch):
     found = estimate_memory(plan, rows=1, length=512, batch_size=1)
     held = found.weights + found.kept + found.optimizer + found.fixed
     assert found.evaluating - held == pytest.approx(peak, rel=0.08)
+
+
+def test_graphs_hold_their_gradients_and_reserve_a_second_copy():
+    plan = Plan(
+        DISTILBERT, METHODS["full"](kind="full"), ModelConfig(name="meta"), 2, 1024, element_bytes=2, device="cuda"
+    )
+    plain, graphs = (
+        estimate_memory(replace(plan, graphs=on), rows=ROWS, length=512, batch_size=ROWS) for on in (False, True)
+    )
+    first = plain.activations + plain.workspace
+    assert graphs.step - plain.step == graphs.gradients + 2 * CUBLAS_BYTES
+    assert (plain.pool, graphs.pool) == (0, first)
+    assert graphs.resident == graphs.evaluating + 2 * first
+    assert plain.resident == plain.evaluating + first
+
+
+def test_the_share_of_memory_is_the_runs_own():
+    assert CUDA_SHARE == micro_batch.SHARE
