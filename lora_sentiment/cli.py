@@ -340,9 +340,10 @@ def estimate(
         return
     notes = estimation.make_notes(found)
     if probed:
+        beyond = f" beyond the {probed.baseline / 2**20:,.0f} MiB of its imports" if probed.baseline else ""
         notes.append(
-            f"probe: {probed.rows} rows of {probed.length} tokens held {probed.measured / 2**20:,.0f} MiB beyond the "
-            f"{probed.baseline / 2**20:,.0f} MiB of its imports; estimated {probed.estimated / 2**20:,.0f} MiB "
+            f"probe: {probed.rows} rows of {probed.length} tokens held {probed.measured / 2**20:,.0f} MiB{beyond}; "
+            f"estimated {probed.estimated / 2**20:,.0f} MiB "
             f"({probed.error:+.1%})"
         )
     show_table(estimation.make_columns(found), notes, left=())

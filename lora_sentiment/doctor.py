@@ -156,15 +156,17 @@ def _look_at_devices() -> tuple[dict[str, Any], ...]:
 def _main_memory(device: Mapping[str, Any]) -> int:
     """Estimate the bytes that the main recipe holds on a device, without looking for its base."""
     recipe = Recipe.model_validate(MAIN_RECIPE)
+    kind = device["kind"].partition(":")[0]
     size = 4 if device["auto"] == "float32" else 2
-    tokens = inference_tokens(device["kind"].partition(":")[0])
-    facts = Facts(Shape(vocab_size=30522), {}, 2, size, tokens, ())
+    counted = "cuda" if kind == "cuda" else "cpu"
+    facts = Facts(Shape(vocab_size=30522), {}, 2, size, inference_tokens(kind), (), counted)
     plan = make_plan(facts, recipe.method, recipe.model, engine="auto", checkpointing=False)
     length = recipe.model.max_length
-    rows = cut_rows(plan, recipe, length=length)
+    # Micro-batches on a GPU are as large as its free memory allows.
+    rows = cut_rows(plan, recipe, length=length, budget=device.get("free_bytes"))
     memory = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
     # Beside a CPU's tensors stand the interpreter and what glibc keeps of freed buffers.
-    return memory.peak if device["kind"].startswith("cuda") else BASELINE_BYTES + memory.resident
+    return memory.resident if kind == "cuda" else BASELINE_BYTES + memory.resident
 
 
 def _free_bytes(folder: Path) -> int:

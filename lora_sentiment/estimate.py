@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.model.architecture import FP32, Shape
 from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.memory import GLIBC_KEEPS, Memory, Plan, estimate_memory, runs_fast
+from lora_sentiment.model.memory import CUDA_SHARE, GLIBC_KEEPS, Memory, Plan, estimate_memory, runs_fast
 from lora_sentiment.model.method_config import Method
 from lora_sentiment.model.parameters import inference_tokens, micro_batch_tokens
 from lora_sentiment.recipe import Recipe
@@ -44,6 +44,7 @@ class Facts:
         element_bytes: Bytes of the compute dtype.
         evaluation_tokens: Padded tokens of a forward without gradients, by `inference_tokens` of the device.
         assumed: What could not be looked up and was assumed, in words; one sentence each.
+        device: What the run is on.
     """
 
     shape: Shape
@@ -52,6 +53,7 @@ class Facts:
     element_bytes: int
     evaluation_tokens: int
     assumed: tuple[str, ...]
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,27 @@ class Estimate:
     budget: int | None
     engine: str
     assumed: tuple[str, ...]
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def baseline(self) -> int:
+        """Bytes of the interpreter and its imports, which lie on the host."""
+        return BASELINE_BYTES if self.device == "cpu" else 0
 
     @property
     def peak(self) -> int:
         """Most bytes in use at once, baseline included."""
-        return BASELINE_BYTES + max(cut.memory.peak for cut in self.cuts)
+        return self.baseline + max(cut.memory.peak for cut in self.cuts)
 
     @property
     def resident(self) -> int:
-        """Most bytes that a run on a CPU may hold, baseline and freed buffers that glibc keeps included."""
-        return BASELINE_BYTES + max(cut.memory.resident for cut in self.cuts)
+        """Most bytes that a run may hold: with the baseline, and with what glibc or CUDA graphs keep beside it."""
+        return self.baseline + max(cut.memory.resident for cut in self.cuts)
 
     @property
     def fits(self) -> bool | None:
         """Whether the recipe's own micro-batches stay within the budget; None without one."""
-        return None if self.budget is None else self.resident <= self.budget
+        return None if self.budget is None else self.resident <= _usable(self.budget, self.device)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON, in bytes."""
@@ -102,8 +110,9 @@ class Estimate:
             for cut in self.cuts
         ]
         return {
+            "device": self.device,
             "engine": self.engine,
-            "baseline": BASELINE_BYTES,
+            "baseline": self.baseline,
             "peak": self.peak,
             "resident": self.resident,
             "budget": self.budget,
@@ -154,12 +163,28 @@ def look_up(model: ModelConfig, labels: int | None, *, this_machine: bool = True
     size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(model.dtype) or (_native_bytes() if this_machine else FP32)
     if model.dtype == "auto":
         assumed.append(f"model.dtype auto is taken as {'float32' if size == 4 else 'a 16-bit dtype'}")
-    tokens = inference_tokens("cuda" if this_machine and _has_gpu() else "cpu")
-    return Facts(shape, config or {}, labels, size, tokens, tuple(assumed))
+    device: Literal["cpu", "cuda"] = "cuda" if this_machine and _has_gpu() else "cpu"
+    return Facts(shape, config or {}, labels, size, inference_tokens(device), tuple(assumed), device)
 
 
-def make_plan(facts: Facts, method: Method, model: ModelConfig, *, engine: str, checkpointing: bool) -> Plan:
+def make_plan(
+    facts: Facts,
+    method: Method,
+    model: ModelConfig,
+    *,
+    engine: str,
+    checkpointing: bool,
+    cuda_graphs: str = "auto",
+) -> Plan:
     """Return what fixes the memory of a run.
+
+    Args:
+        facts: What is known of the base.
+        method: The recipe's `method` section.
+        model: The recipe's `model` section.
+        engine: The recipe's `train.engine`.
+        checkpointing: The recipe's `train.gradient_checkpointing`.
+        cuda_graphs: The recipe's `train.cuda_graphs`. They run where a GPU takes the fast engine.
 
     Raises:
         ModelError: If a pattern of the method matches nothing.
@@ -168,6 +193,7 @@ def make_plan(facts: Facts, method: Method, model: ModelConfig, *, engine: str, 
     for name in ("dropout", "attention_dropout"):
         stated = getattr(model, name)
         dropouts[name] = float(facts.config.get(name, 0.1) if stated is None else stated)
+    fast = runs_fast(method, model, engine=engine)
     return Plan(
         facts.shape,
         method,
@@ -175,8 +201,10 @@ def make_plan(facts: Facts, method: Method, model: ModelConfig, *, engine: str, 
         num_labels=facts.num_labels,
         evaluation_tokens=facts.evaluation_tokens,
         element_bytes=facts.element_bytes,
-        fast=runs_fast(method, model, engine=engine),
+        fast=fast,
         checkpointing=checkpointing,
+        device=facts.device,
+        graphs=facts.device == "cuda" and fast and not checkpointing and cuda_graphs == "auto",
         **dropouts,
     )
 
@@ -190,14 +218,35 @@ def plan_recipe(recipe: Recipe) -> tuple[Plan, tuple[str, ...]]:
     facts = look_up(recipe.model, len(recipe.data.labels) if recipe.data.labels else None)
     train = recipe.train
     plan = make_plan(
-        facts, recipe.method, recipe.model, engine=train.engine, checkpointing=train.gradient_checkpointing
+        facts,
+        recipe.method,
+        recipe.model,
+        engine=train.engine,
+        checkpointing=train.gradient_checkpointing,
+        cuda_graphs=train.cuda_graphs,
     )
     return plan, facts.assumed
 
 
-def cut_rows(plan: Plan, recipe: Recipe, *, length: int) -> int:
-    """Return how many texts of one length the recipe puts into a micro-batch."""
-    tokens = recipe.train.max_tokens_per_micro_batch or micro_batch_tokens(
+def cut_rows(plan: Plan, recipe: Recipe, *, length: int, budget: int | None = None) -> int:
+    """Return how many texts of one length the recipe puts into a micro-batch.
+
+    On a GPU that is a whole step, unless the recipe sets a number of tokens or the memory is smaller.
+
+    Args:
+        plan: What fixes the memory of the run.
+        recipe: The recipe.
+        length: Tokens of each text.
+        budget: Bytes of a GPU's memory, if they are known.
+    """
+    tokens = recipe.train.max_tokens_per_micro_batch
+    if plan.device == "cuda" and tokens is None:
+        rows = recipe.train.batch_size
+        memory = estimate_memory(plan, rows=rows, length=length, batch_size=rows)
+        if budget is None or memory.resident <= _usable(budget, "cuda"):
+            return rows
+        return min(rows, max(1, _fitting_rows(plan, _usable(budget, "cuda"), length=length)))
+    tokens = tokens or micro_batch_tokens(
         plan.shape,
         max_length=recipe.model.max_length,
         element_bytes=plan.element_bytes,
@@ -211,7 +260,7 @@ def estimate(recipe: Recipe, *, budget: int | None = None) -> Estimate:
 
     Args:
         recipe: The recipe.
-        budget: Bytes that the process may hold, baseline included.
+        budget: Bytes that the process may hold, baseline included; on a GPU bytes of its memory.
 
     Raises:
         ModelError: If the base's shape is not known, or a pattern of the method matches nothing.
@@ -220,11 +269,14 @@ def estimate(recipe: Recipe, *, budget: int | None = None) -> Estimate:
     longest = recipe.model.max_length
     cuts = []
     for length in [*(length for length in LENGTHS if length < longest), longest]:
-        rows = cut_rows(plan, recipe, length=length)
+        rows = cut_rows(plan, recipe, length=length, budget=budget)
         memory = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
-        fitting = None if budget is None else _fitting_rows(plan, budget - BASELINE_BYTES, length=length)
+        fitting = None
+        if budget is not None:
+            baseline = BASELINE_BYTES if plan.device == "cpu" else 0
+            fitting = _fitting_rows(plan, _usable(budget, plan.device) - baseline, length=length)
         cuts.append(Cut(length, rows, memory, fitting))
-    return Estimate(tuple(cuts), budget, "fast" if plan.fast else "stock", assumed)
+    return Estimate(tuple(cuts), budget, "fast" if plan.fast else "stock", assumed, plan.device)
 
 
 def make_columns(found: Estimate) -> dict[str, list[str]]:
@@ -234,14 +286,17 @@ def make_columns(found: Estimate) -> dict[str, list[str]]:
     def sizes(name: str) -> list[str]:
         return [f"{getattr(memory, name) / 2**20:,.0f}" for memory in memories]
 
-    names = ("weights", "kept", "gradients", "optimizer", "activations", "workspace", "loading", "evaluating")
+    names = ["weights", "kept", "gradients", "optimizer", "activations", "workspace", "loading", "evaluating"]
+    if found.device == "cuda":
+        names.insert(names.index("loading"), "fixed")
     columns = {
         "length": [str(cut.length) for cut in found.cuts],
         "rows": [str(cut.rows) for cut in found.cuts],
         **{name: sizes(name) for name in names},
-        "peak": [f"{(BASELINE_BYTES + memory.peak) / 2**20:,.0f}" for memory in memories],
-        "with freed": [f"{(BASELINE_BYTES + memory.resident) / 2**20:,.0f}" for memory in memories],
+        "peak": [f"{(found.baseline + memory.peak) / 2**20:,.0f}" for memory in memories],
     }
+    reserved = "with freed" if found.device == "cpu" else "reserved"
+    columns[reserved] = [f"{(found.baseline + memory.resident) / 2**20:,.0f}" for memory in memories]
     if found.budget is not None:
         columns["rows that fit"] = [str(cut.fitting_rows) for cut in found.cuts]
     return columns
@@ -249,6 +304,8 @@ def make_columns(found: Estimate) -> dict[str, list[str]]:
 
 def make_notes(found: Estimate) -> list[str]:
     """Return what a reader of the table must know, the verdict on the budget first."""
+    if found.device == "cuda":
+        return _make_cuda_notes(found)
     notes = []
     if found.budget is not None:
         longest = found.cuts[-1]
@@ -271,6 +328,38 @@ def make_notes(found: Estimate) -> list[str]:
         f"with freed: on a CPU glibc keeps freed buffers, up to {GLIBC_KEEPS:.0%} of activations and workspace",
         *found.assumed,
     ]
+
+
+def _make_cuda_notes(found: Estimate) -> list[str]:
+    notes = []
+    if found.budget is not None:
+        longest = found.cuts[-1]
+        usable = _usable(found.budget, "cuda")
+        within = f"{found.resident / 2**20:,.0f} MiB of the {usable / 2**20:,.0f} MiB to plan with"
+        if found.fits:
+            notes.append(f"fits: {within}, in micro-batches of {longest.rows} rows of {longest.length} tokens")
+        elif longest.fitting_rows:
+            most = longest.fitting_rows * longest.length
+            notes.append(f"does not fit: {within}; leave out train.max_tokens_per_micro_batch, or set it to {most}")
+        else:
+            notes.append(
+                f"does not fit: {within}, and no single row of {longest.length} tokens does; lower model.max_length, "
+                "train less (method.kind=lora), or set train.gradient_checkpointing=true"
+            )
+    return [
+        *notes,
+        f"{found.engine} engine on a GPU; MiB of its memory; kept: the copy of the best tensors; fixed: cuBLAS",
+        "rows: a micro-batch; the run measures its own, a whole step where the free memory allows",
+        f"peak: the largest of loading, evaluating and a step; a run plans with {CUDA_SHARE:.0%} of the free memory",
+        "reserved: the buffers of an evaluation and of a step together; CUDA graphs hold those of a step up to twice",
+        "not counted: the CUDA context, about 500 MiB of the card",
+        *found.assumed,
+    ]
+
+
+def _usable(budget: int, device: Literal["cpu", "cuda"]) -> int:
+    """Return the bytes of a budget that a run plans with: a GPU's allocator cannot use every gap."""
+    return int(CUDA_SHARE * budget) if device == "cuda" else budget
 
 
 def _fitting_rows(plan: Plan, budget: int, *, length: int) -> int:

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.estimate import cut_rows, plan_recipe
 from lora_sentiment.model.memory import Plan, estimate_memory
+from lora_sentiment.model.parameters import inference_tokens
 from lora_sentiment.recipe import Recipe
 
 STEPS = 2
@@ -22,6 +23,8 @@ _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 @dataclass(frozen=True)
 class Probe:
     """A real run of a few steps at the longest length beside its estimate, in bytes without the baseline.
+
+    On a GPU the bytes are those that torch allocated on it, and the baseline is 0.
 
     Attributes:
         length: Tokens of each text.
@@ -62,8 +65,6 @@ def probe(recipe: Recipe, *, in_use: bool = True) -> Probe:
     """
     plan, _ = plan_recipe(recipe)
     length = recipe.model.max_length
-    rows = cut_rows(plan, recipe, length=length)
-    estimated = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder, "probe.yaml"), Path(folder, "found.json")
         given.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -77,15 +78,19 @@ def probe(recipe: Recipe, *, in_use: bool = True) -> Probe:
             reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise ModelError(f"the probe of {recipe.name} did not finish: {reason}")
         numbers = json.loads(found.read_text(encoding="utf-8"))
+    rows = numbers["rows"]
+    plan = _as_it_ran(plan, device=numbers["device"], element_bytes=numbers["element_bytes"])
+    estimated = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
     return Probe(length, rows, numbers["baseline"], numbers["peak"] - numbers["baseline"], estimated.peak)
 
 
 def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
-    """Measure in this process, which must be fresh: write baseline and peak in bytes as JSON."""
+    """Measure in this process, which must be fresh, and write JSON: baseline and peak in bytes, and what ran."""
     import psutil
     import torch
 
     from lora_sentiment.launch import join_launch, make_accelerator
+    from lora_sentiment.model.base import resolve_dtype
     from lora_sentiment.report import peak_memory
     from lora_sentiment.train import train  # noqa: F401 - the baseline is a run's, with all that it imports
     from lora_sentiment.training.loop import fit
@@ -96,10 +101,12 @@ def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
     _warm_up(device)
     baseline = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     torch.manual_seed(recipe.train.seed)
-    plan, _ = plan_recipe(recipe)
+    element_bytes = resolve_dtype(recipe.model.dtype, device).itemsize
+    plan = _as_it_ran(plan_recipe(recipe)[0], device=device.type, element_bytes=element_bytes)
     model = _make_model(recipe, plan, [str(i) for i in range(int(num_labels))], device)
     length = recipe.model.max_length
-    rows = cut_rows(plan, recipe, length=length)
+    budget = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    rows = cut_rows(plan, recipe, length=length, budget=budget)
     # Two micro-batches a step: the second meets the gradients of the first.
     step_rows = min(2 * rows, recipe.train.batch_size)
     steps = {"batch_size": step_rows, "max_steps": STEPS, "eval_steps": None, "report_to": ()}
@@ -114,8 +121,25 @@ def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
         accelerator=accelerator,
         max_tokens=rows * length,
     )
-    found = {"baseline": baseline, "peak": peak_memory(device)}
+    found = {
+        "baseline": baseline,
+        "peak": peak_memory(device),
+        "rows": rows,
+        "device": device.type,
+        "element_bytes": element_bytes,
+    }
     Path(found_path).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _as_it_ran(plan: Plan, *, device: str, element_bytes: int) -> Plan:
+    """Return a plan for the device and dtype that torch took, and for too few steps to replay as CUDA graphs."""
+    return replace(
+        plan,
+        device="cuda" if device == "cuda" else "cpu",
+        element_bytes=element_bytes,
+        evaluation_tokens=inference_tokens(device),
+        graphs=False,
+    )
 
 
 def _make_model(recipe: Recipe, plan: Plan, labels: list[str], device: Any) -> Any:

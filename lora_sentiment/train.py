@@ -225,7 +225,8 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
     )
     loading_peak, quantisation = peak_memory(device), None
     if recipe.model.quantize != "none":
-        quantisation = _measure(recipe, base, data, dtype, device)
+        quantisation = _measure(recipe, base, data, dtype, device, num_processes=accelerator.num_processes)
+        log.info("quantisation: %s", quantisation.verdict)
         reset_peak_memory(device)  # the unquantised base beside it is the measurement's, not the run's
     num_steps = count_steps(len(data.train), recipe.train)
     model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps).to(device)
@@ -255,7 +256,9 @@ def _counts(recipe: Recipe, base: Base, data: Data) -> ParameterCounts:
     return count_parameters(base.shape, recipe.method, recipe.model, num_labels=len(data.labels))
 
 
-def _measure(recipe: Recipe, base: Base, data: Data, dtype: torch.dtype, device: torch.device) -> Quantisation:
+def _measure(
+    recipe: Recipe, base: Base, data: Data, dtype: torch.dtype, device: torch.device, *, num_processes: int
+) -> Quantisation:
     """Hold a quantised base against the unquantised one before anything is wrapped around it."""
     plan = Plan(
         base.shape,
@@ -268,9 +271,14 @@ def _measure(recipe: Recipe, base: Base, data: Data, dtype: torch.dtype, device:
         checkpointing=recipe.train.gradient_checkpointing,
         dropout=float(base.model.config.dropout),  # type: ignore[union-attr, arg-type]
         attention_dropout=float(base.model.config.attention_dropout),  # type: ignore[union-attr, arg-type]
+        device="cuda" if device.type == "cuda" else "cpu",
     )
     length = recipe.model.max_length
     rows = min(max(1, _max_tokens(recipe, base, dtype) // length), recipe.train.batch_size)
+    if device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None:
+        # A whole step, where memory allows: no more than an evaluation takes at once.
+        most = max(1, inference_tokens(device.type) // length)
+        rows = min(math.ceil(recipe.train.batch_size / num_processes), most)
     return measure_quantisation(
         base,
         plan,

@@ -452,3 +452,9 @@ def test_a_hub_that_cannot_be_asked_is_a_note_not_a_traceback(plain, monkeypatch
 def test_torch_is_not_imported_with_the_module():
     code = "import sys, lora_sentiment.doctor; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("free", [3, 40])
+def test_the_main_recipe_fits_a_gpu_that_it_can_be_cut_for(plain, monkeypatch, free):
+    cuda(monkeypatch, free=free * GIB)
+    assert examine(hub=False).memory["needed"] <= free * GIB

@@ -167,6 +167,53 @@ def test_methods_that_train_less_hold_less(load):
     assert len(set(sizes)) == 3
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(estimate_module, "_has_gpu", lambda: True)
+
+
+def test_a_gpu_takes_a_whole_step_and_no_host_memory_is_added(load, gpu):
+    recipe = load("model.dtype=bfloat16")
+    plan, _ = plan_recipe(recipe)
+    assert (plan.device, plan.graphs) == ("cuda", True)
+    found = estimate(recipe)
+    assert [cut.rows for cut in found.cuts] == [32] * 4
+    assert found.peak == max(cut.memory.peak for cut in found.cuts)
+    columns = make_columns(found)
+    assert "reserved" in columns
+    assert "with freed" not in columns
+    assert not any("interpreter" in note for note in make_notes(found))
+
+
+def test_a_gpu_of_little_memory_takes_as_many_rows_as_fit(load, gpu):
+    budget = parse_bytes("4GB")
+    recipe = load("model.dtype=bfloat16")
+    plan, _ = plan_recipe(recipe)
+    rows = cut_rows(plan, recipe, length=512, budget=budget)
+    assert 8 <= rows < 32
+    found = estimate(recipe, budget=budget)
+    assert found.fits
+    assert make_notes(found)[0].endswith(f"in micro-batches of {rows} rows of 512 tokens")
+    assert estimate(load("model.dtype=bfloat16", "train.cuda_graphs=off"), budget=budget).cuts[-1].rows > rows
+
+
+def test_a_gpu_of_too_little_memory_is_said_so(load, gpu):
+    found = estimate(load("model.dtype=bfloat16", "method={kind: full}"), budget=parse_bytes("1GB"))
+    assert found.fits is False
+    assert "no single row of 512 tokens does" in make_notes(found)[0]
+    found = estimate(load("model.dtype=bfloat16", "train.max_tokens_per_micro_batch=32768"), budget=parse_bytes("3GB"))
+    assert found.fits is False
+    assert "leave out train.max_tokens_per_micro_batch" in make_notes(found)[0]
+
+
+@pytest.mark.parametrize(
+    "override", ["train.engine=stock", "train.gradient_checkpointing=true", "train.cuda_graphs=off"]
+)
+def test_what_cannot_be_replayed_is_not_counted_twice(load, gpu, override):
+    plan, _ = plan_recipe(load(override))
+    assert not plan.graphs
+
+
 def test_estimate_imports_nothing_heavy(toy_recipe):
     code = (
         "import sys\nfrom lora_sentiment.cli import main\n"

@@ -2,10 +2,14 @@
 
 Activations are counted as the two engines save them for backward, tensor by tensor; `tests/model/test_memory.py` holds
 the counts against what autograd really saves, within 5 % in fp32; a run in a shorter dtype is an approximation.
+
+A GPU is counted apart: rows are packed, attention keeps no weights, and the stock forward runs under autocast.
+`tests/model/test_cuda_memory.py` holds these counts against the real code run with kernels that allocate alike.
 """
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from lora_sentiment.model.architecture import FP32, LINEARS, Shape
 from lora_sentiment.model.config import ModelConfig
@@ -31,6 +35,10 @@ QUANTISED_BLOCK = 64
 """Weights that share a 4-bit scale in bitsandbytes."""
 GLIBC_KEEPS = 0.6
 """Most of the activations' size that glibc 2.36 was seen to keep in freed buffers of 32 MiB or less, on a CPU."""
+CUBLAS_BYTES = 32 * 2**20
+"""cuBLAS' workspace on Hopper, for each stream of each thread. Older cards take 8 MiB."""
+CUDA_SHARE = 0.92
+"""Share of a GPU's memory that a run plans with."""
 _FUSED = (("q_lin", "k_lin", "v_lin"), ("out_lin",), ("lin1",), ("lin2",))
 """Linears that share an input. The fast engine makes that of lin2 again."""
 
@@ -50,6 +58,8 @@ class Plan:
         checkpointing: Whether activations are recomputed in the backward pass.
         dropout: Dropout of hidden states while training.
         attention_dropout: Dropout of attention probabilities while training.
+        device: What the run is on.
+        graphs: Whether steps are replayed as CUDA graphs.
     """
 
     shape: Shape
@@ -62,11 +72,13 @@ class Plan:
     checkpointing: bool = False
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    device: Literal["cpu", "cuda"] = "cpu"
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes held by a run beyond the interpreter and its imports.
+    """Bytes held by a run: on a CPU beyond the interpreter and its imports, on a GPU those of the card.
 
     Attributes:
         weights: Every parameter once loaded, and what the engine prepares from frozen ones.
@@ -77,7 +89,11 @@ class Memory:
         workspace: Most that one operation of forward or backward needs beside them.
         loading: Peak while the base is loaded, hashed and wrapped.
         evaluating: Peak of an evaluation between steps.
-        second: Size of a step's second micro-batch over that of its first; 0 where there is one.
+        second: Size of a step's second micro-batch over that of its first; 0 where there is one. 1 where CUDA graphs
+            run: their gradients lie there all the time.
+        fixed: What libraries hold for as long as a run lasts.
+        pool: Memory of CUDA graphs, which nothing else can use. None of it is allocated, all of it is reserved.
+        device: What the run is on.
     """
 
     weights: int
@@ -89,13 +105,17 @@ class Memory:
     loading: int
     evaluating: int
     second: float
+    fixed: int = 0
+    pool: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def step(self) -> int:
         """Peak of an optimizer step, from the second on: in the first the optimizer holds nothing yet."""
         # In a step's first micro-batch the gradients appear while the activations go.
         first = self.activations + self.workspace
-        return self.weights + self.kept + self.optimizer + max(first, self.gradients + int(self.second * first))
+        held = self.weights + self.kept + self.optimizer + self.fixed
+        return held + max(first, self.gradients + int(self.second * first))
 
     @property
     def peak(self) -> int:
@@ -104,12 +124,19 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """The peak with the freed buffers that glibc may keep."""
+        """The peak with what is kept beside it: on a CPU freed buffers.
+
+        On a GPU torch's allocator keeps the buffers of a step and of an evaluation, and CUDA graphs their pool.
+        """
+        if self.device == "cuda":
+            return max(self.loading, self.evaluating + self.kept_free)
         return max(self.loading, self.step + self.kept_free, self.evaluating)
 
     @property
     def kept_free(self) -> int:
-        """Freed buffers that glibc may keep for later, beside what is in use."""
+        """Buffers that are kept for later: by glibc beside a step, on a GPU beside an evaluation."""
+        if self.device == "cuda":
+            return self.activations + self.workspace + self.pool
         return int(GLIBC_KEEPS * (self.activations + self.workspace))
 
     def as_dict(self) -> dict[str, float]:
@@ -135,6 +162,8 @@ def estimate_memory(plan: Plan, *, rows: int, length: int, batch_size: int) -> M
     Raises:
         ModelError: If a pattern of the method matches nothing.
     """
+    if plan.device == "cuda":
+        return _estimate_cuda(plan, rows=rows, length=length, batch_size=batch_size)
     shape, model = plan.shape, plan.model
     counts = count_parameters(shape, plan.method, model, num_labels=plan.num_labels)
     trained, words = FP32 * counts.trainable, FP32 * shape.vocab_size * shape.dim
@@ -369,3 +398,160 @@ def _weights(plan: Plan, counts: ParameterCounts) -> int:
     stacked = sum(f"transformer.layer.{i}.attention.q_lin.weight" not in trained for i in range(shape.n_layers))
     prepared = size * stacked * 3 * (shape.dim + 1) * shape.dim if plan.fast else 0
     return encoder + FP32 * counts.encoder + head + adapters + prepared
+
+
+def _estimate_cuda(plan: Plan, *, rows: int, length: int, batch_size: int) -> Memory:
+    """Estimate what a run holds on a GPU."""
+    counts = count_parameters(plan.shape, plan.method, plan.model, num_labels=plan.num_labels)
+    trained = FP32 * counts.trainable
+    weights = _weights(plan, counts)
+    # Forward and backward run on a thread each. Graphs are captured on a stream of their own.
+    fixed = CUBLAS_BYTES * (4 if plan.graphs else 2)
+    blocks = _blocks(plan)
+    tokens = rows * length
+    saved = [_saved_on_cuda(plan, block, rows=rows, length=length) for block in blocks]
+    activations = sum(saved)
+    if plan.checkpointing and saved:
+        # Each block keeps its input, and one at a time is computed again.
+        kept = plan.element_bytes if plan.fast else FP32
+        activations = max(saved) + kept * tokens * plan.shape.dim * len(saved)
+    activations += _outside_on_cuda(plan, blocks, tokens)
+    workspace = _workspace_on_cuda(plan, blocks, tokens) if blocks else 0
+    # Before the first block that saves anything, a forward holds what it holds without gradients.
+    workspace = max(workspace, _forward_on_cuda(plan, tokens) - activations)
+    # A base is hashed on the host. A quantised one comes to the card with all else in fp32.
+    loading = weights
+    if plan.model.quantize != "none":
+        linears = plan.shape.n_layers * sum(math.prod(plan.shape.linear(name)) for name in LINEARS)
+        loading += FP32 * (plan.shape.num_encoder - linears)
+    between = weights + 2 * trained + trained + fixed
+    if plan.graphs:
+        between += trained  # gradients
+    evaluation = plan.evaluation_tokens // length * length or length
+    return Memory(
+        weights=weights,
+        kept=trained,
+        gradients=trained,
+        optimizer=2 * trained,
+        activations=activations,
+        workspace=workspace,
+        loading=loading,
+        evaluating=max(between + _forward_on_cuda(plan, evaluation), between + trained),
+        second=1.0 if plan.graphs else min(rows, max(0, batch_size - rows)) / rows,
+        fixed=fixed,
+        pool=activations + workspace if plan.graphs else 0,
+        device="cuda",
+    )
+
+
+def _saved_on_cuda(plan: Plan, block: _Block, *, rows: int, length: int) -> int:
+    """Count what a GPU saves of one block."""
+    if plan.fast:
+        return _saved_packed(plan, block, rows=rows, tokens=rows * length)
+    return _saved_autocast(plan, block, tokens=rows * length)
+
+
+def _saved_packed(plan: Plan, block: _Block, *, rows: int, tokens: int) -> int:
+    """Count what the forward of packed rows saves of one block.
+
+    As `_saved_fast`, but attention saves its output and one fp32 sum for each head and token, and a norm the sum that
+    it normalises and two fp32 numbers. Dropout before a norm saves nothing: its mask is drawn again.
+    """
+    shape, size = plan.shape, plan.element_bytes
+    words, masks, weights = _inputs_fast(plan, block)
+    before = {"q_lin", "k_lin", "v_lin"}  # their input takes no gradient in the first block
+    if size < FP32:
+        # Trained weights are cast in every forward, and kept where the input takes a gradient.
+        weights = sum(math.prod(shape.linear(name)) for name in block.trained - (before if block.first else set()))
+    sums = FP32 * (shape.n_heads + 4)
+    if block.last:
+        per_row = size * (8 * shape.dim + shape.hidden_dim) + sums
+        return size * (tokens * (words + 2 * shape.dim) + weights) + rows * per_row + tokens * masks
+    if isinstance(plan.method, LoraMethod) and plan.method.lora_dropout:
+        if block.first:
+            masks = sum(target.in_features for name, target in block.adapters.items() if name not in before)
+    elif "out_lin" in block.trained | set(block.adapters):
+        words -= shape.dim  # the output of attention
+    words += 3 * shape.dim + shape.dim + shape.hidden_dim + 2 * shape.dim
+    return size * (tokens * words + weights) + tokens * (masks + sums)
+
+
+def _saved_autocast(plan: Plan, block: _Block, *, tokens: int) -> int:
+    """Count what transformers' forward under autocast and PEFT saves of one block.
+
+    Norms compute in fp32, so hidden states are fp32 between the halves of a block. Every linear that keeps its input
+    keeps a cast copy of its own. Quantised linears answer in the dtype that they are given.
+    """
+    shape, size, dim, hidden = plan.shape, plan.element_bytes, plan.shape.dim, plan.shape.hidden_dim
+    quantised = plan.model.quantize != "none"
+    kept = weights = 0
+    for name, target in block.adapters.items():
+        words, keeps, fixed = _adapter_saves(plan.method, target, first=block.first)
+        weights += fixed
+        kept += size * (words + (shape.linear(name)[0] if keeps else 0))
+    for name in block.trained:
+        weights += math.prod(shape.linear(name))
+        # Attention keeps its output, which is the input of out_lin, anyway.
+        kept += 0 if name == "out_lin" else size * shape.linear(name)[0]
+    if plan.model.quantize == "int8":
+        # bitsandbytes keeps every input that takes a gradient, once where linears share it.
+        kept += FP32 * ((0 if block.first else dim) + dim + hidden)
+    attention = size * 4 * dim + FP32 * shape.n_heads
+    norms = 2 * FP32 * (dim + 2)
+    activation = (FP32 if quantised else size) * hidden
+    mask = dim if plan.dropout else 0
+    return tokens * (kept + attention + norms + activation + mask) + size * weights
+
+
+def _outside_on_cuda(plan: Plan, blocks: list[_Block], tokens: int) -> int:
+    """Count what a GPU saves before the blocks: the embeddings' norm and dropout, where anything of them is trained."""
+    if not blocks or blocks[0].first:
+        return 0
+    dim = plan.shape.dim
+    return tokens * (FP32 * (dim + 2) + (dim if plan.dropout else 0))
+
+
+def _workspace_on_cuda(plan: Plan, blocks: list[_Block], tokens: int) -> int:
+    """Return the most that one operation of a GPU's way back needs beside all that is saved.
+
+    It is the FFN's of the last block that saves for every token, or the attention's where the FFN is narrow. The sums
+    were found by running the real code.
+    """
+    size, dim, hidden = plan.element_bytes, plan.shape.dim, plan.shape.hidden_dim
+    full = blocks[:-1] if plan.fast else blocks
+    adapted = bool(full) and "lin2" in full[-1].adapters
+    trained = bool(full) and "lin2" in full[-1].trained
+    if plan.fast:
+        if isinstance(plan.method, LoraMethod) and plan.method.lora_dropout:
+            adapted = False  # the input of lin2 is not made again
+        freed = dim if _inputs_fast(plan, blocks[-1])[0] else 0  # by the last block
+        ffn = (3 if adapted or trained else 2) * hidden - freed if full else 0
+        # The gradients of a linear's weight, before they are added in fp32.
+        weights = 2 * dim * hidden if trained else 0
+        return size * (tokens * max(ffn, 3 * dim) + weights)
+    if plan.model.quantize == "none":
+        # As wide as 16 bits allow; fp32 alone needs no casts.
+        ffn = (3 * hidden + 6 * dim) if adapted else (0 if trained else 2 * hidden - dim)
+        return size * tokens * max(ffn, 9 * dim)
+    ffn = (10 if adapted else 8) * hidden - dim
+    if plan.model.quantize != "int8":
+        ffn = max(ffn, 6 * hidden + 11 * dim)
+    return tokens * max(ffn, 18 * dim)
+
+
+def _forward_on_cuda(plan: Plan, tokens: int) -> int:
+    """Return the peak of a forward on a GPU that saves nothing: in the FFN, with all that its callers still hold."""
+    size, dim, hidden = plan.element_bytes, plan.shape.dim, plan.shape.hidden_dim
+    names = _trained_names(plan)
+    if plan.fast:
+        # Weights are cast for all blocks at once, and the embeddings of words and places are held to the end.
+        endings = tuple(f".{name}.weight" for name in LINEARS)
+        trained = [count for name, count in plan.shape.tensors().items() if name in names and name.endswith(endings)]
+        casts = sum(trained) if size < FP32 else 0
+        embeddings = FP32 if any(name.startswith("embeddings.") for name in names) else size
+        return size * casts + tokens * (size * (7 * dim + 2 * hidden) + embeddings * 2 * dim)
+    adapted = any("lin2" in block.adapters for block in _blocks(plan))
+    if plan.model.quantize == "none":
+        return tokens * size * (4 * hidden + 7 * dim if adapted else max(2 * hidden + 6 * dim, 11 * dim))
+    wide = 10 if adapted else (9 if plan.model.quantize == "int8" else 8)
+    return tokens * max(wide * hidden + 12 * dim, 30 * dim)

@@ -1,5 +1,6 @@
 """What quantising a base saved and cost, measured on this machine before training starts."""
 
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,11 @@ from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.model.memory import Plan, estimate_memory, runs_fast
 
 ROUNDS = 5
+"""Timed forward passes of each encoder, in turn. One more before them is not timed: libraries set themselves up."""
+
+
+CUDA_ROUND = 512
+"""Bytes that torch's allocator rounds every tensor on a GPU up to."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,14 @@ class Quantisation:
     Attributes:
         quantize: `int8`, `nf4` or `fp4`.
         double_quant: Whether the 4-bit scales are quantised too.
-        base_bytes: Bytes of the encoder's weights, scales included; embeddings and norms stay as they are.
+        base_bytes: Bytes of the encoder's weights, scales included; embeddings and norms are in the compute dtype.
+            On a GPU as its allocator holds them.
         unquantised_bytes: The same unquantised.
         peak_bytes: Estimated peak of the run at its longest length.
         unquantised_peak_bytes: The same unquantised.
-        forward_time_ratio: Time of a forward of the probe over that of the unquantised base: median of alternating
-            rounds. It is only reported, it decides nothing.
+        forward_time_ratio: Time of a forward over that of the unquantised base, under the autocast of a run: median of
+            alternating rounds. On a CPU it is of the probe's texts. On a GPU it is of the run's largest micro-batch: a
+            small one takes as long as its launches. It is only reported, it decides nothing.
         cls_relative_difference: Root mean square change of the [CLS] vectors over that of the unquantised ones.
     """
 
@@ -102,15 +110,19 @@ def measure_quantisation(
     if fast:
         use_fast_encoder(plain.model, compute_dtype=dtype)
     encoders = [loaded.model.get_submodule("distilbert").eval() for loaded in (plain, base)]
+    for parameter in encoders[1].parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)  # as `make_trainable` will: all of it is frozen
     width = max(map(len, input_ids))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in input_ids], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in input_ids], device=device)
-    seconds: list[list[float]] = [[], []]
-    vectors = []
-    with torch.inference_mode(), attention_backends(device):
-        for _ in range(ROUNDS):
-            vectors = [_timed(encoder, ids, mask, times) for encoder, times in zip(encoders, seconds, strict=True)]
-    unquantised, quantised = vectors
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with torch.inference_mode(), attention_backends(device), autocast:
+        unquantised, quantised = (_encode(encoder, ids, mask) for encoder in encoders)
+        if device.type == "cuda":
+            ratio = _compare_times(encoders, _fill_batch(input_ids, cut).to(device), None)
+        else:
+            ratio = _compare_times(encoders, ids, mask)
     return Quantisation(
         quantize=plan.model.quantize,
         double_quant=plan.model.double_quant,
@@ -118,7 +130,7 @@ def measure_quantisation(
         unquantised_bytes=_bytes(encoders[0]),
         peak_bytes=_peak(plan, cut),
         unquantised_peak_bytes=_peak(replace(plan, model=config, fast=fast), cut),
-        forward_time_ratio=statistics.median(seconds[1]) / statistics.median(seconds[0]),
+        forward_time_ratio=ratio,
         cls_relative_difference=float((quantised - unquantised).norm() / unquantised.norm()),
     )
 
@@ -127,16 +139,34 @@ def _peak(plan: Plan, cut: Cut) -> int:
     return estimate_memory(plan, rows=cut.rows, length=cut.length, batch_size=cut.batch_size).peak
 
 
-def _timed(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor, seconds: list[float]) -> torch.Tensor:
-    began = time.perf_counter()
+def _fill_batch(input_ids: list[list[int]], cut: Cut) -> torch.Tensor:
+    """Return the ids of a run's largest micro-batch, without padding; shape (rows, length)."""
+    flat = torch.tensor([each for row in input_ids for each in row])
+    size = cut.rows * cut.length
+    return flat.repeat(math.ceil(size / len(flat)))[:size].view(cut.rows, cut.length)
+
+
+def _compare_times(encoders: list[nn.Module], ids: torch.Tensor, mask: torch.Tensor | None) -> float:
+    """Return the median time of the second encoder over that of the first, in alternating rounds after one of each."""
+    seconds: list[list[float]] = [[], []]
+    for round_number in range(ROUNDS + 1):
+        for encoder, times in zip(encoders, seconds, strict=True):
+            began = time.perf_counter()
+            _encode(encoder, ids, mask)
+            if round_number > 0:
+                times.append(time.perf_counter() - began)
+    return statistics.median(seconds[1]) / statistics.median(seconds[0])
+
+
+def _encode(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the [CLS] vectors on the host, which waits for a GPU."""
     vectors: torch.Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float().cpu()
-    seconds.append(time.perf_counter() - began)
     return vectors
 
 
 def _bytes(encoder: nn.Module) -> int:
     """Count the bytes of an encoder's tensors, bitsandbytes' scales included."""
-    total = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    tensors = list(encoder.parameters())
     for module in encoder.modules():
         weight = getattr(module, "weight", None)
         # 8 bits: the scales stand in the module's state once it ran; 4 bits: in the weight's, nested where doubled.
@@ -145,5 +175,13 @@ def _bytes(encoder: nn.Module) -> int:
         while state is not None:
             scales += [state.absmax, state.code]
             state = state.state2
-        total += sum(s.numel() * s.element_size() for s in scales if s is not None)
-    return total
+        tensors += [scale for scale in scales if scale is not None]
+    return sum(_held_bytes(tensor) for tensor in tensors)
+
+
+def _held_bytes(tensor: torch.Tensor) -> int:
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "cuda":
+        # What torch's allocator counts as allocated.
+        return math.ceil(size / CUDA_ROUND) * CUDA_ROUND
+    return size

@@ -8,7 +8,7 @@ from lora_sentiment.model.base import load_base
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.memory import Plan
 from lora_sentiment.model.method_config import LoraMethod
-from lora_sentiment.model.quantisation import Cut, Quantisation, measure_quantisation
+from lora_sentiment.model.quantisation import Cut, Quantisation, _fill_batch, measure_quantisation
 
 IDS = [[2, 5, 6, 3], [2, 9, 3]]
 
@@ -85,3 +85,7 @@ def test_the_verdict_says_plainly_when_it_did_not_help(peak, helped):
     verdict = Quantisation("nf4", True, 100, 400, peak, 1000, 1.5, 0.01).verdict
     assert verdict.startswith("it did not help here") != helped
     assert "1.50 times" in verdict
+
+
+def test_a_batch_to_time_has_the_shape_of_a_micro_batch():
+    assert _fill_batch(IDS, Cut(rows=2, length=5, batch_size=2)).tolist() == [[2, 5, 6, 3, 2], [9, 3, 2, 5, 6]]
