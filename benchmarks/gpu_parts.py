@@ -32,12 +32,12 @@ from transformers import DistilBertConfig, DistilBertForMaskedLM, pipeline
 from lora_sentiment.classifier import load
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.rows import load_data
-from lora_sentiment.estimate import cut_rows, plan_recipe
+from lora_sentiment.estimate import plan_recipe
 from lora_sentiment.model.base import load_tokenizer
 from lora_sentiment.model.config import ModelConfig
 from lora_sentiment.model.engine import compute_logits
 from lora_sentiment.model.memory import estimate_memory
-from lora_sentiment.probe import run_probe
+from lora_sentiment.probe import as_it_ran, run_probe
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.report import peak_memory, reset_peak_memory
 from lora_sentiment.training.config import TrainConfig
@@ -559,8 +559,6 @@ def measure_memory(recipe_name: str, length: int, settings: Settings) -> Line:
     overrides += ["train.batch_size=4"] if settings.quick else []
     recipe = Recipe.load(ROOT / f"recipes/{recipe_name}.yaml", [*overrides, "data.labels=[negative, positive]"])
     plan, _ = plan_recipe(recipe)
-    rows = cut_rows(plan, recipe, length=length)
-    estimated = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size).peak
     with tempfile.TemporaryDirectory() as folder, clean_process():
         given, found = Path(folder, "probe.yaml"), Path(folder, "found.json")
         given.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -569,6 +567,9 @@ def measure_memory(recipe_name: str, length: int, settings: Settings) -> Line:
         run_probe(str(given), str(found), str(plan.num_labels))
         numbers = json.loads(found.read_text(encoding="utf-8"))
     measured = numbers["peak"] - max(held, numbers["baseline"])
+    plan = as_it_ran(plan, device=numbers["device"], element_bytes=numbers["element_bytes"])
+    rows = numbers["rows"]
+    estimated = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size).peak
     return {"rows": rows, "estimated_bytes": estimated, "measured_bytes": measured}
 
 

@@ -53,6 +53,7 @@ FIRST_SEED = 42
 DATASETS = {
     "sst5": {"train": "train", "validation": "validation", "test": "test"},
     "sst2": {"train": "train", "dev": "validation", "test": "test"},
+    "imdb": {"train": "train", "test": "test"},
 }
 """Data set to role and name of the split; where there is no validation it is carved from train."""
 RATES = {

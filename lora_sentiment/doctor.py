@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from urllib.request import getproxies, proxy_bypass
 
 import yaml
@@ -158,7 +158,7 @@ def _main_memory(device: Mapping[str, Any]) -> int:
     recipe = Recipe.model_validate(MAIN_RECIPE)
     kind = device["kind"].partition(":")[0]
     size = 4 if device["auto"] == "float32" else 2
-    counted = "cuda" if kind == "cuda" else "cpu"
+    counted: Literal["cpu", "cuda"] = "cuda" if kind == "cuda" else "cpu"
     facts = Facts(Shape(vocab_size=30522), {}, 2, size, inference_tokens(kind), (), counted)
     plan = make_plan(facts, recipe.method, recipe.model, engine="auto", checkpointing=False)
     length = recipe.model.max_length

@@ -79,7 +79,7 @@ def probe(recipe: Recipe, *, in_use: bool = True) -> Probe:
             raise ModelError(f"the probe of {recipe.name} did not finish: {reason}")
         numbers = json.loads(found.read_text(encoding="utf-8"))
     rows = numbers["rows"]
-    plan = _as_it_ran(plan, device=numbers["device"], element_bytes=numbers["element_bytes"])
+    plan = as_it_ran(plan, device=numbers["device"], element_bytes=numbers["element_bytes"])
     estimated = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
     return Probe(length, rows, numbers["baseline"], numbers["peak"] - numbers["baseline"], estimated.peak)
 
@@ -102,7 +102,7 @@ def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
     baseline = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     torch.manual_seed(recipe.train.seed)
     element_bytes = resolve_dtype(recipe.model.dtype, device).itemsize
-    plan = _as_it_ran(plan_recipe(recipe)[0], device=device.type, element_bytes=element_bytes)
+    plan = as_it_ran(plan_recipe(recipe)[0], device=device.type, element_bytes=element_bytes)
     model = _make_model(recipe, plan, [str(i) for i in range(int(num_labels))], device)
     length = recipe.model.max_length
     budget = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -131,7 +131,7 @@ def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
     Path(found_path).write_text(json.dumps(found), encoding="utf-8")
 
 
-def _as_it_ran(plan: Plan, *, device: str, element_bytes: int) -> Plan:
+def as_it_ran(plan: Plan, *, device: str, element_bytes: int) -> Plan:
     """Return a plan for the device and dtype that torch took, and for too few steps to replay as CUDA graphs."""
     return replace(
         plan,

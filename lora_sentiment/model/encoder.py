@@ -334,12 +334,7 @@ class FastForward:
         Returns:
             The first token of each sequence in the compute dtype, shape (num_sequences, dim).
         """
-        parts = self.encoder.embeddings
-        words = functional.embedding(input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx)
-        positions = functional.embedding(position_ids, parts.position_embeddings.weight)
-        dtype = torch.promote_types(words.dtype, positions.dtype)  # of the two, one may be trained
-        x = self._add_norm(parts.LayerNorm, positions.to(dtype), words.to(dtype)).to(self.dtype)
-        x = dropout(x, self._p(parts.dropout))
+        x = self._embed_packed(input_ids, position_ids)
         blocks = cast(list[TransformerBlock], list(self.encoder.transformer.layer))
         if layers is None:
             layers = [self.linears(index, block) for index, block in enumerate(blocks)]
@@ -359,6 +354,14 @@ class FastForward:
             else:
                 x = self._encode_packed_block(block, own, x, cu_seq_lens, max_length)
         return self._encode_first_tokens(blocks[-1], split[-1], x, cu_seq_lens, max_length)
+
+    def _embed_packed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        parts = self.encoder.embeddings
+        words = functional.embedding(input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx)
+        positions = functional.embedding(position_ids, parts.position_embeddings.weight)
+        dtype = torch.promote_types(words.dtype, positions.dtype)  # of the two, one may be trained
+        x = self._add_norm(parts.LayerNorm, positions.to(dtype), words.to(dtype)).to(self.dtype)
+        return dropout(x, self._p(parts.dropout))
 
     def _encode_packed_block(
         self, block: TransformerBlock, own: list[Linear], x: Tensor, cu_seq_lens: Tensor, max_length: int

@@ -544,12 +544,11 @@ def _forward_on_cuda(plan: Plan, tokens: int) -> int:
     size, dim, hidden = plan.element_bytes, plan.shape.dim, plan.shape.hidden_dim
     names = _trained_names(plan)
     if plan.fast:
-        # Weights are cast for all blocks at once, and the embeddings of words and places are held to the end.
+        # Weights are cast for all blocks at once.
         endings = tuple(f".{name}.weight" for name in LINEARS)
         trained = [count for name, count in plan.shape.tensors().items() if name in names and name.endswith(endings)]
         casts = sum(trained) if size < FP32 else 0
-        embeddings = FP32 if any(name.startswith("embeddings.") for name in names) else size
-        return size * casts + tokens * (size * (7 * dim + 2 * hidden) + embeddings * 2 * dim)
+        return size * (casts + tokens * (7 * dim + 2 * hidden))
     adapted = any("lin2" in block.adapters for block in _blocks(plan))
     if plan.model.quantize == "none":
         return tokens * size * (4 * hidden + 7 * dim if adapted else max(2 * hidden + 6 * dim, 11 * dim))
