@@ -354,6 +354,9 @@ def run_isolated(
         preload: Module that the server of processes imports.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if torch.cuda.is_available():
+        # Imports set CUDA up, and a process that is forked afterwards cannot use it.
+        method = "spawn"
     # torch reads the variable once, at its first tensor: that process cannot be forked from one that has imported.
     context = multiprocessing.get_context("spawn" if huge_pages else method)
     # The server imports this once and never computes: every slice is forked from it in no time.
