@@ -1,4 +1,4 @@
-"""Attention on a GPU never goes to cuDNN, and attention over packed rows is that of each row alone."""
+"""Attention on a GPU never goes to cuDNN; over packed rows it is that of each row alone."""
 
 import sys
 
@@ -53,7 +53,7 @@ def test_within_the_context_of_a_gpu_they_are_allowed_and_no_others():
 
 @pytest.fixture
 def backends(monkeypatch):
-    """Let every device pass for a GPU; return the backends that each call of attention could have taken."""
+    """Let every device pass for a GPU; return the backends that each call could have taken."""
     for name, module in list(sys.modules.items()):
         own = name.startswith("lora_sentiment") and not name.endswith("fast.attention")
         if own and "attention_backends" in vars(module):

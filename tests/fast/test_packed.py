@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 def packed_logits(model, input_ids, attention_mask):
-    """Logits of the rows of a padded batch, packed with an absent row, padding and an empty sequence."""
+    """Logits of the rows of a padded batch, packed with an absent row and padding."""
     lengths = attention_mask.sum(dim=1).tolist()
     ids = input_ids.cpu().numpy().astype(np.int32)
     rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]

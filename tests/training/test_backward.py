@@ -1,6 +1,6 @@
 """Packed micro-batches, replayed as graphs, train what eager ones and padded ones train.
 
-A CPU packs no rows and captures nothing by itself: `force` makes it do so, with a stand-in for capture.
+A CPU packs no rows and captures nothing by itself: `force` makes it do so, with a stand-in.
 """
 
 import logging
