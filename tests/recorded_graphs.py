@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: operations are recorded, and replayed on the same tensors."""
+"""A stand-in for CUDA graphs: operations are recorded, then replayed on the same tensors."""
 
 import math
 from collections.abc import Callable

@@ -217,7 +217,7 @@ class FlashAttention(Function):
 
 
 def count_peak(model, accelerator, rows, length):
-    """The peak of one packed pass, counted on tensors without values; the small head is left out."""
+    """The peak of one packed pass, counted on tensors without values, the head left out."""
     meta = torch.device("meta")
     num_tokens = rows * length
     ids = torch.zeros(num_tokens, dtype=torch.int32, device=meta)
