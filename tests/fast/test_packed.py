@@ -137,6 +137,17 @@ def test_trained_base_tensors_get_the_gradients_of_the_stock_encoder(names):
     assert_exact(train(make_classifier(), *names, only=True), *make_batch(33))
 
 
+def test_the_padding_token_is_embedded_and_not_trained():
+    model = train(make_classifier(), "word_embeddings")
+    input_ids, attention_mask = make_batch(9)
+    padding = find_encoder(model).embeddings.word_embeddings.padding_idx
+    input_ids[:, 4:6] = padding
+    assert_exact(model, input_ids, attention_mask)
+    gradient = find_encoder(model).embeddings.word_embeddings.weight.grad
+    assert not gradient[padding].any()
+    assert gradient[input_ids[0, 1]].any()
+
+
 @pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ALL_LINEARS])
 @pytest.mark.parametrize("names", [[""], ["norm.", "embeddings."]], ids=str)
 def test_lora_and_trained_base_tensors_mix(names, target_modules):
