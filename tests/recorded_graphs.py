@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: the operations of a function are recorded, and replayed on the same tensors."""
+"""A stand-in for CUDA graphs: operations are recorded, then replayed on the same tensors."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 class RecordedCapture:
     """Captures as CUDA does: nothing is computed, and numbers of Python are what they were.
 
-    Tensors that a function makes lie in memory that the next graph overwrites: a replay ends by filling them with NaN.
-    So whatever reads one of them later, gradients and losses included, finds NaN.
+    Tensors that a function makes lie in memory that the next graph overwrites: a replay ends by
+    filling them with NaN. What reads one of them later, gradients and losses included, finds NaN.
 
     Attributes:
         recordings: What was captured.

@@ -266,5 +266,7 @@ def test_real_data_take_twenty_shapes_and_little_padding(name, real_lengths):
         steps = plan_epoch(lengths, batch_size=32, seed=42, epoch=epoch)
         shapes = [(plan.num_rows, plan.size_for(int(lengths[i].sum()), len(i))) for i in steps]
         assert len(set(shapes)) <= 20
+        cuts = [cut_packed(i, lengths, max_tokens=32 * max_length // 3) for i in steps]
+        assert max(map(len, cuts)) <= 4  # as on a card that holds a third of the largest step
         padded = sum(size for _, size in shapes)
         assert padded / lengths.sum() - 1 <= most_padding

@@ -1,4 +1,4 @@
-"""What is run eagerly, captured and replayed; and that the stand-in for CUDA graphs behaves as these do."""
+"""What is run eagerly, captured and replayed; and what the stand-in for CUDA graphs does."""
 
 import math
 

@@ -1,6 +1,6 @@
 """Packed micro-batches, replayed as graphs, train what eager ones and padded ones train.
 
-A CPU packs no rows and captures nothing by itself: `force` makes it do so, with a stand-in for capture.
+A CPU packs no rows and captures nothing by itself: `force` makes it do so, with a stand-in.
 """
 
 import logging
@@ -114,6 +114,7 @@ def run(tiny_base, monkeypatch):
             checkpoint_activations(model)
         encoded = encode(base.tokenizer)
         accelerator = make_accelerator(PartialState(), "float32")
+        model.to(accelerator.device)
         if scaler:
             accelerator.scaler, accelerator.native_amp = scaler, True
             accelerator.state._mixed_precision = "fp16"
@@ -308,7 +309,7 @@ def test_where_memory_runs_out_graphs_are_dropped_and_the_step_is_done_again(run
     force(RecordedCapture())
     whole = run(**SETTINGS)
     add, clear, step = PackedBackward.add_gradients, GraphRunner.clear, loop._Loop._step
-    told, now, starts = [], [0], []
+    failed, clears, now, starts = [], [], [0], []
 
     def note_step(self, number, index):
         now[0] = number
@@ -318,14 +319,14 @@ def test_where_memory_runs_out_graphs_are_dropped_and_the_step_is_done_again(run
         if now[0] == failing_step:
             starts.append(torch.get_rng_state().sum().item())
         loss = add(self, part, total=total)  # gradients are there when it runs out
-        if now[0] == failing_step and not told:
+        if now[0] == failing_step and not failed:
             torch.rand(3)
-            told.append("failed")
+            failed.append(part)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
     def note_clear(self):
-        told.append(self.num_graphs)
+        clears.append((now[0], self.num_graphs))
         clear(self)
 
     monkeypatch.setattr(loop._Loop, "_step", note_step)
@@ -335,8 +336,8 @@ def test_where_memory_runs_out_graphs_are_dropped_and_the_step_is_done_again(run
     force(capture)
     done = run(**SETTINGS)
     assert [number for number, _ in done.history.cuts] == [failing_step]
-    assert told[0] == "failed"
-    assert told[1] > 0 or failing_step == 1
+    assert [step for step, _ in clears] == [failing_step, NUM_STEPS]  # and at the end
+    assert clears[0][1] > 0 or failing_step == 1
     assert starts[1] == starts[0]
     assert len(starts) > 2  # in two micro-batches
     assert done.graphs.num_graphs == 0  # and after the run nothing is held
@@ -503,6 +504,38 @@ def test_gradient_checkpointing_packs_rows_and_runs_them_eagerly(run, force):
     plain = run(max_steps=4)
     checkpointed = run(max_steps=4, checkpointing=True, gradient_checkpointing=True)
     assert largest_difference(weights(plain), weights(checkpointed)) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", ["lora of two rates", "full"])
+@pytest.mark.parametrize("max_tokens", [10_000, 60])
+def test_a_gpu_replays_what_it_runs_eagerly(run, monkeypatch, name, max_tokens):
+    counts, clear = [], GraphRunner.clear
+
+    def note_clear(self):
+        counts.append(self.num_graphs)
+        clear(self)
+
+    monkeypatch.setattr(GraphRunner, "clear", note_clear)
+    settings = {"method": METHODS[name], "max_tokens": max_tokens, **SETTINGS}
+    eager = run(**settings, cuda_graphs="off")
+    graphed = run(**settings)
+    assert eager.graphs is None
+    assert isinstance(eager.backward, PackedBackward)
+    assert counts[0] > 2
+    assert losses(graphed) == pytest.approx(losses(eager), abs=1e-4)
+    assert largest_difference(weights(graphed), weights(eager)) <= 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_dropout_draws_the_same_masks_in_graphs(run):
+    eager = run(dropout=0.2, cuda_graphs="off", **SETTINGS)
+    state = torch.cuda.get_rng_state()
+    graphed = run(dropout=0.2, **SETTINGS)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert losses(graphed) == pytest.approx(losses(eager), abs=1e-4)
 
 
 def make_update(capture, *, max_norm=1.0, num_steps=6):
