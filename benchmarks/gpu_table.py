@@ -6,6 +6,7 @@ from journal import Line
 
 MIB = 2**20
 TITLES = {"imdb": "IMDB", "sst2": "SST-2", "ag_news": "AG News"}
+COMPILED = "IMDB, beside the compiled Trainer"
 NOTES = """\
 `python benchmarks/gpu.py` makes this; its head says what the rows are. One run each: no interval, and no second seed.
 Every ratio is taken of rows of the same run. Speeds are of real tokens, padding left out. The first steps are those in
@@ -56,6 +57,8 @@ def show_run(lines: Sequence[Line]) -> list[str]:
         page += show_memory(parts["memory"])
     if "ablation" in parts:
         page += show_ablation(parts["ablation"])
+    if "compiled" in parts:
+        page += show_training("compiled", parts["compiled"])
     page += show_aims(parts)
     return page
 
@@ -129,8 +132,9 @@ def show_training(dataset: str, lines: Sequence[Line]) -> list[str]:
     page: list[str] = []
     if rows:
         like = rows[0]
+        title = TITLES.get(dataset, COMPILED)
         page = [
-            f"### Training: {TITLES[dataset]} at {like['length']}, batches of {like['batch_size']}, LoRA r=8, q and v",
+            f"### Training: {title} at {like['length']}, batches of {like['batch_size']}, LoRA r=8, q and v",
             "",
             "| | dtype | first steps | their s | their tokens/s | steps after them | tokens/s | times D "
             "| times the fastest B | peak MiB | mean loss |",
@@ -155,7 +159,7 @@ def show_training(dataset: str, lines: Sequence[Line]) -> list[str]:
             f"{line['loss']:.4f}",
         ]
         page.append(f"| {' | '.join(cells)} |")
-    page += [""] if rows else [f"### Training: {TITLES[dataset]}", ""]
+    page += [""] if rows else [f"### Training: {TITLES.get(dataset, COMPILED)}", ""]
     for line in lines:
         if "num_rows" in line:
             read = f"read and tokenised in {line['seconds']:.1f} s"

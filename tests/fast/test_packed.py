@@ -90,9 +90,7 @@ def assert_exact(model, input_ids, attention_mask, *, bound=1e-5):
 
 
 @pytest.mark.parametrize("length", [1, 7, 33, 200])
-@pytest.mark.parametrize(
-    "target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS]
-)
+@pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS])
 def test_logits_and_gradients_are_those_of_the_stock_encoder(target_modules, length):
     assert_exact(make_lora(target_modules), *make_batch(length))
 
