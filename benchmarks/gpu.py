@@ -6,8 +6,8 @@ r"""What a GPU gives, in five minutes at most: makes benchmarks/gpu.md.
 In this order: a whole run of recipes/imdb_lora.yaml on a real base, and quickstart's; training on IMDB at 512 tokens,
 ours beside the Trainer in several forms; the same in short on SST-2 and AG News at 128; answering, ours beside the
 pipeline with batches of 16; the memory estimate beside measured peaks; each part of the fast forward pass off in turn;
-the Trainer compiled by torch, last because it compiles for each new shape. Training, answering and memory take a base of
-distilbert-base-uncased's exact shape with random weights, which the script makes.
+the Trainer compiled by torch, last because it compiles for each new shape. Training, answering and memory take a base
+of distilbert-base-uncased's exact shape with random weights, which the script makes.
 
 Each row is a line of gpu.jsonl as soon as it is made, and gpu.md is written anew after it: what a killed script had
 finished stays. A row that fails or is left out is a line with the reason. Every call is a run with a section of its own

@@ -29,6 +29,7 @@ from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated
 from lora_sentiment.evaluation.metrics import confusion_matrix
 from lora_sentiment.evaluation.statistics import Interval, show_interval
+from lora_sentiment.fast.fused import why_not_fused
 from lora_sentiment.files import write_json
 from lora_sentiment.launch import describe_machine, explain_loss, join_launch, make_accelerator, refuse_differences
 from lora_sentiment.model.base import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
@@ -318,6 +319,9 @@ def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
     if wanted == "stock":
         return "stock"
     reason = use_fast_encoder(model, compute_dtype=dtype)
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if on_cuda and not reason and (unfused := why_not_fused()):
+        log.warning("dropout, residual and LayerNorm run as three operations instead of one kernel: %s", unfused)
     if reason and wanted == "fast":
         raise ModelError(f"train.engine=fast cannot run here: {reason}; set train.engine=auto")
     return f"stock ({reason})" if reason else "fast"

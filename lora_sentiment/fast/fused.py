@@ -32,7 +32,7 @@ def dropout_add_norm(
     """Returns LayerNorm(dropout(x, p) + residual) * weight + bias.
 
     LayerNorm is that of Ba et al. 2016, dropout that of Srivastava et al. 2014. CUDA tensors take
-    the fused kernels where Triton is installed. Everything else takes the plain formula.
+    the fused kernels where Triton works. Everything else takes the plain formula.
 
     Args:
         x: (num_tokens, dim), contiguous, in float32, bfloat16 or float16.
@@ -46,14 +46,28 @@ def dropout_add_norm(
         (num_tokens, dim), in the dtype of x.
     """
     # A grid of no programs cannot be launched.
-    if x.is_cuda and x.numel() and has_triton():
+    if x.is_cuda and x.numel() and why_not_fused() is None:
         return triton_dropout_add_norm(x, residual, weight, bias, p=p, eps=eps)
     return plain_dropout_add_norm(x, residual, weight, bias, p=p, eps=eps)
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported, so that CUDA tensors take the fused kernels."""
+    """Whether Triton can be imported."""
     return _kernels() is not None
+
+
+@cache
+def why_not_fused() -> str | None:
+    """Why CUDA tensors take the plain formula, or None where they take the fused kernels."""
+    if not has_triton():
+        return "Triton is not installed"
+    x = torch.ones(1, 16, device="cuda")
+    try:
+        triton_dropout_add_norm(x, x, x[0], x[0], p=0.0, eps=1e-5)
+    except Exception as error:  # a missing C compiler, headers or driver: each has its own class
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"Triton cannot compile: {first_line}"
+    return None
 
 
 def plain_dropout_add_norm(

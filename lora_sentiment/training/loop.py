@@ -129,9 +129,11 @@ def _on_own_stream(device: torch.device) -> Iterator[None]:
     """Put a GPU's work on a stream of its own, after all that it was given before, and before all that follows."""
     own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     own.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(own):
-        yield
-    torch.cuda.current_stream(device).wait_stream(own)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        torch.cuda.current_stream(device).wait_stream(own)
 
 
 class _Loop:
