@@ -37,7 +37,8 @@ def connect(server):
 
 def read(connection):
     """Read one answer: its status, its header, its body; (None, ..) where the server closed without one."""
-    with connection.makefile("rb") as file:
+    # A buffer would take bytes of the next answer along, if that is there already.
+    with connection.makefile("rb", buffering=0) as file:
         try:
             line = file.readline()
         except ConnectionResetError:
@@ -48,7 +49,10 @@ def read(connection):
         while (row := file.readline().decode().strip()) != "":
             name, _, value = row.partition(": ")
             header[name.lower()] = value
-        return int(line.split()[1]), header, file.read(int(header.get("content-length", "0")))
+        body, length = b"", int(header.get("content-length", "0"))
+        while len(body) < length and (more := file.read(length - len(body))):
+            body += more
+        return int(line.split()[1]), header, body
 
 
 def send(connection, data):
