@@ -7,6 +7,7 @@ seed and of the position, so the backward pass draws it again.
 """
 
 from functools import cache
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def why_not_fused() -> str | None:
     x = torch.ones(1, 16, device="cuda")
     try:
         triton_dropout_add_norm(x, x, x[0], x[0], p=0.0, eps=1e-5)
-    except Exception as error:  # a missing C compiler, headers or driver: each has its own class
+    except (RuntimeError, OSError, CalledProcessError) as error:  # no C compiler, no Python.h, no driver
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return f"Triton cannot compile: {first_line}"
     return None

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 
 import pytest
 import torch
@@ -378,3 +379,38 @@ def test_a_new_number_of_tokens_compiles_nothing(gpu):
         counts.append(count_compiled())
     assert counts[0] >= 2
     assert set(counts) == {counts[0]}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler.\nPlease specify"),
+        FileNotFoundError("gcc"),
+        CalledProcessError(1, ["gcc"]),
+    ],
+    ids=str,
+)
+def test_where_triton_cannot_compile_the_reason_is_one_line(error, monkeypatch):
+    def fail(*tensors, **options):
+        raise error
+
+    ones = torch.ones
+    monkeypatch.setattr(fused, "has_triton", lambda: True)
+    monkeypatch.setattr(fused, "triton_dropout_add_norm", fail)
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device: ones(*sizes))
+    fused.why_not_fused.cache_clear()
+    try:
+        reason = fused.why_not_fused()
+    finally:
+        fused.why_not_fused.cache_clear()
+    assert reason.startswith("Triton cannot compile: ")
+    assert "\n" not in reason
+
+
+def test_without_triton_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(fused, "has_triton", lambda: False)
+    fused.why_not_fused.cache_clear()
+    try:
+        assert fused.why_not_fused() == "Triton is not installed"
+    finally:
+        fused.why_not_fused.cache_clear()

@@ -27,7 +27,7 @@ from lora_sentiment.model.inference import (
     predict_logits,
     round_size,
 )
-from lora_sentiment.model.kernels import Adapter, cast_adapters
+from lora_sentiment.model.kernels import Adapter, Linear, cast_adapters, linear
 from tests.model.test_encoder import (
     ALL_LINEARS,
     find_encoder,
@@ -224,36 +224,79 @@ def test_on_a_gpu_bf16_is_close_to_stock_bf16(gpu, name):
     check_short(MODELS[name], gpu)
 
 
+def make_linear(*adapters, outputs=9):
+    """A frozen linear of zeros, so that its output is that of the adapters alone."""
+    return Linear(torch.zeros(outputs, 8), torch.zeros(outputs), adapters)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0, 7 / 3])
 def test_adapters_are_cast_with_their_scale_and_masters_get_fp32_gradients(scale):
     torch.manual_seed(0)
     A, B = torch.randn(3, 8, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     other = torch.randn(2, 8, requires_grad=True), torch.randn(4, 2, requires_grad=True)
-    adapters = [Adapter(A, B, scale, 0, 5), Adapter(*other, 1.0, 5, 9, dropout=0.1)]
-    found = cast_adapters(adapters, torch.bfloat16)
-    assert torch.equal(found[0].A, A.bfloat16())
-    assert torch.equal(found[0].B, (B * scale).bfloat16())
-    assert [each.scale for each in found] == [1.0, 1.0]
-    assert found[1]._replace(A=None, B=None) == Adapter(None, None, 1.0, 5, 9, 0.1)
-    directions = [torch.randn(each.shape).bfloat16() for each in (A, B)]
-    outputs = [found[0].A, found[0].B, found[1].A, found[1].B]
-    zeros = [torch.zeros_like(each) for each in outputs[2:]]
-    torch.autograd.backward(outputs, [*directions, *zeros])
+    plain = make_linear()
+    layer = make_linear(Adapter(A, B, scale, 0, 5), Adapter(*other, 1.0, 5, 9))
+    first, found = cast_adapters([plain, layer], torch.bfloat16)
+    assert first is plain
+    assert torch.equal(found.stack, torch.cat([A, other[0]]).bfloat16())
+    assert torch.equal(found.adapters[0].A, A.bfloat16())
+    assert torch.equal(found.adapters[0].B, (B * scale).bfloat16())
+    assert [(each.scale, each.start, each.stop) for each in found.adapters] == [(1.0, 0, 5), (1.0, 5, 9)]
+    direction = torch.randn(5, 8).bfloat16()
+    up = torch.randn(5, 3).bfloat16()
+    outputs = [found.stack, *(each.B for each in found.adapters)]
+    torch.autograd.backward(outputs, [direction, up, torch.zeros(4, 2).bfloat16()])
     assert A.grad.dtype == B.grad.dtype == torch.float32
-    assert torch.equal(A.grad, directions[0].float())
-    torch.testing.assert_close(B.grad, directions[1].float() * scale, rtol=1e-6, atol=0)
-    assert not other[0].grad.any()
+    assert torch.equal(A.grad, direction[:3].float())
+    assert torch.equal(other[0].grad, direction[3:].float())
+    torch.testing.assert_close(B.grad, up.float() * scale, rtol=1e-6, atol=0)
+    assert not other[1].grad.any()
 
 
 @pytest.mark.parametrize("scale", [2.0, 7 / 3])
 def test_the_scale_of_bf16_adapters_counts_once(scale):
-    """With a frozen base of zeros the output is the adapter's alone."""
     torch.manual_seed(0)
     A, B, x = torch.randn(3, 8), torch.randn(5, 3), torch.randn(4, 8)
-    (found,) = cast_adapters([Adapter(A, B, scale, 0, 5)], torch.bfloat16)
-    y = (x.bfloat16() @ found.A.t() @ found.B.t()).float() * found.scale
+    (found,) = cast_adapters([make_linear(Adapter(A, B, scale, 0, 5), outputs=5)], torch.bfloat16)
+    found = found._replace(weight=found.weight.bfloat16(), bias=found.bias.bfloat16())
+    y = linear(x.bfloat16(), found).float()
     expected = scale * x @ A.t() @ B.t()
     assert (y - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_the_stacked_product_gives_the_values_and_gradients_of_the_adapters_one_by_one():
+    torch.manual_seed(0)
+    tensors = [torch.randn(size).requires_grad_() for size in [(3, 8), (4, 3), (5, 8), (3, 5)]]
+    A1, B1, A2, B2 = tensors
+    weight, bias = torch.randn(9, 8), torch.randn(9)
+    layer = Linear(weight, bias, (Adapter(A1, B1, 1.7, 0, 4), Adapter(A2, B2, 0.3, 6, 9)))
+    x = torch.randn(7, 8, requires_grad=True)
+    expected = linear(x, layer)
+    direction = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, [x, *tensors], direction)
+    (stacked,) = cast_adapters([layer], torch.float32)
+    assert stacked.stack is not None
+    found = linear(x, stacked)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    own = torch.autograd.grad(found, [x, *tensors], direction)
+    for gradient, other in zip(own, gradients, strict=True):
+        assert (gradient - other).norm() <= 1e-5 * other.norm()
+    frozen_input = linear(x.detach(), cast_adapters([layer], torch.float32)[0])
+    torch.autograd.backward(frozen_input, direction)
+    assert (A1.grad - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("case", ["dropout", "trained weight", "trained bias"])
+def test_adapters_that_drop_and_trained_bases_are_not_stacked(case):
+    weight, bias = torch.zeros(9, 8), torch.zeros(9)
+    weight.requires_grad_(case == "trained weight")
+    bias.requires_grad_(case == "trained bias")
+    p = 0.1 if case == "dropout" else 0.0
+    layer = Linear(weight, bias, (Adapter(torch.ones(3, 8), torch.ones(9, 3), 2.0, 0, 9, dropout=p),))
+    (found,) = cast_adapters([layer], torch.bfloat16)
+    assert found.stack is None
+    assert found.adapters[0].dropout == p
+    assert found.adapters[0].scale == 1.0
 
 
 def test_heads_of_a_width_that_a_gpu_does_not_take_are_not_packed():
