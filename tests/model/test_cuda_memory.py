@@ -63,7 +63,7 @@ def make(shape, method, options):
     return model, plan, {"fast": fast, "dtype": dtype, "quantize": quantize}
 
 
-@pytest.mark.parametrize("shape", [DISTILBERT, MINILM], ids=["768", "384"])
+@pytest.mark.parametrize("shape", [DISTILBERT, pytest.param(MINILM, marks=pytest.mark.slow)], ids=["768", "384"])
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 def test_activations_and_peak_are_what_the_code_holds(shape, method, options, monkeypatch):
     model, plan, how = make(shape, method, options)

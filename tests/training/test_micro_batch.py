@@ -242,6 +242,7 @@ def distilbert(monkeypatch):
         targets = ["q_lin", "v_lin"]
         config = LoraConfig(r=8, target_modules=targets, modules_to_save=["pre_classifier", "classifier"])
         model = get_peft_model(model, config)
+    monkeypatch.setattr(encoder, "FAST_DEVICES", ("meta",))
     assert use_fast_encoder(model, compute_dtype=torch.bfloat16) is None
     return model
 
