@@ -61,7 +61,9 @@ class CudaCapture:
     def __call__(self, body: Body) -> Body:
         """Record the kernels that a function launches, and return what launches them again."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+        stream = torch.cuda.current_stream()
+        # Other threads, such as NCCL's, may meanwhile ask the driver for what a capture forbids.
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             body()
         replay: Body = graph.replay
         return replay
