@@ -66,9 +66,9 @@ def run(tmp_path):
     ("arguments", "passed"),
     [
         ([], 1),
-        (["-m", "not gpu"], 2),
+        pytest.param(["-m", "not gpu"], 2, marks=pytest.mark.slow),
         (["-m", "gpu"], 2),
-        (["-m", "gpu and not slow"], 1),
+        pytest.param(["-m", "gpu and not slow"], 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_card_is_seen_by_tests_with_the_marker_alone_and_by_what_they_start(run, arguments, passed):
@@ -76,7 +76,7 @@ def test_the_card_is_seen_by_tests_with_the_marker_alone_and_by_what_they_start(
     assert (done.returncode, f"{passed} passed" in done.stdout) == (0, True), done.stdout
 
 
-@pytest.mark.parametrize("asked", ["gpu or not slow", "not (gpu)"])
+@pytest.mark.parametrize("asked", ["gpu or not slow", pytest.param("not (gpu)", marks=pytest.mark.slow)])
 def test_the_card_and_tests_of_the_cpu_are_not_mixed(run, asked):
     done = run("-m", asked)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

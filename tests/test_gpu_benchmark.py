@@ -365,6 +365,7 @@ def machine(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_gpu_builds_nothing_tests_and_measures_and_loses_no_report(machine):
     flags = "--tests-limit 20 --only memory"
