@@ -73,14 +73,15 @@ class PackPlan:
         raise ValueError(f"{needed} tokens do not fit into {self.sizes[-1]}")
 
 
-def choose_sizes(needed: NDArray[np.int64], *, limit: int = MAX_SIZES) -> tuple[int, ...]:
+def choose_sizes(needed: NDArray[np.int64], *, limit: int = MAX_SIZES, multiple: int = 8) -> tuple[int, ...]:
     """Return at most `limit` sizes, ascending, such that rounding up to them adds the fewest tokens in total.
 
     Args:
         needed: How many tokens each array has to hold, shape (num_arrays,).
         limit: Most sizes.
+        multiple: What each size is a multiple of.
     """
-    step = 8 * math.ceil(int(needed.max()) / (8 * CANDIDATES))
+    step = multiple * math.ceil(int(needed.max()) / (multiple * CANDIDATES))
     values, counts = np.unique(-(-needed // step) * step, return_counts=True)
     # Dynamic programming: best[j] is the fewest tokens for the arrays of the first j values.
     below = np.concatenate([[0], np.cumsum(counts)])

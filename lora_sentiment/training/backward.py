@@ -1,5 +1,6 @@
 """Gradients of one micro-batch: of padded rows, or of packed rows, which a GPU replays as CUDA graphs."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -63,12 +64,26 @@ class PaddedBackward:
         self.lengths = lengths
 
     def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
-        """Cut rows into micro-batches of at most `max_tokens` tokens, padding included."""
-        return cut(index, self.encoded.lengths, max_tokens=max_tokens)
+        """Cut rows into micro-batches of at most `max_tokens` tokens, padding included.
+
+        Where lengths are few, so are the numbers of rows: a step is cut into equal parts.
+        """
+        if self.lengths is None:
+            return cut(index, self.encoded.lengths, max_tokens=max_tokens)
+        longest_first = index[np.argsort(-self.encoded.lengths[index], kind="stable")]
+        if not len(index):
+            return []
+        fitting = max(1, max_tokens // self._padded_length(longest_first))
+        return np.array_split(longest_first, math.ceil(len(index) / fitting))
+
+    def _padded_length(self, part: NDArray[np.int64]) -> int:
+        """Return the length that the rows of a micro-batch are padded to."""
+        longest = int(self.encoded.lengths[part].max())
+        return next((length for length in self.lengths or () if length >= longest), longest)
 
     def count_tokens(self, part: NDArray[np.int64]) -> int:
         """Count the tokens of a micro-batch, padding included."""
-        return len(part) * int(self.encoded.lengths[part].max())
+        return len(part) * self._padded_length(part)
 
     def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
         """Add the gradients of a micro-batch to the parameters' own, and return its loss."""

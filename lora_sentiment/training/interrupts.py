@@ -11,8 +11,15 @@ import torch
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_SECONDS = 1.0
 """Signals this close are one: a terminal's Ctrl-C reaches every process, and a launcher passes it on once more."""
-_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "MPS backend out of memory")
-"""How torch's allocators word it: on the CPU on Linux and macOS, and on Windows; on Apple's GPU."""
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""How it is worded: by torch's allocators on the CPU on Linux and macOS, on Windows and on Apple's GPU; by CUDA's
+driver, such as where a graph is made; by cuBLAS."""
 
 
 class StopSignals:

@@ -216,7 +216,7 @@ class _Loop:
                     )
                 ]
                 most = int(self.lengths.max())
-                lengths = choose_sizes(np.array([*longest, most]))
+                lengths = choose_sizes(np.array([*longest, most]), multiple=1)
                 # Rounded up it may be more than the base has positions.
                 lengths = (*lengths[:-1], most)
             return PaddedBackward(

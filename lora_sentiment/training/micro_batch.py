@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lora_sentiment.errors import TrainingError
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.model.inference import compute_packed, packs_rows
 from lora_sentiment.model.parameters import inference_tokens
+from lora_sentiment.training.interrupts import is_out_of_memory
 
 log = logging.getLogger("lora_sentiment")
 
@@ -105,18 +107,31 @@ def measure_micro_batch(model: nn.Module, *, accelerator: Accelerator, max_lengt
         accelerator: Says device and precision.
         max_length: Most tokens of a row.
         batch_size: Rows of a step on this process.
+
+    Raises:
+        TrainingError: If a pass does not fit into memory.
     """
     device = accelerator.device
     few, many = 1, max(2, min(8, batch_size))
     was_training = model.training
-    with torch.random.fork_rng(devices=[device]):
-        model.train()
-        _peak(model, accelerator, few, max_length)  # libraries take memory of their own in a first pass
-        peaks = [_peak(model, accelerator, rows, max_length) for rows in (few, many)]
-        model.eval()
-        rows = max(1, inference_tokens(device.type) // max_length)
-        with torch.inference_mode():
-            evaluation = _peak(model, accelerator, rows, max_length)
+    try:
+        with torch.random.fork_rng(devices=[device]):
+            model.train()
+            _peak(model, accelerator, few, max_length)  # libraries take memory of their own in a first pass
+            peaks = [_peak(model, accelerator, rows, max_length) for rows in (few, many)]
+            model.eval()
+            rows = max(1, inference_tokens(device.type) // max_length)
+            with torch.inference_mode():
+                evaluation = _peak(model, accelerator, rows, max_length)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"memory of the GPU ran out while the bytes of a token were measured, with at most {many} rows of "
+            f"{max_length} tokens and an evaluation of {inference_tokens(device.type):,} tokens; set "
+            "train.max_tokens_per_micro_batch yourself, lower model.max_length, or free memory: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     model.train(was_training)
     per_token = (peaks[1] - peaks[0]) / ((many - few) * max_length)
     fixed = max(0.0, peaks[0] - per_token * few * max_length)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from lora_sentiment.data.packing import (
     pack_rows,
     plan_packing,
 )
+from lora_sentiment.training.backward import PaddedBackward
 
 PAD = 0
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=120).map(lambda found: np.array(found, dtype=np.int64))
@@ -270,3 +272,28 @@ def test_real_data_take_twenty_shapes_and_little_padding(name, real_lengths):
         assert max(map(len, cuts)) <= 4  # as on a card that holds a third of the largest step
         padded = sum(size for _, size in shapes)
         assert padded / lengths.sum() - 1 <= most_padding
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("max_tokens", [10**6, 5461, 4096])
+@pytest.mark.parametrize("name", DATA)
+def test_padded_rows_take_few_shapes_within_the_limit_however_a_step_is_cut(name, max_tokens, real_lengths):
+    lengths = real_lengths[name]
+    _, _, most_padding = DATA[name]
+    steps = plan_epoch(lengths, batch_size=32, seed=42, epoch=0)
+    longest = [*(int(lengths[step].max()) for step in steps), int(lengths.max())]
+    backward = object.__new__(PaddedBackward)
+    backward.encoded = SimpleNamespace(lengths=lengths)
+    backward.lengths = (*choose_sizes(np.array(longest), multiple=1)[:-1], int(lengths.max()))
+    shapes, padded = set(), 0
+    for step in steps:
+        parts = backward.cut(step, max_tokens=max_tokens)
+        assert sorted(np.concatenate(parts)) == sorted(step)
+        for part in parts:
+            tokens = backward.count_tokens(part)
+            assert tokens <= max_tokens
+            shapes.add((len(part), tokens // len(part)))
+            padded += tokens
+    assert len(shapes) <= 40
+    assert len({length for _, length in shapes}) <= 20
+    assert padded / lengths.sum() - 1 <= most_padding

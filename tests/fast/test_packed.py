@@ -362,3 +362,32 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most(num_tokens):
 
 def test_rounded_sizes_are_few():
     assert len({round_size(num_tokens) for num_tokens in range(1, 32_769)}) <= 90
+
+
+def list_dropouts(model):
+    """The dropouts that a packed step draws, by name: what each drops changes the answer."""
+    encoder = find_encoder(model)
+    first, *_, last = encoder.transformer.layer
+    return {
+        "embeddings": encoder.embeddings.dropout,
+        "attention of a block": first.attention.dropout,
+        "feed-forward of a block": first.ffn.dropout,
+        "attention of the last block": last.attention.dropout,
+        "feed-forward of the last block": last.ffn.dropout,
+    }
+
+
+@pytest.mark.parametrize("name", list_dropouts(make_classifier()))
+def test_every_dropout_of_the_model_drops_in_training_and_not_in_answers(name):
+    model = make_classifier().train()
+    assert use_fast_encoder(model, compute_dtype=torch.float32) is None
+    rows = [np.arange(5, 25, dtype=np.int32)] * 3
+
+    def compute():
+        return inference.compute_packed(model, rows, device=CPU, pad_token_id=0).detach()
+
+    plain = compute()
+    list_dropouts(model)[name].p = 0.5
+    assert (compute() - plain).abs().max() > 1e-3
+    model.eval()
+    torch.testing.assert_close(compute(), plain, rtol=0, atol=1e-6)

@@ -35,6 +35,7 @@ from lora_sentiment.training import loop
 from lora_sentiment.training.backward import PackedBackward, PaddedBackward
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.training.interrupts import is_out_of_memory
 from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.optimizer import GraphedUpdate, make_optimizer, make_schedule
 from tests.conftest import toy_rows
@@ -589,3 +590,58 @@ def test_the_groups_hold_numbers_again_when_an_update_fails(monkeypatch):
     with pytest.raises(RuntimeError, match="no"):
         update()
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+
+
+def test_gradients_of_several_processes_are_added_where_a_graph_left_them():
+    parameters = {name: torch.nn.Parameter(torch.zeros(3)) for name in ("one", "two")}
+    gradients = []
+    for parameter in parameters.values():
+        parameter.grad = torch.arange(3.0)
+        gradients.append(parameter.grad)
+    accelerator = SimpleNamespace(num_processes=2, reduce=lambda flat, reduction: 2 * flat)
+    stepping = SimpleNamespace(accelerator=accelerator, parameters=parameters)
+    loss = loop._Loop._reduce(stepping, torch.tensor(5.0))
+    assert loss == 10
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        assert parameter.grad is gradient
+        assert gradient.tolist() == [0, 2, 4]
+
+
+def test_a_packed_step_waits_for_nothing_on_its_device(run, force, monkeypatch):
+    force(capture=lambda body: body)
+    waits, quiet = [], [False]
+    step, read = loop._Loop._step, loop._Loop._read
+
+    def watched(self, *given):
+        quiet[0] = True
+        step(self, *given)
+        quiet[0] = False
+
+    def reading(self):
+        before, quiet[0] = quiet[0], False
+        read(self)
+        quiet[0] = before
+
+    def watch(name, plain):
+        def waiting(tensor, *given, **more):
+            if quiet[0]:
+                waits.append(name)
+            return plain(tensor, *given, **more)
+
+        monkeypatch.setattr(torch.Tensor, name, waiting)
+
+    monkeypatch.setattr(loop._Loop, "_step", watched)
+    monkeypatch.setattr(loop._Loop, "_read", reading)
+    # AdamW on a CPU reads a rate that is a tensor; on a GPU its kernel does.
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__"):
+        watch(name, getattr(torch.Tensor, name))
+    run(class_weights="balanced")
+    assert waits == []
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"]
+)
+def test_other_words_for_memory_that_ran_out_are_known(words):
+    assert is_out_of_memory(RuntimeError(words))

@@ -20,11 +20,13 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from lora_sentiment import train
 from lora_sentiment.data.packing import cut_packed
 from lora_sentiment.data.rows import Rows
+from lora_sentiment.errors import TrainingError
 from lora_sentiment.launch import make_accelerator
 from lora_sentiment.model import encoder
 from lora_sentiment.model.encoder import use_fast_encoder
 from lora_sentiment.recipe import Recipe
 from lora_sentiment.training import micro_batch
+from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.micro_batch import (
     ROUND,
     SHARE,
@@ -306,3 +308,30 @@ def test_a_measured_micro_batch_is_no_setting_that_stops_a_resume(toy_recipe, mo
     recipe = recipe.model_copy(update={"train": values})
     found = [settings_of(recipe, max_tokens=tokens, device=torch.device(device)) for tokens in (4096, 8192)]
     assert (found[0] != found[1]) == decides
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried", "CUDA error: out of memory"])
+def test_memory_that_runs_out_while_it_is_measured_is_one_message(monkeypatch, words):
+    def fail(*given):
+        raise torch.OutOfMemoryError(words)
+
+    monkeypatch.setattr(micro_batch, "_peak", fail)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    accelerator = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(TrainingError, match=r"set train\.max_tokens_per_micro_batch yourself"):
+        micro_batch.measure_micro_batch(torch.nn.Linear(1, 1), accelerator=accelerator, max_length=512, batch_size=32)
+
+
+def test_a_process_measures_its_share_of_a_step(monkeypatch):
+    asked = {}
+
+    def choose(model, **given):
+        asked.update(given)
+        return 1024
+
+    monkeypatch.setattr(train, "choose_max_tokens", choose)
+    monkeypatch.setattr(train, "reset_peak_memory", lambda device: None)
+    recipe = SimpleNamespace(train=TrainConfig(batch_size=30, max_steps=9), model=SimpleNamespace(max_length=128))
+    accelerator = SimpleNamespace(num_processes=4, device=torch.device("cpu"))
+    assert train._measure_max_tokens(recipe, torch.nn.Linear(1, 1), accelerator, 9) == 1024
+    assert (asked["batch_size"], asked["max_length"]) == (8, 128)
