@@ -93,13 +93,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer encoder, saved as DistilBertModel, and its tokenizer."""
+def save_tiny_base(folder: Path) -> Path:
+    """Write a random two-layer encoder, saved as DistilBertModel, and its tokenizer into a new folder."""
     import torch
     from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizerFast
 
-    folder = tmp_path_factory.mktemp("base") / "tiny"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLERS, *"abcdefghijklmnopqrstuvwxyz.,!"]
     words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
@@ -116,6 +114,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DistilBertModel(config).save_pretrained(folder)
     DistilBertTokenizerFast(vocab=vocab, do_lower_case=True, model_max_length=64).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer encoder and its tokenizer."""
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
 def toy_rows(num_rows: int) -> list[tuple[str, str]]:
