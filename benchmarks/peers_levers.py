@@ -79,9 +79,9 @@ LEVERS: dict[str, tuple[tuple[object, str, object], ...]] = {
 """Lever to (module, name, what stands in for it)."""
 
 
-def _takes_none(model: nn.Module) -> bool:
+def _takes_none(model: nn.Module, device: torch.device | None = None) -> bool:
     """No model takes packed rows, so the fast forward pass gets padded ones."""
-    del model
+    del model, device
     return False
 
 
@@ -109,7 +109,7 @@ def _encode_all_tokens(
 
 
 CUDA_LEVERS: dict[str, tuple[tuple[object, str, object], ...]] = {
-    "packed rows": ((loop, "takes_packed_rows", _takes_none),),
+    "packed rows": ((loop, "takes_packed_rows", _takes_none), (loop, "packs_rows", _takes_none)),
     "dropout, residual and norm in one kernel": ((encoder, "dropout_add_norm", fused.plain_dropout_add_norm),),
     "adapters cast and multiplied together": ((encoder, "cast_adapters", _cast_each),),
     "own backward passes": (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.data.batches import Encoded, plan_epoch, shard
+from lora_sentiment.data.batches import Encoded, plan_epoch, shard, take_rows
 from lora_sentiment.data.texts import let_go
 
 MAX_SIZES = 20
@@ -175,8 +175,7 @@ def pack(encoded: Encoded, index: NDArray[np.int64], *, plan: PackPlan) -> Packe
         ValueError: If no size holds them.
     """
     lengths = encoded.lengths[index]
-    starts = encoded.offsets[index]
-    rows = [encoded.input_ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    rows = take_rows(encoded, index)
     size = plan.size_for(int(lengths.sum()), len(index))
     packed = pack_rows(
         rows,

@@ -23,7 +23,7 @@ from lora_sentiment.errors import StoppedError, TrainingError
 from lora_sentiment.evaluation.metrics import METRICS, quick_score
 from lora_sentiment.fast.graphs import GraphRunner
 from lora_sentiment.model.encoder import takes_packed_rows
-from lora_sentiment.model.inference import predict_logits
+from lora_sentiment.model.inference import packs_rows, predict_logits
 from lora_sentiment.model.method_config import Method
 from lora_sentiment.model.methods import after_step, is_settled, learning_rate_ratios, penalty, trainable_tensors
 from lora_sentiment.progress import make_bar
@@ -247,7 +247,7 @@ class _Loop:
         )
 
     def _packs_rows(self) -> bool:
-        return self.accelerator.device.type == "cuda" and takes_packed_rows(self.model)
+        return packs_rows(self.model, self.accelerator.device)
 
     def _run(self) -> History:
         self._resume()
