@@ -206,7 +206,7 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
         "frozen_sha256": frozen_sha256,
         "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
     }
-    # What was measured on a GPU is kept by the checkpoint itself: other free memory must not stop a resume.
+    # A cut that was measured on a GPU is no setting. The checkpoint keeps it: other free memory must not stop a resume.
     measured = next(setup.model.parameters()).device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None
     machine = describe_machine(setup.dtype, max_tokens=None if measured else setup.max_tokens)
     config: Any = setup.base.model.config

@@ -17,11 +17,11 @@ from lora_sentiment.data.texts import let_go
 MAX_SIZES = 20
 """Most sizes of a run."""
 CANDIDATES = 256
-"""Values among which sizes are chosen: enough that rounding adds 0.4 % at most to the largest step."""
+"""Sizes are chosen among this many values. Rounding to them adds at most 0.4 % to the largest step."""
 PLANNED_EPOCHS = 3
 """Epochs whose steps are looked at when sizes are chosen."""
 NO_LABEL = -100
-"""Label of a row that is not there; torch's `cross_entropy` ignores it."""
+"""Label of a missing row. torch's `cross_entropy` ignores it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Copies from the host to a GPU that the host does not wait for."""
+"""Asynchronous copies from the host to a GPU."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NUM_BUFFERS = 16
-"""Copies that may be under way: more than a GPU is ever behind by, and few enough to be small."""
+"""Copies that may be under way at once. Each buffer holds one micro-batch, about 130 KB for 16,384 tokens."""
 
 
 class HostBuffers:
-    """Memory of the host from which a GPU copies, used in turn.
+    """Pinned host memory that is used in turn for copies to a GPU.
 
     A copy from plain memory waits for all that the GPU was given before, and so may pinning memory anew. These buffers
     are pinned once. One is written again only when the copy from it is done.

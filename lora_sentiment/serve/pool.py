@@ -176,7 +176,7 @@ class Pool:
         return [logits[row] for row in range(len(served))]
 
     def warm_up(self, *, batch_tokens: int) -> None:
-        """Let every adapter answer texts of a few sizes on a GPU, so that the first request waits for nothing else.
+        """Answer texts of a few sizes with every adapter on a GPU, so that the first request finds all kernels loaded.
 
         The first answer of a thread there compiles kernels, loads libraries and takes memory. On a CPU the check of
         each adapter has done all that is done once, so nothing happens.

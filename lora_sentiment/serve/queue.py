@@ -115,7 +115,7 @@ class Queue:
             self._forget(asked)
 
     def work_first(self, work: Callable[[], None]) -> None:
-        """Do something in the thread that computes, and wait for it; to be called before `run`."""
+        """Run a function in the compute thread and wait for it. Call this before `run`."""
         self._thread.submit(work_in_thread, work).result()
 
     async def run(self) -> None:

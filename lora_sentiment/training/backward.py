@@ -1,4 +1,4 @@
-"""Gradients of one micro-batch: of padded rows, or of packed rows, which a GPU replays as CUDA graphs."""
+"""Gradients of one micro-batch. Rows are padded, or packed and replayed as CUDA graphs."""
 
 import math
 from collections.abc import Callable
@@ -182,7 +182,7 @@ class PackedBackward:
         return found
 
     def _fill(self, packed: Packed, total: float) -> _Inputs:
-        """Copy a micro-batch to the place on the device from which its size is computed."""
+        """Copy a micro-batch to the static input of its size."""
         fields = [
             packed.input_ids,
             packed.position_ids,

@@ -18,11 +18,11 @@ from lora_sentiment.training.interrupts import is_out_of_memory
 log = logging.getLogger("lora_sentiment")
 
 SHARE = 0.92
-"""Share of the free memory that is planned with: the allocator rounds, and cannot use every gap."""
+"""Share of the free memory that a run uses. The allocator rounds sizes and leaves gaps."""
 ROUND = 1024
-"""A cut that memory decides is a multiple of this, so that a little more or less memory does not change it."""
+"""A cut that memory limits is a multiple of this number of tokens. A small change of memory does not change it."""
 TRAINED_BYTES = 16
-"""Bytes of a trained parameter beside itself: gradient, two moments, and the copy of the best value, in fp32."""
+"""Bytes that a trained parameter needs beside its value: gradient, two moments and the best copy, in fp32."""
 
 
 @dataclass(frozen=True)
