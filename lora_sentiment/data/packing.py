@@ -1,7 +1,7 @@
 """Pack rows one after another without padding, into arrays of few sizes. Importing this imports no torch.
 
-A GPU pays for each new shape: memory is laid out anew, and a CUDA graph is captured. So a run uses at most `MAX_SIZES`
-sizes, which are chosen from the run's own steps.
+Each new size costs time on a GPU: a CUDA graph is captured for it. So a run uses at most `MAX_SIZES` sizes. They are
+chosen from the run's own steps.
 """
 
 import math
