@@ -47,6 +47,7 @@ $(READY): pyproject.toml constraints.txt | $(VENV)/bin/python
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(READY)
 	$(BIN)/mypy

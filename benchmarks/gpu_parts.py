@@ -30,17 +30,17 @@ from peers_slice import Job, Stopwatch, Variant, find_device, now, save_classifi
 from transformers import DistilBertConfig, DistilBertForMaskedLM, pipeline
 
 from lora_sentiment.classifier import load
+from lora_sentiment.commands.estimate import plan_recipe
+from lora_sentiment.commands.probe import as_it_ran, run_probe
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.rows import load_data
-from lora_sentiment.estimate import plan_recipe
-from lora_sentiment.model.base import load_tokenizer
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.engine import compute_logits
-from lora_sentiment.model.memory import estimate_memory
-from lora_sentiment.probe import as_it_ran, run_probe
-from lora_sentiment.recipe import Recipe
-from lora_sentiment.report import peak_memory, reset_peak_memory
-from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.models.engine import compute_logits
+from lora_sentiment.models.load import load_tokenizer
+from lora_sentiment.models.memory import estimate_memory
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.training.report import peak_memory, reset_peak_memory
 
 ROOT = Path(__file__).parents[1]
 GRACE = 20

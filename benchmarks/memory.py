@@ -23,10 +23,10 @@ from typing import Any
 
 from journal import Journal
 
-from lora_sentiment.estimate import estimate
-from lora_sentiment.model.memory import Memory
-from lora_sentiment.probe import probe
-from lora_sentiment.recipe import Recipe
+from lora_sentiment.commands.estimate import estimate
+from lora_sentiment.commands.probe import probe
+from lora_sentiment.models.memory import Memory
+from lora_sentiment.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, dict[str, int]] = {"minilm": {"dim": 384, "hidden_dim": 1536}, "distilbert-base": {}}

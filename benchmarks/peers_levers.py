@@ -1,7 +1,7 @@
 """What makes ours fast, each part with what stands in for it when benchmarks/peers.py --ablation turns it off.
 
 Nothing here is an option of the package: a slice's process replaces names in its modules before it trains. Every
-replacement computes the same, `tests/test_peers.py` holds it.
+replacement computes the same, `tests/benchmarks/test_peers.py` holds it.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,8 @@ from torch import Size, Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import mm_flop, sdpa_flop
 
-from lora_sentiment.fast import fused
-from lora_sentiment.model import encoder, kernels
-from lora_sentiment.model.kernels import Linear
+from lora_sentiment.fast import encoder, fused, kernels
+from lora_sentiment.fast.kernels import Linear
 from lora_sentiment.training import loop
 
 Forward = encoder.FastForward

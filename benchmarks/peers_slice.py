@@ -35,17 +35,17 @@ from transformers import (
 from lora_sentiment.classifier import load
 from lora_sentiment.data import packing
 from lora_sentiment.data.batches import Encoded, cut
-from lora_sentiment.launch import join_launch, make_accelerator
-from lora_sentiment.model.base import load_base, resolve_dtype
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.encoder import use_fast_encoder, use_stock_encoder
-from lora_sentiment.model.method_config import LoraMethod
-from lora_sentiment.model.methods import make_trainable
-from lora_sentiment.model.parameters import micro_batch_tokens
-from lora_sentiment.report import peak_memory, reset_peak_memory
+from lora_sentiment.fast.encoder import use_fast_encoder, use_stock_encoder
+from lora_sentiment.models.load import load_base, resolve_dtype
+from lora_sentiment.models.parameters import micro_batch_tokens
+from lora_sentiment.models.wrap import make_trainable
+from lora_sentiment.recipe.method import LoraMethod
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.train import TrainConfig
 from lora_sentiment.training import loop
-from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.micro_batch import choose_max_tokens
+from lora_sentiment.training.processes import join_launch, make_accelerator
+from lora_sentiment.training.report import peak_memory, reset_peak_memory
 
 RANK, ALPHA, RATE = 8, 16, 5e-4
 TARGETS = ["q_lin", "v_lin"]

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from lora_sentiment.errors import LoraSentimentError
-from lora_sentiment.recipe import Recipe
+from lora_sentiment.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 EVAL_STEPS = 50
@@ -116,8 +116,8 @@ def run_trainer(recipe: Recipe, clock: Clock, folder: Path, variant: str) -> int
 
     from lora_sentiment.data.batches import TextEncoder
     from lora_sentiment.data.rows import load_data
-    from lora_sentiment.model.base import resolve_dtype
-    from lora_sentiment.model.method_config import LoraMethod
+    from lora_sentiment.models.load import resolve_dtype
+    from lora_sentiment.recipe.method import LoraMethod
     from lora_sentiment.training.optimizer import count_steps
 
     data, method, settings = load_data(recipe.data), recipe.method, recipe.train

@@ -24,9 +24,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from lora_sentiment.classifier import Classifier
+from lora_sentiment.commands.predict import predict_file
 from lora_sentiment.data.batches import TextEncoder
-from lora_sentiment.model.engine import Engine
-from lora_sentiment.predict import predict_file
+from lora_sentiment.models.engine import Engine
 
 WORDS = [f"word{number}" for number in range(5000)]
 

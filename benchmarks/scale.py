@@ -89,8 +89,8 @@ def make_table(path: Path, num_rows: int, num_words: int) -> Path:
 
 def load_tokenizer() -> Any:
     """Return the tokenizer that ships."""
-    from lora_sentiment.model.base import load_tokenizer as load
-    from lora_sentiment.model.config import ModelConfig
+    from lora_sentiment.models.load import load_tokenizer as load
+    from lora_sentiment.recipe.model import ModelConfig
 
     return load(ModelConfig(name="bundled"))
 
@@ -98,9 +98,9 @@ def load_tokenizer() -> Any:
 def walk(path: Path) -> dict[str, Any]:
     """Take a table from its file to padded micro-batches; return seconds and peak memory."""
     from lora_sentiment.data.batches import TextEncoder, cut, pad, plan_epoch
-    from lora_sentiment.data.config import DataConfig
     from lora_sentiment.data.report import describe_seen
     from lora_sentiment.data.rows import load_data
+    from lora_sentiment.recipe.data import DataConfig
     from lora_sentiment.train import train  # noqa: F401 - the memory is a run's, with all that it imports
 
     logging.getLogger("lora_sentiment").setLevel(logging.WARNING)

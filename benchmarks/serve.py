@@ -34,9 +34,9 @@ from lora_sentiment import bundled
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import load
 from lora_sentiment.data.batches import Encoded, cut, pad
-from lora_sentiment.model.engine import compute_logits
-from lora_sentiment.model.method_config import LoraMethod
-from lora_sentiment.model.parameters import inference_tokens
+from lora_sentiment.models.engine import compute_logits
+from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.serve.pool import Pool, load_pool
 
 ROOT = Path(__file__).parents[1]

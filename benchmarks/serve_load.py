@@ -30,7 +30,7 @@ import numpy as np
 
 from lora_sentiment import bundled
 from lora_sentiment.classifier import load
-from lora_sentiment.model.method_config import LoraMethod
+from lora_sentiment.recipe.method import LoraMethod
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

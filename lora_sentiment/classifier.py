@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from lora_sentiment.adapter.merge_record import Stamp, check_stamp, read_stamp
 from lora_sentiment.adapter.onnx import PLAIN, open_session
-from lora_sentiment.adapter.reading import (
+from lora_sentiment.adapter.safe_files import (
     MAX_TOKENIZER_BYTES,
     check_model,
     find_file,
@@ -28,13 +29,12 @@ from lora_sentiment.adapter.reading import (
     read_labels,
     read_object,
 )
-from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp
 from lora_sentiment.data.batches import TOKENISE_ROWS, Encoded, TextEncoder
 from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.errors import AdapterError, DataError, ModelError
-from lora_sentiment.evaluation.probabilities import softmax
 from lora_sentiment.files import hash_file
-from lora_sentiment.model.engine import Engine, compute_logits
+from lora_sentiment.models.engine import Engine, compute_logits
+from lora_sentiment.tasks.probabilities import softmax
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +211,7 @@ def _refuse(path: Path, what: str, **options: object) -> None:
 
 def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     from lora_sentiment.adapter.folder import load as load_folder
-    from lora_sentiment.launch import join_launch
+    from lora_sentiment.training.processes import join_launch
 
     device = join_launch().device
     loaded = load_folder(path, base=base, device=device)
@@ -227,9 +227,9 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
 
 
 def _load_whole(path: Path, labels: Sequence[str] | None, max_length: int | None, dtype: str) -> Classifier:
-    from lora_sentiment.launch import join_launch
-    from lora_sentiment.model.base import load_base
-    from lora_sentiment.model.config import ModelConfig
+    from lora_sentiment.models.load import load_base
+    from lora_sentiment.recipe.model import ModelConfig
+    from lora_sentiment.training.processes import join_launch
 
     stamp = read_stamp(path)
     if stamp:
@@ -276,9 +276,9 @@ def _load_stock_peft(
     from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
     from lora_sentiment.adapter.weights import PEFT_WEIGHTS, rebuild_stock
     from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
-    from lora_sentiment.launch import join_launch
-    from lora_sentiment.model.base import load_base
-    from lora_sentiment.model.config import ModelConfig
+    from lora_sentiment.models.load import load_base
+    from lora_sentiment.recipe.model import ModelConfig
+    from lora_sentiment.training.processes import join_launch
 
     if labels is None:
         raise ModelError(
@@ -347,9 +347,9 @@ def prepare_engine(model: "nn.Module", dtype_name: str, device: "torch.device") 
     Raises:
         ModelError: If there is no dtype of that name.
     """
-    from lora_sentiment.model.base import cast_frozen, resolve_dtype
-    from lora_sentiment.model.encoder import use_fast_encoder
-    from lora_sentiment.model.inference import make_engine
+    from lora_sentiment.fast.encoder import use_fast_encoder
+    from lora_sentiment.models.inference import make_engine
+    from lora_sentiment.models.load import cast_frozen, resolve_dtype
 
     dtype = resolve_dtype(dtype_name, device)
     model = cast_frozen(model, dtype=dtype, device=device).eval()

@@ -12,22 +12,20 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from lora_sentiment.data.config import report_roles
-from lora_sentiment.errors import LoraSentimentError, RecipeError, StoppedError, TrainingError
-from lora_sentiment.model.parameters import show_parameters
-from lora_sentiment.recipe import Recipe, make_schema
-from lora_sentiment.serve.config import make_config, show_limits
-from lora_sentiment.terminal import (
+from lora_sentiment.commands.terminal import (
     answer_lines,
     answer_table,
     explain_lines,
-    is_main,
     refuse_combinations,
-    serve_adapters,
     show_compared,
     show_scores,
-    show_table,
 )
+from lora_sentiment.console import is_main, show_table
+from lora_sentiment.errors import LoraSentimentError, ModelError, RecipeError, StoppedError, TrainingError
+from lora_sentiment.models.parameters import show_parameters
+from lora_sentiment.recipe.data import report_roles
+from lora_sentiment.recipe.recipe import Recipe, make_schema
+from lora_sentiment.serve.config import make_config, show_limits
 
 app = typer.Typer(
     name="lora-sentiment",
@@ -95,7 +93,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score an adapter, rebuilt from its folder alone, its base checked by hash."""
-    from lora_sentiment.evaluate import evaluate as run_evaluate
+    from lora_sentiment.commands.evaluate import evaluate as run_evaluate
 
     found = run_evaluate(adapter, source=source, split=split, base=base, dtype=dtype)
     if not is_main():
@@ -243,7 +241,12 @@ def serve(
     """Answer over HTTP with any number of adapters on one base, and show a page, until told to stop."""
     where: dict[str, Any] = {"host": host, "port": port, "access_log": access_log, "base": base, "dtype": dtype}
     key: dict[str, Any] = {"api_key_file": api_key_file, "no_api_key": no_api_key}
-    serve_adapters(make_config(limit or [], adapters=tuple(adapters or ()), watch=watch, **where, **key))
+    config = make_config(limit or [], adapters=tuple(adapters or ()), watch=watch, **where, **key)
+    try:
+        from lora_sentiment.serve.run import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ModelError(f"serve needs an extra ({error}): pip install 'lora_sentiment[serve]'") from error
+    run_server(config, announce=typer.echo)
 
 
 @app.command()
@@ -255,7 +258,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Send a folder to the Hub, after checking its hashes and that nothing else lies in it."""
-    from lora_sentiment.push import push as run_push
+    from lora_sentiment.commands.push import push as run_push
 
     done = run_push(folder, name, private=private, dry_run=dry_run)
     if as_json:
@@ -281,7 +284,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json 
 def data(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Read a recipe's rows, judged ones too, and show balance, lengths, duplicates, bad rows, and what leaks."""
     loaded = Recipe.load(recipe, overrides or ())
-    from lora_sentiment.survey import survey
+    from lora_sentiment.commands.data import survey
 
     found = survey(loaded)
     if is_main():
@@ -302,7 +305,7 @@ def compare(
     No weights and no data are read. A recipe's own output folder is looked at; the first row is what the others are
     paired with, on the rows that both were judged on.
     """
-    from lora_sentiment import compare as comparison
+    from lora_sentiment.commands import compare as comparison
 
     rows = comparison.compare(paths)
     if plot:
@@ -326,13 +329,13 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Estimate a recipe's memory by length, and the largest micro-batch that fits a budget, without weights or data."""
-    from lora_sentiment import estimate as estimation
+    from lora_sentiment.commands import estimate as estimation
 
     loaded = Recipe.load(recipe, overrides or ())
     found = estimation.estimate(loaded, budget=estimation.parse_bytes(budget) if budget else None)
     probed = None
     if probe:
-        from lora_sentiment.probe import probe as run_probe
+        from lora_sentiment.commands.probe import probe as run_probe
 
         probed = run_probe(loaded)
     if as_json:
@@ -358,7 +361,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Run every combination of some values one after another, choose on validation, and say how to train the best."""
-    from lora_sentiment import sweep as sweeping
+    from lora_sentiment.commands import sweep as sweeping
 
     done = sweeping.sweep(recipe, assignments)
     if as_json:
@@ -376,7 +379,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Show versions, processor, memory, devices, Hub, and every known trap that this machine shows."""
-    from lora_sentiment.doctor import examine
+    from lora_sentiment.commands.doctor import examine
 
     found = examine(hub=hub)
     typer.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.to_lines()))

@@ -11,6 +11,9 @@
 A message says what was found, where, what is allowed and what to do. The command line shows it without a traceback.
 """
 
+from difflib import get_close_matches
+from reprlib import Repr
+
 
 class LoraSentimentError(Exception):
     """The root of every error that this package raises on purpose."""
@@ -38,3 +41,19 @@ class StoppedError(TrainingError):
 
 class AdapterError(LoraSentimentError):
     """A saved adapter folder is incomplete, altered or made for another base."""
+
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxlevel = 3
+
+
+def show(found: object) -> str:
+    """Return the repr of what was found, cut in the middle where it is long, without making all of it first."""
+    return _REPR.repr(found)
+
+
+def did_you_mean(found: str, allowed: list[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the closest allowed name, or an empty string."""
+    close = get_close_matches(found, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
+from lora_sentiment.errors import did_you_mean
 from lora_sentiment.hub import TIMEOUT, ask_hub, without_login
-from lora_sentiment.section import did_you_mean
 
 Kind = Literal["model", "dataset"]
 _FILES = {"model": "config.json", "dataset": "README.md"}

@@ -26,32 +26,38 @@ from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
 from lora_sentiment.errors import DataError, ModelError, TrainingError
-from lora_sentiment.evaluation.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated
-from lora_sentiment.evaluation.metrics import confusion_matrix
 from lora_sentiment.evaluation.statistics import Interval, show_interval
+from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
 from lora_sentiment.fast.fused import why_not_fused
 from lora_sentiment.files import write_json
-from lora_sentiment.launch import describe_machine, explain_loss, join_launch, make_accelerator, refuse_differences
-from lora_sentiment.model.base import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
-from lora_sentiment.model.encoder import checkpoint_activations, use_fast_encoder
-from lora_sentiment.model.inference import predict_logits
-from lora_sentiment.model.memory import Plan
-from lora_sentiment.model.method_config import PeftMethod
-from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
-from lora_sentiment.model.parameters import ParameterCounts, count_parameters, inference_tokens, micro_batch_tokens
-from lora_sentiment.model.quantisation import Cut, Quantisation, measure_quantisation
-from lora_sentiment.offline import settle
-from lora_sentiment.plots import plot_confusion, plot_training
-from lora_sentiment.recipe import Recipe
-from lora_sentiment.report import make_report, peak_memory, reset_peak_memory
-from lora_sentiment.run_folder import claim, drop_checkpoints, explain_full_disk, make_aside, make_settings
+from lora_sentiment.models.inference import predict_logits
+from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
+from lora_sentiment.models.memory import Plan
+from lora_sentiment.models.parameters import ParameterCounts, count_parameters, inference_tokens, micro_batch_tokens
+from lora_sentiment.models.quantisation import Cut, Quantisation, measure_quantisation
+from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
+from lora_sentiment.recipe.method import PeftMethod
+from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated
+from lora_sentiment.tasks.losses import make_class_weights
+from lora_sentiment.tasks.metrics import confusion_matrix
 from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History
 from lora_sentiment.training.loop import fit, why_not_graphs
-from lora_sentiment.training.losses import make_class_weights
 from lora_sentiment.training.micro_batch import choose_max_tokens
+from lora_sentiment.training.offline import settle
 from lora_sentiment.training.optimizer import count_steps
+from lora_sentiment.training.plots import plot_confusion, plot_training
+from lora_sentiment.training.processes import (
+    describe_machine,
+    explain_loss,
+    join_launch,
+    make_accelerator,
+    refuse_differences,
+)
+from lora_sentiment.training.report import make_report, peak_memory, reset_peak_memory
+from lora_sentiment.training.run_folder import claim, drop_checkpoints, explain_full_disk, make_aside, make_settings
 
 log = logging.getLogger("lora_sentiment")
 

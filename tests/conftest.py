@@ -178,7 +178,7 @@ output: {{dir: {toy}/adapter}}
 @pytest.fixture(scope="session")
 def toy_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """An adapter that tells the toy's good words from its bad ones, at most 16 tokens a text; do not change it."""
-    from lora_sentiment.recipe import Recipe
+    from lora_sentiment.recipe.recipe import Recipe
     from lora_sentiment.train import train
 
     folder = tmp_path_factory.mktemp("toy_adapter")

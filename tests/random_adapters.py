@@ -3,10 +3,10 @@
 import torch
 
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, save
-from lora_sentiment.data.config import DataConfig
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.methods import head_layers, make_trainable, trainable_tensors
+from lora_sentiment.models.load import load_base
+from lora_sentiment.models.wrap import head_layers, make_trainable, trainable_tensors
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.model import ModelConfig
 
 PROBE = [[2, 7, 9, 3], [2, 5, 3], [2, 20, 21, 22, 23, 24, 3]]
 

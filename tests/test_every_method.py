@@ -13,18 +13,18 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, save
 from lora_sentiment.data.batches import TextEncoder
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import ModelError
-from lora_sentiment.launch import make_accelerator
-from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.file_size import saved_tensors
-from lora_sentiment.model.method_config import Method, PeftMethod
-from lora_sentiment.model.methods import frozen_tensors, make_head_dense, make_trainable, trainable_tensors
-from lora_sentiment.model.parameters import count_parameters
-from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.models.file_size import saved_tensors
+from lora_sentiment.models.load import encoder_tensors, hash_tensors, load_base
+from lora_sentiment.models.parameters import count_parameters
+from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, trainable_tensors
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.method import Method, PeftMethod
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.train import TrainConfig
 from lora_sentiment.training.loop import fit
+from lora_sentiment.training.processes import make_accelerator
 from tests.conftest import toy_rows
 
 LABELS = ("negative", "positive")

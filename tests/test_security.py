@@ -17,10 +17,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lora_sentiment import classifier
 from lora_sentiment.adapter.folder import load, load_card
 from lora_sentiment.adapter.peft_file import read_config
-from lora_sentiment.adapter.reading import MAX_JSON_BYTES, read_header, read_json
+from lora_sentiment.adapter.safe_files import MAX_JSON_BYTES, read_header, read_json
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file
-from lora_sentiment.model.method_config import AdaloraMethod, LoraMethod, VeraMethod
+from lora_sentiment.recipe.method import AdaloraMethod, LoraMethod, VeraMethod
 from tests.random_adapters import save_random
 from tests.toy_hub import serve
 
@@ -252,7 +252,7 @@ def test_a_whole_model_with_a_value_that_is_not_finite_is_refused(whole):
 
 
 READ = """
-from lora_sentiment.data.config import DataConfig
+from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.data.rows import load_data
 print(load_data(DataConfig(source="own/reviews")).train.fingerprint)
 """

@@ -16,12 +16,12 @@ from transformers import AutoModel
 
 from lora_sentiment import load as load_classifier
 from lora_sentiment.adapter.folder import compute_probe, load
-from lora_sentiment.data.config import REPORT_BLOCKS
 from lora_sentiment.errors import DataError, ModelError, RecipeError
-from lora_sentiment.evaluation.metrics import score
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.recipe import Recipe
+from lora_sentiment.models.load import load_base
+from lora_sentiment.recipe.data import REPORT_BLOCKS
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks.metrics import score
 from lora_sentiment.train import _choose_engine, train
 
 FILES = {
@@ -306,7 +306,7 @@ def test_an_output_that_cannot_be_made_is_one_message(toy_recipe):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(toy_recipe, monkeypatch):
-    monkeypatch.setattr("lora_sentiment.launch.get_available_trackers", lambda: [])
+    monkeypatch.setattr("lora_sentiment.training.processes.get_available_trackers", lambda: [])
     with pytest.raises(RecipeError, match="tensorboard is not installed"):
         run(toy_recipe, "train.report_to=[tensorboard]")
 

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_sentiment import cli
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import LoraSentimentError
-from lora_sentiment.model.base import load_base
-from lora_sentiment.recipe import Recipe
+from lora_sentiment.models.load import load_base
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.recipe import Recipe
 from tests.toy_hub import serve
 
 RECIPE = "data: {source: rows.csv}\nmodel: {name: BASE, max_length: 16}\n"
@@ -341,9 +341,9 @@ from accelerate import PartialState
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import LoraSentimentError
 from lora_sentiment.hub_answers import explain_refusal
-from lora_sentiment.model.base import load_base
-from lora_sentiment.offline import settle
-from lora_sentiment.recipe import Recipe
+from lora_sentiment.models.load import load_base
+from lora_sentiment.training.offline import settle
+from lora_sentiment.recipe.recipe import Recipe
 found = {"busy": explain_refusal(key="model.name", name="toy/busy", kind="model", revision=None)}
 for name, override in json.load(sys.stdin).items():
     try:

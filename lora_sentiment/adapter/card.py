@@ -7,10 +7,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card
-from lora_sentiment.data.config import report_roles
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.evaluation.statistics import show_interval
-from lora_sentiment.model.parameters import show_parameters
+from lora_sentiment.models.parameters import show_parameters
+from lora_sentiment.recipe.data import report_roles
 
 _HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "auroc": "roc_auc"}
 

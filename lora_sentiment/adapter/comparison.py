@@ -14,7 +14,7 @@ from lora_sentiment.data.rows import Rows, load_data, sample
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import DataError
 from lora_sentiment.hub import ask_or_rely_on_cache
-from lora_sentiment.model.engine import Engine, compute_logits
+from lora_sentiment.models.engine import Engine, compute_logits
 
 log = logging.getLogger("lora_sentiment")
 

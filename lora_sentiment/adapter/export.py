@@ -14,17 +14,17 @@ from lora_sentiment.adapter.exported_card import make_exported_card
 from lora_sentiment.adapter.folder import load_card
 from lora_sentiment.adapter.graph import check_packages, quantise_graph, write_graph
 from lora_sentiment.adapter.merge import TOKENIZER, WEIGHTS, Into, merge, write_aside
+from lora_sentiment.adapter.merge_record import Stamp, check_stamp, read_stamp, write_stamp
 from lora_sentiment.adapter.merged_card import say_reading
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
-from lora_sentiment.adapter.reading import read_labels
-from lora_sentiment.adapter.stamp import Stamp, check_stamp, read_stamp, write_stamp
+from lora_sentiment.adapter.safe_files import read_labels
 from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file
-from lora_sentiment.model.base import Base, load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.engine import Engine
-from lora_sentiment.model.inference import make_engine
+from lora_sentiment.models.engine import Engine
+from lora_sentiment.models.inference import make_engine
+from lora_sentiment.models.load import Base, load_base
+from lora_sentiment.recipe.model import ModelConfig
 
 log = logging.getLogger("lora_sentiment")
 

@@ -1,8 +1,8 @@
 """`README.md` of an exported model: its files, how to use them, how they were checked. Nothing here imports torch."""
 
+from lora_sentiment.adapter.merge_record import Stamp
 from lora_sentiment.adapter.merged_card import make_metadata, say_reading, table_row
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED
-from lora_sentiment.adapter.stamp import Stamp
 
 
 def make_exported_card(name: str, labels: tuple[str, ...], stamp: Stamp) -> str:

@@ -14,19 +14,19 @@ from pydantic import Field, ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from lora_sentiment.adapter.merge_record import check_files
 from lora_sentiment.adapter.peft_file import PEFT_CONFIG
-from lora_sentiment.adapter.reading import first_fault, read_json, read_section
-from lora_sentiment.adapter.stamp import check_files
+from lora_sentiment.adapter.safe_files import first_fault, read_json, read_section
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS, rebuild, save_as_plain_lora, save_weights
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.files import hash_file, take_place, write_json
 from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
-from lora_sentiment.model.base import Base, check_length, hash_tokenizer, load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod
-from lora_sentiment.section import Section
+from lora_sentiment.models.load import Base, check_length, hash_tokenizer, load_base
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.section import Section
 
 SCHEMA = 1
 PROBE_TOLERANCE = 1e-4

@@ -18,15 +18,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_sentiment.adapter.comparison import ask, find_fault, without_reasons
 from lora_sentiment.adapter.folder import Card, Loaded, load, load_card
+from lora_sentiment.adapter.merge_record import SCHEMA, Stamp, read_stamp, write_stamp
 from lora_sentiment.adapter.merged_card import make_merged_card, say_reading
-from lora_sentiment.adapter.stamp import SCHEMA, Stamp, read_stamp, write_stamp
 from lora_sentiment.adapter.weights import rebuild
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, take_place
-from lora_sentiment.model.base import DTYPES, hash_tokenizer, load_base, quiet
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.inference import make_engine
+from lora_sentiment.models.inference import make_engine
+from lora_sentiment.models.load import DTYPES, hash_tokenizer, load_base, quiet
+from lora_sentiment.recipe.model import ModelConfig
 
 log = logging.getLogger("lora_sentiment")
 

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lora_sentiment import bundled
-from lora_sentiment.adapter.stamp import Stamp
+from lora_sentiment.adapter.merge_record import Stamp
 
 
 def make_merged_card(name: str, labels: tuple[str, ...], stamp: Stamp) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, VeraConfig
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from lora_sentiment.adapter.reading import first_fault, read_json
+from lora_sentiment.adapter.safe_files import first_fault, read_json
 from lora_sentiment.errors import AdapterError
 
 PEFT_CONFIG = "adapter_config.json"

@@ -24,14 +24,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_sentiment.adapter.peft_file import PEFT_CONFIG, explain_peft, read_config
-from lora_sentiment.adapter.reading import Header, read_header
+from lora_sentiment.adapter.safe_files import Header, read_header
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import write_json
-from lora_sentiment.model.architecture import HEAD
-from lora_sentiment.model.base import Base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.method_config import LoraMethod, Method, PeftMethod
-from lora_sentiment.model.methods import as_plain_lora, kept_ranks, make_trainable, trainable_tensors
+from lora_sentiment.models.families import HEAD
+from lora_sentiment.models.load import Base
+from lora_sentiment.models.wrap import as_plain_lora, kept_ranks, make_trainable, trainable_tensors
+from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
+from lora_sentiment.recipe.model import ModelConfig
 
 PEFT_WEIGHTS, CHANGED_WEIGHTS = "adapter_model.safetensors", "changed.safetensors"
 _OWN_DTYPES, _STOCK_DTYPES = ("F32",), ("F32", "BF16", "F16")

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from lora_sentiment.console import make_bar
 from lora_sentiment.data.cache import Part, keep_ids
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.data.texts import let_go
-from lora_sentiment.progress import make_bar
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_sentiment.errors import DataError
-from lora_sentiment.section import show
+from lora_sentiment.errors import DataError, show
 
 Batch = dict[str, list[Any]]
 """Rows as whole columns: name to values."""

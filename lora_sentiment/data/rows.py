@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.cleaning import clean_text
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.sources import Source, check_files, find_source, is_on_hub, read_columns
 from lora_sentiment.data.texts import Texts, TextsWriter
-from lora_sentiment.errors import DataError
-from lora_sentiment.section import show
+from lora_sentiment.errors import DataError, show
+from lora_sentiment.recipe.data import DataConfig
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,7 @@ from lora_sentiment.data.lines import (
     tsv_line,
     tsv_rows,
 )
-from lora_sentiment.errors import DataError
-from lora_sentiment.section import did_you_mean
+from lora_sentiment.errors import DataError, did_you_mean
 
 _BUFFER_BYTES = 1 << 16
 # Arrow's own, and those of turning its values into Python's and back: a date after 9999, bytes that are no UTF-8.

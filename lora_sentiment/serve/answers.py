@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_sentiment.commands.explain import find_words, leave_each_out
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.cleaning import clean_text
-from lora_sentiment.evaluation.probabilities import softmax
-from lora_sentiment.explain import find_words, leave_each_out
+from lora_sentiment.serve.batching import STOPPED, Ids, Queue, work_in_thread
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import Prediction, PredictRequest, PredictResponse, RefusalError, Score, TeiRequest
 from lora_sentiment.serve.metrics import Metrics
-from lora_sentiment.serve.queue import STOPPED, Ids, Queue, work_in_thread
+from lora_sentiment.tasks.probabilities import softmax
 
 if TYPE_CHECKING:
     from lora_sentiment.serve.pool import Pool, Served

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
 from lora_sentiment.serve.answers import Answerer
+from lora_sentiment.serve.batching import Queue, work_in_thread
 from lora_sentiment.serve.config import ServeConfig
-from lora_sentiment.serve.guard import CLIENT_GONE, PREDICT, Guard, make_refusal
 from lora_sentiment.serve.messages import (
     MALFORMED,
     STATUSES,
@@ -34,7 +34,7 @@ from lora_sentiment.serve.messages import (
     read_request,
 )
 from lora_sentiment.serve.metrics import CONTENT_TYPE, Metrics
-from lora_sentiment.serve.queue import Queue, work_in_thread
+from lora_sentiment.serve.middleware import CLIENT_GONE, PREDICT, Guard, make_refusal
 
 if TYPE_CHECKING:
     from lora_sentiment.serve.pool import Pool

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
-from lora_sentiment.errors import RecipeError
-from lora_sentiment.section import Section, did_you_mean
+from lora_sentiment.errors import RecipeError, did_you_mean
+from lora_sentiment.recipe.section import Section
 
 MIN_KEY_LENGTH = 16
 """Characters of the shortest key: what is shorter can be guessed over a network."""

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from lora_sentiment.errors import LoraSentimentError
-from lora_sentiment.section import Section, did_you_mean
+from lora_sentiment.errors import LoraSentimentError, did_you_mean
+from lora_sentiment.recipe.section import Section
 from lora_sentiment.serve.config import Limits
 
 ErrorType = Literal[

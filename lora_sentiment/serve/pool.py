@@ -20,20 +20,20 @@ from peft import PeftModel
 from torch import nn
 
 from lora_sentiment.adapter.folder import PROBE_TOLERANCE, Card, Loaded, load, load_card
-from lora_sentiment.adapter.reading import read_header
+from lora_sentiment.adapter.safe_files import read_header
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
 from lora_sentiment.classifier import prepare_engine
 from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad, take_rows
 from lora_sentiment.data.packing import cut_packed
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.launch import join_launch
-from lora_sentiment.model.base import Base, load_base, resolve_dtype
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.encoder import FastForward, has_packable_heads, why_not_on
-from lora_sentiment.model.engine import Engine
-from lora_sentiment.model.parameters import inference_tokens
-from lora_sentiment.serve.mixed import Parts, compute_mixed, compute_mixed_packed, read_parts
-from lora_sentiment.training.interrupts import is_out_of_memory
+from lora_sentiment.fast.encoder import FastForward, has_packable_heads, why_not_on
+from lora_sentiment.fast.mixed import Parts, compute_mixed, compute_mixed_packed, read_parts
+from lora_sentiment.models.engine import Engine
+from lora_sentiment.models.load import Base, load_base, resolve_dtype
+from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.training.processes import join_launch
+from lora_sentiment.training.signals import is_out_of_memory
 
 log = logging.getLogger("lora_sentiment")
 

@@ -22,8 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lora_sentiment.errors import RecipeError
 from lora_sentiment.serve.app import make_app
 from lora_sentiment.serve.config import ServeConfig
-from lora_sentiment.serve.guard import HEADERS
 from lora_sentiment.serve.messages import STATUSES, ErrorResponse, ErrorType
+from lora_sentiment.serve.middleware import HEADERS
 
 if TYPE_CHECKING:
     from lora_sentiment.serve.pool import Pool

@@ -17,23 +17,23 @@ from accelerate.utils.memory import clear_device_cache
 from numpy.typing import NDArray
 from torch import nn
 
+from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import Encoded, plan_epoch, shard
 from lora_sentiment.data.packing import choose_sizes, plan_packing
 from lora_sentiment.errors import StoppedError, TrainingError
-from lora_sentiment.evaluation.metrics import METRICS, quick_score
+from lora_sentiment.fast.encoder import takes_packed_rows
 from lora_sentiment.fast.graphs import GraphRunner
-from lora_sentiment.model.encoder import takes_packed_rows
-from lora_sentiment.model.inference import packs_rows, predict_logits
-from lora_sentiment.model.method_config import Method
-from lora_sentiment.model.methods import after_step, is_settled, learning_rate_ratios, penalty, trainable_tensors
-from lora_sentiment.progress import make_bar
+from lora_sentiment.models.inference import packs_rows, predict_logits
+from lora_sentiment.models.wrap import after_step, is_settled, learning_rate_ratios, penalty, trainable_tensors
+from lora_sentiment.recipe.method import Method
+from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks.losses import loss_sum, make_class_weights, total_weight
+from lora_sentiment.tasks.metrics import METRICS, quick_score
 from lora_sentiment.training.backward import Backward, PackedBackward, PaddedBackward
 from lora_sentiment.training.checkpoint import Checkpoint, Progress, Store, load_checkpoint, save_checkpoint
-from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.history import EvalPoint, History, TrainPoint
-from lora_sentiment.training.interrupts import StopSignals, is_out_of_memory
-from lora_sentiment.training.losses import loss_sum, make_class_weights, total_weight
 from lora_sentiment.training.optimizer import GraphedUpdate, count_steps, make_optimizer, make_schedule
+from lora_sentiment.training.signals import StopSignals, is_out_of_memory
 from lora_sentiment.training.state import put_ranks, put_rng, put_state, take_ranks, take_rng, take_state
 from lora_sentiment.training.trackers import rewind, sync
 

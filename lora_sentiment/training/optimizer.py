@@ -8,7 +8,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from lora_sentiment.fast.graphs import GraphRunner
-from lora_sentiment.training.config import TrainConfig
+from lora_sentiment.recipe.train import TrainConfig
 
 
 def count_steps(num_rows: int, config: TrainConfig) -> int:

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_sentiment.errors import TrainingError
-from lora_sentiment.model.method_config import AdaloraMethod, Method
-from lora_sentiment.model.methods import trainable_tensors
+from lora_sentiment.models.wrap import trainable_tensors
+from lora_sentiment.recipe.method import AdaloraMethod, Method
 from lora_sentiment.training.checkpoint import RNG
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

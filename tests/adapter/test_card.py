@@ -3,8 +3,8 @@ import yaml
 
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.folder import BaseRecord, Card, DataRecord, Probe
-from lora_sentiment.data.config import DataConfig
-from lora_sentiment.model.method_config import LoraMethod
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.method import LoraMethod
 
 REPORT = {
     "test": {

@@ -18,13 +18,13 @@ from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.folder import DataRecord, load_card
 from lora_sentiment.adapter.graph import write_graph
 from lora_sentiment.adapter.merge import merge
+from lora_sentiment.adapter.merge_record import read_stamp, write_stamp
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
-from lora_sentiment.adapter.stamp import read_stamp, write_stamp
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.model.engine import Engine
-from lora_sentiment.model.method_config import LoraMethod
+from lora_sentiment.models.engine import Engine
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.method import LoraMethod
 from tests.conftest import toy_rows, write_csv
 from tests.random_adapters import save_random
 

@@ -10,9 +10,9 @@ from lora_sentiment.adapter import weights as weights_module
 from lora_sentiment.adapter.folder import load, load_card, publish
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import hash_file, write_json
-from lora_sentiment.model import base as base_module
-from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
-from lora_sentiment.model.method_config import FullMethod, LoraMethod
+from lora_sentiment.models import load as base_module
+from lora_sentiment.models.load import encoder_tensors, hash_tensors, load_base
+from lora_sentiment.recipe.method import FullMethod, LoraMethod
 from tests.random_adapters import save_random
 
 LABELS = ("no", "yes", "maybe")

@@ -22,9 +22,8 @@ from lora_sentiment.adapter import folder as folder_module
 from lora_sentiment.adapter.folder import load
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.method_config import (
+from lora_sentiment.models.load import load_base
+from lora_sentiment.recipe.method import (
     AdaloraMethod,
     HeadMethod,
     Ia3Method,
@@ -32,6 +31,7 @@ from lora_sentiment.model.method_config import (
     UnfreezeMethod,
     VeraMethod,
 )
+from lora_sentiment.recipe.model import ModelConfig
 from tests.random_adapters import save_random
 
 LABELS = ("no", "yes", "maybe")

@@ -11,14 +11,14 @@ from transformers import AutoModelForSequenceClassification, DistilBertForSequen
 from lora_sentiment.adapter import merge as merge_module
 from lora_sentiment.adapter.folder import compute_probe, load, load_card
 from lora_sentiment.adapter.merge import merge
+from lora_sentiment.adapter.merge_record import check_files, read_stamp
 from lora_sentiment.adapter.merged_card import make_merged_card
-from lora_sentiment.adapter.stamp import check_files, read_stamp
-from lora_sentiment.data.config import DataConfig
+from lora_sentiment.commands.terminal import show_compared
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import take_place, write_json
-from lora_sentiment.model.base import load_base
-from lora_sentiment.terminal import show_compared
+from lora_sentiment.models.load import load_base
+from lora_sentiment.recipe.data import DataConfig
 from tests.adapter.test_folder import alter_tensors, reseal
 from tests.conftest import toy_rows, write_csv
 from tests.test_every_method import LABELS, PAIRS, make, train, write

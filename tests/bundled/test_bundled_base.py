@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoTokenizer
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import load, load_card
 from lora_sentiment.files import hash_file
-from lora_sentiment.model.base import encoder_tensors, hash_tensors, load_base
-from lora_sentiment.model.config import ModelConfig
+from lora_sentiment.models.load import encoder_tensors, hash_tensors, load_base
+from lora_sentiment.recipe.model import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "adapters/imdb_small"

@@ -3,12 +3,12 @@ import json
 import numpy as np
 import pytest
 
+from lora_sentiment.commands.data import survey
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.report import FIRST, DataReport, Found, describe_role
 from lora_sentiment.data.rows import Counts, Rows
 from lora_sentiment.errors import ModelError
-from lora_sentiment.recipe import Recipe
-from lora_sentiment.survey import survey
+from lora_sentiment.recipe.recipe import Recipe
 from tests.conftest import toy_rows, write_csv
 
 NAMES = ("bad", "good")

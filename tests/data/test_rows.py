@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data import sources
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows, carve, digest_text, load_data, load_judged, load_rows, sample
 from lora_sentiment.data.tables import read_table
 from lora_sentiment.errors import DataError
+from lora_sentiment.recipe.data import DataConfig
 from tests.conftest import toy_rows, write_csv
 
 

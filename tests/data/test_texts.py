@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from lora_sentiment.data import batches
 from lora_sentiment.data.batches import Encoded
-from lora_sentiment.data.config import DataConfig
 from lora_sentiment.data.rows import Rows, load_data
 from lora_sentiment.data.texts import Texts, TextsWriter
 from lora_sentiment.errors import DataError
+from lora_sentiment.recipe.data import DataConfig
 
 
 def write(texts):

@@ -12,19 +12,19 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from lora_sentiment.adapter.folder import compute_probe
 from lora_sentiment.data.batches import Encoded, pad
+from lora_sentiment.fast import kernels
 from lora_sentiment.fast.attention import BACKENDS, attention_backends, packed_attention
-from lora_sentiment.launch import make_accelerator
-from lora_sentiment.model import kernels
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.encoder import use_fast_encoder
-from lora_sentiment.model.inference import make_engine, predict_logits
-from lora_sentiment.model.memory import Plan
-from lora_sentiment.model.method_config import LoraMethod
-from lora_sentiment.model.quantisation import Cut, measure_quantisation
+from lora_sentiment.fast.encoder import use_fast_encoder
+from lora_sentiment.models.inference import make_engine, predict_logits
+from lora_sentiment.models.load import load_base
+from lora_sentiment.models.memory import Plan
+from lora_sentiment.models.quantisation import Cut, measure_quantisation
+from lora_sentiment.recipe.method import LoraMethod
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.tasks.losses import loss_sum
 from lora_sentiment.training import micro_batch
 from lora_sentiment.training.backward import PaddedBackward
-from lora_sentiment.training.losses import loss_sum
+from lora_sentiment.training.processes import make_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

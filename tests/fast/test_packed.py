@@ -6,28 +6,6 @@ import torch
 from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional
-
-from lora_sentiment.data.batches import Encoded, pad
-from lora_sentiment.data.packing import pack_rows
-from lora_sentiment.launch import make_accelerator
-from lora_sentiment.model import inference
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.encoder import (
-    checkpoint_activations,
-    takes_packed_rows,
-    use_fast_encoder,
-    use_stock_encoder,
-)
-from lora_sentiment.model.inference import (
-    compute_packed,
-    make_engine,
-    packs_rows,
-    predict_logits,
-    round_size,
-)
-from lora_sentiment.model.kernels import Adapter, Linear, cast_adapters, linear
 from tests.model.test_encoder import (
     ALL_LINEARS,
     find_encoder,
@@ -38,6 +16,28 @@ from tests.model.test_encoder import (
     make_lora,
     train,
 )
+from torch.nn import functional
+
+from lora_sentiment.data.batches import Encoded, pad
+from lora_sentiment.data.packing import pack_rows
+from lora_sentiment.fast.encoder import (
+    checkpoint_activations,
+    takes_packed_rows,
+    use_fast_encoder,
+    use_stock_encoder,
+)
+from lora_sentiment.fast.kernels import Adapter, Linear, cast_adapters, linear
+from lora_sentiment.models import inference
+from lora_sentiment.models.inference import (
+    compute_packed,
+    make_engine,
+    packs_rows,
+    predict_logits,
+    round_size,
+)
+from lora_sentiment.models.load import load_base
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.training.processes import make_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from lora_sentiment.classifier import Classifier, load
 from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.files import write_json
-from lora_sentiment.model.engine import compute_logits
-from lora_sentiment.recipe import Recipe
+from lora_sentiment.models.engine import compute_logits
+from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
 from tests.conftest import save_tiny_base, toy_rows, write_csv
 

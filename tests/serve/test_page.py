@@ -566,7 +566,7 @@ def our_server(toy_adapter: Path) -> Iterator[str]:
 
 def test_our_own_server_and_the_page_fit_together(our_server, toy_adapter, make_page):
     from lora_sentiment import load
-    from lora_sentiment.explain import explain
+    from lora_sentiment.commands.explain import explain
 
     classifier = load(toy_adapter)
     texts = [f"the {word} film {i}, so it was" for i in range(50) for word in ("lovely", "awful", "")]

@@ -9,8 +9,8 @@ import torch
 from lora_sentiment.classifier import load
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.model.kernels import FUSED_ATTENTION_FROM
-from lora_sentiment.model.method_config import FullMethod, HeadMethod, Ia3Method, LoraMethod
+from lora_sentiment.fast.kernels import FUSED_ATTENTION_FROM
+from lora_sentiment.recipe.method import FullMethod, HeadMethod, Ia3Method, LoraMethod
 from lora_sentiment.serve import pool as pool_module
 from lora_sentiment.serve.pool import load_pool
 from tests.conftest import toy_rows

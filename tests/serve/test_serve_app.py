@@ -13,8 +13,8 @@ from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from lora_sentiment.classifier import Classifier
-from lora_sentiment.explain import explain
-from lora_sentiment.model.engine import Engine
+from lora_sentiment.commands.explain import explain
+from lora_sentiment.models.engine import Engine
 from lora_sentiment.serve.app import EXAMPLES, make_app
 from lora_sentiment.serve.config import Limits, ServeConfig
 from tests.serve.fake_pool import FakePool, answer, make_served

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lora_sentiment.serve.batching import STOPPED, Queue
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import RefusalError
 from lora_sentiment.serve.metrics import Metrics
-from lora_sentiment.serve.queue import STOPPED, Queue
 from tests.serve.fake_pool import FakePool, answer, make_served
 
 ONE, TWO = make_served("one"), make_served("two", "abcde", factor=0.3)
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_with_a_time_and_what_never_fits_without():
 
 def test_the_time_to_wait_follows_the_speed_seen(monkeypatch):
     clock = SimpleNamespace(perf_counter=itertools.count(0, 0.25).__next__)  # a batch is begun, and has ended
-    monkeypatch.setattr("lora_sentiment.serve.queue.time", clock)
+    monkeypatch.setattr("lora_sentiment.serve.batching.time", clock)
 
     async def ask(queue, pool):
         await queue.ask(ONE, [TEXT])  # 1/16 s a token

@@ -29,13 +29,13 @@ from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import StoppedError
 from lora_sentiment.files import hash_file
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.method_config import LoraMethod
-from lora_sentiment.model.methods import make_trainable
+from lora_sentiment.models.load import load_base
+from lora_sentiment.models.wrap import make_trainable
+from lora_sentiment.recipe.method import LoraMethod
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.train import TrainConfig
 from lora_sentiment.training import backward, checkpoint, loop
 from lora_sentiment.training.checkpoint import Store
-from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.optimizer import count_steps
 from lora_sentiment.training.trackers import CsvTracker
 from tests.conftest import free_port, toy_rows

@@ -18,26 +18,26 @@ from torch import nn
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import StoppedError, TrainingError
+from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
 from lora_sentiment.fast.graphs import GraphRunner
-from lora_sentiment.launch import make_accelerator
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.encoder import checkpoint_activations, use_fast_encoder
-from lora_sentiment.model.method_config import (
+from lora_sentiment.models.load import load_base
+from lora_sentiment.models.wrap import make_trainable, trainable_tensors
+from lora_sentiment.recipe.method import (
     FullMethod,
     HeadMethod,
     Ia3Method,
     LoraMethod,
     UnfreezeMethod,
 )
-from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.train import TrainConfig
 from lora_sentiment.training import loop
 from lora_sentiment.training.backward import PackedBackward, PaddedBackward
 from lora_sentiment.training.checkpoint import Store
-from lora_sentiment.training.config import TrainConfig
-from lora_sentiment.training.interrupts import is_out_of_memory
 from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.optimizer import GraphedUpdate, make_optimizer, make_schedule
+from lora_sentiment.training.processes import make_accelerator
+from lora_sentiment.training.signals import is_out_of_memory
 from tests.conftest import toy_rows
 from tests.recorded_graphs import RecordedCapture
 

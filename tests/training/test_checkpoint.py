@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save as pack_tensors
 
 from lora_sentiment.errors import StoppedError, TrainingError
-from lora_sentiment.model.method_config import AdaloraMethod, FullMethod
+from lora_sentiment.recipe.method import AdaloraMethod, FullMethod
 from lora_sentiment.training import checkpoint, loop
 from lora_sentiment.training.checkpoint import (
     MANIFEST,
@@ -522,7 +522,7 @@ def test_handlers_are_put_back_and_a_second_signal_stops_at_once(fit_here, monke
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
         now = time.monotonic()
-        monkeypatch.setattr("lora_sentiment.training.interrupts.time.monotonic", lambda: now + 2)
+        monkeypatch.setattr("lora_sentiment.training.signals.time.monotonic", lambda: now + 2)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("it went on")
 

@@ -9,17 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import RecipeError, TrainingError
-from lora_sentiment.launch import make_accelerator
-from lora_sentiment.model.base import load_base
-from lora_sentiment.model.config import ModelConfig
-from lora_sentiment.model.encoder import use_fast_encoder
-from lora_sentiment.model.method_config import LoraMethod
-from lora_sentiment.model.methods import make_trainable, trainable_tensors
+from lora_sentiment.fast.encoder import use_fast_encoder
+from lora_sentiment.models.load import load_base
+from lora_sentiment.models.wrap import make_trainable, trainable_tensors
+from lora_sentiment.recipe.method import LoraMethod
+from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks.losses import loss_sum
 from lora_sentiment.training import loop
-from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.loop import fit
-from lora_sentiment.training.losses import loss_sum
 from lora_sentiment.training.optimizer import make_optimizer
+from lora_sentiment.training.processes import make_accelerator
 from tests.conftest import toy_rows
 
 CONFIG = ModelConfig(name="any")

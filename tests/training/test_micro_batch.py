@@ -12,6 +12,7 @@ from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tests.model.test_encoder import find_encoder, make_lora
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,12 +22,11 @@ from lora_sentiment import train
 from lora_sentiment.data.packing import cut_packed
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import TrainingError
-from lora_sentiment.launch import make_accelerator
-from lora_sentiment.model import encoder
-from lora_sentiment.model.encoder import use_fast_encoder
-from lora_sentiment.recipe import Recipe
+from lora_sentiment.fast import encoder
+from lora_sentiment.fast.encoder import use_fast_encoder
+from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.recipe.train import TrainConfig
 from lora_sentiment.training import micro_batch
-from lora_sentiment.training.config import TrainConfig
 from lora_sentiment.training.micro_batch import (
     ROUND,
     SHARE,
@@ -36,7 +36,7 @@ from lora_sentiment.training.micro_batch import (
     free_bytes,
     measure_micro_batch,
 )
-from tests.model.test_encoder import find_encoder, make_lora
+from lora_sentiment.training.processes import make_accelerator
 
 MIB, GIB = 2**20, 2**30
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_sentiment.training.interrupts import is_out_of_memory
+from lora_sentiment.training.signals import is_out_of_memory
 from lora_sentiment.training.state import put_rng, take_rng
 
 

@@ -1,0 +1,53 @@
+"""A recipe's data, read and counted before anything is trained."""
+
+import logging
+
+import torch
+from accelerate import PartialState
+
+from lora_sentiment.bundled import describe
+from lora_sentiment.data.batches import TextEncoder
+from lora_sentiment.data.report import DataReport, describe_role, describe_seen
+from lora_sentiment.data.rows import Rows, load_data, load_judged
+from lora_sentiment.models.load import check_base, load_tokenizer
+from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.training.offline import settle
+
+log = logging.getLogger("lora_sentiment")
+
+
+def survey(recipe: Recipe) -> DataReport:
+    """Read every split of a recipe, what is judged too, and count what stands in it; no weights are loaded.
+
+    Raises:
+        DataError: For a source, column, label or row that cannot be used.
+        ModelError: If the base's tokenizer, which decides the lengths, cannot be had, or the base is refused already.
+    """
+    recipe, stand_in = settle(recipe, PartialState(cpu=not torch.accelerator.is_available()))
+    data = load_data(recipe.data)
+    check_base(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    max_length, truncation = recipe.model.max_length, recipe.model.truncation
+    encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
+    encoded = {"train": encoder.encode(data.train), "validation": encoder.encode(data.validation)}
+    found = describe_seen(data, encoded, max_length=max_length)
+    judged: dict[str, Rows] = {"test": data.carved_test} if data.carved_test else {}
+    reading = {}
+    for role in data.judged:
+        rows, reading[role] = load_judged(recipe.data, role=role, labels=data.labels)
+        if rows is None:
+            found.unlabelled[role] = reading[role].read
+        else:
+            judged[role] = rows
+    for role, rows in judged.items():
+        found.roles[role] = describe_role(
+            rows,
+            encoder.encode(rows),
+            names=data.labels,
+            max_length=max_length,
+            read=reading.get(role),
+            seen_texts=data.seen_texts,
+        )
+    if stand_in:
+        log.warning("%s", describe(stand_in))
+    return found

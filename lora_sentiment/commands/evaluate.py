@@ -1,0 +1,115 @@
+"""Judge a saved adapter: everything is rebuilt from its folder alone."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_sentiment.adapter.folder import Card, load
+from lora_sentiment.data.batches import TextEncoder
+from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
+from lora_sentiment.data.sources import find_source, is_on_hub
+from lora_sentiment.errors import AdapterError, DataError
+from lora_sentiment.evaluation.statistics import Interval
+from lora_sentiment.fast.encoder import use_fast_encoder
+from lora_sentiment.hub import ask_or_rely_on_cache
+from lora_sentiment.models.inference import predict_logits
+from lora_sentiment.models.load import cast_frozen, resolve_dtype
+from lora_sentiment.tasks.calibration import score_calibrated
+from lora_sentiment.training.processes import explain_loss, join_launch, make_accelerator
+
+log = logging.getLogger("lora_sentiment")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of an adapter on one split, with 95 % intervals."""
+
+    split: str
+    num_rows: int
+    scores: dict[str, Interval]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON."""
+        return {"split": self.split, "num_rows": self.num_rows, **{k: v.as_dict() for k, v in self.scores.items()}}
+
+
+def evaluate(
+    folder: Path,
+    *,
+    source: str | None = None,
+    split: str = "test",
+    base: str | None = None,
+    dtype: str = "auto",
+) -> Evaluation:
+    """Score an adapter folder.
+
+    Args:
+        folder: An adapter folder; its base is found where the card says and its hash checked.
+        source: Rows to judge on instead of the recorded source: a file or Hub data set, read with the recorded columns.
+        split: A judged role, such as `test`, or `validation` as training had it; of a source given now, the name of
+            its split.
+        base: Where to find the base, if not where the card says.
+        dtype: Compute dtype, as `model.dtype` of a recipe.
+
+    Raises:
+        AdapterError: If the folder, base or tokenizer is not the one that was saved.
+        DataError: If the rows cannot be read, or there is no such split.
+    """
+    state = join_launch()
+    accelerator = make_accelerator(state, dtype)
+    loaded = load(folder, base=base, device=accelerator.device)
+    card = loaded.card
+    compute_dtype = resolve_dtype(dtype, accelerator.device)
+    model = cast_frozen(loaded.model, dtype=compute_dtype, device=accelerator.device)
+    if reason := use_fast_encoder(model, compute_dtype=compute_dtype):
+        log.info("stock engine: %s", reason)
+    rows = _read(card, source, split)
+    main = accelerator.is_main_process
+    encoder = TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation)
+    encoded = encoder.encode(rows, progress=main)
+    with explain_loss(state):
+        logits = predict_logits(model, encoded, accelerator=accelerator, progress=split if main else None)
+    found = score_calibrated(logits, encoded.labels, calibration=card.calibration)
+    return Evaluation(split=split, num_rows=len(rows), scores=found)
+
+
+def _read(card: Card, source: str | None, split: str) -> Rows:
+    """Return the rows of a split: of a source given now, or of the recorded one."""
+    config, labels = card.data.config, tuple(card.labels)
+    if is_on_hub(source or config.source):
+        ask_or_rely_on_cache()
+    if source is not None:
+        # A lone file is what to judge on, whatever split its maker called it.
+        given = config.model_copy(update={"source": source, "config": None, "revision": None})
+        return load_rows(given, split=split, labels=labels)[0]
+    try:
+        return _read_recorded(card, split)
+    except DataError as error:
+        raise DataError(f"{error}; other rows can be named with --source") from error
+
+
+def _read_recorded(card: Card, role: str) -> Rows:
+    """Return the rows that training judged or chose on, by their role."""
+    config = card.data.config
+    judged = find_source(config).judged
+    if role in judged:
+        rows, counts = load_judged(config, role=role, labels=tuple(card.labels))
+        if rows is None:
+            raise DataError(f"{config.source}: the {counts.read:,} rows of {role} have no labels (all are -1)")
+        return rows
+    allowed = [*(judged or ["test"]), "validation"]
+    if role not in allowed:
+        raise DataError(f"split: found {role!r}; allowed: {', '.join(allowed)}")
+    data = load_data(config)
+    carved, recorded = data.validation, card.data.validation_sha256
+    if role != "validation":
+        if data.carved_test is None or card.data.carved_test_sha256 is None:
+            raise DataError(f"{config.source}: has no test split; use --split validation")
+        carved, recorded = data.carved_test, card.data.carved_test_sha256
+    if carved.fingerprint != recorded:
+        raise AdapterError(
+            f"{config.source}: changed since training, so its {role} rows are other ones and may have been trained "
+            "on; name rows with --source"
+        )
+    return carved

@@ -1,1 +1,0 @@
-"""The base, what is trained of it, and its forward."""

@@ -1,0 +1,298 @@
+"""What is trained: each method of the recipe's union, applied to a base."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, VeraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lora_sentiment.errors import ModelError
+from lora_sentiment.models.families import HEAD
+from lora_sentiment.models.load import Base, refuse_unquantisable
+from lora_sentiment.models.parameters import unfrozen_names
+from lora_sentiment.models.targets import find_targets, target_names
+from lora_sentiment.recipe.method import (
+    AdaloraMethod,
+    FullMethod,
+    HeadMethod,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PeftMethod,
+    UnfreezeMethod,
+    VeraMethod,
+    why_not_quantised,
+)
+from lora_sentiment.recipe.model import DEFAULT_HEAD_R, ModelConfig
+
+
+def make_trainable(
+    base: Base, method: Method, config: ModelConfig, *, dtype: torch.dtype, num_steps: int = 1
+) -> nn.Module:
+    """Wrap a base with its method: what is trained in fp32, all else frozen in `dtype`.
+
+    The base's own model is used, not copied. Initial values come from torch's global generator.
+
+    Args:
+        base: A freshly loaded base.
+        method: The recipe's `method` section.
+        config: The recipe's `model` section, which says what of the head is trained.
+        dtype: Compute dtype that the frozen tensors are cast to, once.
+        num_steps: Optimizer steps of the run, over which AdaLoRA spreads its pruning.
+
+    Returns:
+        A `PeftModel` for methods that PEFT knows, else the base's model itself.
+
+    Raises:
+        ModelError: If the method does not fit the base or its precision.
+    """
+    device = next(base.model.parameters()).device
+    refuse_unfit(method, config, dtype=dtype, device=device)
+    match method:
+        case FullMethod():
+            model: nn.Module = base.model.requires_grad_(True)
+        case UnfreezeMethod() | HeadMethod():
+            model = base.model.requires_grad_(False)
+            names = unfrozen_names(base.shape, method) if isinstance(method, UnfreezeMethod) else []
+            for name in names:
+                model.get_parameter(f"distilbert.{name}").requires_grad_(True)
+        case _:
+            model = _wrap(base, method, num_steps)
+    _choose_head(model, config, new_head=base.new_head)
+    head = {id(parameter) for layer in head_layers(model).values() for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        # Half-precision trainable tensors train badly (peft#341): small updates round away. A frozen head layer is
+        # saved with the rest. Quantised tensors stay.
+        if parameter.is_floating_point():
+            wide = parameter.requires_grad or id(parameter) in head
+            parameter.data = parameter.data.to(torch.float32 if wide else dtype)
+    return model
+
+
+def refuse_unfit(method: Method, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a method that cannot be trained in this precision, before anything is loaded.
+
+    Raises:
+        ModelError: With the reason and what to do.
+    """
+    refuse_unquantisable(config, device)
+    if config.quantize != "none" and (reason := why_not_quantised(method)):
+        raise ModelError(f"model.quantize={config.quantize}: {reason}; set model.quantize=none")
+    if config.quantize == "int8" and isinstance(method, LoraMethod) and method.use_dora and device.type == "cpu":
+        # peft 0.21 moves the weight "back to the CPU" after each look at its norm; bitsandbytes then drops its scales.
+        raise ModelError("model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use nf4 or fp4")
+    if isinstance(method, AdaloraMethod) and dtype == torch.float16:
+        raise ModelError(
+            "method adalora: fp16's loss scaling skips steps that its pruning counts; set model.dtype=float32"
+        )
+
+
+def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftConfig:
+    """Return PEFT's own configuration of a method on a base, the head named as saved.
+
+    Patterns become full names: PEFT would try a regular expression on every module, not on linears alone, and take
+    the first pattern that matches in an order that a sorted file does not keep.
+    """
+    targets = find_targets(base.shape, method)
+    names = target_names(method)
+    common: dict[str, Any] = {
+        "task_type": TaskType.SEQ_CLS,
+        "base_model_name_or_path": base.model.name_or_path,
+        "revision": base.revision,
+        "target_modules": sorted(targets) if isinstance(names, str) else names,
+        "modules_to_save": list(HEAD),
+    }
+    # Our fields are PEFT's by name; those left out are ours alone, or were turned into the common ones.
+    ours = {"kind", "target_modules", "loraplus_lr_ratio"}
+    fields = {name: getattr(method, name) for name in type(method).model_fields if name not in ours}
+    if fields.get("layers_to_transform"):
+        fields["layers_to_transform"] = list(fields["layers_to_transform"])
+    match method:
+        case LoraMethod():
+            fields["rank_pattern"] = {name: t.rank for name, t in targets.items() if t.rank != method.r}
+            fields["alpha_pattern"] = {name: t.alpha for name, t in targets.items() if t.alpha != method.lora_alpha}
+            return LoraConfig(**common, **fields)
+        case AdaloraMethod():
+            if method.tinit + method.tfinal >= num_steps:
+                raise ModelError(
+                    f"method.tinit {method.tinit} and tfinal {method.tfinal} leave no step of {num_steps} to prune in"
+                )
+            return AdaLoraConfig(**common, **fields, total_step=num_steps)
+        case Ia3Method():
+            # Of the same kind as the targets, of which they must be a part.
+            feed_forward = {name for name, target in targets.items() if target.feed_forward}
+            if not isinstance(names, str):
+                feed_forward = {name.rpartition(".")[2] for name in feed_forward}
+            return IA3Config(**common, feedforward_modules=sorted(feed_forward))
+        case VeraMethod():
+            return VeraConfig(**common, **fields)
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by name, sorted."""
+    return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the frozen parameters by name, sorted."""
+    return {name: p for name, p in sorted(model.named_parameters()) if not p.requires_grad}
+
+
+def head_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the head layers that answer, whatever PEFT put around them."""
+    inner = model.base_model.model if isinstance(model, PeftModel) else model
+    found: dict[str, nn.Linear] = {}
+    for name in HEAD:
+        layer: Any = getattr(inner, name)
+        found[name] = layer.modules_to_save["default"] if isinstance(model, PeftModel) else layer
+    return found
+
+
+def make_head_dense(model: nn.Module) -> None:
+    """Turn a low-rank head into the dense one that it amounts to; the answers stay, but for rounding."""
+    layer = head_layers(model)["pre_classifier"]
+    if parametrize.is_parametrized(layer, "weight"):
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+def learning_rate_ratios(model: nn.Module, method: Method) -> dict[str, float]:
+    """Return the trainable tensors that take another rate than the rest, and how many times it.
+
+    LoRA+ (Hayou et al. 2024) trains every B faster than its A.
+    """
+    if not isinstance(method, LoraMethod) or method.loraplus_lr_ratio is None:
+        return {}
+    return {name: method.loraplus_lr_ratio for name in trainable_tensors(model) if ".lora_B." in name}
+
+
+def penalty(model: nn.Module, method: Method) -> torch.Tensor | None:
+    """Return what a method adds to the loss of every optimizer step, or None.
+
+    AdaLoRA keeps both factors orthogonal: the mean of ||P P^T - I|| over them (Zhang et al. 2023, equation 4).
+    """
+    if not isinstance(method, AdaloraMethod) or not method.orth_reg_weight:
+        return None
+    norms = []
+    for name, factor in trainable_tensors(model).items():
+        if ".lora_A." in name or ".lora_B." in name:
+            square = factor @ factor.T if ".lora_A." in name else factor.T @ factor
+            norms.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=square.device)))
+    return method.orth_reg_weight * torch.stack(norms).mean()
+
+
+def after_step(model: nn.Module, method: Method, *, step: int) -> None:
+    """Do what a method wants between an optimizer step, counted from 1, and the gradients' end: AdaLoRA prunes."""
+    if isinstance(method, AdaloraMethod):
+        model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
+
+
+def is_settled(method: Method, *, step: int, num_steps: int) -> bool:
+    """Return whether tensors after this step may be kept: AdaLoRA's are pruned to their target only at the end."""
+    return not isinstance(method, AdaloraMethod) or step >= num_steps - method.tfinal
+
+
+def as_plain_lora(trained: PeftModel, start: PeftModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return an adapter that took part of the base's weights as plain LoRA on the base as it was.
+
+    It trained W - s B0 A0 + s B A. On W that is an update of twice the rank: s [B, -B0] [A; A0].
+
+    Args:
+        trained: The trained model.
+        start: The same method freshly applied to the same base: A0 and B0 come from the weights alone.
+
+    Returns:
+        What changes in PEFT's configuration, and the factors by their names in `trained`; the scale is in B.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    initial = dict(start.named_parameters())
+    for name, layer in trained.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        down, up = f"{name}.lora_A.default.weight", f"{name}.lora_B.default.weight"
+        first, second = trained.get_parameter(down), trained.get_parameter(up)
+        old_first, old_second = (initial[key].to(first.device) for key in (down, up))
+        tensors[down] = torch.cat([first, old_first]).detach()
+        scale = cast(Any, layer).scaling["default"]
+        tensors[up] = (torch.cat([second, -old_second], dim=1) * scale).detach()
+        ranks[name.removeprefix("base_model.model.")] = len(tensors[down])
+    rank = max(ranks.values())
+    others = {name: r for name, r in ranks.items() if r != rank}
+    changes = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
+    return changes, tensors
+
+
+def kept_ranks(state: Mapping[str, torch.Tensor]) -> dict[str, list[bool]]:
+    """Return which of AdaLoRA's singular values are left, by the name of their module in PEFT's state.
+
+    PEFT's own record is of the last step; the tensors kept may be those of an earlier one.
+    """
+    return {
+        name.removeprefix("base_model.model."): (value != 0).flatten().tolist()
+        for name, value in state.items()
+        if name.endswith(".lora_E.default")
+    }
+
+
+def _wrap(base: Base, method: PeftMethod, num_steps: int) -> PeftModel:
+    """Let PEFT wrap the base, and hold the linears that it adapted against those that the recipe named."""
+    wanted = set(find_targets(base.shape, method))
+    model = get_peft_model(base.model, peft_config(base, method, num_steps=num_steps))
+    assert isinstance(model, PeftModel)
+    inner = model.base_model.model
+    found = {name for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}  # type: ignore[union-attr]
+    if found != wanted:
+        different = sorted(found ^ wanted)
+        raise ModelError(
+            f"method.target_modules {method.target_modules!r}: PEFT adapted {len(found)} linears where {len(wanted)} "
+            f"were meant; they differ in {different[0]}"
+        )
+    return model
+
+
+class _LowRankUpdate(nn.Module):
+    """A weight as what it was plus B A; A: (r, in_features), B: (out_features, r), B zero at the start."""
+
+    def __init__(self, weight: torch.Tensor, r: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(weight.new_empty(r, weight.shape[1]))
+        self.B = nn.Parameter(weight.new_zeros(weight.shape[0], r))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.B @ self.A
+
+
+def _choose_head(model: nn.Module, config: ModelConfig, *, new_head: bool) -> None:
+    """Freeze what of the head is not trained.
+
+    A frozen layer of random values would throw the encoder's features about; a new one starts as the identity.
+    """
+    layers = head_layers(model)
+    for layer in layers.values():
+        layer.requires_grad_(True)
+    if config.head == "full":
+        return
+    first = layers["pre_classifier"]
+    if new_head:
+        nn.init.eye_(first.weight)
+        nn.init.zeros_(first.bias)
+    if config.head == "classifier":
+        first.requires_grad_(False)
+        return
+    first.weight.requires_grad_(False)
+    rank = config.head_r or DEFAULT_HEAD_R
+    if rank > min(first.weight.shape):
+        raise ModelError(f"model.head_r: found {rank}; allowed: 1 to {min(first.weight.shape)}, the head layer's size")
+    parametrize.register_parametrization(first, "weight", _LowRankUpdate(first.weight, rank))

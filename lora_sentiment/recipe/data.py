@@ -1,0 +1,137 @@
+"""The recipe's `data` section."""
+
+import codecs
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from lora_sentiment.errors import show
+from lora_sentiment.recipe.section import Names, Section
+
+SPLITS = ("train", "validation", "test")
+"""The roles of a source that names none itself."""
+REPORT_BLOCKS = ("schema", "parameters", "train", "data", "quantisation", "seen_rows", "tokens", "offline")
+"""Keys of report.json, today's and those that older ones had in their `data` block, that are no role; a judged role
+has its own block beside them."""
+
+
+class DataConfig(Section):
+    """Which texts and labels, how they are cleaned, and how they are split."""
+
+    source: str | dict[str, str]
+    """Hub data set, file, glob, files by role ({train: .., validation: .., test: ..}; see splits), or `bundled`, the
+    reviews that ship."""
+    splits: dict[str, str] | None = None
+    """Role to name of a split of the Hub data set: train, validation (else carved), any other is judged at the end."""
+    config: str | None = None
+    """Configuration of the Hub data set."""
+    revision: str | None = None
+    """Revision of the Hub data set."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    label_column: str = "label"
+    """Column that holds the label, as text or as an integer."""
+    labels: Names | None = None
+    """Label names in order; by default the data set's own, else sorted (integers numerically)."""
+    clean: bool = True
+    """Turn HTML line breaks and entities into text, drop control characters, collapse blanks; all of it counted."""
+    encoding: str = "utf-8"
+    """Encoding of text files; a byte-order mark is accepted."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What to do with an empty text or an unknown label; `drop` counts and shows them."""
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of train carved out for validation when there is no validation split; stratified."""
+    test_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of train carved out for test when there is no split to judge; 0 means no test."""
+    split_seed: int = Field(0, ge=0)
+    """Seed of the carve and of the row samples, apart from train.seed: another seed trains on the same rows."""
+    max_train_rows: int | None = Field(None, ge=2)
+    """Use a stratified sample of this many rows of the train split (the validation carve included)."""
+    max_test_rows: int | None = Field(None, ge=1)
+    """Use a stratified sample of this many rows of each split that is judged."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_is_no_list(cls, source: Any) -> Any:
+        if isinstance(source, list):
+            raise ValueError(
+                f"found {show(source)}; several files are a glob, such as 'data/*.csv', or stand by role: "
+                "{train: .., test: ..}"
+            )
+        return source
+
+    @field_validator("source")
+    @classmethod
+    def _splits_are_known(cls, source: str | dict[str, str]) -> str | dict[str, str]:
+        if not source:
+            raise ValueError("is empty; name a Hub data set, a file, a glob, or {train: .., test: ..}")
+        if isinstance(source, dict):
+            _check_roles(source)
+        return source
+
+    @field_validator("splits")
+    @classmethod
+    def _roles_are_known(cls, splits: dict[str, str] | None, info: ValidationInfo) -> dict[str, str] | None:
+        if splits is None:
+            return None
+        if isinstance(info.data.get("source"), dict):
+            raise ValueError(
+                "names splits of a Hub data set, but data.source names files by role already; set data.splits=null"
+            )
+        _check_roles(splits)
+        twice = [name for name in splits.values() if list(splits.values()).count(name) > 1]
+        if twice:
+            raise ValueError(f"found split {twice[0]!r} under two roles; allowed: each split once")
+        return splits
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_exists(cls, encoding: str) -> str:
+        try:
+            codecs.lookup(encoding)
+        except LookupError:
+            raise ValueError(f"found {encoding!r}; allowed: a text encoding, such as utf-8, cp1252, latin-1") from None
+        return encoding
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
+            raise ValueError(f"found {list(labels)}; allowed: two or more names, each once")
+        return labels
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        if self.text_column == self.label_column:
+            raise ValueError(f"text_column and label_column are both {self.text_column!r}; name the column of each")
+        return self
+
+
+def report_roles(report: Mapping[str, Any]) -> list[str]:
+    """Return the roles that a report has figures of: validation first, then what was judged at the end."""
+    judged = [name for name in report if name not in (*REPORT_BLOCKS, "validation")]
+    return [*(["validation"] if "validation" in report else []), *judged]
+
+
+def _check_roles(roles: Iterable[str]) -> None:
+    """Refuse what is no role: any role beside train and validation is judged, so a misspelt one would go unnoticed.
+
+    Raises:
+        ValueError: For the first that is none, or if none is train.
+    """
+    for role in roles:
+        if role in SPLITS:
+            continue
+        near = get_close_matches(role, SPLITS, n=1, cutoff=0.75) or (["validation"] if role.startswith("val") else [])
+        if near and role.isalpha():
+            raise ValueError(f"found split {role!r}; did you mean {near[0]!r}? (else choose a name less like it)")
+        if role in REPORT_BLOCKS or not re.fullmatch(r"[a-z][a-z0-9_]*", role):
+            raise ValueError(
+                f"found split {role!r}; allowed: {', '.join(SPLITS)}, or a name of your own for what is judged: small "
+                f"letters, digits and _, none of {', '.join(name for name in REPORT_BLOCKS if name not in SPLITS)}"
+            )
+    if "train" not in roles:
+        raise ValueError("has no 'train'; splits by role name at least train")

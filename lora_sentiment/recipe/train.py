@@ -1,0 +1,97 @@
+"""The recipe's `train` section; the names are those of transformers' TrainingArguments."""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from lora_sentiment.errors import did_you_mean
+from lora_sentiment.recipe.section import Names, Section
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+
+ClassWeights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=2)]
+"""A YAML list of positive numbers, one a label."""
+
+
+class TrainConfig(Section):
+    """How the trainable tensors are optimised, and when they are judged."""
+
+    num_train_epochs: float = Field(3, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides num_train_epochs."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per optimizer step over all processes, however they are cut into micro-batches."""
+    max_tokens_per_micro_batch: int | None = Field(None, ge=8)
+    """Tokens that one micro-batch may hold; by default from a memory formula, on a GPU from its free memory."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; biases and norms get none."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm at this value; 0 means no clipping."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Schedule of the learning rate over the optimizer steps."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps over which the rate rises from 0."""
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing of the training loss (Szegedy et al. 2016)."""
+    class_weights: Literal["balanced"] | ClassWeights | None = None
+    """Weight of each label in the training loss: balanced (rows / (labels * rows of the label)), or a list of them."""
+    seed: int = Field(42, ge=0, lt=2**32)
+    """Seed of the head's and the adapter's initial values, the order of rows, and dropout."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between evaluations on validation; by default once an epoch."""
+    metric_for_best_model: Literal["accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"] = "accuracy"
+    """Validation metric that decides which tensors are kept."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, less memory."""
+    save_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints; by default once an epoch. The last step and a signal to stop save, too."""
+    save_total_limit: int = Field(2, ge=1)
+    """Checkpoints that are kept; all are removed when the run has finished."""
+    resume: Literal["auto", "never", "always"] = "auto"
+    """Go on from a checkpoint: auto where there is one, never starts anew, always refuses to start anew."""
+    engine: Literal["auto", "fast", "stock"] = "auto"
+    """Encoder forward: auto takes the fast exact one where it can and says so; fast raises where it cannot."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Record the kernels of a step once and launch them together: auto does so on a CUDA device where it can."""
+    report_to: Names = ()
+    """Accelerate trackers beside metrics.csv, which is always written."""
+
+    @model_validator(mode="after")
+    def _warmup_is_honoured(self) -> Self:
+        if self.warmup_ratio and self.lr_scheduler_type == "constant":
+            raise ValueError("warmup_ratio does nothing with lr_scheduler_type constant; use constant_with_warmup")
+        return self
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weights_are_positive(cls, weights: Any) -> Any:
+        # Before the union, which would tell what is wrong with the value as each of its members.
+        are_numbers = isinstance(weights, (list, tuple)) and all(
+            isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < math.inf
+            for weight in weights
+        )
+        if weights not in (None, "balanced") and not (are_numbers and len(weights) > 1):
+            hint = did_you_mean(weights, ["balanced"]) if isinstance(weights, str) else ""
+            raise ValueError(f"found {weights!r}; allowed: balanced, or a list of positive numbers, one a label{hint}")
+        return weights
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in TRACKERS:
+                allowed = ", ".join(TRACKERS)
+                raise ValueError(f"found {name!r}; allowed: {allowed}{did_you_mean(name, list(TRACKERS))}")
+        return names

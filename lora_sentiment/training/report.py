@@ -1,0 +1,90 @@
+"""`report.json`: the figures of a run, each with its interval, and what they cost."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_sentiment.data.report import DataReport
+from lora_sentiment.evaluation.statistics import Interval
+from lora_sentiment.models.parameters import ParameterCounts
+from lora_sentiment.models.quantisation import Quantisation
+from lora_sentiment.training.history import History
+
+SCHEMA = 1
+
+
+def make_report(
+    *,
+    scores: Mapping[str, Mapping[str, Interval]],
+    parameters: ParameterCounts,
+    adapter_bytes: int,
+    history: History,
+    engine: str,
+    data: DataReport,
+    quantisation: Quantisation | None,
+    stand_in: Mapping[str, str] | None,
+    peak_memory_bytes: int,
+) -> dict[str, Any]:
+    """Return the report of a finished run.
+
+    Args:
+        scores: Role to metric to value and interval.
+        parameters: What was trained.
+        adapter_bytes: Size of the saved tensors on disk.
+        history: Steps and evaluations.
+        engine: `fast`, or `stock` with the reason.
+        data: What the rows of every role look like.
+        quantisation: What quantising the base saved and cost, where it was quantised.
+        stand_in: What the recipe asked for and did not get, where the parts that ship stood in.
+        peak_memory_bytes: Most memory held, in bytes.
+    """
+    return {
+        "schema": SCHEMA,
+        **{split: {name: interval.as_dict() for name, interval in found.items()} for split, found in scores.items()},
+        "parameters": {**parameters.as_dict(), "adapter_bytes": adapter_bytes},
+        "train": {
+            "seconds": round(history.seconds, 3),
+            "steps": len(history.steps),
+            "best_step": history.best_step,
+            "stopped_early": history.stopped_early,
+            "resumed": history.resumed,
+            "changes": history.changes,
+            "cuts": [list(cut) for cut in history.cuts],
+            "tokens": history.tokens,
+            "tokens_per_second": round(history.tokens / history.seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes,
+            "engine": engine,
+            "evaluations": [vars(point) for point in history.evaluations],
+        },
+        **({"quantisation": quantisation.as_dict()} if quantisation else {}),
+        **({"offline": dict(stand_in)} if stand_in else {}),
+        "data": data.as_dict(),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes held so far: allocated on a CUDA device, resident in this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage, which on Linux starts from the peak of the process that started this one.
+        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak start anew from what is held now, on CUDA and Linux; elsewhere no system call does that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").is_file():
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM

@@ -1,0 +1,227 @@
+"""Several processes and machines: the figures of one, and an end for all where one fails."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_sentiment.files import hash_file
+from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.train import train
+from tests.conftest import free_port, toy_rows, write_csv
+
+ROOT = Path(__file__).parents[2]
+PLAIN = ("model.dropout=0", "model.attention_dropout=0", "model.seq_classif_dropout=0")
+WEIGHED = (*PLAIN, "train.class_weights=[1, 3]", "train.label_smoothing_factor=0.1")
+COUNTED = ("accuracy", "macro_f1", "mcc")
+"""Metrics of labels alone: equal to the last bit, unless two logits of a row are closer than rounding."""
+CORES = sorted(os.sched_getaffinity(0))
+SECONDS_TO_END = 30
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_base, tmp_path_factory) -> Path:
+    """A recipe of seven steps that is judged on 1,001 rows, which no two processes share evenly."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = toy_rows(1121)
+    write_csv(folder / "train.csv", rows[:120])
+    write_csv(folder / "test.csv", rows[120:])
+    write_csv(folder / "own.csv", rows[100:])
+    for rank in range(2):
+        write_csv(folder / f"bad{rank}.csv", [*rows[120:139], ("some words", "neither"), *rows[140:]])
+    (folder / "toy.yaml").write_text(
+        f"data: {{source: {{train: {folder}/train.csv, test: {folder}/test.csv}}}}\n"
+        f"model: {{name: {tiny_base}, max_length: 16, dtype: float32}}\n"
+        "method: {r: 4, lora_alpha: 8}\n"
+        "train: {num_train_epochs: 1, batch_size: 16, learning_rate: 1e-2, max_tokens_per_micro_batch: 100}\n",
+        encoding="utf-8",
+    )
+    return folder / "toy.yaml"
+
+
+def start(
+    recipe: Path, *overrides: str, torchrun: tuple[str, ...], cores: list[int], script=("-m", "lora_sentiment.train")
+):
+    """Start a launcher that may use these cores only, so that every process has one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun, *script, str(recipe), *overrides]
+    launcher = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}, start_new_session=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )  # fmt: skip
+    LAUNCHERS.append(launcher)
+    return launcher
+
+
+LAUNCHERS = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_what_a_failure_left():
+    yield
+    for launcher in LAUNCHERS:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def start_two_machines(recipe: Path, *overrides: str, **values):
+    """Start two launchers of one process each, as two machines would, each at an address of its own."""
+    place = ("--master_addr", "127.0.0.1", "--master_port", str(free_port()))
+    where = ("--nnodes", "2", "--nproc_per_node", "1", *place)
+    return [
+        start(
+            recipe,
+            *overrides,
+            torchrun=(*where, "--node_rank", str(rank), "--local_addr", f"127.0.0.{rank + 1}"),
+            cores=[CORES[rank % len(CORES)]],
+            **values,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def two(recipe) -> tuple[Path, str]:
+    """The adapter of two processes of one machine, and what they wrote to standard error."""
+    torchrun = ("--standalone", "--nproc_per_node", "2")
+    launcher = start(recipe, *WEIGHED, f"output.dir={recipe.parent}/two", torchrun=torchrun, cores=CORES[:2])
+    _, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, errors
+    return recipe.parent / "two", errors
+
+
+def test_two_processes_train_as_one(recipe, two):
+    """What rows are batched together differs, and with it the last bits of a logit, step for step: fp32 has 24."""
+    folder, errors = two
+    one = train(Recipe.load(recipe, [*WEIGHED, f"output.dir={recipe.parent}/one"]))
+    with (recipe.parent / "two.run/metrics.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert losses == pytest.approx([point.loss for point in one.history.steps], abs=1e-4)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["data"] == one.report["data"]
+    assert report["data"]["test"]["rows"] == 1001
+    for role in ("validation", "test"):
+        assert len(report[role]) == 8
+        for metric, found in report[role].items():
+            tolerance = 1e-12 if metric in COUNTED else 1e-5
+            own = one.report[role][metric]
+            assert found.keys() == own.keys()
+            for key, value in found.items():
+                same = value == (own[key] if isinstance(value, str) else pytest.approx(own[key], abs=tolerance, rel=0))
+                assert same, (role, metric, key)
+    assert errors.count("saved and verified") == 1
+
+
+def test_two_processes_add_up_to_the_gradients_of_the_stock_encoder(recipe):
+    """At the first step, tensor by tensor; with orthogonal starts, for B = 0 gives A no gradient."""
+    settings = (
+        *WEIGHED,
+        "train.max_steps=1",
+        "method.init_lora_weights=orthogonal",
+        "method.target_modules=all-linear",
+    )
+    found = {}
+    for engine, processes in (("stock", "1"), ("fast", "2")):
+        path = recipe.parent / f"{engine}.safetensors"
+        own = (*settings, f"train.engine={engine}", f"output.dir={recipe.parent}/gradients-{engine}", str(path))
+        script, torchrun = ("-m", "tests.training.reduced_gradients"), ("--standalone", "--nproc_per_node", processes)
+        launcher = start(recipe, *own, torchrun=torchrun, cores=CORES[:2], script=script)
+        _, errors = launcher.communicate(timeout=300)
+        assert launcher.returncode == 0, errors
+        found[engine] = load_file(path)
+    assert found["stock"].keys() == found["fast"].keys()
+    assert sum("lora_A" in name for name in found["stock"]) == 12
+    for name, expected in found["stock"].items():
+        assert (found["fast"][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_two_machines_train_as_two_processes(recipe, two):
+    """Without a common disk, that is: only the first one's main process reads and writes the run's folder."""
+    folder = recipe.parent / "machines"
+    launchers = start_two_machines(recipe, *WEIGHED, f"output.dir={folder}")
+    (first, errors), (second, no_errors) = [launcher.communicate(timeout=300) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors + no_errors
+    assert hash_file(folder / "adapter_model.safetensors") == hash_file(two[0] / "adapter_model.safetensors")
+    assert (folder / "predictions.safetensors").read_bytes() == (two[0] / "predictions.safetensors").read_bytes()
+    assert "test (95 % intervals)" in first
+    assert second == ""
+    assert errors.count("saved and verified") == 1
+    assert "saved" not in no_errors
+
+
+@pytest.fixture(scope="module")
+def failed(recipe) -> dict[str, dict]:
+    """What came of launches of which the second process fails, by how it does."""
+    command = [sys.executable, "-m", "tests.training.failing_runs", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+LOST = "error: another process of this launch is gone, so this one ends"
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("killed in a step", -9, LOST),
+        ("killed in an evaluation", -9, LOST),
+        ("an error in a step", 1, "error (process 1): row 7: is bad, and only here"),
+        ("out of memory in an evaluation", 1, "error (process 1): step 8: memory ran out in the optimizer"),
+    ],
+)
+def test_one_process_that_fails_ends_the_other_with_the_reason(failed, how, code, said):
+    """The connection breaks with the process, so no patience of a collective is waited for."""
+    found = failed[how]
+    assert found["codes"] == [1, code], found["text"]
+    assert found["seconds"] < SECONDS_TO_END
+    assert found["text"].count(said) == found["text"].count(LOST) == 1
+    assert "Traceback" not in found["text"]
+
+
+@pytest.mark.parametrize(("how", "what"), [("other train rows", "train_sha256"), ("other test rows", "test")])
+def test_machines_that_read_other_rows_are_refused_by_all_alike(failed, how, what):
+    found = failed[how]
+    assert found["codes"] == [1, 1], found["text"]
+    assert found["text"].count("process 1 has another ") == 2
+    assert f"{what}" in found["text"].partition("process 1 has another ")[2].partition(" than process 0")[0]
+
+
+def test_what_lies_where_another_machine_writes_nothing_is_no_matter(failed):
+    assert failed["a folder of its own"]["codes"] == [0, 0], failed["a folder of its own"]["text"]
+
+
+def test_the_same_bad_row_in_files_of_other_names_does_not_cost_the_adapter(failed):
+    found = failed["the same bad row in files of their own"]
+    assert found["codes"] == [1, 1], found["text"]
+    assert found["text"].count(": row 20: label 'neither'") == 2
+    assert found["text"].count("the adapter is saved in") == 2
+    assert "process 1 has another" not in found["text"]
+
+
+@pytest.mark.slow
+def test_a_process_killed_on_one_machine_ends_the_other(recipe, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, sys\n"
+        "from lora_sentiment import cli\n"
+        "from tests.training.failing_runs import fail_in_step, kill\n"
+        "if os.environ['RANK'] == '1':\n    fail_in_step(kill)\n"
+        "cli.main(['train', *sys.argv[1:]])\n"
+    )
+    launchers = start_two_machines(recipe, f"output.dir={tmp_path}/a", script=(str(script),))
+    _, second = launchers[1].communicate(timeout=300)
+    began = time.monotonic()
+    _, first = launchers[0].communicate(timeout=SECONDS_TO_END)
+    assert time.monotonic() - began < SECONDS_TO_END
+    assert [launcher.returncode for launcher in launchers] == [1, 1]
+    assert LOST in first
+    assert "Signal 9 (SIGKILL)" in second
+    assert not (tmp_path / "a").exists()
