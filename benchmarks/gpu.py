@@ -34,7 +34,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from gpu_parts import PARTS, DeviceLostError, Recorder, Settings, make_shape_base, run_part, shorten_folders
+from gpu_parts import (
+    PARTS,
+    DeviceLostError,
+    Recorder,
+    Settings,
+    make_shape_base,
+    run_part,
+    shorten_folders,
+)
 from gpu_table import render
 from journal import Journal, Line
 from peers import DATASETS, describe_machine, run_isolated
@@ -48,24 +56,49 @@ PROCESSES = 4
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of gpu.jsonl, gpu.md and gpu_log.txt; default benchmarks")
-    parser.add_argument("--base-small", metavar="FOLDER_OR_NAME", help="a real base for the whole run; none: left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of gpu.jsonl, gpu.md and gpu_log.txt; default benchmarks"
+    )
+    parser.add_argument(
+        "--base-small",
+        metavar="FOLDER_OR_NAME",
+        help="a real base for the whole run; none: left out",
+    )
     parser.add_argument(
         "--data", action="append", default=[], metavar="DATASET=FOLDER",
         help="train.parquet (and test.parquet) of a data set; default: the Hub; repeatable",
     )  # fmt: skip
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument(
-        "--budget", type=float, help="seconds after which nothing more is begun; default 300, of --quick none"
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=", ".join(PARTS),
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, into adapters/gpu: shows that all of it runs")
-    parser.add_argument("--render", action="store_true", help="make the page of what is finished, measure nothing")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds after which nothing more is begun; default 300, of --quick none",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, into adapters/gpu: shows that all of it runs",
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="make the page of what is finished, measure nothing"
+    )
     found = parser.parse_args(arguments)
     found.data = dict(item.partition("=")[::2] for item in found.data)
     for dataset, where in found.data.items():
         if dataset not in DATASETS or not Path(where).is_dir():
-            parser.error(f"--data: found {dataset}={where}; give DATASET=FOLDER; data sets: {', '.join(DATASETS)}")
+            parser.error(
+                f"--data: found {dataset}={where}; give DATASET=FOLDER; data sets: {', '.join(DATASETS)}"
+            )
     if not (found.quick or found.render or torch.cuda.is_available()):
         parser.error("no CUDA device is visible here; --quick walks every part on a CPU")
     found.budget = found.budget or (math.inf if found.quick else 300)
@@ -130,10 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in arguments.only:
             for _ in range(PROCESSES):
                 try:
-                    run_isolated(run_part, part, settings, log=out / "gpu_log.txt", preload="gpu_parts")
+                    run_isolated(
+                        run_part, part, settings, log=out / "gpu_log.txt", preload="gpu_parts"
+                    )
                     break
                 except (BrokenProcessPool, DeviceLostError) as error:
-                    print(f"{part}: {error or type(error).__name__}; the rows left get a new process", flush=True)
+                    print(
+                        f"{part}: {error or type(error).__name__}; the rows left get a new process",
+                        flush=True,
+                    )
     lines = [line for line in Journal(out / "gpu.jsonl").lines.values() if line["run"] == run]
     print(out / "gpu.md")
     return 1 if any("failed" in line for line in lines) else 0

@@ -71,7 +71,9 @@ def explain(missing: dict[str, str], unfit: dict[str, str]) -> str:
     if not missing and not unfit:
         return "All required packages are here."
     lines = [f"missing: {name}" for name in missing]
-    lines += [f"another version than wanted: {name}, found {found}" for name, found in unfit.items()]
+    lines += [
+        f"another version than wanted: {name}, found {found}" for name, found in unfit.items()
+    ]
     if missing:
         python = ".".join(map(str, sys.version_info[:2]))
         names = " ".join(f"'{name}'" for name in missing)
@@ -111,7 +113,9 @@ class Report:
             if report.failed:
                 self.write(report.longreprtext)
             elif report.skipped:
-                self.write(f"  {report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr}")
+                self.write(
+                    f"  {report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr}"
+                )
 
     def pytest_collectreport(self, report: Any) -> None:
         """Note a file of tests that cannot be read."""
@@ -130,14 +134,25 @@ def run_tests(report: Path) -> int:
     """Run the tests marked gpu in this process and return pytest's exit status."""
     import pytest
 
-    options = ["-m", "gpu", "-p", "no:cacheprovider", "-rA", "--tb=short", "-v", "--continue-on-collection-errors"]
+    options = [
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-rA",
+        "--tb=short",
+        "-v",
+        "--continue-on-collection-errors",
+    ]
     return int(pytest.main([*options, *list_files()], plugins=[Report(report)]))
 
 
 def run_child(arguments: list[str], *, limit: float | None) -> int:
     """Run this interpreter from the root of the repository; return its exit status, 124 where the time was up."""
     try:
-        return subprocess.run([sys.executable, "-u", *arguments], cwd=ROOT, timeout=limit, check=False).returncode
+        return subprocess.run(
+            [sys.executable, "-u", *arguments], cwd=ROOT, timeout=limit, check=False
+        ).returncode
     except subprocess.TimeoutExpired:
         return 124
 
@@ -145,11 +160,19 @@ def run_child(arguments: list[str], *, limit: float | None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, test, measure."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of all results")
     parser.add_argument(
-        "--tests-limit", type=float, default=240, metavar="SECONDS", help="most that the tests may take"
+        "--out", type=Path, default=ROOT / "benchmarks", help="folder of all results"
+    )
+    parser.add_argument(
+        "--tests-limit",
+        type=float,
+        default=240,
+        metavar="SECONDS",
+        help="most that the tests may take",
     )
     parser.add_argument("--tests-into", type=Path, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args(argv)
@@ -160,12 +183,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     print(explain(*find_faults([*project["dependencies"], *FOR_TESTS])), flush=True)
     own = str(Path(__file__).resolve())
-    tests = run_child([own, "--tests-into", str(out / "gpu_tests.txt")], limit=arguments.tests_limit)
+    tests = run_child(
+        [own, "--tests-into", str(out / "gpu_tests.txt")], limit=arguments.tests_limit
+    )
     if tests == 124:
-        print(f"The tests did not end in {arguments.tests_limit:,.0f} s; gpu_tests.txt says which one ran.", flush=True)
+        print(
+            f"The tests did not end in {arguments.tests_limit:,.0f} s; gpu_tests.txt says which one ran.",
+            flush=True,
+        )
     measured = run_child([str(Path(own).with_name("gpu.py")), "--out", str(out), *rest], limit=None)
     # 5: no test was collected, which shows nothing.
-    print(f"tests: exit status {tests}; benchmark: exit status {measured}; results in {out}", flush=True)
+    print(
+        f"tests: exit status {tests}; benchmark: exit status {measured}; results in {out}",
+        flush=True,
+    )
     return 1 if tests or measured else 0
 
 

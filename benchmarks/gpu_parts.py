@@ -26,7 +26,16 @@ from journal import Journal, Line
 from numpy.typing import NDArray
 from peers import DATASETS, NAMED, VARIANTS, draw_batches
 from peers_levers import CUDA_LEVERS
-from peers_slice import Job, Stopwatch, Variant, find_device, now, save_classifier, walk_ours, walk_trainer
+from peers_slice import (
+    Job,
+    Stopwatch,
+    Variant,
+    find_device,
+    now,
+    save_classifier,
+    walk_ours,
+    walk_trainer,
+)
 from transformers import DistilBertConfig, DistilBertForMaskedLM, pipeline
 
 from lora_sentiment.classifier import load
@@ -105,7 +114,9 @@ D = Training(VARIANTS["D"], 20, 40, 30)
 B_WITHOUT_CUDNN = Training(VARIANTS["B"], 20, 60, 30, cudnn=False, cuda_only="only a GPU has cuDNN")
 IMDB = {
     "ours": OURS,
-    "ours, eager": Training(Variant("ours", cuda_graphs="off"), 50, None, 15, cuda_only="only a GPU has graphs"),
+    "ours, eager": Training(
+        Variant("ours", cuda_graphs="off"), 50, None, 15, cuda_only="only a GPU has graphs"
+    ),
     "B, cuDNN off": B_WITHOUT_CUDNN,
     "D": D,
     "B": Training(VARIANTS["B"], 20, 60, 45),
@@ -113,18 +124,28 @@ IMDB = {
 """Row of the table to how it trains, in the order of measuring."""
 COMPILED = {
     "ours": OURS,
-    "B, compiled": Training(NAMED["B, compiled"], 20, 40, 60, cuda_only="a CPU compiles for minutes"),
+    "B, compiled": Training(
+        NAMED["B, compiled"], 20, 40, 60, cuda_only="a CPU compiles for minutes"
+    ),
 }
 """Apart and last: each new shape is compiled, and on an H200 three steps took a minute."""
 ABLATION = {
     "all parts": Training(VARIANTS["ours"], 50, 150, 20),
     **{
-        f"without {lever}": Training(Variant("ours", lever=lever), 50, 150, 20, cuda_only="its parts are a GPU's")
+        f"without {lever}": Training(
+            Variant("ours", lever=lever), 50, 150, 20, cuda_only="its parts are a GPU's"
+        )
         for lever in CUDA_LEVERS
     },
-    "without CUDA graphs": Training(Variant("ours", cuda_graphs="off"), 50, 150, 20, cuda_only="only a GPU has graphs"),
+    "without CUDA graphs": Training(
+        Variant("ours", cuda_graphs="off"), 50, 150, 20, cuda_only="only a GPU has graphs"
+    ),
     "without the fast forward pass": Training(
-        Variant("ours", lever="the fast encoder"), 50, 150, 30, cuda_only="benchmarks/peers.py --ablation is a CPU's"
+        Variant("ours", lever="the fast encoder"),
+        50,
+        150,
+        30,
+        cuda_only="benchmarks/peers.py --ablation is a CPU's",
     ),
 }
 """Row to how it trains: each part of the fast forward pass off in turn, the rest as it is."""
@@ -146,7 +167,14 @@ class Recorder:
         self.settings, self.journal = settings, Journal(settings.out / "gpu.jsonl")
 
     def measure(
-        self, part: str, row: str, limit: float, function: Callable[[], Line], *, repeats: bool = False, **facts: Any
+        self,
+        part: str,
+        row: str,
+        limit: float,
+        function: Callable[[], Line],
+        *,
+        repeats: bool = False,
+        **facts: Any,
     ) -> None:
         """Measure one row, or write why there is none. A row that a process before this one began is left alone.
 
@@ -181,7 +209,11 @@ class Recorder:
             line = {"failed": f"the command did not end in {error.timeout:,.0f} s"}
         except Exception as error:
             traceback.print_exc()
-            line = {"failed": shorten_folders(" ".join(f"{type(error).__name__}: {error}".split()))[:300]}
+            line = {
+                "failed": shorten_folders(" ".join(f"{type(error).__name__}: {error}".split()))[
+                    :300
+                ]
+            }
         spent = round(time.perf_counter() - began, 2)
         self.write({**named, "spent_seconds": spent, **line})
         if "failed" in line:
@@ -273,7 +305,9 @@ def make_shape_base(folder: Path, tokenizer_of: str) -> None:
     config = DistilBertConfig()
     tokenizer = load_tokenizer(ModelConfig(name=tokenizer_of))
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, more than the shape's {config.vocab_size:,}")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens, more than the shape's {config.vocab_size:,}"
+        )
     torch.manual_seed(0)
     DistilBertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -282,14 +316,21 @@ def make_shape_base(folder: Path, tokenizer_of: str) -> None:
 def name_source(dataset: str, settings: Settings) -> list[str]:
     """Return the overrides that make a recipe read its rows from where they are."""
     if settings.quick and dataset not in settings.data:
-        return ["data.source=bundled", "data.splits=null", "data.text_column=text", "data.labels=null"]
+        return [
+            "data.source=bundled",
+            "data.splits=null",
+            "data.text_column=text",
+            "data.labels=null",
+        ]
     where = settings.data.get(dataset)
     if where is None:
         return []
     files = {path.stem: str(path.resolve()) for path in sorted(Path(where).glob("*.parquet"))}
     source = {split: files[split] for split in ("train", "test") if split in files}
     if "train" not in source:
-        raise FileNotFoundError(f"--data {dataset}: there is no train.parquet in {Path(where).name}")
+        raise FileNotFoundError(
+            f"--data {dataset}: there is no train.parquet in {Path(where).name}"
+        )
     return [f"data.source={json.dumps(source)}", "data.splits=null"]
 
 
@@ -318,7 +359,9 @@ def load_pool(dataset: str, settings: Settings) -> Pool:
     return Pool(encoder.encode(data.train), list(data.train.texts), data.labels, length)
 
 
-def choose_batches(training: Training, pool: Pool, *, batch_size: int) -> tuple[NDArray[np.int64], ...]:
+def choose_batches(
+    training: Training, pool: Pool, *, batch_size: int
+) -> tuple[NDArray[np.int64], ...]:
     """Return the rows of each step: of the whole epoch in its order, or of as many steps as the row takes.
 
     Those are spread evenly over the epoch's by size, and shuffled: else the first would be shorter than the others.
@@ -353,17 +396,23 @@ def measure_training(training: Training, pool: Pool, settings: Settings) -> Line
         training.variant, settings.shape_base, pool.labels, pool.length, pool.rows, batches, training.first,
         counts=False,
     )  # fmt: skip
-    limit = PATIENCE if settings.quick else min(training.limit, max(1.0, settings.ends - time.time()))
+    limit = (
+        PATIENCE if settings.quick else min(training.limit, max(1.0, settings.ends - time.time()))
+    )
     watch = Stopwatch(job, device, limit=limit)
     with clean_process(cudnn=training.cudnn):
         held = free_memory()
-        walk = (walk_ours if training.variant.engine == "ours" else walk_trainer)(job, device, watch)
+        walk = (walk_ours if training.variant.engine == "ours" else walk_trainer)(
+            job, device, watch
+        )
         peak = peak_memory(device) - held
     if not math.isfinite(walk.loss):
         raise ArithmeticError(f"the mean loss is {walk.loss}")
     lengths = [int(pool.rows.lengths[batch].sum()) for batch in batches[: watch.taken]]
     if watch.taken < training.first:
-        raise TimeoutError(f"{watch.taken} steps in {limit:,.0f} s, of the {training.first} that are timed first")
+        raise TimeoutError(
+            f"{watch.taken} steps in {limit:,.0f} s, of the {training.first} that are timed first"
+        )
     return {
         "dtype": str(walk.dtype).removeprefix("torch."),
         "length": pool.length,
@@ -396,26 +445,40 @@ def run_training(dataset: str, settings: Settings, *, part: str | None = None) -
     def read() -> Line:
         pools.append(load_pool(dataset, settings))
         found = pools[0].rows
-        return {"num_rows": len(found), "tokens": int(found.lengths.sum()), "seconds": time.perf_counter() - began}
+        return {
+            "num_rows": len(found),
+            "tokens": int(found.lengths.sum()),
+            "seconds": time.perf_counter() - began,
+        }
 
     began = time.perf_counter()
     recorder.measure(part, "rows read and tokenised", 120, read, repeats=True)
     for row, training in rows.items() if pools else ():
         recorder.measure(
-            part, row, training.limit + 30, lambda training=training: measure_training(training, pools[0], settings)
+            part,
+            row,
+            training.limit + 30,
+            lambda training=training: measure_training(training, pools[0], settings),
         )
 
 
 def run_command(recipe: str, overrides: list[str], settings: Settings, *, limit: float) -> Line:
     """Run the training command as a user does, and return its time and what its report says."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "lora_sentiment.train", str(ROOT / f"recipes/{recipe}.yaml")]
+        command = [
+            sys.executable,
+            "-m",
+            "lora_sentiment.train",
+            str(ROOT / f"recipes/{recipe}.yaml"),
+        ]
         command += [*overrides, f"output.dir={json.dumps(f'{folder}/adapter')}", "offline=error"]
         command += ["train.max_steps=2", "train.num_train_epochs=1"] if settings.quick else []
         log = Path(folder, "log.txt")
         began = time.perf_counter()
         with log.open("w", encoding="utf-8") as file:
-            child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            child = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
             try:
                 child.wait(limit)
             finally:
@@ -462,7 +525,9 @@ def run_quickstart(settings: Settings) -> None:
     """Run quickstart.yaml, whose base and reviews ship with the package."""
 
     def quickstart() -> Line:
-        return {"base": "bundled"} | run_command("quickstart", [], settings, limit=PATIENCE if settings.quick else 60)
+        return {"base": "bundled"} | run_command(
+            "quickstart", [], settings, limit=PATIENCE if settings.quick else 60
+        )
 
     Recorder(settings).measure("whole", "recipes/quickstart.yaml", 90, quickstart)
 
@@ -506,7 +571,12 @@ def measure_answers(answer: Callable[[list[str]], object], pool: Pool, settings:
     seconds = now(find_device()) - began
     tokens = int(pool.rows.lengths[order[warm_ups:]].sum())
     peak = peak_memory(find_device()) - held
-    return {"texts": len(texts) - warm_ups, "tokens": tokens, "seconds": seconds, "peak_bytes": peak}
+    return {
+        "texts": len(texts) - warm_ups,
+        "tokens": tokens,
+        "seconds": seconds,
+        "peak_bytes": peak,
+    }
 
 
 def measure_pipeline(dtype: torch.dtype, pool: Pool, folder: Path, settings: Settings) -> Line:
@@ -561,7 +631,9 @@ def measure_memory(recipe_name: str, length: int, settings: Settings) -> Line:
     """
     overrides = [f"model.name={json.dumps(settings.shape_base)}", f"model.max_length={length}"]
     overrides += ["train.batch_size=4"] if settings.quick else []
-    recipe = Recipe.load(ROOT / f"recipes/{recipe_name}.yaml", [*overrides, "data.labels=[negative, positive]"])
+    recipe = Recipe.load(
+        ROOT / f"recipes/{recipe_name}.yaml", [*overrides, "data.labels=[negative, positive]"]
+    )
     plan, _ = plan_recipe(recipe)
     with tempfile.TemporaryDirectory() as folder, clean_process():
         given, found = Path(folder, "probe.yaml"), Path(folder, "found.json")
@@ -573,7 +645,9 @@ def measure_memory(recipe_name: str, length: int, settings: Settings) -> Line:
     measured = numbers["peak"] - max(held, numbers["baseline"])
     plan = as_it_ran(plan, device=numbers["device"], element_bytes=numbers["element_bytes"])
     rows = numbers["rows"]
-    estimated = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size).peak
+    estimated = estimate_memory(
+        plan, rows=rows, length=length, batch_size=recipe.train.batch_size
+    ).peak
     return {"rows": rows, "estimated_bytes": estimated, "measured_bytes": measured}
 
 
@@ -604,5 +678,15 @@ def run_part(part: str, settings: Settings) -> None:
         run(settings)
 
 
-PARTS = ("whole", "quickstart", "imdb", "sst2", "ag_news", "inference", "memory", "ablation", "compiled")
+PARTS = (
+    "whole",
+    "quickstart",
+    "imdb",
+    "sst2",
+    "ag_news",
+    "inference",
+    "memory",
+    "ablation",
+    "compiled",
+)
 """What the script measures, in order."""

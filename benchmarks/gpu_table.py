@@ -210,7 +210,13 @@ def show_inference(lines: Sequence[Line]) -> list[str]:
             f"{line['peak_bytes'] / MIB:,.0f}",
         ]
         page.append(f"| {' | '.join(cells)} |")
-    return [*page, "", 'All but the row that says "forward alone" include tokenising.', "", *show_missing(lines)]
+    return [
+        *page,
+        "",
+        'All but the row that says "forward alone" include tokenising.',
+        "",
+        *show_missing(lines),
+    ]
 
 
 def fastest_pipeline(lines: Sequence[Line]) -> float | None:
@@ -244,7 +250,9 @@ Parts = dict[str, list[Line]]
 """Part to the lines of one run."""
 
 
-def training(dataset: str, other: Callable[[Sequence[Line]], float | None]) -> Callable[[Parts], float | None]:
+def training(
+    dataset: str, other: Callable[[Sequence[Line]], float | None]
+) -> Callable[[Parts], float | None]:
     """Return what gives the speed of ours over another speed of the same table."""
 
     def value(parts: Parts) -> float | None:
@@ -254,11 +262,15 @@ def training(dataset: str, other: Callable[[Sequence[Line]], float | None]) -> C
     return value
 
 
-def of_row(part: str, start: str, figure: Callable[[Line], float | None]) -> Callable[[Parts], float | None]:
+def of_row(
+    part: str, start: str, figure: Callable[[Line], float | None]
+) -> Callable[[Parts], float | None]:
     """Return what gives a figure of the row whose name starts so."""
 
     def value(parts: Parts) -> float | None:
-        found = [line for line in parts.get(part, []) if line["row"].startswith(start) and is_done(line)]
+        found = [
+            line for line in parts.get(part, []) if line["row"].startswith(start) and is_done(line)
+        ]
         return figure(found[0]) if found else None
 
     return value
@@ -282,7 +294,12 @@ def worst_estimate(parts: Parts) -> float | None:
 
 
 AIMS: tuple[tuple[str, Callable[[Parts], float | None], float, bool], ...] = (
-    ("IMDB at 512, ours, tokens/s after the first steps", of_row("imdb", "ours", speed), 1_200_000, True),
+    (
+        "IMDB at 512, ours, tokens/s after the first steps",
+        of_row("imdb", "ours", speed),
+        1_200_000,
+        True,
+    ),
     ("the same, times D", training("imdb", speed_of_d), 15, True),
     ("the same, times the fastest B", training("imdb", fastest_b), 3, True),
     (
@@ -299,14 +316,24 @@ AIMS: tuple[tuple[str, Callable[[Parts], float | None], float, bool], ...] = (
         45,
         False,
     ),
-    ("quickstart.yaml, s of training", of_row("whole", "recipes/quick", lambda line: line["seconds"]), 5, False),
+    (
+        "quickstart.yaml, s of training",
+        of_row("whole", "recipes/quick", lambda line: line["seconds"]),
+        5,
+        False,
+    ),
     (
         "inference on IMDB at 512, forward alone, second pass, tokens/s",
         of_row("inference", "ours, forward", speed),
         3e6,
         True,
     ),
-    ("inference, texts to answers, times the pipeline with batches of 16", answers_over_pipeline, 10, True),
+    (
+        "inference, texts to answers, times the pipeline with batches of 16",
+        answers_over_pipeline,
+        10,
+        True,
+    ),
     ("memory, the worst estimate, % off", worst_estimate, 10, False),
 )
 """What is aimed at: its name, its figure, the aim, and whether that is the least (else the most)."""
@@ -325,5 +352,7 @@ def show_aims(parts: Parts) -> list[str]:
             continue
         met = found >= aim if is_least else found <= aim
         shown = f"{found:,.0f}" if found >= 1000 else f"{found:.2f}"
-        page.append(f"| {name} | {'≥' if is_least else '≤'} {aim:,.0f} | {shown} | {'met' if met else 'missed'} |")
+        page.append(
+            f"| {name} | {'≥' if is_least else '≤'} {aim:,.0f} | {shown} | {'met' if met else 'missed'} |"
+        )
     return [*page, ""]

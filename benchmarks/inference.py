@@ -42,13 +42,23 @@ Answer = Callable[[list[str]], np.ndarray]
 
 def main() -> None:
     """Measure the chunks that are missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path, help="adapter folder; its recorded test rows are read")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "adapter", type=Path, help="adapter folder; its recorded test rows are read"
+    )
     parser.add_argument("--split", default="test", help="judged role of the adapter's data")
     parser.add_argument("--chunk", type=int, default=1000, help="rows of a chunk")
-    parser.add_argument("--cache", type=Path, default=ROOT / "adapters/inference", help="folder of the other forms")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of inference.jsonl and .md")
-    parser.add_argument("--render", action="store_true", help="write the table of what is finished, measure nothing")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "adapters/inference", help="folder of the other forms"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks", help="folder of inference.jsonl and .md"
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="write the table of what is finished, measure nothing"
+    )
     arguments = parser.parse_args()
     journal = Journal(arguments.out / "inference.jsonl", key=itemgetter("start"))
     if not arguments.render:
@@ -66,8 +76,12 @@ def main() -> None:
             journal.append(measure(forms, texts, rows.labels[index], start=start, of=len(rows)))
             print(json.dumps(journal.lines[start]), flush=True)
     if not journal.lines:
-        sys.exit(f"{arguments.out / 'inference.jsonl'}: nothing is finished; run it without --render")
-    (arguments.out / "inference.md").write_text(render(list(journal.lines.values()), arguments), encoding="utf-8")
+        sys.exit(
+            f"{arguments.out / 'inference.jsonl'}: nothing is finished; run it without --render"
+        )
+    (arguments.out / "inference.md").write_text(
+        render(list(journal.lines.values()), arguments), encoding="utf-8"
+    )
 
 
 def make_forms(adapter: Path, cache: Path, sample: list[str]) -> dict[str, Answer]:
@@ -111,7 +125,9 @@ def make_pipeline(merged: Path, sample: list[str]) -> Answer:
     return lambda texts: answer(texts, best)
 
 
-def measure(forms: dict[str, Answer], texts: list[str], labels: np.ndarray, *, start: int, of: int) -> dict[str, Any]:
+def measure(
+    forms: dict[str, Answer], texts: list[str], labels: np.ndarray, *, start: int, of: int
+) -> dict[str, Any]:
     """Let every form answer one chunk; what the adapter answers is what the others are compared with."""
     turn = start // len(texts) % len(FORMS)
     seconds, found = {}, {}
@@ -142,7 +158,9 @@ def render(lines: list[Line], arguments: argparse.Namespace) -> str:
     """Return the page."""
     card = load_card(arguments.adapter)
     done, of = sum(line["rows"] for line in lines), lines[0]["of"]
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
+    libraries = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime")
+    )
     page = [
         "# One adapter in every form",
         "",
@@ -158,7 +176,10 @@ def render(lines: list[Line], arguments: argparse.Namespace) -> str:
     ]
     for name in FORMS:
         own = [line["forms"][name] for line in lines]
-        ratios = [line["forms"]["stock pipeline"]["seconds"] / line["forms"][name]["seconds"] for line in lines]
+        ratios = [
+            line["forms"]["stock pipeline"]["seconds"] / line["forms"][name]["seconds"]
+            for line in lines
+        ]
         page.append(
             f"| {name} | {sum(form['right'] for form in own) / done:.4f} "
             f"| {done / sum(form['seconds'] for form in own):,.1f} "

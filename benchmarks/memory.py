@@ -29,7 +29,10 @@ from lora_sentiment.models.memory import Memory
 from lora_sentiment.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-SHAPES: dict[str, dict[str, int]] = {"minilm": {"dim": 384, "hidden_dim": 1536}, "distilbert-base": {}}
+SHAPES: dict[str, dict[str, int]] = {
+    "minilm": {"dim": 384, "hidden_dim": 1536},
+    "distilbert-base": {},
+}
 LENGTHS = (128, 256, 512)
 METHODS = {
     "full": ["method={kind: full}"],
@@ -43,10 +46,16 @@ BATCH_SIZE = 16
 
 def main() -> None:
     """Measure what is missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="minilm", help="shape of the base")
-    parser.add_argument("--cases", nargs="*", choices=METHODS, default=list(METHODS), help="methods to measure")
-    parser.add_argument("--render", action="store_true", help="write the table of what is finished, measure nothing")
+    parser.add_argument(
+        "--cases", nargs="*", choices=METHODS, default=list(METHODS), help="methods to measure"
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="write the table of what is finished, measure nothing"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/memory.jsonl")
     arguments = parser.parse_args()
     journal = Journal(arguments.results, key=itemgetter("shape", "case", "length"))
@@ -59,7 +68,9 @@ def main() -> None:
                     if tuple(key.values()) not in journal.lines:
                         journal.append(measure(key, base))
                         print(json.dumps(journal.lines[tuple(key.values())]), flush=True)
-    (ROOT / "benchmarks/memory.md").write_text(render(list(journal.lines.values())), encoding="utf-8")
+    (ROOT / "benchmarks/memory.md").write_text(
+        render(list(journal.lines.values())), encoding="utf-8"
+    )
 
 
 def make_base(folder: Path, shape: dict[str, int]) -> Path:
@@ -116,10 +127,19 @@ def render(lines: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     order = list(METHODS)
-    for line in sorted(lines, key=lambda line: (line["shape"], order.index(line["case"]), line["length"])):
+    for line in sorted(
+        lines, key=lambda line: (line["shape"], order.index(line["case"]), line["length"])
+    ):
         memory = estimate_case(line)
         kept = (line["resident"] - line["in_use"]) / (memory.activations + memory.workspace)
-        cells = [line["shape"], line["case"], line["length"], line["rows"], _mib(memory.peak), _mib(line["in_use"])]
+        cells = [
+            line["shape"],
+            line["case"],
+            line["length"],
+            line["rows"],
+            _mib(memory.peak),
+            _mib(line["in_use"]),
+        ]
         cells += [f"{memory.peak / line['in_use'] - 1:+.1%}", _mib(line["resident"]), f"{kept:.0%}"]
         table.append("| " + " | ".join(map(str, cells)) + " |")
     head = ["# Memory: the estimate beside measured peaks", "", NOTES, _environment(lines), ""]
@@ -144,7 +164,8 @@ cases and those named so run on transformers' own forward, the others on the fas
 def _environment(lines: list[dict[str, Any]]) -> str:
     found = sorted(
         {
-            f"{line['date']}, {line['libc']}, " + ", ".join(f"{k} {v}" for k, v in line["versions"].items())
+            f"{line['date']}, {line['libc']}, "
+            + ", ".join(f"{k} {v}" for k, v in line["versions"].items())
             for line in lines
         }
     )

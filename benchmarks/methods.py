@@ -71,12 +71,18 @@ METHODS = {
     "full": ("weights", ["method={kind: full}"]),
     "unfreeze last 3": ("weights", ["method={kind: unfreeze, last_layers: 3}"]),
     "head": ("scales", ["method={kind: head}"]),
-    "LoRA q,v": ("adapters", ["method={kind: lora, r: 8, lora_alpha: 16, target_modules: [q_lin, v_lin]}"]),
+    "LoRA q,v": (
+        "adapters",
+        ["method={kind: lora, r: 8, lora_alpha: 16, target_modules: [q_lin, v_lin]}"],
+    ),
     "LoRA all-linear": ("adapters", [f"method={{{_ALL}}}"]),
     "DoRA": ("adapters", [f"method={{{_ALL}, use_dora: true}}"]),
     "LoRA+": ("LoRA+", [f"method={{{_ALL}, loraplus_lr_ratio: 4}}"]),
     "int8 LoRA": ("adapters", [f"method={{{_ALL}}}", "model.quantize=int8"]),
-    "nf4 LoRA": ("adapters", [f"method={{{_ALL}}}", "model.quantize=nf4", "model.double_quant=true"]),
+    "nf4 LoRA": (
+        "adapters",
+        [f"method={{{_ALL}}}", "model.quantize=nf4", "model.double_quant=true"],
+    ),
     "small-head LoRA": ("adapters", [f"method={{{_ALL}}}", "model.head=low_rank"]),
     "IA3": ("scales", ["method={kind: ia3}"]),
     "AdaLoRA": (
@@ -121,12 +127,16 @@ class Job:
         """Hash of all that recipe and overrides state: another base, row count or rate is another run."""
         recipe = Recipe.load(self.recipe, self.overrides)
         stated = recipe.model_dump(mode="json", exclude_unset=True, exclude={"name", "output"})
-        return hashlib.sha256(json.dumps([self.stage, stated], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([self.stage, stated], sort_keys=True).encode()
+        ).hexdigest()[:16]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=["sst5"])
     parser.add_argument(
         "--data",
@@ -135,41 +145,85 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="DATASET=WHERE",
         help="a folder with a file for each split (train.parquet, ...), or another Hub name; repeatable",
     )
-    parser.add_argument("--base", default="local/minilm-l6-distilbert", help="model.name of every run")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="default: all")
+    parser.add_argument(
+        "--base", default="local/minilm-l6-distilbert", help="model.name of every run"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="default: all"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="final runs of each method")
-    parser.add_argument("--tries", type=int, choices=(1, 2, 3), default=3, help="learning rates tried by each method")
+    parser.add_argument(
+        "--tries",
+        type=int,
+        choices=(1, 2, 3),
+        default=3,
+        help="learning rates tried by each method",
+    )
     # As many as may be: of 1,500 rows (47 steps) LoRA's 4e-3 looked best on SST-5, and 267 steps of it diverged.
-    parser.add_argument("--tries-rows", type=int, default=10_000, help="training rows of a try, at most 10,000")
-    parser.add_argument("--rows", type=int, default=None, help="training rows of a final run; default all")
-    parser.add_argument("--epochs", type=float, default=2, help="epochs of a final run; a try has one")
-    parser.add_argument("--render", action="store_true", help="make the table of what is finished and run nothing")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of every run")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the page and its journal")
-    parser.add_argument("--name", default="methods", help="what both are called, without .md and .jsonl")
-    parser.add_argument("--note", default="", help="sentence for the page, such as what else the machine was doing")
-    parser.add_argument("--cache", type=Path, default=ROOT / "adapters/methods", help="folder of what is only passing")
+    parser.add_argument(
+        "--tries-rows", type=int, default=10_000, help="training rows of a try, at most 10,000"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=None, help="training rows of a final run; default all"
+    )
+    parser.add_argument(
+        "--epochs", type=float, default=2, help="epochs of a final run; a try has one"
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="make the table of what is finished and run nothing"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override of every run"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks", help="folder of the page and its journal"
+    )
+    parser.add_argument(
+        "--name", default="methods", help="what both are called, without .md and .jsonl"
+    )
+    parser.add_argument(
+        "--note", default="", help="sentence for the page, such as what else the machine was doing"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / "adapters/methods",
+        help="folder of what is only passing",
+    )
     found = parser.parse_args(arguments)
     if not 0 < found.tries_rows <= 10_000:
         parser.error(f"--tries-rows: found {found.tries_rows}; allowed: 1 to 10,000")
     found.data = dict(item.partition("=")[::2] for item in found.data)
     if unknown := set(found.data) - set(DATASETS):
-        parser.error(f"--data: found {', '.join(sorted(unknown))}; allowed: {', '.join(DATASETS)}, as in sst5=FOLDER")
+        parser.error(
+            f"--data: found {', '.join(sorted(unknown))}; allowed: {', '.join(DATASETS)}, as in sst5=FOLDER"
+        )
     return found
 
 
 def data_overrides(dataset: str, where: str | None, *, judge: bool) -> list[str]:
     """Return what makes a recipe read a data set from where it is; a try has no split that could be judged."""
-    roles = {role: split for role, split in DATASETS[dataset].items() if judge or role in ("train", "validation")}
+    roles = {
+        role: split
+        for role, split in DATASETS[dataset].items()
+        if judge or role in ("train", "validation")
+    }
     if where is None or not Path(where).is_dir():
-        return [*([f"data.source={json.dumps(where)}"] if where else []), f"data.splits={json.dumps(roles)}"]
+        return [
+            *([f"data.source={json.dumps(where)}"] if where else []),
+            f"data.splits={json.dumps(roles)}",
+        ]
     files = {}
     for role, split in roles.items():
         found = sorted(
-            str(Path(where, split + suffix).resolve()) for suffix in FORMATS if Path(where, split + suffix).is_file()
+            str(Path(where, split + suffix).resolve())
+            for suffix in FORMATS
+            if Path(where, split + suffix).is_file()
         )
         if len(found) != 1:
-            sys.exit(f"--data {dataset}={where}: found {found or 'no file'} for {split}; name one, such as {split}.csv")
+            sys.exit(
+                f"--data {dataset}={where}: found {found or 'no file'} for {split}; name one, such as {split}.csv"
+            )
         files[role] = found[0]
     return [f"data.source={json.dumps(files)}", "data.splits=null"]
 
@@ -202,10 +256,22 @@ def run_job(job: Job, cache: Path) -> Line:
     from lora_sentiment.train import train
 
     folder = cache / "running"
-    recipe = Recipe.load(job.recipe, [*job.overrides, f"output.dir={json.dumps(str(folder / 'adapter'))}"])
+    recipe = Recipe.load(
+        job.recipe, [*job.overrides, f"output.dir={json.dumps(str(folder / 'adapter'))}"]
+    )
     began = time.perf_counter()
-    line = {"key": job.key, "dataset": job.dataset, "method": job.method, "stage": job.stage, "seed": job.seed}
-    line |= {"rate": job.rate, "epochs": recipe.train.num_train_epochs, "base": short(recipe.model.name)}
+    line = {
+        "key": job.key,
+        "dataset": job.dataset,
+        "method": job.method,
+        "stage": job.stage,
+        "seed": job.seed,
+    }
+    line |= {
+        "rate": job.rate,
+        "epochs": recipe.train.num_train_epochs,
+        "base": short(recipe.model.name),
+    }
     line |= {"source": str(Recipe.load(job.recipe).data.source)}
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -223,7 +289,11 @@ def run_job(job: Job, cache: Path) -> Line:
     rows = {split: counts["rows"] for split, counts in done.report["data"].items()}
     cost = {name: value for name, value in done.report["train"].items() if name != "evaluations"}
     cost["wall_seconds"] = round(time.perf_counter() - began, 1)
-    return line | machine() | {"rows": rows, "metrics": metrics, "parameters": done.report["parameters"], "train": cost}
+    return (
+        line
+        | machine()
+        | {"rows": rows, "metrics": metrics, "parameters": done.report["parameters"], "train": cost}
+    )
 
 
 def machine() -> Line:
@@ -232,9 +302,18 @@ def machine() -> Line:
 
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
-        cpu = next((line.partition(": ")[2] for line in info.read_text().splitlines() if "model name" in line), cpu)
+        cpu = next(
+            (
+                line.partition(": ")[2]
+                for line in info.read_text().splitlines()
+                if "model name" in line
+            ),
+            cpu,
+        )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    libraries = [name for name in ("torch", "transformers", "peft", "bitsandbytes") if find_spec(name)]
+    libraries = [
+        name for name in ("torch", "transformers", "peft", "bitsandbytes") if find_spec(name)
+    ]
     return {
         "machine": gpu or f"{cpu}, {torch.get_num_threads()} threads",
         "versions": {"lora_sentiment": __version__, **{name: version(name) for name in libraries}},
@@ -264,7 +343,9 @@ def run_isolated(job: Job, cache: Path) -> Line:
     context = multiprocessing.get_context(method)
     # The server imports these once and never computes: every run is forked from it in no time.
     context.set_forkserver_preload(["lora_sentiment.train", "datasets"])
-    with ProcessPoolExecutor(1, mp_context=context, initializer=enter_process, initargs=(cache / "log.txt",)) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=enter_process, initargs=(cache / "log.txt",)
+    ) as pool:
         return pool.submit(run_job, job, cache).result()
 
 
@@ -288,7 +369,10 @@ def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal) -> None:
             if not arguments.render:
                 line = run_isolated(job, arguments.cache)
                 journal.append(line)
-                print(f"{row.dataset} {row.method} {stage}, rate {rate:g}, seed {seed}: {show_run(line)}", flush=True)
+                print(
+                    f"{row.dataset} {row.method} {stage}, rate {rate:g}, seed {seed}: {show_run(line)}",
+                    flush=True,
+                )
         return line
 
     rates = RATES[METHODS[row.method][0]][: arguments.tries]
@@ -309,7 +393,11 @@ def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal) -> None:
         row.finals = [max(row.dropped, key=validation_accuracy)]
     for seed in range(FIRST_SEED + 1, FIRST_SEED + arguments.seeds) if row.finals else ():
         row.finals += filter(None, [have("final", seed, row.finals[0]["rate"])])
-    if row.finals and all("metrics" in line for line in row.finals) and len(row.finals) == arguments.seeds:
+    if (
+        row.finals
+        and all("metrics" in line for line in row.finals)
+        and len(row.finals) == arguments.seeds
+    ):
         row.right = np.stack([unpack(line) for line in row.finals])
 
 
@@ -341,15 +429,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     for folder in (arguments.out, arguments.cache):
         folder.mkdir(parents=True, exist_ok=True)
-    journal, page = Journal(arguments.out / f"{arguments.name}.jsonl"), arguments.out / f"{arguments.name}.md"
-    rows = [Row(dataset, method) for dataset in arguments.datasets for method in arguments.methods or METHODS]
+    journal, page = (
+        Journal(arguments.out / f"{arguments.name}.jsonl"),
+        arguments.out / f"{arguments.name}.md",
+    )
+    rows = [
+        Row(dataset, method)
+        for dataset in arguments.datasets
+        for method in arguments.methods or METHODS
+    ]
     num_faults = 0
     for row in rows:
         try:
             fill_row(row, arguments, journal)
         except (LoraSentimentError, BrokenProcessPool) as error:
             num_faults += 1
-            print(f"{row.dataset} {row.method}: {error or type(error).__name__}", file=sys.stderr, flush=True)
+            print(
+                f"{row.dataset} {row.method}: {error or type(error).__name__}",
+                file=sys.stderr,
+                flush=True,
+            )
         if not arguments.render:
             page.write_text(render(rows, arguments), encoding="utf-8")
     page.write_text(render(rows, arguments), encoding="utf-8")

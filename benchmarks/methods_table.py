@@ -41,7 +41,11 @@ class Row:
     @property
     def rates(self) -> list[float]:
         """The tried rates that converged, best first: by validation accuracy, then by log-loss."""
-        scored = [(line["metrics"]["validation"], line["rate"]) for line in self.tries if "metrics" in line]
+        scored = [
+            (line["metrics"]["validation"], line["rate"])
+            for line in self.tries
+            if "metrics" in line
+        ]
         scored.sort(key=lambda found: (-found[0]["accuracy"], found[0]["log_loss"]))
         return [rate for _, rate in scored]
 
@@ -76,7 +80,10 @@ def compare_rows(ours: npt.NDArray[np.bool_], reference: npt.NDArray[np.bool_]) 
     generator = np.random.default_rng(0)
     resampled = []
     for weights in resample_weights(num_rows, num_resamples=NUM_RESAMPLES, seed=0):
-        drawn = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=len(weights)) / num_seeds
+        drawn = (
+            generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=len(weights))
+            / num_seeds
+        )
         resampled.append(((weights @ difference.T / num_rows) * drawn).sum(axis=1))
     return percentile_interval(float(difference.mean()), np.concatenate(resampled), confidence=0.95)
 
@@ -99,8 +106,17 @@ def describe(rows: Sequence[Row], arguments: Namespace) -> str:
     """Return what holds for every run, and how to read the tables."""
     lines = [line for row in rows for line in (*row.tries, *row.finals)]
     dates = sorted({line["date"] for line in lines})
-    versions = sorted({", ".join(f"{name} {number}" for name, number in line["versions"].items()) for line in lines})
-    seeds = "and seeds, both resampled" if arguments.seeds > 1 else "only: one seed says nothing of other seeds"
+    versions = sorted(
+        {
+            ", ".join(f"{name} {number}" for name, number in line["versions"].items())
+            for line in lines
+        }
+    )
+    seeds = (
+        "and seeds, both resampled"
+        if arguments.seeds > 1
+        else "only: one seed says nothing of other seeds"
+    )
     facts = [
         f"Base `{short(arguments.base)}`",
         *sorted({line["machine"] for line in lines}),
@@ -134,8 +150,13 @@ def command(arguments: Namespace) -> str:
         f"--datasets {' '.join(arguments.datasets)}",
     ]
     parts += [f"--data {dataset}={short(where)}" for dataset, where in arguments.data.items()]
-    parts += [f"--seeds {arguments.seeds} --tries {arguments.tries} --tries-rows {arguments.tries_rows}"]
-    parts += [f"--epochs {arguments.epochs:g}", *([f"--rows {arguments.rows}"] if arguments.rows else [])]
+    parts += [
+        f"--seeds {arguments.seeds} --tries {arguments.tries} --tries-rows {arguments.tries_rows}"
+    ]
+    parts += [
+        f"--epochs {arguments.epochs:g}",
+        *([f"--rows {arguments.rows}"] if arguments.rows else []),
+    ]
     parts += [f"--methods {shlex.join(arguments.methods)}"] if arguments.methods else []
     parts += [f"--name {arguments.name}"] if arguments.name != "methods" else []
     return " ".join([*parts, *(f"--set {item}" for item in arguments.set)])
@@ -166,17 +187,28 @@ def results_table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.right is None:
             failed = [line["failed"] for line in (*row.tries, *row.finals) if "failed" in line]
-            table.append(f"| {row.method} | {failed[0] if failed else 'not finished'} " + "| " * 11 + "|")
+            table.append(
+                f"| {row.method} | {failed[0] if failed else 'not finished'} " + "| " * 11 + "|"
+            )
             continue
-        against = compare_rows(row.right, reference) if reference is not None and row.method != "full" else None
+        against = (
+            compare_rows(row.right, reference)
+            if reference is not None and row.method != "full"
+            else None
+        )
         if against and is_not_worse(against):
             proven.append((row.finals[0]["parameters"]["trainable"], row.method))
         table.append(result_cells(row, row.right, against))
     if reference is not None:
         none = (
-            f"No method is shown to be not worse than full fine-tuning here: no lower end is above {-100 * MARGIN:.1f}."
+            "No method is shown to be not worse than full fine-tuning here: no lower end is above "
+            f"{-100 * MARGIN:.1f}."
         )
-        smallest = f"The smallest that is not worse than full fine-tuning: {min(proven)[1]}." if proven else none
+        smallest = (
+            f"The smallest that is not worse than full fine-tuning: {min(proven)[1]}."
+            if proven
+            else none
+        )
         table += ["", smallest]
     return "\n".join(table)
 
@@ -188,7 +220,9 @@ def result_cells(row: Row, right: npt.NDArray[np.bool_], against: Interval | Non
         return float(np.mean([line[block][name] for line in row.finals]))
 
     accuracy = compare_rows(right, np.zeros_like(right))
-    macro_f1 = np.mean([line["metrics"][judged_role(line["metrics"])]["macro_f1"] for line in row.finals])
+    macro_f1 = np.mean(
+        [line["metrics"][judged_role(line["metrics"])]["macro_f1"] for line in row.finals]
+    )
     tried = sorted(line["rate"] for line in row.tries)
     rate = row.finals[0]["rate"]
     edge = " (edge)" if len(tried) > 2 and rate in (tried[0], tried[-1]) else ""
@@ -217,7 +251,10 @@ def result_cells(row: Row, right: npt.NDArray[np.bool_], against: Interval | Non
 
 def tries_table(rows: Sequence[Row]) -> str:
     """Return what every tried rate gave on validation."""
-    table = ["| method | rates tried and their validation accuracy | runs whose rate did not hold |", "|---|---|---|"]
+    table = [
+        "| method | rates tried and their validation accuracy | runs whose rate did not hold |",
+        "|---|---|---|",
+    ]
     for row in rows:
         shown = [
             f"{line['rate']:g}: {line['metrics']['validation']['accuracy']:.4f}"

@@ -121,7 +121,9 @@ CUDA_VARIANTS = {
 ABLATION = {
     "ours": VARIANTS["ours"],
     **{
-        f"without {lever}": Variant("ours", "random" if lever == "rows of like length" else "buckets", lever=lever)
+        f"without {lever}": Variant(
+            "ours", "random" if lever == "rows of like length" else "buckets", lever=lever
+        )
         for lever in LEVERS
     },
     "with freed buffers kept (mallopt)": Variant("ours", keeps_freed=True),
@@ -156,7 +158,11 @@ class Cell:
     @property
     def variants(self) -> dict[str, Variant]:
         """The rows that its table can have on this machine."""
-        return {"train": {**VARIANTS, **NAMED, **usual_more()}, "ablation": ABLATION, "inference": INFERENCE}[self.task]
+        return {
+            "train": {**VARIANTS, **NAMED, **usual_more()},
+            "ablation": ABLATION,
+            "inference": INFERENCE,
+        }[self.task]
 
 
 def usual_more() -> dict[str, Variant]:
@@ -178,33 +184,69 @@ def choose_rows(cell: Cell, asked: Sequence[str] | None) -> list[str]:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--bases", nargs="+", default=["minilm=local/minilm-l6-distilbert"], metavar="NAME=WHERE",
         help="name in the table and Hub name or folder of each base",
     )  # fmt: skip
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--data", action="append", default=[], metavar="DATASET=WHERE", help="read rows from elsewhere")
-    parser.add_argument("--tasks", nargs="+", choices=("train", "inference"), default=["train", "inference"])
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="DATASET=WHERE",
+        help="read rows from elsewhere",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=("train", "inference"), default=["train", "inference"]
+    )
     rows = list({**VARIANTS, **NAMED, **usual_more(), **ABLATION, **INFERENCE})
     parser.add_argument(
-        "--variants", nargs="+", choices=rows, metavar="ROW", help="rows of the tables to measure; default all"
+        "--variants",
+        nargs="+",
+        choices=rows,
+        metavar="ROW",
+        help="rows of the tables to measure; default all",
     )
-    parser.add_argument("--ablation", action="store_true", help="turn each part of ours off, and measure nothing else")
+    parser.add_argument(
+        "--ablation",
+        action="store_true",
+        help="turn each part of ours off, and measure nothing else",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--quick", action="store_true", help="one round of one step each, into --cache: shows that all of it runs"
+        "--quick",
+        action="store_true",
+        help="one round of one step each, into --cache: shows that all of it runs",
     )
-    parser.add_argument("--time-to", type=float, metavar="ACCURACY", help="whole runs on IMDB, with the last base")
-    parser.add_argument("--render", action="store_true", help="make the page of what is finished, measure nothing")
-    parser.add_argument("--length", type=int, help="most tokens of a text, instead of the data set's own")
-    parser.add_argument("--out", type=Path, help="folder of peers.jsonl and peers.md; default benchmarks")
-    parser.add_argument("--cache", type=Path, default=ROOT / "adapters/peers", help="folder of what is only passing")
-    parser.add_argument("--note", default="", help="sentence for the page, such as what else the machine was doing")
+    parser.add_argument(
+        "--time-to", type=float, metavar="ACCURACY", help="whole runs on IMDB, with the last base"
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="make the page of what is finished, measure nothing"
+    )
+    parser.add_argument(
+        "--length", type=int, help="most tokens of a text, instead of the data set's own"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of peers.jsonl and peers.md; default benchmarks"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "adapters/peers", help="folder of what is only passing"
+    )
+    parser.add_argument(
+        "--note", default="", help="sentence for the page, such as what else the machine was doing"
+    )
     found = parser.parse_args(arguments)
-    found.bases, found.data = (dict(item.partition("=")[::2] for item in given) for given in (found.bases, found.data))
+    found.bases, found.data = (
+        dict(item.partition("=")[::2] for item in given) for given in (found.bases, found.data)
+    )
     if not all(found.bases.values()):
-        parser.error(f"--bases: found {', '.join(found.bases)}; give each as NAME=WHERE, as in minilm=FOLDER")
+        parser.error(
+            f"--bases: found {', '.join(found.bases)}; give each as NAME=WHERE, as in minilm=FOLDER"
+        )
     if found.quick:
         found.rounds = 1
     found.out = found.out or (found.cache if found.quick else ROOT / "benchmarks")
@@ -214,7 +256,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def list_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Return what is compared, in order: the slowest last, so that a stopped script has whole tables."""
     if arguments.ablation:
-        return [Cell("ablation", base, dataset) for base in arguments.bases for dataset in arguments.datasets]
+        return [
+            Cell("ablation", base, dataset)
+            for base in arguments.bases
+            for dataset in arguments.datasets
+        ]
     cells = []
     for base in arguments.bases:
         if "train" in arguments.tasks:
@@ -224,7 +270,9 @@ def list_cells(arguments: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def describe(cell: Cell, variant: str, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def describe(
+    cell: Cell, variant: str, number: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Return all that names one slice: another length, step count or machine is another slice."""
     dataset, cuda = DATASETS[cell.dataset], torch.cuda.is_available()
     key = {
@@ -251,14 +299,18 @@ def slices(cell: Cell, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
                 yield describe(cell, name, number, arguments)
 
 
-def draw_batches(order: str, lengths: NDArray[np.int64], *, batch_size: int, seed: int) -> list[NDArray[np.int64]]:
+def draw_batches(
+    order: str, lengths: NDArray[np.int64], *, batch_size: int, seed: int
+) -> list[NDArray[np.int64]]:
     """Return the rows of every step of a pass over the pool, as a variant draws them."""
     if order == "buckets":
         return plan_epoch(lengths, batch_size=batch_size, seed=seed, epoch=0)
     if order == "grouped":
         generator = torch.Generator().manual_seed(seed)
         order_of: Any = get_length_grouped_indices
-        drawn = np.array(order_of(lengths.tolist(), batch_size, mega_batch_mult=MEGA_BATCH, generator=generator))
+        drawn = np.array(
+            order_of(lengths.tolist(), batch_size, mega_batch_mult=MEGA_BATCH, generator=generator)
+        )
     else:
         drawn = np.random.default_rng(seed).permutation(len(lengths))
     return [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
@@ -308,9 +360,15 @@ class Pools:
             recipe = Recipe.load(ROOT / f"recipes/{line['dataset']}_lora.yaml", overrides)
             data = load_data(recipe.data)
             tokenizer = load_tokenizer(recipe.model)
-            rows = TextEncoder.of(tokenizer, max_length=line["length"], truncation="head").encode(data.train)
+            rows = TextEncoder.of(tokenizer, max_length=line["length"], truncation="head").encode(
+                data.train
+            )
             # Copied: those of many rows are mapped from a file.
-            self.found[key] = (take(rows, np.arange(len(rows))), list(data.train.texts), data.labels)
+            self.found[key] = (
+                take(rows, np.arange(len(rows))),
+                list(data.train.texts),
+                data.labels,
+            )
         return self.found[key]
 
 
@@ -324,15 +382,24 @@ def make_job(line: dict[str, Any], cell: Cell, arguments: argparse.Namespace, po
         chosen = np.arange(start, start + count)
         folder = arguments.cache / f"classifier-{cell.base}"
         if not folder.is_dir():
-            run_isolated(save_classifier, base, folder.resolve(), labels, log=arguments.cache / "log.txt")
+            run_isolated(
+                save_classifier, base, folder.resolve(), labels, log=arguments.cache / "log.txt"
+            )
         own = tuple(texts[i] for i in chosen)
-        return Job(variant, str(folder.resolve()), labels, line["length"], take(rows, chosen), texts=own)
+        return Job(
+            variant, str(folder.resolve()), labels, line["length"], take(rows, chosen), texts=own
+        )
     num_rows = len(rows) // line["batch_size"] * line["batch_size"]
     lengths = rows.lengths[: min(num_rows, POOL_STEPS * line["batch_size"])]
     drawn = draw_batches(variant.order, lengths, batch_size=line["batch_size"], seed=line["round"])
     warm_ups = 3 if variant.compiled or line["device"] != "CPU" else 1
     batches = choose_batches(
-        drawn, lengths, steps=line["steps"], number=line["round"], rounds=arguments.rounds, warm_ups=warm_ups
+        drawn,
+        lengths,
+        steps=line["steps"],
+        number=line["round"],
+        rounds=arguments.rounds,
+        warm_ups=warm_ups,
     )
     return Job(variant, base, labels, line["length"], rows, batches, warm_ups)
 
@@ -365,17 +432,25 @@ def run_isolated(
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with (
-        patch.dict(os.environ, {**environment, **({"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {})}),
-        ProcessPoolExecutor(1, mp_context=context, initializer=enter_process, initargs=(log,)) as pool,
+        patch.dict(
+            os.environ, {**environment, **({"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {})}
+        ),
+        ProcessPoolExecutor(
+            1, mp_context=context, initializer=enter_process, initargs=(log,)
+        ) as pool,
     ):
         return pool.submit(function, *arguments).result()
 
 
-def measure(line: dict[str, Any], cell: Cell, arguments: argparse.Namespace, pools: Pools) -> dict[str, Any]:
+def measure(
+    line: dict[str, Any], cell: Cell, arguments: argparse.Namespace, pools: Pools
+) -> dict[str, Any]:
     """Return the line of one slice, measured."""
     job = make_job(line, cell, arguments, pools)
     function = measure_texts if cell.task == "inference" else measure_steps
-    found = run_isolated(function, job, log=arguments.cache / "log.txt", huge_pages=job.variant.huge_pages)
+    found = run_isolated(
+        function, job, log=arguments.cache / "log.txt", huge_pages=job.variant.huge_pages
+    )
     return {**line, **describe_machine(), **found}
 
 
@@ -395,7 +470,10 @@ def describe_machine() -> dict[str, Any]:
 @functools.cache
 def hash_code() -> str:
     """Return a short hash of the package and of these scripts as they were at the start: other code, other figures."""
-    files = [*sorted((ROOT / "lora_sentiment").rglob("*.py")), *sorted(Path(__file__).parent.glob("peers*.py"))]
+    files = [
+        *sorted((ROOT / "lora_sentiment").rglob("*.py")),
+        *sorted(Path(__file__).parent.glob("peers*.py")),
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
@@ -405,18 +483,34 @@ def time_whole_runs(arguments: argparse.Namespace, journal: Journal) -> None:
     source = arguments.data.get("imdb")
     for variant in ("D", "B", "ours"):
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        line = {"task": "whole", "base": name, "dataset": "imdb", "variant": variant, "target": arguments.time_to}
+        line = {
+            "task": "whole",
+            "base": name,
+            "dataset": "imdb",
+            "variant": variant,
+            "target": arguments.time_to,
+        }
         line |= {"length": arguments.length or peers_whole.LENGTH, "device": device}
         line |= {"machine": describe_machine()["machine"]}
         line["key"] = json.dumps(line)
         if line["key"] in journal.lines:
             continue
-        command = [sys.executable, str(Path(__file__).with_name("peers_whole.py")), variant, str(arguments.time_to)]
-        command += [f"model.name={json.dumps(where)}", *([f"data.source={json.dumps(source)}"] if source else [])]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("peers_whole.py")),
+            variant,
+            str(arguments.time_to),
+        ]
+        command += [
+            f"model.name={json.dumps(where)}",
+            *([f"data.source={json.dumps(source)}"] if source else []),
+        ]
         command += [f"model.max_length={arguments.length}"] if arguments.length else []
         command += ["train.max_steps=2", "train.eval_steps=1"] if arguments.quick else []
         with (arguments.cache / "log.txt").open("a", encoding="utf-8") as log:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, check=True
+            )
         journal.append({**line, **describe_machine(), **json.loads(done.stdout.splitlines()[-1])})
         print(done.stdout.splitlines()[-1], flush=True)
 

@@ -25,7 +25,11 @@ def _apart(x: Tensor, layer: Linear) -> Tensor:
     parts = []
     for start in range(0, len(layer.weight), rows):
         weight, bias = layer.weight[start : start + rows], layer.bias[start : start + rows]
-        own = [adapter._replace(start=0, stop=rows) for adapter in layer.adapters if adapter.start == start]
+        own = [
+            adapter._replace(start=0, stop=rows)
+            for adapter in layer.adapters
+            if adapter.start == start
+        ]
         parts.append(kernels.linear(x, Linear(weight, bias, tuple(own))))
     return torch.cat(parts, dim=-1)
 
@@ -44,7 +48,9 @@ def _feed_forward_by_autograd(x: Tensor, lin1: Linear, lin2: Linear) -> Tensor:
     return _by_autograd(functional.gelu(_by_autograd(x, lin1)), lin2)
 
 
-def _attend_by_sdpa(qkv: Tensor, mask: Tensor | None, *, num_heads: int, dropout_p: float) -> Tensor:
+def _attend_by_sdpa(
+    qkv: Tensor, mask: Tensor | None, *, num_heads: int, dropout_p: float
+) -> Tensor:
     batch, length, width = qkv.shape
     q, k, v = qkv.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
@@ -56,7 +62,9 @@ def _bernoulli_bytes(shape: Size) -> Tensor:
     return torch.empty(shape).bernoulli_(0.9).mul_(255).to(torch.uint8)
 
 
-def _stack_anew(self: encoder.FastForward, _: tuple[int, int, str], sources: tuple[Tensor, ...]) -> Tensor:
+def _stack_anew(
+    self: encoder.FastForward, _: tuple[int, int, str], sources: tuple[Tensor, ...]
+) -> Tensor:
     return encoder._stack(sources, self.dtype)
 
 
@@ -91,7 +99,12 @@ def _cast_each(layers: Sequence[Linear], dtype: torch.dtype) -> list[Linear]:
 
 
 def _encode_all_tokens(
-    self: encoder.FastForward, block: object, own: list[Linear], x: Tensor, cu_seq_lens: Tensor, max_length: int
+    self: encoder.FastForward,
+    block: object,
+    own: list[Linear],
+    x: Tensor,
+    cu_seq_lens: Tensor,
+    max_length: int,
 ) -> Tensor:
     """The last block for every token, of packed rows."""
     query, keys_values, *others = own
@@ -109,7 +122,9 @@ def _encode_all_tokens(
 
 CUDA_LEVERS: dict[str, tuple[tuple[object, str, object], ...]] = {
     "packed rows": ((loop, "takes_packed_rows", _takes_none), (loop, "packs_rows", _takes_none)),
-    "dropout, residual and norm in one kernel": ((encoder, "dropout_add_norm", fused.plain_dropout_add_norm),),
+    "dropout, residual and norm in one kernel": (
+        (encoder, "dropout_add_norm", fused.plain_dropout_add_norm),
+    ),
     "adapters cast and multiplied together": ((encoder, "cast_adapters", _cast_each),),
     "own backward passes": (
         (encoder, "cast_adapters", _cast_each),

@@ -150,7 +150,12 @@ class Stopwatch:
     """
 
     def __init__(self, job: Job, device: torch.device, *, limit: float = math.inf) -> None:
-        self.first, self.last, self.device, self.limit = job.warm_ups, len(job.batches), device, limit
+        self.first, self.last, self.device, self.limit = (
+            job.warm_ups,
+            len(job.batches),
+            device,
+            limit,
+        )
         self.taken, self.began, self.warm_up_seconds, self.seconds = 0, 0.0, 0.0, 0.0
         self.stops_at = math.inf
 
@@ -179,12 +184,16 @@ def measure_steps(job: Job) -> dict[str, Any]:
         keep_freed_buffers()
     limit = job.variant.bytes_limit
     if limit:
-        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            limit / torch.cuda.get_device_properties(device).total_memory
+        )
     baseline = measure_baseline(device)
     walk = (walk_ours if job.variant.engine == "ours" else walk_trainer)(job, device)
     assert walk.executed is not None
     peak = peak_memory(device) - baseline
-    frozen = sum(p.numel() * p.element_size() for p in walk.model.parameters() if not p.requires_grad)
+    frozen = sum(
+        p.numel() * p.element_size() for p in walk.model.parameters() if not p.requires_grad
+    )
     lengths, steps = job.rows.lengths, job.batches[job.warm_ups :]
     padded = [(len(part), int(lengths[part].max())) for part in walk.micro_batches]
     real = lengths[np.concatenate(steps)]
@@ -224,7 +233,9 @@ def measure_texts(job: Job) -> dict[str, Any]:
         stock: Any = pipeline("text-classification", model=job.base, device=device)
 
         def answer(texts: list[str]) -> object:
-            return stock(texts, truncation=True, max_length=job.length, batch_size=job.variant.batch_size)
+            return stock(
+                texts, truncation=True, max_length=job.length, batch_size=job.variant.batch_size
+            )
 
     answer(list(job.texts[:WARM_UP_TEXTS]))
     timed = slice(WARM_UP_TEXTS, None)
@@ -250,7 +261,9 @@ def measure_baseline(device: torch.device) -> int:
 
     On CUDA only what tensors allocate is measured, and nothing is allocated by imports.
     """
-    toy: Any = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=10, dim=16, hidden_dim=16, n_heads=2))
+    toy: Any = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=10, dim=16, hidden_dim=16, n_heads=2)
+    )
     optimizer = torch.optim.AdamW(toy.to(device).parameters(), fused=True)
     ids = torch.ones(2, 8, dtype=torch.int64, device=device)
     toy(input_ids=ids, labels=torch.zeros(2, dtype=torch.int64, device=device)).loss.backward()
@@ -284,7 +297,11 @@ def walk_trainer(job: Job, device: torch.device, watch: Stopwatch | None = None)
         job.base, num_labels=len(job.labels), dtype=torch.float32, **off
     )
     settings = LoraConfig(
-        task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, lora_dropout=variant.lora_dropout, target_modules=TARGETS
+        task_type="SEQ_CLS",
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=variant.lora_dropout,
+        target_modules=TARGETS,
     )
     model = get_peft_model(plain, settings)
     dtype = resolve_dtype(variant.dtype, device) if variant.tuned else torch.float32
@@ -300,7 +317,11 @@ def walk_trainer(job: Job, device: torch.device, watch: Stopwatch | None = None)
 
     flags: dict[str, Any] = {"optim": "adamw_torch_fused"} if variant.tuned else {}
     # Otherwise the Trainer waits for a GPU at every step, to see whether the loss is a number.
-    flags |= {"logging_nan_inf_filter": False, "accelerator_config": {"non_blocking": True}} if variant.tuned else {}
+    flags |= (
+        {"logging_nan_inf_filter": False, "accelerator_config": {"non_blocking": True}}
+        if variant.tuned
+        else {}
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -327,8 +348,17 @@ def walk_trainer(job: Job, device: torch.device, watch: Stopwatch | None = None)
             callbacks=[Watch()],
         )
         loss = float(trainer.train().training_loss)
-    parts = [part for step in job.batches[job.warm_ups :] for part in np.array_split(step, variant.parts)]
-    return Walk(model, count_products(model, dtype) if job.counts else None, dtype, watch.seconds, loss, parts)
+    parts = [
+        part for step in job.batches[job.warm_ups :] for part in np.array_split(step, variant.parts)
+    ]
+    return Walk(
+        model,
+        count_products(model, dtype) if job.counts else None,
+        dtype,
+        watch.seconds,
+        loss,
+        parts,
+    )
 
 
 def as_features(rows: Encoded, index: NDArray[np.int64]) -> Any:
@@ -358,7 +388,9 @@ def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) ->
         seq_classif_dropout=off,
     )
     base = load_base(config, labels=job.labels)
-    method = LoraMethod(r=RANK, lora_alpha=ALPHA, lora_dropout=variant.lora_dropout, target_modules=tuple(TARGETS))
+    method = LoraMethod(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=variant.lora_dropout, target_modules=tuple(TARGETS)
+    )
     steps = len(job.batches)
     model = make_trainable(base, method, config, dtype=dtype, num_steps=steps).to(device)
     max_tokens = micro_batch_tokens(base.shape, max_length=job.length, element_bytes=dtype.itemsize)
@@ -389,18 +421,24 @@ def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) ->
             self.history.stopped_early = True
 
     with ExitStack() as patches:
-        for module, name, value in {**LEVERS, **CUDA_LEVERS}[variant.lever] if variant.lever else ():
+        for module, name, value in (
+            {**LEVERS, **CUDA_LEVERS}[variant.lever] if variant.lever else ()
+        ):
             patches.enter_context(patch.object(module, name, value))
         # The batches were planned by it, in the main process.
         for module in (loop, packing):
-            patches.enter_context(patch.object(module, "plan_epoch", lambda *_, **__: list(job.batches)))
+            patches.enter_context(
+                patch.object(module, "plan_epoch", lambda *_, **__: list(job.batches))
+            )
         patches.enter_context(patch.object(loop._Loop, "_step", stamped))
         history = loop.fit(
             model,
             train=job.rows,
             validation=take(job.rows, job.batches[0][-2:]),
             numbers=np.arange(len(job.rows)),
-            config=TrainConfig(batch_size=len(job.batches[0]), max_steps=steps, learning_rate=RATE, **more),
+            config=TrainConfig(
+                batch_size=len(job.batches[0]), max_steps=steps, learning_rate=RATE, **more
+            ),
             method=method,
             accelerator=accelerator,
             max_tokens=max_tokens,
@@ -470,7 +508,11 @@ def save_classifier(base: str, folder: Path, labels: Sequence[str]) -> None:
     torch.manual_seed(0)
     names = dict(enumerate(labels))
     model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}, dtype=torch.float32
+        base,
+        num_labels=len(labels),
+        id2label=names,
+        label2id={v: k for k, v in names.items()},
+        dtype=torch.float32,
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)

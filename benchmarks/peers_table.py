@@ -41,7 +41,9 @@ def times(*names: str) -> Callable[[dict[str, Rounds], Rounds], float | None]:
         common = set(own) & set(rows.get(names[0], {}))
         # One that was measured in some of the rounds only is left out, for the median is of all.
         others = [rows[name] for name in names if common <= rows.get(name, {}).keys()]
-        found = [speed(own[number]) / max(speed(other[number]) for other in others) for number in common]
+        found = [
+            speed(own[number]) / max(speed(other[number]) for other in others) for number in common
+        ]
         return statistics.median(found) if found else None
 
     return value
@@ -73,20 +75,59 @@ CPU_TARGETS = (
         at_least=10,
     ),
     Target(
-        "IMDB, times B, dropout off in both", "train", "imdb", "ours, no dropout", times("B, no dropout"), at_least=3
+        "IMDB, times B, dropout off in both",
+        "train",
+        "imdb",
+        "ours, no dropout",
+        times("B, no dropout"),
+        at_least=3,
     ),
-    Target("IMDB, executed arithmetic over the GEMM rate", "train", "imdb", "ours", executed_share, at_least=0.6),
-    Target("IMDB, memory above imports and frozen weights over D's", "train", "imdb", "ours", memory_share, None, 0.2),
+    Target(
+        "IMDB, executed arithmetic over the GEMM rate",
+        "train",
+        "imdb",
+        "ours",
+        executed_share,
+        at_least=0.6,
+    ),
+    Target(
+        "IMDB, memory above imports and frozen weights over D's",
+        "train",
+        "imdb",
+        "ours",
+        memory_share,
+        None,
+        0.2,
+    ),
     Target("SST-2, times D", "train", "sst2", "ours", times("D"), at_least=20),
     Target("AG News, times D", "train", "ag_news", "ours", times("D"), at_least=20),
-    Target("inference on IMDB, times the pipeline", "inference", "imdb", "ours", times("pipeline"), at_least=8),
+    Target(
+        "inference on IMDB, times the pipeline",
+        "inference",
+        "imdb",
+        "ours",
+        times("pipeline"),
+        at_least=8,
+    ),
 )
 CUDA_TARGETS = (
     Target("IMDB, times D", "train", "imdb", "ours", times("D"), at_least=5),
-    Target("IMDB, times B, compiled where faster", "train", "imdb", "ours", times("B", "B, compiled"), at_least=2),
+    Target(
+        "IMDB, times B, compiled where faster",
+        "train",
+        "imdb",
+        "ours",
+        times("B", "B, compiled"),
+        at_least=2,
+    ),
     Target("IMDB at 512, batch 32, GiB allocated", "train", "imdb", "ours", allocated, at_most=1),
     Target(
-        "the same in fp16 within 4 GB, GiB", "train", "imdb", "ours, fp16 within 4 GB", allocated, at_most=4e9 / 2**30
+        "the same in fp16 within 4 GB, GiB",
+        "train",
+        "imdb",
+        "ours, fp16 within 4 GB",
+        allocated,
+        at_most=4e9 / 2**30,
     ),
 )
 
@@ -110,7 +151,9 @@ def render(lines: Sequence[Line], note: str) -> str:
         cells = group(own)
         for (task, base, dataset, length, steps), rows in cells.items():
             page += TABLES[task](f"{base}, {dataset} at {length}", steps, rows) + show_code(rows)
-        page += show_whole(own) + show_targets(cells, is_cuda=any(line.get("device", "CPU") != "CPU" for line in own))
+        page += show_whole(own) + show_targets(
+            cells, is_cuda=any(line.get("device", "CPU") != "CPU" for line in own)
+        )
     if not any(line.get("device", "CPU") != "CPU" for line in lines):
         page += [
             "## GPU",
@@ -193,7 +236,12 @@ def show_training(title: str, steps: int, rows: dict[str, Rounds]) -> list[str]:
         ]
         page.append(f"| {' | '.join(cells)} |")
     rates = [line["gemm_flops_per_second"] / 1e9 for own in rows.values() for line in own.values()]
-    return [*page, "", f"GEMM rate {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s over the slices.", ""]
+    return [
+        *page,
+        "",
+        f"GEMM rate {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s over the slices.",
+        "",
+    ]
 
 
 def batch_size(rows: dict[str, Rounds]) -> int:
@@ -203,7 +251,11 @@ def batch_size(rows: dict[str, Rounds]) -> int:
 
 def show_dtype(name: str, line: Line) -> str:
     """Return the dtype, and that a row would have taken a shorter one if there were one."""
-    return line["dtype"] if name == "D" or line["dtype"] != "float32" else "float32 (auto, on a CPU without AMX)"
+    return (
+        line["dtype"]
+        if name == "D" or line["dtype"] != "float32"
+        else "float32 (auto, on a CPU without AMX)"
+    )
 
 
 def show_inference(title: str, _: int, rows: dict[str, Rounds]) -> list[str]:
@@ -234,9 +286,14 @@ def show_ablation(title: str, steps: int, rows: dict[str, Rounds]) -> list[str]:
         "|---|---:|---:|---|---:|---:|",
     ]
     for name, own in rows.items():
-        padded, real = (sum(line[key] for line in own.values()) for key in ("padded_tokens", "tokens"))
+        padded, real = (
+            sum(line[key] for line in own.values()) for key in ("padded_tokens", "tokens")
+        )
         shared = [number for number in own if number in rows.get("ours", {})]
-        alike = [own[number]["micro_batches"] == rows["ours"][number]["micro_batches"] for number in shared]
+        alike = [
+            own[number]["micro_batches"] == rows["ours"][number]["micro_batches"]
+            for number in shared
+        ]
         uncut = name == "without micro-batches" and bool(alike) and all(alike)
         # What changes nothing shows what the machine's own noise is.
         shown = f"{name} (no step here has more than one: the same work)" if uncut else name
@@ -252,7 +309,9 @@ TABLES = {"train": show_training, "inference": show_inference, "ablation": show_
 
 def show_code(rows: dict[str, Rounds]) -> list[str]:
     """Return a line that names the states of the code which a table's slices were taken by."""
-    states = sorted({line.get("code", "not noted") for own in rows.values() for line in own.values()})
+    states = sorted(
+        {line.get("code", "not noted") for own in rows.values() for line in own.values()}
+    )
     return [f"Code: {', '.join(states)}.", ""]
 
 
@@ -275,12 +334,23 @@ def show_whole(lines: Sequence[Line]) -> list[str]:
             f"| {line['start_seconds']:,.0f} | {line['steps']} | {line['accuracy']:.4f} "
             f"| {line['validation_rows']:,} | {line.get('code', 'not noted')} |"
         )
-    return [*page, "", "One run each: at which step so few rows are judged well enough is chance in part.", ""]
+    return [
+        *page,
+        "",
+        "One run each: at which step so few rows are judged well enough is chance in part.",
+        "",
+    ]
 
 
-def show_targets(cells: dict[tuple[str, str, str, int, int], dict[str, Rounds]], *, is_cuda: bool) -> list[str]:
+def show_targets(
+    cells: dict[tuple[str, str, str, int, int], dict[str, Rounds]], *, is_cuda: bool
+) -> list[str]:
     """Return what was aimed at beside what was measured; what is missed stays."""
-    page = ["| aim" + (" on a GPU" if is_cuda else " on two AMX cores") + " | base | aim | measured here | |"]
+    page = [
+        "| aim"
+        + (" on a GPU" if is_cuda else " on two AMX cores")
+        + " | base | aim | measured here | |"
+    ]
     page.append("|---|---|---:|---:|---|")
     for target in CUDA_TARGETS if is_cuda else CPU_TARGETS:
         for (task, base, dataset, *_), rows in cells.items():
@@ -290,9 +360,15 @@ def show_targets(cells: dict[tuple[str, str, str, int, int], dict[str, Rounds]],
             if found is None:
                 continue
             aim = target.at_least if target.at_least is not None else target.at_most
-            met = found >= target.at_least if target.at_least is not None else found <= (target.at_most or 0)
+            met = (
+                found >= target.at_least
+                if target.at_least is not None
+                else found <= (target.at_most or 0)
+            )
             sign = "≥" if target.at_least is not None else "≤"
-            page.append(f"| {target.title} | {base} | {sign} {aim:.3g} | {found:.2f} | {'met' if met else 'missed'} |")
+            page.append(
+                f"| {target.title} | {base} | {sign} {aim:.3g} | {found:.2f} | {'met' if met else 'missed'} |"
+            )
     return [*page, ""] if len(page) > 2 else []
 
 

@@ -63,12 +63,20 @@ def main() -> None:
     clock = Clock(float(target))
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.load(
-            ROOT / "recipes/imdb_lora.yaml", [*OVERRIDES, *overrides, f"output.dir={json.dumps(folder + '/adapter')}"]
+            ROOT / "recipes/imdb_lora.yaml",
+            [*OVERRIDES, *overrides, f"output.dir={json.dumps(folder + '/adapter')}"],
         )
-        validation_rows = (run_ours if variant == "ours" else run_trainer)(recipe, clock, Path(folder), variant)
+        validation_rows = (run_ours if variant == "ours" else run_trainer)(
+            recipe, clock, Path(folder), variant
+        )
     import torch
 
-    found = {"seconds": clock.seconds, "start_seconds": clock.start, "steps": clock.steps, "accuracy": clock.accuracy}
+    found = {
+        "seconds": clock.seconds,
+        "start_seconds": clock.start,
+        "steps": clock.steps,
+        "accuracy": clock.accuracy,
+    }
     found |= {"reached": clock.accuracy >= clock.target, "validation_rows": validation_rows}
     print(json.dumps({**found, "threads": torch.get_num_threads()}))
 
@@ -94,7 +102,11 @@ def run_ours(recipe: Recipe, clock: Clock, _: Path, __: str) -> int:
         clock.begin()
         return fit(*args, **kwargs)
 
-    with patch.object(Accelerator, "log", note), patch.object(walk, "fit", begin), suppress(ReachedError):
+    with (
+        patch.object(Accelerator, "log", note),
+        patch.object(walk, "fit", begin),
+        suppress(ReachedError),
+    ):
         walk.train(recipe)
     return rows
 
@@ -124,12 +136,18 @@ def run_trainer(recipe: Recipe, clock: Clock, folder: Path, variant: str) -> int
     assert isinstance(method, LoraMethod)
     tokenizer: Any = AutoTokenizer.from_pretrained(recipe.model.name)
     encoded = [
-        TextEncoder.of(tokenizer, max_length=recipe.model.max_length, truncation=recipe.model.truncation).encode(rows)
+        TextEncoder.of(
+            tokenizer, max_length=recipe.model.max_length, truncation=recipe.model.truncation
+        ).encode(rows)
         for rows in (data.train, data.validation)
     ]
     torch.manual_seed(settings.seed)
     tuned, is_cuda = variant == "B", torch.cuda.is_available()
-    dtype = resolve_dtype("auto", torch.device("cuda" if is_cuda else "cpu")) if tuned else torch.float32
+    dtype = (
+        resolve_dtype("auto", torch.device("cuda" if is_cuda else "cpu"))
+        if tuned
+        else torch.float32
+    )
     plain: Any = AutoModelForSequenceClassification.from_pretrained(
         recipe.model.name, num_labels=len(data.labels), dtype=torch.float32
     )
@@ -151,7 +169,10 @@ def run_trainer(recipe: Recipe, clock: Clock, folder: Path, variant: str) -> int
             accuracy = given["metrics"]["eval_accuracy"]
             control.should_training_stop |= clock.is_reached(accuracy, step=state.global_step)
 
-    flags: dict[str, Any] = {"optim": "adamw_torch_fused", "train_sampling_strategy": "group_by_length"}
+    flags: dict[str, Any] = {
+        "optim": "adamw_torch_fused",
+        "train_sampling_strategy": "group_by_length",
+    }
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=settings.batch_size,

@@ -33,11 +33,17 @@ WORDS = [f"word{number}" for number in range(5000)]
 
 def main() -> None:
     """Print each size's peak, and how far the last is above the first; fail past 10 %."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=int, default=[20_000, 200_000], help="rows of each file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=[20_000, 200_000], help="rows of each file"
+    )
     parser.add_argument("--words", type=int, default=40, help="words of a text on average")
     parser.add_argument("--rows-per-part", type=int, default=10_000)
-    parser.add_argument("--file", type=Path, help="predict this file in this process, and print its own peak")
+    parser.add_argument(
+        "--file", type=Path, help="predict this file in this process, and print its own peak"
+    )
     arguments = parser.parse_args()
     if arguments.file:
         print(json.dumps(predict(arguments.file, arguments.rows_per_part)))
@@ -46,7 +52,14 @@ def main() -> None:
     for num_rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             path = make_file(Path(folder, "in.parquet"), num_rows, arguments.words)
-            command = [sys.executable, __file__, "--file", str(path), "--rows-per-part", str(arguments.rows_per_part)]
+            command = [
+                sys.executable,
+                __file__,
+                "--file",
+                str(path),
+                "--rows-per-part",
+                str(arguments.rows_per_part),
+            ]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         line = json.loads(done.stdout)
         print(json.dumps(line), flush=True)
@@ -60,7 +73,10 @@ def make_file(path: Path, num_rows: int, num_words: int) -> Path:
     """Write a parquet file of numbered texts, as one row group."""
     generator = np.random.default_rng(0)
     words = np.array(WORDS)
-    texts = [" ".join(words[generator.integers(len(words), size=n)]) for n in generator.poisson(num_words, num_rows)]
+    texts = [
+        " ".join(words[generator.integers(len(words), size=n)])
+        for n in generator.poisson(num_words, num_rows)
+    ]
     pq.write_table(pa.table({"id": range(num_rows), "text": texts}), path, row_group_size=num_rows)
     return path
 
@@ -68,7 +84,11 @@ def make_file(path: Path, num_rows: int, num_words: int) -> Path:
 def predict(path: Path, rows_per_part: int) -> dict[str, Any]:
     """Predict a file, and return what it took."""
     summary = predict_file(
-        make_classifier(), input=path, output=path.with_name("out.parquet"), rows_per_part=rows_per_part, progress=False
+        make_classifier(),
+        input=path,
+        output=path.with_name("out.parquet"),
+        rows_per_part=rows_per_part,
+        progress=False,
     )
     return {
         "rows": summary.rows,
@@ -102,7 +122,12 @@ def make_classifier() -> Classifier:
 
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length=512, truncation="head")
     return Classifier(
-        ("negative", "positive"), encoder, Engine(engine, 1024), clean=False, temperature=None, sha256="none"
+        ("negative", "positive"),
+        encoder,
+        Engine(engine, 1024),
+        clean=False,
+        temperature=None,
+        sha256="none",
     )
 
 

@@ -35,12 +35,22 @@ BATCH_SIZE, MAX_LENGTH, MAX_TOKENS = 32, 512, 4096
 
 def main() -> None:
     """Measure every format and size, write the table, and fail where memory grows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=int, default=[20_000, 200_000], help="rows of each table")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=[20_000, 200_000], help="rows of each table"
+    )
     parser.add_argument("--words", type=int, default=40, help="words of a text on average")
-    parser.add_argument("--formats", nargs="+", default=["csv", "parquet"], help="formats of the tables")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of scale.jsonl and scale.md")
-    parser.add_argument("--walk", type=Path, help="walk this table in this process, and print what it took")
+    parser.add_argument(
+        "--formats", nargs="+", default=["csv", "parquet"], help="formats of the tables"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks", help="folder of scale.jsonl and scale.md"
+    )
+    parser.add_argument(
+        "--walk", type=Path, help="walk this table in this process, and print what it took"
+    )
     arguments = parser.parse_args()
     if arguments.walk:
         print(json.dumps(walk(arguments.walk)))
@@ -49,7 +59,9 @@ def main() -> None:
     for line in measure(arguments.formats, arguments.rows, arguments.words):
         print(json.dumps(line), flush=True)
         lines.append(line)
-    (arguments.out / "scale.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (arguments.out / "scale.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     (arguments.out / "scale.md").write_text(render(lines, arguments.words), encoding="utf-8")
     if any(growth > MOST_GROWTH for growth in growths(lines).values()):
         sys.exit("memory grows with rows")
@@ -67,23 +79,42 @@ def measure(formats: list[str], sizes: list[int], num_words: int) -> Iterator[di
                     settings = {"HF_HOME": folder, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
                     command = [sys.executable, __file__, "--walk", str(path)]
                     done = subprocess.run(
-                        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **settings}
+                        command,
+                        check=True,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        env={**os.environ, **settings},
                     )
-                    key = {"format": form, "cached": cached, "mib": round(path.stat().st_size / 2**20, 1)}
+                    key = {
+                        "format": form,
+                        "cached": cached,
+                        "mib": round(path.stat().st_size / 2**20, 1),
+                    }
                     date = datetime.now(UTC).date().isoformat()
-                    facts = {"cores": os.cpu_count(), "system": platform.system(), "versions": versions, "date": date}
+                    facts = {
+                        "cores": os.cpu_count(),
+                        "system": platform.system(),
+                        "versions": versions,
+                        "date": date,
+                    }
                     yield {**key, **json.loads(done.stdout), **facts}
 
 
 def make_table(path: Path, num_rows: int, num_words: int) -> Path:
     """Write a table of texts of random words of the bundled tokenizer, in two classes."""
     generator = np.random.default_rng(0)
-    words = np.array([word for word in load_tokenizer().get_vocab() if word.isalpha() and word.isascii()])
+    words = np.array(
+        [word for word in load_tokenizer().get_vocab() if word.isalpha() and word.isascii()]
+    )
     with TableWriter(path, columns=["text", "label"]) as writer:
         for start in range(0, num_rows, 10_000):
             lengths = generator.poisson(num_words, min(10_000, num_rows - start)) + 1
-            texts = [" ".join(words[generator.integers(len(words), size=length)]) for length in lengths]
-            writer.write({"text": texts, "label": [("bad", "good")[i % 2] for i in range(len(texts))]})
+            texts = [
+                " ".join(words[generator.integers(len(words), size=length)]) for length in lengths
+            ]
+            writer.write(
+                {"text": texts, "label": [("bad", "good")[i % 2] for i in range(len(texts))]}
+            )
     return path
 
 
@@ -125,7 +156,9 @@ def walk(path: Path) -> dict[str, Any]:
     steps = plan_epoch(lengths, batch_size=BATCH_SIZE, seed=0, epoch=0)
     mark("plan")
     padded = sum(
-        pad(encoded["train"], part)[0].size for step in steps for part in cut(step, lengths, max_tokens=MAX_TOKENS)
+        pad(encoded["train"], part)[0].size
+        for step in steps
+        for part in cut(step, lengths, max_tokens=MAX_TOKENS)
     )
     mark("batches")
     return {
@@ -164,12 +197,21 @@ def render(lines: list[dict[str, Any]], num_words: int) -> str:
     ]  # fmt: skip
     for line in lines:
         seconds = sum(line["seconds"].values())
-        cells = [line["format"], "cached" if line["cached"] else "made", f"{line['rows']:,}", f"{line['tokens']:,}"]
+        cells = [
+            line["format"],
+            "cached" if line["cached"] else "made",
+            f"{line['rows']:,}",
+            f"{line['tokens']:,}",
+        ]
         cells += [f"{line['seconds'][stage]:.1f}" for stage in STAGES] + [f"{seconds:.1f}"]
-        cells += [f"{seconds / line['tokens'] * 1e6:.2f}", f"{line['peaks_kib']['batches'] / 2**10:,.0f}"]
+        cells += [
+            f"{seconds / line['tokens'] * 1e6:.2f}",
+            f"{line['peaks_kib']['batches'] / 2**10:,.0f}",
+        ]
         table.append("| " + " | ".join(cells) + " |")
     grown = [
-        f"{form}, {'cached' if cached else 'made'} {growth:+.1%}" for (form, cached), growth in growths(lines).items()
+        f"{form}, {'cached' if cached else 'made'} {growth:+.1%}"
+        for (form, cached), growth in growths(lines).items()
     ]
     first = lines[0]
     versions = ", ".join(f"{name} {found}" for name, found in first["versions"].items())
@@ -177,7 +219,9 @@ def render(lines: list[dict[str, Any]], num_words: int) -> str:
     baseline = f"The imports alone hold {first['baseline_kib'] / 2**10:,.0f} MiB."
     notes = NOTES.format(words=num_words, batch=BATCH_SIZE, tokens=f"{MAX_TOKENS:,}")
     growth = f"Peak memory from the fewest rows to the most: {'; '.join(grown)}."
-    return "\n".join(["# Scale: the data path by rows", "", notes, *table, "", growth, baseline, machine, ""])
+    return "\n".join(
+        ["# Scale: the data path by rows", "", notes, *table, "", growth, baseline, machine, ""]
+    )
 
 
 NOTES = """\

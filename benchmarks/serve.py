@@ -51,13 +51,17 @@ Answer = Callable[[], list[np.ndarray]]
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default=bundled.NAME, help="folder of a base, or `bundled`")
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--texts", type=int, default=256, help="texts of a round")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of the longest text")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of serve.jsonl and serve.md")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks", help="folder of serve.jsonl and serve.md"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         forms, facts = make_forms(Path(place), arguments)
@@ -89,28 +93,42 @@ def main() -> None:
 def make_adapter(folder: Path, seed: int, num_labels: int, arguments: argparse.Namespace) -> Path:
     """Save the adapter of this seed and return its folder; its rank goes by the seed."""
     method, labels = LoraMethod(r=RANKS[seed % len(RANKS)]), name_labels(num_labels)
-    save_random(folder, arguments.base, method, labels=labels, seed=seed, max_length=arguments.max_length)
+    save_random(
+        folder, arguments.base, method, labels=labels, seed=seed, max_length=arguments.max_length
+    )
     return folder
 
 
-def make_forms(place: Path, arguments: argparse.Namespace) -> tuple[dict[str, Answer], dict[str, Any]]:
+def make_forms(
+    place: Path, arguments: argparse.Namespace
+) -> tuple[dict[str, Answer], dict[str, Any]]:
     """Make adapters and return what answers by form, after holding every form's answers against ours."""
     own, equal = (
-        [make_adapter(place / name / f"adapter-{i}", i, count(i), arguments) for i in range(arguments.adapters)]
+        [
+            make_adapter(place / name / f"adapter-{i}", i, count(i), arguments)
+            for i in range(arguments.adapters)
+        ]
         for name, count in (("own", lambda i: 2 + i % 19), ("equal", lambda _: NUM_LABELS))
     )
-    mixed, same = (load_pool(folders, watch=None, base=None, dtype="float32") for folders in (own, equal))
+    mixed, same = (
+        load_pool(folders, watch=None, base=None, dtype="float32") for folders in (own, equal)
+    )
     merge(equal[0], place / "merged")
     single = load(place / "merged", dtype="float32")
     encoded = make_texts(arguments, same)
     names = [f"adapter-{i % arguments.adapters}" for i in range(len(encoded))]
     stock = load_peft(arguments.base, equal)
-    sorted_batches = cut(np.arange(len(encoded)), encoded.lengths, max_tokens=inference_tokens("cpu"))
+    sorted_batches = cut(
+        np.arange(len(encoded)), encoded.lengths, max_tokens=inference_tokens("cpu")
+    )
     arrival = [
-        np.arange(start, min(start + ARRIVAL_BATCH, len(encoded))) for start in range(0, len(encoded), ARRIVAL_BATCH)
+        np.arange(start, min(start + ARRIVAL_BATCH, len(encoded)))
+        for start in range(0, len(encoded), ARRIVAL_BATCH)
     ]
     forms: dict[str, Answer] = {
-        "ours, 2 to 20 labels": lambda: mixed.compute([mixed.served[name] for name in names], encoded),
+        "ours, 2 to 20 labels": lambda: mixed.compute(
+            [mixed.served[name] for name in names], encoded
+        ),
         "ours, 5 labels": lambda: same.compute([same.served[name] for name in names], encoded),
         "ours, merged": lambda: list(compute_logits(single.engine, encoded)),
         "PEFT, our batches": lambda: ask_peft(stock, encoded, names, sorted_batches),
@@ -129,11 +147,18 @@ def make_forms(place: Path, arguments: argparse.Namespace) -> tuple[dict[str, An
 
 def make_texts(arguments: argparse.Namespace, pool: Pool) -> Encoded:
     """Return the reviews that ship, over and over, each from another word on, so that lengths differ."""
-    reviews = [json.loads(line)["text"].split() for line in (bundled.REVIEWS / "train.jsonl").open(encoding="utf-8")]
+    reviews = [
+        json.loads(line)["text"].split()
+        for line in (bundled.REVIEWS / "train.jsonl").open(encoding="utf-8")
+    ]
     generator = np.random.default_rng(0)
     texts = []
     for i in range(arguments.texts):
-        words = [word for j in range(int(generator.integers(1, 4))) for word in reviews[(i + 7 * j) % len(reviews)]]
+        words = [
+            word
+            for j in range(int(generator.integers(1, 4)))
+            for word in reviews[(i + 7 * j) % len(reviews)]
+        ]
         texts.append(" ".join(words[int(generator.integers(0, 5)) :]))
     encoder = next(iter(pool.served.values())).encoder
     return encoder.pack([encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(texts)])
@@ -142,14 +167,18 @@ def make_texts(arguments: argparse.Namespace, pool: Pool) -> Encoded:
 def load_peft(base: str, folders: list[Path]) -> PeftModel:
     """Load every adapter into one PEFT model."""
     path = bundled.BASE if base == bundled.NAME else base
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=NUM_LABELS, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=NUM_LABELS, dtype=torch.float32
+    )
     stock = PeftModel.from_pretrained(model, folders[0], adapter_name=folders[0].name)
     for folder in folders[1:]:
         stock.load_adapter(folder, adapter_name=folder.name)
     return stock.eval()
 
 
-def ask_peft(stock: PeftModel, encoded: Encoded, names: list[str], batches: list[np.ndarray]) -> list[np.ndarray]:
+def ask_peft(
+    stock: PeftModel, encoded: Encoded, names: list[str], batches: list[np.ndarray]
+) -> list[np.ndarray]:
     """Answer rows in batches, each row by the adapter of its name."""
     found: dict[int, np.ndarray] = {}
     for index in batches:
@@ -166,7 +195,12 @@ def ask_peft(stock: PeftModel, encoded: Encoded, names: list[str], batches: list
 
 def render(lines: list[dict[str, Any]]) -> str:
     """Return the page: one table a measurement."""
-    page = ["# Many adapters in one stream", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
+    page = [
+        "# Many adapters in one stream",
+        "",
+        *__doc__.split("\n\n", 2)[2].strip().splitlines(),
+        "",
+    ]
     for line in lines:
         versions = ", ".join(f"{name} {found}" for name, found in line["versions"].items())
         page += [

@@ -59,17 +59,23 @@ class Seen:
 
 def main() -> None:
     """Measure, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="time at saturation")
     parser.add_argument("--base", default=bundled.NAME, help="folder of a base, or `bundled`")
     parser.add_argument("--adapters", type=int, default=16, help="adapters that stay")
     parser.add_argument("--moving", type=int, default=4, help="adapters that come, go and change")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of serve_load.md and .json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks", help="folder of serve_load.md and .json"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         facts = asyncio.run(measure(Path(place), arguments))
-    (arguments.out / "serve_load.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / "serve_load.json").write_text(
+        json.dumps(facts, indent=2) + "\n", encoding="utf-8"
+    )
     (arguments.out / "serve_load.md").write_text(render(facts), encoding="utf-8")
     print(render(facts))
 
@@ -77,9 +83,14 @@ def main() -> None:
 async def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start the server, ask it, overload it, stop it."""
     staying, variants = make_adapters(place, arguments)
-    texts = [json.loads(line)["text"] for line in (bundled.REVIEWS / "train.jsonl").open(encoding="utf-8")][:NUM_TEXTS]
+    texts = [
+        json.loads(line)["text"]
+        for line in (bundled.REVIEWS / "train.jsonl").open(encoding="utf-8")
+    ][:NUM_TEXTS]
     folders = {folder.name: [folder] for folder in staying} | variants
-    expected = {name: [answer_alone(folder, texts) for folder in found] for name, found in folders.items()}
+    expected = {
+        name: [answer_alone(folder, texts) for folder in found] for name, found in folders.items()
+    }
     watched = place / "watched"
     watched.mkdir()
     command = [sys.executable, "-m", "lora_sentiment.cli", "serve", *map(str, staying)]
@@ -97,7 +108,9 @@ async def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     tasks.append(asyncio.create_task(move(variants, watched)))
     await ask(url, expected, texts, seconds=10, clients=arguments.clients)  # warm
     start = len(memory)
-    seen = await ask(url, expected, texts, seconds=60 * arguments.minutes, clients=arguments.clients)
+    seen = await ask(
+        url, expected, texts, seconds=60 * arguments.minutes, clients=arguments.clients
+    )
     saturated, loads = memory[start:], log.read_text(encoding="utf-8").count(": served from ")
     flood = await ask(url, expected, texts, seconds=20, clients=100, texts_per_request=64)
     after = await ask(url, expected, texts, seconds=5, clients=arguments.clients)
@@ -117,18 +130,29 @@ async def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "overload": summarise(flood, 20),
         "after": summarise(after, 5),
         # Medians of ten parts of the time, so that one reading decides nothing.
-        "rss_mb": [round(float(np.median(part)) / 1e6, 1) for part in np.array_split(saturated, 10)],
+        "rss_mb": [
+            round(float(np.median(part)) / 1e6, 1) for part in np.array_split(saturated, 10)
+        ],
         "loads": loads,
         "exit_code": code,
     }
 
 
-def make_adapters(place: Path, arguments: argparse.Namespace) -> tuple[list[Path], dict[str, list[Path]]]:
+def make_adapters(
+    place: Path, arguments: argparse.Namespace
+) -> tuple[list[Path], dict[str, list[Path]]]:
     """Return adapters that stay, and for each moving name two that take turns."""
 
     def make(folder: Path, seed: int) -> Path:
         method = LoraMethod(r=(4, 8, 12, 16)[seed % 4])
-        save_random(folder, arguments.base, method, labels=name_labels(2 + seed % 19), seed=seed, max_length=128)
+        save_random(
+            folder,
+            arguments.base,
+            method,
+            labels=name_labels(2 + seed % 19),
+            seed=seed,
+            max_length=128,
+        )
         return folder
 
     staying = [make(place / f"stay-{i}", i) for i in range(arguments.adapters)]
@@ -186,7 +210,9 @@ async def ask(
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
         await asyncio.gather(
             *(
-                one_client(client, expected, texts, seen, until=until, seed=i, num_texts=texts_per_request)
+                one_client(
+                    client, expected, texts, seen, until=until, seed=i, num_texts=texts_per_request
+                )
                 for i in range(clients)
             )
         )
@@ -230,7 +256,9 @@ async def one_client(
             print(answer.status_code, answer.text[:300], flush=True)
 
 
-def hold_against(predictions: list[dict[str, Any]], variants: list[list[dict[str, float]]], index: list[int]) -> float:
+def hold_against(
+    predictions: list[dict[str, Any]], variants: list[list[dict[str, float]]], index: list[int]
+) -> float:
     """Return the largest difference of a probability from the variant that is nearest: one request is of one."""
     differences = []
     for variant in variants:

@@ -83,9 +83,13 @@ class Classifier:
     def __post_init__(self) -> None:
         """Refuse labels that could not be told apart."""
         if len(set(self.labels)) < max(2, len(self.labels)) or not all(self.labels):
-            raise AdapterError(f"labels: found {list(self.labels)}; a classifier needs two or more different names")
+            raise AdapterError(
+                f"labels: found {list(self.labels)}; a classifier needs two or more different names"
+            )
 
-    def predict(self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False) -> list[Prediction]:
+    def predict(
+        self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False
+    ) -> list[Prediction]:
         """Answer texts, in their order.
 
         Args:
@@ -111,8 +115,12 @@ class Classifier:
         """
         if calibrated and self.temperature is None:
             raise ModelError("calibrated: this model was saved without a temperature; leave it out")
-        if stride is not None and (not isinstance(stride, int) or not 0 <= stride < self.encoder.room):
-            raise ModelError(f"stride: found {stride}; allowed: 0 to {self.encoder.room - 1} tokens")
+        if stride is not None and (
+            not isinstance(stride, int) or not 0 <= stride < self.encoder.room
+        ):
+            raise ModelError(
+                f"stride: found {stride}; allowed: 0 to {self.encoder.room - 1} tokens"
+            )
         texts = _checked(texts)
         pooled = np.zeros((len(texts), len(self.labels)))
         for start in range(0, len(texts), TOKENISE_ROWS):
@@ -125,16 +133,26 @@ class Classifier:
             encoded, owners = self._encode(read, stride)
             logits = compute_logits(self.engine, encoded)
             if logits.shape[1:] != (len(self.labels),):
-                raise AdapterError(f"the model answers {logits.shape[1:]} values a text for the labels {self.labels}")
-            scores = softmax(logits, temperature=self.temperature if calibrated and self.temperature else 1.0)
+                raise AdapterError(
+                    f"the model answers {logits.shape[1:]} values a text for the labels {self.labels}"
+                )
+            scores = softmax(
+                logits, temperature=self.temperature if calibrated and self.temperature else 1.0
+            )
             np.add.at(pooled, start + owners, scores / np.bincount(owners)[owners, None])
         return pooled
 
-    def _encode(self, texts: Sequence[str], stride: int | None) -> tuple[Encoded, NDArray[np.int64]]:
+    def _encode(
+        self, texts: Sequence[str], stride: int | None
+    ) -> tuple[Encoded, NDArray[np.int64]]:
         """Return the inputs of texts, and whose input each one is."""
         inputs, owners = [], []
         for owner, ids in enumerate(self.encoder.tokenise(texts)):
-            own = [self.encoder.truncate(ids)] if stride is None else self.encoder.windows(ids, stride=stride)
+            own = (
+                [self.encoder.truncate(ids)]
+                if stride is None
+                else self.encoder.windows(ids, stride=stride)
+            )
             inputs += [self.encoder.frame(window) for window in own]
             owners += [owner] * len(own)
         return self.encoder.pack(inputs), np.array(owners, dtype=np.int64)
@@ -188,7 +206,12 @@ def load(
     if not path.is_dir():
         raise AdapterError(f"{path}: no such folder or .onnx file")
     if (path / "card.json").is_file():
-        _refuse(path, "an adapter of this package, which knows them", labels=labels, max_length=max_length)
+        _refuse(
+            path,
+            "an adapter of this package, which knows them",
+            labels=labels,
+            max_length=max_length,
+        )
         return _load_adapter(path, base, dtype)
     if (path / "adapter_config.json").is_file():
         return _load_stock_peft(path, labels, base, max_length, dtype)
@@ -196,7 +219,9 @@ def load(
         _refuse(path, "a whole model, which has no base", base=base)
         return _load_whole(path, labels, max_length, dtype)
     if (path / PLAIN).is_file():
-        return _load_onnx(path / PLAIN, labels=labels, base=base, max_length=max_length, dtype=dtype)
+        return _load_onnx(
+            path / PLAIN, labels=labels, base=base, max_length=max_length, dtype=dtype
+        )
     raise AdapterError(
         f"{path}: holds no model; expected card.json (an adapter), adapter_config.json (a PEFT folder), "
         f"model.safetensors (a merged model) or {PLAIN}"
@@ -226,7 +251,9 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     )
 
 
-def _load_whole(path: Path, labels: Sequence[str] | None, max_length: int | None, dtype: str) -> Classifier:
+def _load_whole(
+    path: Path, labels: Sequence[str] | None, max_length: int | None, dtype: str
+) -> Classifier:
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
@@ -234,25 +261,45 @@ def _load_whole(path: Path, labels: Sequence[str] | None, max_length: int | None
     stamp = read_stamp(path)
     if stamp:
         _refuse(path, "a merged model, which knows them", labels=labels, max_length=max_length)
-        check_stamp(path, stamp, needed=("model.safetensors", "tokenizer.json", "tokenizer_config.json"))
+        check_stamp(
+            path, stamp, needed=("model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        )
     check_model(path)
     names = tuple(labels) if labels else read_labels(path)
     length = stamp.max_length if stamp else max_length or _own_length(path)
     with _Explain(path):
-        base = load_base(ModelConfig(name=str(path), max_length=length, dtype="float32"), labels=names)
+        base = load_base(
+            ModelConfig(name=str(path), max_length=length, dtype="float32"), labels=names
+        )
     for name, tensor in base.model.named_parameters():
         if not tensor.isfinite().all():
-            raise AdapterError(f"{path / 'model.safetensors'}: {name} holds a value that is not finite")
+            raise AdapterError(
+                f"{path / 'model.safetensors'}: {name} holds a value that is not finite"
+            )
     if base.new_head:
-        raise AdapterError(f"{path}: is an encoder without a classification head; train one on it first")
+        raise AdapterError(
+            f"{path}: is an encoder without a classification head; train one on it first"
+        )
     device = join_launch().device
-    encoder = TextEncoder.of(base.tokenizer, max_length=length, truncation=stamp.truncation if stamp else "head")
+    encoder = TextEncoder.of(
+        base.tokenizer, max_length=length, truncation=stamp.truncation if stamp else "head"
+    )
     hashes = [hash_file(path / name) for name in ("model.safetensors", "config.json")]
-    return _make_whole(names, encoder, prepare_engine(base.model, dtype, device), stamp, [*hashes, dtype])
+    return _make_whole(
+        names, encoder, prepare_engine(base.model, dtype, device), stamp, [*hashes, dtype]
+    )
 
 
-def _load_onnx(path: Path, *, labels: object, base: object, max_length: int | None, dtype: str) -> Classifier:
-    _refuse(path, "an ONNX file, which holds them", labels=labels, base=base, dtype=None if dtype == "auto" else dtype)
+def _load_onnx(
+    path: Path, *, labels: object, base: object, max_length: int | None, dtype: str
+) -> Classifier:
+    _refuse(
+        path,
+        "an ONNX file, which holds them",
+        labels=labels,
+        base=base,
+        dtype=None if dtype == "auto" else dtype,
+    )
     folder = path.parent.parent if path.parent.name == "onnx" else path.parent
     find_file(folder, path.relative_to(folder).as_posix())
     stamp = read_stamp(folder)
@@ -265,7 +312,9 @@ def _load_onnx(path: Path, *, labels: object, base: object, max_length: int | No
     if max_length and max_length > longest:
         raise ModelError(f"max_length: found {max_length}; {path} reads at most {longest} tokens")
     length = stamp.max_length if stamp else max_length or longest
-    encoder = TextEncoder(tokenizer, *special, max_length=length, truncation=stamp.truncation if stamp else "head")
+    encoder = TextEncoder(
+        tokenizer, *special, max_length=length, truncation=stamp.truncation if stamp else "head"
+    )
     hashes = [hash_file(path), hash_file(folder / "config.json")]
     return _make_whole(read_labels(folder), encoder, open_session(path), stamp, hashes)
 
@@ -288,7 +337,9 @@ def _load_stock_peft(
     recorded = read_config(path)
     name = base or recorded.base_model_name_or_path
     if not isinstance(name, str) or not name:
-        raise ModelError(f"{path}: its adapter_config.json names no base; give it with base=, --base")
+        raise ModelError(
+            f"{path}: its adapter_config.json names no base; give it with base=, --base"
+        )
     if base and Path(base, "config.json").is_file() and (stamp := read_stamp(Path(base))):
         raise AdapterError(
             f"{base}: is no base: it already holds the adapter {stamp.adapter_sha256[:12]}, merged into {stamp.base!r}"
@@ -300,7 +351,9 @@ def _load_stock_peft(
     loaded = load_base(config, labels=tuple(labels))
     max_length = max_length or loaded.shape.max_position_embeddings
     device = join_launch().device
-    hashes = [hash_file(path / file) for file in (PEFT_WEIGHTS, PEFT_CONFIG) if (path / file).is_file()]
+    hashes = [
+        hash_file(path / file) for file in (PEFT_WEIGHTS, PEFT_CONFIG) if (path / file).is_file()
+    ]
     return _make(
         tuple(labels),
         TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
@@ -315,13 +368,19 @@ def _load_stock_peft(
 
 
 def _make_whole(
-    labels: tuple[str, ...], encoder: TextEncoder, engine: Engine, stamp: Stamp | None, weights: list[str]
+    labels: tuple[str, ...],
+    encoder: TextEncoder,
+    engine: Engine,
+    stamp: Stamp | None,
+    weights: list[str],
 ) -> Classifier:
     """Return the classifier of a whole model, with what its stamp says where it has one."""
     if stamp is None:
         unverified = ("its weights: no stamp of this package says what they should be",)
         return _make(labels, encoder, engine, weights=weights, unverified=unverified)
-    return _make(labels, encoder, engine, clean=stamp.clean, calibration=stamp.calibration, weights=weights)
+    return _make(
+        labels, encoder, engine, clean=stamp.clean, calibration=stamp.calibration, weights=weights
+    )
 
 
 def _make(
@@ -336,7 +395,14 @@ def _make(
 ) -> Classifier:
     """Return a classifier whose hash holds all that decides an answer, beside what `weights` says."""
     temperature = (calibration or {}).get("temperature")
-    reading = [encoder.tokenizer.to_str(), encoder.max_length, encoder.truncation, clean, temperature, *labels]
+    reading = [
+        encoder.tokenizer.to_str(),
+        encoder.max_length,
+        encoder.truncation,
+        clean,
+        temperature,
+        *labels,
+    ]
     sha256 = hashlib.sha256(json.dumps([*weights, *reading]).encode()).hexdigest()
     return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
 
@@ -364,9 +430,13 @@ def _own_length(folder: Path) -> int:
         read_object(folder / "config.json").get("max_position_embeddings", 512),
         read_object(folder / "tokenizer_config.json").get("model_max_length"),
     )
-    lengths = [int(value) for value in found if isinstance(value, int | float) and 8 <= value < math.inf]
+    lengths = [
+        int(value) for value in found if isinstance(value, int | float) and 8 <= value < math.inf
+    ]
     if not lengths:
-        raise AdapterError(f"{folder / 'config.json'}: max_position_embeddings is {found[0]!r}; allowed: 8 or more")
+        raise AdapterError(
+            f"{folder / 'config.json'}: max_position_embeddings is {found[0]!r}; allowed: 8 or more"
+        )
     return min(lengths)
 
 
@@ -382,7 +452,9 @@ def _read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, int, int]]:
     special: list[int] = []
     for role in ("cls_token", "sep_token", "pad_token"):
         token = values.get(role)
-        found = tokenizer.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+        found = tokenizer.token_to_id(
+            str(token.get("content") if isinstance(token, dict) else token)
+        )
         if found is None:
             raise AdapterError(
                 f"{folder}/tokenizer_config.json: {role} is {token!r}, which the tokenizer does not know"
@@ -402,7 +474,8 @@ class _Explain:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # The tokenizers library raises Exception itself, and nothing below it.
         if type(error) is Exception or isinstance(
-            error, (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+            error,
+            (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
         ):
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise AdapterError(f"{self.path}: cannot be read: {reason}") from error

@@ -21,7 +21,13 @@ from lora_sentiment.commands.terminal import (
     show_scores,
 )
 from lora_sentiment.console import is_main, show_table
-from lora_sentiment.errors import LoraSentimentError, ModelError, RecipeError, StoppedError, TrainingError
+from lora_sentiment.errors import (
+    LoraSentimentError,
+    ModelError,
+    RecipeError,
+    StoppedError,
+    TrainingError,
+)
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.recipe.data import report_roles
 from lora_sentiment.recipe.recipe import Recipe, make_schema
@@ -40,7 +46,8 @@ EXIT_STOPPED = 75
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys, values in YAML.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys, values in YAML."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -50,17 +57,24 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint; means train.resume=always.")
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint; means train.resume=always."),
     ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Go on although recipe, data, versions or machine are others now.")
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="Go on although recipe, data, versions or machine are others now.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a recipe and save its adapter. Under a launcher: accelerate launch -m lora_sentiment.train RECIPE."""
     loaded = Recipe.load(recipe, [*(overrides or ()), *(["train.resume=always"] if resume else ())])
     if allow_changes and loaded.train.resume == "never":
-        raise RecipeError("train: --allow-changes is of a run that goes on, and train.resume is never; leave one out")
+        raise RecipeError(
+            "train: --allow-changes is of a run that goes on, and train.resume is never; leave one out"
+        )
     from lora_sentiment.train import train as run_train
 
     run = run_train(loaded, allow_changes=allow_changes)
@@ -71,7 +85,9 @@ def train(
         return
     parameters = run.report["parameters"]
     typer.echo(f"adapter     {run.adapter}")
-    typer.echo(f"parameters  {show_parameters(parameters)}; {parameters['adapter_bytes']:,} bytes saved")
+    typer.echo(
+        f"parameters  {show_parameters(parameters)}; {parameters['adapter_bytes']:,} bytes saved"
+    )
     if "quantisation" in run.report:
         typer.echo(f"quantised   {run.report['quantisation']['verdict']}")
     for role in report_roles(run.report):
@@ -83,13 +99,21 @@ def train(
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     source: Annotated[
-        str | None, typer.Option(help="Judge on this file or Hub data set instead of the recorded one.")
+        str | None,
+        typer.Option(help="Judge on this file or Hub data set instead of the recorded one."),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="A judged role, such as test, or validation; of --source a split's own name.")
+        str,
+        typer.Option(
+            help="A judged role, such as test, or validation; of --source a split's own name."
+        ),
     ] = "test",
-    base: Annotated[str | None, typer.Option(help="Where to find the base, if not where the card says.")] = None,
-    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")] = "auto",
+    base: Annotated[
+        str | None, typer.Option(help="Where to find the base, if not where the card says.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Score an adapter, rebuilt from its folder alone, its base checked by hash."""
@@ -106,11 +130,17 @@ def evaluate(
 
 
 AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")]
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="New folder; it appears finished or not at all.")]
-BaseOption = Annotated[str | None, typer.Option(help="Where to find the base, if not where the card says.")]
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="New folder; it appears finished or not at all.")
+]
+BaseOption = Annotated[
+    str | None, typer.Option(help="Where to find the base, if not where the card says.")
+]
 IntoOption = Annotated[
     Literal["base", "dequantised"],
-    typer.Option(help="Merge into the base as it was published, or what quantising had left of it."),
+    typer.Option(
+        help="Merge into the base as it was published, or what quantising had left of it."
+    ),
 ]
 RowsOption = Annotated[int, typer.Option(min=1, help="Most validation rows to compare on.")]
 
@@ -119,7 +149,9 @@ RowsOption = Annotated[int, typer.Option(min=1, help="Most validation rows to co
 def merge(
     adapter: AdapterArgument,
     out: OutArgument,
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")
+    ] = "float32",
     into: IntoOption = "base",
     base: BaseOption = None,
     max_rows: RowsOption = 500,
@@ -128,7 +160,9 @@ def merge(
     """Merge an adapter into one stock model, reload that with plain transformers, and hold it to the adapter."""
     from lora_sentiment.adapter.merge import merge as run_merge
 
-    done = run_merge(adapter, out, dtype=dtype, into=into, base=base, max_rows=max_rows, progress=True)
+    done = run_merge(
+        adapter, out, dtype=dtype, into=into, base=base, max_rows=max_rows, progress=True
+    )
     if as_json:
         typer.echo(json.dumps(done.as_dict()))
         return
@@ -139,13 +173,19 @@ def merge(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder; for ONNX also a merged folder.")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="Adapter folder; for ONNX also a merged folder."),
+    ],
     out: OutArgument,
-    format: Annotated[Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")] = "onnx",
+    format: Annotated[
+        Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")
+    ] = "onnx",
     into: IntoOption = "base",
     base: BaseOption = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Most points of accuracy (of 100) that int8 may cost; 0.5 by default.")
+        float | None,
+        typer.Option(help="Most points of accuracy (of 100) that int8 may cost; 0.5 by default."),
     ] = None,
     max_rows: RowsOption = 500,
     as_json: Json = False,
@@ -154,7 +194,14 @@ def export(
     from lora_sentiment.adapter.export import export as run_export
 
     done = run_export(
-        adapter, out, format=format, into=into, base=base, max_drop=max_drop, max_rows=max_rows, progress=True
+        adapter,
+        out,
+        format=format,
+        into=into,
+        base=base,
+        max_drop=max_drop,
+        max_rows=max_rows,
+        progress=True,
     )
     if as_json:
         typer.echo(json.dumps(done.as_dict()))
@@ -171,32 +218,57 @@ def export(
 def predict(
     context: typer.Context,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Adapter, merged or exported folder, or an .onnx file.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Adapter, merged or exported folder, or an .onnx file."
+        ),
     ],
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; without any, the lines of standard input.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT]...", help="Texts; without any, the lines of standard input."
+        ),
     ] = None,
     input: Annotated[
         Path | None, typer.Option(help="Table to read: csv, tsv, jsonl, parquet, or .gz of these.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Table to write, its columns and the new ones.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Table to write, its columns and the new ones.")
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Column of --input that is judged.")] = "text",
     encoding: Annotated[str, typer.Option(help="Encoding of --input.")] = "utf-8",
     prefix: Annotated[str, typer.Option(help="Begins the names of the new columns.")] = "",
-    all_scores: Annotated[bool, typer.Option("--all-scores", help="Give the probability of every label.")] = False,
+    all_scores: Annotated[
+        bool, typer.Option("--all-scores", help="Give the probability of every label.")
+    ] = False,
     stride: Annotated[
-        int | None, typer.Option(help="Read long texts whole, in windows that share this many tokens.")
+        int | None,
+        typer.Option(help="Read long texts whole, in windows that share this many tokens."),
     ] = None,
-    calibrated: Annotated[bool, typer.Option("--calibrated", help="Use the temperature fitted at training.")] = False,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Use the temperature fitted at training.")
+    ] = False,
     rows_per_part: Annotated[int, typer.Option(min=1, help="Rows in memory at once.")] = 10_000,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole part of a stopped run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last whole part of a stopped run.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Show what each word does to the score.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write the explanations as a page; with --explain.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Of a stock PEFT folder: its labels in order, as a,b.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Of a stock folder: most tokens of a text.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show what each word does to the score.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the explanations as a page; with --explain.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Of a stock PEFT folder: its labels in order, as a,b.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Of a stock folder: most tokens of a text.")
+    ] = None,
     base: BaseOption = None,
-    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Label texts, standard input, or a table however long."""
@@ -209,43 +281,73 @@ def predict(
         typer.echo(f"unverified: {sentence}", err=True)
     reading: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
     if input and output:
-        table = {"text_column": text_column, "encoding": encoding, "prefix": prefix, "all_scores": all_scores}
+        table = {
+            "text_column": text_column,
+            "encoding": encoding,
+            "prefix": prefix,
+            "all_scores": all_scores,
+        }
         run = {"rows_per_part": rows_per_part, "resume": resume, "overwrite": overwrite}
         answer_table(classifier, input, output, as_json=as_json, **reading, **table, **run)
     elif explain and is_main():
         lines = texts or filter(str.strip, sys.stdin)
         explain_lines(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **reading)
     elif is_main():
-        answer_lines(classifier, texts or sys.stdin, all_scores=all_scores, as_json=as_json, **reading)
+        answer_lines(
+            classifier, texts or sys.stdin, all_scores=all_scores, as_json=as_json, **reading
+        )
 
 
 @app.command()
 def serve(
     adapters: Annotated[
-        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter folders for one base.")
+        list[Path] | None,
+        typer.Argument(metavar="[ADAPTER]...", help="Adapter folders for one base."),
     ] = None,
     watch: Annotated[
-        Path | None, typer.Option(help="Serve the adapter folders in this one, as long as they are there.")
+        Path | None,
+        typer.Option(help="Serve the adapter folders in this one, as long as they are there."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs a key.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback needs a key.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="A file with the key that requests must bring: Authorization: Bearer KEY.")
+        Path | None,
+        typer.Option(
+            help="A file with the key that requests must bring: Authorization: Bearer KEY."
+        ),
     ] = None,
-    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Listen anywhere without a key.")] = False,
-    limit: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=show_limits())] = None,
-    access_log: Annotated[bool, typer.Option(help="Log each request: method, route, status, time.")] = True,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Listen anywhere without a key.")
+    ] = False,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help=show_limits())
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option(help="Log each request: method, route, status, time.")
+    ] = True,
     base: BaseOption = None,
-    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
+    ] = "auto",
 ) -> None:
     """Answer over HTTP with any number of adapters on one base, and show a page, until told to stop."""
-    where: dict[str, Any] = {"host": host, "port": port, "access_log": access_log, "base": base, "dtype": dtype}
+    where: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "access_log": access_log,
+        "base": base,
+        "dtype": dtype,
+    }
     key: dict[str, Any] = {"api_key_file": api_key_file, "no_api_key": no_api_key}
     config = make_config(limit or [], adapters=tuple(adapters or ()), watch=watch, **where, **key)
     try:
         from lora_sentiment.serve.run import serve as run_server
     except ModuleNotFoundError as error:
-        raise ModelError(f"serve needs an extra ({error}): pip install 'lora_sentiment[serve]'") from error
+        raise ModelError(
+            f"serve needs an extra ({error}): pip install 'lora_sentiment[serve]'"
+        ) from error
     run_server(config, announce=typer.echo)
 
 
@@ -253,8 +355,12 @@ def serve(
 def push(
     folder: Annotated[Path, typer.Argument(help="Adapter, merged or exported folder.")],
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Refuse a repository that all can see.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Send nothing: list the files and show the card.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Refuse a repository that all can see.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Send nothing: list the files and show the card.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Send a folder to the Hub, after checking its hashes and that nothing else lies in it."""
@@ -293,11 +399,17 @@ def data(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
 
 @app.command()
 def compare(
-    paths: Annotated[list[Path], typer.Argument(metavar="RECIPE-or-ADAPTER...", help="Recipe files, adapter folders.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE-or-ADAPTER...", help="Recipe files, adapter folders."),
+    ],
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw trained parameters against accuracy, sized by memory, into this PNG.")
+        Path | None,
+        typer.Option(
+            help="Draw trained parameters against accuracy, sized by memory, into this PNG."
+        ),
     ] = None,
 ) -> None:
     """Set recipes and adapters side by side: what each trains, saves and holds, and, where it ran, what it gave.
@@ -322,9 +434,14 @@ def compare(
 def estimate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    budget: Annotated[str | None, typer.Option(help="Memory that the process may hold, such as 4GiB.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory that the process may hold, such as 4GiB.")
+    ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Take two real steps in a fresh process, and show the estimate's error.")
+        bool,
+        typer.Option(
+            "--probe", help="Take two real steps in a fresh process, and show the estimate's error."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -343,7 +460,11 @@ def estimate(
         return
     notes = estimation.make_notes(found)
     if probed:
-        beyond = f" beyond the {probed.baseline / 2**20:,.0f} MiB of its imports" if probed.baseline else ""
+        beyond = (
+            f" beyond the {probed.baseline / 2**20:,.0f} MiB of its imports"
+            if probed.baseline
+            else ""
+        )
         notes.append(
             f"probe: {probed.rows} rows of {probed.length} tokens held {probed.measured / 2**20:,.0f} MiB{beyond}; "
             f"estimated {probed.estimated / 2**20:,.0f} MiB "
@@ -356,7 +477,10 @@ def estimate(
 def sweep(
     recipe: RecipeArgument,
     assignments: Annotated[
-        list[str], typer.Argument(metavar="KEY=[VALUE, VALUE]...", help="Keys with several values, and overrides.")
+        list[str],
+        typer.Argument(
+            metavar="KEY=[VALUE, VALUE]...", help="Keys with several values, and overrides."
+        ),
     ],
     as_json: Json = False,
 ) -> None:
@@ -375,7 +499,9 @@ def sweep(
 
 @app.command()
 def doctor(
-    hub: Annotated[bool, typer.Option("--hub/--no-hub", help="Ask whether the Hub can be reached.")] = True,
+    hub: Annotated[
+        bool, typer.Option("--hub/--no-hub", help="Ask whether the Hub can be reached.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Show versions, processor, memory, devices, Hub, and every known trap that this machine shows."""

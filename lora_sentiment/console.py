@@ -21,10 +21,19 @@ def make_bar(total: int, *, desc: str, unit: str, show: bool) -> Any:
         show: False for processes that do not speak.
     """
     interval = 0.2 if sys.stderr.isatty() else LOG_SECONDS
-    return tqdm(total=total, desc=desc, unit=unit, unit_scale=unit == "tok", disable=not show, mininterval=interval)
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        unit_scale=unit == "tok",
+        disable=not show,
+        mininterval=interval,
+    )
 
 
-def show_table(columns: Mapping[str, list[str]], notes: list[str], *, left: tuple[str, ...]) -> None:
+def show_table(
+    columns: Mapping[str, list[str]], notes: list[str], *, left: tuple[str, ...]
+) -> None:
     """Print columns side by side, and notes below."""
     from rich.console import Console
     from rich.table import Table

@@ -16,7 +16,9 @@ except ImportError:  # there is none on Windows
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON with sorted keys, so that bytes repeat."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def hash_file(path: Path) -> str:
@@ -84,7 +86,9 @@ def lock_file(path: Path) -> int:
         return -1
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(handle).st_nlink:  # a run that ended in between removed it, so it keeps nobody out
+        if not os.fstat(
+            handle
+        ).st_nlink:  # a run that ended in between removed it, so it keeps nobody out
             raise BlockingIOError
     except OSError:
         os.close(handle)

@@ -70,7 +70,9 @@ def _is_dead_network(error: BaseException) -> bool:
     while cause and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__
     # A certificate that is not trusted is an answer, if not the Hub's.
-    return isinstance(error, NetworkError | TimeoutException | RemoteProtocolError) and cause is None
+    return (
+        isinstance(error, NetworkError | TimeoutException | RemoteProtocolError) and cause is None
+    )
 
 
 def rely_on_cache(answer: Answer) -> None:

@@ -83,14 +83,23 @@ def _ask(name: str, kind: Kind, revision: str | None) -> _Answer:
     prefix = "datasets/" if kind == "dataset" else ""
     path = f"{prefix}{quote(name)}/resolve/{quote(revision or 'main', safe='')}/{_FILES[kind]}"
     try:
-        found = get_session().head(f"{constants.ENDPOINT}/{path}", headers=build_hf_headers(), timeout=TIMEOUT)
+        found = get_session().head(
+            f"{constants.ENDPOINT}/{path}", headers=build_hf_headers(), timeout=TIMEOUT
+        )
     except (HTTPError, InvalidURL, OSError, ValueError, ImportError) as error:
         return _Answer(None, "", without_login(f"{type(error).__name__}: {error}"))
     message = found.headers.get("X-Error-Message", "")
-    text = " ".join(f"{found.status_code} {found.reason_phrase}".split()) + (f" ({message})" if message else "")
+    text = " ".join(f"{found.status_code} {found.reason_phrase}".split()) + (
+        f" ({message})" if message else ""
+    )
     # A file may lie elsewhere, where nobody knows of commits: then the Hub named it when it sent us there.
     named = (answer.headers.get("X-Repo-Commit") for answer in (found, *found.history))
-    return _Answer(found.status_code, found.headers.get("X-Error-Code", ""), text, next(filter(None, named), ""))
+    return _Answer(
+        found.status_code,
+        found.headers.get("X-Error-Code", ""),
+        text,
+        next(filter(None, named), ""),
+    )
 
 
 def _advice(found: _Answer, *, key: str, name: str, kind: Kind, revision: str | None) -> str:

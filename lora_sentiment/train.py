@@ -33,7 +33,12 @@ from lora_sentiment.files import write_json
 from lora_sentiment.models.inference import predict_logits
 from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
 from lora_sentiment.models.memory import Plan
-from lora_sentiment.models.parameters import ParameterCounts, count_parameters, inference_tokens, micro_batch_tokens
+from lora_sentiment.models.parameters import (
+    ParameterCounts,
+    count_parameters,
+    inference_tokens,
+    micro_batch_tokens,
+)
 from lora_sentiment.models.quantisation import Cut, Quantisation, measure_quantisation
 from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
 from lora_sentiment.recipe.method import PeftMethod
@@ -57,7 +62,13 @@ from lora_sentiment.training.processes import (
     refuse_differences,
 )
 from lora_sentiment.training.report import make_report, peak_memory, reset_peak_memory
-from lora_sentiment.training.run_folder import claim, drop_checkpoints, explain_full_disk, make_aside, make_settings
+from lora_sentiment.training.run_folder import (
+    claim,
+    drop_checkpoints,
+    explain_full_disk,
+    make_aside,
+    make_settings,
+)
 
 log = logging.getLogger("lora_sentiment")
 
@@ -127,10 +138,17 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
 
 
 def _walk(
-    recipe: Recipe, state: PartialState, run_folder: Path, *, stand_in: StandIn | None, allow_changes: bool
+    recipe: Recipe,
+    state: PartialState,
+    run_folder: Path,
+    *,
+    stand_in: StandIn | None,
+    allow_changes: bool,
 ) -> Run:
     """Train, save, judge, publish."""
-    accelerator = make_accelerator(state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder)
+    accelerator = make_accelerator(
+        state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder
+    )
     setup = _set_up(recipe, accelerator, stand_in)
     encoded = {
         "train": _encode(setup.data.train, setup, recipe, accelerator),
@@ -142,9 +160,17 @@ def _walk(
     aside = make_aside(run_folder) if accelerator.is_main_process else run_folder
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
     calibration = {"temperature": fit_temperature(logits, encoded["validation"].labels)}
-    log.info("temperature fitted on validation: %.3f, within %s to %s", calibration["temperature"], *TEMPERATURE_BOUNDS)
+    log.info(
+        "temperature fitted on validation: %.3f, within %s to %s",
+        calibration["temperature"],
+        *TEMPERATURE_BOUNDS,
+    )
     # Saved before what is judged is read: a bad row there must not cost the run.
-    card = _save_adapter(recipe, setup, accelerator, aside, calibration) if accelerator.is_main_process else None
+    card = (
+        _save_adapter(recipe, setup, accelerator, aside, calibration)
+        if accelerator.is_main_process
+        else None
+    )
     fingerprints = {"validation": setup.data.validation.fingerprint}
     verdict = _Verdict(described, encoded, {"validation": logits}, fingerprints)
     _judge(recipe, setup, verdict, accelerator, calibration)
@@ -213,7 +239,10 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
         "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
     }
     # A cut that was measured on a GPU is no setting. The checkpoint keeps it: other free memory must not stop a resume.
-    measured = next(setup.model.parameters()).device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None
+    measured = (
+        next(setup.model.parameters()).device.type == "cuda"
+        and recipe.train.max_tokens_per_micro_batch is None
+    )
     machine = describe_machine(setup.dtype, max_tokens=None if measured else setup.max_tokens)
     config: Any = setup.base.model.config
     return make_settings(recipe, found, machine=machine, base=config.to_dict())
@@ -228,31 +257,52 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
     set_seed(recipe.train.seed)
     base = load_base(recipe.model, labels=data.labels, device=device)
     log.info(
-        "base %s (%s): %s", base.name, "new head" if base.new_head else "its own head", _counts(recipe, base, data)
+        "base %s (%s): %s",
+        base.name,
+        "new head" if base.new_head else "its own head",
+        _counts(recipe, base, data),
     )
     loading_peak, quantisation = peak_memory(device), None
     if recipe.model.quantize != "none":
-        quantisation = _measure(recipe, base, data, dtype, device, num_processes=accelerator.num_processes)
+        quantisation = _measure(
+            recipe, base, data, dtype, device, num_processes=accelerator.num_processes
+        )
         log.info("quantisation: %s", quantisation.verdict)
-        reset_peak_memory(device)  # the unquantised base beside it is the measurement's, not the run's
+        reset_peak_memory(
+            device
+        )  # the unquantised base beside it is the measurement's, not the run's
     num_steps = count_steps(len(data.train), recipe.train)
-    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps).to(device)
+    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps).to(
+        device
+    )
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
     engine = _choose_engine(model, recipe.train.engine, dtype)
     max_tokens = _max_tokens(recipe, base, dtype)
     if device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None:
         max_tokens = _measure_max_tokens(recipe, model, accelerator, num_steps)
-    log.info("%s on %s, %s engine, micro-batches of at most %s tokens", dtype, device, engine, f"{max_tokens:,}")
-    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, stand_in)
+    log.info(
+        "%s on %s, %s engine, micro-batches of at most %s tokens",
+        dtype,
+        device,
+        engine,
+        f"{max_tokens:,}",
+    )
+    return _Setup(
+        data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, stand_in
+    )
 
 
 def _load_data(recipe: Recipe) -> Data:
     """Read train and validation and say what was found."""
     data = load_data(recipe.data)
-    log.info("training on %s rows, choosing on %s", f"{len(data.train):,}", f"{len(data.validation):,}")
+    log.info(
+        "training on %s rows, choosing on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
+    )
     # Before the base is loaded: a wrong number of weights should not cost that time.
-    weights = make_class_weights(recipe.train.class_weights, labels=data.train.labels, names=data.labels)
+    weights = make_class_weights(
+        recipe.train.class_weights, labels=data.train.labels, names=data.labels
+    )
     if weights is not None:
         pairs = zip(data.labels, weights, strict=True)
         log.info("class weights: %s", ", ".join(f"{name} {weight:.3g}" for name, weight in pairs))
@@ -264,7 +314,13 @@ def _counts(recipe: Recipe, base: Base, data: Data) -> ParameterCounts:
 
 
 def _measure(
-    recipe: Recipe, base: Base, data: Data, dtype: torch.dtype, device: torch.device, *, num_processes: int
+    recipe: Recipe,
+    base: Base,
+    data: Data,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    num_processes: int,
 ) -> Quantisation:
     """Hold a quantised base against the unquantised one before anything is wrapped around it."""
     plan = Plan(
@@ -306,7 +362,9 @@ def _max_tokens(recipe: Recipe, base: Base, dtype: torch.dtype) -> int:
     )
 
 
-def _measure_max_tokens(recipe: Recipe, model: nn.Module, accelerator: Accelerator, num_steps: int) -> int:
+def _measure_max_tokens(
+    recipe: Recipe, model: nn.Module, accelerator: Accelerator, num_steps: int
+) -> int:
     """Return the most tokens of a micro-batch on a GPU: a whole step where its memory allows."""
     reason = why_not_graphs(model, recipe.train, device=accelerator.device, num_steps=num_steps)
     max_tokens = choose_max_tokens(
@@ -327,7 +385,10 @@ def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
     reason = use_fast_encoder(model, compute_dtype=dtype)
     on_cuda = next(model.parameters()).device.type == "cuda"
     if on_cuda and not reason and (unfused := why_not_fused()):
-        log.warning("dropout, residual and LayerNorm run as three operations instead of one kernel: %s", unfused)
+        log.warning(
+            "dropout, residual and LayerNorm run as three operations instead of one kernel: %s",
+            unfused,
+        )
     if reason and wanted == "fast":
         raise ModelError(f"train.engine=fast cannot run here: {reason}; set train.engine=auto")
     return f"stock ({reason})" if reason else "fast"
@@ -335,7 +396,9 @@ def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
 
 def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator) -> Encoded:
     model = recipe.model
-    encoder = TextEncoder.of(setup.base.tokenizer, max_length=model.max_length, truncation=model.truncation)
+    encoder = TextEncoder.of(
+        setup.base.tokenizer, max_length=model.max_length, truncation=model.truncation
+    )
     # The first process of a machine tokenises; the others then find the ids of many rows where it has kept them.
     with accelerator.local_main_process_first():
         return encoder.encode(rows, progress=accelerator.is_main_process)
@@ -350,12 +413,18 @@ def _describe_seen(data: Data, encoded: Mapping[str, Encoded], recipe: Recipe) -
 
 
 def _save_adapter(
-    recipe: Recipe, setup: _Setup, accelerator: Accelerator, folder: Path, calibration: dict[str, float]
+    recipe: Recipe,
+    setup: _Setup,
+    accelerator: Accelerator,
+    folder: Path,
+    calibration: dict[str, float],
 ) -> adapter_folder.Card:
     """Write weights, tokenizer and card, and hold the rebuilt model against the trained one."""
     data = setup.data
     with accelerator.autocast():
-        trained = adapter_folder.compute_probe(setup.model.eval(), _probe_ids(setup.base, recipe.model.max_length))
+        trained = adapter_folder.compute_probe(
+            setup.model.eval(), _probe_ids(setup.base, recipe.model.max_length)
+        )
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     return adapter_folder.save(
         folder,
@@ -380,7 +449,11 @@ def _save_adapter(
 
 
 def _judge(
-    recipe: Recipe, setup: _Setup, verdict: _Verdict, accelerator: Accelerator, calibration: dict[str, float]
+    recipe: Recipe,
+    setup: _Setup,
+    verdict: _Verdict,
+    accelerator: Accelerator,
+    calibration: dict[str, float],
 ) -> None:
     """Score validation and every judged role; this is the one place where what is judged is read."""
     data = setup.data
@@ -399,7 +472,9 @@ def _judge(
             rows[role] = found
     verdict.fingerprints |= {role: judged.fingerprint for role, judged in rows.items()}
     # A fault's own words name files, which may lie elsewhere on each machine.
-    faults = {role: re.findall(r": row (\d+): ", str(fault)) for role, fault in verdict.faults.items()}
+    faults = {
+        role: re.findall(r": row (\d+): ", str(fault)) for role, fault in verdict.faults.items()
+    }
     refuse_differences(verdict.fingerprints | {"list of bad rows": faults})
     for role, judged in rows.items():
         verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
@@ -415,7 +490,9 @@ def _judge(
     for line in verdict.data.to_lines(list(rows)):
         log.info("%s", line)
     for role, logits in verdict.logits.items():
-        verdict.scores[role] = score_calibrated(logits, verdict.encoded[role].labels, calibration=calibration)
+        verdict.scores[role] = score_calibrated(
+            logits, verdict.encoded[role].labels, calibration=calibration
+        )
         log.info("%s: accuracy %s", role, show_interval(verdict.scores[role]["accuracy"].as_dict()))
 
 
@@ -429,13 +506,20 @@ def _refuse_faults(verdict: _Verdict, folder: Path) -> None:
         ) from next(iter(verdict.faults.values()))
 
 
-def _predict(setup: _Setup, rows: Encoded, role: str, accelerator: Accelerator) -> NDArray[np.float32]:
+def _predict(
+    setup: _Setup, rows: Encoded, role: str, accelerator: Accelerator
+) -> NDArray[np.float32]:
     bar = role if accelerator.is_main_process else None
     return predict_logits(setup.model, rows, accelerator=accelerator, progress=bar)
 
 
 def _save_report(
-    recipe: Recipe, setup: _Setup, card: adapter_folder.Card, history: History, verdict: _Verdict, folder: Path
+    recipe: Recipe,
+    setup: _Setup,
+    card: adapter_folder.Card,
+    history: History,
+    verdict: _Verdict,
+    folder: Path,
 ) -> dict[str, Any]:
     """Write report, model card and pictures beside the adapter; return the report."""
     report = make_report(
@@ -447,7 +531,9 @@ def _save_report(
         data=verdict.data,
         quantisation=setup.quantisation,
         stand_in=setup.stand_in,
-        peak_memory_bytes=max(setup.loading_peak, peak_memory(next(setup.model.parameters()).device)),
+        peak_memory_bytes=max(
+            setup.loading_peak, peak_memory(next(setup.model.parameters()).device)
+        ),
     )
     if setup.quantisation:
         log.info("quantisation: %s", report["quantisation"]["verdict"])
@@ -458,12 +544,16 @@ def _save_report(
     }
     save_predictions(folder, found)
     is_peft = isinstance(recipe.method, PeftMethod)
-    (folder / "README.md").write_text(make_model_card(recipe.name, card, report, is_peft=is_peft), encoding="utf-8")
+    (folder / "README.md").write_text(
+        make_model_card(recipe.name, card, report, is_peft=is_peft), encoding="utf-8"
+    )
     plot_training(history, folder / "training.png", title=recipe.name)
     # Validation stands first: without a role to judge it is the last.
     role = "test" if "test" in verdict.logits else list(verdict.logits)[-1]
     labels = setup.data.labels
-    matrix = confusion_matrix(verdict.encoded[role].labels, verdict.logits[role].argmax(axis=1), len(labels))
+    matrix = confusion_matrix(
+        verdict.encoded[role].labels, verdict.logits[role].argmax(axis=1), len(labels)
+    )
     plot_confusion(matrix, folder / "confusion.png", labels=labels, title=f"{recipe.name}: {role}")
     return report
 

@@ -33,7 +33,11 @@ from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.tables import read_table
 from lora_sentiment.files import write_json
 
-SOURCES = {"imdb/unsupervised.parquet": "text", "imdb/train.parquet": "text", "sst2/train.parquet": "sentence"}
+SOURCES = {
+    "imdb/unsupervised.parquet": "text",
+    "imdb/train.parquet": "text",
+    "sst2/train.parquet": "sentence",
+}
 LAYERS = (0, 2, 4, 5)
 """Layers of the teacher that the student starts from; each learns to give what the teacher gives after it."""
 VOCABULARY = 12_288
@@ -75,11 +79,17 @@ def choose_pieces(tokenizer: Tokenizer, data: Path) -> list[int]:
         np.add.at(counts, ids, 1)
     special = set(tokenizer.get_added_tokens_decoder())
     # A word whose pieces went is spelt with smaller ones, so every single character that was ever seen has to stay.
-    letters = {i for i, name in enumerate(names) if len(name.removeprefix("##")) == 1 and (counts[i] or name.isascii())}
+    letters = {
+        i
+        for i, name in enumerate(names)
+        if len(name.removeprefix("##")) == 1 and (counts[i] or name.isascii())
+    }
     rest = [int(i) for i in np.argsort(-counts, kind="stable") if i not in special | letters]
     kept = sorted([*special, *letters, *rest[: VOCABULARY - len(special | letters)]])
     share = 1 - counts[kept].sum() / counts.sum()
-    print(f"{len(kept)} of {len(names)} word pieces stay; {share:.2%} of the texts' pieces are spelt with smaller ones")
+    print(
+        f"{len(kept)} of {len(names)} word pieces stay; {share:.2%} of the texts' pieces are spelt with smaller ones"
+    )
     return kept
 
 
@@ -88,9 +98,14 @@ def _ids_of(tokenizer: Tokenizer, data: Path, what: str) -> Iterator[np.ndarray]
     for text in tqdm(read_texts(data), desc=what, unit=" texts"):
         texts.append(text)
         if len(texts) == 1000:
-            yield from (np.array(found.ids) for found in tokenizer.encode_batch(texts, add_special_tokens=False))
+            yield from (
+                np.array(found.ids)
+                for found in tokenizer.encode_batch(texts, add_special_tokens=False)
+            )
             texts = []
-    yield from (np.array(found.ids) for found in tokenizer.encode_batch(texts, add_special_tokens=False))
+    yield from (
+        np.array(found.ids) for found in tokenizer.encode_batch(texts, add_special_tokens=False)
+    )
 
 
 def cut_tokenizer(teacher: Path, names: list[str], kept: list[int]) -> Tokenizer:
@@ -112,7 +127,10 @@ def make_corpus(tokenizer: Tokenizer, data: Path) -> Corpus:
     parts: list[np.ndarray] = []
     for number, ids in enumerate(_ids_of(tokenizer, data, "cutting windows")):
         room = (LONG if number % 4 == 0 else SHORT) - 2
-        parts += [np.array([cls, *ids[i : i + room], sep], dtype=np.uint16) for i in range(0, len(ids), room)]
+        parts += [
+            np.array([cls, *ids[i : i + room], sep], dtype=np.uint16)
+            for i in range(0, len(ids), room)
+        ]
     return Corpus(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
 
 
@@ -130,7 +148,9 @@ def prepare(options: argparse.Namespace) -> tuple[Tokenizer, list[int], Corpus]:
     tokenizer = cut_tokenizer(options.teacher, sorted(numbers, key=numbers.__getitem__), kept)
     if corpus is None:
         corpus = make_corpus(tokenizer, options.data)
-        save_numpy({"kept": np.array(kept), **{name: getattr(corpus, name) for name in names}}, path)
+        save_numpy(
+            {"kept": np.array(kept), **{name: getattr(corpus, name) for name in names}}, path
+        )
     return tokenizer, kept, corpus
 
 
@@ -150,42 +170,71 @@ def plan_batches(corpus: Corpus, *, seed: int) -> list[np.ndarray]:
 
 def make_models(teacher: Path, kept: list[int]) -> tuple[DistilBertModel, DistilBertModel]:
     """Return (teacher, student), both in fp32 on the cut vocabulary, dropout off."""
-    whole = DistilBertModel.from_pretrained(teacher, dtype=torch.float32).eval().requires_grad_(False)
+    whole = (
+        DistilBertModel.from_pretrained(teacher, dtype=torch.float32).eval().requires_grad_(False)
+    )
     rows = whole.embeddings.word_embeddings.weight[kept].clone()
     whole.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(rows, freeze=True)
-    values = {**whole.config.to_dict(), "n_layers": len(LAYERS), "vocab_size": len(kept), "pad_token_id": 0}
+    values = {
+        **whole.config.to_dict(),
+        "n_layers": len(LAYERS),
+        "vocab_size": len(kept),
+        "pad_token_id": 0,
+    }
     student = DistilBertModel(DistilBertConfig(**values)).eval()
     student.embeddings.load_state_dict(whole.embeddings.state_dict())
     for place, layer in enumerate(LAYERS):
-        student.transformer.layer[place].load_state_dict(whole.transformer.layer[layer].state_dict())
+        student.transformer.layer[place].load_state_dict(
+            whole.transformer.layer[layer].state_dict()
+        )
     return whole, student
 
 
-def match(teacher: DistilBertModel, student: DistilBertModel, corpus: Corpus, batch: np.ndarray) -> torch.Tensor:
+def match(
+    teacher: DistilBertModel, student: DistilBertModel, corpus: Corpus, batch: np.ndarray
+) -> torch.Tensor:
     """Return (num_layers,): ||student - teacher||^2 / ||teacher||^2 over the batch's tokens, layer by layer."""
     parts = [
-        torch.from_numpy(corpus.input_ids[corpus.offsets[i] : corpus.offsets[i + 1]].astype(np.int64)) for i in batch
+        torch.from_numpy(
+            corpus.input_ids[corpus.offsets[i] : corpus.offsets[i + 1]].astype(np.int64)
+        )
+        for i in batch
     ]
     ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones_like(part) for part in parts], batch_first=True
+    )
     # Without padding no mask is given: attention then takes its quicker path.
-    given = {"input_ids": ids, "attention_mask": None if mask.all() else mask, "output_hidden_states": True}
+    given = {
+        "input_ids": ids,
+        "attention_mask": None if mask.all() else mask,
+        "output_hidden_states": True,
+    }
     with torch.no_grad():
         wanted = teacher(**given).hidden_states
     found = student(**given).hidden_states
     real = mask.bool()
-    pairs = [(found[place + 1][real], wanted[layer + 1][real]) for place, layer in enumerate(LAYERS)]
-    return torch.stack([functional.mse_loss(ours, theirs) / theirs.square().mean() for ours, theirs in pairs])
+    pairs = [
+        (found[place + 1][real], wanted[layer + 1][real]) for place, layer in enumerate(LAYERS)
+    ]
+    return torch.stack(
+        [functional.mse_loss(ours, theirs) / theirs.square().mean() for ours, theirs in pairs]
+    )
 
 
-def distil(teacher: DistilBertModel, student: DistilBertModel, corpus: Corpus, options: argparse.Namespace) -> None:
+def distil(
+    teacher: DistilBertModel, student: DistilBertModel, corpus: Corpus, options: argparse.Namespace
+) -> None:
     """Train the student in place, from the last checkpoint where there is one."""
     batches = plan_batches(corpus, seed=options.seed)
     held_out, batches = batches[:HELD_OUT], batches[HELD_OUT:][: options.steps]
-    optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True
+    )
     warmup = 0.05 * options.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (options.steps - step) / (options.steps - warmup))
+        optimizer,
+        lambda step: min((step + 1) / warmup, (options.steps - step) / (options.steps - warmup)),
     )
     weights = torch.tensor([1.0] * (len(LAYERS) - 1) + [LAST_WEIGHT])
     start = _resume(options.out, student, optimizer, schedule)
@@ -207,7 +256,12 @@ def distil(teacher: DistilBertModel, student: DistilBertModel, corpus: Corpus, o
 
 @torch.no_grad()
 def _judge(
-    teacher: DistilBertModel, student: DistilBertModel, corpus: Corpus, batches: list[np.ndarray], step: int, log: Path
+    teacher: DistilBertModel,
+    student: DistilBertModel,
+    corpus: Corpus,
+    batches: list[np.ndarray],
+    step: int,
+    log: Path,
 ) -> None:
     errors = torch.stack([match(teacher, student, corpus, batch) for batch in batches]).mean(dim=0)
     line = {"step": step, "error": [round(value, 5) for value in errors.tolist()]}
@@ -233,7 +287,10 @@ def _save(
 
 
 def _resume(
-    out: Path, student: DistilBertModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR
+    out: Path,
+    student: DistilBertModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> int:
     path = out / "state.safetensors"
     if not path.exists():
@@ -241,11 +298,18 @@ def _resume(
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
     tensors = load_file(path)
-    student.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    student.load_state_dict(
+        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    )
     if step:
         names = ("step", "exp_avg", "exp_avg_sq")
-        found = {i: {key: tensors[f"{key}.{i}"] for key in names} for i in range(len(list(student.parameters())))}
-        optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+        found = {
+            i: {key: tensors[f"{key}.{i}"] for key in names}
+            for i in range(len(list(student.parameters())))
+        }
+        optimizer.load_state_dict(
+            {"state": found, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
     for _ in range(step):
         schedule.step()
     return step
@@ -256,13 +320,19 @@ def save_base(student: DistilBertModel, tokenizer: Tokenizer, out: Path) -> None
     student.half().save_pretrained(out)
     tokenizer.save(str(out / "tokenizer.json"))
     names = {f"{role}_token": f"[{role.upper()}]" for role in ("cls", "sep", "pad", "unk", "mask")}
-    settings = {"tokenizer_class": "DistilBertTokenizer", "do_lower_case": True, "model_max_length": 512}
+    settings = {
+        "tokenizer_class": "DistilBertTokenizer",
+        "do_lower_case": True,
+        "model_max_length": 512,
+    }
     write_json(out / "tokenizer_config.json", {**settings, **names})
 
 
 def main() -> None:
     """Make the base, or go on making it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("teacher", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)

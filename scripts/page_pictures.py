@@ -15,13 +15,22 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("adapters/imdb_small", "adapters/my_data")
-TEXT = "Lovely shoes and a quick delivery, but one heel came off after a week. Can I send them back?"
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+TEXT = (
+    "Lovely shoes and a quick delivery, but one heel came off after a week. Can I send them back?"
+)
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+)
 DESKTOP = {"viewport": {"width": 1100, "height": 800}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 1.5}
 
 
-def draw(browser: Any, address: str, path: Path, *, other: str | None = None, **options: Any) -> None:
+def draw(
+    browser: Any, address: str, path: Path, *, other: str | None = None, **options: Any
+) -> None:
     """Ask for one text, of one adapter or two, and save a picture of the answer."""
     context = browser.new_context(reduced_motion="reduce", **options)
     page = context.new_page()
@@ -30,12 +39,19 @@ def draw(browser: Any, address: str, path: Path, *, other: str | None = None, **
         page.get_by_label("Compare with").select_option(other)
     page.get_by_label("Text", exact=True).fill(TEXT)
     for _ in range(2):  # a server's first answers are slow
-        with page.expect_response(lambda response: b'"explain":true' in (response.request.post_data_buffer or b"")):
+        with page.expect_response(
+            lambda response: b'"explain":true' in (response.request.post_data_buffer or b"")
+        ):
             page.get_by_role("button", name="Predict").click()
         page.wait_for_selector("#answers[aria-busy=false] .why")
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     box = page.locator("#answers").bounding_box()
-    area = {"x": 0, "y": 0, "width": options["viewport"]["width"], "height": box["y"] + box["height"] + 24}
+    area = {
+        "x": 0,
+        "y": 0,
+        "width": options["viewport"]["width"],
+        "height": box["y"] + box["height"] + 24,
+    }
     page.screenshot(path=path, full_page=True, clip=area)
     context.close()
 
@@ -50,7 +66,13 @@ def main() -> None:
         address = server.stdout.readline().strip()
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-            draw(browser, address, ROOT / "examples/page.png", other=Path(adapters[1]).name, **DESKTOP)
+            draw(
+                browser,
+                address,
+                ROOT / "examples/page.png",
+                other=Path(adapters[1]).name,
+                **DESKTOP,
+            )
             draw(browser, address, ROOT / "examples/page-phone.png", **PHONE)
             browser.close()
     finally:

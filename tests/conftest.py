@@ -27,7 +27,22 @@ settings.load_profile("house")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOOD = ("good", "great", "lovely", "fine", "superb", "warm")
 BAD = ("bad", "awful", "dull", "poor", "weak", "cold")
-FILLERS = ("film", "book", "meal", "app", "place", "plot", "the", "a", "was", "and", "so", "it", "really", "quite")
+FILLERS = (
+    "film",
+    "book",
+    "meal",
+    "app",
+    "place",
+    "plot",
+    "the",
+    "a",
+    "was",
+    "and",
+    "so",
+    "it",
+    "really",
+    "quite",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -98,7 +113,17 @@ def save_tiny_base(folder: Path) -> Path:
     import torch
     from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizerFast
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLERS, *"abcdefghijklmnopqrstuvwxyz.,!"]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *GOOD,
+        *BAD,
+        *FILLERS,
+        *"abcdefghijklmnopqrstuvwxyz.,!",
+    ]
     words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
     torch.manual_seed(0)
@@ -112,7 +137,9 @@ def save_tiny_base(folder: Path) -> Path:
         initializer_range=0.3,
     )
     DistilBertModel(config).save_pretrained(folder)
-    DistilBertTokenizerFast(vocab=vocab, do_lower_case=True, model_max_length=64).save_pretrained(folder)
+    DistilBertTokenizerFast(vocab=vocab, do_lower_case=True, model_max_length=64).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -129,7 +156,12 @@ def toy_rows(num_rows: int) -> list[tuple[str, str]]:
     for i in range(num_rows):
         words = list(next(fillers)) + ["so"] * (i % 5)
         words.insert(i % len(words), (GOOD, BAD)[i % 2][(i // 2) % len(GOOD)])
-        rows.append((" ".join(words) + f" {'abcdefghijklmnopqrstuvwxyz'[i % 26]}.", ("positive", "negative")[i % 2]))
+        rows.append(
+            (
+                " ".join(words) + f" {'abcdefghijklmnopqrstuvwxyz'[i % 26]}.",
+                ("positive", "negative")[i % 2],
+            )
+        )
     return rows
 
 
@@ -142,7 +174,9 @@ def free_port() -> int:
             return port
 
 
-def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")) -> Path:
+def write_csv(
+    path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")
+) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
     return path
@@ -203,11 +237,18 @@ def shared() -> Path:
 def hub(shared: Path, tmp_path_factory: pytest.TempPathFactory):
     """Environment variables that point the real Hub clients at the local Hub."""
     server = subprocess.Popen(
-        [sys.executable, str(shared / "hub/serve.py"), "--port", "0"], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(shared / "hub/serve.py"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert server.stdout is not None
     address = server.stdout.readline().strip()
     online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    yield {**os.environ, **online, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
+    yield {
+        **os.environ,
+        **online,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path_factory.mktemp("hf")),
+    }
     server.terminate()
     server.wait()

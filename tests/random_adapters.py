@@ -12,7 +12,18 @@ PROBE = [[2, 7, 9, 3], [2, 5, 3], [2, 20, 21, 22, 23, 24, 3]]
 
 
 def save_random(
-    folder, base, method, *, labels, probe=PROBE, record=None, spread=0.05, head=1.0, seed=1, max_length=16, **model
+    folder,
+    base,
+    method,
+    *,
+    labels,
+    probe=PROBE,
+    record=None,
+    spread=0.05,
+    head=1.0,
+    seed=1,
+    max_length=16,
+    **model,
 ):
     """Save an adapter whose trained tensors are random; return the model and its base.
 
@@ -36,7 +47,8 @@ def save_random(
         labels=labels,
         model_config=config,
         method=method,
-        data=record or DataRecord(config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1"),
+        data=record
+        or DataRecord(config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1"),
         machine={"threads": 2},
         trained=compute_probe(trained, probe),
         tolerance=1e-4,

@@ -44,9 +44,13 @@ class Recording(TorchDispatchMode):
         self.made: dict[int, Tensor] = {}
         self.before: dict[int, tuple[Any, Any]] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        assert function is not torch.ops.aten._local_scalar_dense.default, "the host waits in a graph"
+        assert function is not torch.ops.aten._local_scalar_dense.default, (
+            "the host waits in a graph"
+        )
         self._save_written(function, args, kwargs)
         read = {_address(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
         found = function(*args, **kwargs)

@@ -49,7 +49,11 @@ def test_an_adapter_answers_in_order_whatever_the_lengths(toy_adapter):
     for text, prediction in zip(TEXTS, found, strict=True):
         (alone,) = classifier.predict([text])
         assert alone.score == pytest.approx(prediction.score, abs=1e-6)
-        assert prediction.score == max(prediction.scores.values()) == prediction.scores[prediction.label]
+        assert (
+            prediction.score
+            == max(prediction.scores.values())
+            == prediction.scores[prediction.label]
+        )
         assert sum(prediction.scores.values()) == pytest.approx(1)
     assert classifier.unverified == ()
     assert classifier.predict([]) == []
@@ -86,14 +90,18 @@ def test_a_temperature_moves_scores_and_no_label(toy_adapter):
     classifier = load(toy_adapter)
     plain, calibrated = classifier.predict(TEXTS), classifier.predict(TEXTS, calibrated=True)
     assert [p.label for p in plain] == [p.label for p in calibrated]
-    logits = np.log(plain[0].scores["positive"] / plain[0].scores["negative"]) / classifier.temperature
+    logits = (
+        np.log(plain[0].scores["positive"] / plain[0].scores["negative"]) / classifier.temperature
+    )
     assert calibrated[0].scores["positive"] == pytest.approx(1 / (1 + np.exp(-logits)), abs=1e-6)
 
 
 def test_a_stock_peft_folder_answers_as_stock_peft_and_says_what_is_unverified(stock, tiny_base):
     folder, model = stock
     classifier = load(folder, labels=["bad", "good"], dtype="float32")
-    np.testing.assert_allclose(classifier.probabilities(TEXTS), stock_probabilities(model, tiny_base, TEXTS), atol=1e-5)
+    np.testing.assert_allclose(
+        classifier.probabilities(TEXTS), stock_probabilities(model, tiny_base, TEXTS), atol=1e-5
+    )
     assert any("records no hash" in sentence for sentence in classifier.unverified)
     with pytest.raises(ModelError, match="was saved without a temperature"):
         classifier.predict(TEXTS, calibrated=True)
@@ -108,13 +116,18 @@ def test_a_stock_peft_folder_needs_labels_and_a_base(stock, tiny_base, tmp_path)
     with pytest.raises(ModelError, match="names no base"):
         load(folder, labels=["bad", "good"])
     shutil.copytree(tiny_base, tmp_path / "moved")
-    assert load(folder, labels=["bad", "good"], base=str(tmp_path / "moved")).labels == ("bad", "good")
+    assert load(folder, labels=["bad", "good"], base=str(tmp_path / "moved")).labels == (
+        "bad",
+        "good",
+    )
 
 
 def test_a_stock_peft_folder_that_lost_half_of_its_head_is_refused(tmp_path, tiny_base):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2)
     # What PEFT saves by itself: the classifier alone.
-    get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["q_lin"])).save_pretrained(tmp_path)
+    get_peft_model(
+        model, LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["q_lin"])
+    ).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="pre_classifier is in neither the adapter nor the base"):
         load(tmp_path, labels=["bad", "good"])
 
@@ -129,7 +142,9 @@ def test_a_peft_kind_that_is_unknown_here_is_refused(stock):
 
 def test_a_stock_model_folder_answers_and_says_that_nobody_vouches_for_it(tmp_path, tiny_base):
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, id2label={0: "bad", 1: "good", 2: "so"})
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_base, id2label={0: "bad", 1: "good", 2: "so"}
+    )
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
     classifier = load(tmp_path, dtype="float32")
@@ -182,7 +197,11 @@ def test_half_a_surrogate_pair_is_cleaned_away_or_refused(toy_adapter):
 
 
 def test_a_generator_of_texts_is_answered(toy_adapter):
-    assert [p.label for p in load(toy_adapter).predict(text for text in TEXTS)] == ["positive", "negative", "positive"]
+    assert [p.label for p in load(toy_adapter).predict(text for text in TEXTS)] == [
+        "positive",
+        "negative",
+        "positive",
+    ]
 
 
 @pytest.mark.parametrize("value", [7, 0, -1, "8", True])
@@ -215,7 +234,9 @@ def test_all_that_decides_an_answer_is_in_the_hash(toy_adapter, stock):
     assert first != second
 
 
-@pytest.mark.parametrize("change", [{"target_modules": ["nothing"]}, {"r": "8"}, {"task_type": "OTHER"}])
+@pytest.mark.parametrize(
+    "change", [{"target_modules": ["nothing"]}, {"r": "8"}, {"task_type": "OTHER"}]
+)
 def test_a_configuration_that_peft_refuses_is_one_line(stock, change):
     path = stock[0] / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -237,7 +258,11 @@ def test_a_merged_model_is_no_base_of_a_stock_adapter(stock, merged):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("config.json", {"id2label": {"0": "positive", "1": "negative"}}, r"config\.json: was altered"),
+        (
+            "config.json",
+            {"id2label": {"0": "positive", "1": "negative"}},
+            r"config\.json: was altered",
+        ),
         ("config.json", {"n_heads": 2}, r"config\.json: was altered"),
         ("tokenizer_config.json", {"cls_token": "good"}, r"tokenizer_config\.json: was altered"),
     ],
@@ -254,13 +279,25 @@ def test_an_altered_merged_folder_is_refused(merged, name, change, message):
     [
         ({"files": {}}, "nothing vouches for it"),
         ({"max_length": 2}, "greater than or equal to 8"),
-        ({"files": {"../x": "0", "model.safetensors": "0", "tokenizer.json": "0", "tokenizer_config.json": "0"}}, "x'"),
+        (
+            {
+                "files": {
+                    "../x": "0",
+                    "model.safetensors": "0",
+                    "tokenizer.json": "0",
+                    "tokenizer_config.json": "0",
+                }
+            },
+            "x'",
+        ),
     ],
 )
 def test_an_altered_stamp_is_refused(merged, change, message):
     path = merged / "config.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "lora_sentiment": {**values["lora_sentiment"], **change}}))
+    path.write_text(
+        json.dumps({**values, "lora_sentiment": {**values["lora_sentiment"], **change}})
+    )
     with pytest.raises(AdapterError, match=message):
         load(merged)
 

@@ -48,7 +48,12 @@ def test_train_then_evaluate(capsys, toy_recipe):
     code, out, _ = call(capsys, "evaluate", adapter)
     assert code == 0
     assert out.startswith("test: 41 rows, 95 % intervals")
-    assert json.loads(call(capsys, "evaluate", adapter, "--split", "validation", "--json")[1])["num_rows"] == 12
+    assert (
+        json.loads(call(capsys, "evaluate", adapter, "--split", "validation", "--json")[1])[
+            "num_rows"
+        ]
+        == 12
+    )
 
 
 def test_train_as_json(capsys, toy_recipe):
@@ -84,11 +89,16 @@ def test_texts_are_labelled(capsys, toy_adapter):
     code, out, _ = call(capsys, "predict", toy_adapter, "a good film", "a bad\nmeal")
     assert code == 0
     cells = [line.split("\t") for line in out.splitlines()]
-    assert [(row[0], row[2]) for row in cells] == [("positive", "a good film"), ("negative", "a bad meal")]
+    assert [(row[0], row[2]) for row in cells] == [
+        ("positive", "a good film"),
+        ("negative", "a bad meal"),
+    ]
     assert all(0.5 < float(row[1]) <= 1 for row in cells)
 
 
-def test_lines_of_standard_input_are_labelled_and_a_blank_one_is_an_error(capsys, toy_adapter, monkeypatch):
+def test_lines_of_standard_input_are_labelled_and_a_blank_one_is_an_error(
+    capsys, toy_adapter, monkeypatch
+):
     monkeypatch.setattr("sys.stdin", io.StringIO("a good film\n\na bad meal\n"))
     code, out, _ = call(capsys, "predict", toy_adapter, "--json", "--all-scores")
     assert code == 0
@@ -101,7 +111,13 @@ def test_lines_of_standard_input_are_labelled_and_a_blank_one_is_an_error(capsys
 def test_a_table_is_labelled(capsys, toy_adapter, tmp_path):
     write_csv(tmp_path / "in.csv", [("a good film", "x"), ("", "y")], header=("text", "note"))
     code, out, _ = call(
-        capsys, "predict", toy_adapter, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv"
+        capsys,
+        "predict",
+        toy_adapter,
+        "--input",
+        tmp_path / "in.csv",
+        "--output",
+        tmp_path / "out.csv",
     )
     assert code == 0
     assert "2 rows (negative 0, positive 1; 1 with an error instead)" in out
@@ -111,16 +127,28 @@ def test_a_table_is_labelled(capsys, toy_adapter, tmp_path):
 
 
 def test_an_explanation_names_the_words_and_writes_a_page(capsys, toy_adapter, tmp_path):
-    code, out, _ = call(capsys, "predict", toy_adapter, "a good film", "--explain", "--html", tmp_path / "page.html")
+    code, out, _ = call(
+        capsys, "predict", toy_adapter, "a good film", "--explain", "--html", tmp_path / "page.html"
+    )
     assert code == 0
     assert out.startswith("positive")
     assert "good" in (tmp_path / "page.html").read_text()
 
 
-def test_a_text_that_cannot_be_explained_leaves_the_others_and_the_page(capsys, toy_adapter, tmp_path):
+def test_a_text_that_cannot_be_explained_leaves_the_others_and_the_page(
+    capsys, toy_adapter, tmp_path
+):
     page = tmp_path / "page.html"
     code, out, err = call(
-        capsys, "predict", toy_adapter, "a good film", "so " * 600, "a bad meal", "--explain", "--html", page
+        capsys,
+        "predict",
+        toy_adapter,
+        "a good film",
+        "so " * 600,
+        "a bad meal",
+        "--explain",
+        "--html",
+        page,
     )
     assert code == 1
     assert "1 of 3 texts could not be explained" in err
@@ -134,7 +162,13 @@ def test_a_text_that_cannot_be_explained_leaves_the_others_and_the_page(capsys, 
 def test_bytes_that_are_no_text_are_an_error_of_their_line(toy_adapter):
     command = [sys.executable, "-m", "lora_sentiment.cli", "predict", str(toy_adapter), "--json"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, input=b"good\rfilm\nb\xff\nbad\n", capture_output=True, env=environment, check=False)
+    done = subprocess.run(
+        command,
+        input=b"good\rfilm\nb\xff\nbad\n",
+        capture_output=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr.decode()
     rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert [row["text"] for row in rows] == ["good\rfilm", "b\udcff", "bad"]
@@ -148,12 +182,17 @@ def test_bytes_that_are_no_text_are_an_error_of_their_line(toy_adapter):
         (["--input", "a.csv", "--output", "b.csv", "--explain"], "--explain is for texts"),
         (["text", "--html", "a.html"], "add --explain"),
         (["text", "--resume"], "--resume: only with --input"),
-        (["text", "--prefix", "x", "--encoding", "utf-8"], "--encoding, --prefix: only with --input"),
+        (
+            ["text", "--prefix", "x", "--encoding", "utf-8"],
+            "--encoding, --prefix: only with --input",
+        ),
         (["text", "--overwrite"], "--overwrite: only with --input"),
         (["text", "--explain", "--all-scores"], "leave out --all-scores"),
     ],
 )
-def test_options_of_predict_that_would_be_ignored_are_refused(capsys, toy_adapter, options, message):
+def test_options_of_predict_that_would_be_ignored_are_refused(
+    capsys, toy_adapter, options, message
+):
     code, _, err = call(capsys, "predict", toy_adapter, *options)
     assert code == 1
     assert message in err
@@ -165,7 +204,10 @@ def test_merge_then_predict_and_push(capsys, toy_adapter, tmp_path):
     assert code == 0
     assert "(float32, into base)" in out
     assert "validation rows: logits differ by" in out
-    first, second = (call(capsys, "predict", folder, "a good film", "--json")[1] for folder in (toy_adapter, merged))
+    first, second = (
+        call(capsys, "predict", folder, "a good film", "--json")[1]
+        for folder in (toy_adapter, merged)
+    )
     assert json.loads(first)["score"] == pytest.approx(json.loads(second)["score"], abs=1e-5)
     code, _, err = call(capsys, "merge", merged, tmp_path / "again")
     assert code == 1
@@ -178,7 +220,9 @@ def test_merge_then_predict_and_push(capsys, toy_adapter, tmp_path):
 
 
 def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):
-    code, out, _ = call(capsys, "sweep", toy_recipe, "train.learning_rate=[1e-2, 1e-4]", "train.max_steps=3")
+    code, out, _ = call(
+        capsys, "sweep", toy_recipe, "train.learning_rate=[1e-2, 1e-4]", "train.max_steps=3"
+    )
     assert code == 0
     lines = out.splitlines()
     assert "learning_rate" in lines[0]

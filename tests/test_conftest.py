@@ -71,12 +71,16 @@ def run(tmp_path):
         pytest.param(["-m", "gpu and not slow"], 1, marks=pytest.mark.slow),
     ],
 )
-def test_the_card_is_seen_by_tests_with_the_marker_alone_and_by_what_they_start(run, arguments, passed):
+def test_the_card_is_seen_by_tests_with_the_marker_alone_and_by_what_they_start(
+    run, arguments, passed
+):
     done = run(*arguments)
     assert (done.returncode, f"{passed} passed" in done.stdout) == (0, True), done.stdout
 
 
-@pytest.mark.parametrize("asked", ["gpu or not slow", pytest.param("not (gpu)", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "asked", ["gpu or not slow", pytest.param("not (gpu)", marks=pytest.mark.slow)]
+)
 def test_the_card_and_tests_of_the_cpu_are_not_mixed(run, asked):
     done = run("-m", asked)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

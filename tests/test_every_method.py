@@ -18,7 +18,12 @@ from lora_sentiment.errors import ModelError
 from lora_sentiment.models.file_size import saved_tensors
 from lora_sentiment.models.load import encoder_tensors, hash_tensors, load_base
 from lora_sentiment.models.parameters import count_parameters
-from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, trainable_tensors
+from lora_sentiment.models.wrap import (
+    frozen_tensors,
+    make_head_dense,
+    make_trainable,
+    trainable_tensors,
+)
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import Method, PeftMethod
 from lora_sentiment.recipe.model import ModelConfig
@@ -37,9 +42,18 @@ METHODS = {
     "lora-orthogonal": {"kind": "lora", "init_lora_weights": "orthogonal"},
     "lora-random": {"kind": "lora", "init_lora_weights": False},
     "lora-pissa": {"kind": "lora", "init_lora_weights": "pissa", "r": 4, "use_rslora": True},
-    "lora-olora": {"kind": "lora", "init_lora_weights": "olora", "r": 4, "rank_pattern": {"v_lin": 2}},
+    "lora-olora": {
+        "kind": "lora",
+        "init_lora_weights": "olora",
+        "r": 4,
+        "rank_pattern": {"v_lin": 2},
+    },
     "lora-plus": {"kind": "lora", "loraplus_lr_ratio": 4.0},
-    "lora-layers": {"kind": "lora", "layers_to_transform": [1], "target_modules": ["lin1", "k_lin"]},
+    "lora-layers": {
+        "kind": "lora",
+        "layers_to_transform": [1],
+        "target_modules": ["lin1", "k_lin"],
+    },
     "lora-patterns": {
         "kind": "lora",
         # Keys that overlap: the first that matches counts, and it comes last in the alphabet.
@@ -47,12 +61,20 @@ METHODS = {
         "alpha_pattern": {"q_lin": 3, ".*layer.0.*": 16},
     },
     "lora-regex": {"kind": "lora", "target_modules": REGEX},
-    "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3, "target_modules": ["q_lin", "k_lin", "out_lin"]},
+    "adalora": {
+        "kind": "adalora",
+        "init_r": 6,
+        "target_r": 3,
+        "target_modules": ["q_lin", "k_lin", "out_lin"],
+    },
     "ia3": {"kind": "ia3"},
     "ia3-regex": {"kind": "ia3", "target_modules": REGEX},
     "vera": {"kind": "vera", "r": 16, "target_modules": "all-linear"},
     "unfreeze-layers": {"kind": "unfreeze", "last_layers": 1},
-    "unfreeze-patterns": {"kind": "unfreeze", "patterns": ["*.bias", "transformer.layer.0.attention.*"]},
+    "unfreeze-patterns": {
+        "kind": "unfreeze",
+        "patterns": ["*.bias", "transformer.layer.0.attention.*"],
+    },
     "head": {"kind": "head"},
     "full": {"kind": "full"},
 }
@@ -83,7 +105,12 @@ def make(name, quantize, tiny_base, *, head="full"):
     )  # fmt: skip
     torch.manual_seed(0)
     base = load_base(config, labels=LABELS)
-    return base, method, config, make_trainable(base, method, config, dtype=torch.float32, num_steps=3)
+    return (
+        base,
+        method,
+        config,
+        make_trainable(base, method, config, dtype=torch.float32, num_steps=3),
+    )
 
 
 def train(model, base, method, *, steps=3, eval_steps=None):
@@ -140,18 +167,30 @@ def test_every_method_on_every_precision(name, quantize, tiny_base, tmp_path):
     answers = np.array(compute_probe(model, IDS).logits)
     # What was taken out of the base and put back is rounded twice; what was pruned adds up in another order.
     tolerance = {"lora-pissa": 3e-5, "lora-olora": 3e-5, "adalora": 5e-6}.get(name, 1e-6)
-    np.testing.assert_allclose(compute_probe(loaded.model, IDS).logits, answers, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(
+        compute_probe(loaded.model, IDS).logits, answers, atol=tolerance, rtol=0
+    )
     if isinstance(method, PeftMethod):
-        np.testing.assert_allclose(stock_logits(tmp_path / "a", tiny_base, quantize), answers, atol=3e-5, rtol=0)
+        np.testing.assert_allclose(
+            stock_logits(tmp_path / "a", tiny_base, quantize), answers, atol=3e-5, rtol=0
+        )
 
 
 def stock_logits(folder, tiny_base, quantize):
     """What stock PEFT makes of a folder on a base that stock transformers loaded."""
     bits = {
         "int8": {"load_in_8bit": True},
-        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        },
     }.get(quantize)
-    quantised = BitsAndBytesConfig(**bits, llm_int8_skip_modules=["pre_classifier", "classifier"]) if bits else None
+    quantised = (
+        BitsAndBytesConfig(**bits, llm_int8_skip_modules=["pre_classifier", "classifier"])
+        if bits
+        else None
+    )
     plain = AutoModelForSequenceClassification.from_pretrained(
         tiny_base, num_labels=2, dtype=torch.float32, quantization_config=quantised
     )
@@ -198,7 +237,9 @@ def test_adalora_keeps_nothing_that_is_not_pruned_to_the_end(tiny_base, tmp_path
     # Pruned at steps 5 and 10 only; what was pruned grows back in between.
     method = method.model_copy(update={"deltaT": 5})
     torch.manual_seed(0)
-    model = make_trainable(load_base(config, labels=LABELS), method, config, dtype=torch.float32, num_steps=12)
+    model = make_trainable(
+        load_base(config, labels=LABELS), method, config, dtype=torch.float32, num_steps=12
+    )
     history = train(model, base, method, steps=12, eval_steps=4)
     assert [point.best for point in history.evaluations] == [False, False, True]
     write(tmp_path / "a", model.eval(), base, method, config)
@@ -211,7 +252,10 @@ def test_loraplus_trains_b_faster(tiny_base):
     before = {name: p.detach().clone() for name, p in trainable_tensors(model).items()}
     train(model, base, method, steps=1)
     # Adam's first step moves every value by its rate, whatever the gradient.
-    moved = {name: float((p.detach() - before[name]).abs().median()) for name, p in trainable_tensors(model).items()}
+    moved = {
+        name: float((p.detach() - before[name]).abs().median())
+        for name, p in trainable_tensors(model).items()
+    }
     for name, distance in moved.items():
         if ".lora_B." in name:
             assert distance == pytest.approx(4e-2, rel=1e-2)
@@ -231,6 +275,10 @@ def test_a_smaller_head_is_saved_dense(name, head, tiny_base, tmp_path):
     trained = compute_probe(model.eval(), IDS).logits
     make_head_dense(model)
     write(tmp_path / "a", model, base, method, config)
-    np.testing.assert_allclose(compute_probe(load(tmp_path / "a").model, IDS).logits, trained, atol=1e-6)
+    np.testing.assert_allclose(
+        compute_probe(load(tmp_path / "a").model, IDS).logits, trained, atol=1e-6
+    )
     if name == "lora":
-        np.testing.assert_allclose(stock_logits(tmp_path / "a", tiny_base, "none"), trained, atol=1e-5)
+        np.testing.assert_allclose(
+            stock_logits(tmp_path / "a", tiny_base, "none"), trained, atol=1e-5
+        )

@@ -13,7 +13,12 @@ def test_the_walkthrough_runs_with_nothing_but_the_package(tmp_path):
     cells = json.loads((FOLDER / "walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) > 5
-    environment = {**os.environ, "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path), "PYTHONPATH": str(FOLDER.parent)}
+    environment = {
+        **os.environ,
+        "MPLBACKEND": "Agg",
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": str(FOLDER.parent),
+    }
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(code)],
         cwd=FOLDER,

@@ -20,7 +20,9 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 
 
 def test_every_library_that_is_imported_is_declared():
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
     extras = project["optional-dependencies"]
     # The CUDA build of torch brings Triton; without it nothing needs Triton.
     declared = [*project["dependencies"], *extras["onnx"], *extras["serve"], "triton"]
@@ -32,19 +34,36 @@ def test_every_library_that_is_imported_is_declared():
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             if isinstance(node, ast.ImportFrom):
                 found.add((node.module or "").partition(".")[0])
-    found = {{"yaml": "pyyaml"}.get(name, name) for name in found - {"lora_sentiment", *sys.stdlib_module_names}}
+    found = {
+        {"yaml": "pyyaml"}.get(name, name)
+        for name in found - {"lora_sentiment", *sys.stdlib_module_names}
+    }
     assert sorted(found - names) == []
     # onnxscript is what torch's exporter needs.
     assert sorted(names - found) == ["onnxscript"]
 
 
-UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "jsonpickle", "marshal", "shelve", "joblib"}
+UNSAFE_MODULES = {
+    "pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "jsonpickle",
+    "marshal",
+    "shelve",
+    "joblib",
+}
 UNSAFE_CALLS = {
     "eval", "exec", "compile", "__import__", "torch.load", "torch.save", "torch.jit.load", "torch.hub.load",
     "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all",
     "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
 }  # fmt: skip
-SAFE_VALUES = {"trust_remote_code": "False", "allow_pickle": "False", "shell": "False", "weights_only": "True"}
+SAFE_VALUES = {
+    "trust_remote_code": "False",
+    "allow_pickle": "False",
+    "shell": "False",
+    "weights_only": "True",
+}
 
 
 def find_unsafe(tree: ast.AST) -> list[str]:
@@ -54,24 +73,42 @@ def find_unsafe(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None) or ""
             names = {f"{module}.{alias.name}".lstrip(".") for alias in node.names} | {module}
-            found += [name for name in names if name.partition(".")[0] in UNSAFE_MODULES or name in UNSAFE_CALLS]
+            found += [
+                name
+                for name in names
+                if name.partition(".")[0] in UNSAFE_MODULES or name in UNSAFE_CALLS
+            ]
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             # A safe loader must be named; ours are subclasses of one.
             loader = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("Loader")
-            found += [called] * (called in UNSAFE_CALLS or (called == "yaml.load" and loader not in SAFE_LOADERS))
+            found += [called] * (
+                called in UNSAFE_CALLS or (called == "yaml.load" and loader not in SAFE_LOADERS)
+            )
             given = [(k.arg, ast.unparse(k.value)) for k in node.keywords if k.arg in SAFE_VALUES]
             found += [f"{key}={value}" for key, value in given if value != SAFE_VALUES[key]]
         if isinstance(node, ast.Dict):
-            pairs = [(ast.unparse(k), ast.unparse(v)) for k, v in zip(node.keys, node.values, strict=True) if k]
-            keyed = [(ast.literal_eval(key), value) for key, value in pairs if key.startswith(("'", '"'))]
-            found += [f"{key}={value}" for key, value in keyed if SAFE_VALUES.get(key, value) != value]
+            pairs = [
+                (ast.unparse(k), ast.unparse(v))
+                for k, v in zip(node.keys, node.values, strict=True)
+                if k
+            ]
+            keyed = [
+                (ast.literal_eval(key), value) for key, value in pairs if key.startswith(("'", '"'))
+            ]
+            found += [
+                f"{key}={value}" for key, value in keyed if SAFE_VALUES.get(key, value) != value
+            ]
     return found
 
 
 SAFE_LOADERS = ("_Loader", "yaml.SafeLoader")
 ROOT = PACKAGE.parent
-WRITTEN = [path for folder in (PACKAGE, ROOT / "scripts", ROOT / "benchmarks") for path in sorted(folder.rglob("*.py"))]
+WRITTEN = [
+    path
+    for folder in (PACKAGE, ROOT / "scripts", ROOT / "benchmarks")
+    for path in sorted(folder.rglob("*.py"))
+]
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
@@ -111,7 +148,11 @@ def test_what_is_unsafe_is_found(code):
 
 def test_the_error_tree_is_the_one_its_docstring_draws():
     drawn = {word for word in (errors.__doc__ or "").split() if word.endswith("Error")}
-    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    classes = [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
     assert drawn == {value.__name__ for value in classes}
     assert all(issubclass(value, errors.LoraSentimentError) for value in classes)
 

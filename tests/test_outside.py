@@ -58,14 +58,18 @@ def ours(adapter, texts):
     return load(adapter, dtype="float32").predict(texts)
 
 
-def test_the_stock_pipeline_gives_our_labels_and_scores_from_the_merged_folder(adapter, texts, ours, tmp_path):
+def test_the_stock_pipeline_gives_our_labels_and_scores_from_the_merged_folder(
+    adapter, texts, ours, tmp_path
+):
     from transformers import pipeline
 
     merge(adapter, tmp_path / "merged")
     stock = pipeline("text-classification", model=str(tmp_path / "merged"))
     found = stock(texts, truncation=True)
     assert [row["label"] for row in found] == [prediction.label for prediction in ours]
-    differences = [abs(row["score"] - prediction.score) for row, prediction in zip(found, ours, strict=True)]
+    differences = [
+        abs(row["score"] - prediction.score) for row, prediction in zip(found, ours, strict=True)
+    ]
     assert max(differences) <= 1e-5
 
 
@@ -75,6 +79,8 @@ def test_an_onnx_file_gives_our_labels_and_scores_without_torch(adapter, texts, 
     arguments = [tmp_path / "out/onnx/model.onnx", tmp_path / "texts.json", tmp_path / "found.json"]
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)], check=True)
     found = np.array(json.loads((tmp_path / "found.json").read_text()))
-    assert [prediction.label for prediction in ours] == [list(ours[0].scores)[i] for i in found.argmax(axis=1)]
+    assert [prediction.label for prediction in ours] == [
+        list(ours[0].scores)[i] for i in found.argmax(axis=1)
+    ]
     expected = np.array([list(prediction.scores.values()) for prediction in ours])
     assert np.abs(found - expected).max() <= 1e-5

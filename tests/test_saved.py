@@ -16,7 +16,11 @@ from tests.saved.make import BASE, EXPECTED, SAVED, compute, open_saved
 
 SAVED_ANSWERS = json.loads(EXPECTED.read_text(encoding="utf-8"))
 TEXTS = SAVED_ANSWERS.pop("texts")
-NAMES = sorted(path.name for path in SAVED.iterdir() if path.is_dir() and path.name not in ("base", "__pycache__"))
+NAMES = sorted(
+    path.name
+    for path in SAVED.iterdir()
+    if path.is_dir() and path.name not in ("base", "__pycache__")
+)
 
 # Of a logit: this much, and this share of it. With the instructions of torch, oneDNN and MKL limited to AVX2 or SSE,
 # the largest difference was 6e-6.
@@ -44,8 +48,13 @@ def check(classifier: Classifier, name: str, tolerance: float) -> None:
     logits = np.array(expected["logits"])
     assert classifier.unverified == ()
     assert classifier.labels == tuple(expected["labels"])
-    np.testing.assert_allclose(compute(classifier, TEXTS), logits, atol=tolerance, rtol=FP32_TOLERANCE)
-    found = [[answer.scores[label] for label in expected["labels"]] for answer in classifier.predict(TEXTS)]
+    np.testing.assert_allclose(
+        compute(classifier, TEXTS), logits, atol=tolerance, rtol=FP32_TOLERANCE
+    )
+    found = [
+        [answer.scores[label] for label in expected["labels"]]
+        for answer in classifier.predict(TEXTS)
+    ]
     np.testing.assert_allclose(found, softmax(logits), atol=tolerance)
 
 
@@ -69,7 +78,9 @@ def test_a_folder_trained_in_bf16_answers_in_bf16():
     assert 1e-4 < difference < BF16_TOLERANCE * max(1.0, largest)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if (SAVED / name / "recipe.yaml").is_file()])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if (SAVED / name / "recipe.yaml").is_file()]
+)
 def test_a_saved_recipe_is_read_again(name):
     recipe = Recipe.load(SAVED / name / "recipe.yaml")
     assert recipe.name == name

@@ -63,10 +63,16 @@ def reseal(folder):
 
 
 def test_every_test_that_the_page_names_is_there():
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    )
     assert len(named) >= 10
     for path, name in named:
-        functions = [n.name for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)]
+        functions = [
+            n.name
+            for n in ast.walk(ast.parse((ROOT / path).read_text()))
+            if isinstance(n, ast.FunctionDef)
+        ]
         assert name in functions, f"{path}::{name}"
 
 
@@ -108,7 +114,9 @@ def without_card(folder):
     return folder
 
 
-@pytest.mark.parametrize("name", ["q_lin", "all-linear", r".*attention\.(q_lin|v_lin)", r"(?:.*?(?:attention|ffn).*?)"])
+@pytest.mark.parametrize(
+    "name", ["q_lin", "all-linear", r".*attention\.(q_lin|v_lin)", r"(?:.*?(?:attention|ffn).*?)"]
+)
 def test_the_patterns_that_people_write_are_read(folder, name):
     change(folder, CONFIG, target_modules=name)
     assert read_config(folder).target_modules == name
@@ -117,7 +125,10 @@ def test_the_patterns_that_people_write_are_read(folder, name):
 def test_the_base_that_pefts_file_names_is_never_looked_for(folder, originals):
     change(folder, CONFIG, base_model_name_or_path="someone/else", revision="x")
     ids = torch.tensor(IDS)
-    assert torch.equal(load(folder).model(input_ids=ids).logits, load(originals / "lora").model(input_ids=ids).logits)
+    assert torch.equal(
+        load(folder).model(input_ids=ids).logits,
+        load(originals / "lora").model(input_ids=ids).logits,
+    )
 
 
 @pytest.mark.parametrize("name", ["card.json", CONFIG, WEIGHTS, "tokenizer.json"])
@@ -148,7 +159,9 @@ def test_the_links_of_the_hubs_own_cache_are_followed(folder, tmp_path):
         load(snapshot)
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd", "a/../../elsewhere", "..", "a\0", "a" * 300, ""])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere", "/etc/passwd", "a/../../elsewhere", "..", "a\0", "a" * 300, ""]
+)
 def test_a_name_that_leads_out_of_the_folder_is_refused(folder, name):
     files = {**load_card(folder).files, name: "0"}
     change(folder, "tokenizer_config.json")
@@ -191,7 +204,9 @@ def test_json_is_bounded_before_it_is_used(tmp_path, text, message):
 def test_a_header_is_bounded_before_it_is_read(folder, length):
     path = folder / WEIGHTS
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-    with pytest.raises(AdapterError, match=r"header is said to take [\d,]+ bytes, allowed 1,048,576"):
+    with pytest.raises(
+        AdapterError, match=r"header is said to take [\d,]+ bytes, allowed 1,048,576"
+    ):
         read_header(path)
 
 
@@ -199,7 +214,9 @@ def test_a_header_is_bounded_before_it_is_read(folder, length):
 def test_a_tensor_of_another_dtype_is_refused(folder, dtype):
     tensors = load_file(folder / WEIGHTS)
     name = min(tensors)
-    save_file({**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
     reseal(folder)
     with pytest.raises(AdapterError, match=r"has dtype \w+; allowed: F32"):
         load(folder)
@@ -209,7 +226,10 @@ def test_a_tensor_of_another_dtype_is_refused(folder, dtype):
 def test_a_rank_that_no_tensor_has_takes_no_memory(originals, tmp_path, method, name):
     folder = Path(shutil.copytree(originals / method, tmp_path / "a"))
     change(folder, CONFIG, **{name: 2**16})
-    with torch.autograd.profiler.profile(profile_memory=True) as profile, pytest.raises(AdapterError):
+    with (
+        torch.autograd.profiler.profile(profile_memory=True) as profile,
+        pytest.raises(AdapterError),
+    ):
         load(folder)
     assert max((event.cpu_memory_usage for event in profile.function_events), default=0) < 2**20
 
@@ -217,7 +237,9 @@ def test_a_rank_that_no_tensor_has_takes_no_memory(originals, tmp_path, method, 
 @pytest.fixture
 def whole(tmp_path, tiny_base):
     """A whole model as stock transformers saves it."""
-    AutoModelForSequenceClassification.from_pretrained(tiny_base).save_pretrained(tmp_path / "whole")
+    AutoModelForSequenceClassification.from_pretrained(tiny_base).save_pretrained(
+        tmp_path / "whole"
+    )
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "whole")
     return tmp_path / "whole"
 
@@ -226,7 +248,11 @@ def whole(tmp_path, tiny_base):
     ("name", "values", "message"),
     [
         ("config.json", {"auto_map": {"AutoConfig": "x.Y"}}, "auto_map is"),
-        ("config.json", {"quantization_config": {"quant_method": "torchao"}}, "quantization_config is"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "torchao"}},
+            "quantization_config is",
+        ),
         ("config.json", {"attn_implementation": "someone/kernel"}, "attn_implementation is"),
         ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights is"),
         ("config.json", {"vocab_size": 10**9}, "has shape"),

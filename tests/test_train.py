@@ -52,10 +52,15 @@ def test_a_run_writes_the_adapter_folder_and_nothing_of_the_base(toy_recipe):
     plain = {"accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"}
     assert set(report["test"]) == plain | {"calibrated_log_loss", "calibrated_ece"}
     assert (
-        report["test"]["accuracy"]["low"] <= report["test"]["accuracy"]["value"] <= report["test"]["accuracy"]["high"]
+        report["test"]["accuracy"]["low"]
+        <= report["test"]["accuracy"]["value"]
+        <= report["test"]["accuracy"]["high"]
     )
     assert report["data"]["test"]["kept"] == 41
-    assert report["parameters"]["trainable"] == report["parameters"]["adapter"] + report["parameters"]["head"]
+    assert (
+        report["parameters"]["trainable"]
+        == report["parameters"]["adapter"] + report["parameters"]["head"]
+    )
     assert report["train"]["engine"] == "fast"
 
 
@@ -77,10 +82,14 @@ def test_a_gpu_learns_the_toy_and_answers_as_a_cpu_does(toy_recipe, dtype):
 
 def test_stock_peft_loads_the_folder_and_agrees(toy_recipe, tiny_base):
     found = run(toy_recipe)
-    stock = AutoPeftModelForSequenceClassification.from_pretrained(found.adapter, num_labels=2, dtype=torch.float32)
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(
+        found.adapter, num_labels=2, dtype=torch.float32
+    )
     ours = load(found.adapter).model
     ids = torch.tensor([[2, 5, 9, 12, 20, 3]])
-    torch.testing.assert_close(stock.eval()(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        stock.eval()(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5, rtol=0
+    )
     base = AutoModel.from_pretrained(tiny_base, dtype=torch.float32).state_dict()
     held = stock.base_model.model.distilbert.state_dict()
     for name, tensor in held.items():
@@ -92,12 +101,27 @@ def test_stock_peft_loads_the_folder_and_agrees(toy_recipe, tiny_base):
 def test_the_same_recipe_twice_gives_the_same_bytes(toy_recipe, method):
     """In two processes with other hash seeds: sets come in another order in each."""
     for name, seed in (("a", "1"), ("b", "2")):
-        command = [sys.executable, "-m", "lora_sentiment.train", str(toy_recipe), f"method={method}", "name=same"]
+        command = [
+            sys.executable,
+            "-m",
+            "lora_sentiment.train",
+            str(toy_recipe),
+            f"method={method}",
+            "name=same",
+        ]
         command += [f"output.dir={toy_recipe.parent}/{name}"]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        subprocess.run(
+            command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
     for path in (toy_recipe.parent / "a").iterdir():
-        if path.name not in ("report.json", "README.md", "recipe.yaml"):  # they hold seconds and the folder's name
-            assert path.read_bytes() == (toy_recipe.parent / "b" / path.name).read_bytes(), path.name
+        if path.name not in (
+            "report.json",
+            "README.md",
+            "recipe.yaml",
+        ):  # they hold seconds and the folder's name
+            assert path.read_bytes() == (toy_recipe.parent / "b" / path.name).read_bytes(), (
+                path.name
+            )
 
 
 def test_another_seed_trains_other_tensors_on_the_same_rows(toy_recipe):
@@ -106,7 +130,9 @@ def test_another_seed_trains_other_tensors_on_the_same_rows(toy_recipe):
         found = run(toy_recipe, f"train.seed={seed}", f"output.dir={toy_recipe.parent}/s{seed}")
         cards.append(load(found.adapter).card)
     assert cards[0].data == cards[1].data
-    assert cards[0].files["adapter_model.safetensors"] != cards[1].files["adapter_model.safetensors"]
+    assert (
+        cards[0].files["adapter_model.safetensors"] != cards[1].files["adapter_model.safetensors"]
+    )
 
 
 def test_full_fine_tuning_walks_the_same_path(toy_recipe):
@@ -134,7 +160,9 @@ def test_both_engines_train_alike_without_dropout(toy_recipe, engine):
 
 def test_on_another_device_the_stock_engine_runs_and_the_fast_one_is_refused(tiny_base):
     # A device that this machine does not have is stood for by one without values.
-    model = load_base(ModelConfig(name=str(tiny_base), max_length=16), labels=("no", "yes")).model.to("meta")
+    model = load_base(
+        ModelConfig(name=str(tiny_base), max_length=16), labels=("no", "yes")
+    ).model.to("meta")
     reason = "the device is meta, and the fast forward pass was tested on cpu and cuda only"
     assert _choose_engine(model, "auto", torch.float32) == f"stock ({reason})"
     assert "forward" not in model.distilbert.__dict__
@@ -143,7 +171,9 @@ def test_on_another_device_the_stock_engine_runs_and_the_fast_one_is_refused(tin
 
 
 def test_the_fast_engine_says_where_it_cannot_run(toy_recipe, monkeypatch):
-    monkeypatch.setattr("lora_sentiment.train.use_fast_encoder", lambda model, compute_dtype: "q_lin: is odd")
+    monkeypatch.setattr(
+        "lora_sentiment.train.use_fast_encoder", lambda model, compute_dtype: "q_lin: is odd"
+    )
     with pytest.raises(ModelError, match=r"train\.engine=fast cannot run here: q_lin: is odd"):
         run(toy_recipe, "train.engine=fast")
     monkeypatch.undo()
@@ -165,7 +195,13 @@ def test_bfloat16_walks_with_both_engines(toy_recipe, engine):
 def test_gradient_checkpointing_gives_the_same_losses_with_the_fast_engine(toy_recipe):
     plain = run(toy_recipe, "train.max_steps=4")
     folder = f"output.dir={toy_recipe.parent}/again"
-    again = run(toy_recipe, "train.gradient_checkpointing=true", "train.engine=fast", "train.max_steps=4", folder)
+    again = run(
+        toy_recipe,
+        "train.gradient_checkpointing=true",
+        "train.engine=fast",
+        "train.max_steps=4",
+        folder,
+    )
     assert again.report["train"]["engine"] == "fast"
     expected = [point.loss for point in plain.history.steps]
     assert [point.loss for point in again.history.steps] == expected
@@ -191,7 +227,9 @@ def test_nothing_is_left_in_place_of_an_adapter_when_a_run_fails(toy_recipe):
 
 def test_a_bad_test_row_costs_the_test_figures_and_not_the_run(toy_recipe):
     (toy_recipe.parent / "test.csv").write_text("text,label\nfine,positive\nfine,nobody\n")
-    with pytest.raises(DataError, match=r"(?s)row 2: label 'nobody'.*the adapter is saved in .*validation only"):
+    with pytest.raises(
+        DataError, match=r"(?s)row 2: label 'nobody'.*the adapter is saved in .*validation only"
+    ):
         run(toy_recipe)
     assert load(toy_recipe.parent / "adapter").card.labels == ["negative", "positive"]
     report = json.loads((toy_recipe.parent / "adapter/report.json").read_text())
@@ -205,7 +243,9 @@ def three_roles(toy_recipe):
     folder = toy_recipe.parent
     lines = (folder / "test.csv").read_text().splitlines(keepends=True)
     (folder / "dev.csv").write_text("".join(lines[:22]))
-    return f"data.source={{train: {folder}/train.csv, test: {folder}/test.csv, dev: {folder}/dev.csv}}"
+    return (
+        f"data.source={{train: {folder}/train.csv, test: {folder}/test.csv, dev: {folder}/dev.csv}}"
+    )
 
 
 def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
@@ -216,7 +256,11 @@ def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
     assert {*report, *report["data"]} <= {*REPORT_BLOCKS, "validation", "dev", "test"}
     assert [report["data"][role]["rows"] for role in ("validation", "dev", "test")] == [12, 21, 41]
     assert report["data"]["dev"]["kept"] == 21
-    assert [report["data"][role]["seen"]["rows"] for role in ("validation", "dev", "test")] == [0, 0, 0]
+    assert [report["data"][role]["seen"]["rows"] for role in ("validation", "dev", "test")] == [
+        0,
+        0,
+        0,
+    ]
     table = (found.adapter / "README.md").read_text()
     assert "| metric | validation | test | dev |" in table
 
@@ -232,7 +276,9 @@ def test_hidden_labels_are_said_and_the_rest_is_judged(toy_recipe, three_roles, 
 
 def test_a_bad_row_in_one_role_costs_that_role_only(toy_recipe, three_roles):
     (toy_recipe.parent / "dev.csv").write_text("text,label\nfine,nobody\n")
-    with pytest.raises(DataError, match=r"(?s)label 'nobody'.*is saved in .*judged on validation, test only"):
+    with pytest.raises(
+        DataError, match=r"(?s)label 'nobody'.*is saved in .*judged on validation, test only"
+    ):
         run(toy_recipe, three_roles)
     report = json.loads((toy_recipe.parent / "adapter/report.json").read_text())
     assert "test" in report
@@ -240,9 +286,13 @@ def test_a_bad_row_in_one_role_costs_that_role_only(toy_recipe, three_roles):
 
 
 @pytest.mark.parametrize(("test_rows", "drawn"), [("fine,positive", "test"), ("fine,-1", "dev")])
-def test_the_confusion_matrix_is_of_test_or_else_the_last_role(toy_recipe, three_roles, monkeypatch, test_rows, drawn):
+def test_the_confusion_matrix_is_of_test_or_else_the_last_role(
+    toy_recipe, three_roles, monkeypatch, test_rows, drawn
+):
     titles = []
-    monkeypatch.setattr("lora_sentiment.train.plot_confusion", lambda *_, title, **__: titles.append(title))
+    monkeypatch.setattr(
+        "lora_sentiment.train.plot_confusion", lambda *_, title, **__: titles.append(title)
+    )
     (toy_recipe.parent / "test.csv").write_text(f"text,label\n{test_rows}\n")
     run(toy_recipe, three_roles, "train.max_steps=1")
     assert titles == [f"toy: {drawn}"]
@@ -282,7 +332,9 @@ def test_class_weights_are_logged_by_name_and_trained_with(toy_recipe, caplog):
     caplog.set_level("INFO", "lora_sentiment")
     plain = run(toy_recipe, "train.max_steps=1", "train.class_weights=balanced")
     assert "class weights: negative 1, positive 1" in caplog.text
-    weighted = run(toy_recipe, "train.max_steps=1", "train.class_weights=[1, 9]", "output.overwrite=true")
+    weighted = run(
+        toy_recipe, "train.max_steps=1", "train.class_weights=[1, 9]", "output.overwrite=true"
+    )
     assert weighted.history.steps[0].loss != plain.history.steps[0].loss
 
 
@@ -313,7 +365,10 @@ def test_a_tracker_that_is_not_installed_is_refused(toy_recipe, monkeypatch):
 
 def test_no_text_of_the_data_leaves(toy_recipe):
     found = run(toy_recipe, "train.report_to=[tensorboard]")
-    texts = [line.split(",")[0] for line in (toy_recipe.parent / "train.csv").read_text().splitlines()[1:]]
+    texts = [
+        line.split(",")[0]
+        for line in (toy_recipe.parent / "train.csv").read_text().splitlines()[1:]
+    ]
     for folder in (found.adapter, found.adapter.with_name("adapter.run")):
         for path in folder.rglob("*"):
             if path.is_file():
@@ -341,10 +396,27 @@ def test_the_model_card_is_valid_hub_metadata(toy_recipe):
     assert "## Limits" in card.text
 
 
-def launched(recipe: Path, *overrides: str, with_command=("accelerate.commands.launch", "--num_processes", "1")):
-    command = [sys.executable, "-m", *with_command, "-m", "lora_sentiment.train", str(recipe), *overrides]
+def launched(
+    recipe: Path,
+    *overrides: str,
+    with_command=("accelerate.commands.launch", "--num_processes", "1"),
+):
+    command = [
+        sys.executable,
+        "-m",
+        *with_command,
+        "-m",
+        "lora_sentiment.train",
+        str(recipe),
+        *overrides,
+    ]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False, timeout=300
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+        timeout=300,
     )
 
 
@@ -360,7 +432,13 @@ def test_both_threads_are_used_under_the_launcher(toy_recipe):
 def test_a_launch_setting_that_disagrees_is_refused_by_name(toy_recipe):
     done = launched(
         toy_recipe,
-        with_command=("accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "fp16"),
+        with_command=(
+            "accelerate.commands.launch",
+            "--num_processes",
+            "1",
+            "--mixed_precision",
+            "fp16",
+        ),
     )
     assert done.returncode != 0
     assert "--mixed_precision fp16" in done.stderr
@@ -374,7 +452,9 @@ def test_the_main_command_walks_the_hub(hub, tmp_path):
         "model.name=local/minilm-l6-distilbert", "model.max_length=32", "data.max_train_rows=64",
         "data.max_test_rows=32", "train.max_steps=2", f"output.dir={tmp_path}/imdb",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=hub, cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=hub, cwd=Path(__file__).parents[1], check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "imdb/report.json").read_text())
     assert report["data"]["train"]["read"] == 25_000
@@ -387,14 +467,21 @@ def test_the_main_command_walks_the_hub(hub, tmp_path):
 def test_a_quantised_run_says_what_it_saved_and_its_card_opens_it(toy_recipe, monkeypatch):
     # A stock model would round its scales where a CPU has avx512_bf16, and fail on weights as narrow as the toy's.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    overrides = ["model.quantize=nf4", "model.double_quant=true", "train.max_steps=3", "model.dtype=float32"]
+    overrides = [
+        "model.quantize=nf4",
+        "model.double_quant=true",
+        "train.max_steps=3",
+        "model.dtype=float32",
+    ]
     quantised = run(toy_recipe, *overrides)
     found = quantised.report["quantisation"]
     assert found["base_bytes"] < found["unquantised_bytes"]
     assert "nf4 made the encoder's weights" in found["verdict"]
     text = (quantised.adapter / "README.md").read_text(encoding="utf-8")
     assert found["verdict"] in text
-    snippet = text.split("```python\n")[1].split("```")[0].replace('"toy"', f'"{quantised.adapter}"')
+    snippet = (
+        text.split("```python\n")[1].split("```")[0].replace('"toy"', f'"{quantised.adapter}"')
+    )
     names = {}
     exec(snippet, names)  # the card's own example, as a person would paste it
     stock = names["model"].eval()

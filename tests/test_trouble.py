@@ -41,7 +41,9 @@ def jsonl(*rows: object) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-BOMB = "l0: &l0 [x]\n" + "".join(f"l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 9))
+BOMB = "l0: &l0 [x]\n" + "".join(
+    f"l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
 LONG = "9" * 5000
 
 
@@ -67,53 +69,103 @@ def rows(content: str | bytes, message: str, *overrides: str, name: str = "rows.
 
 
 RECIPES = {
-    "no such recipe": Trouble("recpie.yaml: no such recipe file; did you mean 'recipe.yaml'?", recipe="recpie.yaml"),
-    "empty recipe": recipe("", "found NoneType; a recipe is a mapping with data, model, method, train"),
+    "no such recipe": Trouble(
+        "recpie.yaml: no such recipe file; did you mean 'recipe.yaml'?", recipe="recpie.yaml"
+    ),
+    "empty recipe": recipe(
+        "", "found NoneType; a recipe is a mapping with data, model, method, train"
+    ),
     "recipe is a list": recipe("- data\n", "found list; a recipe is a mapping"),
     "recipe is a csv": recipe(ROWS, "found str; a recipe is a mapping"),
-    "tab in yaml": recipe("data:\n\tsource: x\n", "line 2, column 1 is no valid YAML: found character '\\t'"),
+    "tab in yaml": recipe(
+        "data:\n\tsource: x\n", "line 2, column 1 is no valid YAML: found character '\\t'"
+    ),
     "unclosed bracket": recipe("data: {source: x\n", "is no valid YAML: expected ',' or '}'"),
-    "key twice": recipe(RECIPE + "model: {}\n", "line 3, column 1 is no valid YAML: key 'model' stands twice"),
+    "key twice": recipe(
+        RECIPE + "model: {}\n", "line 3, column 1 is no valid YAML: key 'model' stands twice"
+    ),
     "key is a number": recipe(RECIPE + "1: 2\n", "key 1 is no string"),
-    "recipe in latin-1": recipe(RECIPE.encode() + b"# \xe9\n", "is no UTF-8; save the recipe as UTF-8"),
-    "python in yaml": recipe("data: !!python/name:os.system\n", "could not determine a constructor for the tag"),
+    "recipe in latin-1": recipe(
+        RECIPE.encode() + b"# \xe9\n", "is no UTF-8; save the recipe as UTF-8"
+    ),
+    "python in yaml": recipe(
+        "data: !!python/name:os.system\n", "could not determine a constructor for the tag"
+    ),
     "yaml tag of another kind": recipe("data: !!bool maybe\n", "is no valid YAML"),
     "yaml time that is none": recipe("data: !!timestamp noon\n", "is no valid YAML"),
-    "yaml in itself": recipe("data: &d {source: *d}\nmodel: {name: x}\n", "line 1, column 19 is no valid YAML: *d is"),
+    "yaml in itself": recipe(
+        "data: &d {source: *d}\nmodel: {name: x}\n", "line 1, column 19 is no valid YAML: *d is"
+    ),
     "yaml bomb": recipe(BOMB, "*l0 is an alias, and a recipe has none; write the value out"),
-    "glob taken for an alias": override("data.source=*a", "*a is an alias, and a recipe has none; write the value out"),
+    "glob taken for an alias": override(
+        "data.source=*a", "*a is an alias, and a recipe has none; write the value out"
+    ),
     "long wrong value": override(f"train.seed={'x' * 5000}", "train.seed: found 'xxxxx"),
-    "folder with a NUL": override('output.dir="a\\0b"', "output.dir: found 'a\\x00b'; allowed: a name without NUL"),
-    "folder with a long name": override(f"output.dir={'a' * 300}", "allowed: a name without NUL, of at most 200 bytes"),
-    "list of files": override("data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; several files are a glob"),
+    "folder with a NUL": override(
+        'output.dir="a\\0b"', "output.dir: found 'a\\x00b'; allowed: a name without NUL"
+    ),
+    "folder with a long name": override(
+        f"output.dir={'a' * 300}", "allowed: a name without NUL, of at most 200 bytes"
+    ),
+    "list of files": override(
+        "data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; several files are a glob"
+    ),
     "unknown section": recipe(RECIPE + "trian: {}\n", "trian: unknown key; did you mean 'train'?"),
     "unknown key": override("train.lr=1e-4", "train.lr: unknown key"),
     "no data": recipe("model: {name: x}\n", "data: is missing; it has no default"),
     "no base": recipe("data: {source: rows.csv}\nmodel: {}\n", "model.name: is missing"),
-    "number in quotes": override("train.batch_size='8'", "train.batch_size: found '8'; allowed: a valid integer"),
+    "number in quotes": override(
+        "train.batch_size='8'", "train.batch_size: found '8'; allowed: a valid integer"
+    ),
     "rate that is none": override("train.learning_rate=fast", "train.learning_rate: found 'fast'"),
     "rate below zero": override("train.learning_rate=-1e-4", "train.learning_rate: found -0.0001"),
-    "rate not finite": override("train.learning_rate=.inf", "train.learning_rate: found inf; allowed: a finite number"),
+    "rate not finite": override(
+        "train.learning_rate=.inf", "train.learning_rate: found inf; allowed: a finite number"
+    ),
     "no such method": override("method.kind=lroa", "found kind 'lroa'; allowed: lora, adalora"),
     "rank zero": override("method.r=0", "method.r: found 0"),
     "no such layer": override("method.target_modules=[q_proj]", "q_proj"),
-    "head rank without use": override("model.head_r=4", "head_r does nothing with head full; set model.head=low_rank"),
-    "double quant without use": override("model.double_quant=true", "double_quant does nothing with quantize none"),
-    "method not on 4 bits": Trouble("model.quantize: nf4 cannot be", {}, ("model.quantize=nf4", "method.kind=full")),
-    "engine that cannot": Trouble("set train.engine=auto", {}, ("train.engine=fast", "method.use_dora=true")),
-    "no such encoding": override("data.encoding=utf9", "data.encoding: found 'utf9'; allowed: a text encoding"),
-    "one label name": override("data.labels=[good]", "data.labels: found ['good']; allowed: two or more names"),
+    "head rank without use": override(
+        "model.head_r=4", "head_r does nothing with head full; set model.head=low_rank"
+    ),
+    "double quant without use": override(
+        "model.double_quant=true", "double_quant does nothing with quantize none"
+    ),
+    "method not on 4 bits": Trouble(
+        "model.quantize: nf4 cannot be", {}, ("model.quantize=nf4", "method.kind=full")
+    ),
+    "engine that cannot": Trouble(
+        "set train.engine=auto", {}, ("train.engine=fast", "method.use_dora=true")
+    ),
+    "no such encoding": override(
+        "data.encoding=utf9", "data.encoding: found 'utf9'; allowed: a text encoding"
+    ),
+    "one label name": override(
+        "data.labels=[good]", "data.labels: found ['good']; allowed: two or more names"
+    ),
     "label name twice": override("data.labels=[good, good]", "two or more names, each once"),
-    "no train": override("data.source={test: rows.csv}", "has no 'train'; splits by role name at least train"),
-    "misspelt role": override("data.source={train: rows.csv, tets: rows.csv}", "did you mean 'test'?"),
-    "no source": override("data.source=''", "data.source: is empty; name a Hub data set, a file, a glob"),
-    "one column for both": override("data.text_column=label", "text_column and label_column are both 'label'"),
+    "no train": override(
+        "data.source={test: rows.csv}", "has no 'train'; splits by role name at least train"
+    ),
+    "misspelt role": override(
+        "data.source={train: rows.csv, tets: rows.csv}", "did you mean 'test'?"
+    ),
+    "no source": override(
+        "data.source=''", "data.source: is empty; name a Hub data set, a file, a glob"
+    ),
+    "one column for both": override(
+        "data.text_column=label", "text_column and label_column are both 'label'"
+    ),
     "carve everything": override("data.validation_fraction=1", "data.validation_fraction: found 1"),
     "name with a slash": override("name=a/b", "name: found 'a/b'"),
     "override without a value": override("train.seed", "override 'train.seed': expected key=value"),
     "override that is no yaml": override("train.seed=[1", "override 'train.seed=[1': line 1"),
-    "no such way offline": override("offline=bundle", "offline: found 'bundle'; allowed: error, bundled"),
-    "hub options of files": override("data.revision=main", "data.revision: found 'main', but 'rows.csv' are files"),
+    "no such way offline": override(
+        "offline=bundle", "offline: found 'bundle'; allowed: error, bundled"
+    ),
+    "hub options of files": override(
+        "data.revision=main", "data.revision: found 'main', but 'rows.csv' are files"
+    ),
 }
 
 TWO = 'text,label\nfine,good\n"poor, really",bad\n' * 1
@@ -288,7 +340,9 @@ DATASETS = {
 }
 MODELS = {
     "toy/bert": {"config.json": b'{"model_type": "bert"}'},
-    "toy/code": {"config.json": b'{"model_type": "distilbert", "auto_map": {"AutoModel": "code.Model"}}'},
+    "toy/code": {
+        "config.json": b'{"model_type": "distilbert", "auto_map": {"AutoModel": "code.Model"}}'
+    },
     "toy/nothing": {"README.md": b""},
     "toy/words": {"config.json": b'{"model_type": "distilbert"}'},
 }
@@ -302,34 +356,76 @@ REFUSALS = {
     "toy/page": (200, "", "log in"),
 }
 HUB = {
-    "data set 401": ("data.source=toy/401", "answered 401 Unauthorized (no): it is private, or there is none of this"),
-    "data set 403": ("data.source=toy/403", "answered 403 Forbidden (no entry): you may not read it; ask its owner"),
-    "data set 404": ("data.source=toy/404", "answered 404 Not Found (no): there is no data set of this name"),
+    "data set 401": (
+        "data.source=toy/401",
+        "answered 401 Unauthorized (no): it is private, or there is none of this",
+    ),
+    "data set 403": (
+        "data.source=toy/403",
+        "answered 403 Forbidden (no entry): you may not read it; ask its owner",
+    ),
+    "data set 404": (
+        "data.source=toy/404",
+        "answered 404 Not Found (no): there is no data set of this name",
+    ),
     "data set 410": ("data.source=toy/410", "answered 410 Gone (no): look at http://127.0.0.1"),
     "gated data set": ("data.source=toy/gated", "it is gated; ask for access at http://127.0.0.1"),
-    "page instead of a data set": ("data.source=toy/page", "answered 200 OK (log in), but not as the Hub does"),
-    "page instead of a model": ("model.name=toy/page", "answered 200 OK (log in), but not as the Hub does"),
-    "misspelt data set": ("data.source=toy/goood", "did you mean 'toy/good'? (that is in the cache)"),
-    "data set without its owner": ("data.source=good", "did you mean 'toy/good'? (that is in the cache)"),
+    "page instead of a data set": (
+        "data.source=toy/page",
+        "answered 200 OK (log in), but not as the Hub does",
+    ),
+    "page instead of a model": (
+        "model.name=toy/page",
+        "answered 200 OK (log in), but not as the Hub does",
+    ),
+    "misspelt data set": (
+        "data.source=toy/goood",
+        "did you mean 'toy/good'? (that is in the cache)",
+    ),
+    "data set without its owner": (
+        "data.source=good",
+        "did you mean 'toy/good'? (that is in the cache)",
+    ),
     "data set revision": ("data.revision=v9", "it has no revision 'v9'; mend data.revision"),
-    "data set configuration": ("data.config=nope", "BuilderConfig 'nope' not found. Available: ['default']; set data."),
-    "data set split": ("data.splits={train: trian}", "has no split 'trian'; it has train; did you mean 'train'?"),
-    "data set without the column": ("data.source=toy/sentences", "no column 'text'; the columns are sentence, label"),
+    "data set configuration": (
+        "data.config=nope",
+        "BuilderConfig 'nope' not found. Available: ['default']; set data.",
+    ),
+    "data set split": (
+        "data.splits={train: trian}",
+        "has no split 'trian'; it has train; did you mean 'train'?",
+    ),
+    "data set without the column": (
+        "data.source=toy/sentences",
+        "no column 'text'; the columns are sentence, label",
+    ),
     "data set script": (
         "data.source=toy/script",
         "is made by a script (script.py), and code from the Hub is",
     ),
     "data set without files": ("data.source=toy/empty", "holds no data files"),
-    "data set without train": ("data.source=toy/test-only", "has the splits test; training needs 'train'"),
+    "data set without train": (
+        "data.source=toy/test-only",
+        "has the splits test; training needs 'train'",
+    ),
     "data set damaged": ("data.source=toy/damaged", "the Hub has it, but it cannot be read"),
     "data set card damaged": ("data.source=toy/card", "the Hub has it, but it cannot be read"),
-    "model 401": ("model.name=toy/401", "answered 401 Unauthorized (no): it is private, or there is none of this name"),
+    "model 401": (
+        "model.name=toy/401",
+        "answered 401 Unauthorized (no): it is private, or there is none of this name",
+    ),
     "model 403": ("model.name=toy/403", "answered 403 Forbidden (no entry): you may not read it"),
-    "model 404": ("model.name=toy/404", "answered 404 Not Found (no): there is no model of this name"),
+    "model 404": (
+        "model.name=toy/404",
+        "answered 404 Not Found (no): there is no model of this name",
+    ),
     "gated model": ("model.name=toy/gated", "it is gated; ask for access at http://127.0.0.1"),
     "misspelt model": ("model.name=toy/brt", "did you mean 'toy/bert'? (that is in the cache)"),
     "model revision": ("model.revision=v9", "it has no revision 'v9'; mend model.revision"),
-    "no distilbert": ("model.name=toy/bert", "'toy/bert' is a bert model; this package adapts distilbert checkpoints"),
+    "no distilbert": (
+        "model.name=toy/bert",
+        "'toy/bert' is a bert model; this package adapts distilbert checkpoints",
+    ),
     "code in a model": ("model.name=toy/code", "'toy/code' asks for code of its own to be run"),
     "no model": ("model.name=toy/nothing", "'toy/nothing' is no model: it has no config.json"),
     "model without words": ("model.name=toy/words", "'toy/words' has no tokenizer"),
@@ -357,17 +453,31 @@ for name, override in json.load(sys.stdin).items():
         found[name] = str(error)
 json.dump(found, sys.stdout)
 """
-few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
 def hub_answers(tmp_path_factory) -> dict[str, str]:
     """The message of every case of `HUB`, by the real clients in one fresh process."""
     folder = tmp_path_factory.mktemp("hub")
-    (folder / "recipe.yaml").write_text("data: {source: toy/good}\nmodel: {name: toy/bert, max_length: 16}\n")
+    (folder / "recipe.yaml").write_text(
+        "data: {source: toy/good}\nmodel: {name: toy/bert, max_length: 16}\n"
+    )
     with serve(models=MODELS, datasets=DATASETS, refusals=REFUSALS) as address:
-        online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
-        environment = {**os.environ, **online, "HF_ENDPOINT": address, "HF_HOME": str(folder / "hf")}
+        online = {
+            "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "",
+        }
+        environment = {
+            **os.environ,
+            **online,
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(folder / "hf"),
+        }
         # Those that fill the cache come first: what is misspelt is held against it.
         first = {"data": "data.max_train_rows=2", "bert": "model.name=toy/bert"}
         cases = first | {name: text for name, (text, _) in HUB.items()}
@@ -410,7 +520,9 @@ TROUBLES = [*RECIPES, *FILES, *BASES, *HUB]
 
 
 @pytest.mark.parametrize("name", TROUBLES)
-def test_every_trouble_is_one_clear_message(name, request, tmp_path, tiny_base, monkeypatch, capsys):
+def test_every_trouble_is_one_clear_message(
+    name, request, tmp_path, tiny_base, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     if name in HUB:
         message, found = HUB[name][1], request.getfixturevalue("hub_answers")[name]
@@ -432,12 +544,37 @@ def test_there_are_at_least_sixty_troubles():
 MESSY = {
     "ag_news_noisy_labels.csv": ("text", "noisy_label", "utf-8", "2000 rows of 0, 1, 2, 3"),
     "sst2_dev_crlf.tsv": ("content", "label", "utf-8", "872 rows of 0, 1"),
-    "mr_negative_cp1252.txt": ("text", "label", "utf-8", "its name tells no known format; it must end in one of .csv"),
-    "mr_negative_cp1252.tsv": ("text", "label", "utf-8", "all of it decodes as cp1252, latin-1: set data.enc"),
-    "mr_negative_cp1252.csv": ("text", "label", "cp1252", "no column 'text'; the columns are simplistic ,  silly and"),
+    "mr_negative_cp1252.txt": (
+        "text",
+        "label",
+        "utf-8",
+        "its name tells no known format; it must end in one of .csv",
+    ),
+    "mr_negative_cp1252.tsv": (
+        "text",
+        "label",
+        "utf-8",
+        "all of it decodes as cp1252, latin-1: set data.enc",
+    ),
+    "mr_negative_cp1252.csv": (
+        "text",
+        "label",
+        "cp1252",
+        "no column 'text'; the columns are simplistic ,  silly and",
+    ),
     "phrasebank_allagree_latin1.txt": ("text", "label", "utf-8", "its name tells no known format"),
-    "phrasebank_allagree_latin1.tsv": ("text", "label", "utf-8", "is not utf-8: byte 0xf1 at offset 919 (line 7)"),
-    "phrasebank_allagree_latin1.jsonl": ("text", "label", "latin-1", "row 1 (line 1): no JSON object: Expecting value"),
+    "phrasebank_allagree_latin1.tsv": (
+        "text",
+        "label",
+        "utf-8",
+        "is not utf-8: byte 0xf1 at offset 919 (line 7)",
+    ),
+    "phrasebank_allagree_latin1.jsonl": (
+        "text",
+        "label",
+        "latin-1",
+        "row 1 (line 1): no JSON object: Expecting value",
+    ),
 }
 """Real files, those of another suffix under a name that a hopeful user might give them: columns, encoding, the end."""
 
@@ -459,7 +596,10 @@ def test_real_messy_files_end_as_the_table_says(name, shared, tmp_path):
 
 def test_a_busy_hub_is_said_to_be_busy(hub_answers):
     """The clients themselves try such a Hub again for half a minute."""
-    assert "answered 503 Service Unavailable (no): the Hub is busy or down; try again later" in hub_answers["busy"]
+    assert (
+        "answered 503 Service Unavailable (no): the Hub is busy or down; try again later"
+        in hub_answers["busy"]
+    )
 
 
 # Whatever is written, a recipe or a csv gives a result or one of our errors.
@@ -497,16 +637,27 @@ def test_any_recipe_is_read_or_refused(text, tmp_path_factory):
 def test_any_override_is_read_or_refused(key, value, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "sound.yaml"
     path.write_text(RECIPE)
-    for override in (f"{key}={value}", f"data.{key}={value}", f"method.{key}={value}", f"train.{key}={value}"):
+    for override in (
+        f"{key}={value}",
+        f"data.{key}={value}",
+        f"method.{key}={value}",
+        f"train.{key}={value}",
+    ):
         with suppress(LoraSentimentError):
             Recipe.load(path, [override])
 
 
-digits = st.builds("{}{}".format, st.sampled_from("-019"), st.sampled_from([1, 19, 640, 4300, 5000]).map("7".__mul__))
+digits = st.builds(
+    "{}{}".format,
+    st.sampled_from("-019"),
+    st.sampled_from([1, 19, 640, 4300, 5000]).map("7".__mul__),
+)
 cells = (
     digits
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-    | st.sampled_from(["good", "bad", "0", "1", "1.0", "", '"', "<br />", "&#0;", "\x85", "\ufeff", "NaN", "-1"])
+    | st.sampled_from(
+        ["good", "bad", "0", "1", "1.0", "", '"', "<br />", "&#0;", "\x85", "\ufeff", "NaN", "-1"]
+    )
 )
 tables = st.lists(st.lists(cells, min_size=2, max_size=3).map(",".join), max_size=20).map("\n".join)
 contents = st.one_of(
@@ -516,12 +667,16 @@ contents = st.one_of(
     tables.map(lambda text: ROWS.encode() + text.encode()),
     tables.map(lambda text: (ROWS + text).encode("utf-16")),
     # Every row is sound, so that all that these labels can stop is reached.
-    st.lists(digits, max_size=3).map(lambda found: (ROWS + "".join(f"some,{each}\n" * 2 for each in found)).encode()),
+    st.lists(digits, max_size=3).map(
+        lambda found: (ROWS + "".join(f"some,{each}\n" * 2 for each in found)).encode()
+    ),
 )
 
 
 @few
-@given(content=contents, drop=st.booleans(), encoding=st.sampled_from(["utf-8", "cp1252", "utf-16"]))
+@given(
+    content=contents, drop=st.booleans(), encoding=st.sampled_from(["utf-8", "cp1252", "utf-16"])
+)
 def test_any_csv_is_read_or_refused(content, drop, encoding, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_bytes(content)

@@ -52,15 +52,28 @@ class _Handler(BaseHTTPRequestHandler):
                 data = files[found[4]]
                 tags = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
                 self.reply(200, data, tags)
-        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+        elif found := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path
+        ):
             files = self.find(*found.groups()[:3])
             if files is not None:
                 self.reply(200, [self.entry(files, name) for name in files])
-        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
+        elif found := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path
+        ):
             files = self.find(found[1], found[2], found[3] or "main")
             if files is not None:
                 siblings = [{"rfilename": name} for name in files]
-                self.reply(200, {"id": found[2], "sha": COMMIT, "private": False, "siblings": siblings, "tags": []})
+                self.reply(
+                    200,
+                    {
+                        "id": found[2],
+                        "sha": COMMIT,
+                        "private": False,
+                        "siblings": siblings,
+                        "tags": [],
+                    },
+                )
         else:
             self.refuse(404 if path != "/" else 200, "EntryNotFound")
 
@@ -68,20 +81,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        found = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", urlsplit(self.path).path)
+        found = re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", urlsplit(self.path).path
+        )
         files = self.find(*found.groups()) if found else self.refuse(404, "EntryNotFound")
         if files is not None:
             as_json = "json" in (self.headers.get("Content-Type") or "")
-            wanted = json.loads(body)["paths"] if as_json else parse_qs(body.decode()).get("paths", [])
+            wanted = (
+                json.loads(body)["paths"] if as_json else parse_qs(body.decode()).get("paths", [])
+            )
             self.reply(200, [self.entry(files, name) for name in wanted if name in files])
 
     @staticmethod
     def entry(files, name):
-        return {"type": "file", "path": name, "size": len(files[name]), "oid": hashlib.sha1(files[name]).hexdigest()}
+        return {
+            "type": "file",
+            "path": name,
+            "size": len(files[name]),
+            "oid": hashlib.sha1(files[name]).hexdigest(),
+        }
 
 
 @contextmanager
-def serve(*, models: dict[str, Files], datasets: dict[str, Files], refusals: dict[str, tuple[int, str]]):
+def serve(
+    *, models: dict[str, Files], datasets: dict[str, Files], refusals: dict[str, tuple[int, str]]
+):
     """Serve repositories, and refuse some names with a status and error code; yields the address."""
     names = {"repositories": {"models": models, "datasets": datasets}, "refusals": refusals}
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), names))

@@ -12,7 +12,12 @@ from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.recipe.data import report_roles
 
-_HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "auroc": "roc_auc"}
+_HUB_METRICS = {
+    "accuracy": "accuracy",
+    "macro_f1": "f1",
+    "mcc": "matthews_correlation",
+    "auroc": "roc_auc",
+}
 
 
 def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> str:
@@ -40,7 +45,11 @@ def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool
     dataset = str(source) if is_on_hub(source) else None
     # Not the Hub's data set of that name, which is not ours.
     ships = source == bundled.NAME
-    files = ("bundled-reviews", "the reviews that ship with the package") if ships else ("local-files", "local files")
+    files = (
+        ("bundled-reviews", "the reviews that ship with the package")
+        if ships
+        else ("local-files", "local files")
+    )
     roles = report_roles(report)
     # Validation chose the tensors and fitted the temperature, so it is a result only where nothing else is.
     judged = [role for role in roles if role != "validation"] or roles
@@ -82,9 +91,18 @@ def _summary(name: str, card: Card) -> str:
 
 def _results(report: Mapping[str, Any]) -> str:
     roles = report_roles(report)
-    lines = ["## Results", "", "| metric | " + " | ".join(roles) + " |", "|---" * (len(roles) + 1) + "|"]
+    lines = [
+        "## Results",
+        "",
+        "| metric | " + " | ".join(roles) + " |",
+        "|---" * (len(roles) + 1) + "|",
+    ]
     for metric in report[roles[0]]:
-        lines.append(f"| {metric} | " + " | ".join(show_interval(report[role][metric]) for role in roles) + " |")
+        lines.append(
+            f"| {metric} | "
+            + " | ".join(show_interval(report[role][metric]) for role in roles)
+            + " |"
+        )
     lines += [
         "",
         "Brackets hold 95 % bootstrap intervals over the rows of one run; validation chose the tensors, other rows "
@@ -96,7 +114,10 @@ def _results(report: Mapping[str, Any]) -> str:
 def _usage(name: str, card: Card, *, is_peft: bool) -> str:
     own = f"## Use\n\n```sh\nlora-sentiment evaluate {name}  # this folder; checks the base by its hash\n```\n\n"
     if not is_peft:
-        return own + "`changed.safetensors` holds every trained tensor under stock transformers' own names."
+        return (
+            own
+            + "`changed.safetensors` holds every trained tensor under stock transformers' own names."
+        )
     bits = _bits(card)
     extra = f",\n    quantization_config=BitsAndBytesConfig({bits})," if bits else ""
     if card.base.name == bundled.NAME:
@@ -142,7 +163,11 @@ def _bits(card: Card) -> str:
 
 def _training(card: Card, report: Mapping[str, Any]) -> str:
     train = report["train"]
-    precision = f"- base quantised: {report['quantisation']['verdict']}\n" if "quantisation" in report else ""
+    precision = (
+        f"- base quantised: {report['quantisation']['verdict']}\n"
+        if "quantisation" in report
+        else ""
+    )
     return (
         f"## Training\n\n- parameters: {show_parameters(report['parameters'])}\n{precision}"
         f"- {train['steps']:,} optimizer steps, kept: step {train['best_step']:,}; {train['tokens']:,} tokens in "

@@ -55,7 +55,10 @@ class Reference:
         """
         found: dict[str, Any] = {}
         for part, encoded in self.rows.items():
-            ours, theirs = self.logits[part], compute_logits(engine, encoded, progress=part if self.progress else None)
+            ours, theirs = (
+                self.logits[part],
+                compute_logits(engine, encoded, progress=part if self.progress else None),
+            )
             difference = float(np.abs(theirs - ours).max())
             found[part] = {
                 "rows": len(encoded),
@@ -65,7 +68,9 @@ class Reference:
             }
             if part == "validation":
                 for form, logits in ((self.name, ours), (name, theirs)):
-                    found[part][f"accuracy_{form}"] = float((logits.argmax(axis=1) == encoded.labels).mean())
+                    found[part][f"accuracy_{form}"] = float(
+                        (logits.argmax(axis=1) == encoded.labels).mean()
+                    )
         if self.missing is not None:
             found["validation"] = {"reason": self.missing}
         return found
@@ -101,7 +106,8 @@ def ask(
         missing = str(error)
         log.info("compared on the probe alone, without validation rows: %s", missing)
     logits = {
-        part: compute_logits(engine, encoded, progress=part if progress else None) for part, encoded in rows.items()
+        part: compute_logits(engine, encoded, progress=part if progress else None)
+        for part, encoded in rows.items()
     }
     return Reference(name, rows, logits, missing, progress)
 
@@ -115,7 +121,9 @@ def find_fault(found: dict[str, Any]) -> str | None:
         if difference is None:
             return f"its logits are not finite on the {part} rows"
         if allowed is not None and not difference <= allowed:
-            return f"its logits differ by {difference:.2g} on the {part} rows, allowed {allowed:.2g}"
+            return (
+                f"its logits differ by {difference:.2g} on the {part} rows, allowed {allowed:.2g}"
+            )
     return None
 
 
@@ -124,7 +132,8 @@ def without_reasons(compared: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     unread = {"reason": "its rows could not be had where this was made"}
     return {
         form: {
-            part: unread if isinstance(value, dict) and "reason" in value else value for part, value in found.items()
+            part: unread if isinstance(value, dict) and "reason" in value else value
+            for part, value in found.items()
         }
         for form, found in compared.items()
     }
@@ -132,11 +141,15 @@ def without_reasons(compared: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
 
 def _validation_rows(card: Card | None, max_rows: int) -> Rows:
     if card is None:
-        raise DataError("a merged folder does not say on which rows it was trained; export the adapter itself")
+        raise DataError(
+            "a merged folder does not say on which rows it was trained; export the adapter itself"
+        )
     config = card.data.config
     if is_on_hub(config.source):
         ask_or_rely_on_cache()
     rows = load_data(config).validation
     if rows.fingerprint != card.data.validation_sha256:
-        raise DataError(f"{config.source}: changed since training, so its validation rows are other ones")
+        raise DataError(
+            f"{config.source}: changed since training, so its validation rows are other ones"
+        )
     return sample(rows, num_rows=max_rows, seed=config.split_seed)

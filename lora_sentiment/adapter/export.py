@@ -98,7 +98,9 @@ def export(
     _check_options(format, max_rows, max_drop)
     if format == "safetensors":
         done = merge(adapter, out, into=into, base=base, max_rows=max_rows, progress=progress)
-        return Export(out, format, done.compared, {}, {WEIGHTS: (out / WEIGHTS).stat().st_size}, done.reading)
+        return Export(
+            out, format, done.compared, {}, {WEIGHTS: (out / WEIGHTS).stat().st_size}, done.reading
+        )
     check_packages()
     with write_aside(out) as aside:
         card = load_card(adapter) if (adapter / "card.json").is_file() else None
@@ -106,13 +108,19 @@ def export(
         if card:
             _merge(adapter, merged, out, into=into, base=base, max_rows=max_rows, progress=progress)
         elif base is not None or into != "base":
-            raise ModelError(f"{adapter}: is no adapter, so nothing is merged; leave out --base and --into")
+            raise ModelError(
+                f"{adapter}: is no adapter, so nothing is merged; leave out --base and --into"
+            )
         stamp = _read_merged(merged)
         _copy_files(merged, aside)
         model = _load_merged(merged, stamp)
-        encoder = TextEncoder.of(model.tokenizer, max_length=stamp.max_length, truncation=stamp.truncation)
+        encoder = TextEncoder.of(
+            model.tokenizer, max_length=stamp.max_length, truncation=stamp.truncation
+        )
         engine = make_engine(model.model)
-        reference = ask(engine, "merged", card=card, encoder=encoder, max_rows=max_rows, progress=progress)
+        reference = ask(
+            engine, "merged", card=card, encoder=encoder, max_rows=max_rows, progress=progress
+        )
         write_graph(model.model, aside / PLAIN)
         engines = {PLAIN: open_session(aside / PLAIN)}
         compared = {"onnx": _check_exact(reference, engines[PLAIN], out)}
@@ -129,7 +137,12 @@ def export(
         _finish(aside, stamp, compared, tuple(engines), name=out.name)
     sizes = {name: (out / name).stat().st_size for name in engines}
     return Export(
-        out, format, {**stamp.compared, **compared}, speed, sizes, say_reading(stamp, other="another runtime")
+        out,
+        format,
+        {**stamp.compared, **compared},
+        speed,
+        sizes,
+        say_reading(stamp, other="another runtime"),
     )
 
 
@@ -139,7 +152,9 @@ def _check_options(format: str, max_rows: int, max_drop: float | None) -> None:
     if max_rows < 1:
         raise ModelError(f"max_rows: found {max_rows}; allowed: 1 or more")
     if max_drop is not None and format != "onnx-int8":
-        raise ModelError(f"max_drop: found {max_drop} with format {format}, which drops nothing; leave it out")
+        raise ModelError(
+            f"max_drop: found {max_drop} with format {format}, which drops nothing; leave it out"
+        )
 
 
 def _merge(adapter: Path, merged: Path, out: Path, **options: Any) -> None:
@@ -185,7 +200,9 @@ def _check_exact(reference: Reference, engine: Engine, out: Path) -> dict[str, A
     """Compare a file in fp32, and refuse it if its logits are not the merged model's."""
     found = reference.compare(engine, "exported", exact=True)
     if fault := find_fault(found):
-        raise AdapterError(f"{out}: not written, the ONNX file answers otherwise than the merged model: {fault}")
+        raise AdapterError(
+            f"{out}: not written, the ONNX file answers otherwise than the merged model: {fault}"
+        )
     return found
 
 
@@ -228,7 +245,12 @@ def _race(engines: dict[str, Engine], rows: Encoded) -> dict[str, float]:
 
 
 def _finish(
-    aside: Path, stamp: Stamp, compared: dict[str, dict[str, Any]], graphs: tuple[str, ...], *, name: str
+    aside: Path,
+    stamp: Stamp,
+    compared: dict[str, dict[str, Any]],
+    graphs: tuple[str, ...],
+    *,
+    name: str,
 ) -> None:
     """Write the README and the stamp of an exported folder."""
     update = {

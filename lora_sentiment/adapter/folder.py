@@ -17,7 +17,13 @@ from transformers import PreTrainedTokenizerFast
 from lora_sentiment.adapter.merge_record import check_files
 from lora_sentiment.adapter.peft_file import PEFT_CONFIG
 from lora_sentiment.adapter.safe_files import first_fault, read_json, read_section
-from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS, rebuild, save_as_plain_lora, save_weights
+from lora_sentiment.adapter.weights import (
+    CHANGED_WEIGHTS,
+    PEFT_WEIGHTS,
+    rebuild,
+    save_as_plain_lora,
+    save_weights,
+)
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.files import hash_file, take_place, write_json
@@ -106,7 +112,13 @@ class Card(Section):
     @property
     def sha256(self) -> str:
         """Hash of what decides an answer: the base, the files, and how texts are cut."""
-        decisive = [self.base.base_sha256, self.base.quantize, self.max_length, self.truncation, self.files]
+        decisive = [
+            self.base.base_sha256,
+            self.base.quantize,
+            self.max_length,
+            self.truncation,
+            self.files,
+        ]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -165,12 +177,18 @@ def save(
     again = _save_files(folder, model, base, labels=labels, config=model_config, method=method)
     probe = compute_probe(rebuild(folder, again, method, model_config), trained.input_ids)
     stored = np.array(probe.logits)
-    difference = float(np.abs(stored - np.array(trained.logits)).max()) / max(1.0, float(np.abs(stored).max()))
+    difference = float(np.abs(stored - np.array(trained.logits)).max()) / max(
+        1.0, float(np.abs(stored).max())
+    )
     if not difference <= tolerance:
         raise AdapterError(
             f"{folder}: the saved adapter answers otherwise than the trained model (by {difference:.2g})"
         )
-    decisive = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in (PEFT_CONFIG, "tokenizer.json")]
+    decisive = [
+        p
+        for p in folder.iterdir()
+        if p.suffix == ".safetensors" or p.name in (PEFT_CONFIG, "tokenizer.json")
+    ]
     card = Card(
         schema=SCHEMA,
         labels=list(labels),
@@ -198,7 +216,11 @@ def save(
 
 
 def load(
-    folder: Path, *, base: str | None = None, device: torch.device | None = None, fresh: Base | None = None
+    folder: Path,
+    *,
+    base: str | None = None,
+    device: torch.device | None = None,
+    fresh: Base | None = None,
 ) -> Loaded:
     """Rebuild a trained model from its folder alone, and check that it is the one that was saved.
 
@@ -214,7 +236,9 @@ def load(
         ModelError: If the base cannot be loaded, or has fewer positions than the card says.
     """
     card = load_card(folder)
-    weights = (PEFT_WEIGHTS, PEFT_CONFIG) if isinstance(card.method, PeftMethod) else (CHANGED_WEIGHTS,)
+    weights = (
+        (PEFT_WEIGHTS, PEFT_CONFIG) if isinstance(card.method, PeftMethod) else (CHANGED_WEIGHTS,)
+    )
     check_files(folder, card.files, needed=(*weights, "tokenizer.json"))
     config = _base_config(folder, card, base)
     if not fresh and is_hub_name(config.place):
@@ -252,7 +276,9 @@ def load_card(folder: Path) -> Card:
     values = read_json(path)
     found = values.get("schema") if isinstance(values, dict) else None
     if isinstance(found, int) and found > SCHEMA:
-        raise AdapterError(f"{path}: has schema {found}; this version reads up to {SCHEMA}; upgrade lora_sentiment")
+        raise AdapterError(
+            f"{path}: has schema {found}; this version reads up to {SCHEMA}; upgrade lora_sentiment"
+        )
     return read_section(values, Card, path)
 
 
@@ -264,7 +290,10 @@ def compute_probe(model: nn.Module, input_ids: list[list[int]]) -> Probe:
 def _answer(model: nn.Module, input_ids: list[list[int]]) -> list[list[float]]:
     device = next(model.parameters()).device
     with torch.inference_mode(), attention_backends(device):
-        return [model(input_ids=torch.tensor([ids], device=device)).logits[0].tolist() for ids in input_ids]
+        return [
+            model(input_ids=torch.tensor([ids], device=device)).logits[0].tolist()
+            for ids in input_ids
+        ]
 
 
 def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
@@ -287,7 +316,13 @@ def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
 
 
 def _save_files(
-    folder: Path, model: nn.Module, base: Base, *, labels: tuple[str, ...], config: ModelConfig, method: Method
+    folder: Path,
+    model: nn.Module,
+    base: Base,
+    *,
+    labels: tuple[str, ...],
+    config: ModelConfig,
+    method: Method,
 ) -> Base:
     """Write weights and tokenizer; return the base freshly loaded, which must be the one that was trained on."""
     device = next(model.parameters()).device
@@ -295,7 +330,9 @@ def _save_files(
     config = config.model_copy(update={"dtype": "float32"})
     again = load_base(config, labels=labels, device=device)
     if again.sha256 != base.sha256:
-        raise AdapterError(f"the base {base.name!r} changed on disk during training; its hash was {base.sha256[:12]}")
+        raise AdapterError(
+            f"the base {base.name!r} changed on disk during training; its hash was {base.sha256[:12]}"
+        )
     if isinstance(method, LoraMethod) and method.changes_base:
         # This takes the start values out of the fresh base, and so uses it up.
         save_as_plain_lora(folder, model, again, method, config)
@@ -335,9 +372,13 @@ def _check_probe(folder: Path, card: Card, base: Base) -> None:
     if not all(0 <= token < shape.vocab_size for row in ids for token in row):
         fault = f"holds a token that the base does not have; allowed: 0 to {shape.vocab_size - 1}"
     elif max(map(len, ids)) > shape.max_position_embeddings:
-        fault = f"holds a text longer than the {shape.max_position_embeddings} positions of the base"
+        fault = (
+            f"holds a text longer than the {shape.max_position_embeddings} positions of the base"
+        )
     elif len(ids) != len(logits) or any(len(row) != len(card.labels) for row in logits):
-        fault = f"needs {len(card.labels)} logits for each of its {len(ids)} texts, one for each label"
+        fault = (
+            f"needs {len(card.labels)} logits for each of its {len(ids)} texts, one for each label"
+        )
     if fault:
         raise AdapterError(f"{folder / 'card.json'}: probe: {fault}")
 

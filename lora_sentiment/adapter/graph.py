@@ -29,7 +29,9 @@ class FirstTokenBlock(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **_: object) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **_: object
+    ) -> torch.Tensor:
         """Return the block's output for the first token.
 
         Args:
@@ -63,7 +65,9 @@ def check_packages() -> None:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise ModelError(f"export to ONNX needs {', '.join(missing)}: pip install 'lora_sentiment[onnx]'")
+        raise ModelError(
+            f"export to ONNX needs {', '.join(missing)}: pip install 'lora_sentiment[onnx]'"
+        )
 
 
 def write_graph(model: Any, path: Path) -> None:
@@ -119,7 +123,9 @@ def quantise_graph(path: Path, quantised: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
-        quantize_dynamic(path, quantised, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            path, quantised, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8
+        )
 
 
 def _forget_origin(graph: Any) -> None:
@@ -128,7 +134,12 @@ def _forget_origin(graph: Any) -> None:
     The quantiser refuses those shapes, which no longer fit.
     """
     del graph.graph.value_info[:], graph.metadata_props[:], graph.graph.metadata_props[:]
-    for item in (*graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+    for item in (
+        *graph.graph.node,
+        *graph.graph.input,
+        *graph.graph.output,
+        *graph.graph.initializer,
+    ):
         del item.metadata_props[:]
         item.doc_string = ""
 

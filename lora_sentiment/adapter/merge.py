@@ -99,9 +99,13 @@ def merge(
         card = _check_source(adapter, into, base)
         quantised = card.base.quantize != "none"
         loaded = load(adapter, base=base)
-        encoder = TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation)
+        encoder = TextEncoder.of(
+            loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
+        )
         engine = make_engine(loaded.model)
-        unmerged = ask(engine, "adapter", card=card, encoder=encoder, max_rows=max_rows, progress=progress)
+        unmerged = ask(
+            engine, "adapter", card=card, encoder=encoder, max_rows=max_rows, progress=progress
+        )
         compared: dict[str, dict[str, Any]] = {}
         if quantised:
             other: Into = "dequantised" if into == "base" else "base"
@@ -170,11 +174,15 @@ def _check_source(adapter: Path, into: Into, base: str | None) -> Card:
             )
     card = load_card(adapter)
     if into == "dequantised" and card.base.quantize == "none":
-        raise AdapterError(f"{adapter}: was trained on an unquantised base, so nothing is dequantised; use --into base")
+        raise AdapterError(
+            f"{adapter}: was trained on an unquantised base, so nothing is dequantised; use --into base"
+        )
     name = base or card.base.name
     stamp = read_stamp(Path(name)) if Path(name, "config.json").is_file() else None
     # An adapter may have been trained on a merged model, which is its base then; one that is named now is a mistake.
-    if stamp and (stamp.adapter_sha256 == card.sha256 or (base and stamp.base_sha256 == card.base.base_sha256)):
+    if stamp and (
+        stamp.adapter_sha256 == card.sha256 or (base and stamp.base_sha256 == card.base.base_sha256)
+    ):
         raise AdapterError(
             f"{name}: is no base: it already holds the adapter {stamp.adapter_sha256[:12]}, merged into "
             f"{stamp.base!r}; name that one with --base"
@@ -186,10 +194,14 @@ def _make_merged(adapter: Path, loaded: Loaded, *, into: Into, base: str | None)
     """Return the merged model in fp32, built from a freshly loaded unquantised base."""
     card = loaded.card
     revision = None if base else card.base.revision
-    config = ModelConfig(name=base or card.base.name, revision=revision, max_length=card.max_length, dtype="float32")
+    config = ModelConfig(
+        name=base or card.base.name, revision=revision, max_length=card.max_length, dtype="float32"
+    )
     plain = load_base(config, labels=tuple(card.labels))
     if plain.sha256 != card.base.base_sha256:
-        raise AdapterError(f"the base {config.name!r} changed on disk while {adapter} was being merged; try again")
+        raise AdapterError(
+            f"the base {config.name!r} changed on disk while {adapter} was being merged; try again"
+        )
     if into == "dequantised":
         _dequantise(loaded.model, plain.model)
     model = rebuild(adapter, plain, card.method, config)
@@ -198,7 +210,9 @@ def _make_merged(adapter: Path, loaded: Loaded, *, into: Into, base: str | None)
     try:
         merged: Any = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
-        raise AdapterError(f"{adapter}: method {card.method.kind} cannot be merged: {error}") from error
+        raise AdapterError(
+            f"{adapter}: method {card.method.kind} cannot be merged: {error}"
+        ) from error
     return cast(nn.Module, merged.eval())
 
 
@@ -235,12 +249,24 @@ def _reload(folder: Path, card: Card) -> nn.Module:
                 folder, trust_remote_code=False, output_loading_info=True
             )
     except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(f"the merged model that was written cannot be loaded again: {error}") from error
-    wrong = {str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]}
+        raise AdapterError(
+            f"the merged model that was written cannot be loaded again: {error}"
+        ) from error
+    wrong = {
+        str(name)
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for name in report[key]
+    }
     if wrong:
-        raise AdapterError(f"the merged model that was written lacks tensors or has others: {', '.join(sorted(wrong))}")
-    if hash_tokenizer(tokenizer) != card.tokenizer_sha256 or model.config.id2label != dict(enumerate(card.labels)):
-        raise AdapterError("the merged model that was written has another tokenizer or other labels than the adapter")
+        raise AdapterError(
+            f"the merged model that was written lacks tensors or has others: {', '.join(sorted(wrong))}"
+        )
+    if hash_tokenizer(tokenizer) != card.tokenizer_sha256 or model.config.id2label != dict(
+        enumerate(card.labels)
+    ):
+        raise AdapterError(
+            "the merged model that was written has another tokenizer or other labels than the adapter"
+        )
     return cast(nn.Module, model.eval())
 
 
@@ -248,11 +274,15 @@ def _fault(found: dict[str, Any]) -> str | None:
     """Return what is wrong with a comparison, or None."""
     if fault := find_fault(found):
         return fault
-    name, figures = next(reversed([(name, figures) for name, figures in found.items() if "rows" in figures]))
+    name, figures = next(
+        reversed([(name, figures) for name, figures in found.items() if "rows" in figures])
+    )
     rows, flips = figures["rows"], figures["flips"]
     if figures["allowed"] is None and flips * ROWS_PER_FLIP > rows:
         return f"{flips} of {rows} {name} rows get another label, allowed 1 %"
-    lost = round((figures.get("accuracy_adapter", 0.0) - figures.get("accuracy_merged", 0.0)) * rows)
+    lost = round(
+        (figures.get("accuracy_adapter", 0.0) - figures.get("accuracy_merged", 0.0)) * rows
+    )
     if figures["allowed"] is None and lost * ROWS_PER_LOSS > rows:
         return f"accuracy on {rows} {name} rows falls by {lost / rows:.2%}, allowed 0.5 points"
     return None
@@ -273,7 +303,9 @@ def _advice(compared: dict[str, dict[str, Any]], into: str, dtype: str) -> str:
     return "" if dtype == "float32" else "; --dtype float32 stays within"
 
 
-def _make_stamp(folder: Path, card: Card, *, into: Into, dtype: str, compared: dict[str, dict[str, Any]]) -> Stamp:
+def _make_stamp(
+    folder: Path, card: Card, *, into: Into, dtype: str, compared: dict[str, dict[str, Any]]
+) -> Stamp:
     return Stamp(
         schema=SCHEMA,
         adapter_sha256=card.sha256,

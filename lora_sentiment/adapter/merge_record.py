@@ -70,7 +70,9 @@ def read_stamp(folder: Path) -> Stamp | None:
         return None
     newest = found.get("schema") if isinstance(found, dict) else None
     if isinstance(newest, int) and newest > SCHEMA:
-        raise AdapterError(f"{path}: {KEY} has schema {newest}; this version reads up to {SCHEMA}; upgrade {KEY}")
+        raise AdapterError(
+            f"{path}: {KEY} has schema {newest}; this version reads up to {SCHEMA}; upgrade {KEY}"
+        )
     return read_section(found, Stamp, path, inside=f"{KEY}.")
 
 
@@ -98,7 +100,9 @@ def check_stamp(folder: Path, stamp: Stamp, *, needed: Sequence[str]) -> None:
     path = folder / "config.json"
     values = read_object(path)
     if _hash_values(values) != stamp.config_sha256:
-        raise AdapterError(f"{path}: was altered after it was saved (its labels or shape are not the recorded ones)")
+        raise AdapterError(
+            f"{path}: was altered after it was saved (its labels or shape are not the recorded ones)"
+        )
 
 
 def _hash_values(config: dict[str, Any]) -> str:
@@ -118,8 +122,12 @@ def check_files(folder: Path, files: dict[str, str], *, needed: Sequence[str] = 
         AdapterError: If one is missing, was altered or leads out of the folder, or one that is needed is not recorded.
     """
     if unknown := [name for name in needed if name not in files]:
-        raise AdapterError(f"{folder / unknown[0]}: nothing vouches for it: no hash of it is recorded")
+        raise AdapterError(
+            f"{folder / unknown[0]}: nothing vouches for it: no hash of it is recorded"
+        )
     for name, expected in files.items():
         path = find_file(folder, name)
         if hash_file(path) != expected:
-            raise AdapterError(f"{path}: was altered after it was saved (its SHA-256 is not the recorded one)")
+            raise AdapterError(
+                f"{path}: was altered after it was saved (its SHA-256 is not the recorded one)"
+            )

@@ -18,7 +18,11 @@ def make_merged_card(name: str, labels: tuple[str, ...], stamp: Stamp) -> str:
         stamp: What its `config.json` holds.
     """
     metadata = make_metadata(stamp, library="transformers")
-    target = "the base as quantising had left it" if stamp.into == "dequantised" else "the base as it was published"
+    target = (
+        "the base as quantising had left it"
+        if stamp.into == "dequantised"
+        else "the base as it was published"
+    )
     rows = [
         table_row(into, part, found, forms=("adapter", "merged"))
         for into, parts in stamp.compared.items()
@@ -62,7 +66,9 @@ Compared with the unmerged adapter after reloading it with plain transformers.
 def make_metadata(stamp: Stamp, *, library: str, tags: tuple[str, ...] = ()) -> str:
     """Return the Hub's metadata of a model that holds an adapter, as YAML."""
     return ModelCardData(
-        base_model=None if stamp.base == bundled.NAME or Path(stamp.base).is_absolute() else stamp.base,
+        base_model=None
+        if stamp.base == bundled.NAME or Path(stamp.base).is_absolute()
+        else stamp.base,
         library_name=library,
         pipeline_tag="text-classification",
         tags=["text-classification", "distilbert", *tags, stamp.method],
@@ -73,7 +79,9 @@ def table_row(form: str, part: str, found: dict[str, Any], *, forms: tuple[str, 
     """Return one comparison as a row of a README's table, with the accuracies of both `forms`."""
     if "reason" in found:
         return f"| {form} | {part}: none | | | | |"
-    difference = "not finite" if found["max_difference"] is None else f"{found['max_difference']:.2g}"
+    difference = (
+        "not finite" if found["max_difference"] is None else f"{found['max_difference']:.2g}"
+    )
     scores = [f"{found[key]:.4f}" if (key := f"accuracy_{name}") in found else "" for name in forms]
     return f"| {form} | {part}, {found['rows']:,} rows | {difference} | {found['flips']} | {' | '.join(scores)} |"
 

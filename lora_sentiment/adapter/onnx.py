@@ -31,27 +31,38 @@ def open_session(path: Path) -> Engine:
     """
     runtime, faults = _import_runtime()
     if not path.is_file():
-        raise AdapterError(f"{path}: no such file; `lora-sentiment export ADAPTER OUT --format onnx` writes one")
+        raise AdapterError(
+            f"{path}: no such file; `lora-sentiment export ADAPTER OUT --format onnx` writes one"
+        )
     options = runtime.SessionOptions()
     options.intra_op_num_threads = count_threads()
     options.log_severity_level = 3  # errors alone: they are raised too
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except faults as error:
-        raise AdapterError(f"{path}: ONNX Runtime cannot open it: {_first_line(error)}; export it again") from error
-    inputs, outputs = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+        raise AdapterError(
+            f"{path}: ONNX Runtime cannot open it: {_first_line(error)}; export it again"
+        ) from error
+    inputs, outputs = (
+        [i.name for i in session.get_inputs()],
+        [o.name for o in session.get_outputs()],
+    )
     if sorted(inputs) != sorted(INPUTS) or OUTPUT not in outputs:
         raise AdapterError(
             f"{path}: has the inputs {', '.join(inputs)} and the outputs {', '.join(outputs)}; a classifier of this "
             f"package has {', '.join(INPUTS)} and {OUTPUT}"
         )
 
-    def answer(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    def answer(
+        input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         try:
             (logits,) = session.run([OUTPUT], dict(zip(INPUTS, (input_ids, mask), strict=True)))
         except faults as error:
-            raise AdapterError(f"{path}: ONNX Runtime cannot compute it: {_first_line(error)}") from error
+            raise AdapterError(
+                f"{path}: ONNX Runtime cannot compute it: {_first_line(error)}"
+            ) from error
         return np.asarray(logits, dtype=np.float32)
 
     return Engine(answer, inference_tokens("cpu"))
@@ -63,7 +74,9 @@ def count_threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    usable = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
     return len(usable)
 
 
@@ -73,10 +86,21 @@ def _import_runtime() -> tuple[Any, tuple[type[Exception], ...]]:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
     except ImportError as error:
-        raise ModelError(f"ONNX needs an extra ({error}): pip install 'lora_sentiment[onnx]'") from error
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+        raise ModelError(
+            f"ONNX needs an extra ({error}): pip install 'lora_sentiment[onnx]'"
+        ) from error
+    names = (
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoSuchFile",
+        "NotImplemented",
+    )
     return onnxruntime, tuple(getattr(state, name) for name in (*names, "RuntimeException"))
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

@@ -27,9 +27,13 @@ def _check_pattern(pattern: str) -> str:
     repeats = len(re.findall(r"[*+{]|(?<![(*+}?])\?", pattern))
     groups, choices = max(1, pattern.count("(")), pattern.count("|")
     if len(pattern) > 300 or re.search(r"\)[*+{]", pattern) or repeats > 9 or groups > 9:
-        raise ValueError(f"the pattern {pattern[:60]!r} may take too long; name the modules in a list")
+        raise ValueError(
+            f"the pattern {pattern[:60]!r} may take too long; name the modules in a list"
+        )
     if 50**repeats * (1 + choices / groups) ** groups > _MAX_STEPS:
-        raise ValueError(f"the pattern {pattern[:60]!r} may take too long; name the modules in a list")
+        raise ValueError(
+            f"the pattern {pattern[:60]!r} may take too long; name the modules in a list"
+        )
     try:
         re.compile(pattern)
     except (re.error, OverflowError) as error:
@@ -136,7 +140,9 @@ def read_config(folder: Path) -> PeftConfig:
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
         raise AdapterError(f"{path}: is no PEFT configuration: it names no peft_type")
     if values["peft_type"] not in _KINDS:
-        raise AdapterError(f"{path}: has peft_type {values['peft_type']!r}; this package reads {', '.join(_KINDS)}")
+        raise AdapterError(
+            f"{path}: has peft_type {values['peft_type']!r}; this package reads {', '.join(_KINDS)}"
+        )
     options, kind = _KINDS[values["peft_type"]]
     try:
         others = options.model_validate(values).model_extra or {}
@@ -157,7 +163,11 @@ def read_config(folder: Path) -> PeftConfig:
 
 def _defaults(kind: type[Any]) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(kind):
-        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        made = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
         yield field.name, made
 
 
@@ -166,6 +176,14 @@ def explain_peft(folder: Path) -> Iterator[None]:
     """Turn what PEFT and torch raise for a configuration of anyone's making into one line."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        ImportError,
+    ) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise AdapterError(f"{folder / PEFT_CONFIG}: PEFT cannot use it: {reason}") from error

@@ -43,7 +43,9 @@ def save_predictions(folder: Path, predictions: Mapping[str, Predictions]) -> No
     for role, found in predictions.items():
         tensors |= {f"{role}.logits": found.logits, f"{role}.labels": found.labels.astype(np.int64)}
         # As bytes and not as metadata, whose keys come in any order, where the bytes of equal runs should be equal.
-        tensors[f"{role}.rows_sha256"] = np.frombuffer(bytes.fromhex(found.fingerprint), dtype=np.uint8)
+        tensors[f"{role}.rows_sha256"] = np.frombuffer(
+            bytes.fromhex(found.fingerprint), dtype=np.uint8
+        )
     save_file(tensors, folder / PREDICTIONS)
     # safetensors writes for the owner alone, where every other file here can be read by all.
     (folder / PREDICTIONS).chmod(0o644)
@@ -64,7 +66,9 @@ def load_predictions(folder: Path) -> dict[str, Predictions]:
         roles = [name.removesuffix(".logits") for name in found if name.endswith(".logits")]
         return {
             role: Predictions(
-                found[f"{role}.logits"], found[f"{role}.labels"], found[f"{role}.rows_sha256"].tobytes().hex()
+                found[f"{role}.logits"],
+                found[f"{role}.labels"],
+                found[f"{role}.rows_sha256"].tobytes().hex(),
             )
             for role in roles
         }

@@ -52,7 +52,10 @@ def find_file(folder: Path, name: str) -> Path:
         raise AdapterError(f"{folder}: records the file {name!r}, which is not in it")
     path = folder / name
     # Not Path.resolve, which raises a RuntimeError where links go round in a circle.
-    if not any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)) for root in _roots(folder)):
+    if not any(
+        Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+        for root in _roots(folder)
+    ):
         raise AdapterError(
             f"{path}: is a link out of its folder; put the file itself there (cp -L copies what is linked)"
         )
@@ -79,7 +82,9 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
     if len(found) > limit:
-        raise AdapterError(f"{path}: is larger than {limit:,} bytes, more than any such file that this package writes")
+        raise AdapterError(
+            f"{path}: is larger than {limit:,} bytes, more than any such file that this package writes"
+        )
     return found
 
 
@@ -98,7 +103,9 @@ def read_json(path: Path) -> Any:
         raise AdapterError(f"{path}: is no JSON: {error}") from error
     level = [values]
     for _ in range(MAX_DEPTH):
-        level = [inner for value in level if isinstance(value, dict | list) for inner in _children(value)]
+        level = [
+            inner for value in level if isinstance(value, dict | list) for inner in _children(value)
+        ]
     if level:
         raise AdapterError(f"{path}: nests lists or objects deeper than {MAX_DEPTH}")
     return values
@@ -132,7 +139,9 @@ def read_section(values: Any, kind: type[_Kind], path: Path, *, inside: str = ""
     except ValidationError as error:
         raise AdapterError(f"{path}: {inside}{first_fault(error)}") from error
     except (RecursionError, OverflowError) as error:  # from the regular expressions in it
-        raise AdapterError(f"{path}: {inside} holds a pattern that cannot be compiled: {error}") from error
+        raise AdapterError(
+            f"{path}: {inside} holds a pattern that cannot be compiled: {error}"
+        ) from error
 
 
 def first_fault(error: ValidationError) -> str:
@@ -158,7 +167,10 @@ def read_header(path: Path) -> Header:
             )
         with safe_open(path, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-            return {name: (str(found.get_dtype()), tuple(found.get_shape())) for name, found in slices.items()}
+            return {
+                name: (str(found.get_dtype()), tuple(found.get_shape()))
+                for name, found in slices.items()
+            }
     except (OSError, SafetensorError, ValueError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
 
@@ -185,24 +197,32 @@ def check_model(folder: Path) -> None:
     header = read_header(path)
     shape = _read_shape(folder, at_most=len(header))
     for name, size in shape.tensors().items():
-        found_shape = next((header[key][1] for key in (f"distilbert.{name}", name) if key in header), None)
+        found_shape = next(
+            (header[key][1] for key in (f"distilbert.{name}", name) if key in header), None
+        )
         if found_shape is None:
             raise AdapterError(f"{path}: tensor {name} is missing, which its config.json asks for")
         count = 1
         for side in found_shape:
             count *= side
         if count != size:
-            raise AdapterError(f"{path}: {name} has shape {found_shape}, and its config.json asks for {size} values")
+            raise AdapterError(
+                f"{path}: {name} has shape {found_shape}, and its config.json asks for {size} values"
+            )
 
 
 def _read_shape(folder: Path, *, at_most: int) -> Shape:
     values = read_object(folder / "config.json")
     named = {name: values[name] for name in Shape.__dataclass_fields__ if name in values}
     if wrong := [name for name, value in named.items() if type(value) is not int or value < 1]:
-        raise AdapterError(f"{folder / 'config.json'}: {wrong[0]} is {str(named[wrong[0]])[:50]}; allowed: 1 or more")
+        raise AdapterError(
+            f"{folder / 'config.json'}: {wrong[0]} is {str(named[wrong[0]])[:50]}; allowed: 1 or more"
+        )
     shape = Shape(**named)
     if shape.n_layers > at_most:
-        raise AdapterError(f"{folder / 'config.json'}: n_layers is {shape.n_layers}; there are {at_most} tensors")
+        raise AdapterError(
+            f"{folder / 'config.json'}: n_layers is {shape.n_layers}; there are {at_most} tensors"
+        )
     return shape
 
 

@@ -50,7 +50,9 @@ def save_weights(folder: Path, model: nn.Module) -> None:
         _save_tensors(folder / CHANGED_WEIGHTS, _own_tensors(model))
 
 
-def save_as_plain_lora(folder: Path, model: nn.Module, base: Base, method: LoraMethod, config: ModelConfig) -> None:
+def save_as_plain_lora(
+    folder: Path, model: nn.Module, base: Base, method: LoraMethod, config: ModelConfig
+) -> None:
     """Write an adapter that took part of the base's weights as plain LoRA, so that it fits the base as it was."""
     start = make_trainable(base, method, config, dtype=torch.float32)
     assert isinstance(model, PeftModel)
@@ -64,12 +66,17 @@ def save_as_plain_lora(folder: Path, model: nn.Module, base: Base, method: LoraM
 def _save_config(folder: Path, values: dict[str, Any]) -> None:
     # Sorted lists, because PEFT's sets come in any order and bytes must repeat.
     values = values | {"inference_mode": True}
-    write_json(folder / PEFT_CONFIG, {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in values.items()})
+    write_json(
+        folder / PEFT_CONFIG,
+        {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in values.items()},
+    )
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     contiguous = {key: tensors[key].detach().to("cpu").contiguous() for key in sorted(tensors)}
-    save_file(contiguous, path, metadata={"format": "pt"})  # one key, because several come in any order
+    save_file(
+        contiguous, path, metadata={"format": "pt"}
+    )  # one key, because several come in any order
     # safetensors writes for the owner alone, where every other file here can be read by all.
     path.chmod(0o644)
 
@@ -84,7 +91,11 @@ def _peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what was trained, and the whole head: a new head's frozen layer stands in no checkpoint."""
-    head = {f"{name}.{part}": p for name in HEAD for part, p in model.get_submodule(name).named_parameters()}
+    head = {
+        f"{name}.{part}": p
+        for name in HEAD
+        for part, p in model.get_submodule(name).named_parameters()
+    }
     return {**trainable_tensors(model), **head}
 
 
@@ -106,7 +117,9 @@ def rebuild(folder: Path, base: Base, method: Method, config: ModelConfig) -> nn
         recorded = read_config(folder)
         kind: str = PeftType(recorded.peft_type).value
         if kind.lower() != method.kind:
-            raise AdapterError(f"{folder / PEFT_CONFIG}: has peft_type {kind!r}, and card.json says {method.kind!r}")
+            raise AdapterError(
+                f"{folder / PEFT_CONFIG}: has peft_type {kind!r}, and card.json says {method.kind!r}"
+            )
         model = _wrap(folder, base, recorded)
     else:
         dense = config.model_copy(update={"head": "full", "head_r": None})
@@ -140,7 +153,9 @@ def _wrap(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
     """Let PEFT wrap a base for a configuration of anyone's making, without room for tensors wherever it can."""
     # It may have moved since.
     config.base_model_name_or_path, config.inference_mode = str(base.model.name_or_path), True
-    takes_base = isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(("pissa", "olora"))
+    takes_base = isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(
+        ("pissa", "olora")
+    )
     if isinstance(config, LoraConfig) and not takes_base:
         config.init_lora_weights = True  # every value is replaced
     values_needed, room = True, torch.device("cpu")
@@ -178,12 +193,17 @@ def _saved_rank(folder: Path) -> int:
     """Return the largest rank that any tensor of a folder has."""
     header = read_header(folder / PEFT_WEIGHTS)
     ranked = re.compile(r"lora_A|vera_A|vera_lambda_d")
-    return max((shape[0] for name, (_, shape) in header.items() if shape and ranked.search(name)), default=0)
+    return max(
+        (shape[0] for name, (_, shape) in header.items() if shape and ranked.search(name)),
+        default=0,
+    )
 
 
 def _check_rank(folder: Path, name: str, found: int, allowed: int) -> None:
     if found > allowed:
-        raise AdapterError(f"{folder / PEFT_CONFIG}: {name} is {found}; the tensors leave room for at most {allowed}")
+        raise AdapterError(
+            f"{folder / PEFT_CONFIG}: {name} is {found}; the tensors leave room for at most {allowed}"
+        )
 
 
 def _check_kept(folder: Path, config: AdaLoraConfig) -> None:
@@ -205,7 +225,10 @@ def _fill(model: nn.Module, folder: Path, dtypes: tuple[str, ...] = _OWN_DTYPES)
     try:
         with safe_open(path, framework="pt") as file:
             # A copy, because what it gives is the file itself, mapped: it would change if that did.
-            found = {name: file.get_tensor(name).to(device, t.dtype, copy=True) for name, t in expected.items()}
+            found = {
+                name: file.get_tensor(name).to(device, t.dtype, copy=True)
+                for name, t in expected.items()
+            }
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
     for name, tensor in found.items():
@@ -220,7 +243,9 @@ def _fill(model: nn.Module, folder: Path, dtypes: tuple[str, ...] = _OWN_DTYPES)
                 tensor.copy_(found[name])
 
 
-def _check_header(path: Path, header: Header, expected: Mapping[str, torch.Tensor], dtypes: tuple[str, ...]) -> None:
+def _check_header(
+    path: Path, header: Header, expected: Mapping[str, torch.Tensor], dtypes: tuple[str, ...]
+) -> None:
     for label, names in (
         ("is missing", expected.keys() - header.keys()),
         ("is unknown", header.keys() - expected.keys()),
@@ -229,6 +254,8 @@ def _check_header(path: Path, header: Header, expected: Mapping[str, torch.Tenso
             raise AdapterError(f"{path}: tensor {min(names)[:200]} {label} ({len(names)} in all)")
     for name, (dtype, shape) in header.items():
         if shape != expected[name].shape:
-            raise AdapterError(f"{path}: {name} has shape {shape}, expected {tuple(expected[name].shape)}")
+            raise AdapterError(
+                f"{path}: {name} has shape {shape}, expected {tuple(expected[name].shape)}"
+            )
         if dtype not in dtypes:
             raise AdapterError(f"{path}: {name} has dtype {dtype}; allowed: {', '.join(dtypes)}")

@@ -122,7 +122,11 @@ def _row(path: Path) -> Row:
     facts = look_up(recipe.model, labels, this_machine=False)
     train = recipe.train
     plan = make_plan(
-        facts, recipe.method, recipe.model, engine=train.engine, checkpointing=train.gradient_checkpointing
+        facts,
+        recipe.method,
+        recipe.model,
+        engine=train.engine,
+        checkpointing=train.gradient_checkpointing,
     )
     length = recipe.model.max_length
     memory = estimate_memory(
@@ -131,10 +135,14 @@ def _row(path: Path) -> Row:
     return Row(
         name=recipe.name,
         folder=folder,
-        base=Path(recipe.model.name).name if Path(recipe.model.name).is_absolute() else recipe.model.name,
+        base=Path(recipe.model.name).name
+        if Path(recipe.model.name).is_absolute()
+        else recipe.model.name,
         method=describe(recipe.method, recipe.model.head),
         quantize=recipe.model.quantize + (", double" if recipe.model.double_quant else ""),
-        counts=count_parameters(facts.shape, recipe.method, recipe.model, num_labels=facts.num_labels),
+        counts=count_parameters(
+            facts.shape, recipe.method, recipe.model, num_labels=facts.num_labels
+        ),
         file_bytes=(folder and _file_bytes(folder))
         or adapter_bytes(facts.shape, recipe.method, num_labels=facts.num_labels),
         optimizer_bytes=memory.optimizer,
@@ -158,14 +166,30 @@ def describe(method: Method, head: str) -> str:
     words: list[str] = [method.kind]
     match method:
         case LoraMethod():
-            flags = {"DoRA": method.use_dora, "rsLoRA": method.use_rslora, "LoRA+": method.loraplus_lr_ratio}
+            flags = {
+                "DoRA": method.use_dora,
+                "rsLoRA": method.use_rslora,
+                "LoRA+": method.loraplus_lr_ratio,
+            }
             words = [*(name for name, given in flags.items() if given), f"r={method.r}"]
-            words = [method.kind, *([str(method.init_lora_weights)] if method.changes_base else []), *words]
+            words = [
+                method.kind,
+                *([str(method.init_lora_weights)] if method.changes_base else []),
+                *words,
+            ]
         case UnfreezeMethod():
-            words.append(f"last {method.last_layers}" if method.last_layers else ",".join(method.patterns or ()))
+            words.append(
+                f"last {method.last_layers}"
+                if method.last_layers
+                else ",".join(method.patterns or ())
+            )
     if isinstance(method, PeftMethod):
         targets = method.target_modules
-        words.append(targets if isinstance(targets, str) else ",".join(name.removesuffix("_lin") for name in targets))
+        words.append(
+            targets
+            if isinstance(targets, str)
+            else ",".join(name.removesuffix("_lin") for name in targets)
+        )
     return " ".join([*words, *([f"head {head}"] if head != "full" else [])])
 
 
@@ -218,11 +242,18 @@ def _pair(row: Row, first: Row) -> Row:
     role = row.measured.role
     own, other = (load_predictions(folder).get(role) for folder in (row.folder, first.folder))
     if own is None or other is None:
-        return replace(row, notes=(*row.notes, f"not paired with {first.name}: no predictions of {role} in both"))
+        return replace(
+            row,
+            notes=(*row.notes, f"not paired with {first.name}: no predictions of {role} in both"),
+        )
     if own.fingerprint != other.fingerprint:
-        return replace(row, notes=(*row.notes, f"not paired with {first.name}: judged on other rows"))
+        return replace(
+            row, notes=(*row.notes, f"not paired with {first.name}: judged on other rows")
+        )
     difference = paired_bootstrap(own.correct, other.correct).as_dict()
-    return replace(row, paired=Paired(difference, mcnemar(own.correct, other.correct), len(own.correct)))
+    return replace(
+        row, paired=Paired(difference, mcnemar(own.correct, other.correct), len(own.correct))
+    )
 
 
 def make_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -260,7 +291,9 @@ def _measured_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "tokens/s": cells(lambda found: f"{found.tokens_per_second:,.0f}"),
         "memory": cells(lambda found: _gibibytes(found.peak_memory_bytes)),
         "against the first": [
-            f"{_percent(row.paired.difference, sign='+')}, p={row.paired.mcnemar:.2g}" if row.paired else ""
+            f"{_percent(row.paired.difference, sign='+')}, p={row.paired.mcnemar:.2g}"
+            if row.paired
+            else ""
             for row in rows
         ],
     }
@@ -272,7 +305,10 @@ def make_notes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for note in row.notes:
             notes.setdefault(note, []).append(row.name)
-    lines = [f"{'all' if len(names) == len(rows) else ', '.join(names)}: {note}" for note, names in notes.items()]
+    lines = [
+        f"{'all' if len(names) == len(rows) else ', '.join(names)}: {note}"
+        for note, names in notes.items()
+    ]
     if len({row.base for row in rows}) == 1 and len(rows) > 1:
         lines.insert(0, f"base: {rows[0].base}")
     lines.append(
@@ -281,9 +317,13 @@ def make_notes(rows: Sequence[Row]) -> list[str]:
     )
     if measured := [row.measured for row in rows if row.measured]:
         roles = ", ".join(sorted({found.role for found in measured}))
-        lines.append(f"accuracy and macro-F1 on {roles} in %, brackets hold 95 % intervals of one run over its rows")
+        lines.append(
+            f"accuracy and macro-F1 on {roles} in %, brackets hold 95 % intervals of one run over its rows"
+        )
     if any(row.paired for row in rows):
-        lines.append(f"against the first: accuracy minus that of {rows[0].name} on the same rows, paired; p by McNemar")
+        lines.append(
+            f"against the first: accuracy minus that of {rows[0].name} on the same rows, paired; p by McNemar"
+        )
     return lines
 
 
@@ -304,9 +344,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
         RecipeError: If none ran.
     """
-    ran = [(row, row.measured) for row in rows if row.measured and row.measured.accuracy["value"] is not None]
+    ran = [
+        (row, row.measured)
+        for row in rows
+        if row.measured and row.measured.accuracy["value"] is not None
+    ]
     if not ran:
-        raise RecipeError("--plot: none of these has a report.json, so there is no accuracy to draw; train one first")
+        raise RecipeError(
+            "--plot: none of these has a report.json, so there is no accuracy to draw; train one first"
+        )
     from lora_sentiment.training.plots import ParetoPoint, plot_pareto
 
     points = [
@@ -321,7 +367,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for row, found in ran
     ]
     roles = ", ".join(sorted({found.role for _, found in ran}))
-    plot_pareto(points, path, title=f"Trained parameters and accuracy on {roles} (area: peak memory)")
+    plot_pareto(
+        points, path, title=f"Trained parameters and accuracy on {roles} (area: peak memory)"
+    )
 
 
 LEFT = ("name", "base", "method", "quantize")

@@ -30,11 +30,29 @@ LOW_DISK = 2**30
 """Bytes: the main recipe fetches a base of 268 MB and reviews of about 0.2 GB; a merged model is another 268 MB."""
 PROC, CGROUPS, NVIDIA = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev/nvidia0")
 PACKAGES = (
-    *("lora_sentiment", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "bitsandbytes"),
+    *(
+        "lora_sentiment",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "evaluate",
+        "bitsandbytes",
+    ),
     *("tokenizers", "safetensors", "huggingface_hub", "onnxruntime", "kernels"),
 )
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-_CAPABILITIES = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_fp16", "amx_int8")
+_CAPABILITIES = (
+    "avx2",
+    "avx512_f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx512_vnni",
+    "amx_bf16",
+    "amx_fp16",
+    "amx_int8",
+)
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -69,11 +87,17 @@ class Diagnosis:
         """Return facts in two columns, then the notes, for a terminal."""
         rows = [*self.versions.items(), *self.cpu.items()]
         rows += [(f"memory {key}_bytes", size) for key, size in self.memory.items()]
-        rows += [(f"{device['kind']} {key}", value) for device in self.devices for key, value in device.items()]
+        rows += [
+            (f"{device['kind']} {key}", value)
+            for device in self.devices
+            for key, value in device.items()
+        ]
         rows += [(f"free for {folder}_bytes", size) for folder, size in self.disks.items()]
         rows += [(f"Hub {key}", value) for key, value in self.hub.items()]
         shown = {
-            name.removesuffix("_bytes"): _show_bytes(value) if value and name.endswith("_bytes") else _show(value)
+            name.removesuffix("_bytes"): _show_bytes(value)
+            if value and name.endswith("_bytes")
+            else _show(value)
             for name, value in rows
         }
         facts = [f"{name:<{max(map(len, shown))}}  {value}" for name, value in shown.items()]
@@ -90,12 +114,22 @@ def examine(*, hub: bool = True, timeout: float = 5.0) -> Diagnosis:
     import psutil
 
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-    cpu, devices, client = _look_at_cpu(), _look_at_devices(), _look_at_hub(timeout if hub else None)
+    cpu, devices, client = (
+        _look_at_cpu(),
+        _look_at_devices(),
+        _look_at_hub(timeout if hub else None),
+    )
     ram = psutil.virtual_memory()
     memory = {"total": ram.total, "available": ram.available, "limit": _memory_limit()}
     memory["needed"] = _main_memory(devices[0])
-    disks = {folder: _free_bytes(Path(folder)) for folder in (str(Path.cwd()), client["cache_folder"])}
-    notes = [*_cpu_notes(cpu), *_device_notes(devices, cpu, versions), *_room_notes(devices[0], memory, disks)]
+    disks = {
+        folder: _free_bytes(Path(folder)) for folder in (str(Path.cwd()), client["cache_folder"])
+    }
+    notes = [
+        *_cpu_notes(cpu),
+        *_device_notes(devices, cpu, versions),
+        *_room_notes(devices[0], memory, disks),
+    ]
     notes += [*_environment_notes(), *_launch_notes(devices[0]), *_hub_notes(client)]
     return Diagnosis(versions, cpu, memory, devices, disks, client, tuple(notes))
 
@@ -111,11 +145,15 @@ def _look_at_cpu() -> dict[str, Any]:
     import torch
 
     capabilities = torch.cpu.get_capabilities()
-    builds = (f"{name} {v}" for name in ("cuda", "hip") if (v := getattr(torch.version, name, None)))
+    builds = (
+        f"{name} {v}" for name in ("cuda", "hip") if (v := getattr(torch.version, name, None))
+    )
     cores = os.cpu_count() or 1
     return {
         "system": platform.platform(),
-        "processor": str(capabilities.get("cpu_name") or platform.processor() or platform.machine()),
+        "processor": str(
+            capabilities.get("cpu_name") or platform.processor() or platform.machine()
+        ),
         "capabilities": [name for name in _CAPABILITIES if capabilities.get(name)],
         "cores": cores,
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
@@ -135,22 +173,45 @@ def _look_at_devices() -> tuple[dict[str, Any], ...]:
         capability = torch.cuda.get_device_capability(i)
         new = capability >= (8, 0)
         native = ["float32", "float16", *(["bfloat16"] if new else [])]
-        device = {"kind": f"cuda:{i}", "name": torch.cuda.get_device_name(i), "capability": "{}.{}".format(*capability)}
+        device = {
+            "kind": f"cuda:{i}",
+            "name": torch.cuda.get_device_name(i),
+            "capability": "{}.{}".format(*capability),
+        }
         devices.append({**device, "native": native, "auto": "bfloat16" if new else "float16"})
         try:
             devices[-1]["free_bytes"], devices[-1]["total_bytes"] = torch.cuda.mem_get_info(i)
         except RuntimeError as error:  # full, or another process has it to itself
             devices[-1]["trouble"] = str(error).splitlines()[0]
     if torch.backends.mps.is_available():
-        devices.append({"kind": "mps", "name": "Apple GPU", "native": ["float32", "float16"], "auto": "float32"})
+        devices.append(
+            {
+                "kind": "mps",
+                "name": "Apple GPU",
+                "native": ["float32", "float16"],
+                "auto": "float32",
+            }
+        )
     if torch.xpu.is_available():
         name = torch.xpu.get_device_name()
-        devices.append({"kind": "xpu", "name": name, "native": ["float32", "float16"], "auto": "float32"})
+        devices.append(
+            {"kind": "xpu", "name": name, "native": ["float32", "float16"], "auto": "float32"}
+        )
     found = torch.cpu.get_capabilities()
     native = ["float32"]
-    for dtype, names in (("bfloat16", ("amx_bf16", "avx512_bf16")), ("float16", ("amx_fp16", "avx512_fp16"))):
+    for dtype, names in (
+        ("bfloat16", ("amx_bf16", "avx512_bf16")),
+        ("float16", ("amx_fp16", "avx512_fp16")),
+    ):
         native += [dtype] if any(found.get(name) for name in names) else []
-    return (*devices, {"kind": "cpu", "native": native, "auto": "bfloat16" if found.get("amx_bf16") else "float32"})
+    return (
+        *devices,
+        {
+            "kind": "cpu",
+            "native": native,
+            "auto": "bfloat16" if found.get("amx_bf16") else "float32",
+        },
+    )
 
 
 def _main_memory(device: Mapping[str, Any]) -> int:
@@ -178,7 +239,9 @@ def _look_at_hub(timeout: float | None) -> dict[str, Any]:
     """Return what the Hub's client says of itself, and what answered within a timeout; None asks nothing."""
     from huggingface_hub import constants, get_token
 
-    files = (Path(folder, name) for folder, _, names in os.walk(constants.HF_HUB_CACHE) for name in names)
+    files = (
+        Path(folder, name) for folder, _, names in os.walk(constants.HF_HUB_CACHE) for name in names
+    )
     reachable, answer = None, "not asked"
     if constants.is_offline_mode():
         answer = "not asked: offline"
@@ -193,7 +256,11 @@ def _look_at_hub(timeout: float | None) -> dict[str, Any]:
         "answer": answer,
         "token": get_token() is not None,
         "proxy": _find_proxy(constants.ENDPOINT),
-        "offline": [name for name in _OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")],
+        "offline": [
+            name
+            for name in _OFFLINE
+            if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        ],
         "HF_HOME": constants.HF_HOME,
         "cache_folder": constants.HF_HUB_CACHE,
         "cache_bytes": sum(map(_size, files)),
@@ -233,8 +300,16 @@ def _cgroups(controller: str) -> list[str]:
 
 def _read_cgroups(controller: str, name: str) -> list[str]:
     """Return what a file says for this process's groups and each above them, in either version's place."""
-    groups = [group for path in _cgroups(controller) for group in (PurePosixPath(path), *PurePosixPath(path).parents)]
-    folders = {root / str(group).lstrip("/") for group in groups for root in (CGROUPS, CGROUPS / controller)}
+    groups = [
+        group
+        for path in _cgroups(controller)
+        for group in (PurePosixPath(path), *PurePosixPath(path).parents)
+    ]
+    folders = {
+        root / str(group).lstrip("/")
+        for group in groups
+        for root in (CGROUPS, CGROUPS / controller)
+    }
     return [text for folder in sorted(folders) if (text := _read(folder / name))]
 
 
@@ -243,17 +318,25 @@ def _cpu_quota() -> float | None:
     pairs = [text.split() for text in _read_cgroups("cpu", "cpu.max")]
     old = (_read_cgroups("cpu", f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     pairs += [list(pair) for pair in zip(*old, strict=True)]
-    return min((int(time) / int(period) for time, period in pairs if time not in ("max", "-1")), default=None)
+    return min(
+        (int(time) / int(period) for time, period in pairs if time not in ("max", "-1")),
+        default=None,
+    )
 
 
 def _memory_limit() -> int | None:
-    found = [*_read_cgroups("memory", "memory.max"), *_read_cgroups("memory", "memory.limit_in_bytes")]
+    found = [
+        *_read_cgroups("memory", "memory.max"),
+        *_read_cgroups("memory", "memory.limit_in_bytes"),
+    ]
     # Version 1 says about 2 ** 63 where there is none.
     return min((int(text) for text in found if text != "max" and int(text) < 2**60), default=None)
 
 
 def _cpu_notes(cpu: Mapping[str, Any]) -> Iterator[str]:
-    usable, threads, quota, asked = (cpu[key] for key in ("usable_cores", "torch_threads", "quota", "OMP_NUM_THREADS"))
+    usable, threads, quota, asked = (
+        cpu[key] for key in ("usable_cores", "torch_threads", "quota", "OMP_NUM_THREADS")
+    )
     own = "This package's verbs set their threads themselves"
     if asked and asked.isdigit() and int(asked) < usable:
         yield (
@@ -280,7 +363,11 @@ def _device_notes(
     driver = NVIDIA.exists() or shutil.which("nvidia-smi") is not None
     on_gpu = first["kind"].startswith("cuda")
     if first["kind"] == "cpu" and first["auto"] == "float32":
-        how = "no faster, as measured on an Intel one" if "bfloat16" in first["native"] else "emulated, and slower"
+        how = (
+            "no faster, as measured on an Intel one"
+            if "bfloat16" in first["native"]
+            else "emulated, and slower"
+        )
         yield (
             f"the CPU has no amx_bf16: bfloat16 would save memory and be {how}, so that model.dtype auto means float32 "
             "here. Leave it at auto, unless model.dtype=bfloat16 turns out faster."
@@ -323,7 +410,9 @@ def _device_notes(
         )
 
 
-def _room_notes(first: Mapping[str, Any], memory: Mapping[str, Any], disks: Mapping[str, int]) -> Iterator[str]:
+def _room_notes(
+    first: Mapping[str, Any], memory: Mapping[str, Any], disks: Mapping[str, int]
+) -> Iterator[str]:
     room = min(memory["available"], memory["limit"] or memory["available"])
     if first["kind"].startswith("cuda"):
         room = first.get("free_bytes", memory["needed"])
@@ -348,7 +437,9 @@ def _environment_notes() -> Iterator[str]:
             f"{allocator[0]} is preloaded: large micro-batches run faster than with glibc, and memory held is not what "
             "estimate and --probe say, which know glibc. Keep it for speed; start without it to compare memory."
         )
-    own = _read(PROC / "sys/kernel/sched_autogroup_enabled") == "1" and _read(PROC / "self/autogroup")
+    own = _read(PROC / "sys/kernel/sched_autogroup_enabled") == "1" and _read(
+        PROC / "self/autogroup"
+    )
     # sched(7): autogroups do not count where a cgroup of the CPU controller does.
     counts = own and own.endswith(" nice 0") and set(_cgroups("cpu")) <= {"/"}
     if counts and (nice := os.getpriority(os.PRIO_PROCESS, 0)):
@@ -372,10 +463,18 @@ def _launch_notes(device: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(config, dict):
         yield f"{path} holds no settings ({config}): accelerate launch stops at it. Mend or delete it."
         return
-    kind, precision = str(config.get("distributed_type")), str(config.get("mixed_precision") or "no")
-    fine = {"MIXED_PRECISION": ("no", _PRECISIONS[device["auto"]]), "GRADIENT_ACCUMULATION_STEPS": ("1",)}
+    kind, precision = (
+        str(config.get("distributed_type")),
+        str(config.get("mixed_precision") or "no"),
+    )
+    fine = {
+        "MIXED_PRECISION": ("no", _PRECISIONS[device["auto"]]),
+        "GRADIENT_ACCUMULATION_STEPS": ("1",),
+    }
     asked = [f"{path}: distributed_type {kind}"] if kind in ("DEEPSPEED", "FSDP") else []
-    asked += [] if precision in fine["MIXED_PRECISION"] else [f"{path}: mixed_precision {precision}"]
+    asked += (
+        [] if precision in fine["MIXED_PRECISION"] else [f"{path}: mixed_precision {precision}"]
+    )
     switches = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
     asked += [f"{name}=true" for name in switches if os.environ.get(name, "").lower() == "true"]
     for name, allowed in fine.items():
@@ -384,7 +483,11 @@ def _launch_notes(device: Mapping[str, Any]) -> Iterator[str]:
     for what in asked:
         yield f"{what}: training refuses it, the recipe decides (model.dtype auto means {device['auto']}). Take it out."
     processes = config.get("num_processes") or 1
-    if device["kind"] == "cpu" and processes not in (-1, 1) and "hostfile" not in str(config.get("mpirun_config")):
+    if (
+        device["kind"] == "cpu"
+        and processes not in (-1, 1)
+        and "hostfile" not in str(config.get("mpirun_config"))
+    ):
         yield (
             f"{path}: num_processes {processes}, and there is no GPU: accelerate launch starts one process then. For "
             f"more: torchrun --nproc_per_node {processes} -m lora_sentiment.train RECIPE"
@@ -411,4 +514,10 @@ def _show_bytes(size: int) -> str:
 
 
 def _show(value: Any) -> str:
-    return ", ".join(value) or "none" if isinstance(value, list) else "none" if value is None else str(value)
+    return (
+        ", ".join(value) or "none"
+        if isinstance(value, list)
+        else "none"
+        if value is None
+        else str(value)
+    )

@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.models.families import FP32, Shape
-from lora_sentiment.models.memory import CUDA_SHARE, GLIBC_KEEPS, Memory, Plan, estimate_memory, runs_fast
+from lora_sentiment.models.memory import (
+    CUDA_SHARE,
+    GLIBC_KEEPS,
+    Memory,
+    Plan,
+    estimate_memory,
+    runs_fast,
+)
 from lora_sentiment.models.parameters import inference_tokens, micro_batch_tokens
 from lora_sentiment.recipe.method import Method
 from lora_sentiment.recipe.model import ModelConfig
@@ -106,7 +113,12 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON, in bytes."""
         cuts = [
-            {"length": cut.length, "rows": cut.rows, "fitting_rows": cut.fitting_rows, **cut.memory.as_dict()}
+            {
+                "length": cut.length,
+                "rows": cut.rows,
+                "fitting_rows": cut.fitting_rows,
+                **cut.memory.as_dict(),
+            }
             for cut in self.cuts
         ]
         return {
@@ -130,7 +142,9 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B)", text)
     if not match:
-        raise RecipeError(f"budget: found {text!r}; allowed: a number and {', '.join(_UNITS)}, such as 4GiB")
+        raise RecipeError(
+            f"budget: found {text!r}; allowed: a number and {', '.join(_UNITS)}, such as 4GiB"
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -153,18 +167,30 @@ def look_up(model: ModelConfig, labels: int | None, *, this_machine: bool = True
                 f"model.name {model.name!r}: no such folder, not in the Hub cache and no shape known by heart; name a "
                 "folder, or fetch its config.json first: hf download NAME config.json"
             )
-        assumed.append(f"{model.name} is not on this machine: its shape is assumed from its public name")
+        assumed.append(
+            f"{model.name} is not on this machine: its shape is assumed from its public name"
+        )
     shape = _KNOWN[model.name] if config is None else Shape.from_config(config)
     own = len((config or {}).get("id2label", ()))
     if labels is None:
         labels = own or 2
-        source = "as many as the base's head has" if own else "the data is not read; name them in data.labels"
+        source = (
+            "as many as the base's head has"
+            if own
+            else "the data is not read; name them in data.labels"
+        )
         assumed.append(f"{labels} labels are assumed: {source}")
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(model.dtype) or (_native_bytes() if this_machine else FP32)
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(model.dtype) or (
+        _native_bytes() if this_machine else FP32
+    )
     if model.dtype == "auto":
-        assumed.append(f"model.dtype auto is taken as {'float32' if size == 4 else 'a 16-bit dtype'}")
+        assumed.append(
+            f"model.dtype auto is taken as {'float32' if size == 4 else 'a 16-bit dtype'}"
+        )
     device: Literal["cpu", "cuda"] = "cuda" if this_machine and _has_gpu() else "cpu"
-    return Facts(shape, config or {}, labels, size, inference_tokens(device), tuple(assumed), device)
+    return Facts(
+        shape, config or {}, labels, size, inference_tokens(device), tuple(assumed), device
+    )
 
 
 def make_plan(
@@ -286,7 +312,16 @@ def make_columns(found: Estimate) -> dict[str, list[str]]:
     def sizes(name: str) -> list[str]:
         return [f"{getattr(memory, name) / 2**20:,.0f}" for memory in memories]
 
-    names = ["weights", "kept", "gradients", "optimizer", "activations", "workspace", "loading", "evaluating"]
+    names = [
+        "weights",
+        "kept",
+        "gradients",
+        "optimizer",
+        "activations",
+        "workspace",
+        "loading",
+        "evaluating",
+    ]
     if found.device == "cuda":
         names.insert(names.index("loading"), "fixed")
     columns = {
@@ -296,7 +331,9 @@ def make_columns(found: Estimate) -> dict[str, list[str]]:
         "peak": [f"{(found.baseline + memory.peak) / 2**20:,.0f}" for memory in memories],
     }
     reserved = "with freed" if found.device == "cpu" else "reserved"
-    columns[reserved] = [f"{(found.baseline + memory.resident) / 2**20:,.0f}" for memory in memories]
+    columns[reserved] = [
+        f"{(found.baseline + memory.resident) / 2**20:,.0f}" for memory in memories
+    ]
     if found.budget is not None:
         columns["rows that fit"] = [str(cut.fitting_rows) for cut in found.cuts]
     return columns
@@ -312,7 +349,9 @@ def make_notes(found: Estimate) -> list[str]:
         most = (longest.fitting_rows or 0) * longest.length
         within = f"{found.resident / 2**20:,.0f} of {found.budget / 2**20:,.0f} MiB"
         if found.fits:
-            notes.append(f"fits: {within}; the largest cut that does is train.max_tokens_per_micro_batch={most}")
+            notes.append(
+                f"fits: {within}; the largest cut that does is train.max_tokens_per_micro_batch={most}"
+            )
         elif most:
             notes.append(f"does not fit: {within}; set train.max_tokens_per_micro_batch={most}")
         else:
@@ -337,10 +376,14 @@ def _make_cuda_notes(found: Estimate) -> list[str]:
         usable = _usable(found.budget, "cuda")
         within = f"{found.resident / 2**20:,.0f} MiB of the {usable / 2**20:,.0f} MiB to plan with"
         if found.fits:
-            notes.append(f"fits: {within}, in micro-batches of {longest.rows} rows of {longest.length} tokens")
+            notes.append(
+                f"fits: {within}, in micro-batches of {longest.rows} rows of {longest.length} tokens"
+            )
         elif longest.fitting_rows:
             most = longest.fitting_rows * longest.length
-            notes.append(f"does not fit: {within}; leave out train.max_tokens_per_micro_batch, or set it to {most}")
+            notes.append(
+                f"does not fit: {within}; leave out train.max_tokens_per_micro_batch, or set it to {most}"
+            )
         else:
             notes.append(
                 f"does not fit: {within}, and no single row of {longest.length} tokens does; lower model.max_length, "
@@ -366,7 +409,9 @@ def _fitting_rows(plan: Plan, budget: int, *, length: int) -> int:
     """Return the most texts of a length that a micro-batch may have within a budget; 0 where none fits."""
 
     def fits(rows: int) -> bool:
-        return estimate_memory(plan, rows=rows, length=length, batch_size=2 * rows).resident <= budget
+        return (
+            estimate_memory(plan, rows=rows, length=length, batch_size=2 * rows).resident <= budget
+        )
 
     low, high = 0, 1
     while high < 2**16 and fits(high):
@@ -388,7 +433,9 @@ def _read_config(model: ModelConfig) -> dict[str, Any] | None:
         try:
             cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
         except ValueError as error:
-            raise ModelError(f"model.name {model.name!r}: no such folder, and no name of the Hub") from error
+            raise ModelError(
+                f"model.name {model.name!r}: no such folder, and no name of the Hub"
+            ) from error
         path = Path(cached) if isinstance(cached, str) else None
     if path is None:
         return None
@@ -399,7 +446,9 @@ def _read_config(model: ModelConfig) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise ModelError(f"{path}: is no JSON object; it must be a DistilBERT's")
     if config.get("model_type") != "distilbert":
-        raise ModelError(f"{path}: is a {config.get('model_type')} model; this package adapts distilbert checkpoints")
+        raise ModelError(
+            f"{path}: is a {config.get('model_type')} model; this package adapts distilbert checkpoints"
+        )
     return config
 
 
@@ -413,5 +462,7 @@ def _native_bytes() -> int:
     """Return the bytes of the dtype that `auto` takes on this machine, as `resolve_dtype` decides it, without torch."""
     if _has_gpu():
         return 2
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    flags = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    )
     return 2 if "amx_bf16" in flags else 4

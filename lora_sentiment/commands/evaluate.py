@@ -31,7 +31,11 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
-        return {"split": self.split, "num_rows": self.num_rows, **{k: v.as_dict() for k, v in self.scores.items()}}
+        return {
+            "split": self.split,
+            "num_rows": self.num_rows,
+            **{k: v.as_dict() for k, v in self.scores.items()},
+        }
 
 
 def evaluate(
@@ -66,10 +70,14 @@ def evaluate(
         log.info("stock engine: %s", reason)
     rows = _read(card, source, split)
     main = accelerator.is_main_process
-    encoder = TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation)
+    encoder = TextEncoder.of(
+        loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
+    )
     encoded = encoder.encode(rows, progress=main)
     with explain_loss(state):
-        logits = predict_logits(model, encoded, accelerator=accelerator, progress=split if main else None)
+        logits = predict_logits(
+            model, encoded, accelerator=accelerator, progress=split if main else None
+        )
     found = score_calibrated(logits, encoded.labels, calibration=card.calibration)
     return Evaluation(split=split, num_rows=len(rows), scores=found)
 
@@ -96,7 +104,9 @@ def _read_recorded(card: Card, role: str) -> Rows:
     if role in judged:
         rows, counts = load_judged(config, role=role, labels=tuple(card.labels))
         if rows is None:
-            raise DataError(f"{config.source}: the {counts.read:,} rows of {role} have no labels (all are -1)")
+            raise DataError(
+                f"{config.source}: the {counts.read:,} rows of {role} have no labels (all are -1)"
+            )
         return rows
     allowed = [*(judged or ["test"]), "validation"]
     if role not in allowed:

@@ -83,11 +83,16 @@ def explain(
             f"explain: the text has {len(found):,} words; allowed: 1 to {max_words:,}, because the model is asked "
             "again without each; give a shorter part of it, or raise max_words"
         )
-    scores = classifier.probabilities([text, *leave_each_out(text, found)], stride=stride, calibrated=calibrated)
+    scores = classifier.probabilities(
+        [text, *leave_each_out(text, found)], stride=stride, calibrated=calibrated
+    )
     best = int(scores[0].argmax())
     effects = scores[0, best] - scores[1:, best]
     return Explanation(
-        classifier.labels[best], float(scores[0, best]), [word.group() for word in found], effects.tolist()
+        classifier.labels[best],
+        float(scores[0, best]),
+        [word.group() for word in found],
+        effects.tolist(),
     )
 
 
@@ -186,7 +191,9 @@ def _article(explanation: Explanation) -> str:
         text, number = escape(_visible(word)), f"{effect:+.2g}"
         if level:
             kind = f"{_side(effect)} level-{level}"
-            words.append(f'<mark class="{kind}" title="{number}"><bdi>{text}</bdi> <small>{number}</small></mark>')
+            words.append(
+                f'<mark class="{kind}" title="{number}"><bdi>{text}</bdi> <small>{number}</small></mark>'
+            )
         else:
             words.append(f'<span title="{number}">{text}</span>')
     heading = f"<h2><bdi>{escape(_visible(explanation.label))}</bdi> {explanation.score:.4f}</h2>"

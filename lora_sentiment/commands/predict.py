@@ -84,13 +84,20 @@ class _Judge:
     def facts(self) -> dict[str, Any]:
         """What decides the new columns, but for the rows."""
         own = {name: value for name, value in vars(self).items() if name != "classifier"}
-        return own | {"model_sha256": self.classifier.sha256, "labels": list(self.classifier.labels)}
+        return own | {
+            "model_sha256": self.classifier.sha256,
+            "labels": list(self.classifier.labels),
+        }
 
     @property
     def types(self) -> dict[str, pa.DataType]:
         """Names of the new columns, the error's last, and their types."""
         scores = [f"score_{name}" for name in self.classifier.labels] if self.all_scores else []
-        types = {"label": pa.string(), **dict.fromkeys(["score", *scores], pa.float64()), "error": pa.string()}
+        types = {
+            "label": pa.string(),
+            **dict.fromkeys(["score", *scores], pa.float64()),
+            "error": pa.string(),
+        }
         return {f"{self.prefix}{name}": kind for name, kind in types.items()}
 
     def columns(self, texts: Sequence[Any], tick: Callable[[int], object]) -> Batch:
@@ -102,7 +109,9 @@ class _Judge:
             for found, error in ((answer.prediction, answer.error) for answer in answers):
                 scores = found.scores if found else dict.fromkeys(self.classifier.labels)
                 every = scores.values() if self.all_scores else ()
-                rows.append([found.label if found else None, found.score if found else None, *every, error])
+                rows.append(
+                    [found.label if found else None, found.score if found else None, *every, error]
+                )
             tick(len(few))
         return dict(zip(self.types, map(list, zip(*rows, strict=True)), strict=True))
 
@@ -172,7 +181,9 @@ class _Parts:
         aside.replace(self.folder / "parts.json")
 
     def write(self, number: int, batch: Batch) -> None:
-        with TableWriter(self.part(number), columns=[*self.own, *self.new], types=self.types) as writer:
+        with TableWriter(
+            self.part(number), columns=[*self.own, *self.new], types=self.types
+        ) as writer:
             writer.write(batch)
 
     def read(self, num_parts: int) -> Iterator[Batch]:
@@ -190,8 +201,13 @@ class _Parts:
 
     def join(self, num_parts: int, *, with_errors: bool) -> None:
         """Make the output of the parts, and remove them."""
-        if json.loads((self.folder / "parts.json").read_text(encoding="utf-8")).get("run") != self.run:
-            raise DataError(f"{self.folder}: another run took these parts over; end it, remove the folder, begin again")
+        if (
+            json.loads((self.folder / "parts.json").read_text(encoding="utf-8")).get("run")
+            != self.run
+        ):
+            raise DataError(
+                f"{self.folder}: another run took these parts over; end it, remove the folder, begin again"
+            )
         columns = [*self.own, *(self.new if with_errors else self.new[:-1])]
         whole = self.table("whole")
         with TableWriter(whole, columns=columns, types=self.types) as writer:
@@ -202,7 +218,11 @@ class _Parts:
 
 
 def predict_lines(
-    classifier: Classifier, lines: Iterable[str], *, stride: int | None = None, calibrated: bool = False
+    classifier: Classifier,
+    lines: Iterable[str],
+    *,
+    stride: int | None = None,
+    calibrated: bool = False,
 ) -> Iterator[Answer]:
     """Answer lines one by one, in their order, reading at most 1,000 ahead.
 
@@ -270,7 +290,9 @@ def predict_file(
     rank, num_processes, wait, share = _join_processes()
     if rows_per_part < 1:
         raise DataError(f"rows_per_part: found {rows_per_part}; it must be at least 1")
-    classifier.probabilities([], stride=stride, calibrated=calibrated)  # refuses them before there is any work to lose
+    classifier.probabilities(
+        [], stride=stride, calibrated=calibrated
+    )  # refuses them before there is any work to lose
     judge = _Judge(classifier, text_column, all_scores, stride, calibrated, prefix)
     with _plain_faults(output), _hold(output, rank, share) as output:
         _check_paths(input, output, resume=resume, overwrite=overwrite)
@@ -284,7 +306,11 @@ def predict_file(
         if rank == 0:
             parts.start(facts)
         wait()
-        batches = read_table(input, encoding=encoding, rows_per_batch=rows_per_part) if num_rows else iter(())
+        batches = (
+            read_table(input, encoding=encoding, rows_per_batch=rows_per_part)
+            if num_rows
+            else iter(())
+        )
         with make_bar(num_rows, desc="predicting", unit="rows", show=progress and rank == 0) as bar:
             num_parts = _fill_parts(judge, parts, batches, rank, num_processes, bar)
         wait()
@@ -297,7 +323,9 @@ def predict_file(
     return Summary(num_rows, labels[None], named, num_parts, time.perf_counter() - start)
 
 
-def _fill_parts(judge: _Judge, parts: _Parts, batches: Iterator[Batch], rank: int, num_processes: int, bar: Any) -> int:
+def _fill_parts(
+    judge: _Judge, parts: _Parts, batches: Iterator[Batch], rank: int, num_processes: int, bar: Any
+) -> int:
     """Write the parts that are this process's and are not there; return the number of all."""
     num_parts = 0
     for batch in batches:
@@ -332,7 +360,11 @@ def _plain_faults(output: Path) -> Iterator[None]:
         fault = f"cannot be used: {error.strerror or error}; check its name, folder and disk"
         raise DataError(f"{error.filename or output}: {fault}") from error
     except DataError as error:
-        text = str(error).replace("data.encoding=", "--encoding ").replace("data.encoding", "--encoding")
+        text = (
+            str(error)
+            .replace("data.encoding=", "--encoding ")
+            .replace("data.encoding", "--encoding")
+        )
         raise DataError(text) from error
 
 
@@ -375,7 +407,9 @@ def _plan_parts(judge: _Judge, input: Path, output: Path, encoding: str) -> _Par
     columns = table_columns(input, encoding=encoding)
     if judge.text_column not in columns:
         hint = did_you_mean(judge.text_column, columns)
-        raise DataError(f"{input}: has no column {judge.text_column!r}; found {columns}{hint or '; name one of them'}")
+        raise DataError(
+            f"{input}: has no column {judge.text_column!r}; found {columns}{hint or '; name one of them'}"
+        )
     if taken := [name for name in judge.types if name in columns]:
         fault = f"already has {', '.join(map(repr, taken))}, the name of a new column"
         raise DataError(f"{input}: {fault}; give --prefix, such as predicted_, for the new ones")
@@ -387,31 +421,43 @@ def _plan_parts(judge: _Judge, input: Path, output: Path, encoding: str) -> _Par
 def _try_rows(judge: _Judge, parts: _Parts, input: Path, encoding: str) -> int:
     """Return the number of rows, having refused what the output cannot hold: the input's values, or new ones."""
     labels = judge.classifier.labels
-    rows = {name: list(labels) if kind == pa.string() else [0.5] * len(labels) for name, kind in judge.types.items()}
+    rows = {
+        name: list(labels) if kind == pa.string() else [0.5] * len(labels)
+        for name, kind in judge.types.items()
+    }
     with TableWriter(parts.output, columns=parts.new, types=parts.types, dry=True) as trial:
         try:
             trial.write(rows)
         except DataError as error:
-            raise DataError(f"a label's name, or --prefix, does not fit the output {error}") from error
+            raise DataError(
+                f"a label's name, or --prefix, does not fit the output {error}"
+            ) from error
     num_rows = 0
     # The widest row that may come of one, since a line has a longest length.
     widest = {pa.string(): max(*labels, "-" * 64, key=len), pa.float64(): 1 / 3e-300}
-    with TableWriter(parts.output, columns=[*parts.own, *parts.new], types=parts.types, dry=True) as trial:
+    with TableWriter(
+        parts.output, columns=[*parts.own, *parts.new], types=parts.types, dry=True
+    ) as trial:
         for batch in read_table(input, encoding=encoding):
             num_rows += (count := len(batch[judge.text_column]))
             try:
-                trial.write(batch | {name: [widest[kind]] * count for name, kind in judge.types.items()})
+                trial.write(
+                    batch | {name: [widest[kind]] * count for name, kind in judge.types.items()}
+                )
             except DataError as error:
                 raise DataError(f"{input}: does not fit the output {error}") from error
     return num_rows
 
 
-def _answer(classifier: Classifier, texts: Sequence[Any], *, stride: int | None, calibrated: bool) -> list[Answer]:
+def _answer(
+    classifier: Classifier, texts: Sequence[Any], *, stride: int | None, calibrated: bool
+) -> list[Answer]:
     faults = [_fault(text, clean=classifier.clean) for text in texts]
     good = [text for text, fault in zip(texts, faults, strict=True) if fault is None]
     found = iter(classifier.predict(good, stride=stride, calibrated=calibrated))
     return [
-        Answer(text, next(found) if fault is None else None, fault) for text, fault in zip(texts, faults, strict=True)
+        Answer(text, next(found) if fault is None else None, fault)
+        for text, fault in zip(texts, faults, strict=True)
     ]
 
 

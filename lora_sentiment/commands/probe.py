@@ -81,7 +81,9 @@ def probe(recipe: Recipe, *, in_use: bool = True) -> Probe:
     rows = numbers["rows"]
     plan = as_it_ran(plan, device=numbers["device"], element_bytes=numbers["element_bytes"])
     estimated = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
-    return Probe(length, rows, numbers["baseline"], numbers["peak"] - numbers["baseline"], estimated.peak)
+    return Probe(
+        length, rows, numbers["baseline"], numbers["peak"] - numbers["baseline"], estimated.peak
+    )
 
 
 def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
@@ -155,9 +157,15 @@ def _make_model(recipe: Recipe, plan: Plan, labels: list[str], device: Any) -> A
     )  # AdaLoRA's pruning lies beyond
     if plan.checkpointing:
         checkpoint_activations(model)
-    reason = "asked for" if recipe.train.engine == "stock" else use_fast_encoder(model, compute_dtype=dtype)
+    reason = (
+        "asked for"
+        if recipe.train.engine == "stock"
+        else use_fast_encoder(model, compute_dtype=dtype)
+    )
     if (reason is None) != plan.fast:
-        raise ModelError(f"the estimate is of the other engine; stock: {reason}; please report this")
+        raise ModelError(
+            f"the estimate is of the other engine; stock: {reason}; please report this"
+        )
     hash_tensors(frozen_tensors(model).items())
     return model
 
@@ -178,7 +186,9 @@ def _warm_up(device: Any) -> None:
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    toy = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=10, dim=16, hidden_dim=16, n_heads=2))
+    toy = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=10, dim=16, hidden_dim=16, n_heads=2)
+    )
     optimizer = torch.optim.AdamW(toy.to(device).parameters(), fused=True)
     ids = torch.ones(2, 8, dtype=torch.int64, device=device)
     toy(input_ids=ids, labels=torch.zeros(2, dtype=torch.int64, device=device)).loss.backward()

@@ -34,7 +34,12 @@ ADAPTER_FILES = SHARED_FILES | {
     "training.png",
     "confusion.png",
 }
-MODEL_FILES = SHARED_FILES | {"config.json", "model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx"}
+MODEL_FILES = SHARED_FILES | {
+    "config.json",
+    "model.safetensors",
+    "onnx/model.onnx",
+    "onnx/model_quantized.onnx",
+}
 _CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _ADVICE = {
     401: "sign in with `hf auth login`, or set HF_TOKEN, with a token that may write",
@@ -66,7 +71,14 @@ class Pushed:
         return asdict(self)
 
 
-def push(folder: Path, name: str, *, private: bool = False, dry_run: bool = False, token: str | None = None) -> Pushed:
+def push(
+    folder: Path,
+    name: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+) -> Pushed:
     """Send an adapter, a merged or an exported model to the Hub, in one commit.
 
     Args:
@@ -92,7 +104,9 @@ def push(folder: Path, name: str, *, private: bool = False, dry_run: bool = Fals
     api = HfApi(token=token)
     if not dry_run:
         _send(api, name, contents, private=private)
-    sizes = [(file, len(c) if isinstance(c, bytes) else c.stat().st_size) for file, c in contents.items()]
+    sizes = [
+        (file, len(c) if isinstance(c, bytes) else c.stat().st_size) for file, c in contents.items()
+    ]
     return Pushed(sizes, readme, f"{api.endpoint}/{name}", _make_notes(name, card, base, readme))
 
 
@@ -100,9 +114,13 @@ def _check_name(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ModelError(f"{name!r} is no name on the Hub: {_one_line(error)}; give OWNER/NAME") from error
+        raise ModelError(
+            f"{name!r} is no name on the Hub: {_one_line(error)}; give OWNER/NAME"
+        ) from error
     if "/" not in name:
-        raise ModelError(f"{name!r} names no owner; give OWNER/NAME, OWNER being you or an organisation")
+        raise ModelError(
+            f"{name!r} names no owner; give OWNER/NAME, OWNER being you or an organisation"
+        )
 
 
 def _read_recorded(folder: Path) -> tuple[dict[str, str], str]:
@@ -121,15 +139,25 @@ def _list_files(folder: Path, known: frozenset[str], recorded: Mapping[str, str]
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     # A folder is sent by its files; one that is linked to is not walked, so it is refused by its own name.
     folders = {str(parent) for name in known for parent in Path(name).parents} - {"."}
-    names = [name for name, path in paths.items() if not (name in folders and path.is_dir() and not path.is_symlink())]
+    names = [
+        name
+        for name, path in paths.items()
+        if not (name in folders and path.is_dir() and not path.is_symlink())
+    ]
     if unknown := [name for name in names if name not in known or not paths[name].is_file()]:
         raise AdapterError(
             f"{folder}: holds {', '.join(unknown)}, which this package did not write and so does not send; move "
             f"{'it' if len(unknown) == 1 else 'them'} elsewhere"
         )
-    decisive = [name for name in names if name.endswith((".safetensors", ".onnx")) or name == "tokenizer.json"]
+    decisive = [
+        name
+        for name in names
+        if name.endswith((".safetensors", ".onnx")) or name == "tokenizer.json"
+    ]
     if loose := [name for name in decisive if name not in recorded and name != PREDICTIONS]:
-        raise AdapterError(f"{folder}: {', '.join(loose)} was put in after it was saved (no hash of it is recorded)")
+        raise AdapterError(
+            f"{folder}: {', '.join(loose)} was put in after it was saved (no hash of it is recorded)"
+        )
     return names
 
 
@@ -151,8 +179,13 @@ def _make_readme(folder: Path, name: str) -> str:
     use = re.compile(rf"""(?P<before>["']|lora-sentiment \w+ )(?:{names})(?=["'\s/])""")
     text = _CODE.sub(lambda block: use.sub(lambda found: found["before"] + name, block[0]), text)
     # This package itself loads folders.
-    for fence, own_use, comment in (("```sh\n", "lora-sentiment", ""), ("```python\n", "import lora_sentiment", "# ")):
-        text = text.replace(fence + own_use, f"{fence}{comment}hf download {name} --local-dir {name}\n{own_use}")
+    for fence, own_use, comment in (
+        ("```sh\n", "lora-sentiment", ""),
+        ("```python\n", "import lora_sentiment", "# "),
+    ):
+        text = text.replace(
+            fence + own_use, f"{fence}{comment}hf download {name} --local-dir {name}\n{own_use}"
+        )
     return text
 
 
@@ -165,7 +198,9 @@ def _make_notes(name: str, card: Card | None, base: str, readme: str) -> list[st
         notes.append(f"the base was a folder of this machine: {who}its path {base} is told")
     source = card.data.config.source if card else ""
     if card and source != bundled.NAME and not is_on_hub(source):
-        notes.append(f"the data were files of this machine: their paths {source} are told, none of their text")
+        notes.append(
+            f"the data were files of this machine: their paths {source} are told, none of their text"
+        )
     return notes
 
 
@@ -187,11 +222,18 @@ def _send(api: HfApi, name: str, contents: Mapping[str, Path | bytes], *, privat
             )
         # Not upload_folder: that may send a folder in several commits, and takes names for patterns.
         operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
-        api.create_commit(name, operations, commit_message="Push from lora_sentiment", parent_commit=found.sha)
+        api.create_commit(
+            name, operations, commit_message="Push from lora_sentiment", parent_commit=found.sha
+        )
     except HfHubHTTPError as error:
         status = error.response.status_code
-        advice = _ADVICE.get(status, "push again later" if status >= 500 else _one_line(error.server_message or error))
-        raise ModelError(f"{name}: the Hub ({api.endpoint}) refused with status {status}: {advice}") from error
+        advice = _ADVICE.get(
+            status,
+            "push again later" if status >= 500 else _one_line(error.server_message or error),
+        )
+        raise ModelError(
+            f"{name}: the Hub ({api.endpoint}) refused with status {status}: {advice}"
+        ) from error
     except OfflineModeIsEnabled as error:
         raise ModelError(f"{name}: offline mode is on; unset HF_HUB_OFFLINE to push") from error
     except NetworkError as error:
@@ -199,7 +241,9 @@ def _send(api: HfApi, name: str, contents: Mapping[str, Path | bytes], *, privat
             f"{name}: cannot reach {api.endpoint} ({_one_line(error)}); check the network, then push again"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: could not be sent to {api.endpoint}: {_one_line(error)}") from error
+        raise ModelError(
+            f"{name}: could not be sent to {api.endpoint}: {_one_line(error)}"
+        ) from error
 
 
 def _one_line(error: object) -> str:

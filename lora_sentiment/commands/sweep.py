@@ -31,7 +31,9 @@ MAX_RUNS = 1000
 """Runs of one grid; a longer one is a slip of the pen."""
 LEFT = ("best", "note")
 """Columns of words."""
-_DIVERGED = re.compile(r"step \d+: the (loss|gradient's norm) is |logits or probabilities: found nan or infinity")
+_DIVERGED = re.compile(
+    r"step \d+: the (loss|gradient's norm) is |logits or probabilities: found nan or infinity"
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
-        return {**asdict(self), "rows": [{**asdict(row), "folder": str(row.folder)} for row in self.rows]}
+        return {
+            **asdict(self),
+            "rows": [{**asdict(row), "folder": str(row.folder)} for row in self.rows],
+        }
 
 
 def sweep(recipe_path: Path, assignments: Sequence[str]) -> Sweep:
@@ -121,13 +126,17 @@ def sweep(recipe_path: Path, assignments: Sequence[str]) -> Sweep:
     """
     if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
         # `train` ends with Accelerate's end_training, which leaves the process group for good.
-        raise RecipeError(f"sweep: found {launched} processes; it runs in one: start it without a launcher")
+        raise RecipeError(
+            f"sweep: found {launched} processes; it runs in one: start it without a launcher"
+        )
     trials = make_trials(recipe_path, assignments)
     # All of them first: what stands in the way of the last run must not show after the others.
     earlier = [_has_ended(trial.run) for trial in trials]
     rows = []
     for number, (trial, ended) in enumerate(zip(trials, earlier, strict=True), start=1):
-        log.info("run %d of %d: %s%s", number, len(trials), trial, " (ran earlier)" if ended else "")
+        log.info(
+            "run %d of %d: %s%s", number, len(trials), trial, " (ran earlier)" if ended else ""
+        )
         if not ended:
             _run(trial.run)
         rows.append(_read_row(trial, earlier=ended))
@@ -156,7 +165,9 @@ def make_trials(recipe_path: Path, assignments: Sequence[str]) -> list[Trial]:
         raise RecipeError(_no_axis(recipe_path, choices))
     num_runs = math.prod(len(choice.values) for choice in choices)
     if num_runs > MAX_RUNS:
-        raise RecipeError(f"the grid has {num_runs:,} combinations; at most {MAX_RUNS:,} are run; leave values out")
+        raise RecipeError(
+            f"the grid has {num_runs:,} combinations; at most {MAX_RUNS:,} are run; leave values out"
+        )
     faults: dict[str, list[str]] = {}
     trials = []
     for picked in itertools.product(*(range(len(choice.values)) for choice in choices)):
@@ -171,7 +182,9 @@ def make_trials(recipe_path: Path, assignments: Sequence[str]) -> list[Trial]:
             for fault in str(error).splitlines():
                 faults.setdefault(fault, []).append(_show_all(values))
     if faults:
-        raise RecipeError("\n".join(_place(fault, where, num_runs) for fault, where in faults.items()))
+        raise RecipeError(
+            "\n".join(_place(fault, where, num_runs) for fault, where in faults.items())
+        )
     _refuse_unlike([trial.recipe for trial in trials])
     return _make_runs(trials)
 
@@ -199,16 +212,24 @@ def _read_choices(assignments: Sequence[str]) -> list[_Choice]:
             value = None  # loading the recipe tells, with every other fault
         # No list of a recipe holds lists or nulls, so one that does holds values of the key.
         is_own = (
-            isinstance(value, list) and not any(v is None or isinstance(v, list) for v in value) and _takes_list(key)
+            isinstance(value, list)
+            and not any(v is None or isinstance(v, list) for v in value)
+            and _takes_list(key)
         )
         if is_own or not isinstance(value, list):
             choices.append(_Choice(key, [value], [text]))
         elif value:
             choices.append(_Choice(key, value, [f"{key}={_show(item)}" for item in value]))
         else:
-            faults.append(f"{key}: found an empty list; give it two values or more, or leave it out")
+            faults.append(
+                f"{key}: found an empty list; give it two values or more, or leave it out"
+            )
     keys = [text.partition("=")[0] for text in assignments]
-    faults += [f"{key}: stands {count} times; give it once" for key, count in Counter(keys).items() if count > 1]
+    faults += [
+        f"{key}: stands {count} times; give it once"
+        for key, count in Counter(keys).items()
+        if count > 1
+    ]
     if faults:
         raise RecipeError("\n".join(faults))
     return choices
@@ -238,7 +259,11 @@ def _alternatives(nodes: Sequence[Any], schema: Mapping[str, Any]) -> Iterator[d
 
 def _no_axis(path: Path, choices: Sequence[_Choice]) -> str:
     lists = [choice.key for choice in choices if isinstance(choice.values[0], list)]
-    hint = f"; to vary {', '.join(lists)}, which takes a list, give a list of lists: [[..], [..]]" if lists else ""
+    hint = (
+        f"; to vary {', '.join(lists)}, which takes a list, give a list of lists: [[..], [..]]"
+        if lists
+        else ""
+    )
     return f"{path}: no key has several values; give one a list, such as 'train.learning_rate=[1e-4, 5e-4]'{hint}"
 
 
@@ -253,9 +278,13 @@ def _place(fault: str, where: list[str], num_runs: int) -> str:
 def _refuse_unlike(recipes: Sequence[Recipe]) -> None:
     """Refuse axes that a choice cannot be made over."""
     if len({recipe.train.metric_for_best_model for recipe in recipes}) > 1:
-        raise RecipeError("train.metric_for_best_model: is no axis; one metric decides which run is best: choose it")
+        raise RecipeError(
+            "train.metric_for_best_model: is no axis; one metric decides which run is best: choose it"
+        )
     if len({(recipe.name, recipe.output.model_dump_json()) for recipe in recipes}) > 1:
-        raise RecipeError("name, output: are no axes; every run gets a folder of its own under <output.dir>.sweep")
+        raise RecipeError(
+            "name, output: are no axes; every run gets a folder of its own under <output.dir>.sweep"
+        )
 
 
 def _make_runs(trials: Sequence[Trial]) -> list[Trial]:
@@ -270,8 +299,14 @@ def _make_runs(trials: Sequence[Trial]) -> list[Trial]:
         run = trial.recipe.model_copy(update={"data": known[asked]})
         facts = json.dumps(run.model_dump(mode="json", exclude={"name", "output"}), sort_keys=True)
         digest = hashlib.sha256(facts.encode()).hexdigest()
-        words = "-".join(f"{key.rsplit('.', 1)[-1]}-{_show(value)}" for key, value in trial.values.items())
-        name = re.sub(r"[^A-Za-z0-9._]+", "-", words.replace("+", ""))[:60].strip("-._") + "-" + digest[:8]
+        words = "-".join(
+            f"{key.rsplit('.', 1)[-1]}-{_show(value)}" for key, value in trial.values.items()
+        )
+        name = (
+            re.sub(r"[^A-Za-z0-9._]+", "-", words.replace("+", ""))[:60].strip("-._")
+            + "-"
+            + digest[:8]
+        )
         folder = trial.recipe.folder.with_name(trial.recipe.folder.name + ".sweep") / name
         run = run.model_copy(update={"name": name, "output": OutputConfig(dir=str(folder))})
         if digest in made:
@@ -315,7 +350,9 @@ def _has_ended(run: Recipe) -> bool:
         ran = Recipe.load(run.folder / "recipe.yaml")
         if ran.model_dump(exclude={"output"}) == run.model_dump(exclude={"output"}):
             return True
-    raise AdapterError(f"{run.folder}: holds something else than this sweep's run; move it away, or delete it")
+    raise AdapterError(
+        f"{run.folder}: holds something else than this sweep's run; move it away, or delete it"
+    )
 
 
 def _diverged_file(run: Recipe) -> Path:
@@ -334,7 +371,9 @@ def _run(recipe: Recipe) -> None:
     if left.exists() and not list_checkpoints(left / FOLDER):
         # Without a checkpoint to go on from, `train` would not go over what may be a finished adapter.
         shutil.rmtree(left)
-    reset_peak_memory(join_launch().device)  # else every report would hold the peak of the runs before it
+    reset_peak_memory(
+        join_launch().device
+    )  # else every report would hold the peak of the runs before it
     try:
         # A choice made on rows that stood in would be one for other data.
         train(recipe.model_copy(update={"offline": "error"}))
@@ -354,12 +393,28 @@ def _read_row(trial: Trial, *, earlier: bool) -> Row:
         return Row(trial.values, folder, None, None, None, None, reason, earlier)
     try:
         report, card = (
-            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("report.json", "card.json")
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("report.json", "card.json")
         )
-        scores, hashed, train = report["validation"], card["data"]["validation_sha256"], report["train"]
-        return Row(trial.values, folder, scores, hashed, train["best_step"], train["seconds"], None, earlier)
+        scores, hashed, train = (
+            report["validation"],
+            card["data"]["validation_sha256"],
+            report["train"],
+        )
+        return Row(
+            trial.values,
+            folder,
+            scores,
+            hashed,
+            train["best_step"],
+            train["seconds"],
+            None,
+            earlier,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{folder}: its figures cannot be read ({error}); delete it to run it again") from error
+        raise AdapterError(
+            f"{folder}: its figures cannot be read ({error}); delete it to run it again"
+        ) from error
 
 
 def _choose(rows: Sequence[Row], metric: str) -> int | None:
@@ -384,11 +439,17 @@ def _make_notes(rows: Sequence[Row], best: int | None, trial: Trial) -> tuple[st
     all_diverged = "every run diverged; lower train.learning_rate, or set model.dtype=float32"
     notes.append(all_diverged if best is None else how)
     if any(row.diverged for row in rows):
-        notes.append(f"a run that diverged is not run again unless {rows[0].folder.parent}/*.diverged.txt is deleted")
+        notes.append(
+            f"a run that diverged is not run again unless {rows[0].folder.parent}/*.diverged.txt is deleted"
+        )
     if len({row.validation_sha256 for row in rows if row.validation_sha256}) > 1:
-        notes.append("the runs were not judged on the same validation rows, so their figures are only roughly alike")
+        notes.append(
+            "the runs were not judged on the same validation rows, so their figures are only roughly alike"
+        )
     if trial.run.data.test_fraction:
-        notes.append("data.test_fraction: no run trained on the test it carves, nor did the choice look at it")
+        notes.append(
+            "data.test_fraction: no run trained on the test it carves, nor did the choice look at it"
+        )
     if best is not None and recipe.folder.exists() and not recipe.output.overwrite:
         notes.append(f"{recipe.folder} exists: set output.overwrite=true or another output.dir")
     return tuple(notes)
@@ -403,11 +464,17 @@ def make_columns(found: Sweep) -> dict[str, list[str]]:
     columns = {"best": ["*" if position == found.best else "" for position in range(len(rows))]}
     columns |= {axis: [_show(row.values[axis]) for row in rows] for axis in found.axes}
     for metric in dict.fromkeys([found.metric, "accuracy", "macro_f1", "log_loss"]):
-        columns[metric] = [show_interval(row.validation[metric]) if row.validation else "" for row in rows]
-    columns["best step"] = [f"{row.best_step:,}" if row.best_step is not None else "" for row in rows]
+        columns[metric] = [
+            show_interval(row.validation[metric]) if row.validation else "" for row in rows
+        ]
+    columns["best step"] = [
+        f"{row.best_step:,}" if row.best_step is not None else "" for row in rows
+    ]
     columns["time"] = [f"{row.seconds:,.0f} s" if row.seconds is not None else "" for row in rows]
     # Up to the row numbers and the advice, which the log and the file hold.
-    reasons = [re.split(r" on the step|; ", row.diverged)[0] if row.diverged else "" for row in rows]
+    reasons = [
+        re.split(r" on the step|; ", row.diverged)[0] if row.diverged else "" for row in rows
+    ]
     columns["note"] = [f"diverged: {reason}" if reason else "" for reason in reasons]
     return {heading: cells for heading, cells in columns.items() if any(cells)}
 
@@ -415,7 +482,12 @@ def make_columns(found: Sweep) -> dict[str, list[str]]:
 def _show(value: Any) -> str:
     """Return a value as YAML on one line, which an override reads back equal."""
     text = yaml.dump(
-        [value], Dumper=Dumper, default_flow_style=True, width=sys.maxsize, sort_keys=False, allow_unicode=True
+        [value],
+        Dumper=Dumper,
+        default_flow_style=True,
+        width=sys.maxsize,
+        sort_keys=False,
+        allow_unicode=True,
     )
     return text.strip()[1:-1]
 

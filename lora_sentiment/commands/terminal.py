@@ -20,10 +20,16 @@ def show_compared(compared: Mapping[str, Any]) -> None:
             if "reason" in found:
                 typer.echo(f"{what:<11} not compared on {rows}: {found['reason']}")
                 continue
-            accuracies = [f"{key.replace('_', ' ')} {found[key]:.4f}" for key in found if key.startswith("accuracy")]
+            accuracies = [
+                f"{key.replace('_', ' ')} {found[key]:.4f}"
+                for key in found
+                if key.startswith("accuracy")
+            ]
             difference = found["max_difference"]
             facts = [
-                "logits that are not finite" if difference is None else f"logits differ by {difference:.2g} at most",
+                "logits that are not finite"
+                if difference is None
+                else f"logits differ by {difference:.2g} at most",
                 f"{found['flips']:,} other labels",
                 *accuracies,
             ]
@@ -39,7 +45,9 @@ def show_scores(scores: Mapping[str, Any]) -> None:
         typer.echo(f"  {metric:<{width}} {show_interval(interval)}")
 
 
-def answer_table(classifier: Any, input: Path, output: Path, *, as_json: bool, **options: Any) -> None:
+def answer_table(
+    classifier: Any, input: Path, output: Path, *, as_json: bool, **options: Any
+) -> None:
     """Label a table and print what was done."""
     from lora_sentiment.commands.predict import predict_file
 
@@ -54,7 +62,9 @@ def answer_table(classifier: Any, input: Path, output: Path, *, as_json: bool, *
     typer.echo(f"{output}: {summary.rows:,} rows ({counted}{bad}) in {summary.seconds:,.1f} s")
 
 
-def answer_lines(classifier: Any, lines: Any, *, all_scores: bool, as_json: bool, **options: Any) -> None:
+def answer_lines(
+    classifier: Any, lines: Any, *, all_scores: bool, as_json: bool, **options: Any
+) -> None:
     """Label texts one after another and print each answer."""
     from lora_sentiment.commands.predict import predict_lines
 
@@ -65,13 +75,27 @@ def answer_lines(classifier: Any, lines: Any, *, all_scores: bool, as_json: bool
             kept = {key: value for key, value in values.items() if key != "scores" or all_scores}
             typer.echo(json.dumps({"text": answer.text, **kept}, ensure_ascii=False))
             continue
-        every = " ".join(f"{name}={score:.4f}" for name, score in found.scores.items()) if found and all_scores else ""
-        cells = [found.label, f"{found.score:.4f}", *filter(None, [every])] if found else ["-", answer.error]
+        every = (
+            " ".join(f"{name}={score:.4f}" for name, score in found.scores.items())
+            if found and all_scores
+            else ""
+        )
+        cells = (
+            [found.label, f"{found.score:.4f}", *filter(None, [every])]
+            if found
+            else ["-", answer.error]
+        )
         typer.echo("\t".join([*cells, " ".join(answer.text.split())]))
 
 
 def explain_lines(
-    classifier: Any, texts: Any, *, html: Path | None, overwrite: bool, as_json: bool, **options: Any
+    classifier: Any,
+    texts: Any,
+    *,
+    html: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Print, or write as a page, what each word of some texts does to their scores.
 
@@ -127,7 +151,13 @@ def refuse_combinations(context: typer.Context) -> None:
     if "html" in given and "explain" not in given:
         raise RecipeError("predict: --html writes explanations; add --explain")
     if {"explain", "all_scores"} <= given:
-        raise RecipeError("predict: --explain shows the likeliest label's score; leave out --all-scores")
+        raise RecipeError(
+            "predict: --explain shows the likeliest label's score; leave out --all-scores"
+        )
     ignored = [*_OF_TABLES, *(() if "html" in given else ("overwrite",))]
-    if "input" not in given and (alone := [f"--{name.replace('_', '-')}" for name in ignored if name in given]):
-        raise RecipeError(f"predict: {', '.join(alone)}: only with --input and --output; name both, or leave it out")
+    if "input" not in given and (
+        alone := [f"--{name.replace('_', '-')}" for name in ignored if name in given]
+    ):
+        raise RecipeError(
+            f"predict: {', '.join(alone)}: only with --input and --output; name both, or leave it out"
+        )

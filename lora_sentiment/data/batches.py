@@ -107,13 +107,21 @@ class TextEncoder:
 
     @classmethod
     def of(
-        cls, tokenizer: "PreTrainedTokenizerFast", *, max_length: int, truncation: Literal["head", "head_tail"]
+        cls,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        max_length: int,
+        truncation: Literal["head", "head_tail"],
     ) -> "TextEncoder":
         """Return the encoder that a transformers tokenizer makes, whose last call's truncation and padding end."""
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        special = (int(tokenizer.cls_token_id), int(tokenizer.sep_token_id), int(tokenizer.pad_token_id))
+        special = (
+            int(tokenizer.cls_token_id),
+            int(tokenizer.sep_token_id),
+            int(tokenizer.pad_token_id),
+        )
         return cls(backend, *special, max_length, truncation)
 
     @property
@@ -123,7 +131,10 @@ class TextEncoder:
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Return every id of each text, without [CLS] and [SEP]."""
-        return [found.ids for found in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [
+            found.ids
+            for found in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        ]
 
     def truncate(self, ids: list[int]) -> list[int]:
         """Return the ids of a text that fit into one input."""
@@ -152,7 +163,10 @@ class TextEncoder:
             kept = keep_ids(self._key(rows), lambda: self._encode_parts(rows, progress=progress))
         if kept is None:
             parts = list(self._encode_parts(rows, progress=progress))
-            kept = np.concatenate([ids for ids, _ in parts]), np.concatenate([whole for _, whole in parts])
+            kept = (
+                np.concatenate([ids for ids, _ in parts]),
+                np.concatenate([whole for _, whole in parts]),
+            )
         input_ids, whole = kept
         offsets = np.concatenate([[0], np.minimum(whole, self.max_length).cumsum()])
         truncated = int((whole > self.max_length).sum())
@@ -168,7 +182,13 @@ class TextEncoder:
 
     def _key(self, rows: Rows) -> str:
         """Return a hash (SHA-256) of all that decides the ids of rows, which their labels do not."""
-        settings = [self.cls_token_id, self.sep_token_id, self.max_length, self.truncation, version("tokenizers")]
+        settings = [
+            self.cls_token_id,
+            self.sep_token_id,
+            self.max_length,
+            self.truncation,
+            version("tokenizers"),
+        ]
         digest = hashlib.sha256(json.dumps([LAYOUT, self.tokenizer.to_str(), *settings]).encode())
         for text in rows.texts:
             digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
@@ -178,14 +198,18 @@ class TextEncoder:
         """Put [CLS] and [SEP] around the ids of one input."""
         return np.array([self.cls_token_id, *ids, self.sep_token_id], dtype=np.int32)
 
-    def pack(self, inputs: Sequence[NDArray[np.int32]], *, labels: NDArray[np.int64] | None = None) -> Encoded:
+    def pack(
+        self, inputs: Sequence[NDArray[np.int32]], *, labels: NDArray[np.int64] | None = None
+    ) -> Encoded:
         """Lay framed inputs out one after another; without labels theirs are -1."""
         offsets = np.cumsum([0, *map(len, inputs)], dtype=np.int64)
         found = np.full(len(inputs), -1, dtype=np.int64) if labels is None else labels
         return Encoded(np.concatenate(inputs), offsets, found, 0, self.pad_token_id)
 
 
-def plan_epoch(lengths: NDArray[np.int64], *, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+def plan_epoch(
+    lengths: NDArray[np.int64], *, batch_size: int, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
     """Return the rows of each optimizer step of one epoch, every row once.
 
     Rows are shuffled, sorted by length within windows of BUCKET_STEPS steps, cut into steps, and the steps shuffled:
@@ -201,7 +225,9 @@ def plan_epoch(lengths: NDArray[np.int64], *, batch_size: int, seed: int, epoch:
     return [steps[i] for i in generator.permutation(len(steps))]
 
 
-def cut(index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
+def cut(
+    index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int
+) -> list[NDArray[np.int64]]:
     """Cut rows into micro-batches of at most `max_tokens` padded tokens, longest first.
 
     A single row longer than that is a micro-batch of its own.
@@ -215,7 +241,9 @@ def cut(index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int
     return parts
 
 
-def shard(index: NDArray[np.int64], lengths: NDArray[np.int64], *, rank: int, num_processes: int) -> NDArray[np.int64]:
+def shard(
+    index: NDArray[np.int64], lengths: NDArray[np.int64], *, rank: int, num_processes: int
+) -> NDArray[np.int64]:
     """Return one process's share of rows: dealt in order of length, so that all get like work."""
     return index[np.argsort(lengths[index], kind="stable")][rank::num_processes]
 
@@ -241,14 +269,24 @@ def pad(
         longest = next((length for length in to if length >= longest), longest)
     input_ids = np.full((len(index), longest), encoded.pad_token_id, dtype=np.int64)
     for row, i in enumerate(index):
-        input_ids[row, : lengths[row]] = encoded.input_ids[encoded.offsets[i] : encoded.offsets[i + 1]]
+        input_ids[row, : lengths[row]] = encoded.input_ids[
+            encoded.offsets[i] : encoded.offsets[i + 1]
+        ]
     let_go(encoded.input_ids.base)
-    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64) if lengths.min() < longest else None
+    mask = (
+        (np.arange(longest) < lengths[:, None]).astype(np.int64)
+        if lengths.min() < longest
+        else None
+    )
     return input_ids, mask
 
 
 def make_batch(
-    encoded: Encoded, index: NDArray[np.int64], *, device: "torch.device", lengths: Sequence[int] | None = None
+    encoded: Encoded,
+    index: NDArray[np.int64],
+    *,
+    device: "torch.device",
+    lengths: Sequence[int] | None = None,
 ) -> Batch:
     """Pad rows to the longest among them, or to the next of `lengths`, and move them to a device."""
     import torch
@@ -256,7 +294,9 @@ def make_batch(
     def move(values: NDArray[np.int64]) -> torch.Tensor:
         tensor = torch.from_numpy(values)
         # From other memory a copy to a GPU may wait for all that the GPU was given before.
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(
+            device, non_blocking=True
+        )
 
     input_ids, mask = pad(encoded, index, to=lengths)
     return Batch(

@@ -59,12 +59,18 @@ def keep_ids(key: str, make: Callable[[], Iterator[Part]]) -> Part | None:
         aside.mkdir(parents=True, mode=0o700)
         _remove_old(place.parent)
         _write(aside, make())
-        if before is not None and _identity(place) == before:  # else another process made it again meanwhile
+        if (
+            before is not None and _identity(place) == before
+        ):  # else another process made it again meanwhile
             place.rename(damaged)
         take_place(aside, place)
     except OSError as error:
         if _identity(place) in (None, before):  # else another process was quicker
-            log.warning("token ids cannot be kept in %s (%s): they stay in memory", place.parent, error.strerror)
+            log.warning(
+                "token ids cannot be kept in %s (%s): they stay in memory",
+                place.parent,
+                error.strerror,
+            )
             return None
     finally:
         for left in (aside, damaged):

@@ -18,8 +18,15 @@ from lora_sentiment.errors import DataError, show
 
 Batch = dict[str, list[Any]]
 """Rows as whole columns: name to values."""
-MAX_CHARACTERS = 10_000_000  # of a line and of a csv field: else one unclosed quote swallows a file whole
-ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1")  # the likeliest first; latin-1 decodes every file
+MAX_CHARACTERS = (
+    10_000_000  # of a line and of a csv field: else one unclosed quote swallows a file whole
+)
+ENCODINGS = (
+    "utf-8",
+    "utf-16",
+    "cp1252",
+    "latin-1",
+)  # the likeliest first; latin-1 decodes every file
 
 _CSV_FAULTS = {
     "unexpected end of data": "a quote opened in this row is never closed; close it",
@@ -59,7 +66,9 @@ class _Lines:
         while line := self.file.readline(MAX_CHARACTERS + 1):
             self.number += 1
             if len(line) > MAX_CHARACTERS:
-                raise DataError(f"{self.path}: line {self.number} is longer than {MAX_CHARACTERS:,} characters; cut it")
+                raise DataError(
+                    f"{self.path}: line {self.number} is longer than {MAX_CHARACTERS:,} characters; cut it"
+                )
             if "\0" in line:
                 fault = "holds a NUL character; remove it, or set data.encoding=utf-16-le or utf-16-be if it is that"
                 raise DataError(f"{self.path}: line {self.number} {fault}")
@@ -70,10 +79,14 @@ class _Lines:
 
     def fault(self, row: int, text: str, *, line: int | None = None) -> DataError:
         """Returns the error of a row, 0 being the header, that begins at `line`, by default the last one read."""
-        return DataError(f"{self.path}: {f'row {row}' if row else 'the header'} (line {line or self.number}): {text}")
+        return DataError(
+            f"{self.path}: {f'row {row}' if row else 'the header'} (line {line or self.number}): {text}"
+        )
 
 
-def _delimited_rows(lines: _Lines, records: Iterator[list[str]], advice: str) -> Iterator[list[Any]]:
+def _delimited_rows(
+    lines: _Lines, records: Iterator[list[str]], advice: str
+) -> Iterator[list[Any]]:
     columns: list[str] = []
     row = -1  # so that the header is row 0
     while True:
@@ -81,8 +94,14 @@ def _delimited_rows(lines: _Lines, records: Iterator[list[str]], advice: str) ->
         try:
             fields = next(records, None)
         except csv.Error as error:
-            fault = next((text for key, text in _CSV_FAULTS.items() if key in str(error)), str(error))
-            fault += "" if columns else "; or separate fields by commas, if semicolons or tabs do it here"
+            fault = next(
+                (text for key, text in _CSV_FAULTS.items() if key in str(error)), str(error)
+            )
+            fault += (
+                ""
+                if columns
+                else "; or separate fields by commas, if semicolons or tabs do it here"
+            )
             raise lines.fault(row + 1, fault, line=line) from error
         if fields is None:
             return
@@ -102,14 +121,18 @@ def _delimited_rows(lines: _Lines, records: Iterator[list[str]], advice: str) ->
 def csv_rows(lines: _Lines) -> Iterator[list[Any]]:
     """Yields the columns and then each row, by RFC 4180."""
     csv.field_size_limit(MAX_CHARACTERS)  # the csv module has one limit for the whole process
-    return _delimited_rows(lines, csv.reader(lines, strict=True), "quote a field that holds a comma or a newline")
+    return _delimited_rows(
+        lines, csv.reader(lines, strict=True), "quote a field that holds a comma or a newline"
+    )
 
 
 def tsv_rows(lines: _Lines) -> Iterator[list[Any]]:
     """Yields the columns and then each row; a quote is a character like any other."""
     texts = (line.removesuffix("\n").removesuffix("\r") for line in lines)
     records = (text.split("\t") if text else [] for text in texts)
-    return _delimited_rows(lines, records, "a tab always ends a field, quoted or not: make one inside a text a space")
+    return _delimited_rows(
+        lines, records, "a tab always ends a field, quoted or not: make one inside a text a space"
+    )
 
 
 def _make_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -131,11 +154,15 @@ def jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
             record = json.loads(line.rstrip("\r\n"), object_pairs_hook=_make_record)
             if not isinstance(record, dict):
                 raise ValueError(f"found a {type(record).__name__}")
-            if "\\u" in line:  # an escape can name half of a surrogate pair, which no tokenizer and no file takes
+            if (
+                "\\u" in line
+            ):  # an escape can name half of a surrogate pair, which no tokenizer and no file takes
                 json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             fault = f"no JSON object: {error}".replace(": line 1 column", " at column")
-            raise lines.fault(row, fault + '; each line must hold one, as {"text": "fine", "label": 1}') from error
+            raise lines.fault(
+                row, fault + '; each line must hold one, as {"text": "fine", "label": 1}'
+            ) from error
         if not columns:
             columns = list(record)
             check_columns(columns, lines.path)
@@ -157,7 +184,9 @@ def _as_text(value: object, forbidden: str = "") -> str:
     return text
 
 
-def _fields(values: Sequence[Any], columns: Sequence[str], make_field: Callable[[Any], str]) -> list[str]:
+def _fields(
+    values: Sequence[Any], columns: Sequence[str], make_field: Callable[[Any], str]
+) -> list[str]:
     fields = []
     for name, value in zip(columns, values, strict=True):
         try:
@@ -170,7 +199,10 @@ def _fields(values: Sequence[Any], columns: Sequence[str], make_field: Callable[
 def csv_line(values: Sequence[Any], columns: Sequence[str]) -> str:
     """Returns a row as csv; raises ValueError where a value cannot be written."""
     fields = _fields(values, columns, partial(_as_text, forbidden="\0"))
-    quoted = ['"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text for text in fields]
+    quoted = [
+        '"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text
+        for text in fields
+    ]
     return (",".join(quoted) or '""') + "\n"  # other readers skip a blank line
 
 
@@ -190,11 +222,15 @@ def _open(path: Path, *, gzipped: bool) -> io.BufferedReader | gzip.GzipFile:
     return gzip.GzipFile(path) if gzipped else path.open("rb")
 
 
-def _decode(file: io.BufferedReader | gzip.GzipFile, *, path: Path, encoding: str) -> io.TextIOWrapper:
+def _decode(
+    file: io.BufferedReader | gzip.GzipFile, *, path: Path, encoding: str
+) -> io.TextIOWrapper:
     if file.peek(2)[:2] == b"\x1f\x8b":
         raise DataError(f"{path}: is gzip, which its name must tell; end it in .gz")
     if file.peek(4)[:4] == b"PK\x03\x04":
-        raise DataError(f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV UTF-8")
+        raise DataError(
+            f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV UTF-8"
+        )
     try:
         codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
         # Only "\n" ends a line here: Python's other line ends, such as U+0085, are characters of real texts.
@@ -210,7 +246,10 @@ def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
     end, line, chunk = 0, 1, b"-"
     with _open(path, gzipped=gzipped) as file:
         # Without its mark, nearly every file of even length decodes as UTF-16, into nonsense.
-        if encoding == "utf-16" and file.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if encoding == "utf-16" and file.peek(2)[:2] not in (
+            codecs.BOM_UTF16_LE,
+            codecs.BOM_UTF16_BE,
+        ):
             return "it has no byte order mark"
         while chunk:
             chunk = file.read(1 << 20)
@@ -218,7 +257,9 @@ def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                start = end - len(error.object) + error.start  # the object may begin with bytes of the chunk before
+                start = (
+                    end - len(error.object) + error.start
+                )  # the object may begin with bytes of the chunk before
                 line += error.object[: error.start].count(b"\n")
                 return f"byte 0x{error.object[error.start]:02x} at offset {start} (line {line})"
             except UnicodeError as error:
@@ -238,16 +279,27 @@ class TextFormat(NamedTuple):
     def read(self, path: Path, encoding: str, rows_per_batch: int) -> Iterator[Batch]:
         """Yields the batches of a file; raises DataError for what it cannot hold."""
         try:
-            with _open(path, gzipped=self.gzipped) as file, _decode(file, path=path, encoding=encoding) as text:
+            with (
+                _open(path, gzipped=self.gzipped) as file,
+                _decode(file, path=path, encoding=encoding) as text,
+            ):
                 rows = self.parse(_Lines(text, path))
                 columns = next(rows, None)
                 if columns is None:
-                    raise DataError(f"{path}: is empty; a table needs a header (csv, tsv) or a row (jsonl)")
+                    raise DataError(
+                        f"{path}: is empty; a table needs a header (csv, tsv) or a row (jsonl)"
+                    )
                 chunks = iter(lambda: list(islice(rows, rows_per_batch)), [])
                 for chunk in chain([next(chunks, [])], chunks):
-                    yield {name: [row[place] for row in chunk] for place, name in enumerate(columns)}
+                    yield {
+                        name: [row[place] for row in chunk] for place, name in enumerate(columns)
+                    }
         except UnicodeError as error:
             bad = _bad_byte(path, encoding=encoding, gzipped=self.gzipped)
-            fits = [name for name in ENCODINGS if not _bad_byte(path, encoding=name, gzipped=self.gzipped)]
+            fits = [
+                name
+                for name in ENCODINGS
+                if not _bad_byte(path, encoding=name, gzipped=self.gzipped)
+            ]
             fault = f"is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}: set data.encoding={fits[0]}"
             raise DataError(f"{path}: {fault}") from error

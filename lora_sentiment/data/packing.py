@@ -73,7 +73,9 @@ class PackPlan:
         raise ValueError(f"{needed} tokens do not fit into {self.sizes[-1]}")
 
 
-def choose_sizes(needed: NDArray[np.int64], *, limit: int = MAX_SIZES, multiple: int = 8) -> tuple[int, ...]:
+def choose_sizes(
+    needed: NDArray[np.int64], *, limit: int = MAX_SIZES, multiple: int = 8
+) -> tuple[int, ...]:
     """Return at most `limit` sizes, ascending, such that rounding up to them adds the fewest tokens in total.
 
     Args:
@@ -144,7 +146,9 @@ def plan_packing(
     return PackPlan(sizes, num_rows, max(1, math.ceil(int(gaps.max()) / max_length)), max_length)
 
 
-def cut_packed(index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
+def cut_packed(
+    index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int
+) -> list[NDArray[np.int64]]:
     """Cut rows into few micro-batches of at most `max_tokens` tokens that keep their order, of like size.
 
     A single row longer than that is a micro-batch of its own.
@@ -216,7 +220,9 @@ def pack_rows(
     num_tokens = sum(len(row) for row in rows)
     left = size - num_tokens - missing
     if missing < 0 or left < 0 or left > num_spare * max_length:
-        raise ValueError(f"{len(rows)} rows of {num_tokens} tokens do not fit into {num_rows} rows of {size}")
+        raise ValueError(
+            f"{len(rows)} rows of {num_tokens} tokens do not fit into {num_rows} rows of {size}"
+        )
     lengths = np.ones(num_rows + num_spare, dtype=np.int32)
     lengths[: len(rows)] = [len(row) for row in rows]
     spare = np.arange(num_spare) * max_length

@@ -74,12 +74,17 @@ class RoleReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as report.json holds them."""
-        reading: dict[str, Any] = {"carved_from": "train"} if self.read is None else _reading(self.read)
+        reading: dict[str, Any] = (
+            {"carved_from": "train"} if self.read is None else _reading(self.read)
+        )
         return {
             **reading,
             "rows": self.rows,
             "labels": self.labels,
-            "duplicates": {"same_label": self.same_label.as_dict(), "other_label": self.other_label.as_dict()},
+            "duplicates": {
+                "same_label": self.same_label.as_dict(),
+                "other_label": self.other_label.as_dict(),
+            },
             **({} if self.seen is None else {"seen": self.seen.as_dict()}),
             "tokens": {
                 "tokens": self.tokens,
@@ -104,7 +109,10 @@ class DataReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as report.json holds them, by role."""
-        hidden = {role: {"read": rows, "rows": 0, "unlabelled": rows} for role, rows in self.unlabelled.items()}
+        hidden = {
+            role: {"read": rows, "rows": 0, "unlabelled": rows}
+            for role, rows in self.unlabelled.items()
+        }
         return {role: found.as_dict() for role, found in self.roles.items()} | hidden
 
     def to_lines(self, roles: Sequence[str] | None = None) -> list[str]:
@@ -113,13 +121,18 @@ class DataReport:
         Args:
             roles: Which roles; all by default.
         """
-        shown = {role: found for role, found in self.roles.items() if roles is None or role in roles}
+        shown = {
+            role: found for role, found in self.roles.items() if roles is None or role in roles
+        }
         lines = _table(shown) if shown else []
         for role, found in shown.items():
             lines += [f"{role}: {note}" for note in _notes(found)]
-        hidden = {role: rows for role, rows in self.unlabelled.items() if roles is None or role in roles}
+        hidden = {
+            role: rows for role, rows in self.unlabelled.items() if roles is None or role in roles
+        }
         return lines + [
-            f"{role}: {rows:,} rows without labels (all are -1): not judged" for role, rows in hidden.items()
+            f"{role}: {rows:,} rows without labels (all are -1): not judged"
+            for role, rows in hidden.items()
         ]
 
 
@@ -156,7 +169,10 @@ def describe_role(
         seen=seen,
         max_length=max_length,
         lengths={
-            **{f"{share:.0%}": int(length) for share, length in zip(QUANTILES, quantiles, strict=True)},
+            **{
+                f"{share:.0%}": int(length)
+                for share, length in zip(QUANTILES, quantiles, strict=True)
+            },
             "longest": int(lengths.max()),
         },
         tokens=int(encoded.offsets[-1]),
@@ -209,24 +225,39 @@ def _table(roles: Mapping[str, RoleReport]) -> list[str]:
         lines[f"  {name}"] = [f"{role.labels[name]:,}" for role in found]
     if len(names) > SHOWN_LABELS:
         counts = [[role.labels[name] for name in names[SHOWN_LABELS:]] for role in found]
-        lines[f"  {len(names) - SHOWN_LABELS} more, each"] = [f"{min(own):,} to {max(own):,}" for own in counts]
+        lines[f"  {len(names) - SHOWN_LABELS} more, each"] = [
+            f"{min(own):,} to {max(own):,}" for own in counts
+        ]
     for quantile in found[0].lengths:
         lines[f"tokens, {quantile}"] = [f"{role.lengths[quantile]:,}" for role in found]
-    lines[f"cut at {found[0].max_length} tokens"] = [f"{role.truncated / role.rows:.1%}" for role in found]
+    lines[f"cut at {found[0].max_length} tokens"] = [
+        f"{role.truncated / role.rows:.1%}" for role in found
+    ]
     lines["twice, same label"] = [f"{role.same_label.rows:,}" for role in found]
     lines["twice, other label"] = [f"{role.other_label.rows:,}" for role in found]
-    lines["text seen in training"] = ["-" if role.seen is None else f"{role.seen.rows:,}" for role in found]
+    lines["text seen in training"] = [
+        "-" if role.seen is None else f"{role.seen.rows:,}" for role in found
+    ]
     left, width = max(map(len, lines)), max(len(cell) for cells in lines.values() for cell in cells)
-    return [f"{heading:<{left}}" + "".join(f"  {cell:>{width}}" for cell in cells) for heading, cells in lines.items()]
+    return [
+        f"{heading:<{left}}" + "".join(f"  {cell:>{width}}" for cell in cells)
+        for heading, cells in lines.items()
+    ]
 
 
 def _notes(role: RoleReport) -> list[str]:
     """Say of one role what a table of counts cannot."""
     notes = []
     if role.read:
-        notes += [f"{kind}, DROPPED: {Found.of(numbers)}" for kind, numbers in role.read.dropped.items()]
+        notes += [
+            f"{kind}, DROPPED: {Found.of(numbers)}" for kind, numbers in role.read.dropped.items()
+        ]
         cleaned = [f"{count:,} {rule}" for rule, count in role.read.cleaned.items() if count]
-        notes += [f"rows read {role.read.read:,}, of which cleaned: {', '.join(cleaned)}"] if cleaned else []
+        notes += (
+            [f"rows read {role.read.read:,}, of which cleaned: {', '.join(cleaned)}"]
+            if cleaned
+            else []
+        )
     if role.other_label.rows:
         notes.append(f"text stands earlier under another label: {role.other_label}")
     if role.seen and role.seen.rows:

@@ -37,7 +37,11 @@ class Rows:
 
     def take(self, index: NDArray[np.int64]) -> "Rows":
         """Return the rows at these positions, in this order."""
-        texts = self.texts.take(index) if isinstance(self.texts, Texts) else [self.texts[i] for i in index]
+        texts = (
+            self.texts.take(index)
+            if isinstance(self.texts, Texts)
+            else [self.texts[i] for i in index]
+        )
         return Rows(texts, self.labels[index], self.numbers[index])
 
     @cached_property
@@ -61,7 +65,9 @@ class Rows:
 
 def digest_text(text: str) -> int:
     """Return 64 bits that stand for a text (BLAKE2b): that any two of a million share them has a chance of 3e-8."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    )
 
 
 @dataclass
@@ -117,7 +123,9 @@ def load_data(config: DataConfig) -> Data:
     """
     source = find_source(config)
     check_files(config, source)
-    rows, names, train_counts = _load_split(config, source, "train", config.labels, config.max_train_rows)
+    rows, names, train_counts = _load_split(
+        config, source, "train", config.labels, config.max_train_rows
+    )
     if len(set(rows.labels.tolist())) < 2:
         raise DataError(
             f"{source.where('train')}: every row has the label {show(names[rows.labels[0]])}; a classifier needs two"
@@ -125,16 +133,29 @@ def load_data(config: DataConfig) -> Data:
     counts = {"train": train_counts}
     carved_test = None
     if config.test_fraction and not source.judged:
-        rows, carved_test = carve(rows, names, fraction=config.test_fraction, seed=config.split_seed + 1)
+        rows, carved_test = carve(
+            rows, names, fraction=config.test_fraction, seed=config.split_seed + 1
+        )
         carved_test = sample(carved_test, num_rows=config.max_test_rows, seed=config.split_seed)
     if "validation" in source.roles:
         validation, _, counts["validation"] = _load_split(config, source, "validation", names, None)
     else:
-        rows, validation = carve(rows, names, fraction=config.validation_fraction, seed=config.split_seed)
-    return Data(names, train=rows, validation=validation, judged=source.judged, carved_test=carved_test, counts=counts)
+        rows, validation = carve(
+            rows, names, fraction=config.validation_fraction, seed=config.split_seed
+        )
+    return Data(
+        names,
+        train=rows,
+        validation=validation,
+        judged=source.judged,
+        carved_test=carved_test,
+        counts=counts,
+    )
 
 
-def load_judged(config: DataConfig, *, role: str, labels: tuple[str, ...]) -> tuple[Rows | None, Counts]:
+def load_judged(
+    config: DataConfig, *, role: str, labels: tuple[str, ...]
+) -> tuple[Rows | None, Counts]:
     """Read the rows of a role that is judged at the end; None where all their labels are -1, hidden as GLUE does.
 
     Args:
@@ -165,11 +186,15 @@ def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tup
     Raises:
         DataError: As `load_data`, and if the data set has no such split.
     """
-    source = find_source(config.model_copy(update={"splits": {split: split} if is_on_hub(config.source) else None}))
+    source = find_source(
+        config.model_copy(update={"splits": {split: split} if is_on_hub(config.source) else None})
+    )
     # Files named alone have one role, whatever they are.
     role = split if len(source.roles) > 1 else source.roles[0]
     if role not in source.roles:
-        raise DataError(f"split: found {show(split)}; {config.source!r} has {', '.join(source.roles)}")
+        raise DataError(
+            f"split: found {show(split)}; {config.source!r} has {', '.join(source.roles)}"
+        )
     check_files(config, source)
     rows, _, counts = _load_split(config, source, role, labels, None)
     return rows, counts
@@ -213,7 +238,11 @@ def carve(rows: Rows, names: Sequence[str], *, fraction: float, seed: int) -> tu
 
 
 def _load_split(
-    config: DataConfig, source: Source, role: str, labels: tuple[str, ...] | None, max_rows: int | None
+    config: DataConfig,
+    source: Source,
+    role: str,
+    labels: tuple[str, ...] | None,
+    max_rows: int | None,
 ) -> tuple[Rows, tuple[str, ...], Counts]:
     return _make_rows(config, _read(config, source, role), source.where(role), labels, max_rows)
 
@@ -249,14 +278,20 @@ def _read(config: DataConfig, source: Source, role: str) -> _Read:
             if fault := _text_fault(text):
                 faults[position] = fault
             texts.write("" if fault else text)
-        values += [one.setdefault((type(v), v), v) if isinstance(v, (str, int)) else v for v in some_values]
+        values += [
+            one.setdefault((type(v), v), v) if isinstance(v, (str, int)) else v for v in some_values
+        ]
     if not values:
         raise DataError(f"{source.where(role)}: has no rows; name another file or split")
     return _Read(texts.finish(), faults, values, names, cleaned)
 
 
 def _make_rows(
-    config: DataConfig, read: _Read, where: str, labels: tuple[str, ...] | None, max_rows: int | None
+    config: DataConfig,
+    read: _Read,
+    where: str,
+    labels: tuple[str, ...] | None,
+    max_rows: int | None,
 ) -> tuple[Rows, tuple[str, ...], Counts]:
     """Make rows of a whole split: map its labels, drop or refuse bad rows, sample."""
     values = read.values
@@ -301,7 +336,9 @@ def sample(rows: Rows, *, num_rows: int | None, seed: int) -> Rows:
     return rows.take(np.sort(taken))
 
 
-def _rename(values: list[Any], own: tuple[str, ...], names: tuple[str, ...], where: str) -> list[Any]:
+def _rename(
+    values: list[Any], own: tuple[str, ...], names: tuple[str, ...], where: str
+) -> list[Any]:
     """Turn integers under a data set's own names into ours: by name, or by position where all names are new."""
     if set(own) <= set(names):
         return [own[v] if isinstance(v, int) and 0 <= v < len(own) else v for v in values]
@@ -318,7 +355,9 @@ def _map_labels(
 ) -> tuple[tuple[str, ...], list[int | None]]:
     """Return the label names, and each value's index or None where it has none."""
     present = {
-        value for value in values if isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
+        value
+        for value in values
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
     }
     if names is None:
         _refuse_decimals(present, where)
@@ -333,11 +372,15 @@ def _map_labels(
             )
     index: dict[Any, int] = {name: i for i, name in enumerate(names)}
     integer = re.compile(r"-?\d+")
-    if not any(map(integer.fullmatch, names)) and all(integer.fullmatch(str(value)) for value in present):
+    if not any(map(integer.fullmatch, names)) and all(
+        integer.fullmatch(str(value)) for value in present
+    ):
         # Integers against names given in order: 0 is the first name, 1 the second.
         index = {text: i for i in range(len(names)) for text in (str(i), i)}
     return names, [
-        index.get(v, index.get(str(v))) if isinstance(v, (str, int)) and not isinstance(v, bool) else None
+        index.get(v, index.get(str(v)))
+        if isinstance(v, (str, int)) and not isinstance(v, bool)
+        else None
         for v in values
     ]
 
@@ -345,7 +388,9 @@ def _map_labels(
 def _refuse_decimals(present: set[str | int], where: str) -> None:
     """Refuse scores, and integers that a table program wrote as 1.0: as names they would silently be classes."""
     found = sorted(str(value) for value in present)
-    decimals = [text for text in found if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?", text)]
+    decimals = [
+        text for text in found if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?", text)
+    ]
     if decimals and all(text in decimals or re.fullmatch(r"-?\d+", text) for text in found):
         raise DataError(
             f"{where}: the labels are decimal numbers, such as {decimals[0]}; a class is an integer or a name: write "
@@ -377,7 +422,11 @@ def _label_fault(label: int | None, value: Any, names: tuple[str, ...]) -> tuple
     if label is None:
         cut = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:8]]
         shown = ", ".join(cut) + (", ..." if len(names) > 8 else "")
-        kind = f"label is {type(value).__name__}" if not isinstance(value, (str, int)) else "label is unknown"
+        kind = (
+            f"label is {type(value).__name__}"
+            if not isinstance(value, (str, int))
+            else "label is unknown"
+        )
         return kind, f"label {show(value)} is none of {shown}"
     return None
 
@@ -389,5 +438,9 @@ def _bad_rows(where: str, dropped: dict[str, list[int]]) -> str:
     ]
     more = len(dropped) - len(lines)
     return "\n".join(
-        [*lines, *([f"... and {more} more kinds"] if more else []), "mend them, or set data.on_bad_row=drop"]
+        [
+            *lines,
+            *([f"... and {more} more kinds"] if more else []),
+            "mend them, or set data.on_bad_row=drop",
+        ]
     )

@@ -41,7 +41,11 @@ class Source:
 
     def where(self, role: str) -> str:
         """Return what messages call the rows of a role: the data set and split, or the files."""
-        return f"{self.hub} [{self.hub_splits[role]}]" if self.hub else ", ".join(map(str, self.files[role]))
+        return (
+            f"{self.hub} [{self.hub_splits[role]}]"
+            if self.hub
+            else ", ".join(map(str, self.files[role]))
+        )
 
 
 def find_source(config: DataConfig) -> Source:
@@ -54,8 +58,12 @@ def find_source(config: DataConfig) -> Source:
         return Source({}, _hub_splits(config), hub=str(config.source))
     for key in ("splits", "config", "revision"):
         if getattr(config, key) is not None:
-            instead = "; files by role are data.source={train: .., test: ..}" if key == "splits" else ""
-            raise DataError(f"data.{key}: found {getattr(config, key)!r}, but {config.source!r} are files{instead}")
+            instead = (
+                "; files by role are data.source={train: .., test: ..}" if key == "splits" else ""
+            )
+            raise DataError(
+                f"data.{key}: found {getattr(config, key)!r}, but {config.source!r} are files{instead}"
+            )
     if isinstance(config.source, dict):
         return Source({role: _files(pattern) for role, pattern in config.source.items()}, {})
     if config.source == bundled.NAME:
@@ -83,7 +91,11 @@ _HUB_PAGE = re.compile(
 def _files(pattern: str) -> list[Path]:
     if re.match(r"[A-Za-z][\w+.-]*://|huggingface\.co/", pattern):
         page = _HUB_PAGE.match(pattern)
-        instead = f"name the data set: data.source={page[1]}" if page else "download the file and name it here"
+        instead = (
+            f"name the data set: data.source={page[1]}"
+            if page
+            else "download the file and name it here"
+        )
         raise DataError(f"data.source {show(pattern)}: addresses are not read; {instead}")
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises where there is no such user
     # Not Path.glob, which refuses absolute patterns.
@@ -106,7 +118,12 @@ def _hub_splits(config: DataConfig) -> dict[str, str]:
     from datasets import get_dataset_split_names
 
     with _ExplainHub(config):
-        found = [str(name) for name in get_dataset_split_names(config.source, config.config, revision=config.revision)]
+        found = [
+            str(name)
+            for name in get_dataset_split_names(
+                config.source, config.config, revision=config.revision
+            )
+        ]
     if config.splits is None and "train" not in found:
         raise DataError(
             f"data.source {config.source!r} has the splits {', '.join(found)}; training needs 'train', or name it: "
@@ -135,9 +152,13 @@ class _ExplainHub:
         from httpx2 import HTTPError
         from yaml import YAMLError
 
-        if isinstance(error, (OSError, ValueError, HTTPError, DatasetsError, RuntimeError, YAMLError)):
+        if isinstance(
+            error, (OSError, ValueError, HTTPError, DatasetsError, RuntimeError, YAMLError)
+        ):
             name = str(self.config.source)
-            refusal = explain_refusal(key="data.source", name=name, kind="dataset", revision=self.config.revision)
+            refusal = explain_refusal(
+                key="data.source", name=name, kind="dataset", revision=self.config.revision
+            )
             raise DataError(refusal or f"data.source {name!r}: {_describe(error)}") from error
 
 
@@ -162,11 +183,15 @@ Columns = Iterator[tuple[list[Any], list[Any]]]
 """Texts and label values, some rows at a time."""
 
 
-def read_columns(config: DataConfig, source: Source, role: str) -> tuple[Columns, tuple[str, ...] | None]:
+def read_columns(
+    config: DataConfig, source: Source, role: str
+) -> tuple[Columns, tuple[str, ...] | None]:
     """Return the text and label columns of a role's rows, and the label names that the source itself states."""
     if source.hub:
         return _read_hub(config, source.hub_splits[role])
-    batches = (batch for path in source.files[role] for batch in read_table(path, encoding=config.encoding))
+    batches = (
+        batch for path in source.files[role] for batch in read_table(path, encoding=config.encoding)
+    )
     return ((batch[config.text_column], batch[config.label_column]) for batch in batches), None
 
 
@@ -180,7 +205,9 @@ def _read_hub(config: DataConfig, split: str) -> tuple[Columns, tuple[str, ...] 
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
     columns = [config.text_column, config.label_column]
     batches = table.select_columns(columns).with_format("arrow").iter(_HUB_ROWS)
-    return ((batch[columns[0]].to_pylist(), batch[columns[1]].to_pylist()) for batch in batches), names
+    return (
+        (batch[columns[0]].to_pylist(), batch[columns[1]].to_pylist()) for batch in batches
+    ), names
 
 
 _MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -193,11 +220,17 @@ def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> No
         if wanted not in columns:
             hint = did_you_mean(wanted, list(columns))
             # Without a header, the first row of texts stands where the names should.
-            shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
+            shown = ", ".join(
+                name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20]
+            )
             headed = "" if hint else ", or give the file a first row of names if it has none"
-            if len(columns) == 1 and (mark := next((mark for mark in _MARKS if mark in columns[0]), None)):
+            if len(columns) == 1 and (
+                mark := next((mark for mark in _MARKS if mark in columns[0]), None)
+            ):
                 raise DataError(
                     f"{where}: no column {wanted!r}; its one column is {shown}; if {_MARKS[mark]} separate its fields, "
                     f"save it again: a .csv has commas, a .tsv tabs; else set data.{key}"
                 )
-            raise DataError(f"{where}: no column {wanted!r}; the columns are {shown}{hint}; set data.{key}{headed}")
+            raise DataError(
+                f"{where}: no column {wanted!r}; the columns are {shown}{hint}; set data.{key}{headed}"
+            )

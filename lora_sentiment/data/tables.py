@@ -52,7 +52,9 @@ def _file_faults(path: Path, verb: str) -> Iterator[None]:
         fault = f"is no gzip file, or a damaged one ({error}); make or copy it again, or drop .gz from its name"
         raise DataError(f"{path}: {fault}") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be {verb}: {error.strerror or error}; check its folder and disk") from error
+        raise DataError(
+            f"{path}: cannot be {verb}: {error.strerror or error}; check its folder and disk"
+        ) from error
 
 
 def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[Batch]:
@@ -85,18 +87,24 @@ def _find_format(path: Path) -> TextFormat | Literal["parquet"]:
     for suffix, form in FORMATS.items():
         if path.name.lower().endswith(suffix):
             return form
-    raise DataError(f"{path}: its name tells no known format; it must end in one of {', '.join(FORMATS)}")
+    raise DataError(
+        f"{path}: its name tells no known format; it must end in one of {', '.join(FORMATS)}"
+    )
 
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; name a file in it, or a pattern such as {path / '*.csv'}")
+        raise DataError(
+            f"{path}: is a folder; name a file in it, or a pattern such as {path / '*.csv'}"
+        )
     if not path.is_file():
         hint = did_you_mean(path.name, sorted(other.name for other in path.parent.iterdir()))
         raise DataError(f"{path}: no such file{hint or '; check the path'}")
 
 
-def read_table(path: Path, *, encoding: str = "utf-8", rows_per_batch: int = 10_000) -> Iterator[Batch]:
+def read_table(
+    path: Path, *, encoding: str = "utf-8", rows_per_batch: int = 10_000
+) -> Iterator[Batch]:
     """Yields a table in batches of whole columns, `{name: values}` in the file's order.
 
     A table without rows gives one batch of empty columns, so the first batch always tells the columns.
@@ -113,7 +121,9 @@ def read_table(path: Path, *, encoding: str = "utf-8", rows_per_batch: int = 10_
         _check_file(path)
         form = _find_format(path)
         yield from (
-            _read_parquet(path, rows_per_batch) if form == "parquet" else form.read(path, encoding, rows_per_batch)
+            _read_parquet(path, rows_per_batch)
+            if form == "parquet"
+            else form.read(path, encoding, rows_per_batch)
         )
 
 
@@ -141,7 +151,9 @@ def table_types(path: Path, *, encoding: str = "utf-8") -> dict[str, pa.DataType
                 types[name] = pa.unify_schemas(found, promote_options="permissive").field(name).type
             except _ARROW_FAULTS as error:
                 fault = f"column {name!r} fits no type of parquet ({' '.join(str(error).split())}); write .jsonl"
-                raise DataError(f"{path}: {fault}, or give all its rows one type of value") from error
+                raise DataError(
+                    f"{path}: {fault}, or give all its rows one type of value"
+                ) from error
     return {name: pa.string() if kind == pa.null() else kind for name, kind in types.items()}
 
 
@@ -163,10 +175,20 @@ class TableWriter:
     """
 
     def __init__(
-        self, path: Path, *, columns: Sequence[str], types: Mapping[str, pa.DataType] | None = None, dry: bool = False
+        self,
+        path: Path,
+        *,
+        columns: Sequence[str],
+        types: Mapping[str, pa.DataType] | None = None,
+        dry: bool = False,
     ) -> None:
         check_columns(columns, path)
-        self._path, self._columns, self._form, self._types = path, list(columns), _find_format(path), types or {}
+        self._path, self._columns, self._form, self._types = (
+            path,
+            list(columns),
+            _find_format(path),
+            types or {},
+        )
         self._aside = path.with_name(f".{secrets.token_hex(8)}.tmp")
         self._row, self._dry = 0, dry  # row 0 is the header
         self._parquet: Any = None
@@ -176,14 +198,20 @@ class TableWriter:
             self._file: Any = pa.MockOutputStream() if self._dry else self._aside.open("xb")
         # Neither a name nor a time goes into the gzip header, so that equal rows are equal bytes.
         zipped = self._form != "parquet" and self._form.gzipped and not self._dry
-        self._zip = gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._file, mtime=0) if zipped else None
+        self._zip = (
+            gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._file, mtime=0)
+            if zipped
+            else None
+        )
         return self
 
     def write(self, batch: Batch) -> None:
         """Appends rows; every column must be there, all of one length."""
         if batch.keys() != set(self._columns) or len(set(map(len, batch.values()))) > 1:
             found = {name: len(values) for name, values in batch.items()}
-            raise DataError(f"{self._path}: a batch has {found} rows; all of {self._columns} must have as many")
+            raise DataError(
+                f"{self._path}: a batch has {found} rows; all of {self._columns} must have as many"
+            )
         with _file_faults(self._path, "written"):
             if self._form == "parquet":
                 self._write_row_group(batch)
@@ -208,14 +236,24 @@ class TableWriter:
         arrays: dict[str, pa.Array] = {}
         try:
             for name in self._columns:
-                known = self._parquet.schema.field(name).type if self._parquet else self._types.get(name)
-                inferred = pa.string() if pa.infer_type(batch[name]) == pa.null() else pa.infer_type(batch[name])
+                known = (
+                    self._parquet.schema.field(name).type
+                    if self._parquet
+                    else self._types.get(name)
+                )
+                inferred = (
+                    pa.string()
+                    if pa.infer_type(batch[name]) == pa.null()
+                    else pa.infer_type(batch[name])
+                )
                 arrays[name] = pa.array(batch[name], inferred if known is None else known)
             table = pa.table(arrays)
             self._parquet = self._parquet or pq.ParquetWriter(self._file, table.schema)
             self._parquet.write_table(table)
         except _ARROW_FAULTS as error:
-            place = next((f"column {name!r}" for name in self._columns if name not in arrays), "a column")
+            place = next(
+                (f"column {name!r}" for name in self._columns if name not in arrays), "a column"
+            )
             fault = f"{place} cannot be written: {' '.join(str(error).split())}; give all its rows one type of value"
             raise DataError(f"{self._path}: {fault}") from error
 

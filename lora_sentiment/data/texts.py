@@ -34,7 +34,9 @@ class Texts(Sequence[str]):
         ends: Where each text ends, same shape.
     """
 
-    def __init__(self, mapped: mmap.mmap, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+    def __init__(
+        self, mapped: mmap.mmap, starts: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> None:
         self._mapped, self._starts, self._ends = mapped, starts, ends
 
     def __len__(self) -> int:

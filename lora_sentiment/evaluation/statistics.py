@@ -35,7 +35,11 @@ class Interval:
 
     def as_dict(self) -> dict[str, float | str | None]:
         """Return `{value, low, high}` for JSON, and `note` where there is one."""
-        numbers: dict[str, float | str | None] = {"value": self.value, "low": self.low, "high": self.high}
+        numbers: dict[str, float | str | None] = {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+        }
         return numbers if self.note is None else {**numbers, "note": self.note}
 
 
@@ -46,7 +50,9 @@ def show_interval(interval: Mapping[str, Any]) -> str:
     return f"{interval['value']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
 
 
-def resample_weights(num_rows: int, *, num_resamples: int, seed: int) -> Iterator[npt.NDArray[np.float64]]:
+def resample_weights(
+    num_rows: int, *, num_resamples: int, seed: int
+) -> Iterator[npt.NDArray[np.float64]]:
     """Yield bootstrap resamples as weights, in chunks of bounded memory.
 
     The same arguments give the same resamples, whichever figure they are used for.
@@ -88,12 +94,18 @@ def percentile_interval(
         RecipeError: `confidence` is not between 0 and 1.
     """
     if not 0 < confidence < 1:
-        raise RecipeError(f"confidence: found {confidence}; give a number between 0 and 1, such as 0.95")
+        raise RecipeError(
+            f"confidence: found {confidence}; give a number between 0 and 1, such as 0.95"
+        )
     if np.isnan(value):
         return Interval(value=None, low=None, high=None, note=f"no value: {undefined_if}")
     defined = resampled[~np.isnan(resampled)]
     num_left_out = len(resampled) - len(defined)
-    note = f"{num_left_out} of {len(resampled)} resamples left out: {undefined_if}" if num_left_out else None
+    note = (
+        f"{num_left_out} of {len(resampled)} resamples left out: {undefined_if}"
+        if num_left_out
+        else None
+    )
     if not len(defined):
         return Interval(value=float(value), low=None, high=None, note=note)
     low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])

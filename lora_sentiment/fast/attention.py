@@ -51,7 +51,16 @@ def packed_attention(
         return _masked_attention(q, k, v, cu_seq_lens_q, cu_seq_lens_k, dropout_p)
     if q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0):
         y: Tensor = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, dropout_p, False, False
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_k,
+            max_length_q,
+            max_length_k,
+            dropout_p,
+            False,
+            False,
         )[0]
         return y
     found: Tensor = torch.ops.aten._efficient_attention_forward(

@@ -77,7 +77,11 @@ def low_rank(module: nn.Module) -> LowRank | str:
         return LowRank(base.weight, base.bias)
     if module.merged:
         return f"the adapters {module.merged_adapters} are merged into its base weight"
-    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    active = (
+        []
+        if module.disable_adapters
+        else [name for name in module.active_adapters if name in module.lora_A]
+    )
     if not active:
         return LowRank(base.weight, base.bias)
     if len(active) > 1:
@@ -111,7 +115,9 @@ def use_fast_encoder(model: nn.Module, *, compute_dtype: torch.dtype) -> str | N
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return f"{type(model.active_peft_config).__name__} feeds embeddings, not input_ids"
-    classifiers = [part for part in model.modules() if type(part) is DistilBertForSequenceClassification]
+    classifiers = [
+        part for part in model.modules() if type(part) is DistilBertForSequenceClassification
+    ]
     if len(classifiers) != 1 or type(classifiers[0].distilbert) is not DistilBertModel:
         return f"{type(model).__name__} holds no DistilBertForSequenceClassification over a plain DistilBertModel"
     encoder = classifiers[0].distilbert
@@ -171,11 +177,17 @@ def _why_not(encoder: DistilBertModel) -> str | None:
 def _has_foreign_hook(module: nn.Module) -> bool:
     # transformers' own capturing hooks act only when hidden states or attentions are asked for, which is refused.
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return any(
+        getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks
+    )
 
 
 def _unfit_embedding_or_norm(encoder: DistilBertModel) -> str | None:
-    kinds = {"word_embeddings": nn.Embedding, "position_embeddings": nn.Embedding, "layer_norm": nn.LayerNorm}
+    kinds = {
+        "word_embeddings": nn.Embedding,
+        "position_embeddings": nn.Embedding,
+        "layer_norm": nn.LayerNorm,
+    }
     for name, module in encoder.named_modules():
         for suffix, kind in {**kinds, "embeddings.LayerNorm": nn.LayerNorm}.items():
             if name.endswith(suffix) and type(module) is not kind:
@@ -231,7 +243,9 @@ class _Prepared(NamedTuple):
 
 
 def _stamp(sources: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in sources)
+    return tuple(
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in sources
+    )
 
 
 def _stack(sources: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -242,7 +256,9 @@ def _stack(sources: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
 def _prepare(sources: tuple[Tensor, ...], dtype: torch.dtype) -> _Prepared:
     # What is made under inference_mode cannot be kept for a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
-        frozen = tuple(tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in sources)
+        frozen = tuple(
+            tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in sources
+        )
         return _Prepared(sources, _stamp(sources), _stack(frozen, dtype))
 
 
@@ -276,13 +292,26 @@ class FastForward:
             ModelError: Where something is asked for that only the stock forward gives, or an adapter was changed
                 into something that it cannot compute.
         """
-        if cu_seq_lens_q is not None and input_ids is not None and position_ids is not None and max_length_q:
+        if (
+            cu_seq_lens_q is not None
+            and input_ids is not None
+            and position_ids is not None
+            and max_length_q
+        ):
             with torch.autocast(input_ids.device.type, enabled=False):
-                first = self.encode_packed(input_ids[0], position_ids[0], cu_seq_lens_q, max_length_q)
+                first = self.encode_packed(
+                    input_ids[0], position_ids[0], cu_seq_lens_q, max_length_q
+                )
             return BaseModelOutput(last_hidden_state=first.float()[:, None])
-        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q}
+        given = {
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "cu_seq_lens_q": cu_seq_lens_q,
+        }
         asked = [name for name, value in given.items() if value is not None]
-        asked += [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+        asked += [
+            name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)
+        ]
         if input_ids is None or asked:
             what = ", ".join(asked) or "no input_ids"
             raise ModelError(
@@ -294,9 +323,13 @@ class FastForward:
                 f"shape {tuple(input_ids.shape)}; the shapes must agree: use the stock encoder for other masks"
             )
         with torch.autocast(input_ids.device.type, enabled=False):
-            return BaseModelOutput(last_hidden_state=self.encode(input_ids, attention_mask, self.linears).float())
+            return BaseModelOutput(
+                last_hidden_state=self.encode(input_ids, attention_mask, self.linears).float()
+            )
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None, linears: LinearsOfLayer) -> Tensor:
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, linears: LinearsOfLayer
+    ) -> Tensor:
         """Encodes as `forward`, with the linears that `linears` gives for each layer, and returns the compute dtype."""
         mask = self._additive_mask(attention_mask)
         x = self._embed(input_ids)
@@ -304,7 +337,9 @@ class FastForward:
         for index, block in enumerate(blocks):
             if block.gradient_checkpointing and block.training:
                 # The linears too are read again on the way back: stacked or folded weights are not kept meanwhile.
-                x = checkpoint(self._encode_block, index, block, x, mask, linears, use_reentrant=False)
+                x = checkpoint(
+                    self._encode_block, index, block, x, mask, linears, use_reentrant=False
+                )
             else:
                 x = self._encode_block(index, block, x, mask, linears)
         return x
@@ -350,21 +385,36 @@ class FastForward:
             split = [[next(done) for _ in own] for own in split]
         for own, block in zip(split[:-1], blocks[:-1], strict=True):
             if block.gradient_checkpointing and block.training:
-                x = checkpoint(self._encode_packed_block, block, own, x, cu_seq_lens, max_length, use_reentrant=False)
+                x = checkpoint(
+                    self._encode_packed_block,
+                    block,
+                    own,
+                    x,
+                    cu_seq_lens,
+                    max_length,
+                    use_reentrant=False,
+                )
             else:
                 x = self._encode_packed_block(block, own, x, cu_seq_lens, max_length)
         return self._encode_first_tokens(blocks[-1], split[-1], x, cu_seq_lens, max_length)
 
     def _embed_packed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         parts = self.encoder.embeddings
-        words = functional.embedding(input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx)
+        words = functional.embedding(
+            input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx
+        )
         positions = functional.embedding(position_ids, parts.position_embeddings.weight)
         dtype = torch.promote_types(words.dtype, positions.dtype)  # of the two, one may be trained
         x = self._add_norm(parts.LayerNorm, positions.to(dtype), words.to(dtype)).to(self.dtype)
         return dropout(x, self._p(parts.dropout))
 
     def _encode_packed_block(
-        self, block: TransformerBlock, own: list[Linear], x: Tensor, cu_seq_lens: Tensor, max_length: int
+        self,
+        block: TransformerBlock,
+        own: list[Linear],
+        x: Tensor,
+        cu_seq_lens: Tensor,
+        max_length: int,
     ) -> Tensor:
         num_heads = block.attention.n_heads
         qkv, *others = own
@@ -382,7 +432,12 @@ class FastForward:
         return self._after_attention(block, others, x, mixed)
 
     def _encode_first_tokens(
-        self, block: TransformerBlock, own: list[Linear], x: Tensor, cu_seq_lens: Tensor, max_length: int
+        self,
+        block: TransformerBlock,
+        own: list[Linear],
+        x: Tensor,
+        cu_seq_lens: Tensor,
+        max_length: int,
     ) -> Tensor:
         """The last block: only the first token of each sequence reaches the head."""
         num_heads = block.attention.n_heads
@@ -403,7 +458,9 @@ class FastForward:
         )
         return self._after_attention(block, others, first, mixed)
 
-    def _after_attention(self, block: TransformerBlock, own: list[Linear], x: Tensor, mixed: Tensor) -> Tensor:
+    def _after_attention(
+        self, block: TransformerBlock, own: list[Linear], x: Tensor, mixed: Tensor
+    ) -> Tensor:
         """What follows attention in a block of packed tokens; own: out_lin, lin1 and lin2.
 
         x: (num_tokens, dim), mixed: (num_tokens, num_heads, head_dim).
@@ -414,14 +471,25 @@ class FastForward:
         inner = feed_forward(x, lin1, lin2)
         return self._add_norm(block.output_layer_norm, inner, x, p=self._p(block.ffn.dropout))
 
-    def _add_norm(self, module: nn.LayerNorm, x: Tensor, residual: Tensor, *, p: float = 0.0) -> Tensor:
+    def _add_norm(
+        self, module: nn.LayerNorm, x: Tensor, residual: Tensor, *, p: float = 0.0
+    ) -> Tensor:
         return dropout_add_norm(x, residual, module.weight, module.bias, p=p, eps=module.eps)
 
     def _encode_block(
-        self, index: int, block: TransformerBlock, x: Tensor, mask: Tensor | None, linears: LinearsOfLayer
+        self,
+        index: int,
+        block: TransformerBlock,
+        x: Tensor,
+        mask: Tensor | None,
+        linears: LinearsOfLayer,
     ) -> Tensor:
         own = linears(index, block)
-        attend = self._all_attend if index < len(self.encoder.transformer.layer) - 1 else self._first_token_attends
+        attend = (
+            self._all_attend
+            if index < len(self.encoder.transformer.layer) - 1
+            else self._first_token_attends
+        )
         residual, mixed = attend(x, mask, own.qkv, block.attention)
         x = self._norm(block.sa_layer_norm, linear(mixed, own.out_lin) + residual)
         inner = feed_forward(x, own.lin1, own.lin2)
@@ -435,7 +503,9 @@ class FastForward:
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         parts = self.encoder.embeddings
-        words = functional.embedding(input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx)
+        words = functional.embedding(
+            input_ids, parts.word_embeddings.weight, parts.word_embeddings.padding_idx
+        )
         x = words + parts.position_embeddings.weight[: input_ids.shape[1]]
         return dropout(self._norm(parts.LayerNorm, x).to(self.dtype), self._p(parts.dropout))
 
@@ -449,10 +519,14 @@ class FastForward:
             answer = low_rank(module)
             if isinstance(answer, str):
                 where = f"transformer.layer.{index}.{name}"
-                raise ModelError(f"{where}: {answer}; the fast encoder cannot compute that: use the stock encoder")
+                raise ModelError(
+                    f"{where}: {answer}; the fast encoder cannot compute that: use the stock encoder"
+                )
             parts.append(answer)
         stacks = (parts[:3], parts[3:4], parts[4:5], parts[5:6])
-        return Linears(*(self._linear(index, position, stack) for position, stack in enumerate(stacks)))
+        return Linears(
+            *(self._linear(index, position, stack) for position, stack in enumerate(stacks))
+        )
 
     def _linear(self, index: int, position: int, parts: list[LowRank]) -> Linear:
         weight = self._stacked((index, position, "weight"), tuple(part.weight for part in parts))
@@ -503,7 +577,10 @@ def _adapters(parts: list[LowRank]) -> tuple[Adapter, ...]:
 def _split_query(qkv: Linear) -> tuple[Linear, Linear]:
     dim = len(qkv.weight) // 3
     # The gradient of a split is one concatenation; each slice would add a whole one, mostly of zeros.
-    weights, biases = qkv.weight.split_with_sizes((dim, 2 * dim)), qkv.bias.split_with_sizes((dim, 2 * dim))
+    weights, biases = (
+        qkv.weight.split_with_sizes((dim, 2 * dim)),
+        qkv.bias.split_with_sizes((dim, 2 * dim)),
+    )
     query, others = (
         Linear(
             weight,

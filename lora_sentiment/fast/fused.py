@@ -65,7 +65,11 @@ def why_not_fused() -> str | None:
     x = torch.ones(1, 16, device="cuda")
     try:
         triton_dropout_add_norm(x, x, x[0], x[0], p=0.0, eps=1e-5)
-    except (RuntimeError, OSError, CalledProcessError) as error:  # no C compiler, no Python.h, no driver
+    except (
+        RuntimeError,
+        OSError,
+        CalledProcessError,
+    ) as error:  # no C compiler, no Python.h, no driver
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return f"Triton cannot compile: {first_line}"
     return None

@@ -63,7 +63,9 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         # Other threads, such as NCCL's, may meanwhile ask the driver for what a capture forbids.
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
+        ):
             body()
         replay: Body = graph.replay
         return replay

@@ -81,9 +81,13 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         spans = [(adapter.start, adapter.stop, len(adapter.A)) for adapter in layer.adapters]
         ups = [adapter.B for adapter in layer.adapters]
-        stacked: Tensor = _StackedLinear.apply(rows, layer.weight, layer.bias, layer.stack, spans, *ups)  # type: ignore[no-untyped-call]
+        stacked: Tensor = _StackedLinear.apply(
+            rows, layer.weight, layer.bias, layer.stack, spans, *ups
+        )  # type: ignore[no-untyped-call]
         return stacked.view(*x.shape[:-1], -1)
-    plain = layer._replace(adapters=tuple(adapter for adapter in layer.adapters if not adapter.dropout))
+    plain = layer._replace(
+        adapters=tuple(adapter for adapter in layer.adapters if not adapter.dropout)
+    )
     if plain.adapters and _wants_grad(*_tensors(plain)):
         y: Tensor = _Linear.apply(x, plain, *_tensors(plain))  # type: ignore[no-untyped-call]
     else:
@@ -98,7 +102,9 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
             y = y + functional.pad(delta, (adapter.start, y.shape[-1] - adapter.stop))
     for part in layer.segments:
         rows, own = x[part.first : part.last], y[part.first : part.last].view(-1, y.shape[-1])
-        own[:, part.start : part.stop].addmm_(rows.reshape(-1, x.shape[-1]) @ part.A.t(), part.B.t())
+        own[:, part.start : part.stop].addmm_(
+            rows.reshape(-1, x.shape[-1]) @ part.A.t(), part.B.t()
+        )
     return y
 
 
@@ -112,7 +118,9 @@ def cast_adapters(layers: Sequence[Linear], dtype: torch.dtype) -> list[Linear]:
     if not adapters:
         return list(layers)
     groups = [len(group) for group in adapters]
-    masters = [tensor for group in adapters for adapter in group for tensor in (adapter.A, adapter.B)]
+    masters = [
+        tensor for group in adapters for adapter in group for tensor in (adapter.A, adapter.B)
+    ]
     scales = [scale for group in adapters for adapter in group for scale in (1.0, adapter.scale)]
     tensors = iter(_CastAdapters.apply(dtype, groups, scales, *masters))  # type: ignore[no-untyped-call]
     found = []
@@ -127,7 +135,12 @@ def cast_adapters(layers: Sequence[Linear], dtype: torch.dtype) -> list[Linear]:
             for adapter, down in zip(layer.adapters, downs, strict=True)
         ]
         drops = any(adapter.dropout for adapter in cast)
-        stacks = not drops and not layer.segments and not layer.weight.requires_grad and not layer.bias.requires_grad
+        stacks = (
+            not drops
+            and not layer.segments
+            and not layer.weight.requires_grad
+            and not layer.bias.requires_grad
+        )
         found.append(layer._replace(adapters=tuple(cast), stack=stack if stacks else None))
     return found
 
@@ -135,7 +148,9 @@ def cast_adapters(layers: Sequence[Linear], dtype: torch.dtype) -> list[Linear]:
 def feed_forward(x: Tensor, lin1: Linear, lin2: Linear) -> Tensor:
     """Returns lin2(gelu(lin1(x))) with the exact, erf-based GELU; x: (..., dim). Keeps the pre-activation only."""
     tensors = _tensors(lin1) + _tensors(lin2)
-    if any(adapter.dropout for adapter in lin1.adapters + lin2.adapters) or not _wants_grad(x, *tensors):
+    if any(adapter.dropout for adapter in lin1.adapters + lin2.adapters) or not _wants_grad(
+        x, *tensors
+    ):
         return linear(functional.gelu(linear(x, lin1)), lin2)
     y: Tensor = _FeedForward.apply(x, lin1, lin2, *tensors)  # type: ignore[no-untyped-call]
     return y
@@ -159,7 +174,9 @@ def attention(qkv: Tensor, mask: Tensor | None, *, num_heads: int, dropout_p: fl
         heads = qkv.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind(0)
         with attention_backends(qkv.device):
-            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+            mixed = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout_p
+            )
         return mixed.transpose(1, 2).reshape(batch, length, width // 3)
     if _wants_grad(qkv):
         y: Tensor = _Attention.apply(qkv, mask, num_heads, dropout_p)  # type: ignore[no-untyped-call]
@@ -252,7 +269,9 @@ def _add_low_rank(y: Tensor, x: Tensor, adapters: tuple[Adapter, ...]) -> Tensor
     rows = y.view(-1, y.shape[-1])
     for adapter in adapters:
         reduced = functional.linear(x.reshape(-1, x.shape[-1]), adapter.A.to(x.dtype))
-        rows[:, adapter.start : adapter.stop].addmm_(reduced, adapter.B.to(x.dtype).t(), alpha=adapter.scale)
+        rows[:, adapter.start : adapter.stop].addmm_(
+            reduced, adapter.B.to(x.dtype).t(), alpha=adapter.scale
+        )
     return y
 
 
@@ -263,7 +282,12 @@ def _project(x: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
 
 
 def _project_backward(
-    grad: Tensor, x: Tensor | None, weight: Tensor, adapters: Sequence[Adapter], *, needs: Sequence[bool]
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    *,
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of `_project` with respect to x, the weight, the bias and A, B of each adapter.
 
@@ -296,7 +320,9 @@ def _times(tensor: Tensor, scale: float) -> Tensor:
 
 def _restore(adapters: Sequence[Adapter], pairs: Sequence[Tensor]) -> list[Adapter]:
     """Puts the saved A and B back, so that autograd's check for changes made in between sees them."""
-    return [old._replace(A=A, B=B) for old, A, B in zip(adapters, pairs[::2], pairs[1::2], strict=True)]
+    return [
+        old._replace(A=A, B=B) for old, A, B in zip(adapters, pairs[::2], pairs[1::2], strict=True)
+    ]
 
 
 class _CastAdapters(Function):
@@ -335,7 +361,10 @@ class _CastAdapters(Function):
             downs = next(rest).split_with_sizes([next(sizes)[0][0] for _ in range(count)])
             for down in downs:
                 parts += [down, next(rest)]
-        found = [part.new_empty(shape, dtype=dtype) for part, (shape, dtype) in zip(parts, ctx.like, strict=True)]
+        found = [
+            part.new_empty(shape, dtype=dtype)
+            for part, (shape, dtype) in zip(parts, ctx.like, strict=True)
+        ]
         torch._foreach_copy_(found, parts)
         torch._foreach_mul_(found, ctx.scales)
         return None, None, None, *found
@@ -438,17 +467,23 @@ class _FeedForward(Function):
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         inner = functional.gelu(hidden) if adapters2 or needs2[0] else None
         needs_inner = needs_x or any(needs1)
-        grad_inner, *others2 = _project_backward(grad, inner, weight2, adapters2, needs=(needs_inner, *needs2[:2]))
+        grad_inner, *others2 = _project_backward(
+            grad, inner, weight2, adapters2, needs=(needs_inner, *needs2[:2])
+        )
         if grad_inner is None:
             return (None, None, None, *(None for _ in needs1), *others2)
         grad_hidden = torch.ops.aten.gelu_backward(grad_inner, hidden)
-        grad_x, *others1 = _project_backward(grad_hidden, rows, weight1, adapters1, needs=(needs_x, *needs1[:2]))
+        grad_x, *others1 = _project_backward(
+            grad_hidden, rows, weight1, adapters1, needs=(needs_x, *needs1[:2])
+        )
         return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *others1, *others2)
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float) -> Tensor:
+    def forward(
+        ctx: Any, qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float
+    ) -> Tensor:
         batch, length, _ = qkv.shape
         weights = qkv.new_empty(batch, num_heads, length, length)
         y = _attend(qkv, mask, num_heads, dropout_p, weights)
@@ -501,7 +536,9 @@ def _chunks(batch: int, num_heads: int, length: int) -> Iterator[tuple[slice, sl
             yield slice(row, min(row + rows, batch)), slice(head, min(head + heads, num_heads))
 
 
-def _attend(qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float, weights: Tensor | None) -> Tensor:
+def _attend(
+    qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float, weights: Tensor | None
+) -> Tensor:
     """Attention by explicit products; fills `weights`: (batch, heads, length, length) where it is given.
 
     A dropped weight is stored with its sign turned, so that one tensor holds the weights and the mask.
@@ -510,17 +547,27 @@ def _attend(qkv: Tensor, mask: Tensor | None, num_heads: int, dropout_p: float, 
     inputs = qkv.view(batch, length, 3, num_heads, -1)
     y = qkv.new_empty(batch, length, num_heads, inputs.shape[-1])
     for rows, heads in _chunks(batch, num_heads, length):
-        q, k, v = inputs[rows, :, :, heads].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous().unbind(0)
-        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+        q, k, v = (
+            inputs[rows, :, :, heads].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous().unbind(0)
+        )
+        scores = torch.baddbmm(
+            q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5
+        )
         if mask is not None:
             scores.view(rows.stop - rows.start, -1, length, length).add_(mask[rows])
-        chunk = torch.softmax(scores, dim=-1, out=None if weights is None else weights[rows, heads].flatten(0, 1))
+        chunk = torch.softmax(
+            scores, dim=-1, out=None if weights is None else weights[rows, heads].flatten(0, 1)
+        )
         if dropout_p:
             # The half keeps the difference off zero, which has no sign to copy.
             signs = _random_bytes(chunk.shape).to(chunk.dtype).sub_(_threshold(dropout_p) - 0.5)
             chunk = chunk.copysign_(signs).relu()
             v = v * (1.0 / keep_probability(dropout_p))
-        y[rows, :, heads] = torch.bmm(chunk, v).view(rows.stop - rows.start, -1, length, v.shape[-1]).transpose(1, 2)
+        y[rows, :, heads] = (
+            torch.bmm(chunk, v)
+            .view(rows.stop - rows.start, -1, length, v.shape[-1])
+            .transpose(1, 2)
+        )
     return y.view(batch, length, width // 3)
 
 

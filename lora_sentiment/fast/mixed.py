@@ -63,9 +63,14 @@ def read_parts(model: nn.Module, *, dtype: torch.dtype, device: torch.device) ->
                 return f"transformer.layer.{layer}.{name}: {answer}"
             if answer.A is not None and answer.B is not None:
                 scaled = answer.B.detach() * answer.scale
-                pairs[layer, position] = (answer.A.detach().to(device, dtype), scaled.to(device, dtype))
+                pairs[layer, position] = (
+                    answer.A.detach().to(device, dtype),
+                    scaled.to(device, dtype),
+                )
     layers = head_layers(model)
-    head = [layers[name].get_parameter(part).detach() for name in layers for part in ("weight", "bias")]
+    head = [
+        layers[name].get_parameter(part).detach() for name in layers for part in ("weight", "bias")
+    ]
     pre_weight, pre_bias, weight, bias = (tensor.to(device, dtype) for tensor in head)
     return Parts(pairs, (pre_weight, pre_bias, weight, bias))
 
@@ -99,7 +104,11 @@ def compute_mixed(
 
 
 def compute_mixed_packed(
-    base: FastForward, rows: Sequence[NDArray[np.int32]], parts: Sequence[Parts], *, pad_token_id: int
+    base: FastForward,
+    rows: Sequence[NDArray[np.int32]],
+    parts: Sequence[Parts],
+    *,
+    pad_token_id: int,
 ) -> list[Logits]:
     """Answer texts as `compute_mixed`, without padding between them.
 
@@ -115,7 +124,9 @@ def compute_mixed_packed(
     order, groups = _put_side_by_side(parts)
     ordered = [rows[row] for row in order]
     starts = [0, *itertools.accumulate(len(row) for row in ordered)]
-    groups_in_tokens = [_Group(group.part, starts[group.first], starts[group.last]) for group in groups]
+    groups_in_tokens = [
+        _Group(group.part, starts[group.first], starts[group.last]) for group in groups
+    ]
     blocks = cast(list[TransformerBlock], list(base.encoder.transformer.layer))
     with torch.inference_mode():
         packed = pack_on_device(ordered, device=base.encoder.device, pad_token_id=pad_token_id)
@@ -143,7 +154,10 @@ def _put_side_by_side(parts: Sequence[Parts]) -> tuple[list[int], list[_Group]]:
         rows.setdefault(id(part), []).append(row)
     order = [row for own in rows.values() for row in own]
     ends = list(itertools.accumulate(len(own) for own in rows.values()))
-    groups = [_Group(parts[own[0]], end - len(own), end) for own, end in zip(rows.values(), ends, strict=True)]
+    groups = [
+        _Group(parts[own[0]], end - len(own), end)
+        for own, end in zip(rows.values(), ends, strict=True)
+    ]
     return order, groups
 
 
@@ -158,7 +172,9 @@ def _with_segments(own: Linears, layer: int, groups: Sequence[_Group]) -> Linear
 
 def _segments(groups: Sequence[_Group], place: Place) -> tuple[Segment, ...]:
     return tuple(
-        Segment(*group.part.pairs[place], group.first, group.last, 0, len(group.part.pairs[place][1]))
+        Segment(
+            *group.part.pairs[place], group.first, group.last, 0, len(group.part.pairs[place][1])
+        )
         for group in groups
         if place in group.part.pairs
     )

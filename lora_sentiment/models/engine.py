@@ -45,7 +45,9 @@ class Engine:
         return logits
 
 
-def compute_logits(engine: Engine, encoded: Encoded, *, progress: str | None = None) -> NDArray[np.float32]:
+def compute_logits(
+    engine: Engine, encoded: Encoded, *, progress: str | None = None
+) -> NDArray[np.float32]:
     """Compute the logits of rows in order of length, so that little is padded, and return them in the rows' order.
 
     Args:
@@ -57,7 +59,9 @@ def compute_logits(engine: Engine, encoded: Encoded, *, progress: str | None = N
         Logits of shape (num_rows, num_labels).
     """
     parts, order = [], engine.cut(np.arange(len(encoded)), encoded.lengths)
-    with make_bar(int(encoded.lengths.sum()), desc=progress or "", unit="tok", show=progress is not None) as bar:
+    with make_bar(
+        int(encoded.lengths.sum()), desc=progress or "", unit="tok", show=progress is not None
+    ) as bar:
         for index in order:
             parts.append(engine.answer(encoded, index))
             bar.update(int(encoded.lengths[index].sum()))

@@ -27,7 +27,9 @@ class Shape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":
         """Read the shape from a checkpoint's `config.json`, the missing keys at DistilBertConfig's defaults."""
-        return cls(**{name: int(config[name]) for name in cls.__dataclass_fields__ if name in config})
+        return cls(
+            **{name: int(config[name]) for name in cls.__dataclass_fields__ if name in config}
+        )
 
     def linear(self, name: str) -> tuple[int, int]:
         """Return (in_features, out_features) of one of LINEARS."""

@@ -52,7 +52,11 @@ def saved_tensors(shape: Shape, method: Method, *, num_labels: int) -> dict[str,
     }
     match method:
         case FullMethod() | UnfreezeMethod():
-            names = list(shape.tensors()) if isinstance(method, FullMethod) else unfrozen_names(shape, method)
+            names = (
+                list(shape.tensors())
+                if isinstance(method, FullMethod)
+                else unfrozen_names(shape, method)
+            )
             return {f"distilbert.{name}": _encoder_shape(shape, name) for name in names} | head
         case HeadMethod():
             return head
@@ -73,7 +77,9 @@ def shared_tensors(shape: Shape, method: Method) -> dict[str, list[int]]:
     if not isinstance(method, VeraMethod):
         return {}
     targets = find_targets(shape, method).values()
-    widest_in, widest_out = (max(getattr(t, side) for t in targets) for side in ("in_features", "out_features"))
+    widest_in, widest_out = (
+        max(getattr(t, side) for t in targets) for side in ("in_features", "out_features")
+    )
     return {"base_model.vera_A": [method.r, widest_in], "base_model.vera_B": [widest_out, method.r]}
 
 
@@ -100,5 +106,8 @@ def _encoder_shape(shape: Shape, name: str) -> list[int]:
     if module in LINEARS:
         num_in, num_out = shape.linear(module)
         return [num_out, num_in] if part == "weight" else [num_out]
-    rows = {"word_embeddings": shape.vocab_size, "position_embeddings": shape.max_position_embeddings}
+    rows = {
+        "word_embeddings": shape.vocab_size,
+        "position_embeddings": shape.max_position_embeddings,
+    }
     return [rows[module], shape.dim] if module in rows else [shape.dim]

@@ -39,7 +39,10 @@ def predict_logits(
     lengths = encoded.lengths
     device = accelerator.device
     own = shard(
-        np.arange(len(encoded)), lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes
+        np.arange(len(encoded)),
+        lengths,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
     )
     packs = packs_rows(model, device)
     max_tokens = inference_tokens(device.type)
@@ -50,7 +53,9 @@ def predict_logits(
     found = []
     was_training = model.training
     model.eval()
-    bar = make_bar(int(lengths[own].sum()), desc=progress or "", unit="tok", show=progress is not None)
+    bar = make_bar(
+        int(lengths[own].sum()), desc=progress or "", unit="tok", show=progress is not None
+    )
     with torch.inference_mode(), bar:
         for part in parts:
             with accelerator.autocast():
@@ -63,7 +68,9 @@ def predict_logits(
                 else:
                     batch = make_batch(encoded, part, device=device)
                     with attention_backends(device):
-                        own_logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+                        own_logits = model(
+                            input_ids=batch.input_ids, attention_mask=batch.attention_mask
+                        ).logits
             found.append(own_logits.float())
             bar.update(int(lengths[part].sum()))
         if parts:
@@ -98,7 +105,11 @@ class PackedRows(NamedTuple):
 
 
 def pack_on_device(
-    rows: Sequence[NDArray[np.int32]], *, device: torch.device, pad_token_id: int, host: HostBuffers | None = None
+    rows: Sequence[NDArray[np.int32]],
+    *,
+    device: torch.device,
+    pad_token_id: int,
+    host: HostBuffers | None = None,
 ) -> PackedRows:
     """Pack rows and copy them to a device with one asynchronous copy.
 
@@ -172,13 +183,20 @@ def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> E
 
     @contextmanager
     def computing() -> Iterator[None]:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32),
+        ):
             yield
 
-    def compute(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    def compute(
+        input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
         mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
         with computing(), attention_backends(device):
-            logits = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask).logits
+            logits = model(
+                input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask
+            ).logits
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
     def compute_rows(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:

@@ -63,7 +63,9 @@ class Base:
     new_head: bool
 
 
-def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.device | None = None) -> Base:
+def load_base(
+    config: ModelConfig, *, labels: tuple[str, ...], device: torch.device | None = None
+) -> Base:
     """Load the base of a recipe from Hub, cache or folder.
 
     The head's initial values come from torch's global generator where the checkpoint has none, so seed it first.
@@ -85,7 +87,11 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
         found, revision = _load_config(config)
         where = {"revision": revision or config.revision, "trust_remote_code": False}
         own_names = [str(name) for _, name in sorted(found.id2label.items())]
-        found.num_labels, found.id2label, found.label2id = len(labels), names, {v: k for k, v in names.items()}
+        found.num_labels, found.id2label, found.label2id = (
+            len(labels),
+            names,
+            {v: k for k, v in names.items()},
+        )
         tokenizer = load_tokenizer(config, revision=revision)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             place,
@@ -108,7 +114,11 @@ def load_base(config: ModelConfig, *, labels: tuple[str, ...], device: torch.dev
     if config.quantize != "none":
         model = _quantise(model, config, found, where, device)
     # A folder is recorded whole: the adapter must find it from anywhere; the package finds its own.
-    name = str(Path(place).resolve()) if config.name != bundled.NAME and Path(place).is_dir() else config.name
+    name = (
+        str(Path(place).resolve())
+        if config.name != bundled.NAME and Path(place).is_dir()
+        else config.name
+    )
     # What PEFT writes into its own file. It would look `bundled` up on the Hub, where anyone could own that name.
     model.name_or_path = bundled.PATH_IN_CLONE if name == bundled.NAME else name
     return Base(
@@ -137,12 +147,16 @@ def _load_config(config: ModelConfig) -> tuple[Any, str | None]:
     if config.place.startswith((".", "/", "~")) and not Path(config.place).is_dir():
         raise ModelError(f"model.name {config.name!r}: no such folder")
     if config.revision and Path(config.place).is_dir():
-        raise ModelError(f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no revisions")
+        raise ModelError(
+            f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no revisions"
+        )
     # Resolved once: a Hub name could move between one file and the next.
     path = cached_file(config.place, "config.json", revision=config.revision)
     _check_kind(path, config)
     revision = extract_commit_hash(path, None)
-    found = AutoConfig.from_pretrained(config.place, revision=revision or config.revision, trust_remote_code=False)
+    found = AutoConfig.from_pretrained(
+        config.place, revision=revision or config.revision, trust_remote_code=False
+    )
     check_length(found, config)
     for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
         if getattr(config, key) is not None:
@@ -164,16 +178,24 @@ def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTr
     with quiet(), _Explain(config):
         # Without it transformers makes one that knows no word.
         if not has_tokenizer(config.place, revision=wanted):
-            raise ModelError(f"model.name {name!r} has no tokenizer; it needs a tokenizer.json or a vocab.txt")
+            raise ModelError(
+                f"model.name {name!r} has no tokenizer; it needs a tokenizer.json or a vocab.txt"
+            )
         try:
-            found: Any = AutoTokenizer.from_pretrained(config.place, revision=wanted, trust_remote_code=False)
+            found: Any = AutoTokenizer.from_pretrained(
+                config.place, revision=wanted, trust_remote_code=False
+            )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"the tokenizer.json of model.name {name!r} is none: {error}; fetch it again") from error
+            raise ModelError(
+                f"the tokenizer.json of model.name {name!r} is none: {error}; fetch it again"
+            ) from error
     if not found.is_fast:
         raise ModelError(f"model.name {name!r} has no fast tokenizer; it needs a tokenizer.json")
     for role in ("cls_token", "sep_token", "pad_token"):
         if getattr(found, role) is None:
-            raise ModelError(f"the tokenizer of model.name {name!r} has no {role}; DistilBERT's has one")
+            raise ModelError(
+                f"the tokenizer of model.name {name!r} has no {role}; DistilBERT's has one"
+            )
     return cast(PreTrainedTokenizerFast, found)
 
 
@@ -206,10 +228,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
                 f"dtype: found {name!r}; allowed: auto, {', '.join(DTYPES)}{did_you_mean(name, list(DTYPES))}"
             )
         if device.type not in SHORT_DTYPE_DEVICES and name != "float32":
-            raise ModelError(f"dtype: found {name!r}; on {device.type} only float32 was made to work; set auto")
+            raise ModelError(
+                f"dtype: found {name!r}; on {device.type} only float32 was made to work; set auto"
+            )
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return torch.bfloat16 if capabilities.get("amx_bf16") else torch.float32
 
@@ -313,20 +339,33 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
     name = config.name
     if path is None:
         if any(Path(config.place, file).is_file() for file in ("adapter_config.json", "card.json")):
-            raise ModelError(f"model.name {name!r} is an adapter; name the base that it was trained on")
+            raise ModelError(
+                f"model.name {name!r} is an adapter; name the base that it was trained on"
+            )
         raise ModelError(f"model.name {name!r} is no model: it has no config.json")
     try:
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"model.name {name!r}: its config.json is no JSON ({error}); fetch it again") from error
+        raise ModelError(
+            f"model.name {name!r}: its config.json is no JSON ({error}); fetch it again"
+        ) from error
     if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
-        raise ModelError(f"model.name {name!r}: its config.json names no model_type; it must be distilbert")
+        raise ModelError(
+            f"model.name {name!r}: its config.json names no model_type; it must be distilbert"
+        )
     if "auto_map" in facts:
         raise ModelError(
             f"model.name {name!r} asks for code of its own to be run (auto_map in its config.json), which is never "
             "done; name a plain DistilBERT checkpoint"
         )
-    kernel = next((str(facts[key]) for key in ("attn_implementation", "_attn_implementation") if facts.get(key)), "")
+    kernel = next(
+        (
+            str(facts[key])
+            for key in ("attn_implementation", "_attn_implementation")
+            if facts.get(key)
+        ),
+        "",
+    )
     if "/" in kernel:
         raise ModelError(
             f"model.name {name!r} asks for the kernel {kernel!r} to be fetched and run (config.json), never done here; "
@@ -391,7 +430,10 @@ def _check_own_labels(own: list[str], labels: tuple[str, ...], name: str) -> Non
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' bars and load report: that a head is new is no news, and all else is checked here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -417,13 +459,19 @@ class _Explain:
             return
         name, refusal = self.config.name, None
         if is_hub_name(self.config.place):
-            refusal = explain_refusal(key="model.name", name=name, kind="model", revision=self.config.revision)
-        raise ModelError(refusal or f"base {name!r} could not be loaded: {_describe(error)}") from error
+            refusal = explain_refusal(
+                key="model.name", name=name, kind="model", revision=self.config.revision
+            )
+        raise ModelError(
+            refusal or f"base {name!r} could not be loaded: {_describe(error)}"
+        ) from error
 
 
 def _describe(error: BaseException) -> str:
     """Say what is wrong with a checkpoint that is there."""
     said = " ".join(str(error).split())
-    if "safetensors" in said and ("does not appear to have a file" in said or "no file named" in said):
+    if "safetensors" in said and (
+        "does not appear to have a file" in said or "no file named" in said
+    ):
         return "it has no model.safetensors, and pickled weights are never loaded; convert them, or name another"
     return said[:300] or type(error).__name__

@@ -177,7 +177,9 @@ def estimate_memory(plan: Plan, *, rows: int, length: int, batch_size: int) -> M
         # Each block keeps its input, and one at a time is computed again.
         activations = max(saved) + plan.element_bytes * rows * length * shape.dim * len(saved)
     activations += _outside(plan, blocks, rows * length)
-    workspace = _workspace(plan, rows=rows, length=length) if blocks else _forward(plan, rows * length)
+    workspace = (
+        _workspace(plan, rows=rows, length=length) if blocks else _forward(plan, rows * length)
+    )
     # A frozen embedding is hashed in fp32: its bytes are copied, in a shorter dtype after one more copy.
     hashed = 0 if "embeddings.word_embeddings.weight" in _trained_names(plan) else words
     hashed *= 1 if plan.element_bytes == FP32 else 2
@@ -254,7 +256,10 @@ def _blocks(plan: Plan) -> list[_Block]:
     blocks = []
     for i in range(plan.shape.n_layers):
         prefix = f"transformer.layer.{i}."
-        ends = {f"{prefix}{'ffn' if name in ('lin1', 'lin2') else 'attention'}.{name}": name for name in LINEARS}
+        ends = {
+            f"{prefix}{'ffn' if name in ('lin1', 'lin2') else 'attention'}.{name}": name
+            for name in LINEARS
+        }
         inside = {full.removeprefix("distilbert."): target for full, target in targets.items()}
         block = _Block(
             adapters={name: inside[full] for full, name in ends.items() if full in inside},
@@ -298,7 +303,11 @@ def _inputs_fast(plan: Plan, block: _Block) -> tuple[int, int, int]:
         return inputs + sum(target.rank for target in targets), 0 if block.first else inputs, 0
     keeping = block.trained | set(block.adapters)
     words = sum(shape.dim for group in _FUSED[:3] if keeping & set(group) & every)
-    folded = [group for group in _FUSED if set(group) & set(block.adapters)] if plan.element_bytes == FP32 else []
+    folded = (
+        [group for group in _FUSED if set(group) & set(block.adapters)]
+        if plan.element_bytes == FP32
+        else []
+    )
     # Trained weights of q, k and v are put side by side in every forward, and kept where the input takes a gradient.
     folded += [group for group in _FUSED[:1] if set(group) & block.trained and not block.first]
     return words, 0, sum(len(group) * math.prod(shape.linear(group[0])) for group in folded)
@@ -312,10 +321,20 @@ def _saved_stock(plan: Plan, block: _Block, *, rows: int, length: int) -> int:
     words = fixed = 0
     for name, target in block.adapters.items():
         extra, keeps, weights = _adapter_saves(plan.method, target, first=block.first)
-        words, fixed, keeping = words + extra, fixed + weights, keeping | ({name} if keeps else set())
+        words, fixed, keeping = (
+            words + extra,
+            fixed + weights,
+            keeping | ({name} if keeps else set()),
+        )
     words += sum(shape.linear(group[0])[0] for group in _FUSED if keeping & set(group))
     pairs = 3 * shape.n_heads * length if plan.attention_dropout else shape.dim + shape.n_heads
-    words += 3 * shape.dim + pairs + shape.hidden_dim + (shape.dim if plan.dropout else 0) + 2 * (shape.dim + 2)
+    words += (
+        3 * shape.dim
+        + pairs
+        + shape.hidden_dim
+        + (shape.dim if plan.dropout else 0)
+        + 2 * (shape.dim + 2)
+    )
     return plan.element_bytes * tokens * words + FP32 * fixed
 
 
@@ -334,7 +353,10 @@ def _adapter_saves(method: Method, target: Target, *, first: bool) -> tuple[int,
             dropped = (1 if first else 2) * target.in_features if method.lora_dropout else 0
             extra, weights = target.rank + dropped, 0
             if isinstance(method, LoraMethod) and method.use_dora:
-                extra, weights = extra + 2 * target.out_features, target.in_features * target.out_features
+                extra, weights = (
+                    extra + 2 * target.out_features,
+                    target.in_features * target.out_features,
+                )
             return extra, not method.lora_dropout, weights
         case _:
             return 0, False, 0
@@ -387,7 +409,9 @@ def _weights(plan: Plan, counts: ParameterCounts) -> int:
             encoder = size * (frozen - linears) + linears + FP32 * rows
         case _:
             scales = linears // QUANTISED_BLOCK
-            scale_bytes = scales + FP32 * scales // 256 if plan.model.double_quant else FP32 * scales
+            scale_bytes = (
+                scales + FP32 * scales // 256 if plan.model.double_quant else FP32 * scales
+            )
             encoder = size * (frozen - linears) + linears // 2 + scale_bytes
     head = FP32 * shape.num_head(plan.num_labels)
     own = isinstance(plan.method, FullMethod | UnfreezeMethod | HeadMethod)
@@ -396,7 +420,10 @@ def _weights(plan: Plan, counts: ParameterCounts) -> int:
     shared = sum(math.prod(sizes) for sizes in shared_tensors(shape, plan.method).values())
     adapters = FP32 * (counts.adapter + shared)
     trained = _trained_names(plan)
-    stacked = sum(f"transformer.layer.{i}.attention.q_lin.weight" not in trained for i in range(shape.n_layers))
+    stacked = sum(
+        f"transformer.layer.{i}.attention.q_lin.weight" not in trained
+        for i in range(shape.n_layers)
+    )
     prepared = size * stacked * 3 * (shape.dim + 1) * shape.dim if plan.fast else 0
     return encoder + FP32 * counts.encoder + head + adapters + prepared
 
@@ -463,14 +490,19 @@ def _saved_packed(plan: Plan, block: _Block, *, rows: int, tokens: int) -> int:
     before = {"q_lin", "k_lin", "v_lin"}  # their input takes no gradient in the first block
     if size < FP32:
         # Trained weights are cast in every forward, and kept where the input takes a gradient.
-        weights = sum(math.prod(shape.linear(name)) for name in block.trained - (before if block.first else set()))
+        weights = sum(
+            math.prod(shape.linear(name))
+            for name in block.trained - (before if block.first else set())
+        )
     sums = FP32 * (shape.n_heads + 4)
     if block.last:
         per_row = size * (8 * shape.dim + shape.hidden_dim) + sums
         return size * (tokens * (words + 2 * shape.dim) + weights) + rows * per_row + tokens * masks
     if isinstance(plan.method, LoraMethod) and plan.method.lora_dropout:
         if block.first:
-            masks = sum(target.in_features for name, target in block.adapters.items() if name not in before)
+            masks = sum(
+                target.in_features for name, target in block.adapters.items() if name not in before
+            )
     elif "out_lin" in block.trained | set(block.adapters):
         words -= shape.dim  # the output of attention
     words += 3 * shape.dim + shape.dim + shape.hidden_dim + 2 * shape.dim
@@ -547,11 +579,19 @@ def _forward_on_cuda(plan: Plan, tokens: int) -> int:
     if plan.fast:
         # Weights are cast for all blocks at once.
         endings = tuple(f".{name}.weight" for name in LINEARS)
-        trained = [count for name, count in plan.shape.tensors().items() if name in names and name.endswith(endings)]
+        trained = [
+            count
+            for name, count in plan.shape.tensors().items()
+            if name in names and name.endswith(endings)
+        ]
         casts = sum(trained) if size < FP32 else 0
         return size * (casts + tokens * (7 * dim + 2 * hidden))
     adapted = any("lin2" in block.adapters for block in _blocks(plan))
     if plan.model.quantize == "none":
-        return tokens * size * (4 * hidden + 7 * dim if adapted else max(2 * hidden + 6 * dim, 11 * dim))
+        return (
+            tokens
+            * size
+            * (4 * hidden + 7 * dim if adapted else max(2 * hidden + 6 * dim, 11 * dim))
+        )
     wide = 10 if adapted else (9 if plan.model.quantize == "int8" else 8)
     return tokens * max(wide * hidden + 12 * dim, 30 * dim)

@@ -63,11 +63,17 @@ class ParameterCounts:
 
 def show_parameters(counts: Mapping[str, float]) -> str:
     """Say counts, as `as_dict` or report.json hold them, in one line."""
-    parts = " + ".join(f"{counts[name]:,} {name}" for name in ("adapter", "encoder", "head") if counts[name])
-    return f"{parts} = {counts['trainable']:,} trainable ({counts['share']:.3%} of {counts['base']:,})"
+    parts = " + ".join(
+        f"{counts[name]:,} {name}" for name in ("adapter", "encoder", "head") if counts[name]
+    )
+    return (
+        f"{parts} = {counts['trainable']:,} trainable ({counts['share']:.3%} of {counts['base']:,})"
+    )
 
 
-def count_parameters(shape: Shape, method: Method, model: ModelConfig, *, num_labels: int) -> ParameterCounts:
+def count_parameters(
+    shape: Shape, method: Method, model: ModelConfig, *, num_labels: int
+) -> ParameterCounts:
     """Count what a method trains.
 
     LoRA adds r * (in + out) for every adapted linear (Hu et al. 2021, section 4.2).
@@ -112,7 +118,11 @@ def unfrozen_names(shape: Shape, method: UnfreezeMethod) -> list[str]:
                 f"method.last_layers: found {method.last_layers}; allowed: 1 to {shape.n_layers}, the base's blocks"
             )
         first = shape.n_layers - method.last_layers
-        return [name for name in names if name.startswith("transformer.") and int(name.split(".")[2]) >= first]
+        return [
+            name
+            for name in names
+            if name.startswith("transformer.") and int(name.split(".")[2]) >= first
+        ]
     found = set()
     for pattern in method.patterns or ():
         matching = fnmatch.filter(names, pattern)
@@ -160,17 +170,25 @@ def activation_bytes(shape: Shape, *, length: int, element_bytes: int) -> int:
     return shape.n_layers * block * element_bytes
 
 
-def micro_batch_tokens(shape: Shape, *, max_length: int, element_bytes: int, checkpointing: bool = False) -> int:
+def micro_batch_tokens(
+    shape: Shape, *, max_length: int, element_bytes: int, checkpointing: bool = False
+) -> int:
     """Return the padded tokens one micro-batch may hold: a memory formula of shape, length and dtype, in 256s.
 
     Never less than one row of `max_length` tokens.
     """
     blocks = 1 if checkpointing else shape.n_layers
-    per_token = activation_bytes(shape, length=max_length, element_bytes=element_bytes) * blocks // shape.n_layers
+    per_token = (
+        activation_bytes(shape, length=max_length, element_bytes=element_bytes)
+        * blocks
+        // shape.n_layers
+    )
     tokens = min(MICRO_BATCH_BYTES // per_token, MAX_MICRO_BATCH_TOKENS) // 256 * 256
     return max(tokens, max_length)
 
 
 def inference_tokens(device_type: str) -> int:
     """Return how many padded tokens a forward without gradients takes at once on a `cpu`, `cuda` or other device."""
-    return {"cpu": CPU_INFERENCE_TOKENS, "cuda": CUDA_INFERENCE_TOKENS}.get(device_type, INFERENCE_TOKENS)
+    return {"cpu": CPU_INFERENCE_TOKENS, "cuda": CUDA_INFERENCE_TOKENS}.get(
+        device_type, INFERENCE_TOKENS
+    )

@@ -78,7 +78,11 @@ class Quantisation:
             f"forward took {self.forward_time_ratio:.2f} times as long, and its [CLS] vectors moved by "
             f"{self.cls_relative_difference:.2%}"
         )
-        return figures if self.peak_bytes < self.unquantised_peak_bytes else f"it did not help here: {figures}"
+        return (
+            figures
+            if self.peak_bytes < self.unquantised_peak_bytes
+            else f"it did not help here: {figures}"
+        )
 
 
 def measure_quantisation(
@@ -112,10 +116,14 @@ def measure_quantisation(
     encoders = [loaded.model.get_submodule("distilbert").eval() for loaded in (plain, base)]
     for parameter in encoders[1].parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)  # as `make_trainable` will: all of it is frozen
+            parameter.data = parameter.data.to(
+                dtype
+            )  # as `make_trainable` will: all of it is frozen
     width = max(map(len, input_ids))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in input_ids], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in input_ids], device=device)
+    mask = torch.tensor(
+        [[1] * len(row) + [0] * (width - len(row)) for row in input_ids], device=device
+    )
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), attention_backends(device), autocast:
         unquantised, quantised = (_encode(encoder, ids, mask) for encoder in encoders)
@@ -146,7 +154,9 @@ def _fill_batch(input_ids: list[list[int]], cut: Cut) -> torch.Tensor:
     return flat.repeat(math.ceil(size / len(flat)))[:size].view(cut.rows, cut.length)
 
 
-def _compare_times(encoders: list[nn.Module], ids: torch.Tensor, mask: torch.Tensor | None) -> float:
+def _compare_times(
+    encoders: list[nn.Module], ids: torch.Tensor, mask: torch.Tensor | None
+) -> float:
     """Return the median time of the second encoder over that of the first, in alternating rounds after one of each."""
     seconds: list[list[float]] = [[], []]
     for round_number in range(ROUNDS + 1):
@@ -160,7 +170,9 @@ def _compare_times(encoders: list[nn.Module], ids: torch.Tensor, mask: torch.Ten
 
 def _encode(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the [CLS] vectors on the host, which waits for a GPU."""
-    vectors: torch.Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float().cpu()
+    vectors: torch.Tensor = (
+        encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float().cpu()
+    )
     return vectors
 
 

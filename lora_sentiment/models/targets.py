@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.models.families import HEAD, Shape
-from lora_sentiment.recipe.method import LINEARS, AdaloraMethod, Ia3Method, LoraMethod, PeftMethod, VeraMethod
+from lora_sentiment.recipe.method import (
+    LINEARS,
+    AdaloraMethod,
+    Ia3Method,
+    LoraMethod,
+    PeftMethod,
+    VeraMethod,
+)
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,19 @@ def find_targets(shape: Shape, method: PeftMethod) -> dict[str, Target]:
             f"method.target_modules {method.target_modules!r} matches no linear of the encoder; full names look like "
             f"{linear_names(shape)[0]}"
         )
-    ranks, alphas = _patterns(method, "rank_pattern", names), _patterns(method, "alpha_pattern", names)
+    ranks, alphas = (
+        _patterns(method, "rank_pattern", names),
+        _patterns(method, "alpha_pattern", names),
+    )
     found = {}
     for name in names:
         linear = name.rpartition(".")[2]
         found[name] = Target(
             *shape.linear(linear),
             rank=ranks.get(name, _rank(method)),
-            alpha=alphas.get(name, 0 if isinstance(method, (Ia3Method, VeraMethod)) else method.lora_alpha),
+            alpha=alphas.get(
+                name, 0 if isinstance(method, (Ia3Method, VeraMethod)) else method.lora_alpha
+            ),
             feed_forward=linear in ("lin1", "lin2"),
         )
     return found
@@ -78,7 +90,11 @@ def target_names(method: PeftMethod) -> list[str] | str:
     if method.target_modules == "all-linear":
         # PEFT's own all-linear would take the head too.
         return sorted(LINEARS)
-    return method.target_modules if isinstance(method.target_modules, str) else sorted(method.target_modules)
+    return (
+        method.target_modules
+        if isinstance(method.target_modules, str)
+        else sorted(method.target_modules)
+    )
 
 
 def _is_target(name: str, method: PeftMethod) -> bool:
@@ -86,7 +102,9 @@ def _is_target(name: str, method: PeftMethod) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     layers = None if isinstance(method, Ia3Method) else method.layers_to_transform
-    return name.rpartition(".")[2] in wanted and (layers is None or int(name.split(".")[3]) in layers)
+    return name.rpartition(".")[2] in wanted and (
+        layers is None or int(name.split(".")[3]) in layers
+    )
 
 
 def _rank(method: PeftMethod) -> int:
@@ -106,6 +124,8 @@ def _patterns(method: PeftMethod, field: str, names: list[str]) -> dict[str, int
     for pattern, value in patterns.items():
         matching = [name for name in names if re.match(rf"(.*\.)?({pattern})$", name)]
         if not matching:
-            raise ModelError(f"method.{field}: {pattern!r} matches none of the adapted linears, such as {names[0]}")
+            raise ModelError(
+                f"method.{field}: {pattern!r} matches none of the adapted linears, such as {names[0]}"
+            )
         found = {**dict.fromkeys(matching, value), **found}
     return found

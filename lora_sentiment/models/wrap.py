@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
@@ -63,7 +72,9 @@ def make_trainable(
         case _:
             model = _wrap(base, method, num_steps)
     _choose_head(model, config, new_head=base.new_head)
-    head = {id(parameter) for layer in head_layers(model).values() for parameter in layer.parameters()}
+    head = {
+        id(parameter) for layer in head_layers(model).values() for parameter in layer.parameters()
+    }
     for parameter in model.parameters():
         # Half-precision trainable tensors train badly (peft#341): small updates round away. A frozen head layer is
         # saved with the rest. Quantised tensors stay.
@@ -73,7 +84,9 @@ def make_trainable(
     return model
 
 
-def refuse_unfit(method: Method, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+def refuse_unfit(
+    method: Method, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuse a method that cannot be trained in this precision, before anything is loaded.
 
     Raises:
@@ -82,9 +95,16 @@ def refuse_unfit(method: Method, config: ModelConfig, *, dtype: torch.dtype, dev
     refuse_unquantisable(config, device)
     if config.quantize != "none" and (reason := why_not_quantised(method)):
         raise ModelError(f"model.quantize={config.quantize}: {reason}; set model.quantize=none")
-    if config.quantize == "int8" and isinstance(method, LoraMethod) and method.use_dora and device.type == "cpu":
+    if (
+        config.quantize == "int8"
+        and isinstance(method, LoraMethod)
+        and method.use_dora
+        and device.type == "cpu"
+    ):
         # peft 0.21 moves the weight "back to the CPU" after each look at its norm; bitsandbytes then drops its scales.
-        raise ModelError("model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use nf4 or fp4")
+        raise ModelError(
+            "model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use nf4 or fp4"
+        )
     if isinstance(method, AdaloraMethod) and dtype == torch.float16:
         raise ModelError(
             "method adalora: fp16's loss scaling skips steps that its pruning counts; set model.dtype=float32"
@@ -113,8 +133,12 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
         fields["layers_to_transform"] = list(fields["layers_to_transform"])
     match method:
         case LoraMethod():
-            fields["rank_pattern"] = {name: t.rank for name, t in targets.items() if t.rank != method.r}
-            fields["alpha_pattern"] = {name: t.alpha for name, t in targets.items() if t.alpha != method.lora_alpha}
+            fields["rank_pattern"] = {
+                name: t.rank for name, t in targets.items() if t.rank != method.r
+            }
+            fields["alpha_pattern"] = {
+                name: t.alpha for name, t in targets.items() if t.alpha != method.lora_alpha
+            }
             return LoraConfig(**common, **fields)
         case AdaloraMethod():
             if method.tinit + method.tfinal >= num_steps:
@@ -166,7 +190,9 @@ def learning_rate_ratios(model: nn.Module, method: Method) -> dict[str, float]:
     """
     if not isinstance(method, LoraMethod) or method.loraplus_lr_ratio is None:
         return {}
-    return {name: method.loraplus_lr_ratio for name in trainable_tensors(model) if ".lora_B." in name}
+    return {
+        name: method.loraplus_lr_ratio for name in trainable_tensors(model) if ".lora_B." in name
+    }
 
 
 def penalty(model: nn.Module, method: Method) -> torch.Tensor | None:
@@ -180,7 +206,9 @@ def penalty(model: nn.Module, method: Method) -> torch.Tensor | None:
     for name, factor in trainable_tensors(model).items():
         if ".lora_A." in name or ".lora_B." in name:
             square = factor @ factor.T if ".lora_A." in name else factor.T @ factor
-            norms.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=square.device)))
+            norms.append(
+                torch.linalg.matrix_norm(square - torch.eye(len(square), device=square.device))
+            )
     return method.orth_reg_weight * torch.stack(norms).mean()
 
 
@@ -195,7 +223,9 @@ def is_settled(method: Method, *, step: int, num_steps: int) -> bool:
     return not isinstance(method, AdaloraMethod) or step >= num_steps - method.tfinal
 
 
-def as_plain_lora(trained: PeftModel, start: PeftModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def as_plain_lora(
+    trained: PeftModel, start: PeftModel
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return an adapter that took part of the base's weights as plain LoRA on the base as it was.
 
     It trained W - s B0 A0 + s B A. On W that is an update of twice the rank: s [B, -B0] [A; A0].
@@ -294,5 +324,7 @@ def _choose_head(model: nn.Module, config: ModelConfig, *, new_head: bool) -> No
     first.weight.requires_grad_(False)
     rank = config.head_r or DEFAULT_HEAD_R
     if rank > min(first.weight.shape):
-        raise ModelError(f"model.head_r: found {rank}; allowed: 1 to {min(first.weight.shape)}, the head layer's size")
+        raise ModelError(
+            f"model.head_r: found {rank}; allowed: 1 to {min(first.weight.shape)}, the head layer's size"
+        )
     parametrize.register_parametrization(first, "weight", _LowRankUpdate(first.weight, rank))

@@ -13,7 +13,16 @@ from lora_sentiment.recipe.section import Names, Section
 
 SPLITS = ("train", "validation", "test")
 """The roles of a source that names none itself."""
-REPORT_BLOCKS = ("schema", "parameters", "train", "data", "quantisation", "seen_rows", "tokens", "offline")
+REPORT_BLOCKS = (
+    "schema",
+    "parameters",
+    "train",
+    "data",
+    "quantisation",
+    "seen_rows",
+    "tokens",
+    "offline",
+)
 """Keys of report.json, today's and those that older ones had in their `data` block, that are no role; a judged role
 has its own block beside them."""
 
@@ -67,14 +76,18 @@ class DataConfig(Section):
     @classmethod
     def _splits_are_known(cls, source: str | dict[str, str]) -> str | dict[str, str]:
         if not source:
-            raise ValueError("is empty; name a Hub data set, a file, a glob, or {train: .., test: ..}")
+            raise ValueError(
+                "is empty; name a Hub data set, a file, a glob, or {train: .., test: ..}"
+            )
         if isinstance(source, dict):
             _check_roles(source)
         return source
 
     @field_validator("splits")
     @classmethod
-    def _roles_are_known(cls, splits: dict[str, str] | None, info: ValidationInfo) -> dict[str, str] | None:
+    def _roles_are_known(
+        cls, splits: dict[str, str] | None, info: ValidationInfo
+    ) -> dict[str, str] | None:
         if splits is None:
             return None
         if isinstance(info.data.get("source"), dict):
@@ -93,7 +106,9 @@ class DataConfig(Section):
         try:
             codecs.lookup(encoding)
         except LookupError:
-            raise ValueError(f"found {encoding!r}; allowed: a text encoding, such as utf-8, cp1252, latin-1") from None
+            raise ValueError(
+                f"found {encoding!r}; allowed: a text encoding, such as utf-8, cp1252, latin-1"
+            ) from None
         return encoding
 
     @field_validator("labels")
@@ -106,7 +121,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:
         if self.text_column == self.label_column:
-            raise ValueError(f"text_column and label_column are both {self.text_column!r}; name the column of each")
+            raise ValueError(
+                f"text_column and label_column are both {self.text_column!r}; name the column of each"
+            )
         return self
 
 
@@ -125,9 +142,13 @@ def _check_roles(roles: Iterable[str]) -> None:
     for role in roles:
         if role in SPLITS:
             continue
-        near = get_close_matches(role, SPLITS, n=1, cutoff=0.75) or (["validation"] if role.startswith("val") else [])
+        near = get_close_matches(role, SPLITS, n=1, cutoff=0.75) or (
+            ["validation"] if role.startswith("val") else []
+        )
         if near and role.isalpha():
-            raise ValueError(f"found split {role!r}; did you mean {near[0]!r}? (else choose a name less like it)")
+            raise ValueError(
+                f"found split {role!r}; did you mean {near[0]!r}? (else choose a name less like it)"
+            )
         if role in REPORT_BLOCKS or not re.fullmatch(r"[a-z][a-z0-9_]*", role):
             raise ValueError(
                 f"found split {role!r}; allowed: {', '.join(SPLITS)}, or a name of your own for what is judged: small "

@@ -17,7 +17,9 @@ def _check_targets(targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
         # Without one of these a pattern is a name, and a lone name is meant as a list of one.
         if targets != "all-linear" and not re.search(r"[.*+?\[\](){}|^$\\]", targets):
             hint = did_you_mean(targets, ["all-linear", *LINEARS])
-            raise ValueError(f"found {targets!r}; allowed: a list of names, a regular expression, or all-linear{hint}")
+            raise ValueError(
+                f"found {targets!r}; allowed: a list of names, a regular expression, or all-linear{hint}"
+            )
         try:
             re.compile(targets)
         except re.error as error:
@@ -27,9 +29,13 @@ def _check_targets(targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
         if name not in LINEARS:
             allowed = ", ".join(LINEARS)
             hint = did_you_mean(name, list(LINEARS))
-            raise ValueError(f"{name!r} is no linear layer of distilbert; choose from {allowed}, or all-linear{hint}")
+            raise ValueError(
+                f"{name!r} is no linear layer of distilbert; choose from {allowed}, or all-linear{hint}"
+            )
     if not targets or len(set(targets)) != len(targets):
-        raise ValueError(f"found {list(targets)}; allowed: one or more of {', '.join(LINEARS)}, each once")
+        raise ValueError(
+            f"found {list(targets)}; allowed: one or more of {', '.join(LINEARS)}, each once"
+        )
     return targets
 
 
@@ -53,8 +59,14 @@ class _LayeredAdapters(_Adapters):
 
     @model_validator(mode="after")
     def _layers_need_names(self) -> Self:
-        if self.layers_to_transform and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            raise ValueError("layers_to_transform does nothing with a regular expression; put the blocks into it")
+        if (
+            self.layers_to_transform
+            and isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+        ):
+            raise ValueError(
+                "layers_to_transform does nothing with a regular expression; put the blocks into it"
+            )
         return self
 
 
@@ -135,7 +147,9 @@ class AdaloraMethod(_LayeredAdapters):
     @model_validator(mode="after")
     def _ranks_fall(self) -> Self:
         if self.target_r > self.init_r:
-            raise ValueError(f"target_r {self.target_r} is more than init_r {self.init_r}; ranks are only pruned")
+            raise ValueError(
+                f"target_r {self.target_r} is more than init_r {self.init_r}; ranks are only pruned"
+            )
         return self
 
 
@@ -176,7 +190,9 @@ class UnfreezeMethod(Section):
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
         if (self.last_layers is None) == (self.patterns is None) or self.patterns == ():
-            raise ValueError("name either last_layers (a number of blocks) or patterns (one or more)")
+            raise ValueError(
+                "name either last_layers (a number of blocks) or patterns (one or more)"
+            )
         return self
 
 

@@ -51,7 +51,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _options_are_honoured(self) -> Self:
         if self.double_quant and self.quantize not in ("nf4", "fp4"):
-            raise ValueError(f"double_quant does nothing with quantize {self.quantize}; set model.quantize=nf4 or fp4")
+            raise ValueError(
+                f"double_quant does nothing with quantize {self.quantize}; set model.quantize=nf4 or fp4"
+            )
         if self.head_r is not None and self.head != "low_rank":
             raise ValueError(f"head_r does nothing with head {self.head}; set model.head=low_rank")
         return self

@@ -18,10 +18,14 @@ class OutputConfig(Section):
     @classmethod
     def _dir_has_a_name(cls, folder: str | None) -> str | None:
         if folder is not None and Path(folder).name in ("", ".."):
-            raise ValueError(f"found {show(folder)}; allowed: a folder with a name of its own, such as adapters/mine")
+            raise ValueError(
+                f"found {show(folder)}; allowed: a folder with a name of its own, such as adapters/mine"
+            )
         # A run appends to the last name, and most file systems end at 255 bytes.
         if folder is not None and ("\0" in folder or len(Path(folder).name.encode()) > 200):
-            raise ValueError(f"found {show(folder)}; allowed: a name without NUL, of at most 200 bytes")
+            raise ValueError(
+                f"found {show(folder)}; allowed: a name without NUL, of at most 200 bytes"
+            )
         return folder
 
     overwrite: bool = False

@@ -80,22 +80,30 @@ class Recipe(Section):
         try:
             return folder.expanduser()
         except RuntimeError as error:
-            raise RecipeError(f"output.dir: found {show(str(folder))}; there is no such user's home here") from error
+            raise RecipeError(
+                f"output.dir: found {show(str(folder))}; there is no such user's home here"
+            ) from error
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, defaults included, as YAML that `load` reads back equal."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(
+            self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True
+        )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, near) or (f"; recipes there: {', '.join(near)}" if near else "")
+        hint = did_you_mean(path.name, near) or (
+            f"; recipes there: {', '.join(near)}" if near else ""
+        )
         raise RecipeError(f"{path}: no such recipe file{hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: byte {error.start} is no UTF-8; save the recipe as UTF-8") from None
+        raise RecipeError(
+            f"{path}: byte {error.start} is no UTF-8; save the recipe as UTF-8"
+        ) from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(
@@ -107,7 +115,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise RecipeError(f"override {show(override)}: expected key=value, such as train.learning_rate=1e-4")
+        raise RecipeError(
+            f"override {show(override)}: expected key=value, such as train.learning_rate=1e-4"
+        )
     *path, last = key.split(".")
     for part in path:
         inner = values.get(part)
@@ -125,11 +135,16 @@ def _faults(error: ValidationError) -> list[str]:
         if item["loc"][:1] == ("method",) and len(item["loc"]) > 1 and item["loc"][1] in METHODS:
             key = ".".join(["method", *[str(p) for p in item["loc"][2:] if not _is_tag(str(p))]])
         lines.setdefault(key, []).append(_explain(item))
-    return [f"{key}: ".removeprefix(": ") + " or ".join(dict.fromkeys(texts)) for key, texts in lines.items()]
+    return [
+        f"{key}: ".removeprefix(": ") + " or ".join(dict.fromkeys(texts))
+        for key, texts in lines.items()
+    ]
 
 
 def _is_tag(part: str) -> bool:
-    return part in ("str", "int", "float", "bool") or part.startswith(("dict[", "tuple[", "literal[", "function-"))
+    return part in ("str", "int", "float", "bool") or part.startswith(
+        ("dict[", "tuple[", "literal[", "function-")
+    )
 
 
 def _conflicts(values: dict[str, Any]) -> list[str]:
@@ -153,7 +168,9 @@ def _conflicts(values: dict[str, Any]) -> list[str]:
     }
     if stated("train", "engine") == "fast":
         faults += [
-            f"train.engine: fast cannot run with {clash}; set train.engine=auto" for clash in clashes if clashes[clash]
+            f"train.engine: fast cannot run with {clash}; set train.engine=auto"
+            for clash in clashes
+            if clashes[clash]
         ]
     return faults
 

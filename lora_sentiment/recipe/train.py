@@ -8,9 +8,21 @@ from pydantic import Field, field_validator, model_validator
 from lora_sentiment.errors import did_you_mean
 from lora_sentiment.recipe.section import Names, Section
 
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+TRACKERS = (
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "mlflow",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "swanlab",
+)
 
-ClassWeights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=2)]
+ClassWeights = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=2)
+]
 """A YAML list of positive numbers, one a label."""
 
 
@@ -49,7 +61,9 @@ class TrainConfig(Section):
     """Seed of the head's and the adapter's initial values, the order of rows, and dropout."""
     eval_steps: int | None = Field(None, ge=1)
     """Optimizer steps between evaluations on validation; by default once an epoch."""
-    metric_for_best_model: Literal["accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"] = "accuracy"
+    metric_for_best_model: Literal["accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"] = (
+        "accuracy"
+    )
     """Validation metric that decides which tensors are kept."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better one."""
@@ -71,7 +85,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _warmup_is_honoured(self) -> Self:
         if self.warmup_ratio and self.lr_scheduler_type == "constant":
-            raise ValueError("warmup_ratio does nothing with lr_scheduler_type constant; use constant_with_warmup")
+            raise ValueError(
+                "warmup_ratio does nothing with lr_scheduler_type constant; use constant_with_warmup"
+            )
         return self
 
     @field_validator("class_weights", mode="before")
@@ -79,12 +95,16 @@ class TrainConfig(Section):
     def _weights_are_positive(cls, weights: Any) -> Any:
         # Before the union, which would tell what is wrong with the value as each of its members.
         are_numbers = isinstance(weights, (list, tuple)) and all(
-            isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < math.inf
+            isinstance(weight, (int, float))
+            and not isinstance(weight, bool)
+            and 0 < weight < math.inf
             for weight in weights
         )
         if weights not in (None, "balanced") and not (are_numbers and len(weights) > 1):
             hint = did_you_mean(weights, ["balanced"]) if isinstance(weights, str) else ""
-            raise ValueError(f"found {weights!r}; allowed: balanced, or a list of positive numbers, one a label{hint}")
+            raise ValueError(
+                f"found {weights!r}; allowed: balanced, or a list of positive numbers, one a label{hint}"
+            )
         return weights
 
     @field_validator("report_to")
@@ -93,5 +113,7 @@ class TrainConfig(Section):
         for name in names:
             if name not in TRACKERS:
                 allowed = ", ".join(TRACKERS)
-                raise ValueError(f"found {name!r}; allowed: {allowed}{did_you_mean(name, list(TRACKERS))}")
+                raise ValueError(
+                    f"found {name!r}; allowed: {allowed}{did_you_mean(name, list(TRACKERS))}"
+                )
         return names

@@ -58,7 +58,9 @@ for _tag, _pattern, _first in (
 ):
     # PyYAML looks patterns up by the scalar's first character; an empty scalar has none and is looked up as ''.
     for _kind in (_Loader, Dumper):
-        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+        _kind.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+        )
 # 1.1 reads 010 as eight.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers["\0"]
@@ -73,7 +75,15 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with fewer tags
     # The last four are how PyYAML fails at a tag whose value is of another kind, such as `!!bool maybe`.
-    except (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -16,7 +16,14 @@ from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.serve.batching import STOPPED, Ids, Queue, work_in_thread
 from lora_sentiment.serve.config import Limits
-from lora_sentiment.serve.messages import Prediction, PredictRequest, PredictResponse, RefusalError, Score, TeiRequest
+from lora_sentiment.serve.messages import (
+    Prediction,
+    PredictRequest,
+    PredictResponse,
+    RefusalError,
+    Score,
+    TeiRequest,
+)
 from lora_sentiment.serve.metrics import Metrics
 from lora_sentiment.tasks.probabilities import softmax
 
@@ -96,9 +103,14 @@ class Answerer:
         texts = [row[0] if isinstance(row, list) else row for row in rows]
         truncate = self._limits.on_long == "truncate" if asked.truncate is None else asked.truncate
         direction = asked.truncation_direction and asked.truncation_direction.capitalize()
-        readings = await self._read(served, texts, _Way(explain=False, refuse_long=not truncate, direction=direction))
+        readings = await self._read(
+            served, texts, _Way(explain=False, refuse_long=not truncate, direction=direction)
+        )
         logits = await self._ask(served, readings)
-        scores = [_rank(served.labels, (found if asked.raw_scores else softmax(found))[0]) for found in logits]
+        scores = [
+            _rank(served.labels, (found if asked.raw_scores else softmax(found))[0])
+            for found in logits
+        ]
         return scores if isinstance(rows[0], list) else scores[0]
 
     def shut(self) -> None:
@@ -114,7 +126,10 @@ class Answerer:
         again = limits.max_explained_words
         size = sum(map(len, texts))
         if way.explain:
-            size = min(sum(len(text) * (1 + min(again, len(text))) for text in texts), limits.max_reread_characters)
+            size = min(
+                sum(len(text) * (1 + min(again, len(text))) for text in texts),
+                limits.max_reread_characters,
+            )
         if self._reading and self._reading + size > limits.max_reading_characters:
             raise RefusalError(
                 "Overloaded",
@@ -128,7 +143,9 @@ class Answerer:
         def unwanted() -> bool:
             return given_up.is_set() or self._queue.abandoned
 
-        work = self._readers.submit(work_in_thread, read_texts, served, texts, way, limits, unwanted)
+        work = self._readers.submit(
+            work_in_thread, read_texts, served, texts, way, limits, unwanted
+        )
         # Not when nobody waits any more: the thread still reads then, until it looks.
         work.add_done_callback(lambda _: self._count(-size))
         try:
@@ -140,10 +157,14 @@ class Answerer:
         with self._lock:
             self._reading += characters
 
-    async def _ask(self, served: "Served", readings: Sequence[_Reading]) -> list[NDArray[np.float32]]:
+    async def _ask(
+        self, served: "Served", readings: Sequence[_Reading]
+    ) -> list[NDArray[np.float32]]:
         """Return the logits of each reading: (num_inputs, num_labels)."""
         rows = await self._queue.ask(served, [ids for own in readings for ids in own.inputs])
-        self._metrics.count_answer(served.name, texts=len(readings), truncated=sum(own.truncated for own in readings))
+        self._metrics.count_answer(
+            served.name, texts=len(readings), truncated=sum(own.truncated for own in readings)
+        )
         ends = np.cumsum([len(own.inputs) for own in readings])
         return np.split(np.stack(rows), ends[:-1])
 
@@ -159,9 +180,13 @@ def choose(served: Mapping[str, "Served"], name: str | None) -> "Served":
     if name is None:
         if len(served) == 1:
             return next(iter(served.values()))
-        raise RefusalError("Validation", f"adapter: is missing, and several are loaded: {_names(served)}")
+        raise RefusalError(
+            "Validation", f"adapter: is missing, and several are loaded: {_names(served)}"
+        )
     if name not in served:
-        raise RefusalError("NotFound", f"adapter: {name[:100]!r} is not loaded; there is {_names(served)}")
+        raise RefusalError(
+            "NotFound", f"adapter: {name[:100]!r} is not loaded; there is {_names(served)}"
+        )
     return served[name]
 
 
@@ -174,10 +199,17 @@ def read_texts(
         RefusalError: For more to explain than allowed, a text too long where it must not be cut, and as soon as
             `stopped` says that nobody waits for the answer.
     """
-    read = [clean_text(text, Counter()) if served.clean else text for text in _while_wanted(texts, stopped)]
+    read = [
+        clean_text(text, Counter()) if served.clean else text
+        for text in _while_wanted(texts, stopped)
+    ]
     words = [find_words(text) if way.explain else [] for text in read]
     _check_words(read, words, limits)
-    asked = (variant for text, own in zip(read, words, strict=True) for variant in (text, *leave_each_out(text, own)))
+    asked = (
+        variant
+        for text, own in zip(read, words, strict=True)
+        for variant in (text, *leave_each_out(text, own))
+    )
     found = _tokenise(served.encoder, _while_wanted(asked, stopped))
     readings = []
     for place, own in enumerate(words):
@@ -189,7 +221,11 @@ def read_texts(
                 f"texts[{place}]: has {len(ids[0]) + 2:,} tokens; the adapter reads {served.encoder.max_length:,}",
             )
         inputs = [served.encoder.frame(_cut(served.encoder, row, way.direction)) for row in ids]
-        readings.append(_Reading(inputs, truncated, [word.group() for word in words[place]] if way.explain else None))
+        readings.append(
+            _Reading(
+                inputs, truncated, [word.group() for word in words[place]] if way.explain else None
+            )
+        )
     return readings
 
 
@@ -255,7 +291,9 @@ def _check_sizes(texts: Sequence[str], way: _Way, limits: Limits) -> None:
         )
 
 
-def _predict(labels: Sequence[str], reading: _Reading, scores: NDArray[np.float64], *, top_k: int) -> Prediction:
+def _predict(
+    labels: Sequence[str], reading: _Reading, scores: NDArray[np.float64], *, top_k: int
+) -> Prediction:
     """Make the answer for one text of the probabilities of its inputs: (num_inputs, num_labels)."""
     ranked = _rank(labels, scores[0])[:top_k]
     best = int(scores[0].argmax())

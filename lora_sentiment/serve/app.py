@@ -48,9 +48,13 @@ PAGE = {
 }
 """Path to file of the page and its type."""
 EXAMPLES = {
-    "texts": {"value": {"texts": ["A lovely film.", "Dull, long and not worth a cent."], "top_k": 2}},
+    "texts": {
+        "value": {"texts": ["A lovely film.", "Dull, long and not worth a cent."], "top_k": 2}
+    },
     "explained": {"value": {"texts": ["A lovely film."], "adapter": "imdb_small", "explain": True}},
-    "text-embeddings-inference": {"value": {"inputs": [["A lovely film."], ["Dull, long and not worth a cent."]]}},
+    "text-embeddings-inference": {
+        "value": {"inputs": [["A lovely film."], ["Dull, long and not worth a cent."]]}
+    },
 }
 _EXPLAINED: dict[ErrorType, str] = {
     "Malformed": MALFORMED,
@@ -115,7 +119,9 @@ def make_app(pool: "Pool", config: ServeConfig) -> FastAPI:
 
 def _add_predict(app: FastAPI, answerer: Answerer, config: ServeConfig, metrics: Metrics) -> None:
     answers = TypeAdapter[Any](Predicted)
-    kinds: list[ErrorType] = [kind for kind in _EXPLAINED if kind != "Unauthorized" or config.api_key]
+    kinds: list[ErrorType] = [
+        kind for kind in _EXPLAINED if kind != "Unauthorized" or config.api_key
+    ]
 
     forms = [{"$ref": _REFERENCE.format(model=form.__name__)} for form in get_args(Asked)]
     content = {"application/json": {"schema": {"anyOf": forms}, "examples": EXAMPLES}}
@@ -127,7 +133,11 @@ def _add_predict(app: FastAPI, answerer: Answerer, config: ServeConfig, metrics:
     async def predict(request: Request) -> Response:
         """Label texts, each by the adapter that the request names."""
         asked = read_request(await request.body(), config.limits)
-        work = answerer.predict(asked) if isinstance(asked, PredictRequest) else answerer.predict_as_tei(asked)
+        work = (
+            answerer.predict(asked)
+            if isinstance(asked, PredictRequest)
+            else answerer.predict_as_tei(asked)
+        )
         answer = await _finish(work, request, seconds=config.limits.deadline_seconds)
         if answer is None:
             metrics.abandoned.inc()
@@ -149,7 +159,9 @@ def _add_facts(app: FastAPI, pool: "Pool", config: ServeConfig, metrics: Metrics
             )
             for name, own in sorted(pool.served.items())
         ]  # fmt: skip
-        return AdaptersResponse(base=BaseFacts(name=pool.base, sha256=pool.base_sha256), adapters=found)
+        return AdaptersResponse(
+            base=BaseFacts(name=pool.base, sha256=pool.base_sha256), adapters=found
+        )
 
     @app.get("/healthz", responses=_errors("Unhealthy"))
     async def healthz() -> StatusResponse:
@@ -166,9 +178,16 @@ def _add_facts(app: FastAPI, pool: "Pool", config: ServeConfig, metrics: Metrics
             raise RefusalError("Unhealthy", "no adapter is loaded")
         return StatusResponse()
 
-    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    }
 
-    @app.get("/metrics", response_class=Response, responses={**text, **needs_key}, dependencies=_bearer(config))
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={**text, **needs_key},
+        dependencies=_bearer(config),
+    )
     async def show_metrics() -> Response:
         """Count, for Prometheus."""
         return Response(metrics.show(), headers={"Content-Type": CONTENT_TYPE})
@@ -194,12 +213,16 @@ def _add_handlers(app: FastAPI) -> None:
         # Nothing else is raised: the guard lets known paths through alone, and no body is read by FastAPI.
         assert error.status_code == STATUSES["MethodNotAllowed"]
         allowed = (error.headers or {}).get("Allow", "")
-        response = make_refusal(RefusalError("MethodNotAllowed", f"this path takes {allowed} alone"))
+        response = make_refusal(
+            RefusalError("MethodNotAllowed", f"this path takes {allowed} alone")
+        )
         response.headers["Allow"] = allowed
         return response
 
 
-async def _finish(work: Coroutine[Any, Any, Result], request: Request, *, seconds: float) -> Result | None:
+async def _finish(
+    work: Coroutine[Any, Any, Result], request: Request, *, seconds: float
+) -> Result | None:
     """Wait for an answer as long as somebody else does; what is given up leaves the line.
 
     Returns:
@@ -210,7 +233,9 @@ async def _finish(work: Coroutine[Any, Any, Result], request: Request, *, second
     """
     task, gone = asyncio.create_task(work), asyncio.create_task(_wait_until_gone(request))
     try:
-        done, _ = await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(
+            {task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
     finally:
         gone.cancel()
         if not task.done():
@@ -230,7 +255,9 @@ async def _wait_until_gone(request: Request) -> None:
         pass
 
 
-async def _watch(pool: "Pool", config: ServeConfig, metrics: Metrics, *, stopped: Callable[[], bool]) -> None:
+async def _watch(
+    pool: "Pool", config: ServeConfig, metrics: Metrics, *, stopped: Callable[[], bool]
+) -> None:
     """Let the pool look at its folder now and then, in a thread; a process ends only after it, so a stop ends it."""
     loop = asyncio.get_running_loop()
     metrics.keep(pool.served)
@@ -261,6 +288,9 @@ def _errors(*kinds: ErrorType) -> dict[int | str, dict[str, Any]]:
         }
     if STATUSES["Overloaded"] in found:
         found[STATUSES["Overloaded"]]["headers"] = {
-            "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+            "Retry-After": {
+                "description": "Seconds to wait.",
+                "schema": {"type": "integer", "minimum": 1},
+            }
         }
     return found

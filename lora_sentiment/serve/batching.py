@@ -147,7 +147,10 @@ class Queue:
         if self.abandoned:
             raise RefusalError("Unhealthy", STOPPED)
         if tokens > most:
-            raise RefusalError("TooLarge", f"the request makes {tokens:,} tokens; allowed: {most:,}; send it in parts")
+            raise RefusalError(
+                "TooLarge",
+                f"the request makes {tokens:,} tokens; allowed: {most:,}; send it in parts",
+            )
         if self.tokens + tokens > most:
             raise RefusalError(
                 "Overloaded",
@@ -203,18 +206,28 @@ class Queue:
             for own in apart:
                 await self._answer(own)
             return
-        self._metrics.count_batch(texts=len(batch), tokens=tokens, seconds=seconds, failed=bool(error))
+        self._metrics.count_batch(
+            texts=len(batch), tokens=tokens, seconds=seconds, failed=bool(error)
+        )
         if error:
             log.error("a batch of %d texts could not be computed", len(batch), exc_info=error)
             for asked, _ in batch:
-                self._fail(asked, RefusalError("Backend", "the model could not be computed; the log says why"))
+                self._fail(
+                    asked,
+                    RefusalError("Backend", "the model could not be computed; the log says why"),
+                )
             return
         before = self._seconds_per_token
-        self._seconds_per_token = seconds / tokens if before is None else 0.8 * before + 0.2 * seconds / tokens
+        self._seconds_per_token = (
+            seconds / tokens if before is None else 0.8 * before + 0.2 * seconds / tokens
+        )
         for (asked, _), logits in zip(batch, computed.result(), strict=True):
             if not np.isfinite(logits).all():
                 log.error("%r: answered a value that is not finite", asked.served.name)
-                self._fail(asked, RefusalError("Backend", "the adapter answered a value that is not finite"))
+                self._fail(
+                    asked,
+                    RefusalError("Backend", "the adapter answered a value that is not finite"),
+                )
             asked.found.append(logits)
             if len(asked.found) == len(asked.inputs) and not asked.answer.done():
                 asked.answer.set_result(asked.found)

@@ -87,7 +87,9 @@ class ServeConfig(Section):
         return self
 
 
-def make_config(limits: list[str], *, api_key_file: Path | None = None, **values: Any) -> ServeConfig:
+def make_config(
+    limits: list[str], *, api_key_file: Path | None = None, **values: Any
+) -> ServeConfig:
     """Check what the command line was given.
 
     Args:
@@ -109,7 +111,9 @@ def make_config(limits: list[str], *, api_key_file: Path | None = None, **values
         given[name] = value
     try:
         found = Limits.model_validate(given, strict=False)
-        return ServeConfig(**values, api_key=read_key(api_key_file) if api_key_file else None, limits=found)
+        return ServeConfig(
+            **values, api_key=read_key(api_key_file) if api_key_file else None, limits=found
+        )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = f"{first['loc'][0]}: " if first["loc"] else ""

@@ -56,7 +56,9 @@ class RefusalError(LoraSentimentError):
 
 def _whole(text: str) -> str:
     if re.search("[\ud800-\udfff]", text):
-        raise PydanticCustomError("surrogate", "holds half of a surrogate pair, which is no text; send it as UTF-8")
+        raise PydanticCustomError(
+            "surrogate", "holds half of a surrogate pair, which is no text; send it as UTF-8"
+        )
     return text
 
 
@@ -66,7 +68,9 @@ Text = Annotated[str, AfterValidator(_whole)]
 class PredictRequest(Section):
     """Texts for one adapter."""
 
-    texts: list[Text] = Field(min_length=1, examples=[["A lovely film.", "Dull, long and not worth a cent."]])
+    texts: list[Text] = Field(
+        min_length=1, examples=[["A lovely film.", "Dull, long and not worth a cent."]]
+    )
     """Texts to label, each read as in training."""
     adapter: Text | None = Field(default=None, examples=["imdb_small"])
     """Which adapter answers; may be left out where one is loaded."""
@@ -91,8 +95,12 @@ class TeiRequest(Section):
     inputs: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=1)]
-        | Annotated[list[Annotated[list[Text], Field(min_length=1, max_length=1)]], Field(min_length=1)]
-    ) = Field(examples=["A lovely film.", [["A lovely film."], ["Dull, long and not worth a cent."]]])
+        | Annotated[
+            list[Annotated[list[Text], Field(min_length=1, max_length=1)]], Field(min_length=1)
+        ]
+    ) = Field(
+        examples=["A lovely film.", [["A lovely film."], ["Dull, long and not worth a cent."]]]
+    )
     """One text, or a batch of texts, each in a list of its own."""
     adapter: Text | None = None
     """Which adapter answers; may be left out where one is loaded."""
@@ -113,7 +121,8 @@ class TeiRequest(Section):
             isinstance(row, list) and len(row) == 1 for row in rows
         ):
             raise PydanticCustomError(
-                "pair", 'a pair of texts; these models read one: send a batch as [["first text"], ["second text"]]'
+                "pair",
+                'a pair of texts; these models read one: send a batch as [["first text"], ["second text"]]',
             )
         return value
 
@@ -122,7 +131,9 @@ class TeiRequest(Section):
     def _refuse_parameters(cls, value: Any) -> Any:
         for key, setting in value.items() if isinstance(value, dict) else ():
             if setting is not None or key not in TeiParameters.model_fields:
-                raise PydanticCustomError("parameter", "{key} is not honoured; leave it out", {"key": _show(key)})
+                raise PydanticCustomError(
+                    "parameter", "{key} is not honoured; leave it out", {"key": _show(key)}
+                )
         return value
 
 
@@ -144,16 +155,24 @@ def read_request(body: bytes, limits: Limits) -> Asked:
     except (ValueError, RecursionError) as error:
         raise RefusalError("Malformed", MALFORMED) from error
     if not isinstance(value, dict):
-        raise RefusalError("Validation", 'the body must be a JSON object, such as {"texts": ["A lovely film."]}')
+        raise RefusalError(
+            "Validation", 'the body must be a JSON object, such as {"texts": ["A lovely film."]}'
+        )
     form, model = ("inputs", TeiRequest) if "inputs" in value else ("texts", PredictRequest)
     known = list(model.model_fields)
     for key in value:
         if key not in known:
             hint = did_you_mean(key[:SHOWN], known)
-            raise RefusalError("Validation", f"unknown key {_show(key)}{hint} (beside {form!r}: {', '.join(known)})")
+            raise RefusalError(
+                "Validation",
+                f"unknown key {_show(key)}{hint} (beside {form!r}: {', '.join(known)})",
+            )
     texts = value.get(form)
     if isinstance(texts, list) and len(texts) > limits.max_texts:
-        raise RefusalError("TooLarge", f"{form}: found {len(texts):,}; allowed: at most {limits.max_texts:,} a request")
+        raise RefusalError(
+            "TooLarge",
+            f"{form}: found {len(texts):,}; allowed: at most {limits.max_texts:,} a request",
+        )
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -165,7 +184,10 @@ def _explain(error: ValidationError) -> RefusalError:
     fault = error.errors(include_url=False, include_input=False)[0]
     name, *where = fault["loc"]
     if name == "inputs" and fault["type"] not in ("pair", "surrogate"):
-        return RefusalError("Validation", 'inputs: allowed: one text, or a batch as [["first text"], ["second text"]]')
+        return RefusalError(
+            "Validation",
+            'inputs: allowed: one text, or a batch as [["first text"], ["second text"]]',
+        )
     place = "".join(f"[{part}]" for part in where if isinstance(part, int))
     return RefusalError("Validation", f"{name}{place}: {fault['msg']}")
 

@@ -16,7 +16,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
-            "lora_sentiment_requests", "Answered requests.", ["route", "status"], registry=self.registry
+            "lora_sentiment_requests",
+            "Answered requests.",
+            ["route", "status"],
+            registry=self.registry,
         )
         self.seconds = Histogram(
             "lora_sentiment_predict_seconds",
@@ -24,26 +27,45 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._texts = Counter("lora_sentiment_texts", "Texts answered.", ["adapter"], registry=self.registry)
-        self._named: set[str] = set()
-        self._truncated = Counter("lora_sentiment_truncated_texts", "Texts that were cut.", registry=self.registry)
-        self.abandoned = Counter(
-            "lora_sentiment_abandoned_requests", "Predictions whose client went away first.", registry=self.registry
+        self._texts = Counter(
+            "lora_sentiment_texts", "Texts answered.", ["adapter"], registry=self.registry
         )
-        self.faults = Counter("lora_sentiment_faults", "Requests that met a fault of ours.", registry=self.registry)
-        self.queued_tokens = Gauge("lora_sentiment_queued_tokens", "Tokens that wait.", registry=self.registry)
-        self.under_way = Gauge("lora_sentiment_requests_under_way", "Predictions under way.", registry=self.registry)
-        self.adapters = Gauge("lora_sentiment_adapters", "Adapters that are loaded.", registry=self.registry)
+        self._named: set[str] = set()
+        self._truncated = Counter(
+            "lora_sentiment_truncated_texts", "Texts that were cut.", registry=self.registry
+        )
+        self.abandoned = Counter(
+            "lora_sentiment_abandoned_requests",
+            "Predictions whose client went away first.",
+            registry=self.registry,
+        )
+        self.faults = Counter(
+            "lora_sentiment_faults", "Requests that met a fault of ours.", registry=self.registry
+        )
+        self.queued_tokens = Gauge(
+            "lora_sentiment_queued_tokens", "Tokens that wait.", registry=self.registry
+        )
+        self.under_way = Gauge(
+            "lora_sentiment_requests_under_way", "Predictions under way.", registry=self.registry
+        )
+        self.adapters = Gauge(
+            "lora_sentiment_adapters", "Adapters that are loaded.", registry=self.registry
+        )
         self._batch_texts = Histogram(
             "lora_sentiment_batch_texts", "Texts of a batch, words left out for an explanation among them.",
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), registry=self.registry,
         )  # fmt: skip
         self._batch_seconds = Histogram(
-            "lora_sentiment_batch_seconds", "Seconds to compute a batch.", buckets=_SECONDS, registry=self.registry
+            "lora_sentiment_batch_seconds",
+            "Seconds to compute a batch.",
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self._tokens = Counter("lora_sentiment_tokens", "Tokens computed.", registry=self.registry)
         self._failed = Counter(
-            "lora_sentiment_failed_batches", "Batches that could not be computed.", registry=self.registry
+            "lora_sentiment_failed_batches",
+            "Batches that could not be computed.",
+            registry=self.registry,
         )
 
     def count_batch(self, *, texts: int, tokens: int, seconds: float, failed: bool) -> None:

@@ -46,7 +46,9 @@ def make_refusal(error: RefusalError) -> Response:
 class Guard:
     """ASGI middleware: lets through what is allowed, with its whole body read."""
 
-    def __init__(self, app: ASGIApp, *, config: ServeConfig, metrics: Metrics, routes: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, config: ServeConfig, metrics: Metrics, routes: Collection[str]
+    ) -> None:
         self._app, self._limits, self._metrics = app, config.limits, metrics
         self._routes, self._logs = frozenset(routes), config.access_log
         self._key = config.api_key.get_secret_value().encode() if config.api_key else None
@@ -76,7 +78,9 @@ class Guard:
                 self._tell(fault, route)
                 # Once an answer has begun there is no room for another: the connection is closed.
                 if status == CLIENT_GONE:
-                    broken = RefusalError("Backend", "the request met a fault of the server; its log says where")
+                    broken = RefusalError(
+                        "Backend", "the request met a fault of the server; its log says where"
+                    )
                     await make_refusal(broken)(scope, receive, send_with_headers)
         finally:
             self._count(scope, route, status, time.perf_counter() - started)
@@ -99,7 +103,9 @@ class Guard:
         try:
             # The router takes "/adapters\n" for "/adapters"; here a path is a known one or none.
             if scope["path"] not in self._routes:
-                raise RefusalError("NotFound", f"no such path; there are {', '.join(sorted(self._routes))}")
+                raise RefusalError(
+                    "NotFound", f"no such path; there are {', '.join(sorted(self._routes))}"
+                )
             self._check_key(scope)
             if scope["path"] != PREDICT or scope["method"] != "POST":
                 await self._app(scope, receive, send)
@@ -122,7 +128,9 @@ class Guard:
                 body = await self._read(receive)
         except TimeoutError:
             seconds = self._limits.body_seconds
-            late = RefusalError("Timeout", f"the body took longer to arrive than allowed: {seconds:g} seconds")
+            late = RefusalError(
+                "Timeout", f"the body took longer to arrive than allowed: {seconds:g} seconds"
+            )
             await make_refusal(late)(scope, receive, send)
             return
         except RefusalError as error:
@@ -163,13 +171,18 @@ class Guard:
         scheme, _, key = _header(scope, b"authorization").partition(b" ")
         # Compared in constant time: how long it takes must not say how much of a guess was right.
         if not hmac.compare_digest(key.strip(), self._key) or scheme.lower() != b"bearer":
-            raise RefusalError("Unauthorized", "this server needs its key: send the header Authorization: Bearer KEY")
+            raise RefusalError(
+                "Unauthorized",
+                "this server needs its key: send the header Authorization: Bearer KEY",
+            )
 
     def _check_predict(self, scope: Scope) -> None:
         """Refuse by the header alone what no body could make right."""
         kind = _header(scope, b"content-type").partition(b";")[0].strip().lower()
         if kind != b"application/json":
-            raise RefusalError("UnsupportedMediaType", "the body's Content-Type must be application/json")
+            raise RefusalError(
+                "UnsupportedMediaType", "the body's Content-Type must be application/json"
+            )
         length = _header(scope, b"content-length")
         self._check_size(int(length[:20]) if length.isdigit() else 0)
         if self._under_way >= self._limits.max_requests:
@@ -182,7 +195,9 @@ class Guard:
     def _check_size(self, size: int) -> None:
         most = self._limits.max_body_bytes
         if size > most:
-            raise RefusalError("TooLarge", f"the body is longer than allowed: {most:,} bytes; send it in parts")
+            raise RefusalError(
+                "TooLarge", f"the body is longer than allowed: {most:,} bytes; send it in parts"
+            )
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -94,10 +94,14 @@ class Pool:
         self._dtype_name, self._dtype = dtype, resolve_dtype(dtype, self._device)
         self._seen: dict[Path, Signature] = {}
         # Only glibc has it.
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        self._trim = (
+            getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        )
         self._trimmed = time.monotonic()
         base.model.requires_grad_(False).eval()
-        encoder: Any = copy.deepcopy(base.model, _tensors(base.model) if self._device.type == "cpu" else {})
+        encoder: Any = copy.deepcopy(
+            base.model, _tensors(base.model) if self._device.type == "cpu" else {}
+        )
         self._forward = FastForward(encoder.distilbert.to(self._device), self._dtype)
         self._packs = self._device.type == "cuda" and has_packable_heads(encoder.distilbert)
 
@@ -138,11 +142,18 @@ class Pool:
             if stopped() or self._seen.get(folder) == signature:
                 continue
             try:
-                _refuse_taken(folder, {name: own for name, own in self.served.items() if own.folder != folder})
+                _refuse_taken(
+                    folder, {name: own for name, own in self.served.items() if own.folder != folder}
+                )
                 self.served = {**self.served, folder.name: self._load(folder)}
                 log.info("%r: served from %r", folder.name, str(folder))
             except (AdapterError, ModelError, OSError) as error:
-                log.warning("%r: %s: %s", str(folder), "served as it was" if named == folder else "not served", error)
+                log.warning(
+                    "%r: %s: %s",
+                    str(folder),
+                    "served as it was" if named == folder else "not served",
+                    error,
+                )
             except (RuntimeError, MemoryError):
                 # Such as a device that was full for a moment: nothing is wrong with the folder, so it is tried again.
                 log.exception("%r: could not be loaded; tried again at the next look", str(folder))
@@ -197,7 +208,10 @@ class Pool:
         batches.append((list(itertools.islice(itertools.cycle(every), num_rows)), longest))
         try:
             for served, length in batches:
-                self.compute(served, served[0].encoder.pack([_make_text(own.encoder, length) for own in served]))
+                self.compute(
+                    served,
+                    served[0].encoder.pack([_make_text(own.encoder, length) for own in served]),
+                )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -219,7 +233,9 @@ class Pool:
         max_tokens = inference_tokens(self._device.type)
         return (cut_packed if self._packs else cut)(index, lengths, max_tokens=max_tokens)
 
-    def _answer_mixed(self, parts: Sequence[Parts | Engine], encoded: Encoded, index: Ids) -> list[Answers]:
+    def _answer_mixed(
+        self, parts: Sequence[Parts | Engine], encoded: Encoded, index: Ids
+    ) -> list[Answers]:
         """Answer one batch of texts of low-rank adapters."""
         own = [part for part in parts if isinstance(part, Parts)]
         if self._packs:
@@ -237,14 +253,18 @@ class Pool:
         # The card that the weights were held against: another one may have come since the first look at it.
         card = loaded.card
         self._refuse_stranger(folder, card)
-        weights = [path for path in (folder / PEFT_WEIGHTS, folder / CHANGED_WEIGHTS) if path.is_file()]
+        weights = [
+            path for path in (folder / PEFT_WEIGHTS, folder / CHANGED_WEIGHTS) if path.is_file()
+        ]
         if not weights:
             raise AdapterError(f"{folder}: went away while it was loaded")
         served = Served(
             name=folder.name,
             folder=folder,
             labels=tuple(card.labels),
-            encoder=TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
+            encoder=TextEncoder.of(
+                loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
+            ),
             clean=card.data.config.clean,
             sha256=card.sha256,
             method=card.method.kind,
@@ -308,7 +328,9 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
         raise AdapterError(f"--watch: {watch} is no folder; make it first")
     known = [*folders, *(_find(watch) if watch else ())]
     if not known and base is None:
-        raise ModelError("no adapter was given and none is in the watched folder: name the base with --base")
+        raise ModelError(
+            "no adapter was given and none is in the watched folder: name the base with --base"
+        )
     card = load_card(known[0]) if known else None
     name, revision = (base, None) if base or not card else (card.base.name, card.base.revision)
     max_length = card.max_length if card else 8

@@ -64,8 +64,12 @@ def bind(config: ServeConfig) -> socket.socket:
         RecipeError: If it cannot be bound, or is not loopback and there is neither a key nor `no_api_key`.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        if not (ipaddress.ip_address(address[0]).is_loopback or config.api_key or config.no_api_key):
+        family, _, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM
+        )[0]
+        if not (
+            ipaddress.ip_address(address[0]).is_loopback or config.api_key or config.no_api_key
+        ):
             raise RecipeError(
                 f"serve: --host {config.host} can be reached from other machines: give --api-key-file FILE, or say "
                 "--no-api-key if something in front of it keeps them out"
@@ -77,7 +81,9 @@ def bind(config: ServeConfig) -> socket.socket:
         found.bind(address)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "this is no name of a host"
-        raise RecipeError(f"serve: cannot listen on {config.host}:{config.port}: {reason}") from error
+        raise RecipeError(
+            f"serve: cannot listen on {config.host}:{config.port}: {reason}"
+        ) from error
     return found
 
 
@@ -89,7 +95,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, pool: "Pool", config: ServeConfig, bound: socket.socket, *, announce: Callable[[str], None]
+        self,
+        pool: "Pool",
+        config: ServeConfig,
+        bound: socket.socket,
+        *,
+        announce: Callable[[str], None],
     ) -> None:
         host, port = bound.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -217,7 +228,11 @@ class _Bounded(H11Protocol):
             self._timer = None
 
     def _stop_waiting_while_busy(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete and not self.flow.write_paused:
+        if (
+            self.cycle is not None
+            and not self.cycle.response_complete
+            and not self.flow.write_paused
+        ):
             self._stop_waiting()
 
     def _end(self) -> None:
@@ -228,7 +243,9 @@ class _Bounded(H11Protocol):
         self._wait()
         if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
             seconds = self.limits.header_seconds
-            self._refuse("Timeout", f"the header took longer to arrive than allowed: {seconds:g} seconds")
+            self._refuse(
+                "Timeout", f"the header took longer to arrive than allowed: {seconds:g} seconds"
+            )
         else:
             self.transport.close()
 
@@ -239,7 +256,12 @@ class _Bounded(H11Protocol):
             return
         body = ErrorResponse(error=sentence, error_type=kind).model_dump_json().encode()
         length = (b"content-length", str(len(body)).encode())
-        headers = [*HEADERS, (b"content-type", b"application/json"), length, (b"connection", b"close")]
+        headers = [
+            *HEADERS,
+            (b"content-type", b"application/json"),
+            length,
+            (b"connection", b"close"),
+        ]
         response = h11.Response(status_code=STATUSES[kind], headers=headers)
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")

@@ -30,17 +30,28 @@ def loss_sum(
         label_smoothing: Share of the target spread over all labels, each part weighted by its own label.
     """
     return F.cross_entropy(
-        logits.float(), labels, weight=class_weights, reduction="sum", label_smoothing=label_smoothing
+        logits.float(),
+        labels,
+        weight=class_weights,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
 
 
 def total_weight(labels: NDArray[np.int64], class_weights: NDArray[np.float32] | None) -> float:
     """Return the sum of the weights of these rows' own labels: what the loss of a step is divided by."""
-    return float(len(labels)) if class_weights is None else float(class_weights[labels].sum(dtype=np.float64))
+    return (
+        float(len(labels))
+        if class_weights is None
+        else float(class_weights[labels].sum(dtype=np.float64))
+    )
 
 
 def make_class_weights(
-    setting: Literal["balanced"] | tuple[float, ...] | None, *, labels: NDArray[np.int64], names: Sequence[str]
+    setting: Literal["balanced"] | tuple[float, ...] | None,
+    *,
+    labels: NDArray[np.int64],
+    names: Sequence[str],
 ) -> NDArray[np.float32] | None:
     """Return the weight of each label, or None where all weigh 1.
 

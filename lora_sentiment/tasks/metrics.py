@@ -55,7 +55,10 @@ class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate h
         raise NotImplementedError
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
+        features = {
+            "predictions": datasets.Sequence(datasets.Value("float64")),
+            "references": datasets.Value("int64"),
+        }
         return evaluate.MetricInfo(
             description=type(self).__doc__,
             citation="",
@@ -67,10 +70,14 @@ class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate h
         # The base class makes a cache folder in the user's home here; with keep_in_memory nothing is ever put in it.
         return ""
 
-    def _compute(self, *, predictions: npt.ArrayLike, references: npt.ArrayLike) -> dict[str, float]:
+    def _compute(
+        self, *, predictions: npt.ArrayLike, references: npt.ArrayLike
+    ) -> dict[str, float]:
         probabilities, labels = checked(predictions, references)
         if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
-            raise ModelError("predictions: found rows that are no probabilities; apply softmax to logits first")
+            raise ModelError(
+                "predictions: found rows that are no probabilities; apply softmax to logits first"
+            )
         return {self.name: float(self.values(probabilities, labels, np.ones((1, len(labels))))[0])}
 
 
@@ -93,7 +100,9 @@ class MacroF1(ClassificationMetric):
     def values(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
         predictions, num_labels = probabilities.argmax(axis=1), probabilities.shape[1]
         num_true_positives = _group_sums(weights * (predictions == labels), labels, num_labels)
-        num_either = _group_sums(weights, labels, num_labels) + _group_sums(weights, predictions, num_labels)
+        num_either = _group_sums(weights, labels, num_labels) + _group_sums(
+            weights, predictions, num_labels
+        )
         f1 = 2 * num_true_positives / np.maximum(num_either, 1)
         return np.asarray(f1.sum(axis=1) / (num_either > 0).sum(axis=1))
 
@@ -177,7 +186,9 @@ class ExpectedCalibrationError(ClassificationMetric):
         confidence = probabilities.max(axis=1)
         bins = np.searchsorted(np.linspace(0, 1, num_bins + 1)[1:-1], confidence, side="left")
         gaps = (probabilities.argmax(axis=1) == labels) - confidence
-        return np.asarray(np.abs(_group_sums(weights * gaps, bins, num_bins)).sum(axis=1) / weights.sum(axis=1))
+        return np.asarray(
+            np.abs(_group_sums(weights * gaps, bins, num_bins)).sum(axis=1) / weights.sum(axis=1)
+        )
 
 
 def score(
@@ -245,7 +256,9 @@ def quick_score(logits: npt.ArrayLike, labels: npt.ArrayLike, metric_name: str) 
     every_row_once = np.ones((1, len(checked_labels)))
     value = float(metric.values(softmax(checked_logits), checked_labels, every_row_once)[0])
     if np.isnan(value):
-        raise DataError(f"{metric_name} has no value: {metric.undefined_if}; add rows or choose another metric")
+        raise DataError(
+            f"{metric_name} has no value: {metric.undefined_if}; add rows or choose another metric"
+        )
     return value
 
 
@@ -262,7 +275,9 @@ def find_metric(name: str) -> type[ClassificationMetric]:
     return METRICS[name]
 
 
-def confusion_matrix(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_labels: int) -> Integers:
+def confusion_matrix(
+    labels: npt.ArrayLike, predictions: npt.ArrayLike, num_labels: int
+) -> Integers:
     """Count the rows by true label (first axis) and predicted label (second axis): (num_labels, num_labels).
 
     Raises:
@@ -271,8 +286,12 @@ def confusion_matrix(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_labe
     truth = _checked_labels(labels, name="labels", num_labels=num_labels)
     predicted = _checked_labels(predictions, name="predictions", num_labels=num_labels)
     if len(truth) != len(predicted):
-        raise DataError(f"found {len(truth)} labels and {len(predicted)} predictions; give one of each per row")
-    return np.bincount(num_labels * truth + predicted, minlength=num_labels**2).reshape(num_labels, num_labels)
+        raise DataError(
+            f"found {len(truth)} labels and {len(predicted)} predictions; give one of each per row"
+        )
+    return np.bincount(num_labels * truth + predicted, minlength=num_labels**2).reshape(
+        num_labels, num_labels
+    )
 
 
 def _means(amounts: npt.NDArray[np.float64] | npt.NDArray[np.bool_], weights: Floats) -> Floats:
@@ -306,18 +325,24 @@ def checked(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Integ
         )
     vector = _checked_labels(labels, name="labels", num_labels=matrix.shape[1])
     if len(vector) != len(matrix):
-        raise DataError(f"found {len(matrix)} rows of logits and {len(vector)} labels; give one label per row")
+        raise DataError(
+            f"found {len(matrix)} rows of logits and {len(vector)} labels; give one label per row"
+        )
     return matrix, vector
 
 
 def _checked_labels(labels: npt.ArrayLike, *, name: str, num_labels: int) -> Integers:
     vector = np.asarray(labels)
     if vector.ndim != 1 or vector.dtype.kind not in "iu":
-        raise DataError(f"{name}: found {vector.dtype} values of shape {vector.shape}; give one integer per row")
+        raise DataError(
+            f"{name}: found {vector.dtype} values of shape {vector.shape}; give one integer per row"
+        )
     outside = np.flatnonzero((vector < 0) | (vector >= num_labels))
     if len(outside):
         found = ", ".join(str(value) for value in np.unique(vector[outside])[:5])
-        raise DataError(f"{name}: found {found} in {_show_rows(outside)}; allowed are 0 to {num_labels - 1}")
+        raise DataError(
+            f"{name}: found {found} in {_show_rows(outside)}; allowed are 0 to {num_labels - 1}"
+        )
     return vector.astype(np.int64)
 
 
@@ -327,5 +352,6 @@ def _show_rows(rows: Integers) -> str:
 
 
 METRICS: dict[str, type[ClassificationMetric]] = {
-    metric.name: metric for metric in (Accuracy, MacroF1, MCC, LogLoss, AUROC, ExpectedCalibrationError)
+    metric.name: metric
+    for metric in (Accuracy, MacroF1, MCC, LogLoss, AUROC, ExpectedCalibrationError)
 }

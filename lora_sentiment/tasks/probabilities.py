@@ -14,7 +14,9 @@ def softmax(logits: npt.ArrayLike, *, temperature: float = 1.0) -> NDArray[np.fl
         ModelError: The temperature is not a positive, finite number.
     """
     if not 0 < temperature < np.inf:
-        raise ModelError(f"temperature: found {temperature}; give a positive number, 1 leaves the logits as they are")
+        raise ModelError(
+            f"temperature: found {temperature}; give a positive number, 1 leaves the logits as they are"
+        )
     scaled = np.asarray(logits, dtype=np.float64)
     # The greatest logit becomes 0, so that exp cannot overflow.
     exponentials = np.exp((scaled - scaled.max(axis=1, keepdims=True)) / temperature)

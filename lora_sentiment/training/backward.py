@@ -90,7 +90,9 @@ class PaddedBackward:
         device = self.accelerator.device
         batch = make_batch(self.encoded, part, device=device, lengths=self.lengths)
         with self.accelerator.autocast(), attention_backends(device):
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            logits = self.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            ).logits
         loss = self.loss_sum(logits, batch.labels) / total
         self.accelerator.backward(loss)
         return loss.detach()
@@ -168,7 +170,9 @@ class PackedBackward:
         loss = self.loss_sum(logits[: len(labels)], labels) / inputs.total
         scaler = self.accelerator.scaler
         # One operation adds all gradients, where `backward` would launch a kernel for each.
-        grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), self._parameters)
+        grads = torch.autograd.grad(
+            loss if scaler is None else scaler.scale(loss), self._parameters
+        )
         torch._foreach_add_(self._gradients(), list(grads))
         self._loss.copy_(loss.detach())
 
@@ -194,8 +198,12 @@ class PackedBackward:
         if size not in self._inputs:
             num_values = sum(len(field) for field in fields)
             buffer = torch.empty(num_values, dtype=torch.int32, device=self.accelerator.device)
-            ids, positions, starts, labels, number = buffer.split_with_sizes([len(field) for field in fields])
-            self._inputs[size] = _Inputs(buffer, ids, positions, starts, labels, number.view(torch.float32)[0])
+            ids, positions, starts, labels, number = buffer.split_with_sizes(
+                [len(field) for field in fields]
+            )
+            self._inputs[size] = _Inputs(
+                buffer, ids, positions, starts, labels, number.view(torch.float32)[0]
+            )
         inputs = self._inputs[size]
         self._host.send(fields, inputs.buffer)
         return inputs

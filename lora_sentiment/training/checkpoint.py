@@ -129,7 +129,9 @@ def save_checkpoint(store: Store, progress: Progress, tensors: Mapping[str, torc
     """
     place = store.folder / f"step-{progress.step:08d}"
     files = {
-        TENSORS: pack_tensors({name: t.detach().to("cpu").contiguous() for name, t in sorted(tensors.items())}),
+        TENSORS: pack_tensors(
+            {name: t.detach().to("cpu").contiguous() for name, t in sorted(tensors.items())}
+        ),
         STATE: json.dumps(asdict(progress)).encode(),
     }
     files[MANIFEST] = _make_manifest(store.settings, files)
@@ -142,7 +144,9 @@ def save_checkpoint(store: Store, progress: Progress, tensors: Mapping[str, torc
         aside.mkdir()
         for name, content in files.items():
             _write(aside / name, content)
-        if os.path.lexists(place):  # one that was broken: the run went on from an older one and is here again
+        if os.path.lexists(
+            place
+        ):  # one that was broken: the run went on from an older one and is here again
             _remove(place, store.folder)
         take_place(aside, place)
     except OSError as error:
@@ -168,7 +172,9 @@ def load_checkpoint(store: Store, like: Mapping[str, torch.Tensor]) -> Checkpoin
     folders = list_checkpoints(store.folder)
     for folder in folders:
         if folder.is_symlink():  # removing old ones could not tell what of it is ours
-            raise TrainingError(f"{folder}: is a link; remove it, or move the folder that it means in its place")
+            raise TrainingError(
+                f"{folder}: is a link; remove it, or move the folder that it means in its place"
+            )
     faults = []
     for folder in folders:
         try:
@@ -182,9 +188,13 @@ def load_checkpoint(store: Store, like: Mapping[str, torch.Tensor]) -> Checkpoin
         return Checkpoint(folder, progress, tensors, changes)
     if faults:
         told = "\n".join(faults)
-        raise TrainingError(f"{told}\nno checkpoint in {store.folder} is whole; train.resume=never starts anew")
+        raise TrainingError(
+            f"{told}\nno checkpoint in {store.folder} is whole; train.resume=never starts anew"
+        )
     if store.resume == "always":
-        raise TrainingError(f"{store.folder}: holds no checkpoint to resume from; train.resume=auto starts anew")
+        raise TrainingError(
+            f"{store.folder}: holds no checkpoint to resume from; train.resume=auto starts anew"
+        )
     return None
 
 
@@ -198,7 +208,10 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _make_manifest(settings: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
-    records = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in files.items()}
+    records = {
+        name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()}
+        for name, c in files.items()
+    }
     values = {"schema": SCHEMA, "files": records, "settings": dict(settings)}
     return json.dumps(values | {"sha256": _hash_values(values)}).encode()
 
@@ -233,12 +246,18 @@ def _remove_old(store: Store, step: int) -> None:
             try:
                 _remove(path, store.folder)
             except OSError as error:
-                log.warning("%s: an old checkpoint cannot be removed: %s", path, error.strerror or error)
+                log.warning(
+                    "%s: an old checkpoint cannot be removed: %s", path, error.strerror or error
+                )
 
 
 def _say_unwritable(store: Store, place: Path, needed: int, error: OSError) -> str:
     whole = list_checkpoints(store.folder)
-    last = f"the last good one is {whole[0]}: resume from it (--resume)" if whole else "there is none yet: start again"
+    last = (
+        f"the last good one is {whole[0]}: resume from it (--resume)"
+        if whole
+        else "there is none yet: start again"
+    )
     room = next(path for path in (store.folder, *store.folder.absolute().parents) if path.exists())
     free = f"{needed:,} bytes are needed and {shutil.disk_usage(room).free:,} free"
     full = error.errno == errno.ENOSPC
@@ -249,15 +268,26 @@ def _say_unwritable(store: Store, place: Path, needed: int, error: OSError) -> s
 
 def _step(path: Path) -> int | None:
     number = path.name.removeprefix("step-")
-    return int(number) if number.isascii() and number.isdigit() and len(number) < 16 and path.is_dir() else None
+    return (
+        int(number)
+        if number.isascii() and number.isdigit() and len(number) < 16 and path.is_dir()
+        else None
+    )
 
 
-def _read_files(folder: Path, like: Mapping[str, torch.Tensor]) -> tuple[dict[str, bytes], dict[str, Any]]:
+def _read_files(
+    folder: Path, like: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Return the two files' content and the manifest's settings, sizes and hashes checked."""
     try:
         manifest = json.loads(_read(folder / MANIFEST, _MANIFEST_BYTES))
-        if _hash_values({key: value for key, value in manifest.items() if key != "sha256"}) != manifest["sha256"]:
-            raise _BrokenError(f"{folder / MANIFEST}: was changed: its hash is not the recorded one")
+        if (
+            _hash_values({key: value for key, value in manifest.items() if key != "sha256"})
+            != manifest["sha256"]
+        ):
+            raise _BrokenError(
+                f"{folder / MANIFEST}: was changed: its hash is not the recorded one"
+            )
         if manifest["schema"] > SCHEMA:
             raise TrainingError(
                 f"{folder}: has schema {manifest['schema']}; this version reads up to {SCHEMA}; upgrade lora_sentiment"
@@ -270,7 +300,9 @@ def _read_files(folder: Path, like: Mapping[str, torch.Tensor]) -> tuple[dict[st
             record = manifest["files"][name]
             content[name] = _read(folder / name, bound, size=record["bytes"])
             if hashlib.sha256(content[name]).hexdigest() != record["sha256"]:
-                raise _BrokenError(f"{folder / name}: was changed: its hash is not the recorded one")
+                raise _BrokenError(
+                    f"{folder / name}: was changed: its hash is not the recorded one"
+                )
         return content, dict(manifest["settings"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _BrokenError(f"{folder / MANIFEST}: is not what was written: {error}") from error
@@ -298,13 +330,21 @@ def _compare(folder: Path, settings: Mapping[str, Any], store: Store) -> list[st
         TrainingError: If there are any, and they are not allowed or cannot be.
     """
     ours = json.loads(json.dumps(dict(store.settings)))
-    pairs = {name: (settings.get(name, _MISSING), ours.get(name, _MISSING)) for name in ours.keys() | settings.keys()}
+    pairs = {
+        name: (settings.get(name, _MISSING), ours.get(name, _MISSING))
+        for name in ours.keys() | settings.keys()
+    }
     names = sorted(name for name, (was, now) in pairs.items() if was != now)
     told = {name: f"{name}: was {pairs[name][0]}, is {pairs[name][1]}" for name in names}
-    pruned = settings.get("method.kind") == "adalora"  # its pruning is spread over the steps of the whole run
+    pruned = (
+        settings.get("method.kind") == "adalora"
+    )  # its pruning is spread over the steps of the whole run
     fixed = [name for name in names if name.startswith(_FIXED) or (pruned and name == "num_steps")]
     if names and (fixed or not store.allow_changes):
-        lines = "\n".join(f"  {told[name]}{' (cannot be gone on with)' if name in fixed else ''}" for name in names)
+        lines = "\n".join(
+            f"  {told[name]}{' (cannot be gone on with)' if name in fixed else ''}"
+            for name in names
+        )
         how = "" if fixed else ", or --allow-changes to go on all the same, not bit for bit"
         raise TrainingError(
             f"{folder}: is of a run that differs in:\n{lines}\nput that back, or set train.resume=never to start anew "
@@ -318,7 +358,11 @@ def _is_consistent(progress: Progress) -> bool:
     history = progress.history
     taken = [point.step for point in history.steps]
     told = [progress.schedule, history.best_step, *(point.step for point in history.evaluations)]
-    return taken == [*range(1, progress.step + 1)] and max(told) <= progress.step and history.max_tokens > 0
+    return (
+        taken == [*range(1, progress.step + 1)]
+        and max(told) <= progress.step
+        and history.max_tokens > 0
+    )
 
 
 def _parse(
@@ -336,7 +380,9 @@ def _parse(
     names = [name for name in tensors.keys() | like.keys() if exact or not name.startswith(RNG)]
     for name in sorted(names):
         if name not in tensors or name not in like:
-            raise _BrokenError(f"{folder / TENSORS}: {name} is {'unknown' if name in tensors else 'missing'}")
+            raise _BrokenError(
+                f"{folder / TENSORS}: {name} is {'unknown' if name in tensors else 'missing'}"
+            )
         found, expected = tensors[name], like[name]
         if found.shape != expected.shape or found.dtype != expected.dtype:
             raise _BrokenError(

@@ -24,17 +24,41 @@ from lora_sentiment.errors import StoppedError, TrainingError
 from lora_sentiment.fast.encoder import takes_packed_rows
 from lora_sentiment.fast.graphs import GraphRunner
 from lora_sentiment.models.inference import packs_rows, predict_logits
-from lora_sentiment.models.wrap import after_step, is_settled, learning_rate_ratios, penalty, trainable_tensors
+from lora_sentiment.models.wrap import (
+    after_step,
+    is_settled,
+    learning_rate_ratios,
+    penalty,
+    trainable_tensors,
+)
 from lora_sentiment.recipe.method import Method
 from lora_sentiment.recipe.train import TrainConfig
 from lora_sentiment.tasks.losses import loss_sum, make_class_weights, total_weight
 from lora_sentiment.tasks.metrics import METRICS, quick_score
 from lora_sentiment.training.backward import Backward, PackedBackward, PaddedBackward
-from lora_sentiment.training.checkpoint import Checkpoint, Progress, Store, load_checkpoint, save_checkpoint
+from lora_sentiment.training.checkpoint import (
+    Checkpoint,
+    Progress,
+    Store,
+    load_checkpoint,
+    save_checkpoint,
+)
 from lora_sentiment.training.history import EvalPoint, History, TrainPoint
-from lora_sentiment.training.optimizer import GraphedUpdate, count_steps, make_optimizer, make_schedule
+from lora_sentiment.training.optimizer import (
+    GraphedUpdate,
+    count_steps,
+    make_optimizer,
+    make_schedule,
+)
 from lora_sentiment.training.signals import StopSignals, is_out_of_memory
-from lora_sentiment.training.state import put_ranks, put_rng, put_state, take_ranks, take_rng, take_state
+from lora_sentiment.training.state import (
+    put_ranks,
+    put_rng,
+    put_state,
+    take_ranks,
+    take_rng,
+    take_state,
+)
 from lora_sentiment.training.trackers import rewind, sync
 
 log = logging.getLogger("lora_sentiment")
@@ -59,7 +83,9 @@ class _Taken:
     norm: torch.Tensor
 
 
-def why_not_graphs(model: nn.Module, config: TrainConfig, *, device: torch.device, num_steps: int) -> str | None:
+def why_not_graphs(
+    model: nn.Module, config: TrainConfig, *, device: torch.device, num_steps: int
+) -> str | None:
     """Return why steps are not replayed as CUDA graphs, or None where they are.
 
     Args:
@@ -151,18 +177,28 @@ class _Loop:
         max_tokens: int,
         store: Store | None,
     ) -> None:
-        self.model, self.config, self.method, self.accelerator, self.store = model, config, method, accelerator, store
+        self.model, self.config, self.method, self.accelerator, self.store = (
+            model,
+            config,
+            method,
+            accelerator,
+            store,
+        )
         self.train, self.validation, self.numbers = train, validation, numbers
         self.lengths = train.lengths
         names = list(model.config.id2label.values())  # type: ignore[union-attr, operator]
-        self.class_weights = make_class_weights(config.class_weights, labels=train.labels, names=names)
+        self.class_weights = make_class_weights(
+            config.class_weights, labels=train.labels, names=names
+        )
         self.weights_there = None  # on the device
         if self.class_weights is not None:
             self.weights_there = torch.from_numpy(self.class_weights).to(accelerator.device)
         self.parameters = trainable_tensors(model)
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
         self.num_steps = count_steps(len(train), config)
-        optimizer = make_optimizer(self.parameters, config, ratios=learning_rate_ratios(model, method))
+        optimizer = make_optimizer(
+            self.parameters, config, ratios=learning_rate_ratios(model, method)
+        )
         # The scheduler is not prepared: a prepared one steps num_processes times per update.
         self.scheduler = make_schedule(optimizer, config, num_steps=self.num_steps)
         self.adamw, self.optimizer = optimizer, accelerator.prepare_optimizer(optimizer)
@@ -185,7 +221,9 @@ class _Loop:
         self.done, self.saved = 0, 0
         self.taken: list[_Taken] = []
         # fp16 needs each norm at once: it says whether the step counts.
-        self.read_steps = 1 if accelerator.device.type == "cpu" or accelerator.scaler else GPU_READ_STEPS
+        self.read_steps = (
+            1 if accelerator.device.type == "cpu" or accelerator.scaler else GPU_READ_STEPS
+        )
         self.signals, self.stop_by = StopSignals(), ""
 
     def run(self) -> History:
@@ -212,7 +250,10 @@ class _Loop:
                 longest = [
                     int(self.lengths[step].max())
                     for step in plan_epoch(
-                        self.lengths, batch_size=self.config.batch_size, seed=self.config.seed, epoch=0
+                        self.lengths,
+                        batch_size=self.config.batch_size,
+                        seed=self.config.seed,
+                        epoch=0,
                     )
                 ]
                 most = int(self.lengths.max())
@@ -236,7 +277,9 @@ class _Loop:
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        log.info("micro-batches are packed into arrays of %s tokens", ", ".join(map(str, plan.sizes)))
+        log.info(
+            "micro-batches are packed into arrays of %s tokens", ", ".join(map(str, plan.sizes))
+        )
         return PackedBackward(
             self.model,
             self.train,
@@ -252,7 +295,9 @@ class _Loop:
     def _run(self) -> History:
         self._resume()
         self.backward = self._make_backward()
-        bar = make_bar(self.num_steps, desc="training", unit="step", show=self.accelerator.is_main_process)
+        bar = make_bar(
+            self.num_steps, desc="training", unit="step", show=self.accelerator.is_main_process
+        )
         self.model.train()
         with bar:
             bar.update(self.done)
@@ -266,7 +311,11 @@ class _Loop:
                 bar.update()
                 if not self.taken:
                     speed = self.history.tokens / self.history.seconds
-                    bar.set_postfix(loss=f"{self.history.steps[-1].loss:.4f}", tok_s=f"{speed:,.0f}", refresh=False)
+                    bar.set_postfix(
+                        loss=f"{self.history.steps[-1].loss:.4f}",
+                        tok_s=f"{speed:,.0f}",
+                        refresh=False,
+                    )
                 self._save_if_due()
                 self._evaluate_if_due()
         self._agree((), failed=False)
@@ -317,7 +366,11 @@ class _Loop:
         if told := broadcast_object_list(fault)[0]:
             raise told
         tensors = take_state(
-            self.model, self.best, optimizer=self.adamw, method=self.method, accelerator=self.accelerator
+            self.model,
+            self.best,
+            optimizer=self.adamw,
+            method=self.method,
+            accelerator=self.accelerator,
         )
         if self.accelerator.is_main_process:
             try:
@@ -347,7 +400,13 @@ class _Loop:
         """Go on from the newest checkpoint that verifies, if there is one; the main process reads it for all."""
         if not self.store:
             return
-        like = take_state(self.model, self.best, optimizer=self.adamw, method=self.method, accelerator=self.accelerator)
+        like = take_state(
+            self.model,
+            self.best,
+            optimizer=self.adamw,
+            method=self.method,
+            accelerator=self.accelerator,
+        )
         read: list[Checkpoint | TrainingError | None] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -365,11 +424,17 @@ class _Loop:
     def _put_back(self, found: Checkpoint) -> None:
         progress = found.progress
         if progress.step > self.num_steps:
-            raise TrainingError(f"{found.folder}: is beyond the {self.num_steps:,} steps of this recipe; raise them")
+            raise TrainingError(
+                f"{found.folder}: is beyond the {self.num_steps:,} steps of this recipe; raise them"
+            )
         for change in found.changes:
             log.warning("resumed all the same, so not bit for bit: %s", change)
         self.best = put_state(
-            found.tensors, self.model, optimizer=self.adamw, method=self.method, accelerator=self.accelerator
+            found.tensors,
+            self.model,
+            optimizer=self.adamw,
+            method=self.method,
+            accelerator=self.accelerator,
         )
         put_ranks(progress.ranks, self.model)
         with warnings.catch_warnings():
@@ -378,9 +443,15 @@ class _Loop:
                 self.scheduler.step()
         if (scaler := self.accelerator.scaler) and progress.loss_scale:
             scale, tracker = progress.loss_scale
-            scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": tracker})
+            scaler.load_state_dict(
+                scaler.state_dict() | {"scale": scale, "_growth_tracker": tracker}
+            )
         self.done = self.saved = progress.step
-        self.history, self.waited, self.skipped = progress.history, progress.waited, progress.skipped
+        self.history, self.waited, self.skipped = (
+            progress.history,
+            progress.waited,
+            progress.skipped,
+        )
         self.best_metric = -math.inf if progress.best_metric is None else progress.best_metric
         self.history.resumed.append(self.done)
         self.history.changes += [f"step {self.done}: {change}" for change in found.changes]
@@ -391,7 +462,9 @@ class _Loop:
         first = self.done // self.steps_per_epoch
         step = first * self.steps_per_epoch
         for epoch in range(first, math.ceil(self.num_steps / self.steps_per_epoch)):
-            plan = plan_epoch(self.lengths, batch_size=self.config.batch_size, seed=self.config.seed, epoch=epoch)
+            plan = plan_epoch(
+                self.lengths, batch_size=self.config.batch_size, seed=self.config.seed, epoch=epoch
+            )
             for index in plan[: self.num_steps - step]:
                 step += 1
                 if step > self.done:
@@ -407,7 +480,10 @@ class _Loop:
         self.history.tokens += int(self.lengths[index].sum())
         self.taken.append(_Taken(step, index, self.history.tokens, rate, loss, norm))
         periods = [self.config.eval_steps, *([self.config.save_steps] if self.store else [])]
-        if any(self._is_due(every, step) for every in periods) or len(self.taken) >= self.read_steps:
+        if (
+            any(self._is_due(every, step) for every in periods)
+            or len(self.taken) >= self.read_steps
+        ):
             self._read()
 
     def _read(self) -> None:
@@ -416,23 +492,35 @@ class _Loop:
         if not taken:
             return
         began = time.perf_counter()
-        figures = torch.stack([torch.stack([each.loss.float(), each.norm.float()]) for each in taken]).tolist()
+        figures = torch.stack(
+            [torch.stack([each.loss.float(), each.norm.float()]) for each in taken]
+        ).tolist()
         self.history.seconds += time.perf_counter() - began
         for each, (loss, norm) in zip(taken, figures, strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(self._not_finite(each.step, each.index, loss))
             self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
             if self.skipped > (MAX_SKIPPED_STEPS if self.accelerator.scaler else 0):
-                raise TrainingError(f"step {each.step}: the gradient's norm is {norm}; lower train.learning_rate")
+                raise TrainingError(
+                    f"step {each.step}: the gradient's norm is {norm}; lower train.learning_rate"
+                )
             point = TrainPoint(each.step, each.step / self.steps_per_epoch, loss, each.rate, norm)
             self.history.steps.append(point)
-            figure = {"loss": loss, "learning_rate": each.rate, "grad_norm": norm, "tokens": each.tokens}
+            figure = {
+                "loss": loss,
+                "learning_rate": each.rate,
+                "grad_norm": norm,
+                "tokens": each.tokens,
+            }
             self._log(each.step, epoch=point.epoch, **figure)
 
     def _gradients(self, step: int, index: NDArray[np.int64]) -> torch.Tensor:
         """Fill this process's gradients and return its loss; where memory runs out, halve the cut and begin again."""
         own = shard(
-            index, self.lengths, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes
+            index,
+            self.lengths,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
         )
         device = self.accelerator.device
         generators = take_rng(device)
@@ -465,7 +553,12 @@ class _Loop:
         """
         rows = max(map(len, parts), default=0) if failed else 0
         tokens = max(map(self.backward.count_tokens, parts), default=0) if failed else 0
-        facts = [int(failed), rows, tokens, signal.Signals[self.signals.name] if self.signals.name else 0]
+        facts = [
+            int(failed),
+            rows,
+            tokens,
+            signal.Signals[self.signals.name] if self.signals.name else 0,
+        ]
         if self.accelerator.num_processes > 1:
             # GPUs are waited for here, once a step, as they wait for each other; a group of hosts needs a network more.
             told = self.accelerator.gather(torch.tensor([facts], device=self.accelerator.device))
@@ -487,7 +580,9 @@ class _Loop:
             step, f"{tokens:,}", f"{self.history.max_tokens:,}",
         )  # fmt: skip
 
-    def _backward(self, index: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> torch.Tensor:
+    def _backward(
+        self, index: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]
+    ) -> torch.Tensor:
         loss = torch.zeros((), device=self.accelerator.device)
         total = total_weight(self.train.labels[index], self.class_weights)
         for part in parts:
@@ -505,7 +600,10 @@ class _Loop:
     def _reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Add up gradients and loss over all processes, in one flat tensor; return the loss."""
         if self.accelerator.num_processes > 1:
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
+            gradients = [
+                p.grad if p.grad is not None else torch.zeros_like(p)
+                for p in self.parameters.values()
+            ]
             flat = torch.cat([g.reshape(-1) for g in gradients] + [loss.reshape(1)])
             flat = self.accelerator.reduce(flat, reduction="sum")
             pieces = flat.split([g.numel() for g in gradients] + [1])
@@ -513,7 +611,9 @@ class _Loop:
                 if parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)
                 parameter.grad.copy_(piece.view_as(parameter))
-            loss = pieces[-1].squeeze().clone()  # a view of it would keep all gradients until it is read
+            loss = (
+                pieces[-1].squeeze().clone()
+            )  # a view of it would keep all gradients until it is read
         return loss
 
     def _clear_gradients(self) -> None:
@@ -546,7 +646,10 @@ class _Loop:
         """Judge the tensors on validation; keep them if they are the best so far."""
         main = self.accelerator.is_main_process
         logits = predict_logits(
-            self.model, self.validation, accelerator=self.accelerator, progress="validation" if main else None
+            self.model,
+            self.validation,
+            accelerator=self.accelerator,
+            progress="validation" if main else None,
         )
         labels, name = self.validation.labels, self.config.metric_for_best_model
         metric = quick_score(logits, labels, name)
@@ -561,13 +664,23 @@ class _Loop:
         accuracy, log_loss = (quick_score(logits, labels, key) for key in ("accuracy", "log_loss"))
         point = EvalPoint(step, step / self.steps_per_epoch, accuracy, log_loss, metric, best)
         self.history.evaluations.append(point)
-        self._log(step, epoch=point.epoch, eval_accuracy=accuracy, eval_log_loss=log_loss, eval_best=int(best))
+        self._log(
+            step,
+            epoch=point.epoch,
+            eval_accuracy=accuracy,
+            eval_log_loss=log_loss,
+            eval_best=int(best),
+        )
         mark = " (best so far)" if best else ""
-        log.info("step %d: validation accuracy %.4f, log-loss %.4f%s", step, accuracy, log_loss, mark)
+        log.info(
+            "step %d: validation accuracy %.4f, log-loss %.4f%s", step, accuracy, log_loss, mark
+        )
 
     def _log(self, step: int, **values: float) -> None:
         tokens = values.get("tokens", self.history.tokens)
-        self.accelerator.log({**values, "tokens": tokens, "seconds": self.history.seconds}, step=step)
+        self.accelerator.log(
+            {**values, "tokens": tokens, "seconds": self.history.seconds}, step=step
+        )
 
     def _not_finite(self, step: int, index: NDArray[np.int64], loss: float) -> str:
         rows = ", ".join(map(str, sorted(self.numbers[index].tolist())[:8]))

@@ -42,7 +42,9 @@ class Measured:
     free: int
 
 
-def fit_micro_batch(measured: Measured, *, num_trained: int, most: int, least: int, graphs: bool) -> int:
+def fit_micro_batch(
+    measured: Measured, *, num_trained: int, most: int, least: int, graphs: bool
+) -> int:
     """Return the most tokens that a micro-batch may have.
 
     Args:
@@ -73,7 +75,9 @@ def choose_max_tokens(
         batch_size: Rows of a step on this process.
         graphs: Whether steps are replayed as CUDA graphs.
     """
-    measured = measure_micro_batch(model, accelerator=accelerator, max_length=max_length, batch_size=batch_size)
+    measured = measure_micro_batch(
+        model, accelerator=accelerator, max_length=max_length, batch_size=batch_size
+    )
     log.info(
         "%s MiB are free on the GPU; a token of a micro-batch takes %s KiB",
         f"{measured.free / 2**20:,.0f}",
@@ -97,7 +101,9 @@ def free_bytes(device: torch.device) -> int:
     return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
-def measure_micro_batch(model: nn.Module, *, accelerator: Accelerator, max_length: int, batch_size: int) -> Measured:
+def measure_micro_batch(
+    model: nn.Module, *, accelerator: Accelerator, max_length: int, batch_size: int
+) -> Measured:
     """Run forward and backward passes over rows of the longest length, and measure what they hold.
 
     Gradients are dropped, generators are put back, and no weight changes.
@@ -117,7 +123,9 @@ def measure_micro_batch(model: nn.Module, *, accelerator: Accelerator, max_lengt
     try:
         with torch.random.fork_rng(devices=[device]):
             model.train()
-            _peak(model, accelerator, few, max_length)  # libraries take memory of their own in a first pass
+            _peak(
+                model, accelerator, few, max_length
+            )  # libraries take memory of their own in a first pass
             peaks = [_peak(model, accelerator, rows, max_length) for rows in (few, many)]
             model.eval()
             rows = max(1, inference_tokens(device.type) // max_length)

@@ -53,7 +53,11 @@ def settle(recipe: Recipe, state: PartialState) -> tuple[Recipe, bundled.StandIn
         )
     if recipe.offline == "error" or len(wanted) < 2:
         # Beside rows or a base of one's own, other ones would not stand in for anything.
-        how = "" if len(wanted) < 2 else ", or set offline=bundled to walk with the base and reviews that ship"
+        how = (
+            ""
+            if len(wanted) < 2
+            else ", or set offline=bundled to walk with the base and reviews that ship"
+        )
         raise DataError(
             f"no Hub answers ({reason}) and not in the cache: {asked}; connect or set HF_ENDPOINT to a mirror, or name "
             f"files and a folder instead{how}; model.name=bundled is the base that ships"
@@ -109,7 +113,10 @@ def _is_cached(probe: Callable[[], Any]) -> bool:
 def _left_out(data: DataConfig) -> dict[str, str]:
     """Return what else the recipe says of its own rows, by key; the bundled ones are read by the defaults."""
     said = data.model_dump(mode="json", exclude=_KEPT, exclude_defaults=True)
-    return {f"data.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
+    return {
+        f"data.{key}": value if isinstance(value, str) else json.dumps(value)
+        for key, value in said.items()
+    }
 
 
 def _replace(recipe: Recipe) -> Recipe:
@@ -117,4 +124,6 @@ def _replace(recipe: Recipe) -> Recipe:
     data = DataConfig(**{**recipe.data.model_dump(include=_KEPT), "source": bundled.NAME})
     model = recipe.model.model_copy(update={"name": bundled.NAME, "revision": None})
     output = recipe.output.model_copy(update={"dir": f"{recipe.folder}-offline"})
-    return recipe.model_copy(update={"name": f"{recipe.name}-offline", "data": data, "model": model, "output": output})
+    return recipe.model_copy(
+        update={"name": f"{recipe.name}-offline", "data": data, "model": model, "output": output}
+    )

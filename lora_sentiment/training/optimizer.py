@@ -13,7 +13,9 @@ from lora_sentiment.recipe.train import TrainConfig
 
 def count_steps(num_rows: int, config: TrainConfig) -> int:
     """Return the optimizer steps of a run over this many training rows."""
-    return config.max_steps or math.ceil(config.num_train_epochs * math.ceil(num_rows / config.batch_size))
+    return config.max_steps or math.ceil(
+        config.num_train_epochs * math.ceil(num_rows / config.batch_size)
+    )
 
 
 def make_optimizer(

@@ -22,7 +22,9 @@ def plot_training(history: History, path: Path, *, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color=GREY, linewidth=0.6, alpha=0.6)
-    axes.plot(steps[window - 1 :], smooth, color=BLUE, label=f"training loss (mean of {window} steps)")
+    axes.plot(
+        steps[window - 1 :], smooth, color=BLUE, label=f"training loss (mean of {window} steps)"
+    )
     axes.plot(
         [p.step for p in history.evaluations],
         [p.log_loss for p in history.evaluations],
@@ -32,16 +34,29 @@ def plot_training(history: History, path: Path, *, title: str) -> None:
     )
     for point in history.evaluations:
         axes.annotate(
-            f"{point.accuracy:.1%}", (point.step, point.log_loss), textcoords="offset points", xytext=(0, 7), ha="right"
+            f"{point.accuracy:.1%}",
+            (point.step, point.log_loss),
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="right",
         )
-    axes.axvline(history.best_step, color=GREY, linestyle=":", label=f"kept: step {history.best_step}")
-    axes.set(xlabel="optimizer step", ylabel="loss", title=f"{title} (labels: validation accuracy)", ylim=(0, None))
+    axes.axvline(
+        history.best_step, color=GREY, linestyle=":", label=f"kept: step {history.best_step}"
+    )
+    axes.set(
+        xlabel="optimizer step",
+        ylabel="loss",
+        title=f"{title} (labels: validation accuracy)",
+        ylim=(0, None),
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
-def plot_confusion(matrix: NDArray[np.int64], path: Path, *, labels: Sequence[str], title: str) -> None:
+def plot_confusion(
+    matrix: NDArray[np.int64], path: Path, *, labels: Sequence[str], title: str
+) -> None:
     """Draw true labels (rows) against predictions (columns), counts and the share of each true label.
 
     Args:
@@ -97,17 +112,34 @@ def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> Non
     axes = figure.subplots()
     for point in points:
         ends = [[100 * (point.accuracy - point.low)], [100 * (point.high - point.accuracy)]]
-        axes.errorbar(point.trainable, 100 * point.accuracy, yerr=ends, color=GREY, capsize=3, zorder=1)
+        axes.errorbar(
+            point.trainable, 100 * point.accuracy, yerr=ends, color=GREY, capsize=3, zorder=1
+        )
         label = f"{point.name} ({point.memory_bytes / 2**30:.1f} GiB)"
         place = (point.trainable, 100 * point.accuracy)
         axes.annotate(label, place, textcoords="offset points", xytext=(7, 5), fontsize=8)
     sizes = [300 * point.memory_bytes / largest for point in points]
     xs, ys = [point.trainable for point in points], [100 * point.accuracy for point in points]
     axes.scatter(xs, ys, s=sizes, color=BLUE, alpha=0.8, zorder=2)
-    front = [p for p in points if not any(q.trainable <= p.trainable and q.accuracy > p.accuracy for q in points)]
+    front = [
+        p
+        for p in points
+        if not any(q.trainable <= p.trainable and q.accuracy > p.accuracy for q in points)
+    ]
     front.sort(key=lambda point: point.trainable)
-    axes.plot([p.trainable for p in front], [100 * p.accuracy for p in front], "--", color=ORANGE, zorder=0)
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy in %, 95 % interval", title=title)
+    axes.plot(
+        [p.trainable for p in front],
+        [100 * p.accuracy for p in front],
+        "--",
+        color=ORANGE,
+        zorder=0,
+    )
+    axes.set(
+        xscale="log",
+        xlabel="trained parameters",
+        ylabel="accuracy in %, 95 % interval",
+        title=title,
+    )
     axes.margins(x=0.25, y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -50,9 +50,14 @@ def join_launch() -> PartialState:
             address is unknown, or its processes were not joined.
     """
     size = _read_size()
-    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+    for variable, name in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+    ):
         if os.environ.get(variable, "false").lower() == "true":
-            raise RecipeError(f"accelerate launch was told to use {name}; leave it out: these models fit without")
+            raise RecipeError(
+                f"accelerate launch was told to use {name}; leave it out: these models fit without"
+            )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         raise RecipeError(
@@ -64,7 +69,9 @@ def join_launch() -> PartialState:
         state = PartialState(cpu=not torch.accelerator.is_available())
     launched = int(os.environ.get("WORLD_SIZE", "1"))  # under mpirun it is Accelerate that sets it
     if launched != state.num_processes:
-        raise RecipeError(f"{launched} processes were launched and Accelerate joined {state.num_processes} of them")
+        raise RecipeError(
+            f"{launched} processes were launched and Accelerate joined {state.num_processes} of them"
+        )
     set_threads(state)
     return state
 
@@ -80,18 +87,25 @@ def _read_size() -> int:
             )
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if rank >= size and "WORLD_SIZE" in os.environ:
-        raise RecipeError(f"RANK is {rank} in the environment, and WORLD_SIZE {size}: ranks go from 0 to {size - 1}")
+        raise RecipeError(
+            f"RANK is {rank} in the environment, and WORLD_SIZE {size}: ranks go from 0 to {size - 1}"
+        )
     return size
 
 
 @contextmanager
 def _announce(size: int) -> Iterator[None]:
     """Say what is waited for; torch says nothing, asks for an unknown address for minutes, and hears no signal."""
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    address, port = (
+        os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        os.environ.get("MASTER_PORT", "29500"),
+    )
     # The first process of every machine speaks; of the others the command line shows warnings alone.
     first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") != "0"
     level = logging.WARNING if first else logging.INFO
-    log.log(level, "joining %d processes at %s:%s; this waits until all have come", size, address, port)
+    log.log(
+        level, "joining %d processes at %s:%s; this waits until all have come", size, address, port
+    )
     try:
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError) as error:
@@ -102,7 +116,9 @@ def _announce(size: int) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         # A handler of Python's runs only once the wait is over; nothing is written yet that it would clear away.
-        before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+        before = {
+            number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))
+        }
         for number in before:
             signal.signal(number, signal.SIG_DFL)
     try:
@@ -125,7 +141,9 @@ def explain_loss(state: PartialState) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if state.num_processes == 1 or not (isinstance(error, DistError) or _GLOO_FAULT.search(str(error))):
+        if state.num_processes == 1 or not (
+            isinstance(error, DistError) or _GLOO_FAULT.search(str(error))
+        ):
             raise
         raise TrainingError(
             "another process of this launch is gone, so this one ends; look for its message, or, where it was killed "
@@ -154,7 +172,11 @@ def refuse_differences(facts: Mapping[str, Any]) -> None:
 
 
 def make_accelerator(
-    state: PartialState, dtype_name: str, *, report_to: tuple[str, ...] = (), run_folder: Path | None = None
+    state: PartialState,
+    dtype_name: str,
+    *,
+    report_to: tuple[str, ...] = (),
+    run_folder: Path | None = None,
 ) -> Accelerator:
     """Return the Accelerator for a compute dtype.
 
@@ -170,7 +192,9 @@ def make_accelerator(
     """
     dtype = resolve_dtype(dtype_name, state.device)
     if dtype == torch.float16 and state.device.type == "cpu":
-        raise ModelError("model.dtype=float16 needs a GPU; on this CPU use auto, float32 or bfloat16")
+        raise ModelError(
+            "model.dtype=float16 needs a GPU; on this CPU use auto, float32 or bfloat16"
+        )
     precision = _PRECISIONS[dtype]
     # "no" is what the launcher says when nobody asked for a precision.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -186,7 +210,9 @@ def make_accelerator(
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         # Accelerate keeps the first precision for the life of a process; a notebook trains more than once.
         AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=run_folder)
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=trackers or None, project_dir=run_folder
+    )
     if trackers:
         accelerator.init_trackers("lora_sentiment")
     return accelerator
@@ -219,12 +245,16 @@ def check_trackers(names: tuple[str, ...]) -> None:
     installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     for name in names:
         if name not in installed:
-            raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
+            raise RecipeError(
+                f"train.report_to: {name} is not installed; pip install {name}, or leave it out"
+            )
 
 
 def set_threads(state: PartialState) -> int:
     """Set torch's threads to the usable cores divided among the processes of this machine; return their number."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     threads = max(1, cores // local)
     if threads != torch.get_num_threads():

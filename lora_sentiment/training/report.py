@@ -43,7 +43,10 @@ def make_report(
     """
     return {
         "schema": SCHEMA,
-        **{split: {name: interval.as_dict() for name, interval in found.items()} for split, found in scores.items()},
+        **{
+            split: {name: interval.as_dict() for name, interval in found.items()}
+            for split, found in scores.items()
+        },
         "parameters": {**parameters.as_dict(), "adapter_bytes": adapter_bytes},
         "train": {
             "seconds": round(history.seconds, 3),

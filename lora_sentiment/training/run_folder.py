@@ -54,7 +54,9 @@ def claim(recipe: Recipe, state: PartialState) -> Iterator[Path]:
                 _clear(recipe, run_folder)
             except RecipeError as error:
                 fault = [error]
-            except OSError as error:  # a path that is too long, or a folder above it that may not be entered
+            except (
+                OSError
+            ) as error:  # a path that is too long, or a folder above it that may not be entered
                 reason = f"{show(str(recipe.folder))} cannot be looked at: {error.strerror}"
                 fault = [RecipeError(f"output.dir: {reason}; set another")]
         if found := broadcast_object_list(fault)[0]:
@@ -67,7 +69,9 @@ def _refuse_taken(recipe: Recipe) -> None:
     if folder.exists() and not recipe.output.overwrite:
         raise RecipeError(f"{folder}: exists; set output.overwrite=true or another output.dir")
     if folder.exists() and not (folder / "card.json").is_file():
-        raise RecipeError(f"{folder}: is no adapter folder, so it is not replaced; set another output.dir")
+        raise RecipeError(
+            f"{folder}: is no adapter folder, so it is not replaced; set another output.dir"
+        )
 
 
 def _lock(run_folder: Path, held: ExitStack) -> None:
@@ -76,7 +80,9 @@ def _lock(run_folder: Path, held: ExitStack) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(hold_file(path))
     except BlockingIOError as error:
-        raise RecipeError(f"{run_folder}: another run is at work here; wait, or set another output.dir") from error
+        raise RecipeError(
+            f"{run_folder}: another run is at work here; wait, or set another output.dir"
+        ) from error
     except FileExistsError as error:
         raise RecipeError(
             f"{run_folder}: another run is at work here; wait, or set another output.dir; if none is, remove {path}"
@@ -94,14 +100,18 @@ def _clear(recipe: Recipe, run_folder: Path) -> None:
         raise RecipeError(f"{aside}: is no folder, and the adapter is written there; move it away")
     for left in (run_folder / ADAPTER / "card.json", run_folder / REPLACED):
         if left.exists() and not replaces and not goes_on:
-            raise RecipeError(f"{run_folder}: holds an adapter of an earlier run; move it away, or delete the folder")
+            raise RecipeError(
+                f"{run_folder}: holds an adapter of an earlier run; move it away, or delete the folder"
+            )
     try:
         for path in run_folder.iterdir():
             # What was replaced by a finished adapter is needed no more, nor is anything of a run that starts anew.
             if path.name != LOCK and (not goes_on or (path.name == REPLACED and replaces)):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
-        raise RecipeError(f"output.dir: {run_folder} cannot be cleared: {error.strerror}") from error
+        raise RecipeError(
+            f"output.dir: {run_folder} cannot be cleared: {error.strerror}"
+        ) from error
 
 
 def make_settings(
@@ -124,14 +134,22 @@ def make_settings(
         "base": {name: base[name] for name in _BASE},
         **sections,
     }
-    flat = {f"{section}.{key}": value for section, values in named.items() for key, value in values.items()}
+    flat = {
+        f"{section}.{key}": value
+        for section, values in named.items()
+        for key, value in values.items()
+    }
     return {name: value for name, value in flat.items() if name not in _FREE} | dict(found)
 
 
 def _instructions() -> str:
     """Return what the CPU's kernels are chosen by: processors of one name may differ in it, and then bits do."""
     flags = torch.cpu.get_capabilities()
-    vectors = sorted(name for name, there in flags.items() if there is True and name.startswith(("avx", "amx", "sve")))
+    vectors = sorted(
+        name
+        for name, there in flags.items()
+        if there is True and name.startswith(("avx", "amx", "sve"))
+    )
     return " ".join([torch.backends.cpu.get_cpu_capability(), *vectors])
 
 
@@ -148,9 +166,15 @@ def explain_full_disk(run_folder: Path) -> Iterator[None]:
         if not any(words in str(error) for words in _FULL):
             raise
         whole = list_checkpoints(run_folder / FOLDER)
-        kept = f"; what was trained is in {whole[0]}: the same command with --resume goes on" if whole else ""
+        kept = (
+            f"; what was trained is in {whole[0]}: the same command with --resume goes on"
+            if whole
+            else ""
+        )
         free = f"{shutil.disk_usage(run_folder).free:,} bytes are free in {run_folder}"
-        raise TrainingError(f"the disk is full: {' '.join(str(error).split())}; {free}; make room{kept}") from error
+        raise TrainingError(
+            f"the disk is full: {' '.join(str(error).split())}; {free}; make room{kept}"
+        ) from error
 
 
 def make_aside(run_folder: Path) -> Path:

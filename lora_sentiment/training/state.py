@@ -62,11 +62,15 @@ def put_state(
     with torch.no_grad():
         for name, parameter in trainable_tensors(model).items():
             own = {
-                key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in ("best", "steps", *_MOMENTS)
+                key: tensors[f"{key}.{name}"].to(parameter.device, copy=True)
+                for key in ("best", "steps", *_MOMENTS)
             }
             parameter.copy_(tensors[f"trained.{name}"])
             best[name] = own["best"]
-            optimizer.state[parameter] = {"step": own["steps"], **{moment: own[moment] for moment in _MOMENTS}}
+            optimizer.state[parameter] = {
+                "step": own["steps"],
+                **{moment: own[moment] for moment in _MOMENTS},
+            }
     for key, sums in _importance(model, method).items():
         for name, parameter in _pruned(model).items():
             sums[name] = tensors[f"{key}.{name}"].to(parameter.device, copy=True)
@@ -100,7 +104,9 @@ def put_rng(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
         if device.type != "cpu":
             torch.get_device_module(device).set_rng_state(states[f"{RNG}{device.type}"])
     except RuntimeError as error:
-        raise TrainingError(f"no state of a generator: {error}; train.resume=never starts anew") from error
+        raise TrainingError(
+            f"no state of a generator: {error}; train.resume=never starts anew"
+        ) from error
 
 
 def take_ranks(model: nn.Module, method: Method) -> dict[str, list[bool]] | None:
@@ -126,7 +132,11 @@ def _importance(model: nn.Module, method: Method) -> dict[str, dict[str, torch.T
 
 
 def _pruned(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in _inner(model).model.named_parameters() if "lora_" in name and p.requires_grad}
+    return {
+        name: p
+        for name, p in _inner(model).model.named_parameters()
+        if "lora_" in name and p.requires_grad
+    }
 
 
 def _inner(model: nn.Module) -> Any:

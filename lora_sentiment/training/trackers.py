@@ -99,10 +99,18 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
                 header, *lines = file.readlines()
             if lines and not lines[-1].endswith("\n"):
                 lines.pop()
-            rows = [_parse(line) for line in lines] if header.rstrip("\r\n") == ",".join(COLUMNS) else [{}]
+            rows = (
+                [_parse(line) for line in lines]
+                if header.rstrip("\r\n") == ",".join(COLUMNS)
+                else [{}]
+            )
             if not all(rows):
                 self._copy_damaged()
-            kept = [row for row in rows if row and int(row["step"]) <= (step if row["loss"] else evaluated)]
+            kept = [
+                row
+                for row in rows
+                if row and int(row["step"]) <= (step if row["loss"] else evaluated)
+            ]
             aside = self.path.with_name("metrics.csv.aside")
             with aside.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, COLUMNS)
@@ -112,11 +120,15 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
             self._open()
 
     def _copy_damaged(self) -> None:
-        names = (self.path.with_name(f"metrics.csv.damaged-{number}") for number in itertools.count(1))
+        names = (
+            self.path.with_name(f"metrics.csv.damaged-{number}") for number in itertools.count(1)
+        )
         copy = next(path for path in names if not path.exists())
         shutil.copyfile(self.path, copy)
         log.warning(
-            "%s: holds lines that no run wrote; it was copied to %s, and goes on with the others", self.path, copy.name
+            "%s: holds lines that no run wrote; it was copied to %s, and goes on with the others",
+            self.path,
+            copy.name,
         )
 
     @contextmanager
@@ -138,7 +150,12 @@ class CsvTracker(GeneralTracker):  # type: ignore[misc]
 def _parse(line: str) -> dict[str, str]:
     """Return a line's fields by column; nothing where no run wrote it."""
     fields = line.rstrip("\r\n").split(",")
-    sound = line.isascii() and len(fields) == len(COLUMNS) and fields[0].isdigit() and len(fields[0]) < 16
+    sound = (
+        line.isascii()
+        and len(fields) == len(COLUMNS)
+        and fields[0].isdigit()
+        and len(fields[0]) < 16
+    )
     return dict(zip(COLUMNS, fields, strict=True)) if sound else {}
 
 

@@ -31,7 +31,10 @@ def card(source="stanfordnlp/imdb", base="distilbert/distilbert-base-uncased", r
         tokenizer_sha256="1" * 64,
         files={},
         data=DataRecord(
-            config=DataConfig(source=source), train_sha256="2", validation_sha256="3", carved_test_sha256=None
+            config=DataConfig(source=source),
+            train_sha256="2",
+            validation_sha256="3",
+            carved_test_sha256=None,
         ),
         calibration=None,
         versions={},
@@ -54,18 +57,25 @@ def test_hub_names_become_metadata():
     assert result["dataset"]["split"] == "test"
 
 
-@pytest.mark.parametrize("source", ["reviews/train.csv", "reviews/train.json", "/data/x/*.csv", {"train": "a.csv"}])
+@pytest.mark.parametrize(
+    "source", ["reviews/train.csv", "reviews/train.json", "/data/x/*.csv", {"train": "a.csv"}]
+)
 def test_files_and_folders_do_not(source):
-    found = metadata(make_model_card("x", card(source, base="models/mine", revision=None), REPORT, is_peft=False))
+    found = metadata(
+        make_model_card("x", card(source, base="models/mine", revision=None), REPORT, is_peft=False)
+    )
     assert "datasets" not in found
     assert "base_model" not in found
 
 
 @pytest.mark.parametrize(
-    ("source", "name"), [("bundled", "the reviews that ship with the package"), ("reviews/train.csv", "local files")]
+    ("source", "name"),
+    [("bundled", "the reviews that ship with the package"), ("reviews/train.csv", "local files")],
 )
 def test_rows_that_have_no_name_on_the_hub_are_said_to_be_what_they_are(source, name):
-    (result,) = metadata(make_model_card("x", card(source), REPORT, is_peft=True))["model-index"][0]["results"]
+    (result,) = metadata(make_model_card("x", card(source), REPORT, is_peft=True))["model-index"][
+        0
+    ]["results"]
     assert result["dataset"]["name"] == name
 
 
@@ -83,23 +93,33 @@ def test_every_judged_role_is_a_result_under_its_own_split():
     splits = {"train": "train", "dev": "validation", "test": "test"}
     own = card("stanfordnlp/sst2")
     own = own.model_copy(
-        update={"data": own.data.model_copy(update={"config": DataConfig(source="a/b", splits=splits)})}
+        update={
+            "data": own.data.model_copy(update={"config": DataConfig(source="a/b", splits=splits)})
+        }
     )
     text = make_model_card("sst2", own, report, is_peft=True)
     results = metadata(text)["model-index"][0]["results"]
-    assert {r["dataset"]["split"]: r["metrics"][0]["value"] for r in results} == {"test": 0.91, "validation": 0.9}
+    assert {r["dataset"]["split"]: r["metrics"][0]["value"] for r in results} == {
+        "test": 0.91,
+        "validation": 0.9,
+    }
     assert "| metric | validation | test | dev |" in text
 
 
 def test_validation_is_a_result_where_nothing_else_was_judged():
     report = {name: block for name, block in REPORT.items() if name != "test"}
-    (result,) = metadata(make_model_card("x", card(), report, is_peft=True))["model-index"][0]["results"]
+    (result,) = metadata(make_model_card("x", card(), report, is_peft=True))["model-index"][0][
+        "results"
+    ]
     assert result["dataset"]["split"] == "validation"
 
 
 def test_the_limits_say_what_is_calibrated():
     plain = make_model_card("x", card(), REPORT, is_peft=True)
-    assert "Probabilities are as the model gives them; `ece` above says how far to trust them.\n" in plain
+    assert (
+        "Probabilities are as the model gives them; `ece` above says how far to trust them.\n"
+        in plain
+    )
     own = card().model_copy(update={"calibration": {"temperature": 1.2345}})
     text = make_model_card("x", own, REPORT, is_peft=True)
     assert "Divide the logits by the temperature 1.234" in text

@@ -65,7 +65,9 @@ def adapter(tiny_base, tmp_path_factory) -> Path:
         validation_sha256=data.validation.fingerprint,
     )
     method = LoraMethod(r=4, lora_alpha=8)
-    save_random(folder / "a", tiny_base, method, labels=LABELS, probe=IDS, record=record, spread=0.1)
+    save_random(
+        folder / "a", tiny_base, method, labels=LABELS, probe=IDS, record=record, spread=0.1
+    )
     return folder / "a"
 
 
@@ -86,18 +88,24 @@ def exported(adapter, tmp_path_factory):
 @pytest.fixture
 def traced(exported, monkeypatch) -> None:
     """Take the graph that was traced before: tracing takes seconds, and most tests are not about it."""
-    monkeypatch.setattr(export_module, "write_graph", lambda model, path: shutil.copyfile(exported[0] / PLAIN, path))
+    monkeypatch.setattr(
+        export_module, "write_graph", lambda model, path: shutil.copyfile(exported[0] / PLAIN, path)
+    )
 
 
 def stock_logits(merged: Path, ids, mask):
     model = DistilBertForSequenceClassification.from_pretrained(merged).eval()
     with torch.inference_mode():
-        return model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.numpy()
+        return model(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
+        ).logits.numpy()
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 3), (2, 16), (5, 7), (3, 64)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_graph_answers_any_batch_and_length_as_the_merged_model(rows, length, padded, exported, merged):
+def test_a_graph_answers_any_batch_and_length_as_the_merged_model(
+    rows, length, padded, exported, merged
+):
     generator = np.random.default_rng(0)
     ids = generator.integers(5, 50, size=(rows, length))
     kept = generator.integers(1, length + 1, size=rows) if padded else np.full(rows, length)
@@ -107,7 +115,9 @@ def test_a_graph_answers_any_batch_and_length_as_the_merged_model(rows, length, 
     np.testing.assert_allclose(session(ids, mask), expected, atol=1e-5, rtol=0)
     if not padded:
         np.testing.assert_array_equal(session(ids, None), session(ids, mask))
-    np.testing.assert_allclose(open_session(exported[0] / QUANTISED).compute(ids, mask), expected, atol=0.5, rtol=0)
+    np.testing.assert_allclose(
+        open_session(exported[0] / QUANTISED).compute(ids, mask), expected, atol=0.5, rtol=0
+    )
 
 
 def test_the_axes_are_dynamic_and_everything_stands_in_one_file(exported):
@@ -172,7 +182,9 @@ def test_another_program_gets_our_labels_and_scores_without_torch(exported, adap
 
 @pytest.mark.parametrize("name", [PLAIN, QUANTISED])
 def test_the_classifier_reads_what_was_exported(name, exported, adapter):
-    ours, theirs = (classifier.load(p, dtype=d) for p, d in ((adapter, "float32"), (exported[0] / name, "auto")))
+    ours, theirs = (
+        classifier.load(p, dtype=d) for p, d in ((adapter, "float32"), (exported[0] / name, "auto"))
+    )
     assert theirs.unverified == ()
     np.testing.assert_allclose(
         theirs.probabilities(["good film", "bad book"]), ours.probabilities(["good film", "bad book"]),
@@ -196,35 +208,56 @@ def test_a_merged_folder_is_exported_with_the_same_bytes(merged, exported, tmp_p
 
 def test_safetensors_is_the_merge(adapter, merged, tmp_path):
     found = export(adapter, tmp_path / "e", format="safetensors")
-    assert (tmp_path / "e/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+    assert (tmp_path / "e/model.safetensors").read_bytes() == (
+        merged / "model.safetensors"
+    ).read_bytes()
     assert set(found.compared) == {"base"}
 
 
 def test_int8_past_the_allowed_drop_leaves_nothing(adapter, merged, traced, tmp_path):
-    with pytest.raises(AdapterError, match=r"accuracy falls by .* points on 60 validation rows, allowed -50"):
+    with pytest.raises(
+        AdapterError, match=r"accuracy falls by .* points on 60 validation rows, allowed -50"
+    ):
         export(adapter, tmp_path / "e", format="onnx-int8", max_drop=-50)
     # Without labelled rows every label that changes counts.
-    with pytest.raises(AdapterError, match="% of labels change on 32 probe rows, allowed -1; use --format onnx"):
+    with pytest.raises(
+        AdapterError, match="% of labels change on 32 probe rows, allowed -1; use --format onnx"
+    ):
         export(merged, tmp_path / "e", format="onnx-int8", max_drop=-1)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("added", "said"), [(0.01, r"differ by 0\.01"), (np.nan, "are not finite")])
-def test_a_graph_that_answers_otherwise_leaves_nothing(added, said, merged, traced, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("added", "said"), [(0.01, r"differ by 0\.01"), (np.nan, "are not finite")]
+)
+def test_a_graph_that_answers_otherwise_leaves_nothing(
+    added, said, merged, traced, tmp_path, monkeypatch
+):
     def open_broken(path):
         session = open_session(path)
-        return Engine(lambda ids, mask: session.compute(ids, mask) + np.float32(added), session.max_tokens)
+        return Engine(
+            lambda ids, mask: session.compute(ids, mask) + np.float32(added), session.max_tokens
+        )
 
     monkeypatch.setattr(export_module, "open_session", open_broken)
-    with pytest.raises(AdapterError, match=f"answers otherwise than the merged model: its logits {said}"):
+    with pytest.raises(
+        AdapterError, match=f"answers otherwise than the merged model: its logits {said}"
+    ):
         export(merged, tmp_path / "e", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_exported_is_refused(adapter, merged, exported, tiny_base, tmp_path, monkeypatch):
+def test_what_cannot_be_exported_is_refused(
+    adapter, merged, exported, tiny_base, tmp_path, monkeypatch
+):
     out = tmp_path / "e"
     cases = [
-        (adapter, {"format": "gguf"}, ModelError, "format: found 'gguf'; allowed: safetensors, onnx, onnx-int8"),
+        (
+            adapter,
+            {"format": "gguf"},
+            ModelError,
+            "format: found 'gguf'; allowed: safetensors, onnx, onnx-int8",
+        ),
         (adapter, {"format": "onnx", "max_rows": 0}, ModelError, "max_rows"),
         (merged, {"format": "onnx", "base": "x"}, ModelError, "nothing is merged"),
         (tiny_base, {"format": "onnx"}, AdapterError, "neither an adapter .* nor a merged model"),
@@ -263,7 +296,9 @@ def test_an_altered_merged_folder_is_refused(merged, tmp_path):
 def test_a_merged_folder_whose_labels_are_no_names_is_refused(merged, tmp_path):
     copy = Path(shutil.copytree(merged, tmp_path / "m"))
     stamp = read_stamp(copy)
-    config = json.loads((copy / "config.json").read_text(encoding="utf-8")) | {"id2label": ["no", "yes"]}
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8")) | {
+        "id2label": ["no", "yes"]
+    }
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_stamp(copy, stamp)
     with pytest.raises(AdapterError, match=r"config\.json: id2label names no labels from 0 on"):

@@ -47,15 +47,21 @@ def test_a_reloaded_model_answers_as_the_trained_one(tmp_path, tiny_base, method
 
 
 def test_stock_peft_gives_our_logits(saved):
-    stock = AutoPeftModelForSequenceClassification.from_pretrained(saved, num_labels=3, dtype=torch.float32).eval()
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(
+        saved, num_labels=3, dtype=torch.float32
+    ).eval()
     ids = torch.tensor([[2, 7, 8, 9, 3]])
-    torch.testing.assert_close(stock(input_ids=ids).logits, load(saved).model(input_ids=ids).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        stock(input_ids=ids).logits, load(saved).model(input_ids=ids).logits, atol=1e-5, rtol=0
+    )
 
 
 def test_the_head_is_in_the_folder_and_the_base_is_not(saved):
     names = load_file(saved / "adapter_model.safetensors").keys()
     assert {n for n in names if "lora_" not in n} == {
-        f"base_model.model.{layer}.{kind}" for layer in ("pre_classifier", "classifier") for kind in ("weight", "bias")
+        f"base_model.model.{layer}.{kind}"
+        for layer in ("pre_classifier", "classifier")
+        for kind in ("weight", "bias")
     }
 
 

@@ -61,7 +61,9 @@ def originals(tmp_path_factory, tiny_base):
 
 @pytest.fixture(scope="module")
 def base(tiny_base):
-    return load_base(ModelConfig(name=str(tiny_base), max_length=16, dtype="float32"), labels=LABELS)
+    return load_base(
+        ModelConfig(name=str(tiny_base), max_length=16, dtype="float32"), labels=LABELS
+    )
 
 
 @pytest.fixture
@@ -69,7 +71,11 @@ def cached_base(base, monkeypatch):
     """What `load` gets instead of reading the base each time; another one cannot be loaded."""
 
     def load_cached(config, *, labels, device=None):
-        if (config.name, config.revision, config.quantize) != (base.name, None, "none") or config.max_length > 64:
+        if (config.name, config.revision, config.quantize) != (
+            base.name,
+            None,
+            "none",
+        ) or config.max_length > 64:
             raise ModelError("another base")
         model = copy.deepcopy(base.model)
         if len(labels) != len(LABELS):
@@ -115,7 +121,13 @@ CARD = {
     "max_length": 10**9,
     "labels": ["a"],
     "files": {},
-    "base": {"name": "someone/else", "revision": None, "base_sha256": "0", "quantize": "none", "double_quant": True},
+    "base": {
+        "name": "someone/else",
+        "revision": None,
+        "base_sha256": "0",
+        "quantize": "none",
+        "double_quant": True,
+    },
     "method": {"kind": "full"},
     "probe": {"input_ids": [[10**6]], "logits": [[0.0, 0.0, 0.0]]},
 }
@@ -125,13 +137,21 @@ def places(value, path=()):
     """Every place within nested JSON, as the keys that lead there."""
     if path:
         yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from places(inner, (*path, key))
 
 
 def change_json(rng, values, options):
     """Change one place of nested JSON; return its text, which may not be valid any more."""
-    kind = rng.choice(["strange", "strange", "remove", "rename", "move", "add", "option", "double", "deep"])
+    kind = rng.choice(
+        ["strange", "strange", "remove", "rename", "move", "add", "option", "double", "deep"]
+    )
     path = rng.choice(list(places(values)))
     parent = values
     for key in path[:-1]:
@@ -157,9 +177,13 @@ def change_json(rng, values, options):
     text = json.dumps(values)
     if kind == "double" and isinstance(parent, dict):
         member = f"{json.dumps(key)}: {json.dumps(parent[key])}"
-        text = text.replace(member, f"{member}, {json.dumps(key)}: {json.dumps(rng.choice(STRANGE))}", 1)
+        text = text.replace(
+            member, f"{member}, {json.dumps(key)}: {json.dumps(rng.choice(STRANGE))}", 1
+        )
     if kind == "deep":
-        text = text.replace(json.dumps(parent[key]), rng.choice(["[", '{"a":']) * rng.choice([100, 20_000]), 1)
+        text = text.replace(
+            json.dumps(parent[key]), rng.choice(["[", '{"a":']) * rng.choice([100, 20_000]), 1
+        )
     return text.encode()
 
 
@@ -179,7 +203,11 @@ def change_bytes(rng, data):
         case "repeat":
             return data[: place + run] + data[place:]
         case "number":
-            return data[:place] + rng.choice([b"9" * 30, b"9" * 5000, b"-1", b"1e999"]) + data[place + 1 :]
+            return (
+                data[:place]
+                + rng.choice([b"9" * 30, b"9" * 5000, b"-1", b"1e999"])
+                + data[place + 1 :]
+            )
         case "grow":
             return struct.pack("<Q", rng.choice([0, 2**20 + 1, 2**31, 2**62, 2**64 - 1])) + data[8:]
 
@@ -187,7 +215,9 @@ def change_bytes(rng, data):
 def change_header(rng, data):
     """Change a safetensors file's header as JSON, its stated length kept right."""
     (length,) = struct.unpack("<Q", data[:8])
-    header = change_json(rng, json.loads(data[8 : 8 + length]), {"x": {"dtype": "F32", "shape": [2**62, 4]}})
+    header = change_json(
+        rng, json.loads(data[8 : 8 + length]), {"x": {"dtype": "F32", "shape": [2**62, 4]}}
+    )
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
@@ -219,8 +249,12 @@ def change_kind(rng, path, outside):
 
 def mutate(rng, folder, outside):
     """Change one file of a folder; three times in four, make card.json agree, as someone would who takes care."""
-    shares = {"card.json": 3, "adapter_config.json": 5, "tokenizer.json": 1} | dict.fromkeys(WEIGHTS, 3)
-    names = [name for name, share in shares.items() for _ in range(share) if (folder / name).exists()]
+    shares = {"card.json": 3, "adapter_config.json": 5, "tokenizer.json": 1} | dict.fromkeys(
+        WEIGHTS, 3
+    )
+    names = [
+        name for name, share in shares.items() for _ in range(share) if (folder / name).exists()
+    ]
     path = folder / rng.choice(names)
     data = path.read_bytes()
     if rng.random() < 0.04:
@@ -272,10 +306,25 @@ class Watch:
             "pickle.find_class",
         ):
             self.found.append((event, str(arguments)))
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"):
+        if event in (
+            "open",
+            "os.rename",
+            "os.remove",
+            "os.mkdir",
+            "os.rmdir",
+            "os.link",
+            "os.symlink",
+            "os.truncate",
+        ):
             path = arguments[0]
-            code = isinstance(path, str) and path.endswith((".py", ".pyc"))  # Python itself shows lines of code
-            if isinstance(path, str | bytes) and not code and not os.fsdecode(path).startswith(self.inside):
+            code = isinstance(path, str) and path.endswith(
+                (".py", ".pyc")
+            )  # Python itself shows lines of code
+            if (
+                isinstance(path, str | bytes)
+                and not code
+                and not os.fsdecode(path).startswith(self.inside)
+            ):
                 self.found.append((event, os.fsdecode(path)))
 
     @contextlib.contextmanager
@@ -286,7 +335,9 @@ class Watch:
             yield
         finally:
             self.inside = ()
-            self.found += [("import", name) for name in {n.partition(".")[0] for n in sys.modules} - before]
+            self.found += [
+                ("import", name) for name in {n.partition(".")[0] for n in sys.modules} - before
+            ]
 
 
 WATCH = Watch()
@@ -341,16 +392,23 @@ def find_problem(folder, original, tiny_base, *, traced):
     if isinstance(answer, AdapterError) and (str(folder) not in str(answer) or "\n" in str(answer)):
         return f"says {answer}", answer
     if torch_now > max(torch_bytes, room) or python_now > python_bytes + room:
-        return f"took {torch_now:,} and {python_now:,} bytes; the folder has {room // 2:,}: {answer}", answer
+        return (
+            f"took {torch_now:,} and {python_now:,} bytes; the folder has {room // 2:,}: {answer}",
+            answer,
+        )
     if WATCH.found or sorted(folder.rglob("*")) != before:
         return f"touched {WATCH.found}", answer
     return None, answer
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(100), pytest.param(range(1000, 3000), marks=pytest.mark.slow)], ids=["100", "2000"]
+    "seeds",
+    [range(100), pytest.param(range(1000, 3000), marks=pytest.mark.slow)],
+    ids=["100", "2000"],
 )
-def test_a_mutated_folder_answers_the_same_or_is_refused(originals, cached_base, tiny_base, tmp_path, seeds):
+def test_a_mutated_folder_answers_the_same_or_is_refused(
+    originals, cached_base, tiny_base, tmp_path, seeds
+):
     outside = tmp_path / "outside"
     outside.write_bytes(b"{}")
     for folder in originals.values():

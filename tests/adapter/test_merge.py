@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, DistilBertForSequenceClassification, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertForSequenceClassification,
+    pipeline,
+)
 
 from lora_sentiment.adapter import merge as merge_module
 from lora_sentiment.adapter.folder import compute_probe, load, load_card
@@ -57,7 +61,11 @@ def with_rows(adapter, tmp_path):
     """The adapter with validation rows that can be had."""
     config = DataConfig(source={"train": str(write_csv(tmp_path / "train.csv", toy_rows(200)))})
     rows = load_data(config).validation
-    data = {"config": config.model_dump(mode="json"), "train_sha256": "0", "validation_sha256": rows.fingerprint}
+    data = {
+        "config": config.model_dump(mode="json"),
+        "train_sha256": "0",
+        "validation_sha256": rows.fingerprint,
+    }
     alter_card(adapter, data=data)
     return adapter
 
@@ -92,9 +100,14 @@ def refused(adapter, out, match, error=AdapterError, **options):
 @pytest.mark.parametrize(("name", "quantize"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_every_method_answers_the_same_merged(name, quantize, tiny_base, tmp_path):
     save(tmp_path / "a", tiny_base, name, quantize)
-    done = merge(tmp_path / "a", tmp_path / "out", into="base" if quantize == "none" else "dequantised")
+    done = merge(
+        tmp_path / "a", tmp_path / "out", into="base" if quantize == "none" else "dequantised"
+    )
     found = {into: parts["probe"] for into, parts in done.compared.items()}
-    assert all(figures["rows"] == 3 and np.isfinite(figures["max_difference"]) for figures in found.values())
+    assert all(
+        figures["rows"] == 3 and np.isfinite(figures["max_difference"])
+        for figures in found.values()
+    )
     if quantize == "none":
         assert found.keys() == {"base"}
         assert found["base"]["max_difference"] <= 2e-5
@@ -114,12 +127,23 @@ def test_the_folder_is_a_stock_classifier(adapter, tiny_base, tmp_path):
     assert config["id2label"] == {"0": "negative", "1": "positive"}
     assert config["label2id"] == {"negative": 0, "positive": 1}
     base = json.loads((tiny_base / "config.json").read_text())
-    assert [config[key] for key in ("dropout", "attention_dropout")] == [base["dropout"], base["attention_dropout"]]
+    assert [config[key] for key in ("dropout", "attention_dropout")] == [
+        base["dropout"],
+        base["attention_dropout"],
+    ]
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert load_file(out / "model.safetensors").keys() == model.state_dict().keys()
     answers = compute_probe(load(adapter).model, [[2, 7, 8, 9, 3]]).logits
-    np.testing.assert_allclose(compute_probe(model.eval(), [[2, 7, 8, 9, 3]]).logits, answers, atol=2e-5, rtol=0)
-    names = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    np.testing.assert_allclose(
+        compute_probe(model.eval(), [[2, 7, 8, 9, 3]]).logits, answers, atol=2e-5, rtol=0
+    )
+    names = {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {path.name for path in out.iterdir()} == names
 
 
@@ -127,7 +151,12 @@ def test_the_stamp_names_adapter_and_base_and_what_was_compared(adapter, tmp_pat
     done = merge(adapter, tmp_path / "out")
     card, stamp = load_card(adapter), read_stamp(tmp_path / "out")
     assert (stamp.adapter_sha256, stamp.base_sha256) == (card.sha256, card.base.base_sha256)
-    assert (stamp.max_length, stamp.method, stamp.dtype, stamp.clean) == (16, "lora", "float32", True)
+    assert (stamp.max_length, stamp.method, stamp.dtype, stamp.clean) == (
+        16,
+        "lora",
+        "float32",
+        True,
+    )
     assert stamp.compared["base"]["probe"] == done.compared["base"]["probe"]
     check_files(tmp_path / "out", stamp.files)
     assert stamp.files.keys() == {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -146,7 +175,10 @@ def test_the_card_names_a_base_of_the_hub_alone(adapter, tmp_path, base, line):
     merge(adapter, tmp_path / "out")
     stamp = read_stamp(tmp_path / "out").model_copy(update={"base": base})
     metadata = make_merged_card("out", ("negative", "positive"), stamp).split("---\n")[1]
-    assert "".join(found for found in metadata.splitlines(True) if found.startswith("base_model")) == line
+    assert (
+        "".join(found for found in metadata.splitlines(True) if found.startswith("base_model"))
+        == line
+    )
 
 
 def test_a_stock_pipeline_gives_names_scores_and_the_cut_of_training(adapter, tmp_path):
@@ -173,7 +205,9 @@ def test_validation_rows_are_compared_where_they_can_be_had(with_rows, tmp_path)
     assert (found["rows"], found["flips"]) == (20, 0)
     assert found["max_difference"] <= 2e-5
     assert found["accuracy_adapter"] == found["accuracy_merged"] > 0.5
-    assert merge(with_rows, tmp_path / "fewer", max_rows=6).compared["base"]["validation"]["rows"] == 6
+    assert (
+        merge(with_rows, tmp_path / "fewer", max_rows=6).compared["base"]["validation"]["rows"] == 6
+    )
 
 
 def test_rows_that_cannot_be_had_are_a_reason_that_stays_at_home(with_rows, tmp_path):
@@ -209,13 +243,22 @@ def test_another_dtype_excuses_no_wrong_merge(adapter, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(merge_module, "rebuild", rebuild_wrongly)
-    refused(adapter, tmp_path / "out", r"logits differ by .* on the probe rows, allowed 0\.000", dtype="bfloat16")
+    refused(
+        adapter,
+        tmp_path / "out",
+        r"logits differ by .* on the probe rows, allowed 0\.000",
+        dtype="bfloat16",
+    )
 
 
-def test_both_ways_of_a_quantised_base_are_measured_and_the_worse_is_refused(trained_4bit, tmp_path):
+def test_both_ways_of_a_quantised_base_are_measured_and_the_worse_is_refused(
+    trained_4bit, tmp_path
+):
     adapter = shutil.copytree(trained_4bit, tmp_path / "a")
     refused(
-        adapter, tmp_path / "out", "of 200 probe rows get another label, allowed 1 %; --into dequantised stays within"
+        adapter,
+        tmp_path / "out",
+        "of 200 probe rows get another label, allowed 1 %; --into dequantised stays within",
     )
     done = merge(adapter, tmp_path / "out", into="dequantised")
     assert done.compared["base"]["probe"]["flips"] > 2
@@ -241,8 +284,14 @@ CORRUPTIONS = {
         lambda t: t["classifier.bias"][0].add_(1),
         r"answers otherwise than the adapter: its logits differ by 1 ",
     ),
-    "missing": (lambda t: t.pop("classifier.bias"), r"lacks tensors or has others: classifier\.bias"),
-    "not finite": (lambda t: t["classifier.bias"].fill_(float("nan")), "not finite on the probe rows"),
+    "missing": (
+        lambda t: t.pop("classifier.bias"),
+        r"lacks tensors or has others: classifier\.bias",
+    ),
+    "not finite": (
+        lambda t: t["classifier.bias"].fill_(float("nan")),
+        "not finite on the probe rows",
+    ),
 }
 
 
@@ -278,7 +327,8 @@ def test_another_tokenizer_beside_the_merge_is_refused(adapter, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("error", "seen"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "disk full"), AdapterError)]
+    ("error", "seen"),
+    [(KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "disk full"), AdapterError)],
 )
 def test_nothing_is_left_of_a_merge_that_was_stopped(error, seen, adapter, tmp_path, monkeypatch):
     def stop(model, folder):
@@ -287,7 +337,10 @@ def test_nothing_is_left_of_a_merge_that_was_stopped(error, seen, adapter, tmp_p
 
     monkeypatch.setattr(DistilBertForSequenceClassification, "save_pretrained", stop)
     refused(
-        adapter, tmp_path / "new/deeper/out", None if seen is KeyboardInterrupt else "cannot be written", error=seen
+        adapter,
+        tmp_path / "new/deeper/out",
+        None if seen is KeyboardInterrupt else "cannot be written",
+        error=seen,
     )
 
 
@@ -318,7 +371,11 @@ def test_a_place_that_is_taken_meanwhile_is_left_alone(adapter, tmp_path, monkey
 def test_a_merged_model_is_no_adapter_and_no_base(adapter, tiny_base, tmp_path):
     merge(adapter, tmp_path / "out")
     sha256 = load_card(adapter).sha256[:12]
-    refused(tmp_path / "out", tmp_path / "twice", f"out: already holds the adapter {sha256}, merged into")
+    refused(
+        tmp_path / "out",
+        tmp_path / "twice",
+        f"out: already holds the adapter {sha256}, merged into",
+    )
     refused(
         adapter,
         tmp_path / "twice",
@@ -350,12 +407,20 @@ def test_another_base_is_refused(adapter, tiny_base, tmp_path):
     tensors = load_file(tmp_path / "other/model.safetensors")
     tensors["embeddings.LayerNorm.bias"][0] += 1e-3
     save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
-    refused(adapter, tmp_path / "out", "was trained on the base .* with hash", base=str(tmp_path / "other"))
+    refused(
+        adapter,
+        tmp_path / "out",
+        "was trained on the base .* with hash",
+        base=str(tmp_path / "other"),
+    )
 
 
 def test_a_base_that_moved_is_found_where_one_says(adapter, tiny_base, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "moved")
-    alter_card(adapter, base=json.loads((adapter / "card.json").read_text())["base"] | {"name": "/nowhere/base"})
+    alter_card(
+        adapter,
+        base=json.loads((adapter / "card.json").read_text())["base"] | {"name": "/nowhere/base"},
+    )
     refused(adapter, tmp_path / "out", "name it with --base", error=ModelError)
     merge(adapter, tmp_path / "out", base=str(tmp_path / "moved"))
 
@@ -377,7 +442,9 @@ def test_a_truncated_adapter_and_one_without_a_head_tensor_are_refused(trained, 
     reseal(tmp_path / "cut")
     refused(tmp_path / "cut", tmp_path / "out", "cannot be read")
     shutil.copytree(trained, tmp_path / "headless")
-    alter_tensors(tmp_path / "headless", lambda tensors: tensors.pop("base_model.model.classifier.bias"))
+    alter_tensors(
+        tmp_path / "headless", lambda tensors: tensors.pop("base_model.model.classifier.bias")
+    )
     refused(tmp_path / "headless", tmp_path / "out", r"tensor .*classifier\.bias is missing")
 
 
@@ -391,7 +458,10 @@ def test_a_method_that_peft_cannot_merge_is_refused_with_its_reason(adapter, tmp
 
 def test_options_that_are_not_allowed_are_refused(adapter, tmp_path):
     refused(
-        adapter, tmp_path / "out", "unquantised base, so nothing is dequantised; use --into base", into="dequantised"
+        adapter,
+        tmp_path / "out",
+        "unquantised base, so nothing is dequantised; use --into base",
+        into="dequantised",
     )
     for options, match in (
         ({"dtype": "auto"}, "dtype: found 'auto'; allowed: float32, bfloat16, float16"),
@@ -416,13 +486,17 @@ def test_a_text_cut_elsewhere_is_said_in_the_readme(adapter, tmp_path):
 def test_what_is_not_finite_is_printed_as_that(capsys):
     found = {"rows": 32, "flips": 3, "max_difference": None, "allowed": None}
     show_compared({"dequantised": {"probe": found}})
-    assert capsys.readouterr().out == ("dequantised 32 probe rows: logits that are not finite, 3 other labels\n")
+    assert capsys.readouterr().out == (
+        "dequantised 32 probe rows: logits that are not finite, 3 other labels\n"
+    )
 
 
 def test_everything_that_a_folder_holds_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle))
+    )
     (tmp_path / "aside/onnx").mkdir(parents=True)
     (tmp_path / "aside/onnx/model.onnx").write_bytes(b"1")
     held = [path.stat().st_ino for path in (tmp_path / "aside", *(tmp_path / "aside").rglob("*"))]

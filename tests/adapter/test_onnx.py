@@ -16,14 +16,19 @@ from lora_sentiment.errors import AdapterError, ModelError
 
 def write_graph(path: Path, *, names=("input_ids", "attention_mask"), output="logits") -> Path:
     """A graph whose answer is the sum of its two inputs, as floats."""
-    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in names]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"])
+        for name in names
+    ]
     nodes = [
         helper.make_node("Add", list(names), ["sum"]),
         helper.make_node("Cast", ["sum"], [output], to=TensorProto.FLOAT),
     ]
     outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", "length"])]
     graph = helper.make_graph(nodes, "sum", inputs, outputs)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path
+    )
     return path
 
 
@@ -45,9 +50,13 @@ def test_a_file_that_is_no_classifier_is_refused(tmp_path):
     path.write_bytes(write_graph(path).read_bytes()[:-40])
     with pytest.raises(AdapterError, match="cannot open it"):
         open_session(path)
-    with pytest.raises(AdapterError, match=r"has the inputs ids, attention_mask and the outputs logits"):
+    with pytest.raises(
+        AdapterError, match=r"has the inputs ids, attention_mask and the outputs logits"
+    ):
         open_session(write_graph(path, names=("ids", "attention_mask")))
-    with pytest.raises(AdapterError, match="and the outputs scores; a classifier of this package has"):
+    with pytest.raises(
+        AdapterError, match="and the outputs scores; a classifier of this package has"
+    ):
         open_session(write_graph(path, output="scores"))
 
 
@@ -65,7 +74,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         open_session(tmp_path / "a.onnx")
 
 
-@pytest.mark.parametrize(("value", "expected"), [("3", 3), ("7,1", 7), ("", None), (None, None), ("no", None)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("3", 3), ("7,1", 7), ("", None), (None, None), ("no", None)]
+)
 def test_threads_are_those_asked_for_or_all_usable_cores(value, expected, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if value is not None:

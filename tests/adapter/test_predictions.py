@@ -3,7 +3,12 @@ import hashlib
 import numpy as np
 import pytest
 
-from lora_sentiment.adapter.predictions import PREDICTIONS, Predictions, load_predictions, save_predictions
+from lora_sentiment.adapter.predictions import (
+    PREDICTIONS,
+    Predictions,
+    load_predictions,
+    save_predictions,
+)
 from lora_sentiment.errors import AdapterError
 
 

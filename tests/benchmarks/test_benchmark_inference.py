@@ -16,18 +16,31 @@ def test_every_form_answers_every_row_and_a_stopped_script_goes_on(toy_recipe, t
     adapter = train(Recipe.load(toy_recipe, ["train.num_train_epochs=2"])).adapter
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, str(SCRIPT), str(adapter), "--chunk=15", f"--out={out}", f"--cache={tmp_path}/cache"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        str(adapter),
+        "--chunk=15",
+        f"--out={out}",
+        f"--cache={tmp_path}/cache",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     results = out / "inference.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [(line["start"], line["rows"], line["of"]) for line in lines] == [(0, 15, 41), (15, 15, 41), (30, 11, 41)]
+    assert [(line["start"], line["rows"], line["of"]) for line in lines] == [
+        (0, 15, 41),
+        (15, 15, 41),
+        (30, 11, 41),
+    ]
     assert all(list(line["forms"]) == FORMS for line in lines)
     accuracy = json.loads((adapter / "report.json").read_text())["test"]["accuracy"]["value"]
     for form in ("adapter", "merged", "ONNX", "stock pipeline"):
         assert sum(line["forms"][form]["right"] for line in lines) / 41 == accuracy
         assert max(line["forms"][form]["difference"] for line in lines) < 1e-5
     # Killed while it wrote the second chunk, that one alone is measured again.
-    results.write_text("".join(f"{json.dumps(line)}\n" for line in (lines[0], lines[2])) + '{"start": 15, "ro')
+    results.write_text(
+        "".join(f"{json.dumps(line)}\n" for line in (lines[0], lines[2])) + '{"start": 15, "ro'
+    )
     subprocess.run(command, check=True, capture_output=True)
     again = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["start"] for line in again] == [0, 30, 15]

@@ -30,12 +30,16 @@ from peers import NAMED  # noqa: E402
 @pytest.fixture
 def here(monkeypatch):
     """Run the parts in this process."""
-    monkeypatch.setattr(gpu, "run_isolated", lambda function, *given, log, preload: function(*given))
+    monkeypatch.setattr(
+        gpu, "run_isolated", lambda function, *given, log, preload: function(*given)
+    )
 
 
 @pytest.fixture
 def settings(tiny_base, tmp_path):
-    return gpu_parts.Settings("now", tmp_path, None, {}, str(tiny_base), 300, time.time() + 300, True)
+    return gpu_parts.Settings(
+        "now", tmp_path, None, {}, str(tiny_base), 300, time.time() + 300, True
+    )
 
 
 def read(folder):
@@ -53,7 +57,10 @@ def test_every_part_walks_on_a_cpu(tiny_base, toy, tmp_path, monkeypatch):
         """The whole command for the bundled base takes longer, and shows the same."""
         commands.append(recipe)
         return run_command(
-            "imdb_lora", [f"model.name={tiny_base}", "data.source=bundled", *small], settings, limit=limit
+            "imdb_lora",
+            [f"model.name={tiny_base}", "data.source=bundled", *small],
+            settings,
+            limit=limit,
         )
 
     small = ["model.max_length=16"]
@@ -62,7 +69,9 @@ def test_every_part_walks_on_a_cpu(tiny_base, toy, tmp_path, monkeypatch):
     line = read(tmp_path / "out")["whole", "recipes/quickstart.yaml"]
     assert (commands, line["steps"], line["test_rows"]) == (["quickstart"], 2, 100)
     assert 0 < line["seconds"] < line["wall_seconds"]
-    assert 0 <= line["accuracy"]["low"] <= line["accuracy"]["value"] <= line["accuracy"]["high"] <= 1
+    assert (
+        0 <= line["accuracy"]["low"] <= line["accuracy"]["value"] <= line["accuracy"]["high"] <= 1
+    )
 
     monkeypatch.setattr(gpu_parts, "run_command", lambda *given, **more: {"failed": "not here"})
     shutil.rmtree(tmp_path / "out")
@@ -86,7 +95,10 @@ def test_every_part_walks_on_a_cpu(tiny_base, toy, tmp_path, monkeypatch):
         for row in ("ours", "D"):
             line = lines[part, row]
             assert (line["first_steps"], line["steps"]) == (1, 2)
-            assert min(line["first_seconds"], line["seconds"], line["first_tokens"], line["tokens"]) > 0
+            assert (
+                min(line["first_seconds"], line["seconds"], line["first_tokens"], line["tokens"])
+                > 0
+            )
             assert 0.1 < line["loss"] < 4
     assert (
         lines["inference", "ours, forward alone, the whole pool"]["tokens"]
@@ -104,7 +116,13 @@ def test_every_part_walks_on_a_cpu(tiny_base, toy, tmp_path, monkeypatch):
 
 
 def head(run, **more):
-    facts = {"machine": "A GPU", "driver": "1.2", "versions": {"torch": "2"}, "date": "2030-01-01", "code": "c0de"}
+    facts = {
+        "machine": "A GPU",
+        "driver": "1.2",
+        "versions": {"torch": "2"},
+        "date": "2030-01-01",
+        "code": "c0de",
+    }
     return {
         "part": "machine",
         "row": "machine",
@@ -118,8 +136,22 @@ def head(run, **more):
 
 
 def trained(run, row, speed, *, part="imdb", **more):
-    line = {"part": part, "row": row, "run": run, "dtype": "bfloat16", "length": 512, "batch_size": 32, "loss": 0.5}
-    line |= {"first_steps": 50, "first_seconds": 5.0, "first_tokens": 100, "steps": 40, "steps_wanted": 40}
+    line = {
+        "part": part,
+        "row": row,
+        "run": run,
+        "dtype": "bfloat16",
+        "length": 512,
+        "batch_size": 32,
+        "loss": 0.5,
+    }
+    line |= {
+        "first_steps": 50,
+        "first_seconds": 5.0,
+        "first_tokens": 100,
+        "steps": 40,
+        "steps_wanted": 40,
+    }
     return line | {"seconds": 2.0, "tokens": 2 * speed, "peak_bytes": 2**20} | more
 
 
@@ -133,7 +165,9 @@ def test_ratios_are_of_rows_of_the_same_run():
     speeds = {"ours": 1000, "D": 100, "B": 300, "B, compiled": 400}
     first = [trained("a", row, speed) for row, speed in speeds.items()]
     failed = {"part": "imdb", "row": "D", "run": "b", "failed": "why"}
-    page = render([head("a"), *first, head("b"), trained("b", "ours", 1000), trained("b", "B", 500), failed])
+    page = render(
+        [head("a"), *first, head("b"), trained("b", "ours", 1000), trained("b", "B", 500), failed]
+    )
     newest, oldest = cells(page, "ours")
     assert (newest[6:9], oldest[6:9]) == (["1,000", "", "2.00"], ["1,000", "10.00", "2.50"])
     assert "- D: failed: why" in page
@@ -141,7 +175,11 @@ def test_ratios_are_of_rows_of_the_same_run():
 
 
 def test_a_row_whose_time_was_up_says_after_how_many_steps():
-    lines = [trained("a", "ours", 1000), trained("a", "D", 0, steps=0, seconds=0.0), trained("a", "B", 200, steps=7)]
+    lines = [
+        trained("a", "ours", 1000),
+        trained("a", "D", 0, steps=0, seconds=0.0),
+        trained("a", "B", 200, steps=7),
+    ]
     page = render([head("a"), *lines])
     assert cells(page, "D")[0][5:8] == ["0 of 40, then its time was up", "", ""]
     assert cells(page, "B")[0][5:7] == ["7 of 40, then its time was up", "200"]
@@ -161,13 +199,18 @@ def test_aims_stand_beside_what_was_measured_and_stay_where_it_was_not():
     ]
     page = render(lines)
     assert cells(page, "the same, times D") == [["the same, times D", "≥ 15", "13.00", "missed"]]
-    assert cells(page, "IMDB at 512, ours, tokens/s after the first steps")[0][2:] == ["1,300,000", "met"]
+    assert cells(page, "IMDB at 512, ours, tokens/s after the first steps")[0][2:] == [
+        "1,300,000",
+        "met",
+    ]
     assert cells(page, "SST-2 at 128, ours, times D")[0][2:] == ["", "not measured"]
     assert cells(page, "memory, the worst estimate, % off")[0][2:] == ["15.00", "missed"]
     assert page.count("| not measured |") == len(AIMS) - 4
 
 
-def test_a_row_that_fails_or_hangs_is_a_line_with_the_reason_and_the_next_is_measured(settings, tmp_path):
+def test_a_row_that_fails_or_hangs_is_a_line_with_the_reason_and_the_next_is_measured(
+    settings, tmp_path
+):
     recorder = gpu_parts.Recorder(settings)
 
     def fail():
@@ -203,7 +246,11 @@ def test_after_a_process_that_died_the_rows_left_are_measured_by_a_new_one(setti
 
 def test_a_lost_gpu_ends_the_process_of_a_part(settings, monkeypatch):
     def lost():
-        raise torch.AcceleratorError("an illegal memory access") if hasattr(torch, "AcceleratorError") else RuntimeError
+        raise (
+            torch.AcceleratorError("an illegal memory access")
+            if hasattr(torch, "AcceleratorError")
+            else RuntimeError
+        )
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: lost())
@@ -248,7 +295,9 @@ def test_a_row_whose_time_is_up_stops_and_counts_the_steps_it_took(row, settings
     monkeypatch.setattr(gpu_parts.Stopwatch, "end_step", end_step)
     # As on a GPU, where losses are read every ten steps.
     monkeypatch.setattr(loop._Loop, "_resume", lambda self: setattr(self, "read_steps", 10))
-    monkeypatch.setattr(gpu_parts, "DATASETS", {"imdb": replace(gpu_parts.DATASETS["imdb"], cuda_batch_size=16)})
+    monkeypatch.setattr(
+        gpu_parts, "DATASETS", {"imdb": replace(gpu_parts.DATASETS["imdb"], cuda_batch_size=16)}
+    )
     line = gpu_parts.measure_training(training, pool, replace(settings, quick=False))
     assert (line["first_steps"], line["steps"], line["steps_wanted"]) == (2, 3, 8)
     batches = gpu_parts.choose_batches(training, pool, batch_size=16)
@@ -268,27 +317,39 @@ def test_a_row_leaves_nothing_to_the_next(settings):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     assert (dict(os.environ), torch.backends.cuda.cudnn_sdp_enabled()) == (before, cudnn)
-    assert gpu_parts.measure_training(gpu_parts.SHORT["ours"], make_pool(64), settings)["dtype"] == "float32"
+    assert (
+        gpu_parts.measure_training(gpu_parts.SHORT["ours"], make_pool(64), settings)["dtype"]
+        == "float32"
+    )
 
 
-def test_the_shape_is_distilberts_and_too_large_a_tokenizer_is_refused(tiny_base, tmp_path, monkeypatch):
+def test_the_shape_is_distilberts_and_too_large_a_tokenizer_is_refused(
+    tiny_base, tmp_path, monkeypatch
+):
     class Small(gpu_parts.DistilBertConfig):
         def __init__(self):
             super().__init__(vocab_size=100, dim=8, hidden_dim=8, n_heads=2, n_layers=1)
 
     monkeypatch.setattr(gpu_parts, "DistilBertConfig", Small)
     gpu_parts.make_shape_base(tmp_path / "base", str(tiny_base))
-    assert json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8"))["vocab_size"] == 100
+    assert (
+        json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8"))["vocab_size"] == 100
+    )
     assert (tmp_path / "base/tokenizer.json").is_file()
     monkeypatch.setattr(
-        Small, "__init__", lambda self: gpu_parts.DistilBertConfig.__mro__[1].__init__(self, vocab_size=9)
+        Small,
+        "__init__",
+        lambda self: gpu_parts.DistilBertConfig.__mro__[1].__init__(self, vocab_size=9),
     )
     with pytest.raises(ValueError, match="more than the shape's 9"):
         gpu_parts.make_shape_base(tmp_path / "other", str(tiny_base))
 
 
 def test_without_a_gpu_and_for_unknown_data_the_script_says_what_to_do(capsys, tmp_path):
-    for arguments, said in ([], "--quick"), (["--quick", "--data", f"yelp={tmp_path}"], "data sets: imdb"):
+    for arguments, said in (
+        ([], "--quick"),
+        (["--quick", "--data", f"yelp={tmp_path}"], "data sets: imdb"),
+    ):
         with pytest.raises(SystemExit):
             gpu.parse_arguments(arguments)
         assert said in capsys.readouterr().err
@@ -359,9 +420,15 @@ def machine(tmp_path):
     for file in ("pyproject.toml", "Makefile", "tests/conftest.py", "benchmarks/gpu_check.py"):
         shutil.copy(root / file, tmp_path / file)
     (tmp_path / "tests/test_some.py").write_text(TESTS, encoding="utf-8")
-    (tmp_path / "tests/test_broken.py").write_text("import no_such_module\npytest.mark.gpu", encoding="utf-8")
-    (tmp_path / "tests/test_other.py").write_text("import another_that_is_not_here", encoding="utf-8")
-    (tmp_path / "benchmarks/gpu.py").write_text("import sys\nprint('measured', *sys.argv[1:])", encoding="utf-8")
+    (tmp_path / "tests/test_broken.py").write_text(
+        "import no_such_module\npytest.mark.gpu", encoding="utf-8"
+    )
+    (tmp_path / "tests/test_other.py").write_text(
+        "import another_that_is_not_here", encoding="utf-8"
+    )
+    (tmp_path / "benchmarks/gpu.py").write_text(
+        "import sys\nprint('measured', *sys.argv[1:])", encoding="utf-8"
+    )
     return tmp_path
 
 

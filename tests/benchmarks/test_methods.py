@@ -38,7 +38,10 @@ def sst5(tmp_path: Path) -> Path:
             writer.writerow(["text", "label"])
             for i in range(first, first + num_rows):
                 writer.writerow(
-                    [f"{FILLERS[i % 14]} {words[i % 5]} {FILLERS[(i * 3) % 14]} {'abcdefgh'[i % 8]}", i % 5]
+                    [
+                        f"{FILLERS[i % 14]} {words[i % 5]} {FILLERS[(i * 3) % 14]} {'abcdefgh'[i % 8]}",
+                        i % 5,
+                    ]
                 )
     return folder
 
@@ -61,7 +64,9 @@ def arguments(sst5: Path, tiny_base: Path, tmp_path: Path) -> list[str]:
 def table_rows(folder: Path) -> dict[str, list[str]]:
     """Return the table of final runs: method to its cells."""
     lines = (folder / "methods.md").read_text(encoding="utf-8").splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")
+    ]
     return {row[0]: row[1:] for row in cells if len(row) == 13}
 
 
@@ -69,11 +74,34 @@ def fake_line(job: methods.Job, *, accuracy: float) -> dict:
     """Return what a run would have written, without running."""
     figures = {"accuracy": accuracy, "macro_f1": accuracy, "log_loss": 1.0}
     parameters = {"trainable": 10, "share": 0.1, "adapter_bytes": 100}
-    cost = {"seconds": 1.0, "wall_seconds": 2.0, "tokens_per_second": 3.0, "peak_memory_bytes": 2**20, "engine": "fast"}
+    cost = {
+        "seconds": 1.0,
+        "wall_seconds": 2.0,
+        "tokens_per_second": 3.0,
+        "peak_memory_bytes": 2**20,
+        "engine": "fast",
+    }
     return {
-        **{"key": job.key, "dataset": job.dataset, "method": job.method, "stage": job.stage, "seed": job.seed},
-        **{"rate": job.rate, "epochs": 1, "base": "b", "source": "SetFit/sst5", "machine": "m", "versions": {"x": "1"}},
-        **{"date": "2030-01-01", "rows": {"train": 5, "validation": 6, "test": 300}, "parameters": parameters},
+        **{
+            "key": job.key,
+            "dataset": job.dataset,
+            "method": job.method,
+            "stage": job.stage,
+            "seed": job.seed,
+        },
+        **{
+            "rate": job.rate,
+            "epochs": 1,
+            "base": "b",
+            "source": "SetFit/sst5",
+            "machine": "m",
+            "versions": {"x": "1"},
+        },
+        **{
+            "date": "2030-01-01",
+            "rows": {"train": 5, "validation": 6, "test": 300},
+            "parameters": parameters,
+        },
         **{"metrics": {"validation": figures, "test": figures}, "train": cost},
         **({"right": methods.pack(np.arange(300) < 200)} if job.stage == "final" else {}),
     }
@@ -86,7 +114,9 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[methods.Job]:
 
     def run(job: methods.Job, cache: Path) -> dict:
         jobs.append(job)
-        return fake_line(job, accuracy=0.5 - 0.1 * methods.RATES[methods.METHODS[job.method][0]].index(job.rate))
+        return fake_line(
+            job, accuracy=0.5 - 0.1 * methods.RATES[methods.METHODS[job.method][0]].index(job.rate)
+        )
 
     monkeypatch.setattr(methods, "run_isolated", run)
     return jobs
@@ -99,7 +129,9 @@ def test_every_method_makes_a_valid_recipe_and_a_run_of_its_own(dataset):
     for method, (family, _) in methods.METHODS.items():
         for rate in methods.RATES[family]:
             for stage in ("try", "final"):
-                job = methods.make_job(found, methods.Row(dataset, method), stage=stage, seed=42, rate=rate)
+                job = methods.make_job(
+                    found, methods.Row(dataset, method), stage=stage, seed=42, rate=rate
+                )
                 recipe = Recipe.load(job.recipe, job.overrides)
                 keys.add(job.key)
                 assert recipe.train.learning_rate == rate
@@ -113,11 +145,15 @@ def test_every_method_has_as_many_rates_to_try():
     assert all(min(rates) < rates[0] < max(rates) for rates in methods.RATES.values())
 
 
-@pytest.mark.parametrize("change", ["--base=other", "--epochs=3", "--rows=100", "--set=train.batch_size=8"])
+@pytest.mark.parametrize(
+    "change", ["--base=other", "--epochs=3", "--rows=100", "--set=train.batch_size=8"]
+)
 def test_another_setting_is_another_run(arguments, change):
     def key(*more: str) -> str:
         found = methods.parse_arguments([*arguments, *more])
-        return methods.make_job(found, methods.Row("sst5", "full"), stage="final", seed=42, rate=1e-4).key
+        return methods.make_job(
+            found, methods.Row("sst5", "full"), stage="final", seed=42, rate=1e-4
+        ).key
 
     assert key() == key()
     assert key(change) != key()
@@ -169,7 +205,12 @@ def test_a_torn_line_is_dropped(tmp_path):
 def test_the_best_rate_on_validation_gets_the_final_runs(arguments, fake_runs, tmp_path):
     methods.main([*arguments, "--tries=3", "--seeds=2", "--methods", *TWO])
     finals = [(job.method, job.rate, job.seed) for job in fake_runs if job.stage == "final"]
-    assert finals == [("full", 5e-5, 42), ("full", 5e-5, 43), ("LoRA q,v", 1e-3, 42), ("LoRA q,v", 1e-3, 43)]
+    assert finals == [
+        ("full", 5e-5, 42),
+        ("full", 5e-5, 43),
+        ("LoRA q,v", 1e-3, 42),
+        ("LoRA q,v", 1e-3, 43),
+    ]
     assert {job.seed for job in fake_runs if job.stage == "try"} == {42}
 
 
@@ -181,13 +222,18 @@ def test_equal_accuracy_is_decided_by_the_log_loss():
     assert row.rates == [2.0, 1.0, 3.0]
 
 
-def test_a_rate_that_does_not_hold_in_the_whole_run_gives_way_to_the_next(arguments, fake_runs, tmp_path, monkeypatch):
+def test_a_rate_that_does_not_hold_in_the_whole_run_gives_way_to_the_next(
+    arguments, fake_runs, tmp_path, monkeypatch
+):
     plain = methods.run_isolated
 
     def run(job: methods.Job, cache: Path) -> dict:
         line = plain(job, cache)
         if job.stage == "final" and job.rate in lost:
-            line["metrics"]["validation"] = {**line["metrics"]["validation"], "accuracy": 0.2 - 100 * job.rate}
+            line["metrics"]["validation"] = {
+                **line["metrics"]["validation"],
+                "accuracy": 0.2 - 100 * job.rate,
+            }
         return line
 
     monkeypatch.setattr(methods, "run_isolated", run)
@@ -206,7 +252,9 @@ def test_a_rate_that_does_not_hold_in_the_whole_run_gives_way_to_the_next(argume
 def test_another_page_names_itself_and_its_methods(arguments, fake_runs, tmp_path):
     assert methods.main([*arguments, "--name=own", "--methods", *TWO]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"own.md", "own.jsonl"}
-    assert "--methods full 'LoRA q,v' --name own " in (tmp_path / "out/own.md").read_text(encoding="utf-8")
+    assert "--methods full 'LoRA q,v' --name own " in (tmp_path / "out/own.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_rate_that_diverged_is_never_chosen(arguments, fake_runs, tmp_path, monkeypatch):
@@ -226,7 +274,9 @@ def test_a_rate_that_diverged_is_never_chosen(arguments, fake_runs, tmp_path, mo
     assert "5e-05: failed" in text
 
 
-def test_a_run_that_cannot_be_made_leaves_the_others(arguments, fake_runs, tmp_path, monkeypatch, capsys):
+def test_a_run_that_cannot_be_made_leaves_the_others(
+    arguments, fake_runs, tmp_path, monkeypatch, capsys
+):
     plain = methods.run_isolated
 
     def run(job: methods.Job, cache: Path) -> dict:
@@ -243,7 +293,9 @@ def test_a_run_that_cannot_be_made_leaves_the_others(arguments, fake_runs, tmp_p
     assert rows["full"][0] == "not finished"
 
 
-def test_a_final_run_whose_rows_the_journal_lacks_is_run_again_and_never_rendered_away(arguments, fake_runs, tmp_path):
+def test_a_final_run_whose_rows_the_journal_lacks_is_run_again_and_never_rendered_away(
+    arguments, fake_runs, tmp_path
+):
     methods.main([*arguments, "--methods", "full"])
     journal, page = tmp_path / "out/methods.jsonl", tmp_path / "out/methods.md"
     lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
@@ -305,20 +357,34 @@ def test_seeds_that_differ_widen_the_interval():
 
 @pytest.mark.parametrize(
     ("num_right", "verdict"),
-    [(1500, "not worse"), (1499, "not worse"), (1490, "worse"), (1400, "worse"), (1600, "not worse")],
+    [
+        (1500, "not worse"),
+        (1499, "not worse"),
+        (1490, "worse"),
+        (1400, "worse"),
+        (1600, "not worse"),
+    ],
 )
-def test_not_worse_only_where_the_lower_end_is_above_the_margin(num_right, verdict, arguments, tmp_path):
+def test_not_worse_only_where_the_lower_end_is_above_the_margin(
+    num_right, verdict, arguments, tmp_path
+):
     found = methods.parse_arguments(arguments)
     rows = []
     for method, bits in (("full", right(1500)), ("LoRA q,v", right(num_right))):
         row = methods.Row("sst5", method)
         job = methods.make_job(found, row, stage="final", seed=42, rate=1e-3)
-        row.tries, row.finals, row.right = [fake_line(job, accuracy=0.5)], [fake_line(job, accuracy=0.5)], bits
+        row.tries, row.finals, row.right = (
+            [fake_line(job, accuracy=0.5)],
+            [fake_line(job, accuracy=0.5)],
+            bits,
+        )
         rows.append(row)
     (tmp_path / "methods.md").write_text(methods_table.render(rows, found), encoding="utf-8")
     assert table_rows(tmp_path)["LoRA q,v"][7] == verdict
     smallest = "The smallest that is not worse than full fine-tuning: LoRA q,v."
-    assert (smallest in (tmp_path / "methods.md").read_text(encoding="utf-8")) == (verdict == "not worse")
+    assert (smallest in (tmp_path / "methods.md").read_text(encoding="utf-8")) == (
+        verdict == "not worse"
+    )
 
 
 def test_neither_is_said_where_the_rows_do_not_tell():

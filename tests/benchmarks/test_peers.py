@@ -28,7 +28,10 @@ from peers_levers import COUNTED, LEVERS  # noqa: E402
 @pytest.fixture
 def arguments(tiny_base, tmp_path):
     """The command line of a benchmark that takes seconds, on texts of many lengths."""
-    rows = [(" ".join([text, *FILLERS * (i % 3)]), label) for i, (text, label) in enumerate(toy_rows(150))]
+    rows = [
+        (" ".join([text, *FILLERS * (i % 3)]), label)
+        for i, (text, label) in enumerate(toy_rows(150))
+    ]
     write_csv(tmp_path / "rows.csv", rows)
     return [
         f"--bases=toy={tiny_base}",
@@ -54,7 +57,10 @@ def here(monkeypatch):
 
 
 def read(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "out/peers.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (tmp_path / "out/peers.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 CPU = torch.device("cpu")
@@ -63,7 +69,9 @@ CPU = torch.device("cpu")
 def make_job(arguments, name, *, steps=2):
     """The slice of one variant."""
     found = peers.parse_arguments(arguments)
-    cell = peers.Cell("train" if name in {**peers.VARIANTS, **peers.NAMED} else "ablation", "toy", "imdb")
+    cell = peers.Cell(
+        "train" if name in {**peers.VARIANTS, **peers.NAMED} else "ablation", "toy", "imdb"
+    )
     line = {**peers.describe(cell, name, 0, found), "steps": steps}
     return peers.make_job(line, cell, found, peers.Pools(found))
 
@@ -87,7 +95,9 @@ def test_every_variant_takes_its_steps_and_a_stopped_script_goes_on(arguments, h
     assert str(tmp_path) not in page + json.dumps(lines)
     # Without one line, that slice alone is measured again.
     kept = [json.dumps(line) for line in lines if line["variant"] != "B"]
-    (tmp_path / "out/peers.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    (tmp_path / "out/peers.jsonl").write_text(
+        "".join(f"{line}\n" for line in kept), encoding="utf-8"
+    )
     del here[:]
     peers.main([*arguments, "--quick"])
     assert here == ["measure_steps"]
@@ -99,7 +109,9 @@ def test_every_variant_takes_its_steps_and_a_stopped_script_goes_on(arguments, h
 @pytest.mark.parametrize("name", ["D", "B", "B, in 4 parts", "B, bf16", "ours", "ours, bf16"])
 def test_an_engine_trains_the_same_adapters_on_its_own_batches(arguments, name):
     job = make_job(arguments, name)
-    walk = (peers_slice.walk_trainer if name[0] in "DB" else peers_slice.walk_ours)(job, torch.device("cpu"))
+    walk = (peers_slice.walk_trainer if name[0] in "DB" else peers_slice.walk_ours)(
+        job, torch.device("cpu")
+    )
     trained = {key: p.numel() for key, p in walk.model.named_parameters() if p.requires_grad}
     # Two layers of q and v at rank 8, and the head.
     assert sum(size for key, size in trained.items() if "lora_" in key) == 2 * 2 * 8 * (32 + 32)
@@ -107,7 +119,9 @@ def test_an_engine_trains_the_same_adapters_on_its_own_batches(arguments, name):
     assert walk.seconds > 0
     rows = np.concatenate(walk.micro_batches)
     assert sorted(rows) == sorted(np.concatenate(job.batches[job.warm_ups :]))
-    assert len(walk.micro_batches) == (4 if "parts" in name else 1) * (len(job.batches) - job.warm_ups)
+    assert len(walk.micro_batches) == (4 if "parts" in name else 1) * (
+        len(job.batches) - job.warm_ups
+    )
     auto = torch.float32 if name == "D" else resolve_dtype("auto", CPU)
     assert walk.dtype == (torch.bfloat16 if "bf16" in name else auto)
 
@@ -118,11 +132,15 @@ def test_the_time_is_that_of_all_steps_after_the_warm_up_however_seldom_they_are
     arguments, name, warm_ups, monkeypatch
 ):
     taken, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given, **more: (taken.append(1), step(*given, **more))[1])
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *given, **more: (taken.append(1), step(*given, **more))[1]
+    )
     monkeypatch.setattr(peers_slice, "now", lambda device: len(taken))
     monkeypatch.setattr(loop._Loop, "_resume", lambda self: setattr(self, "read_steps", 10))
     job = replace(make_job(arguments, name), warm_ups=warm_ups)
-    walk = (peers_slice.walk_ours if name == "ours" else peers_slice.walk_trainer)(job, torch.device("cpu"))
+    walk = (peers_slice.walk_ours if name == "ours" else peers_slice.walk_trainer)(
+        job, torch.device("cpu")
+    )
     assert walk.seconds == len(job.batches) - warm_ups
 
 
@@ -238,5 +256,7 @@ if __name__ == "__main__":
     print(peers.run_isolated(eval, {loaded!r}, log=Path({str(tmp_path / "log.txt")!r}), preload="gpu_check"))
 """
     (tmp_path / "script.py").write_text(code, encoding="utf-8")
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["True"]

@@ -28,14 +28,28 @@ def test_a_walk_counts_rows_and_tokens(form, tmp_path, monkeypatch):
 
 
 def line(rows, peak, **values):
-    key = {"format": "csv", "cached": False, "rows": rows, "tokens": rows * 10, "baseline_kib": 1024}
+    key = {
+        "format": "csv",
+        "cached": False,
+        "rows": rows,
+        "tokens": rows * 10,
+        "baseline_kib": 1024,
+    }
     facts = {"date": "2030-01-01", "system": "Linux", "cores": 2, "versions": {"torch": "2"}}
-    measured = {"seconds": dict.fromkeys(scale.STAGES, rows / 1e6), "peaks_kib": dict.fromkeys(scale.STAGES, peak)}
+    measured = {
+        "seconds": dict.fromkeys(scale.STAGES, rows / 1e6),
+        "peaks_kib": dict.fromkeys(scale.STAGES, peak),
+    }
     return {**key, **facts, **measured, **values}
 
 
 def test_growth_is_that_of_the_largest_over_the_smallest_of_one_kind():
-    lines = [line(100, 1000), line(1000, 1050), line(100, 2000, cached=True), line(1000, 3000, cached=True)]
+    lines = [
+        line(100, 1000),
+        line(1000, 1050),
+        line(100, 2000, cached=True),
+        line(1000, 3000, cached=True),
+    ]
     assert scale.growths(lines) == {("csv", False): pytest.approx(0.05), ("csv", True): 0.5}
     text = scale.render(lines, 12)
     assert "csv, made +5.0%; csv, cached +50.0%" in text

@@ -21,12 +21,22 @@ SHIPPED = ROOT / "adapters/imdb_small"
 def test_it_is_plain_and_small():
     assert sum(path.stat().st_size for path in bundled.BASE.iterdir()) <= 25_000_000
     names = {path.name for path in bundled.BASE.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "PROVENANCE.md"}
-    assert json.loads((bundled.BASE / "config.json").read_text())["architectures"] == ["DistilBertModel"]
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "PROVENANCE.md",
+    }
+    assert json.loads((bundled.BASE / "config.json").read_text())["architectures"] == [
+        "DistilBertModel"
+    ]
 
 
 def test_stock_transformers_loads_every_tensor_and_reads_its_own_words():
-    model, report = AutoModel.from_pretrained(bundled.BASE, dtype=torch.float32, output_loading_info=True)
+    model, report = AutoModel.from_pretrained(
+        bundled.BASE, dtype=torch.float32, output_loading_info=True
+    )
     assert not report["missing_keys"] | report["unexpected_keys"] | report["mismatched_keys"]
     tokenizer = AutoTokenizer.from_pretrained(bundled.BASE)
     ids = tokenizer("A lovely film, not a dull one.", return_tensors="pt")["input_ids"]

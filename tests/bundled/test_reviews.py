@@ -93,7 +93,9 @@ def test_lengths_vary() -> None:
 
 
 def test_splits_are_drawn_alike_in_length() -> None:
-    means = [statistics.mean(len(str(row["text"]).split()) for row in rows(split)) for split in NUM_ROWS]
+    means = [
+        statistics.mean(len(str(row["text"]).split()) for row in rows(split)) for split in NUM_ROWS
+    ]
     assert max(means) - min(means) <= 3
 
 
@@ -131,6 +133,10 @@ def test_the_bag_of_words_baseline_is_the_one_that_is_stated() -> None:
         words_alone = TfidfVectorizer(sublinear_tf=True)
         model = make_pipeline(words_alone, LogisticRegression(C=strength, max_iter=2000))
         model.fit(found["train"], labels["train"])
-        scores.append([model.score(found[split], labels[split]) for split in ("validation", "test")])
+        scores.append(
+            [model.score(found[split], labels[split]) for split in ("validation", "test")]
+        )
     assert max(scores, key=lambda pair: pair[0])[1] == pytest.approx(0.62)
-    assert "gives **0.62** on\nthe 100 test reviews" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert "gives **0.62** on\nthe 100 test reviews" in (FOLDER / "README.md").read_text(
+        encoding="utf-8"
+    )

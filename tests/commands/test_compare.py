@@ -10,7 +10,14 @@ import pytest
 from matplotlib.image import imread
 
 from lora_sentiment.adapter.predictions import load_predictions, save_predictions
-from lora_sentiment.commands.compare import compare, describe, draw, make_columns, make_notes, to_markdown
+from lora_sentiment.commands.compare import (
+    compare,
+    describe,
+    draw,
+    make_columns,
+    make_notes,
+    to_markdown,
+)
 from lora_sentiment.errors import AdapterError, LoraSentimentError, RecipeError
 from lora_sentiment.evaluation.statistics import mcnemar, paired_bootstrap
 from lora_sentiment.recipe.method import METHODS
@@ -42,7 +49,11 @@ def runs(tiny_base, tmp_path_factory):
 
 def test_counts_and_bytes_of_a_recipe(tmp_path):
     (row,) = compare([RECIPES / "imdb_lora.yaml"])
-    assert (row.counts.adapter, row.counts.head, row.counts.trainable) == (147_456, 592_130, 739_586)
+    assert (row.counts.adapter, row.counts.head, row.counts.trainable) == (
+        147_456,
+        592_130,
+        739_586,
+    )
     assert row.optimizer_bytes == 8 * row.counts.trainable
     assert 0 < row.file_bytes - 4 * row.counts.trainable < 8192
     assert row.measured is None
@@ -74,7 +85,11 @@ def test_an_adapter_folder_gives_the_row_of_its_recipe(runs):
 def test_the_file_size_before_a_run_is_the_one_after(runs, tmp_path):
     """Label names are read from the data, so a recipe that has not run must be told how many there are."""
     for name in ("low_rank", "probe"):
-        text = (runs / f"{name}.yaml").read_text(encoding="utf-8").replace(f"{runs}/{name}", f"{tmp_path}/none")
+        text = (
+            (runs / f"{name}.yaml")
+            .read_text(encoding="utf-8")
+            .replace(f"{runs}/{name}", f"{tmp_path}/none")
+        )
         text = text.replace("data: {", "data: {labels: [negative, positive], ")
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
         before, after = compare([tmp_path / f"{name}.yaml", runs / name])
@@ -103,7 +118,9 @@ def test_a_run_without_predictions_is_shown_and_not_paired(runs, tmp_path):
 
 def test_a_recipe_changed_since_its_run_does_not_show_the_old_figures(runs, tmp_path):
     text = (runs / "probe.yaml").read_text(encoding="utf-8")
-    (tmp_path / "probe.yaml").write_text(text.replace("max_steps: 6", "max_steps: 7"), encoding="utf-8")
+    (tmp_path / "probe.yaml").write_text(
+        text.replace("max_steps: 6", "max_steps: 7"), encoding="utf-8"
+    )
     (row,) = compare([tmp_path / "probe.yaml"])
     assert row.measured is None
     assert any("another version of this recipe" in note for note in row.notes)
@@ -125,7 +142,9 @@ def test_markdown_has_a_row_each_and_says_what_was_assumed(runs):
     )
     assert lines[2].startswith("| low_rank | lora r=4 q,v | 1,024 | 1,122 | 2,146 |")
     assert len({line.count("|") for line in lines[:4]}) == 1
-    assert any(note.startswith("- against the first: accuracy minus that of low_rank") for note in lines)
+    assert any(
+        note.startswith("- against the first: accuracy minus that of low_rank") for note in lines
+    )
 
 
 def test_columns_without_anything_to_say_are_left_out(runs):
@@ -140,8 +159,16 @@ def test_columns_without_anything_to_say_are_left_out(runs):
 @pytest.mark.parametrize(
     ("method", "head", "words"),
     [
-        ({"kind": "lora", "use_dora": True, "target_modules": "all-linear"}, "full", "lora DoRA r=8 all-linear"),
-        ({"kind": "lora", "loraplus_lr_ratio": 4.0, "r": 2}, "low_rank", "lora LoRA+ r=2 q,v head low_rank"),
+        (
+            {"kind": "lora", "use_dora": True, "target_modules": "all-linear"},
+            "full",
+            "lora DoRA r=8 all-linear",
+        ),
+        (
+            {"kind": "lora", "loraplus_lr_ratio": 4.0, "r": 2},
+            "low_rank",
+            "lora LoRA+ r=2 q,v head low_rank",
+        ),
         ({"kind": "lora", "init_lora_weights": "pissa"}, "full", "lora pissa r=8 q,v"),
         ({"kind": "ia3"}, "full", "ia3 k,v,lin2"),
         ({"kind": "unfreeze", "last_layers": 2}, "full", "unfreeze last 2"),
@@ -155,7 +182,10 @@ def test_a_method_in_a_few_words(method, head, words):
 
 
 def test_the_picture_shows_what_ran(runs, tmp_path):
-    draw(compare([runs / "low_rank", runs / "probe", RECIPES / "imdb_lora.yaml"]), tmp_path / "pareto.png")
+    draw(
+        compare([runs / "low_rank", runs / "probe", RECIPES / "imdb_lora.yaml"]),
+        tmp_path / "pareto.png",
+    )
     assert imread(tmp_path / "pareto.png").shape[:2] == (600, 960)
     with pytest.raises(RecipeError, match="none of these has a report"):
         draw(compare([RECIPES / "imdb_lora.yaml"]), tmp_path / "none.png")
@@ -171,7 +201,14 @@ def test_what_is_neither_recipe_nor_adapter_is_refused(tmp_path):
 def test_a_damaged_report_is_named(runs, tmp_path):
     shutil.copytree(runs / "probe", tmp_path / "bad")
     deep = "[" * 100_000
-    for text in ("{", "[]", '{"train": {}}', '{"test": {}, "train": {}}', '{"test": {}, "test": {}}', deep):
+    for text in (
+        "{",
+        "[]",
+        '{"train": {}}',
+        '{"test": {}, "train": {}}',
+        '{"test": {}, "test": {}}',
+        deep,
+    ):
         (tmp_path / "bad/report.json").write_text(text, encoding="utf-8")
         with pytest.raises(AdapterError, match=r"report\.json"):
             compare([tmp_path / "bad"])
@@ -179,7 +216,11 @@ def test_a_damaged_report_is_named(runs, tmp_path):
 
 @pytest.mark.parametrize("option", ["--json", "--markdown", None])
 def test_comparing_recipes_imports_nothing_heavy(option):
-    arguments = ["compare", *sorted(map(str, RECIPES.glob("*.yaml"))), *([option] if option else [])]
+    arguments = [
+        "compare",
+        *sorted(map(str, RECIPES.glob("*.yaml"))),
+        *([option] if option else []),
+    ]
     code = (
         "import sys\nfrom lora_sentiment.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"

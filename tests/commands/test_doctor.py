@@ -29,8 +29,19 @@ GIB = 2**30
 def plain(monkeypatch, tmp_path):
     """A machine without any trap: a CPU with AMX, one core for torch's threads, much room, no Hub, no settings."""
     for name in (
-        *("OMP_NUM_THREADS", "LD_PRELOAD", "DYLD_INSERT_LIBRARIES", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
-        *("TRANSFORMERS_OFFLINE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"),
+        *(
+            "OMP_NUM_THREADS",
+            "LD_PRELOAD",
+            "DYLD_INSERT_LIBRARIES",
+            "HF_HUB_OFFLINE",
+            "HF_DATASETS_OFFLINE",
+        ),
+        *(
+            "TRANSFORMERS_OFFLINE",
+            "ACCELERATE_USE_DEEPSPEED",
+            "ACCELERATE_USE_FSDP",
+            "ACCELERATE_MIXED_PRECISION",
+        ),
         *("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "CUDA_VISIBLE_DEVICES", "HF_TOKEN"),
         *PROXIES,
         *map(str.upper, PROXIES),
@@ -39,7 +50,9 @@ def plain(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "A CPU"})
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "A CPU"}
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
@@ -49,9 +62,15 @@ def plain(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "NVIDIA", tmp_path / "nvidia0")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50 * GIB))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=8 * GIB))
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("bitsandbytes", "kernels") else "1.2")
-    monkeypatch.setattr(accelerate_config, "default_config_file", str(tmp_path / "default_config.yaml"))
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=8 * GIB)
+    )
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: None if name in ("bitsandbytes", "kernels") else "1.2"
+    )
+    monkeypatch.setattr(
+        accelerate_config, "default_config_file", str(tmp_path / "default_config.yaml")
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -103,9 +122,15 @@ def test_facts_stand_in_the_json_and_in_the_lines(plain):
     assert facts["versions"]["kernels"] is None
     assert facts["cpu"]["processor"] == "A CPU"
     assert facts["cpu"]["capabilities"] == ["avx2", "amx_bf16"]
-    assert (facts["cpu"]["cores"], facts["cpu"]["usable_cores"], facts["cpu"]["torch_threads"]) == (4, 2, 2)
+    assert (facts["cpu"]["cores"], facts["cpu"]["usable_cores"], facts["cpu"]["torch_threads"]) == (
+        4,
+        2,
+        2,
+    )
     assert facts["memory"]["available"] == 8 * GIB
-    assert facts["devices"] == [{"kind": "cpu", "native": ["float32", "bfloat16"], "auto": "bfloat16"}]
+    assert facts["devices"] == [
+        {"kind": "cpu", "native": ["float32", "bfloat16"], "auto": "bfloat16"}
+    ]
     assert set(facts["disks"].values()) == {50 * GIB}
     assert facts["hub"]["cache_bytes"] == 5
     assert facts["hub"]["reachable"] is None
@@ -137,9 +162,18 @@ def test_a_package_that_is_absent_has_no_version():
 
 @pytest.mark.parametrize(
     ("capabilities", "capability"),
-    [({}, None), ({"avx512_bf16": True}, None), ({"amx_bf16": True}, None), ({}, (7, 5)), ({}, (8, 0)), ({}, (12, 0))],
+    [
+        ({}, None),
+        ({"avx512_bf16": True}, None),
+        ({"amx_bf16": True}, None),
+        ({}, (7, 5)),
+        ({}, (8, 0)),
+        ({}, (12, 0)),
+    ],
 )
-def test_auto_is_the_dtype_that_training_resolves_it_to(plain, monkeypatch, capabilities, capability):
+def test_auto_is_the_dtype_that_training_resolves_it_to(
+    plain, monkeypatch, capabilities, capability
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     if capability:
         cuda(monkeypatch, capability)
@@ -153,11 +187,15 @@ def test_auto_is_the_dtype_that_training_resolves_it_to(plain, monkeypatch, capa
 def test_the_main_recipe_is_that_of_the_repository(plain, monkeypatch, auto):
     path = Path(__file__).parents[2] / "recipes/imdb_lora.yaml"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": auto == "bfloat16"})
-    expected = estimate(Recipe.load(path, [f"model.dtype={auto}", "data.labels=[negative, positive]"])).resident
+    expected = estimate(
+        Recipe.load(path, [f"model.dtype={auto}", "data.labels=[negative, positive]"])
+    ).resident
     assert examine(hub=False).memory["needed"] == expected
 
 
-@pytest.mark.parametrize(("capability", "how"), [("avx2", "emulated"), ("avx512_bf16", "no faster")])
+@pytest.mark.parametrize(
+    ("capability", "how"), [("avx2", "emulated"), ("avx512_bf16", "no faster")]
+)
 def test_bfloat16_that_is_no_faster(plain, monkeypatch, capability, how):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
     assert f"save memory and be {how}" in note("auto means float32")
@@ -184,14 +222,19 @@ def test_more_threads_than_cores(plain, monkeypatch):
     [
         ("0::/", {"cpu.max": "150000 100000"}),
         ("0::/a.slice/b", {"a.slice/cpu.max": "150000 100000", "a.slice/b/cpu.max": "max 100000"}),
-        ("4:cpu,cpuacct:/docker/1", {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}),
+        (
+            "4:cpu,cpuacct:/docker/1",
+            {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"},
+        ),
     ],
 )
 def test_a_cgroup_that_allows_less_than_the_cores(plain, group, files):
     write(plain / "proc/self/cgroup", f"1:name=systemd:/x\n{group}\n")
     for name, text in files.items():
         write(plain / "cgroup" / name, text + "\n")
-    assert "taskset -c 0 ..." in note("cgroups allow 1.5 cores' worth of time and 2 cores are usable")
+    assert "taskset -c 0 ..." in note(
+        "cgroups allow 1.5 cores' worth of time and 2 cores are usable"
+    )
     assert examine(hub=False).cpu["quota"] == 1.5
 
 
@@ -224,7 +267,9 @@ def test_a_gpu_that_a_cuda_build_does_not_find(plain, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert "CUDA_VISIBLE_DEVICES=-1" in note("torch for cuda 13.0 finds no GPU: training takes the cpu")
+    assert "CUDA_VISIBLE_DEVICES=-1" in note(
+        "torch for cuda 13.0 finds no GPU: training takes the cpu"
+    )
 
 
 def test_an_old_gpu_emulates_bfloat16(plain, monkeypatch):
@@ -234,7 +279,9 @@ def test_an_old_gpu_emulates_bfloat16(plain, monkeypatch):
 
 def test_a_gpu_that_does_not_tell_its_memory(plain, monkeypatch):
     cuda(monkeypatch, free=None)
-    assert "Compile with" not in note("cuda:0 does not tell its free memory (CUDA error: out of memory)")
+    assert "Compile with" not in note(
+        "cuda:0 does not tell its free memory (CUDA error: out of memory)"
+    )
 
 
 def test_bitsandbytes_on_a_cpu(plain, monkeypatch):
@@ -247,11 +294,15 @@ def test_bitsandbytes_on_a_cpu(plain, monkeypatch):
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_a_device_that_nobody_measured(plain, monkeypatch, kind):
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "kernels" else "1.2")
-    monkeypatch.setattr(torch.backends.mps if kind == "mps" else torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.backends.mps if kind == "mps" else torch.xpu, "is_available", lambda: True
+    )
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Apple GPU")
     for call in ("get_device_capability", "mem_get_info", "get_device_name", "device_count"):
         monkeypatch.setattr(torch.cuda, call, lambda *given: pytest.fail("CUDA was asked"))
-    assert note(f"training takes {kind} (Apple GPU), with the stock forward pass in float32; nobody measured")
+    assert note(
+        f"training takes {kind} (Apple GPU), with the stock forward pass in float32; nobody measured"
+    )
     assert [device["kind"] for device in examine(hub=False).devices] == [kind, "cpu"]
     assert examine(hub=False).devices[0]["auto"] == "float32"
 
@@ -262,7 +313,9 @@ def test_the_package_kernels(plain, monkeypatch):
 
 
 def test_memory_below_what_the_main_recipe_holds(plain, monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=GIB // 2))
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=GIB // 2)
+    )
     assert "estimate RECIPE --budget" in note("0.50 GiB of memory are left for cpu")
 
 
@@ -291,7 +344,9 @@ def test_a_disk_nearly_full(plain, monkeypatch):
     assert all(path.exists() for path in asked)
 
 
-@pytest.mark.parametrize("library", ["/usr/lib/libtcmalloc_minimal.so.4", "/usr/lib/libjemalloc.so.2"])
+@pytest.mark.parametrize(
+    "library", ["/usr/lib/libtcmalloc_minimal.so.4", "/usr/lib/libjemalloc.so.2"]
+)
 def test_another_allocator(plain, monkeypatch, library):
     monkeypatch.setenv("LD_PRELOAD", f"/usr/lib/libfirst.so {library}")
     note("malloc is preloaded")
@@ -309,7 +364,9 @@ def test_another_allocator(plain, monkeypatch, library):
         ("1", "/autogroup-89 nice 0", "4:cpu:/", 0, False),
     ],
 )
-def test_niceness_that_an_autogroup_hides(plain, monkeypatch, enabled, autogroup, group, nice, seen):
+def test_niceness_that_an_autogroup_hides(
+    plain, monkeypatch, enabled, autogroup, group, nice, seen
+):
     write(plain / "proc/sys/kernel/sched_autogroup_enabled", enabled)
     write(plain / "proc/self/autogroup", autogroup)
     write(plain / "proc/self/cgroup", group)
@@ -326,7 +383,10 @@ def test_niceness_that_an_autogroup_hides(plain, monkeypatch, enabled, autogroup
         ("distributed_type: DEEPSPEED", "distributed_type DEEPSPEED: training refuses it"),
         ("distributed_type: FSDP", "distributed_type FSDP: training refuses it"),
         ("mixed_precision: fp16", "mixed_precision fp16: training refuses it"),
-        ("distributed_type: MULTI_CPU\nnum_processes: 2", "torchrun --nproc_per_node 2 -m lora_sentiment.train"),
+        (
+            "distributed_type: MULTI_CPU\nnum_processes: 2",
+            "torchrun --nproc_per_node 2 -m lora_sentiment.train",
+        ),
         ("[", "holds no settings (while parsing a flow node): accelerate launch stops at it"),
         ("DEEPSPEED", "holds no settings (DEEPSPEED)"),
     ],
@@ -413,7 +473,9 @@ def answer(plain, monkeypatch):
     close_session()
 
 
-@pytest.mark.parametrize(("status", "reachable"), [(200, True), (404, True), (401, False), (403, False), (503, False)])
+@pytest.mark.parametrize(
+    ("status", "reachable"), [(200, True), (404, True), (401, False), (403, False), (503, False)]
+)
 def test_what_the_hub_answered(answer, status, reachable):
     answer[0] = status
     found = examine()
@@ -435,7 +497,9 @@ def test_what_the_hub_answered(answer, status, reachable):
         ("http://127.0.0.1:1", "http://proxy:port", "Invalid port"),
     ],
 )
-def test_a_hub_that_cannot_be_asked_is_a_note_not_a_traceback(plain, monkeypatch, endpoint, proxy, part):
+def test_a_hub_that_cannot_be_asked_is_a_note_not_a_traceback(
+    plain, monkeypatch, endpoint, proxy, part
+):
     if proxy.startswith("socks"):
         monkeypatch.setitem(sys.modules, "socksio", None)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)

@@ -33,7 +33,8 @@ def load(tmp_path):
     def load(*overrides, name=PUBLIC):
         path = tmp_path / "mine.yaml"
         path.write_text(
-            f"data: {{source: x, labels: [a, b]}}\nmodel: {{name: {name}, dtype: float32}}\n", encoding="utf-8"
+            f"data: {{source: x, labels: [a, b]}}\nmodel: {{name: {name}, dtype: float32}}\n",
+            encoding="utf-8",
         )
         return Recipe.load(path, overrides)
 
@@ -41,7 +42,8 @@ def load(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("4GiB", 4 * 2**30), ("3.5 GB", 3_500_000_000), ("800MiB", 800 * 2**20), ("17B", 17)]
+    ("text", "count"),
+    [("4GiB", 4 * 2**30), ("3.5 GB", 3_500_000_000), ("800MiB", 800 * 2**20), ("17B", 17)],
 )
 def test_a_budget_is_a_number_and_a_unit(text, count):
     assert parse_bytes(text) == count
@@ -55,14 +57,22 @@ def test_a_budget_that_is_none_is_refused(text):
 
 def test_a_base_in_a_folder_is_read_from_its_config(tiny_base):
     facts = look_up(ModelConfig(name=str(tiny_base), dtype="float32"), 3)
-    assert (facts.shape.dim, facts.shape.n_layers, facts.num_labels, facts.assumed) == (32, 2, 3, ())
+    assert (facts.shape.dim, facts.shape.n_layers, facts.num_labels, facts.assumed) == (
+        32,
+        2,
+        3,
+        (),
+    )
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"), [(None, True), ("0", True), ("1,-1", True), ("", False), ("-1", False), ("-1,0", False)]
+    ("visible", "expected"),
+    [(None, True), ("0", True), ("1,-1", True), ("", False), ("-1", False), ("-1,0", False)],
 )
 def test_a_gpu_that_is_hidden_is_none(visible, expected, monkeypatch):
-    monkeypatch.setattr("lora_sentiment.commands.estimate.Path.exists", lambda path: str(path) == "/dev/nvidia0")
+    monkeypatch.setattr(
+        "lora_sentiment.commands.estimate.Path.exists", lambda path: str(path) == "/dev/nvidia0"
+    )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -73,7 +83,10 @@ def test_an_evaluation_is_that_of_the_machine_or_of_a_plain_cpu(tiny_base, monke
     monkeypatch.setattr("lora_sentiment.commands.estimate._has_gpu", lambda: True)
     model = ModelConfig(name=str(tiny_base))
     facts = [look_up(model, 2, this_machine=own) for own in (True, False)]
-    assert [each.evaluation_tokens for each in facts] == [inference_tokens("cuda"), inference_tokens("cpu")]
+    assert [each.evaluation_tokens for each in facts] == [
+        inference_tokens("cuda"),
+        inference_tokens("cpu"),
+    ]
     assert [each.element_bytes for each in facts] == [2, 4]
 
 
@@ -93,7 +106,9 @@ def test_a_base_in_the_hub_cache_is_read_from_there(tmp_path, monkeypatch):
 
 def test_a_public_base_that_is_not_here_is_assumed_and_said_so(load):
     _, assumed = plan_recipe(load())
-    assert assumed == (f"{PUBLIC} is not on this machine: its shape is assumed from its public name",)
+    assert assumed == (
+        f"{PUBLIC} is not on this machine: its shape is assumed from its public name",
+    )
 
 
 def test_labels_are_assumed_to_be_two_and_said_so(tiny_base):
@@ -110,7 +125,11 @@ def test_a_base_that_is_nowhere_says_what_to_do(name):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [('{"model_type": "bert"}', "is a bert model"), ("[]", "is no JSON object"), ("[" * 100_000, "cannot be read")],
+    [
+        ('{"model_type": "bert"}', "is a bert model"),
+        ("[]", "is no JSON object"),
+        ("[" * 100_000, "cannot be read"),
+    ],
 )
 def test_a_base_of_another_architecture_is_refused(tmp_path, config, message):
     (tmp_path / "config.json").write_text(config)
@@ -132,7 +151,8 @@ def test_the_largest_micro_batch_fits_and_one_more_row_does_not(load):
     plan, _ = plan_recipe(recipe)
     for cut in estimate(recipe, budget=budget).cuts:
         held = [
-            BASELINE_BYTES + estimate_memory(plan, rows=rows, length=cut.length, batch_size=2 * rows).resident
+            BASELINE_BYTES
+            + estimate_memory(plan, rows=rows, length=cut.length, batch_size=2 * rows).resident
             for rows in (cut.fitting_rows, cut.fitting_rows + 1)
         ]
         assert held[0] <= budget < held[1]
@@ -194,14 +214,20 @@ def test_a_gpu_of_little_memory_takes_as_many_rows_as_fit(load, gpu):
     found = estimate(recipe, budget=budget)
     assert found.fits
     assert make_notes(found)[0].endswith(f"in micro-batches of {rows} rows of 512 tokens")
-    assert estimate(load("model.dtype=bfloat16", "train.cuda_graphs=off"), budget=budget).cuts[-1].rows > rows
+    assert (
+        estimate(load("model.dtype=bfloat16", "train.cuda_graphs=off"), budget=budget).cuts[-1].rows
+        > rows
+    )
 
 
 def test_a_gpu_of_too_little_memory_is_said_so(load, gpu):
     found = estimate(load("model.dtype=bfloat16", "method={kind: full}"), budget=parse_bytes("1GB"))
     assert found.fits is False
     assert "no single row of 512 tokens does" in make_notes(found)[0]
-    found = estimate(load("model.dtype=bfloat16", "train.max_tokens_per_micro_batch=32768"), budget=parse_bytes("3GB"))
+    found = estimate(
+        load("model.dtype=bfloat16", "train.max_tokens_per_micro_batch=32768"),
+        budget=parse_bytes("3GB"),
+    )
     assert found.fits is False
     assert "leave out train.max_tokens_per_micro_batch" in make_notes(found)[0]
 
@@ -225,10 +251,16 @@ def test_estimate_imports_nothing_heavy(toy_recipe):
     assert "fits: " in done.stdout
 
 
-@pytest.mark.parametrize(("flags", "size"), [("avx2", 4), ("avx512f avx512_bf16", 4), ("avx512_bf16 amx_bf16", 2)])
+@pytest.mark.parametrize(
+    ("flags", "size"), [("avx2", 4), ("avx512f avx512_bf16", 4), ("avx512_bf16 amx_bf16", 2)]
+)
 def test_the_estimate_takes_auto_for_the_dtype_that_training_does(monkeypatch, flags, size):
     read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, **how: flags if self.name == "cpuinfo" else read(self, **how))
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda self, **how: flags if self.name == "cpuinfo" else read(self, **how),
+    )
     monkeypatch.setattr(Path, "is_file", lambda self: True)
     monkeypatch.setattr(estimate_module, "_has_gpu", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags.split(), True))

@@ -17,7 +17,9 @@ def test_the_folder_alone_gives_the_reports_figures(trained):
     for split in ("test", "validation"):
         found = evaluate(trained.adapter, split=split, dtype="float32")
         for name, interval in found.scores.items():
-            assert interval.value == pytest.approx(trained.report[split][name]["value"], abs=1e-5), name
+            assert interval.value == pytest.approx(
+                trained.report[split][name]["value"], abs=1e-5
+            ), name
 
 
 def test_another_file_can_be_judged(trained, toy):
@@ -29,7 +31,9 @@ def test_another_file_can_be_judged(trained, toy):
 def test_a_source_without_the_split_says_what_to_do(toy_recipe, toy):
     run = train(Recipe.load(toy_recipe, [f"data.source={toy}/train.csv"]))
     assert "test" not in run.report
-    with pytest.raises(DataError, match="use --split validation; other rows can be named with --source"):
+    with pytest.raises(
+        DataError, match="use --split validation; other rows can be named with --source"
+    ):
         evaluate(run.adapter)
 
 
@@ -51,22 +55,32 @@ def test_a_carved_test_split_is_carved_again(toy_recipe, toy):
     run = train(Recipe.load(toy_recipe, [f"data.source={toy}/train.csv", "data.test_fraction=0.2"]))
     found = evaluate(run.adapter, dtype="float32")
     assert found.num_rows == 24
-    assert found.scores["log_loss"].value == pytest.approx(run.report["test"]["log_loss"]["value"], abs=1e-5)
+    assert found.scores["log_loss"].value == pytest.approx(
+        run.report["test"]["log_loss"]["value"], abs=1e-5
+    )
 
 
 @pytest.fixture
 def with_dev(toy_recipe, toy):
     lines = (toy / "test.csv").read_text().splitlines(keepends=True)
     (toy / "dev.csv").write_text("".join(lines[:22]))
-    return train(Recipe.load(toy_recipe, [f"data.source={{train: {toy}/train.csv, dev: {toy}/dev.csv}}"]))
+    return train(
+        Recipe.load(toy_recipe, [f"data.source={{train: {toy}/train.csv, dev: {toy}/dev.csv}}"])
+    )
 
 
 def test_every_judged_role_can_be_judged_again(with_dev):
     found = evaluate(with_dev.adapter, split="dev", dtype="float32")
     assert (found.split, found.num_rows) == ("dev", 21)
-    assert set(found.scores) == set(with_dev.report["dev"]) >= {"calibrated_log_loss", "calibrated_ece"}
+    assert (
+        set(found.scores)
+        == set(with_dev.report["dev"])
+        >= {"calibrated_log_loss", "calibrated_ece"}
+    )
     for name, interval in found.scores.items():
-        assert interval.value == pytest.approx(with_dev.report["dev"][name]["value"], abs=1e-5), name
+        assert interval.value == pytest.approx(with_dev.report["dev"][name]["value"], abs=1e-5), (
+            name
+        )
     assert evaluate(with_dev.adapter, split="validation").num_rows == 12
 
 
@@ -93,8 +107,15 @@ def test_an_adapter_without_a_temperature_is_judged_without(trained):
 @pytest.mark.parametrize("method", ["{kind: head}", "{kind: lora}"])
 @pytest.mark.parametrize(("quantize", "dtype"), [("nf4", "bfloat16"), ("int8", "float32")])
 def test_a_quantised_adapter_is_rebuilt_and_judged(toy_recipe, method, quantize, dtype):
-    overrides = [f"method={method}", f"model.quantize={quantize}", f"model.dtype={dtype}", "train.max_steps=2"]
+    overrides = [
+        f"method={method}",
+        f"model.quantize={quantize}",
+        f"model.dtype={dtype}",
+        "train.max_steps=2",
+    ]
     run = train(Recipe.load(toy_recipe, overrides))
     found = evaluate(run.adapter, dtype=dtype)
     tolerance = 1e-4 if dtype == "float32" else 0.02
-    assert found.scores["log_loss"].value == pytest.approx(run.report["test"]["log_loss"]["value"], abs=tolerance)
+    assert found.scores["log_loss"].value == pytest.approx(
+        run.report["test"]["log_loss"]["value"], abs=tolerance
+    )

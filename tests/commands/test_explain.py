@@ -17,7 +17,16 @@ from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.errors import DataError, ModelError
 from lora_sentiment.models.engine import Engine
 
-WORDS = {"[PAD]": 0.0, "[UNK]": 0.0, "[CLS]": 0.5, "[SEP]": 0.0, "good": 2.0, "bad": -1.5, "film": 0.1, "<br": 0.3}
+WORDS = {
+    "[PAD]": 0.0,
+    "[UNK]": 0.0,
+    "[CLS]": 0.5,
+    "[SEP]": 0.0,
+    "good": 2.0,
+    "bad": -1.5,
+    "film": 0.1,
+    "<br": 0.3,
+}
 WEIGHTS = np.array(list(WORDS.values()))
 
 
@@ -51,7 +60,9 @@ def sigmoid(logit):
 def shown(explanation, *, colour):
     file = io.StringIO()
     system = "truecolor" if colour else None
-    Console(file=file, force_terminal=colour, color_system=system, width=1000).print(to_rich(explanation))
+    Console(file=file, force_terminal=colour, color_system=system, width=1000).print(
+        to_rich(explanation)
+    )
     return file.getvalue()
 
 
@@ -76,7 +87,10 @@ def test_score_and_label_are_those_of_predict():
     for options in ({}, {"calibrated": True}, {"stride": 1}):
         (predicted,) = classifier.predict(["good bad film"], **options)
         found = explain(classifier, "good bad film", **options)
-        assert (found.label, found.score) == (predicted.label, pytest.approx(predicted.score, abs=1e-12))
+        assert (found.label, found.score) == (
+            predicted.label,
+            pytest.approx(predicted.score, abs=1e-12),
+        )
 
 
 def test_the_only_word_is_held_against_the_empty_text():
@@ -113,7 +127,9 @@ def test_words_that_were_cut_off_have_no_effect():
 def test_words_are_those_of_the_cleaned_text_and_it_is_cleaned_once():
     found = explain(make(clean=True), "good<br />bad &amp;lt;br film")
     assert found.words == ["good", "bad", "&lt;br", "film"]
-    assert found.score == pytest.approx(make(clean=True).predict(["good<br />bad &amp;lt;br film"])[0].score)
+    assert found.score == pytest.approx(
+        make(clean=True).predict(["good<br />bad &amp;lt;br film"])[0].score
+    )
     assert explain(make(), "good<br />bad").words == ["good<br", "/>bad"]
 
 
@@ -140,18 +156,25 @@ def test_the_terminal_shows_signed_numbers_without_colour():
 
 
 def test_the_terminal_colours_for_and_against_by_strength():
-    styles = {str(to_rich(EXPLANATION))[span.start : span.end]: str(span.style) for span in to_rich(EXPLANATION).spans}
+    styles = {
+        str(to_rich(EXPLANATION))[span.start : span.end]: str(span.style)
+        for span in to_rich(EXPLANATION).spans
+    }
     assert styles["good +0.4"] == styles["+ for"]
     assert styles["dull -0.2"] != styles["- against"]  # half as strong as the strongest
     turned = to_rich(Explanation("positive", 0.9, ["dull"], [-0.4]))
     assert str(turned.spans[0].style) == styles["- against"]
-    assert len({styles[name] for name in ("good +0.4", "dull -0.2", "film +0.05", "- against")}) == 4
+    assert (
+        len({styles[name] for name in ("good +0.4", "dull -0.2", "film +0.05", "- against")}) == 4
+    )
     assert not any(name.startswith("a") for name in styles)
     assert "\x1b[" in shown(EXPLANATION, colour=True)
 
 
 def test_a_text_cannot_steer_the_terminal_or_the_page():
-    rude = Explanation("pos\x1b[2J", 0.9, ["\x1b]0;title\x07", "\x9b31m", "[bold]x[/bold]"], [0.5, 0.0, 0.1])
+    rude = Explanation(
+        "pos\x1b[2J", 0.9, ["\x1b]0;title\x07", "\x9b31m", "[bold]x[/bold]"], [0.5, 0.0, 0.1]
+    )
     for page in (shown(rude, colour=False), to_html([rude])):
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", page)
     assert "[bold]x[/bold]" in shown(rude, colour=False)
@@ -166,8 +189,13 @@ def test_no_effect_at_all_marks_nothing():
 def test_the_page_shows_every_word_its_side_and_its_number():
     page = to_html([EXPLANATION, Explanation("negative", 0.8, ["bad"], [0.3])])
     assert page.count("<article>") == 2
-    assert '<mark class="for level-3" title="+0.4"><bdi>good</bdi> <small>+0.4</small></mark>' in page
-    assert '<mark class="against level-2" title="-0.2"><bdi>dull</bdi> <small>-0.2</small></mark>' in page
+    assert (
+        '<mark class="for level-3" title="+0.4"><bdi>good</bdi> <small>+0.4</small></mark>' in page
+    )
+    assert (
+        '<mark class="against level-2" title="-0.2"><bdi>dull</bdi> <small>-0.2</small></mark>'
+        in page
+    )
     assert '<span title="+0.001">a</span>' in page
     assert "<h2><bdi>negative</bdi> 0.8000</h2>" in page
 
@@ -183,7 +211,13 @@ def test_the_page_escapes_texts_and_labels():
 def test_the_page_stands_alone_and_fits_phones_and_dark_rooms():
     page = to_html([EXPLANATION])
     assert page.startswith("<!doctype html>\n<html lang=")
-    for part in ('name="viewport"', "prefers-color-scheme: dark", "default-src 'none'", 'charset="utf-8"', "<title>"):
+    for part in (
+        'name="viewport"',
+        "prefers-color-scheme: dark",
+        "default-src 'none'",
+        'charset="utf-8"',
+        "<title>",
+    ):
         assert part in page
     assert not re.search(r"<script|<link|<img|https?:|url\(|@import|\son\w+=", page)
     # Not by colour alone.

@@ -63,13 +63,18 @@ def write(path, table):
 
 def predict(folder, input="in.csv", output="out.csv", classifier=None, **options):
     options = {"progress": False, **options}
-    return predict_file(classifier or make_classifier(), input=folder / input, output=folder / output, **options)
+    return predict_file(
+        classifier or make_classifier(), input=folder / input, output=folder / output, **options
+    )
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with in.csv: 50 rows of a number and a text."""
-    write(tmp_path / "in.csv", {"id": [f"0{i}" for i in range(50)], "text": [text for text, _ in toy_rows(50)]})
+    write(
+        tmp_path / "in.csv",
+        {"id": [f"0{i}" for i in range(50)], "text": [text for text, _ in toy_rows(50)]},
+    )
     return tmp_path
 
 
@@ -88,7 +93,9 @@ def test_columns_and_their_order_are_kept_from_any_format_to_any_other(tmp_path,
     assert found["id"] == [f"0{i}" for i in range(25)]
     assert found["text"] == texts
     assert found["label"] == [prediction.label for prediction in expected]
-    assert [float(score) for score in found["score"]] == [prediction.score for prediction in expected]
+    assert [float(score) for score in found["score"]] == [
+        prediction.score for prediction in expected
+    ]
     assert (summary.rows, summary.bad_rows, summary.parts) == (25, 0, 3)
     assert summary.labels == {name: found["label"].count(name) for name in LABELS}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([input, output])
@@ -108,7 +115,9 @@ def test_stride_and_calibrated_reach_the_classifier(folder):
     classifier = make_classifier(temperature=3.0)
     predict(folder, classifier=classifier, stride=2, calibrated=True)
     expected = classifier.predict(texts, stride=2, calibrated=True)
-    assert [float(score) for score in read(folder / "out.csv")["score"]] == [found.score for found in expected]
+    assert [float(score) for score in read(folder / "out.csv")["score"]] == [
+        found.score for found in expected
+    ]
     assert expected != classifier.predict(texts, stride=2)
     assert expected != classifier.predict(texts, calibrated=True)
 
@@ -118,7 +127,9 @@ def test_parquet_columns_keep_their_arrow_types(tmp_path):
         {
             "text": pa.array(["good", "bad", None], pa.large_string()),
             "small": pa.array([1, None, 3], pa.int16()),
-            "when": pa.array([datetime.datetime(2020, 1, 1), None, None], pa.timestamp("ms", "UTC")),
+            "when": pa.array(
+                [datetime.datetime(2020, 1, 1), None, None], pa.timestamp("ms", "UTC")
+            ),
             "kind": pa.array(["a", "b", "a"]).dictionary_encode(),
             "tags": pa.array([["x"], [], None], pa.list_(pa.string())),
             "void": pa.nulls(3),
@@ -127,7 +138,12 @@ def test_parquet_columns_keep_their_arrow_types(tmp_path):
     pq.write_table(table, tmp_path / "in.parquet")
     predict(tmp_path, "in.parquet", "out.parquet", rows_per_part=1, all_scores=True)
     found = pq.read_table(tmp_path / "out.parquet")
-    assert found.schema.types == [*table.schema.types, pa.string(), *[pa.float64()] * 3, pa.string()]
+    assert found.schema.types == [
+        *table.schema.types,
+        pa.string(),
+        *[pa.float64()] * 3,
+        pa.string(),
+    ]
     assert found.select(table.column_names).to_pydict() == table.to_pydict()
 
 
@@ -166,7 +182,11 @@ def test_a_bad_row_gets_an_error_and_its_neighbours_their_labels(tmp_path, outpu
     assert found["label"] == ["positive", *[nothing] * 5, "negative"]
     for name in ("score", "score_negative", "score_positive"):
         assert [value == nothing for value in found[name]] == [False, *[True] * 5, False]
-    assert (summary.rows, summary.bad_rows, summary.labels) == (7, 5, {"negative": 1, "positive": 1})
+    assert (summary.rows, summary.bad_rows, summary.labels) == (
+        7,
+        5,
+        {"negative": 1, "positive": 1},
+    )
 
 
 def test_a_file_of_nothing_but_bad_rows_is_answered(tmp_path):
@@ -188,23 +208,47 @@ def test_a_text_that_cleaning_empties_is_bad_where_texts_are_cleaned(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text_column": "texts"}, r"in.csv: has no column 'texts'; found \['id', 'text'\]; did you mean 'text'\?"),
+        (
+            {"text_column": "texts"},
+            r"in.csv: has no column 'texts'; found \['id', 'text'\]; did you mean 'text'\?",
+        ),
         ({"text_column": "zzz"}, "has no column 'zzz'.*; name one of them"),
         ({"output": "in.csv"}, "in.csv: is the input too"),
         ({"output": "in.csv", "overwrite": True}, "in.csv: is the input too"),
         ({"output": "there.csv"}, "there.csv: exists already; give another name, or --overwrite"),
         ({"output": "."}, "is a folder; name a file in it"),
         ({"output": "out.txt"}, "out.txt: its name tells no known format"),
-        ({"output": "none/out.csv"}, "none/out.csv: cannot be written: No such file or directory; check its name"),
-        ({"output": f"{'x' * 300}.csv"}, "xxx.csv: cannot be used: File name too long; check its name"),
-        ({"output": f"{'x' * 247}.csv"}, "xxx.csv: cannot be written: File name too long; check its name"),
+        (
+            {"output": "none/out.csv"},
+            "none/out.csv: cannot be written: No such file or directory; check its name",
+        ),
+        (
+            {"output": f"{'x' * 300}.csv"},
+            "xxx.csv: cannot be used: File name too long; check its name",
+        ),
+        (
+            {"output": f"{'x' * 247}.csv"},
+            "xxx.csv: cannot be written: File name too long; check its name",
+        ),
         ({"input": f"{'x' * 300}.csv"}, "xxx.csv: cannot be read: File name too long"),
-        ({"input": "latin.csv"}, r"is not utf-8: .*decodes as cp1252, latin-1: set --encoding cp1252$"),
-        ({"encoding": "klingon"}, "'klingon' is no text encoding of Python's; set --encoding to one such as utf-8"),
-        ({"input": "nul.csv"}, "line 2 holds a NUL character; remove it, or set --encoding utf-16-le or"),
+        (
+            {"input": "latin.csv"},
+            r"is not utf-8: .*decodes as cp1252, latin-1: set --encoding cp1252$",
+        ),
+        (
+            {"encoding": "klingon"},
+            "'klingon' is no text encoding of Python's; set --encoding to one such as utf-8",
+        ),
+        (
+            {"input": "nul.csv"},
+            "line 2 holds a NUL character; remove it, or set --encoding utf-16-le or",
+        ),
         ({"input": "other.csv"}, "other.csv: no such file"),
         ({"rows_per_part": 0}, "rows_per_part: found 0; it must be at least 1"),
-        ({"input": "labelled.csv"}, "labelled.csv: already has 'label', 'error', .*give --prefix, such as predicted_"),
+        (
+            {"input": "labelled.csv"},
+            "labelled.csv: already has 'label', 'error', .*give --prefix, such as predicted_",
+        ),
         ({"input": "torn.csv"}, r"torn.csv: row 3 \(line 4\): found 2 field"),
     ],
 )
@@ -217,7 +261,9 @@ def test_what_cannot_be_done_is_refused_before_any_work(folder, options, message
     before = sorted(folder.iterdir())
     classifier = make_classifier()
     with pytest.raises(DataError, match=message):
-        predict(folder, classifier=classifier, rows_per_part=options.pop("rows_per_part", 1), **options)
+        predict(
+            folder, classifier=classifier, rows_per_part=options.pop("rows_per_part", 1), **options
+        )
     assert classifier.engine.compute.asked == 0
     assert sorted(folder.iterdir()) == before
     assert (folder / "there.csv").read_text() == "precious"
@@ -245,20 +291,47 @@ NOON = datetime.datetime(2020, 1, 2, 12, tzinfo=datetime.UTC)
 @pytest.mark.parametrize(
     ("values", "input", "output", "message"),
     [
-        (["x", "y\nz"], "in.jsonl", "out.tsv", r"out.tsv: row 2 .*: column 'more' holds '\\n', .*write .jsonl or"),
-        (["x", ["y"]], "in.jsonl", "out.csv", "row 2 cannot be written: column 'more' holds a list"),
-        (["x", ["y"]], "in.jsonl", "out.csv.gz", "row 2 cannot be written: column 'more' holds a list"),
-        ([b"x", b"y"], "in.parquet", "out.csv", "row 1 cannot be written: column 'more' holds a bytes"),
+        (
+            ["x", "y\nz"],
+            "in.jsonl",
+            "out.tsv",
+            r"out.tsv: row 2 .*: column 'more' holds '\\n', .*write .jsonl or",
+        ),
+        (
+            ["x", ["y"]],
+            "in.jsonl",
+            "out.csv",
+            "row 2 cannot be written: column 'more' holds a list",
+        ),
+        (
+            ["x", ["y"]],
+            "in.jsonl",
+            "out.csv.gz",
+            "row 2 cannot be written: column 'more' holds a list",
+        ),
+        (
+            [b"x", b"y"],
+            "in.parquet",
+            "out.csv",
+            "row 1 cannot be written: column 'more' holds a bytes",
+        ),
         (
             [None, b"y"],
             "in.parquet",
             "out.jsonl",
             "row 2 .*: column 'more' holds a bytes, .*; change it, or write .parq",
         ),
-        ([{}, {}], "in.jsonl", "out.parquet", "cannot be written: Cannot write struct type 'more' with no child field"),
+        (
+            [{}, {}],
+            "in.jsonl",
+            "out.parquet",
+            "cannot be written: Cannot write struct type 'more' with no child field",
+        ),
     ],
 )
-def test_a_value_that_the_output_cannot_hold_is_found_before_any_work(tmp_path, values, input, output, message):
+def test_a_value_that_the_output_cannot_hold_is_found_before_any_work(
+    tmp_path, values, input, output, message
+):
     write(tmp_path / input, {"text": ["good", "bad"], "more": values})
     classifier = make_classifier()
     with pytest.raises(DataError, match=rf"{input}: does not fit the output .*{message}"):
@@ -272,13 +345,26 @@ def test_a_value_that_the_output_cannot_hold_is_found_before_any_work(tmp_path, 
     [
         (("bad\tone", "good"), {}, r"row 1 cannot be written: column 'label' holds '\\t'"),
         (("good", "bad\none"), {}, r"row 2 cannot be written: column 'label' holds '\\n'"),
-        (("bad\tone", "good"), {"all_scores": True}, r"the header cannot be written: column 'score_bad\\tone' holds"),
-        (LABELS, {"prefix": "my\t"}, r"the header cannot be written: column 'my\\tlabel' holds '\\t'"),
+        (
+            ("bad\tone", "good"),
+            {"all_scores": True},
+            r"the header cannot be written: column 'score_bad\\tone' holds",
+        ),
+        (
+            LABELS,
+            {"prefix": "my\t"},
+            r"the header cannot be written: column 'my\\tlabel' holds '\\t'",
+        ),
     ],
 )
-def test_a_name_that_the_output_cannot_hold_is_found_before_any_work(folder, labels, options, message):
+def test_a_name_that_the_output_cannot_hold_is_found_before_any_work(
+    folder, labels, options, message
+):
     classifier = make_classifier(labels=labels)
-    with pytest.raises(DataError, match=rf"a label's name, or --prefix, does not fit the output .*out.tsv: {message}"):
+    with pytest.raises(
+        DataError,
+        match=rf"a label's name, or --prefix, does not fit the output .*out.tsv: {message}",
+    ):
         predict(folder, output="out.tsv", classifier=classifier, **options)
     assert classifier.engine.compute.asked == 0
     assert [path.name for path in folder.iterdir()] == ["in.csv"]
@@ -288,7 +374,9 @@ def test_a_line_that_the_new_columns_make_too_long_is_found_before_any_work(tmp_
     write(tmp_path / "in.csv", {"text": ["good", "good" * 40]})
     monkeypatch.setattr(tables, "MAX_CHARACTERS", 170)
     classifier = make_classifier()
-    with pytest.raises(DataError, match="row 2 cannot be written: it is longer than 170 characters"):
+    with pytest.raises(
+        DataError, match="row 2 cannot be written: it is longer than 170 characters"
+    ):
         predict(tmp_path, classifier=classifier, rows_per_part=1)
     assert classifier.engine.compute.asked == 0
 
@@ -299,7 +387,12 @@ def test_dates_times_and_decimals_become_text(tmp_path, output):
     pq.write_table(pa.table({"text": ["good"], **values}), tmp_path / "in.parquet")
     predict(tmp_path, "in.parquet", output)
     found = read(tmp_path / output)
-    assert [found[name] for name in values] == [["2020-01-02"], ["12:00:00"], ["2020-01-02T12:00:00+00:00"], ["1.50"]]
+    assert [found[name] for name in values] == [
+        ["2020-01-02"],
+        ["12:00:00"],
+        ["2020-01-02T12:00:00+00:00"],
+        ["1.50"],
+    ]
 
 
 def test_a_link_is_followed_to_what_is_replaced(folder):
@@ -343,7 +436,14 @@ def stopped(folder, after, output="out.csv", **options):
             raise StopError
         return classifier.engine.compute(input_ids, attention_mask)
 
-    broken = Classifier(LABELS, classifier.encoder, Engine(engine, 8192), clean=False, temperature=None, sha256="abc")
+    broken = Classifier(
+        LABELS,
+        classifier.encoder,
+        Engine(engine, 8192),
+        clean=False,
+        temperature=None,
+        sha256="abc",
+    )
     with pytest.raises(StopError):
         predict(folder, output=output, classifier=broken, **options)
 
@@ -351,7 +451,10 @@ def stopped(folder, after, output="out.csv", **options):
 def test_a_stopped_run_leaves_whole_parts_and_no_output(folder):
     stopped(folder, 25, rows_per_part=10)
     parts = folder / "out.csv.parts"
-    assert sorted(path.name for path in parts.iterdir()) == [*(f"part-0000{i}.csv" for i in range(3)), "parts.json"]
+    assert sorted(path.name for path in parts.iterdir()) == [
+        *(f"part-0000{i}.csv" for i in range(3)),
+        "parts.json",
+    ]
     assert len(read(parts / "part-00002.csv")["label"]) == 10
     assert not (folder / "out.csv").exists()
 
@@ -378,14 +481,18 @@ def test_an_empty_folder_of_parts_is_new(folder, resume):
 
 def test_resume_says_that_a_run_is_finished(folder):
     predict(folder)
-    with pytest.raises(DataError, match=r"out.csv: is finished already; --overwrite to do it again"):
+    with pytest.raises(
+        DataError, match=r"out.csv: is finished already; --overwrite to do it again"
+    ):
         predict(folder, resume=True)
     assert predict(folder, resume=True, overwrite=True).rows == 50
 
 
 def test_parts_are_kept_unless_told_to_resume(folder):
     stopped(folder, 25, rows_per_part=10)
-    with pytest.raises(DataError, match=r"out.csv.parts: holds 3 part\(s\) of an earlier run; --resume goes on"):
+    with pytest.raises(
+        DataError, match=r"out.csv.parts: holds 3 part\(s\) of an earlier run; --resume goes on"
+    ):
         predict(folder, rows_per_part=10)
     assert len(list((folder / "out.csv.parts").iterdir())) == 4
 
@@ -400,7 +507,13 @@ def test_resume_names_all_that_changed(folder):
     before = (folder / "in.csv").read_text()
     (folder / "in.csv").write_text(before.replace("good", "bad"))
     with pytest.raises(DataError) as caught:
-        predict(folder, classifier=make_classifier(sha256="abd"), rows_per_part=20, stride=2, resume=True)
+        predict(
+            folder,
+            classifier=make_classifier(sha256="abd"),
+            rows_per_part=20,
+            stride=2,
+            resume=True,
+        )
     for change in ("input_sha256 was '", "rows_per_part was 10 and is 20", "stride was None and is 2",
                    "model_sha256 was 'abc' and is 'abd'"):  # fmt: skip
         assert change in str(caught.value)
@@ -414,7 +527,9 @@ def test_a_folder_that_is_none_of_parts_is_left_alone(folder, content):
     (folder / "out.csv.parts/diary").write_text("precious")
     if content is not None:
         (folder / "out.csv.parts/parts.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"out.csv.parts/parts.json: cannot be read .*; move that folder away"):
+    with pytest.raises(
+        DataError, match=r"out.csv.parts/parts.json: cannot be read .*; move that folder away"
+    ):
         predict(folder, resume=True)
     assert (folder / "out.csv.parts/diary").read_text() == "precious"
 
@@ -428,7 +543,10 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.parametrize("name", ["reviews.csv", "reviews.parquet"])
 def test_a_killed_and_resumed_run_gives_the_same_bytes(tmp_path, name):
-    write(tmp_path / f"in-{name}", {"id": list(range(60)), "text": [*(text for text, _ in toy_rows(59)), ""]})
+    write(
+        tmp_path / f"in-{name}",
+        {"id": list(range(60)), "text": [*(text for text, _ in toy_rows(59)), ""]},
+    )
     code = (
         "from pathlib import Path\nfrom tests.test_predict import make_classifier, predict\n"
         f"predict(Path({str(tmp_path)!r}), 'in-{name}', {name!r}, make_classifier(seconds=0.2), rows_per_part=10)"
@@ -460,7 +578,14 @@ def classifier_during(act):
         act()
         return classifier.engine.compute(input_ids, attention_mask)
 
-    return Classifier(LABELS, classifier.encoder, Engine(engine, 8192), clean=False, temperature=None, sha256="abc")
+    return Classifier(
+        LABELS,
+        classifier.encoder,
+        Engine(engine, 8192),
+        clean=False,
+        temperature=None,
+        sha256="abc",
+    )
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
@@ -478,7 +603,9 @@ def test_a_second_run_on_one_output_is_refused(folder, monkeypatch, has_locks):
 
     assert predict(folder, classifier=classifier_during(run_again), rows_per_part=50).rows == 50
     advice = "" if has_locks else f", or remove {folder / 'out.csv.parts.lock'}"
-    assert set(faults) == {f"another run is writing {folder / 'out.csv'}; wait until it ends{advice}"}
+    assert set(faults) == {
+        f"another run is writing {folder / 'out.csv'}; wait until it ends{advice}"
+    }
     assert sorted(path.name for path in folder.iterdir()) == ["in.csv", "link.csv", "out.csv"]
 
 
@@ -498,7 +625,9 @@ def test_a_lock_that_was_removed_before_it_was_held_is_none(folder, monkeypatch)
 
 def test_an_output_that_another_run_has_just_finished_is_kept(folder, monkeypatch):
     flock = fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", lambda *args: (flock(*args), (folder / "out.csv").write_text("theirs")))
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *args: (flock(*args), (folder / "out.csv").write_text("theirs"))
+    )
     with pytest.raises(DataError, match=r"out.csv: exists already"):
         predict(folder)
     assert (folder / "out.csv").read_text() == "theirs"
@@ -533,10 +662,20 @@ def test_two_processes_share_the_parts_and_give_the_same_bytes(tmp_path):
         "found = [classifier.engine.compute.asked, summary.rows, summary.parts, summary.labels, refusal]\n"
         "(folder / f'rank{os.environ[\"RANK\"]}.json').write_text(json.dumps(found))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
     with (tmp_path / "held.csv.parts.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+        subprocess.run(
+            command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+        )
     refusal = f"another run is writing {tmp_path / 'held.csv'}; wait until it ends"
     labels = predict(tmp_path, output="whole.csv", rows_per_part=10).labels
     assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [
@@ -553,10 +692,22 @@ def test_two_processes_share_the_parts_and_give_the_same_bytes(tmp_path):
 def test_lines_are_answered_in_their_order():
     lines = ["a good film\n", "\n", "bad\r\n", "dull \udcff", "superb"]
     answers = list(predict_lines(make_classifier(), iter(lines)))
-    assert [answer.text for answer in answers] == ["a good film", "", "bad", "dull \udcff", "superb"]
+    assert [answer.text for answer in answers] == [
+        "a good film",
+        "",
+        "bad",
+        "dull \udcff",
+        "superb",
+    ]
     assert [answer.prediction and answer.prediction.label for answer in answers] == [
         "positive", None, "negative", None, "positive"]  # fmt: skip
-    assert [answer.error for answer in answers] == [None, "text is empty", None, "text is no Unicode", None]
+    assert [answer.error for answer in answers] == [
+        None,
+        "text is empty",
+        None,
+        "text is no Unicode",
+        None,
+    ]
 
 
 def test_lines_are_answered_before_all_are_read():
@@ -575,7 +726,9 @@ def test_no_more_than_a_part_is_judged_at_once(folder):
             longest.append(len(texts))
             return super().predict(texts, **options)
 
-    watched = Watched(LABELS, classifier.encoder, classifier.engine, clean=False, temperature=None, sha256="abc")
+    watched = Watched(
+        LABELS, classifier.encoder, classifier.engine, clean=False, temperature=None, sha256="abc"
+    )
     predict(folder, classifier=watched, rows_per_part=7)
     assert max(longest) == 7
     assert sum(longest) == 50

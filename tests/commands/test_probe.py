@@ -8,10 +8,14 @@ from lora_sentiment.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["method={kind: full}"], ["model.quantize=int8", "train.engine=stock"]], ids=str
+    "overrides",
+    [[], ["method={kind: full}"], ["model.quantize=int8", "train.engine=stock"]],
+    ids=str,
 )
 def test_the_walk_of_a_probe_ends_with_two_figures(toy_recipe, tmp_path, overrides):
-    (tmp_path / "probe.yaml").write_text(Recipe.load(toy_recipe, overrides).to_yaml(), encoding="utf-8")
+    (tmp_path / "probe.yaml").write_text(
+        Recipe.load(toy_recipe, overrides).to_yaml(), encoding="utf-8"
+    )
     run_probe(str(tmp_path / "probe.yaml"), str(tmp_path / "found.json"), "2")
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert 0 < found["baseline"] <= found["peak"]

@@ -40,14 +40,23 @@ class Hub:
             return 200, {"warnings": [], "errors": []}
         if "/preupload/" in path:
             files = json.loads(body)["files"]
-            return 200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            return 200, {
+                "files": [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in files
+                ]
+            }
         if "/commit/" not in path:
             return 404, {}
         lines = [json.loads(line) for line in body.splitlines()]
         found = [line["value"] for line in lines if line["key"] == "file"]
         self.num_commits += 1
         self.files = {file["path"]: base64.b64decode(file["content"]) for file in found}
-        return 200, {"commitUrl": f"{self.endpoint}/{NAME}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+        return 200, {
+            "commitUrl": f"{self.endpoint}/{NAME}/commit/{'1' * 40}",
+            "commitOid": "1" * 40,
+            "success": True,
+        }
 
 
 @pytest.fixture
@@ -173,7 +182,10 @@ def test_a_merged_or_exported_model_goes_with_its_onnx_files(exported, hub):
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert f'model="{NAME}")' in found.card
-    assert f"hf download {NAME} --local-dir {NAME}\nlora-sentiment predict {NAME} --input" in found.card
+    assert (
+        f"hf download {NAME} --local-dir {NAME}\nlora-sentiment predict {NAME} --input"
+        in found.card
+    )
     assert f"# hf download {NAME} --local-dir {NAME}\nimport lora_sentiment\n" in found.card
     assert f'load("{NAME}/onnx/model.onnx")' in found.card
     assert 'Say "merged.model" to it.' in found.card  # prose is nobody's code
@@ -191,10 +203,14 @@ def test_what_travels_of_this_machine_is_told(adapter, exported, tiny_base):
     write_json(adapter / "card.json", card)
     assert [note.split()[1] for note in push(adapter, NAME, dry_run=True).notes] == ["base"]
     (exported / "README.md").write_text("# merged.model\n")
-    assert push(exported, NAME, dry_run=True).notes == [f"README.md has no code that uses the model as {NAME}"]
+    assert push(exported, NAME, dry_run=True).notes == [
+        f"README.md has no code that uses the model as {NAME}"
+    ]
 
 
-@pytest.mark.parametrize("stray", ["reviews.csv", ".DS_Store", "checkpoints/state.json", "config.json", "onnx/a.txt"])
+@pytest.mark.parametrize(
+    "stray", ["reviews.csv", ".DS_Store", "checkpoints/state.json", "config.json", "onnx/a.txt"]
+)
 def test_a_file_that_the_package_does_not_know_is_refused_by_name(adapter, hub, stray):
     (adapter / stray).parent.mkdir(exist_ok=True)
     (adapter / stray).write_text("Somebody's words.")
@@ -242,7 +258,9 @@ def test_only_what_this_package_made_is_sent(tmp_path, tiny_base):
             push(folder, NAME, dry_run=True)
 
 
-@pytest.mark.parametrize("name", ["reviews", "a/b/c", "some one/x", "someone/x--y", "", "someone/x.git"])
+@pytest.mark.parametrize(
+    "name", ["reviews", "a/b/c", "some one/x", "someone/x--y", "", "someone/x.git"]
+)
 def test_a_name_that_is_none_is_refused_before_the_folder_is_looked_at(tmp_path, name):
     with pytest.raises(ModelError, match="give OWNER/NAME") as caught:
         push(tmp_path / "none", name)
@@ -257,7 +275,9 @@ def test_private_makes_a_private_repository_and_refuses_a_public_one(exported, h
     hub.answer, answer = (
         (
             lambda path, body: (
-                (409, {"url": f"{hub.endpoint}/{NAME}"}) if path.endswith("create") else answer(path, body)
+                (409, {"url": f"{hub.endpoint}/{NAME}"})
+                if path.endswith("create")
+                else answer(path, body)
             )
         ),
         hub.answer,

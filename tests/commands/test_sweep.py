@@ -70,7 +70,9 @@ def test_a_list_is_an_axis_where_the_schema_takes_one_value(toy_recipe, assignme
     # Without `r`, which not every method knows.
     text = toy_recipe.read_text(encoding="utf-8").replace("method: {r: 4, lora_alpha: 8}\n", "")
     toy_recipe.write_text(text, encoding="utf-8")
-    assert [list(found.values()) for found in values_of(toy_recipe, assignment)] == [[value] for value in values]
+    assert [list(found.values()) for found in values_of(toy_recipe, assignment)] == [
+        [value] for value in values
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,21 +91,37 @@ def test_one_value_is_no_axis_and_is_in_every_run(toy_recipe, plain):
     assert [dict(trial.values) for trial in trials] == [{"method.r": 2}, {"method.r": 4}]
     key, _, text = plain.partition("=")
     section, name = key.split(".")
-    expected = Recipe.load(toy_recipe, [f"{key}={text[1:-1]}" if text in ("[0.1]", "[[q_lin, k_lin]]") else plain])
+    expected = Recipe.load(
+        toy_recipe, [f"{key}={text[1:-1]}" if text in ("[0.1]", "[[q_lin, k_lin]]") else plain]
+    )
     for trial in trials:
-        assert getattr(getattr(trial.run, section), name) == getattr(getattr(expected, section), name)
+        assert getattr(getattr(trial.run, section), name) == getattr(
+            getattr(expected, section), name
+        )
 
 
 def test_the_last_axis_is_the_fastest_and_overrides_keep_their_order(toy_recipe):
-    trials = make_trials(toy_recipe, ["train.seed=[1, 2]", "method={kind: lora, r: 2}", "method.lora_alpha=[4, 8]"])
+    trials = make_trials(
+        toy_recipe, ["train.seed=[1, 2]", "method={kind: lora, r: 2}", "method.lora_alpha=[4, 8]"]
+    )
     assert [list(trial.values.values()) for trial in trials] == [[1, 4], [1, 8], [2, 4], [2, 8]]
-    assert trials[1].overrides == ("train.seed=1", "method={kind: lora, r: 2}", "method.lora_alpha=8")
-    assert [trial.recipe for trial in trials] == [Recipe.load(toy_recipe, trial.overrides) for trial in trials]
+    assert trials[1].overrides == (
+        "train.seed=1",
+        "method={kind: lora, r: 2}",
+        "method.lora_alpha=8",
+    )
+    assert [trial.recipe for trial in trials] == [
+        Recipe.load(toy_recipe, trial.overrides) for trial in trials
+    ]
 
 
-@pytest.mark.parametrize("text", ["007", "no", "a, b", "x: y", "'", "ü #1", "null", "1e-4", " ", "${HOME}"])
+@pytest.mark.parametrize(
+    "text", ["007", "no", "a, b", "x: y", "'", "ü #1", "null", "1e-4", " ", "${HOME}"]
+)
 def test_a_value_walks_into_the_recipe_as_it_is(toy_recipe, text):
-    trials = make_trials(toy_recipe, [f"data.text_column={json.dumps([text, 'other'], ensure_ascii=False)}"])
+    trials = make_trials(
+        toy_recipe, [f"data.text_column={json.dumps([text, 'other'], ensure_ascii=False)}"]
+    )
     assert [trial.recipe.data.text_column for trial in trials] == [text, "other"]
 
 
@@ -114,14 +132,26 @@ def test_runs_are_named_by_their_values_and_by_all_else(toy_recipe):
     first = names("train.learning_rate=[1e-4, 1e-3]", "method.target_modules=[[q_lin], [v_lin]]")
     assert first[0].startswith("learning_rate-0.0001-target_modules-q_lin-")
     assert len(set(first)) == 4
-    more = names("train.learning_rate=[1e-4, 1e-3, 1e-2]", "method.target_modules=[[q_lin], [v_lin]]")
+    more = names(
+        "train.learning_rate=[1e-4, 1e-3, 1e-2]", "method.target_modules=[[q_lin], [v_lin]]"
+    )
     assert set(first) < set(more)
-    other = names("train.seed=1", "train.learning_rate=[1e-4, 1e-3]", "method.target_modules=[[q_lin], [v_lin]]")
+    other = names(
+        "train.seed=1",
+        "train.learning_rate=[1e-4, 1e-3]",
+        "method.target_modules=[[q_lin], [v_lin]]",
+    )
     assert not set(first) & set(other)
-    moved = names("output.dir=x", "train.learning_rate=[1e-4, 1e-3]", "method.target_modules=[[q_lin], [v_lin]]")
+    moved = names(
+        "output.dir=x",
+        "train.learning_rate=[1e-4, 1e-3]",
+        "method.target_modules=[[q_lin], [v_lin]]",
+    )
     assert moved == first
     assert names("train.learning_rate=[1e30, 1e-30]")[0].startswith("learning_rate-1.0e30-")
-    assert make_trials(toy_recipe, ["output.dir=x/y", "method.r=[1, 2]"])[0].run.folder.parent == Path("x/y.sweep")
+    assert make_trials(toy_recipe, ["output.dir=x/y", "method.r=[1, 2]"])[
+        0
+    ].run.folder.parent == Path("x/y.sweep")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +159,10 @@ def test_runs_are_named_by_their_values_and_by_all_else(toy_recipe):
     [
         ([], "no key has several values; give one a list, such as 'train.learning_rate="),
         (["method.r=[4]"], "no key has several values"),
-        (["method.target_modules=[q_lin, v_lin]"], "to vary method.target_modules, which takes a list, give a list of"),
+        (
+            ["method.target_modules=[q_lin, v_lin]"],
+            "to vary method.target_modules, which takes a list, give a list of",
+        ),
         (["method.r=4", "train.sed=1"], "train.sed: unknown key; did you mean 'seed'?"),
         (["method.rr=[4, 8]"], "method.rr: unknown key"),
         (["trian.seed=[4, 8]"], "trian: unknown key; did you mean 'train'?"),
@@ -141,7 +174,10 @@ def test_runs_are_named_by_their_values_and_by_all_else(toy_recipe):
         (["method.r=[4, 4]"], "method.r=4 and method.r=4 are the same run"),
         (["train.learning_rate=[1e-4, 0.0001]"], "are the same run; leave one of them out"),
         (["method.r=[4, 8]", "method={kind: head}"], "method.r=4 and method.r=8 are the same run"),
-        (["method.r=[4, 0]"], r"method.r: found 0; allowed: greater than or equal to 1 (with method.r=0)"),
+        (
+            ["method.r=[4, 0]"],
+            r"method.r: found 0; allowed: greater than or equal to 1 (with method.r=0)",
+        ),
         (
             ["train.engine=[auto, fast]", "method.use_dora=[false, true]"],
             "set train.engine=auto (with train.engine=fast method.use_dora=true)",
@@ -150,14 +186,28 @@ def test_runs_are_named_by_their_values_and_by_all_else(toy_recipe):
             ["train.seed=[1, 2]", "method.kind=[lora, vera]", "method.lora_alpha=4"],
             "(with train.seed=1 method.kind=vera and 1 more of 4 combinations)",
         ),
-        (["train.metric_for_best_model=[accuracy, mcc]"], "train.metric_for_best_model: is no axis"),
+        (
+            ["train.metric_for_best_model=[accuracy, mcc]"],
+            "train.metric_for_best_model: is no axis",
+        ),
         (["output.dir=[a, b]"], "name, output: are no axes"),
         (["name=[a, b]"], "name, output: are no axes"),
-        (["train.seed=[" + ", ".join(map(str, range(40))) + "]", "method.r=[" + "1, " * 30 + "2]"], "1,240 combin"),
-        (["data.source=['nowhere-*.csv', 'x.csv']"], "matches no file (with data.source=nowhere-*.csv)"),
+        (
+            [
+                "train.seed=[" + ", ".join(map(str, range(40))) + "]",
+                "method.r=[" + "1, " * 30 + "2]",
+            ],
+            "1,240 combin",
+        ),
+        (
+            ["data.source=['nowhere-*.csv', 'x.csv']"],
+            "matches no file (with data.source=nowhere-*.csv)",
+        ),
     ],
 )
-def test_a_fault_of_the_grid_is_told_before_anything_runs(toy_recipe, no_training, assignments, message):
+def test_a_fault_of_the_grid_is_told_before_anything_runs(
+    toy_recipe, no_training, assignments, message
+):
     with pytest.raises((RecipeError, DataError)) as caught:
         sweep(toy_recipe, assignments)
     assert message in str(caught.value)
@@ -180,11 +230,15 @@ def test_a_missing_recipe_is_told_once(tmp_path):
 
 def test_what_is_judged_is_left_out_and_the_rest_stays(toy_recipe):
     asked = "data.source={train: a.csv, validation: b.csv, test: c.csv, other_shop: d.csv}"
-    for trial in make_trials(toy_recipe, [asked, "data.test_fraction=0.2", "data.max_test_rows=5", "method.r=[2, 4]"]):
+    for trial in make_trials(
+        toy_recipe, [asked, "data.test_fraction=0.2", "data.max_test_rows=5", "method.r=[2, 4]"]
+    ):
         assert trial.run.data.source == {"train": "a.csv", "validation": "b.csv"}
         assert trial.run.data.test_fraction == 0
         assert trial.recipe.data.test_fraction == 0.2
-    (trial, _) = make_trials(toy_recipe, ["data.source=a.csv", "data.test_fraction=0.2", "method.r=[2, 4]"])
+    (trial, _) = make_trials(
+        toy_recipe, ["data.source=a.csv", "data.test_fraction=0.2", "method.r=[2, 4]"]
+    )
     assert trial.run.data == trial.recipe.data
 
 
@@ -217,7 +271,9 @@ def test_of_a_hub_data_set_the_splits_are_named(toy_recipe, monkeypatch, given, 
         return ["unsupervised", "test", "validation", "train"]
 
     monkeypatch.setattr("datasets.get_dataset_split_names", split_names)
-    trials = make_trials(toy_recipe, ["data.source=some/reviews", f"data.splits={given}", "method.r=[2, 4]"])
+    trials = make_trials(
+        toy_recipe, ["data.source=some/reviews", f"data.splits={given}", "method.r=[2, 4]"]
+    )
     assert [trial.run.data.splits for trial in trials] == [kept, kept]
     assert len(asked) == 1
 
@@ -226,7 +282,12 @@ def test_every_combination_runs_without_the_rows_that_are_judged(done):
     path, found = done
     assert not (path.parent / "test.csv").exists()
     assert found.axes == ("train.learning_rate", "method.r")
-    assert [tuple(row.values.values()) for row in found.rows] == [(1e-5, 2), (1e-5, 4), (1e-2, 2), (1e-2, 4)]
+    assert [tuple(row.values.values()) for row in found.rows] == [
+        (1e-5, 2),
+        (1e-5, 4),
+        (1e-2, 2),
+        (1e-2, 4),
+    ]
     assert {row.folder.parent for row in found.rows} == {path.parent / "adapter.sweep"}
     assert not any(row.earlier or row.diverged for row in found.rows)
     for row in found.rows:
@@ -241,13 +302,18 @@ def test_every_combination_runs_without_the_rows_that_are_judged(done):
 
 def test_the_best_one_is_best_on_validation_and_its_command_trains_it(done):
     path, found = done
-    ranks = [(row.validation["accuracy"]["value"], -row.validation["log_loss"]["value"]) for row in found.rows]
+    ranks = [
+        (row.validation["accuracy"]["value"], -row.validation["log_loss"]["value"])
+        for row in found.rows
+    ]
     assert found.best == ranks.index(max(ranks))
     command = shlex.split(found.command)
     assert command[:5] == ["accelerate", "launch", "-m", "lora_sentiment.train", str(path)]
     write_csv(path.parent / "test.csv", toy_rows(161)[120:])
     try:
-        run = train_module.train(Recipe.load(command[4], [*command[5:], f"output.dir={path.parent}/best"]))
+        run = train_module.train(
+            Recipe.load(command[4], [*command[5:], f"output.dir={path.parent}/best"])
+        )
     finally:
         (path.parent / "test.csv").unlink()
     # Alone or after others, with something to judge or without: the same run.
@@ -265,7 +331,9 @@ def test_a_finished_sweep_is_not_run_again(done, no_training):
 
 def test_a_metric_that_falls_is_chosen_by_its_least_value_and_ties_by_log_loss(done, no_training):
     path, found = done
-    kept = {row.folder: (row.folder / "report.json").read_text(encoding="utf-8") for row in found.rows}
+    kept = {
+        row.folder: (row.folder / "report.json").read_text(encoding="utf-8") for row in found.rows
+    }
 
     def best(figures: list[tuple[float, float]]) -> int | None:
         for row, (accuracy, log_loss) in zip(found.rows, figures, strict=True):
@@ -285,7 +353,9 @@ def test_a_metric_that_falls_is_chosen_by_its_least_value_and_ties_by_log_loss(d
 
 
 def test_log_loss_is_chosen_by_its_least_value(toy_recipe):
-    found = sweep(toy_recipe, ["train.metric_for_best_model=log_loss", "train.learning_rate=[1e-6, 3e-2]"])
+    found = sweep(
+        toy_recipe, ["train.metric_for_best_model=log_loss", "train.learning_rate=[1e-6, 3e-2]"]
+    )
     losses = [row.validation["log_loss"]["value"] for row in found.rows]
     assert losses[1] < losses[0]
     assert (found.metric, found.best) == ("log_loss", 1)
@@ -300,9 +370,13 @@ def test_the_table_shows_axes_figures_and_the_best(done):
     ]  # fmt: skip
     assert [i for i, cell in enumerate(columns["best"]) if cell] == [found.best]
     assert columns["method.r"] == ["2", "4", "2", "4"]
-    assert columns["accuracy"][0].startswith(f"{found.rows[0].validation['accuracy']['value']:.4f} [")
+    assert columns["accuracy"][0].startswith(
+        f"{found.rows[0].validation['accuracy']['value']:.4f} ["
+    )
     assert {len(cells) for cells in columns.values()} == {4}
-    assert any(note.startswith("best: by accuracy on validation, ties by log_loss") for note in found.notes)
+    assert any(
+        note.startswith("best: by accuracy on validation, ties by log_loss") for note in found.notes
+    )
 
 
 def test_the_figures_are_json(done):
@@ -332,7 +406,11 @@ def test_a_run_that_diverges_is_a_row_and_is_not_run_again(toy_recipe, monkeypat
 @pytest.mark.parametrize("rate", ["1e4", "1e38"])
 @pytest.mark.parametrize("steps", ["1", "3"])
 def test_however_a_run_diverges_the_sweep_goes_on(toy_recipe, rate, steps):
-    grid = [f"train.learning_rate=[{rate}, 2e38]", f"train.max_steps={steps}", "train.max_grad_norm=0"]
+    grid = [
+        f"train.learning_rate=[{rate}, 2e38]",
+        f"train.max_steps={steps}",
+        "train.max_grad_norm=0",
+    ]
     found = sweep(toy_recipe, grid)
     assert len(found.rows) == 2
     assert found.best is None or found.rows[found.best].validation
@@ -355,19 +433,29 @@ def test_anything_else_stops_with_its_message_and_what_ran_stays(toy_recipe, tin
 
 
 @pytest.mark.parametrize("left", ["nothing", "another run", "half a report"])
-def test_a_folder_of_something_else_is_refused_before_anything_runs(toy_recipe, tmp_path, no_training, left):
+def test_a_folder_of_something_else_is_refused_before_anything_runs(
+    toy_recipe, tmp_path, no_training, left
+):
     trials = make_trials(toy_recipe, ["method.r=[2, 4]"])
     folder = trials[1].run.folder
     folder.mkdir(parents=True)
     other = trials[0].run if left == "another run" else trials[1].run
     if left != "nothing":
         (folder / "recipe.yaml").write_text(other.to_yaml(), encoding="utf-8")
-        (folder / "report.json").write_text("{}" if left == "another run" else '{"valid', encoding="utf-8")
+        (folder / "report.json").write_text(
+            "{}" if left == "another run" else '{"valid', encoding="utf-8"
+        )
     if left == "half a report":
-        trials[0].run.folder.with_name(trials[0].run.folder.name + ".diverged.txt").write_text("step 1", "utf-8")
+        trials[0].run.folder.with_name(trials[0].run.folder.name + ".diverged.txt").write_text(
+            "step 1", "utf-8"
+        )
     with pytest.raises(AdapterError) as caught:
         sweep(toy_recipe, ["method.r=[2, 4]"])
-    told = "its figures cannot be read" if left == "half a report" else "holds something else than this sweep's run"
+    told = (
+        "its figures cannot be read"
+        if left == "half a report"
+        else "holds something else than this sweep's run"
+    )
     assert str(caught.value).startswith(f"{folder}: {told}")
 
 
@@ -387,7 +475,9 @@ def test_a_killed_sweep_goes_on_where_it_was(toy_recipe):
     grid = ["train.seed=[1, 2, 3]", "train.max_steps=30"]
     folders = [trial.run.folder for trial in make_trials(toy_recipe, grid)]
     code = "import sys, pathlib, lora_sentiment.commands.sweep as s; s.sweep(pathlib.Path(sys.argv[1]), sys.argv[2:])"
-    process = subprocess.Popen([sys.executable, "-c", code, str(toy_recipe), *grid], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(toy_recipe), *grid], stderr=subprocess.DEVNULL
+    )
     try:
         until = time.monotonic() + 600
         while not folders[0].exists() and process.poll() is None and time.monotonic() < until:
@@ -408,7 +498,11 @@ def test_a_killed_sweep_goes_on_where_it_was(toy_recipe):
 
 
 def test_a_carved_test_is_kept_out_of_training_and_out_of_the_choice(toy_recipe):
-    grid = [f"data.source={toy_recipe.parent}/train.csv", "data.test_fraction=0.2", "method.r=[2, 4]"]
+    grid = [
+        f"data.source={toy_recipe.parent}/train.csv",
+        "data.test_fraction=0.2",
+        "method.r=[2, 4]",
+    ]
     found = sweep(toy_recipe, [*grid, "train.max_steps=1"])
     report = json.loads((found.rows[0].folder / "report.json").read_text(encoding="utf-8"))
     assert report["data"]["train"]["rows"] == 86
@@ -420,7 +514,10 @@ def test_figures_of_other_rows_and_a_taken_folder_are_noted(toy_recipe):
     (toy_recipe.parent / "adapter").mkdir()
     found = sweep(toy_recipe, ["data.split_seed=[0, 1]", "train.max_steps=1"])
     assert "the runs were not judged on the same validation rows" in " ".join(found.notes)
-    assert f"{toy_recipe.parent}/adapter exists: set output.overwrite=true or another output.dir" in found.notes
+    assert (
+        f"{toy_recipe.parent}/adapter exists: set output.overwrite=true or another output.dir"
+        in found.notes
+    )
     same = sweep(toy_recipe, ["train.seed=[0, 1]", "train.max_steps=1", "output.overwrite=true"])
     assert len(same.notes) == 1
 
@@ -437,5 +534,7 @@ def test_a_fault_of_the_grid_does_not_wait_for_torch(toy_recipe):
 
 def test_several_processes_are_refused(toy_recipe, monkeypatch, no_training):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="found 2 processes; it runs in one: start it without a launcher"):
+    with pytest.raises(
+        RecipeError, match="found 2 processes; it runs in one: start it without a launcher"
+    ):
         sweep(toy_recipe, ["method.r=[2, 4]"])

@@ -21,7 +21,9 @@ def rows_of(*texts):
 
 
 def test_a_short_text_is_encoded_as_the_tokenizer_does(tokenizer):
-    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(rows_of("a good film"))
+    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(
+        rows_of("a good film")
+    )
     assert encoded.input_ids.tolist() == tokenizer("a good film")["input_ids"]
     assert encoded.truncated == 0
 
@@ -37,10 +39,17 @@ def test_head_tail_keeps_the_first_quarter_and_the_last_three(tokenizer):
     text = "a b c d e f g h i j k l m n o p"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     encoded = TextEncoder.of(tokenizer, max_length=10, truncation="head_tail").encode(rows_of(text))
-    assert encoded.input_ids.tolist() == [tokenizer.cls_token_id, *ids[:2], *ids[-6:], tokenizer.sep_token_id]
+    assert encoded.input_ids.tolist() == [
+        tokenizer.cls_token_id,
+        *ids[:2],
+        *ids[-6:],
+        tokenizer.sep_token_id,
+    ]
 
 
-lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=120).map(lambda found: np.array(found, dtype=np.int64))
+lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=120).map(
+    lambda found: np.array(found, dtype=np.int64)
+)
 
 
 @given(lengths_of, st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
@@ -70,7 +79,11 @@ def test_epochs_differ_and_repeat():
 def test_buckets_pad_less_than_three_percent(drawn):
     lengths = drawn.astype(np.int64)
     steps = plan_epoch(lengths, batch_size=32, seed=0, epoch=0)
-    padded = sum(len(part) * lengths[part].max() for step in steps for part in cut(step, lengths, max_tokens=4096))
+    padded = sum(
+        len(part) * lengths[part].max()
+        for step in steps
+        for part in cut(step, lengths, max_tokens=4096)
+    )
     assert padded / lengths.sum() < 1.03
 
 
@@ -85,13 +98,18 @@ def test_a_cut_holds_the_bound_and_every_row(lengths, max_tokens):
 @given(lengths_of, st.integers(1, 4))
 def test_shards_part_the_rows_and_their_work(lengths, num_processes):
     index = np.arange(len(lengths))
-    shards = [shard(index, lengths, rank=rank, num_processes=num_processes) for rank in range(num_processes)]
+    shards = [
+        shard(index, lengths, rank=rank, num_processes=num_processes)
+        for rank in range(num_processes)
+    ]
     assert sorted(np.concatenate(shards).tolist()) == index.tolist()
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_a_batch_is_padded_to_its_longest_row_and_masked(tokenizer):
-    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(rows_of("a", "a good film"))
+    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(
+        rows_of("a", "a good film")
+    )
     batch = make_batch(encoded, np.array([1, 0]), device=CPU)
     assert batch.input_ids.shape == (2, 5)
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -101,5 +119,7 @@ def test_a_batch_is_padded_to_its_longest_row_and_masked(tokenizer):
 
 
 def test_a_batch_of_equal_rows_has_no_mask(tokenizer):
-    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(rows_of("a b", "c d"))
+    encoded = TextEncoder.of(tokenizer, max_length=16, truncation="head").encode(
+        rows_of("a b", "c d")
+    )
     assert make_batch(encoded, np.array([0, 1]), device=CPU).attention_mask is None

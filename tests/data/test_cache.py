@@ -34,7 +34,9 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def encoder(tiny_base):
-    return TextEncoder.of(AutoTokenizer.from_pretrained(tiny_base), max_length=9, truncation="head_tail")
+    return TextEncoder.of(
+        AutoTokenizer.from_pretrained(tiny_base), max_length=9, truncation="head_tail"
+    )
 
 
 @pytest.fixture
@@ -51,14 +53,18 @@ def same(one, other):
     )
 
 
-def test_kept_ids_are_those_made_in_memory_and_no_text_is_tokenised_twice(folder, encoder, in_memory, monkeypatch):
+def test_kept_ids_are_those_made_in_memory_and_no_text_is_tokenised_twice(
+    folder, encoder, in_memory, monkeypatch
+):
     made = encoder.encode(rows_of())
     assert same(made, in_memory)
     monkeypatch.setattr(TextEncoder, "tokenise", None)
     kept = encoder.encode(rows_of())
     assert same(kept, in_memory)
     base = kept.input_ids.base
-    assert isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)  # mapped, not read
+    assert isinstance(
+        base.obj if isinstance(base, memoryview) else base, mmap.mmap
+    )  # mapped, not read
     index = np.array([7, 2000, 3])
     assert pad(kept, index)[0].tolist() == pad(in_memory, index)[0].tolist()
 
@@ -76,8 +82,18 @@ def test_all_that_decides_the_ids_is_in_their_key(folder, encoder, tiny_base, mo
         (encoder, rows_of()),
         (encoder, rows_of(TEXTS[:-1])),
         (encoder, rows_of(TEXTS[::-1])),
-        (TextEncoder.of(AutoTokenizer.from_pretrained(tiny_base), max_length=8, truncation="head_tail"), rows_of()),
-        (TextEncoder.of(AutoTokenizer.from_pretrained(tiny_base), max_length=9, truncation="head"), rows_of()),
+        (
+            TextEncoder.of(
+                AutoTokenizer.from_pretrained(tiny_base), max_length=8, truncation="head_tail"
+            ),
+            rows_of(),
+        ),
+        (
+            TextEncoder.of(
+                AutoTokenizer.from_pretrained(tiny_base), max_length=9, truncation="head"
+            ),
+            rows_of(),
+        ),
         (TextEncoder.of(upper, max_length=9, truncation="head_tail"), rows_of()),
     ]
     for number, (own, rows) in enumerate(several, start=1):
@@ -93,7 +109,9 @@ def test_all_that_decides_the_ids_is_in_their_key(folder, encoder, tiny_base, mo
 def test_other_ids_of_the_same_tokens_need_another_layout_number(encoder):
     """Where this fails, raise `LAYOUT`, and state here what the ids are now."""
     found = [
-        replace(encoder, truncation=way).frame(replace(encoder, truncation=way).truncate(list(range(20)))).tolist()
+        replace(encoder, truncation=way)
+        .frame(replace(encoder, truncation=way).truncate(list(range(20))))
+        .tolist()
         for way in ("head", "head_tail")
     ]
     first, last = encoder.cls_token_id, encoder.sep_token_id
@@ -154,7 +172,9 @@ def test_two_runs_at_once_do_not_disturb_each_other(folder, encoder, in_memory, 
         take_place(aside, place)
 
     monkeypatch.setattr(cache, "take_place", together)
-    runs = [threading.Thread(target=lambda: found.append(encoder.encode(rows_of()))) for _ in range(2)]
+    runs = [
+        threading.Thread(target=lambda: found.append(encoder.encode(rows_of()))) for _ in range(2)
+    ]
     for run in runs:
         run.start()
     for run in runs:
@@ -165,7 +185,9 @@ def test_two_runs_at_once_do_not_disturb_each_other(folder, encoder, in_memory, 
 
 
 @pytest.mark.parametrize("damaged", [True, False])
-def test_what_another_run_made_whole_meanwhile_stays(folder, encoder, in_memory, monkeypatch, damaged):
+def test_what_another_run_made_whole_meanwhile_stays(
+    folder, encoder, in_memory, monkeypatch, damaged
+):
     """Both found it damaged, or not there: the second to finish leaves the first one's, which may be in use."""
     if damaged:
         encoder.encode(rows_of())
@@ -186,7 +208,9 @@ def test_what_another_run_made_whole_meanwhile_stays(folder, encoder, in_memory,
     assert (place / "of the first").exists()
 
 
-def test_names_that_go_while_old_ones_are_looked_for_are_no_matter(folder, encoder, in_memory, caplog):
+def test_names_that_go_while_old_ones_are_looked_for_are_no_matter(
+    folder, encoder, in_memory, caplog
+):
     folder.mkdir()
     (folder / "nowhere").symlink_to(folder / "no such")
     listed = Path.iterdir
@@ -206,10 +230,14 @@ def test_a_folder_that_may_not_be_looked_into_is_said_and_costs_nothing_else(
     for name in ("stat", "mkdir"):
         monkeypatch.setattr(Path, name, refuse)
     assert same(encoder.encode(rows_of()), in_memory)
-    assert caplog.messages == [f"token ids cannot be kept in {folder} (Permission denied): they stay in memory"]
+    assert caplog.messages == [
+        f"token ids cannot be kept in {folder} (Permission denied): they stay in memory"
+    ]
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_costs_nothing_else(folder, encoder, in_memory, caplog):
+def test_a_cache_that_cannot_be_written_is_said_and_costs_nothing_else(
+    folder, encoder, in_memory, caplog
+):
     folder.write_text("a file")
     assert same(encoder.encode(rows_of()), in_memory)
     assert "they stay in memory" in caplog.text

@@ -45,5 +45,8 @@ def test_what_would_take_the_cleaner_hours_or_down_is_cut_short():
     assert len(long) < 40
     assert long.endswith(" b")
     assert clean_text("a" + marks * 10, Counter()) == unicodedata.normalize("NFC", "a" + marks * 10)
-    assert clean_text("—" * 100 + "é" * 100 + "😀" * 100, Counter()) == "—" * 100 + "é" * 100 + "😀" * 100
+    assert (
+        clean_text("—" * 100 + "é" * 100 + "😀" * 100, Counter())
+        == "—" * 100 + "é" * 100 + "😀" * 100
+    )
     assert clean_text(f"x &#{'9' * 5000}; y", Counter()) == "x \N{REPLACEMENT CHARACTER} y"

@@ -19,7 +19,9 @@ def describe(texts, labels, lengths=None, **values):
     whole = np.array(lengths or [5] * len(labels))
     inputs = np.minimum(whole, 10)
     offsets = np.concatenate([[0], np.cumsum(inputs)])
-    encoded = Encoded(np.zeros(offsets[-1], np.int32), offsets, rows.labels, int((whole > 10).sum()), 0, whole)
+    encoded = Encoded(
+        np.zeros(offsets[-1], np.int32), offsets, rows.labels, int((whole > 10).sum()), 0, whole
+    )
     return describe_role(rows, encoded, names=NAMES, max_length=10, **{"read": Counts(), **values})
 
 
@@ -67,7 +69,9 @@ def test_the_table_is_aligned_and_what_has_row_numbers_stands_below():
     read = Counts(read=9, dropped={"text is empty": [3, 4]})
     read.cleaned["html entities"] = 2
     seen = describe("ab", [0, 1], seen_texts=digests("b"))
-    lines = DataReport({"train": describe("aa", [0, 1], read=read), "test": seen}, {"dev": 7}).to_lines()
+    lines = DataReport(
+        {"train": describe("aa", [0, 1], read=read), "test": seen}, {"dev": 7}
+    ).to_lines()
     table = [line for line in lines if ":" not in line]
     assert len({len(line) for line in table}) == 1
     assert table[0].split() == ["train", "test"]
@@ -94,13 +98,18 @@ def test_many_labels_do_not_bury_the_rest():
 def leaky(toy):
     """Toy data with a twin, an empty text, an unknown label, and two train texts in test."""
     rows = toy_rows(161)
-    write_csv(toy / "train.csv", [*rows[:120], rows[0], ("", "positive"), ("private words", "private label")])
+    write_csv(
+        toy / "train.csv",
+        [*rows[:120], rows[0], ("", "positive"), ("private words", "private label")],
+    )
     write_csv(toy / "test.csv", [*rows[120:140], *rows[:2]])
     return toy
 
 
 def test_a_survey_finds_what_was_hidden_and_saves_no_text(leaky, toy_recipe):
-    found = survey(Recipe.load(toy_recipe, ["data.on_bad_row=drop", "data.labels=[negative, positive]"]))
+    found = survey(
+        Recipe.load(toy_recipe, ["data.on_bad_row=drop", "data.labels=[negative, positive]"])
+    )
     report = found.as_dict()
     assert list(report) == ["train", "validation", "test"]
     assert report["train"]["read"] == 123
@@ -127,7 +136,10 @@ def test_a_survey_counts_a_split_whose_labels_are_hidden(toy, toy_recipe):
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("model.max_length=65", "more than the 64 positions"), ("model.revision=v2", "a folder, which has no revisions")],
+    [
+        ("model.max_length=65", "more than the 64 positions"),
+        ("model.revision=v2", "a folder, which has no revisions"),
+    ],
 )
 def test_a_survey_refuses_a_base_that_training_would(toy_recipe, override, message):
     with pytest.raises(ModelError, match=message):

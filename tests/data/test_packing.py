@@ -27,7 +27,9 @@ from lora_sentiment.data.packing import (
 from lora_sentiment.training.backward import PaddedBackward
 
 PAD = 0
-lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=120).map(lambda found: np.array(found, dtype=np.int64))
+lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=120).map(
+    lambda found: np.array(found, dtype=np.int64)
+)
 
 
 def encoded_of(lengths):
@@ -118,7 +120,9 @@ def test_rows_are_laid_out_whole_and_padding_is_apart(lengths, missing, left, nu
     assert len(packed.input_ids) == len(packed.position_ids) == size
     assert len(packed.cu_seq_lens) == num_rows + num_spare + 1
     assert (packed.cu_seq_lens[0], packed.cu_seq_lens[-1]) == (0, size)
-    assert {packed.input_ids.dtype, packed.position_ids.dtype, packed.cu_seq_lens.dtype} == {np.dtype(np.int32)}
+    assert {packed.input_ids.dtype, packed.position_ids.dtype, packed.cu_seq_lens.dtype} == {
+        np.dtype(np.int32)
+    }
     found = sequences(packed)
     assert [ids for ids, _ in found[: len(rows)]] == [row.tolist() for row in rows]
     assert [ids for ids, _ in found[len(rows) : num_rows]] == [[PAD]] * missing
@@ -162,7 +166,9 @@ def test_no_size_is_found_for_too_many_tokens():
     num_processes=st.integers(1, 3),
     epoch=st.sampled_from([0, PLANNED_EPOCHS + 4]),
 )
-def test_every_row_of_an_epoch_is_packed_once(lengths, batch_size, max_tokens, seed, num_processes, epoch):
+def test_every_row_of_an_epoch_is_packed_once(
+    lengths, batch_size, max_tokens, seed, num_processes, epoch
+):
     """Also in an epoch whose steps nobody looked at when sizes were chosen."""
     encoded = encoded_of(lengths)
     seen = []
@@ -197,7 +203,9 @@ def test_a_row_longer_than_a_cut_fits_on_a_process_that_had_none_in_the_planned_
     lengths = np.ones(201, dtype=np.int64)
     lengths[7] = 60
     settings = {"batch_size": 2, "seed": 0}
-    plan = plan_packing(lengths, max_tokens=5, max_length=60, num_epochs=9, num_processes=2, **settings)
+    plan = plan_packing(
+        lengths, max_tokens=5, max_length=60, num_epochs=9, num_processes=2, **settings
+    )
     # The last step of an epoch has one row, which the first process takes.
     last_rows = {}
     for epoch in range(400):
@@ -210,10 +218,14 @@ def test_a_row_longer_than_a_cut_fits_on_a_process_that_had_none_in_the_planned_
 
 def test_every_array_of_a_plan_has_as_many_sequences():
     lengths = np.random.default_rng(0).integers(3, 60, 500)
-    plan = plan_packing(lengths, batch_size=16, max_tokens=10**6, max_length=60, seed=1, num_epochs=1)
+    plan = plan_packing(
+        lengths, batch_size=16, max_tokens=10**6, max_length=60, seed=1, num_epochs=1
+    )
     encoded = encoded_of(lengths)
     steps = plan_epoch(lengths, batch_size=16, seed=1, epoch=0)
-    assert {len(pack(encoded, step, plan=plan).cu_seq_lens) for step in steps} == {plan.num_rows + plan.num_spare + 1}
+    assert {len(pack(encoded, step, plan=plan).cu_seq_lens) for step in steps} == {
+        plan.num_rows + plan.num_spare + 1
+    }
     assert len(steps[-1]) < 16 or min(map(len, steps)) < 16  # the epoch's last rows are fewer
 
 
@@ -277,7 +289,9 @@ def test_real_data_take_twenty_shapes_and_little_padding(name, real_lengths):
 @pytest.mark.shared
 @pytest.mark.parametrize("max_tokens", [10**6, 5461, 4096])
 @pytest.mark.parametrize("name", DATA)
-def test_padded_rows_take_few_shapes_within_the_limit_however_a_step_is_cut(name, max_tokens, real_lengths):
+def test_padded_rows_take_few_shapes_within_the_limit_however_a_step_is_cut(
+    name, max_tokens, real_lengths
+):
     lengths = real_lengths[name]
     _, _, most_padding = DATA[name]
     steps = plan_epoch(lengths, batch_size=32, seed=42, epoch=0)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data import sources
-from lora_sentiment.data.rows import Rows, carve, digest_text, load_data, load_judged, load_rows, sample
+from lora_sentiment.data.rows import (
+    Rows,
+    carve,
+    digest_text,
+    load_data,
+    load_judged,
+    load_rows,
+    sample,
+)
 from lora_sentiment.data.tables import read_table
 from lora_sentiment.errors import DataError
 from lora_sentiment.recipe.data import DataConfig
@@ -22,7 +30,9 @@ def make_rows(texts, labels):
 
 
 def config(folder, **values):
-    return DataConfig(source={"train": str(folder / "train.csv"), "test": str(folder / "test.csv")}, **values)
+    return DataConfig(
+        source={"train": str(folder / "train.csv"), "test": str(folder / "test.csv")}, **values
+    )
 
 
 def test_string_labels_are_sorted_and_counted(toy):
@@ -37,7 +47,9 @@ def test_string_labels_are_sorted_and_counted(toy):
 def test_the_test_split_is_read_apart(toy, monkeypatch):
     read = []
     monkeypatch.setattr(
-        sources, "read_table", lambda path, **values: read.append(path.name) or read_table(path, **values)
+        sources,
+        "read_table",
+        lambda path, **values: read.append(path.name) or read_table(path, **values),
     )
     data = load_data(config(toy))
     assert read == ["train.csv"]
@@ -101,16 +113,30 @@ def test_a_bad_row_is_an_error_or_counted(toy, row, message):
 def test_what_was_dropped_is_told_by_kind_and_row_without_its_text(toy):
     bad = [("fine", "secret word"), ("", "positive"), ("poor", "another"), ("so", "")]
     write_csv(toy / "train.csv", [*toy_rows(120), *bad])
-    dropped = load_data(config(toy, on_bad_row="drop", labels=["negative", "positive"])).counts["train"].dropped
-    assert dropped == {"label is unknown": [121, 123], "text is empty": [122], "label is missing": [124]}
+    dropped = (
+        load_data(config(toy, on_bad_row="drop", labels=["negative", "positive"]))
+        .counts["train"]
+        .dropped
+    )
+    assert dropped == {
+        "label is unknown": [121, 123],
+        "text is empty": [122],
+        "label is missing": [124],
+    }
 
 
 def test_a_missing_number_is_a_missing_label(tmp_path):
-    pq.write_table(pa.table({"text": list("abcd"), "label": ["0", "1", None, "1"]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": list("abcd"), "label": ["0", "1", None, "1"]}), tmp_path / "a.parquet"
+    )
     with pytest.raises(DataError, match="row 3: label is missing"):
         load_rows(DataConfig(source=str(tmp_path / "a.parquet")), split="test", labels=("0", "1"))
-    pq.write_table(pa.table({"text": list("ab"), "label": [float("nan"), 1.0]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"row 1: label is missing\n.*row 2: label 1\.0 is none of 0, 1"):
+    pq.write_table(
+        pa.table({"text": list("ab"), "label": [float("nan"), 1.0]}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(
+        DataError, match=r"row 1: label is missing\n.*row 2: label 1\.0 is none of 0, 1"
+    ):
         load_rows(DataConfig(source=str(tmp_path / "a.parquet")), split="test", labels=("0", "1"))
 
 
@@ -157,7 +183,9 @@ def test_one_class_only_is_refused(toy):
 
 
 def test_a_missing_column_names_the_ones_there(toy):
-    with pytest.raises(DataError, match=r"no column 'texte'; the columns are text, label; did you mean 'text'\?"):
+    with pytest.raises(
+        DataError, match=r"no column 'texte'; the columns are text, label; did you mean 'text'\?"
+    ):
         load_data(config(toy, text_column="texte"))
 
 
@@ -180,7 +208,9 @@ def test_a_glob_reads_all_its_files(toy):
 
 
 def test_test_can_be_carved_and_shares_no_text(toy):
-    data = load_data(DataConfig(source=str(toy / "train.csv"), test_fraction=0.2, validation_fraction=0.25))
+    data = load_data(
+        DataConfig(source=str(toy / "train.csv"), test_fraction=0.2, validation_fraction=0.25)
+    )
     parts = [set(data.train.texts), set(data.validation.texts), set(data.carved_test.texts)]
     assert len(data.carved_test) == 24
     assert set(data.seen_texts.tolist()) == {digest_text(text) for text in parts[0] | parts[1]}
@@ -190,19 +220,28 @@ def test_test_can_be_carved_and_shares_no_text(toy):
 
 
 def test_a_lone_file_is_read_whatever_it_is_called(toy):
-    rows, _ = load_rows(DataConfig(source=str(toy / "test.csv")), split="test", labels=("negative", "positive"))
+    rows, _ = load_rows(
+        DataConfig(source=str(toy / "test.csv")), split="test", labels=("negative", "positive")
+    )
     assert len(rows) == 41
 
 
 def test_of_the_bundled_reviews_the_split_that_is_named_is_read():
     config = DataConfig(source="bundled")
-    found = {split: load_rows(config, split=split, labels=("negative", "positive"))[0] for split in ("train", "test")}
+    found = {
+        split: load_rows(config, split=split, labels=("negative", "positive"))[0]
+        for split in ("train", "test")
+    }
     assert {split: len(rows) for split, rows in found.items()} == {"train": 400, "test": 100}
-    with pytest.raises(DataError, match=r"split: found 'dev'; 'bundled' has train, validation, test$"):
+    with pytest.raises(
+        DataError, match=r"split: found 'dev'; 'bundled' has train, validation, test$"
+    ):
         load_rows(config, split="dev", labels=("negative", "positive"))
 
 
-labelled = st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.integers(0, 2)), min_size=12, max_size=80)
+labelled = st.lists(
+    st.tuples(st.sampled_from("abcdefghijklmnop"), st.integers(0, 2)), min_size=12, max_size=80
+)
 
 
 @given(labelled, st.floats(0.05, 0.6), st.integers(0, 3))
@@ -214,7 +253,10 @@ def test_a_carve_loses_no_row_and_keeps_duplicates_together(pairs, fraction, see
         return
     assert sorted([*rest.numbers, *carved.numbers]) == rows.numbers.tolist()
     assert not set(rest.texts) & set(carved.texts)
-    assert carve(rows, "abc", fraction=fraction, seed=seed)[1].numbers.tolist() == carved.numbers.tolist()
+    assert (
+        carve(rows, "abc", fraction=fraction, seed=seed)[1].numbers.tolist()
+        == carved.numbers.tolist()
+    )
 
 
 def test_a_carve_is_stratified_and_its_seed_decides():
@@ -225,8 +267,16 @@ def test_a_carve_is_stratified_and_its_seed_decides():
 
 
 def test_a_carve_that_would_empty_a_label_is_refused():
-    with pytest.raises(DataError, match=r"label 'good' has too few distinct texts to carve 30% out of its rows \(2\)"):
-        carve(make_rows(["a", "b", "c", "d", "d"], [0, 0, 0, 1, 1]), ["bad", "good"], fraction=0.3, seed=0)
+    with pytest.raises(
+        DataError,
+        match=r"label 'good' has too few distinct texts to carve 30% out of its rows \(2\)",
+    ):
+        carve(
+            make_rows(["a", "b", "c", "d", "d"], [0, 0, 0, 1, 1]),
+            ["bad", "good"],
+            fraction=0.3,
+            seed=0,
+        )
 
 
 @given(st.integers(10, 200), st.integers(1, 10), st.integers(0, 5))
@@ -249,7 +299,9 @@ def test_the_fingerprint_sees_texts_labels_and_order():
 
 def test_every_role_is_judged_in_the_recipes_order(toy):
     files = {"train": "train.csv", "dev": "test.csv", "test_2": "test.csv"}
-    several = DataConfig(source={role: str(toy / name) for role, name in files.items()}, test_fraction=0.2)
+    several = DataConfig(
+        source={role: str(toy / name) for role, name in files.items()}, test_fraction=0.2
+    )
     data = load_data(several)
     assert data.judged == ("dev", "test_2")
     assert data.carved_test is None
@@ -265,7 +317,9 @@ def test_the_sample_of_judged_rows_is_of_every_role(toy):
 
 @pytest.mark.parametrize("hidden", [-1, "-1"])
 def test_hidden_labels_are_counted_and_not_judged(toy, hidden):
-    (toy / "test.jsonl").write_text("".join(json.dumps({"text": t, "label": hidden}) + "\n" for t in "abc"))
+    (toy / "test.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": hidden}) + "\n" for t in "abc")
+    )
     several = DataConfig(source={"train": str(toy / "train.csv"), "test": str(toy / "test.jsonl")})
     rows, counts = load_judged(several, role="test", labels=("negative", "positive"))
     assert rows is None
@@ -281,7 +335,9 @@ def test_some_hidden_labels_are_bad_rows_and_minus_one_can_be_a_label(toy):
 
 
 def test_files_have_no_splits_to_name(toy):
-    with pytest.raises(DataError, match=r"data\.splits: found .* but .* are files; files by role are data\.source="):
+    with pytest.raises(
+        DataError, match=r"data\.splits: found .* but .* are files; files by role are data\.source="
+    ):
         load_data(DataConfig(source=str(toy / "train.csv"), splits={"train": "train"}))
 
 
@@ -291,12 +347,22 @@ def hub_set(monkeypatch):
     import datasets
 
     features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["negative", "positive"]),
+        }
     )
-    own = {"train": toy_rows(60), "validation": toy_rows(80)[60:], "test": [(text, -1) for text, _ in toy_rows(9)]}
+    own = {
+        "train": toy_rows(60),
+        "validation": toy_rows(80)[60:],
+        "test": [(text, -1) for text, _ in toy_rows(9)],
+    }
 
     def load(name, configuration, *, split, revision):
-        columns = {"text": [text for text, _ in own[split]], "label": [label for _, label in own[split]]}
+        columns = {
+            "text": [text for text, _ in own[split]],
+            "label": [label for _, label in own[split]],
+        }
         return datasets.Dataset.from_dict(columns, features=features)
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: list(own))
@@ -305,10 +371,15 @@ def hub_set(monkeypatch):
 
 
 def test_a_hub_data_sets_splits_take_the_roles_that_the_recipe_gives(hub_set):
-    given_config = hub_set.model_copy(update={"splits": {"train": "train", "dev": "validation", "test": "test"}})
+    given_config = hub_set.model_copy(
+        update={"splits": {"train": "train", "dev": "validation", "test": "test"}}
+    )
     data = load_data(given_config)
     assert data.judged == ("dev", "test")
-    assert (len(data.train), len(data.validation)) == (54, 6)  # carved, because no split has the role
+    assert (len(data.train), len(data.validation)) == (
+        54,
+        6,
+    )  # carved, because no split has the role
     assert len(load_judged(given_config, role="dev", labels=data.labels)[0]) == 20
     assert load_judged(given_config, role="test", labels=data.labels)[0] is None
 
@@ -321,7 +392,8 @@ def test_without_roles_a_hub_data_sets_splits_are_what_they_are_called(hub_set):
 def test_a_misspelt_split_names_the_ones_there(hub_set):
     wrong = hub_set.model_copy(update={"splits": {"train": "train", "dev": "validaton"}})
     message = (
-        r"data\.splits\.dev: 'own/sst2' has no split 'validaton'; it has train, validation, test; did you mean 'valid"
+        r"data\.splits\.dev: 'own/sst2' has no split 'validaton'; it has train, validation, test; "
+        "did you mean 'valid"
     )
     with pytest.raises(DataError, match=message):
         load_data(wrong)

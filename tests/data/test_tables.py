@@ -23,7 +23,9 @@ few = settings(max_examples=60, deadline=None)
 def read(path, **options):
     """Reads a whole table and joins its batches."""
     batches = list(read_table(path, **options))
-    return {name: list(chain.from_iterable(batch[name] for batch in batches)) for name in batches[0]}
+    return {
+        name: list(chain.from_iterable(batch[name] for batch in batches)) for name in batches[0]
+    }
 
 
 def write(path, table):
@@ -68,7 +70,9 @@ def test_text_formats_are_read_as_they_state(tmp_path, name, content, expected):
     path = save(tmp_path, name, content)
     table = read(path)
     assert table == expected
-    assert [list(map(type, values)) for values in table.values()] == [list(map(type, v)) for v in expected.values()]
+    assert [list(map(type, values)) for values in table.values()] == [
+        list(map(type, v)) for v in expected.values()
+    ]
     assert table_columns(path) == list(expected)
 
 
@@ -79,7 +83,13 @@ def test_every_encoding_gives_the_same_table(tmp_path, encoding):
 
 
 def test_parquet_keeps_its_types(tmp_path):
-    table = {"text": ["a", None], "label": [1, 0], "score": [0.5, 1.0], "good": [True, False], "tags": [["x"], []]}
+    table = {
+        "text": ["a", None],
+        "label": [1, 0],
+        "score": [0.5, 1.0],
+        "good": [True, False],
+        "tags": [["x"], []],
+    }
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == table
     assert table_columns(tmp_path / "a.parquet") == list(table)
@@ -110,7 +120,17 @@ def test_a_row_of_a_megabyte_is_read(tmp_path, name):
 
 
 def test_formats_name_every_suffix():
-    suffixes = {".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"}
+    suffixes = {
+        ".csv",
+        ".csv.gz",
+        ".tsv",
+        ".tsv.gz",
+        ".jsonl",
+        ".jsonl.gz",
+        ".json",
+        ".json.gz",
+        ".parquet",
+    }
     assert set(FORMATS) == suffixes
 
 
@@ -178,25 +198,33 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path):
         read(tmp_path / "tarin.csv")
     with pytest.raises(DataError, match=r"no such file; check the path$"):
         read(tmp_path / "zzz.parquet")
-    with pytest.raises(DataError, match=r"cannot be read: No such file or directory; check its folder and disk$"):
+    with pytest.raises(
+        DataError, match=r"cannot be read: No such file or directory; check its folder and disk$"
+    ):
         read(tmp_path / "nowhere" / "train.csv")
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"is a folder; name a file in it, or a pattern such as .*\*\.csv"):
+    with pytest.raises(
+        DataError, match=r"is a folder; name a file in it, or a pattern such as .*\*\.csv"
+    ):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("encoding", ["utf9", "base64", "no\0name"])
 def test_an_unknown_encoding_is_refused(tmp_path, encoding):
     path = save(tmp_path, "a.csv", "a\nx\n")
-    with pytest.raises(DataError, match=r"is no text encoding of Python's; set data.encoding to one such as utf-8"):
+    with pytest.raises(
+        DataError, match=r"is no text encoding of Python's; set data.encoding to one such as utf-8"
+    ):
         read(path, encoding=encoding)
 
 
 def test_an_encoding_that_fails_in_its_own_way_is_refused(tmp_path):
     path = save(tmp_path, "a.csv", "a\nx\n")
-    with pytest.raises(DataError, match="is not undefined: undefined encoding; all of it decodes as utf-8"):
+    with pytest.raises(
+        DataError, match="is not undefined: undefined encoding; all of it decodes as utf-8"
+    ):
         read(path, encoding="undefined")
 
 
@@ -206,7 +234,9 @@ def test_the_offset_of_a_bad_byte_counts_from_the_start_of_the_file(tmp_path, of
     offset -= (offset - 2) % 3  # the first byte of an é
     data[offset] = 0xFF
     path = save(tmp_path, "a.csv", bytes(data))
-    with pytest.raises(DataError, match=rf"byte 0xff at offset {offset} \(line {2 + (offset - 2) // 3}\)"):
+    with pytest.raises(
+        DataError, match=rf"byte 0xff at offset {offset} \(line {2 + (offset - 2) // 3}\)"
+    ):
         read(path)
 
 
@@ -254,7 +284,9 @@ def test_twin_columns_of_a_parquet_file_are_refused(tmp_path):
 # Round trips
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
-names = st.lists(text.filter(lambda name: name and name[0] != "\ufeff"), min_size=1, max_size=4, unique=True)
+names = st.lists(
+    text.filter(lambda name: name and name[0] != "\ufeff"), min_size=1, max_size=4, unique=True
+)
 
 
 @st.composite
@@ -296,7 +328,14 @@ def test_tsv_gives_back_what_it_can_hold_and_refuses_the_rest(tmp_path_factory, 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_types_come_back_as_they_were(tmp_path, name):
-    table = {"a": [1, 2**60], "b": [0.1, 1e300], "c": [True, None], "d": ["", None], "e": [None, None], "f": [[1], []]}
+    table = {
+        "a": [1, 2**60],
+        "b": [0.1, 1e300],
+        "c": [True, None],
+        "d": ["", None],
+        "e": [None, None],
+        "f": [[1], []],
+    }
     write(tmp_path / name, table)
     assert read(tmp_path / name) == table
 
@@ -359,7 +398,9 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(DataError, match=r"a.csv.gz: cannot be written: No space left on device; check its"):
+    with pytest.raises(
+        DataError, match=r"a.csv.gz: cannot be written: No space left on device; check its"
+    ):
         write(tmp_path / "a.csv.gz", {"a": ["x"]})
     assert list(tmp_path.iterdir()) == []
 
@@ -413,12 +454,22 @@ def test_a_column_keeps_the_type_of_its_first_parquet_batch(tmp_path):
 
 
 def test_parquet_is_written_in_the_types_that_are_given(tmp_path):
-    types = {"a": pa.int8(), "b": pa.null(), "c": pa.timestamp("ns"), "d": pa.dictionary(pa.int32(), pa.string())}
-    with TableWriter(tmp_path / "a.parquet", columns=["a", "b", "c", "d", "e"], types=types) as writer:
+    types = {
+        "a": pa.int8(),
+        "b": pa.null(),
+        "c": pa.timestamp("ns"),
+        "d": pa.dictionary(pa.int32(), pa.string()),
+    }
+    with TableWriter(
+        tmp_path / "a.parquet", columns=["a", "b", "c", "d", "e"], types=types
+    ) as writer:
         writer.write({"a": [None], "b": [None], "c": [None], "d": [None], "e": [None]})
         writer.write({"a": [1], "b": [None], "c": [5], "d": ["x"], "e": ["y"]})
     found = pq.read_table(tmp_path / "a.parquet")
-    assert dict(zip(found.column_names, found.schema.types, strict=True)) == {**types, "e": pa.string()}
+    assert dict(zip(found.column_names, found.schema.types, strict=True)) == {
+        **types,
+        "e": pa.string(),
+    }
     with (
         pytest.raises(DataError, match="column 'a' cannot be written: Value 300 too large"),
         TableWriter(tmp_path / "b.parquet", columns=["a"], types=types) as writer,
@@ -427,7 +478,9 @@ def test_parquet_is_written_in_the_types_that_are_given(tmp_path):
 
 
 def test_a_parquet_file_tells_its_own_types(tmp_path):
-    table = pa.table({"a": pa.array([1], pa.int8()), "b": pa.nulls(1), "c": pa.array(["x"]).dictionary_encode()})
+    table = pa.table(
+        {"a": pa.array([1], pa.int8()), "b": pa.nulls(1), "c": pa.array(["x"]).dictionary_encode()}
+    )
     pq.write_table(table, tmp_path / "a.parquet")
     assert table_types(tmp_path / "a.parquet") == {field.name: field.type for field in table.schema}
 
@@ -454,7 +507,9 @@ def test_a_type_fits_all_values_of_a_column(tmp_path, first, last, expected, bet
 @pytest.mark.parametrize("between", [0, 20_000])
 def test_values_that_fit_no_one_type_are_refused(tmp_path, first, last, between):
     write(tmp_path / "a.jsonl", {"a": [first, *[None] * between, last]})
-    with pytest.raises(DataError, match=r"a.jsonl: column 'a' fits no type of parquet .*; write .jsonl, or give"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl: column 'a' fits no type of parquet .*; write .jsonl, or give"
+    ):
         table_types(tmp_path / "a.jsonl")
 
 
@@ -484,7 +539,10 @@ def test_random_bytes_raise_nothing_but_data_errors(tmp_path_factory, data, name
 
 
 @few
-@given(data=st.text(alphabet='a1,"\t\r\n{}[]:\\ué\0\ufeff ', max_size=60), name=st.sampled_from(sorted(FORMATS)[:-1]))
+@given(
+    data=st.text(alphabet='a1,"\t\r\n{}[]:\\ué\0\ufeff ', max_size=60),
+    name=st.sampled_from(sorted(FORMATS)[:-1]),
+)
 def test_near_misses_raise_nothing_but_data_errors(tmp_path_factory, data, name):
     path = tmp_path_factory.getbasetemp() / f"near{name}"
     path.write_bytes(gzip.compress(data.encode()) if name.endswith(".gz") else data.encode())

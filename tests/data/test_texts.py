@@ -61,7 +61,9 @@ def test_no_name_holds_a_text(tmp_path, monkeypatch):
 
 def test_no_room_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(DataError, match=r"none: the texts that were read cannot be put into .*No such file.*TMPDIR"):
+    with pytest.raises(
+        DataError, match=r"none: the texts that were read cannot be put into .*No such file.*TMPDIR"
+    ):
         write(["a"])
 
 
@@ -71,14 +73,19 @@ def test_room_that_ends_at_the_last_byte_is_the_same_message(tmp_path, monkeypat
     """A file is written to when it is flushed, and once more when it is closed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))  # noqa: SIM115
-    with pytest.raises(DataError, match=rf"{tmp_path}: the texts that were read .*No space left on device; free some"):
+    with pytest.raises(
+        DataError,
+        match=rf"{tmp_path}: the texts that were read .*No space left on device; free some",
+    ):
         write([text])
 
 
 def test_no_temporary_folder_at_all_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
-    with pytest.raises(DataError, match=r"^the texts that were read .*: No usable temporary directory .*set TMPDIR"):
+    with pytest.raises(
+        DataError, match=r"^the texts that were read .*: No usable temporary directory .*set TMPDIR"
+    ):
         write(["a"])
 
 
@@ -102,6 +109,8 @@ def test_what_was_read_of_a_mapping_is_given_back(tmp_path):
     ends = np.full(2500, 1)
     assert len(list(Texts(mapped, ends - 1, ends))) == 2500
     assert mapped.given_back == 3  # 1,000 texts at a time
-    encoded = Encoded(np.frombuffer(mapped, dtype="<i4"), np.array([0, 2, 5000]), np.zeros(2), 0, pad_token_id=0)
+    encoded = Encoded(
+        np.frombuffer(mapped, dtype="<i4"), np.array([0, 2, 5000]), np.zeros(2), 0, pad_token_id=0
+    )
     assert batches.pad(encoded, np.array([0]))[0].tolist() == [[0, 1]]
     assert mapped.given_back == 4

@@ -23,7 +23,10 @@ def draw_correct(num_rows, accuracy, *, seed):
 
 
 def test_interval_goes_to_json_with_a_note_only_where_there_is_one():
-    assert json.dumps(Interval(0.5, 0.25, 0.75).as_dict()) == '{"value": 0.5, "low": 0.25, "high": 0.75}'
+    assert (
+        json.dumps(Interval(0.5, 0.25, 0.75).as_dict())
+        == '{"value": 0.5, "low": 0.25, "high": 0.75}'
+    )
     assert Interval(None, None, None, "no value: x").as_dict()["note"] == "no value: x"
 
 
@@ -61,7 +64,9 @@ def test_undefined_resamples_are_left_out_and_counted():
     interval = percentile_interval(2.0, resampled, confidence=0.5, undefined_if="one label only")
     assert (interval.low, interval.high) == (1.5, 2.5)
     assert interval.note == "2 of 4 resamples left out: one label only"
-    nothing_left = percentile_interval(2.0, np.full(3, np.nan), confidence=0.5, undefined_if="one label only")
+    nothing_left = percentile_interval(
+        2.0, np.full(3, np.nan), confidence=0.5, undefined_if="one label only"
+    )
     assert nothing_left == Interval(2.0, None, None, "3 of 3 resamples left out: one label only")
     assert percentile_interval(np.nan, resampled, confidence=0.5).value is None
 
@@ -69,8 +74,13 @@ def test_undefined_resamples_are_left_out_and_counted():
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     num_covered = 0
     for seed in range(200):
-        correct_a, correct_b = draw_correct(200, 0.8, seed=2 * seed), draw_correct(200, 0.7, seed=2 * seed + 1)
-        interval = paired_bootstrap(correct_a, correct_b, confidence=0.9, num_resamples=200, seed=seed)
+        correct_a, correct_b = (
+            draw_correct(200, 0.8, seed=2 * seed),
+            draw_correct(200, 0.7, seed=2 * seed + 1),
+        )
+        interval = paired_bootstrap(
+            correct_a, correct_b, confidence=0.9, num_resamples=200, seed=seed
+        )
         num_covered += interval.low <= 0.1 <= interval.high
     assert 0.83 <= num_covered / 200 <= 0.96
 

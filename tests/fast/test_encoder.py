@@ -50,7 +50,11 @@ def make_classifier(
 
 
 def make_lora(
-    target_modules: list[str] | None = None, *, p: float = 0.0, activation: str = "gelu", **changes: Any
+    target_modules: list[str] | None = None,
+    *,
+    p: float = 0.0,
+    activation: str = "gelu",
+    **changes: Any,
 ) -> PeftModel:
     """A LoRA model in training mode whose B are drawn at random: B = 0 would hide most mistakes."""
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "task_type": "SEQ_CLS", **changes}
@@ -76,12 +80,16 @@ def make_batch(length: int, *, padded: bool = True) -> tuple[Tensor, Tensor]:
     return input_ids, attention_mask
 
 
-def logits_and_grads(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def logits_and_grads(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
     # Of one label: of two, rows cancel in the gradient of the classifier's bias, and what is left may be rounding.
     functional.cross_entropy(logits.float(), torch.ones_like(input_ids[:, 0])).backward()
-    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def find_encoder(model: nn.Module) -> DistilBertModel:
@@ -95,7 +103,10 @@ def largest_grad_distance(expected: dict[str, Tensor], found: dict[str, Tensor])
     assert all(max(expected[name].norm(), found[name].norm()) < 1e-6 for name in k_biases)
     big = [name for name, grad in expected.items() if grad.norm() > 1e-6]
     assert all(found[name].norm() < 1e-5 for name in expected.keys() - set(big))
-    return max((float((expected[name] - found[name]).norm() / expected[name].norm()) for name in big), default=0.0)
+    return max(
+        (float((expected[name] - found[name]).norm() / expected[name].norm()) for name in big),
+        default=0.0,
+    )
 
 
 def assert_exact(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -109,7 +120,9 @@ def assert_exact(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("length", [1, 7, 33, 200])
-@pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS])
+@pytest.mark.parametrize(
+    "target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS]
+)
 def test_fp32_logits_and_gradients_are_those_of_the_stock_encoder(
     target_modules: list[str], length: int, padded: bool
 ) -> None:
@@ -119,12 +132,22 @@ def test_fp32_logits_and_gradients_are_those_of_the_stock_encoder(
 @pytest.mark.gpu
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("length", [1, 7, 33, 200])
-def test_a_gpu_gives_the_numbers_of_the_stock_encoder_there(gpu: torch.device, length: int, padded: bool) -> None:
-    assert_exact(make_lora(ALL_LINEARS).to(gpu), *(each.to(gpu) for each in make_batch(length, padded=padded)))
+def test_a_gpu_gives_the_numbers_of_the_stock_encoder_there(
+    gpu: torch.device, length: int, padded: bool
+) -> None:
+    assert_exact(
+        make_lora(ALL_LINEARS).to(gpu),
+        *(each.to(gpu) for each in make_batch(length, padded=padded)),
+    )
 
 
 @pytest.mark.parametrize(
-    "changes", [{"use_rslora": True}, {"rank_pattern": {"layer.1.attention.q_lin": 7}}, {"layers_to_transform": [1]}]
+    "changes",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"layer.1.attention.q_lin": 7}},
+        {"layers_to_transform": [1]},
+    ],
 )
 def test_every_kind_of_plain_lora_is_exact(changes: dict[str, Any]) -> None:
     assert_exact(make_lora(ALL_LINEARS, **changes), *make_batch(9))
@@ -161,12 +184,16 @@ def train(model: nn.Module, *names: str, only: bool = False) -> nn.Module:
     ids=str,
 )
 @pytest.mark.parametrize("length", [9, 200])
-def test_trained_base_tensors_get_the_gradients_of_the_stock_encoder(names: list[str], length: int) -> None:
+def test_trained_base_tensors_get_the_gradients_of_the_stock_encoder(
+    names: list[str], length: int
+) -> None:
     assert_exact(train(make_classifier(), *names, only=True), *make_batch(length))
 
 
 @pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ALL_LINEARS])
-@pytest.mark.parametrize("names", [[""], ["bias"], ["norm.", "embeddings."], ["k_lin", "lin1", "layer.2."]], ids=str)
+@pytest.mark.parametrize(
+    "names", [[""], ["bias"], ["norm.", "embeddings."], ["k_lin", "lin1", "layer.2."]], ids=str
+)
 def test_lora_and_trained_base_tensors_mix(names: list[str], target_modules: list[str]) -> None:
     assert_exact(train(make_lora(target_modules), *names), *make_batch(9))
 
@@ -209,7 +236,10 @@ def test_no_attention_mask_means_that_every_token_counts(length: int) -> None:
     input_ids, attention_mask = make_batch(length, padded=False)
     use_fast_encoder(model, compute_dtype=torch.float32)
     torch.testing.assert_close(
-        model(input_ids=input_ids).logits, model(input_ids, attention_mask).logits, atol=1e-6, rtol=0
+        model(input_ids=input_ids).logits,
+        model(input_ids, attention_mask).logits,
+        atol=1e-6,
+        rtol=0,
     )
 
 
@@ -233,10 +263,17 @@ def test_only_the_first_token_comes_out_and_the_stock_encoder_comes_back() -> No
 
 @pytest.mark.parametrize(
     "make",
-    [make_lora, lambda: make_lora(ALL_LINEARS), lambda: make_classifier().train(), lambda: train(make_lora(), "lin")],
+    [
+        make_lora,
+        lambda: make_lora(ALL_LINEARS),
+        lambda: make_classifier().train(),
+        lambda: train(make_lora(), "lin"),
+    ],
     ids=["lora", "lora everywhere", "full", "lora and linears"],
 )
-def test_bf16_is_close_to_stock_bf16_and_its_gradients_are_fp32(make: Callable[[], nn.Module]) -> None:
+def test_bf16_is_close_to_stock_bf16_and_its_gradients_are_fp32(
+    make: Callable[[], nn.Module],
+) -> None:
     model = make()
     input_ids, attention_mask = make_batch(33)
     _, exact = logits_and_grads(model, input_ids, attention_mask)
@@ -273,7 +310,12 @@ def test_dropout_has_the_strength_of_the_stock_encoder(changes: dict[str, float]
 
     def draw() -> Tensor:
         with torch.no_grad():
-            return torch.stack([model(input_ids=input_ids, attention_mask=attention_mask).logits for _ in range(80)])
+            return torch.stack(
+                [
+                    model(input_ids=input_ids, attention_mask=attention_mask).logits
+                    for _ in range(80)
+                ]
+            )
 
     stock = draw()
     use_fast_encoder(model, compute_dtype=torch.float32)
@@ -290,9 +332,13 @@ def test_changed_weights_are_noticed() -> None:
     block = find_encoder(model).transformer.layer[0]
     changes = {
         "in place": lambda: block.attention.k_lin.base_layer.weight.mul_(1.5),
-        "new data": lambda: setattr(block.ffn.lin1.base_layer.weight, "data", torch.randn(HIDDEN_DIM, DIM) * 0.2),
+        "new data": lambda: setattr(
+            block.ffn.lin1.base_layer.weight, "data", torch.randn(HIDDEN_DIM, DIM) * 0.2
+        ),
         "new parameter": lambda: setattr(
-            block.attention.v_lin.base_layer, "bias", nn.Parameter(torch.randn(DIM), requires_grad=False)
+            block.attention.v_lin.base_layer,
+            "bias",
+            nn.Parameter(torch.randn(DIM), requires_grad=False),
         ),
         "adapter": lambda: block.attention.q_lin.lora_B["default"].weight.data.mul_(2),
     }
@@ -322,7 +368,9 @@ def test_full_fine_tuning_takes_the_steps_of_the_stock_encoder() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["attention.q_lin.weight", "attention.v_lin.bias", "ffn.lin1.weight", "ffn.lin2.bias"])
+@pytest.mark.parametrize(
+    "name", ["attention.q_lin.weight", "attention.v_lin.bias", "ffn.lin1.weight", "ffn.lin2.bias"]
+)
 def test_trained_tensors_are_never_stale(name: str, dtype: torch.dtype) -> None:
     model, batch = make_classifier().eval(), make_batch(9)
     parameter = find_encoder(model).transformer.layer[1].get_parameter(name)
@@ -358,7 +406,9 @@ def test_disabled_adapters_give_the_base_model() -> None:
 
 def quantise(model: nn.Module) -> nn.Module:
     linear = find_encoder(model).transformer.layer[1].ffn.lin1
-    linear.weight = nn.Parameter(torch.zeros(HIDDEN_DIM, DIM, dtype=torch.int8), requires_grad=False)
+    linear.weight = nn.Parameter(
+        torch.zeros(HIDDEN_DIM, DIM, dtype=torch.int8), requires_grad=False
+    )
     return model
 
 
@@ -387,14 +437,19 @@ REFUSED = {
     "DoRA": (lambda: make_lora(use_dora=True), "layer.0.attention.q_lin", "Dora"),
     "IA3": (
         lambda: get_peft_model(
-            make_classifier(), IA3Config(task_type="SEQ_CLS", target_modules=["k_lin"], feedforward_modules=[])
+            make_classifier(),
+            IA3Config(task_type="SEQ_CLS", target_modules=["k_lin"], feedforward_modules=[]),
         ),
         "layer.0.attention.k_lin",
         "nor PEFT's LoRA",
     ),
     "quantised": (lambda: quantise(frozen_classifier()), "layer.1.ffn.lin1", "quantised"),
     "merged": (lambda: merge(make_lora()), "layer.0.attention.q_lin", "merged"),
-    "two adapters": (lambda: add_second(make_lora()), "layer.0.attention.q_lin", "several adapters"),
+    "two adapters": (
+        lambda: add_second(make_lora()),
+        "layer.0.attention.q_lin",
+        "several adapters",
+    ),
     "bias": (lambda: make_lora(lora_bias=True), "layer.0.attention.q_lin", "lora_bias"),
     "activation": (lambda: make_lora(activation="relu"), "ffn.activation", "relu"),
     "hook": (lambda: hook(make_lora()), "layer.2.ffn", "hook"),
@@ -402,7 +457,11 @@ REFUSED = {
         lambda: get_peft_model(
             make_classifier(),
             PromptTuningConfig(
-                task_type="SEQ_CLS", num_virtual_tokens=2, token_dim=DIM, num_layers=NUM_LAYERS, num_attention_heads=4
+                task_type="SEQ_CLS",
+                num_virtual_tokens=2,
+                token_dim=DIM,
+                num_layers=NUM_LAYERS,
+                num_attention_heads=4,
             ),
         ),
         "PromptTuningConfig",
@@ -420,7 +479,11 @@ def test_what_cannot_be_computed_is_refused_by_name(case: str) -> None:
     assert reason is not None
     assert where in reason
     assert why in reason
-    assert all("forward" not in module.__dict__ for module in model.modules() if isinstance(module, DistilBertModel))
+    assert all(
+        "forward" not in module.__dict__
+        for module in model.modules()
+        if isinstance(module, DistilBertModel)
+    )
 
 
 def test_an_adapter_merged_later_is_an_error_and_not_a_wrong_answer() -> None:
@@ -471,7 +534,10 @@ class CountProducts(TorchDispatchMode):
         self.shapes: Counter[tuple[int, int, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        factors = {torch.ops.aten.mm.default: args[:2], torch.ops.aten.addmm.default: args[1:3]}.get(func)
+        factors = {
+            torch.ops.aten.mm.default: args[:2],
+            torch.ops.aten.addmm.default: args[1:3],
+        }.get(func)
         if factors is not None:
             self.shapes[(*factors[0].shape, factors[1].shape[1])] += 1
         return func(*args, **(kwargs or {}))
@@ -509,7 +575,9 @@ def test_the_input_gradient_of_the_first_layer_is_not_computed() -> None:
     assert products[input_ids.numel(), 3 * DIM, DIM] == NUM_LAYERS - 2
 
 
-def test_each_trained_weight_takes_one_product_and_the_last_query_that_of_the_first_tokens() -> None:
+def test_each_trained_weight_takes_one_product_and_the_last_query_that_of_the_first_tokens() -> (
+    None
+):
     model = make_classifier().train()
     input_ids, attention_mask = make_batch(9)
     use_fast_encoder(model, compute_dtype=torch.float32)
@@ -539,7 +607,11 @@ def count_kept(model: nn.Module) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(*make_batch(9)).logits.sum()
     assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() // 4 for address, tensor in kept.items() if address not in parameters)
+    return sum(
+        tensor.untyped_storage().nbytes() // 4
+        for address, tensor in kept.items()
+        if address not in parameters
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -560,7 +632,9 @@ def test_blocks_before_the_first_trained_one_keep_nothing(p: float) -> None:
     ],
     ids=["q_lin and v_lin", "all linears", "full"],
 )
-def test_checkpointing_gives_the_same_bits(make: Callable[[float], nn.Module], p: float, dtype: torch.dtype) -> None:
+def test_checkpointing_gives_the_same_bits(
+    make: Callable[[float], nn.Module], p: float, dtype: torch.dtype
+) -> None:
     model = make(p)
     assert use_fast_encoder(model, compute_dtype=dtype) is None
     torch.manual_seed(3)
@@ -597,4 +671,6 @@ def test_a_trained_block_keeps_each_activation_once() -> None:
         3 * DIM + HIDDEN_DIM
     )  # of q, k and v, out_lin and lin1; what lin2 takes is computed anew from lin1's output
     attended = 3 * DIM  # q, k and v, which attention keeps with its weights
-    assert two - one == tokens * (norms + inputs + attended) + pairs + 3 * DIM * DIM  # q's, k's and v's weight in one
+    assert (
+        two - one == tokens * (norms + inputs + attended) + pairs + 3 * DIM * DIM
+    )  # q's, k's and v's weight in one

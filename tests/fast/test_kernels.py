@@ -27,21 +27,31 @@ def draw(*shape: int, trained: bool = True) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=trained)
 
 
-def make_linear(out_features: int, *slots: tuple[int, int], weight: bool = False, bias: bool = False) -> Linear:
+def make_linear(
+    out_features: int, *slots: tuple[int, int], weight: bool = False, bias: bool = False
+) -> Linear:
     """A linear of 4 inputs with an adapter for each slot of its outputs; `weight` and `bias` say what is trained."""
-    adapters = tuple(Adapter(draw(2, 4), draw(stop - start, 2), 0.5, start, stop) for start, stop in slots)
+    adapters = tuple(
+        Adapter(draw(2, 4), draw(stop - start, 2), 0.5, start, stop) for start, stop in slots
+    )
     return Linear(draw(out_features, 4, trained=weight), draw(out_features, trained=bias), adapters)
 
 
 def trained(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     tensors = [x]
     for layer in layers:
-        tensors += [layer.weight, layer.bias, *(tensor for adapter in layer.adapters for tensor in adapter[:2])]
+        tensors += [
+            layer.weight,
+            layer.bias,
+            *(tensor for adapter in layer.adapters for tensor in adapter[:2]),
+        ]
     return tuple(tensor for tensor in tensors if tensor.requires_grad)
 
 
 def cast(layer: Linear, dtype: torch.dtype) -> Linear:
-    adapters = tuple(adapter._replace(A=adapter.A.to(dtype), B=adapter.B.to(dtype)) for adapter in layer.adapters)
+    adapters = tuple(
+        adapter._replace(A=adapter.A.to(dtype), B=adapter.B.to(dtype)) for adapter in layer.adapters
+    )
     return Linear(layer.weight.to(dtype), layer.bias.to(dtype), adapters)
 
 
@@ -63,7 +73,9 @@ def assert_same_gradients(found: Tensor, expected: Tensor, inputs: tuple[Tensor,
         assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["added to y", "folded into the weight"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32], ids=["added to y", "folded into the weight"]
+)
 @pytest.mark.parametrize("slots", [[], [(0, 4), (8, 12)]], ids=["plain", "adapted"])
 @pytest.mark.parametrize("trains", TRAINED, ids=str)
 def test_a_linear_has_exact_gradients(
@@ -76,8 +88,12 @@ def test_a_linear_has_exact_gradients(
         assert_same_gradients(found, plain_linear(x, layer), trained(x, layer))
 
 
-@pytest.mark.parametrize("slots", [([], []), ([(0, 4)], []), ([], [(0, 4)]), ([(0, 4)], [(0, 4)])], ids=str)
-def test_the_feed_forward_has_exact_gradients(slots: tuple[list[tuple[int, int]], list[tuple[int, int]]]) -> None:
+@pytest.mark.parametrize(
+    "slots", [([], []), ([(0, 4)], []), ([], [(0, 4)]), ([(0, 4)], [(0, 4)])], ids=str
+)
+def test_the_feed_forward_has_exact_gradients(
+    slots: tuple[list[tuple[int, int]], list[tuple[int, int]]],
+) -> None:
     torch.manual_seed(0)
     for trains1, trains2, x_trained in product(TRAINED, TRAINED, [False, True]):
         lin1, lin2 = make_linear(4, *slots[0], **trains1), make_linear(4, *slots[1], **trains2)
@@ -92,12 +108,16 @@ def test_the_feed_forward_keeps_its_input_and_the_pre_activation_only() -> None:
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         feed_forward(x, lin1, lin2)
-    activations = {tensor.untyped_storage().data_ptr(): tensor for tensor in kept if len(tensor) == 100}
+    activations = {
+        tensor.untyped_storage().data_ptr(): tensor for tensor in kept if len(tensor) == 100
+    }
     assert len(activations) == 2
     assert x.data_ptr() in activations
 
 
-@pytest.mark.parametrize("chunk", [2 * 3 * 5 * 5, 2 * 5 * 5, 1], ids=["two examples", "two heads", "one head"])
+@pytest.mark.parametrize(
+    "chunk", [2 * 3 * 5 * 5, 2 * 5 * 5, 1], ids=["two examples", "two heads", "one head"]
+)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_by_explicit_products_has_exact_gradients(
     p: float, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -116,7 +136,9 @@ def test_attention_by_explicit_products_has_exact_gradients(
 
 @pytest.mark.parametrize("length", [33, 200, 512])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_attention_at_real_shapes_is_the_formulas(length: int, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_at_real_shapes_is_the_formulas(
+    length: int, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As training attends with dropout on: DistilBERT's heads, fp32, and more weights than one chunk holds."""
     monkeypatch.setattr("lora_sentiment.fast.kernels.FUSED_ATTENTION_FROM", 10**9)
     torch.manual_seed(0)

@@ -90,7 +90,9 @@ def assert_exact(model, input_ids, attention_mask, *, bound=1e-5):
 
 
 @pytest.mark.parametrize("length", [1, 7, 33, 200])
-@pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS])
+@pytest.mark.parametrize(
+    "target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS]
+)
 def test_logits_and_gradients_are_those_of_the_stock_encoder(target_modules, length):
     assert_exact(make_lora(target_modules), *make_batch(length))
 
@@ -241,7 +243,10 @@ def test_adapters_are_cast_with_their_scale_and_masters_get_fp32_gradients(scale
     assert torch.equal(found.stack, torch.cat([A, other[0]]).bfloat16())
     assert torch.equal(found.adapters[0].A, A.bfloat16())
     assert torch.equal(found.adapters[0].B, (B * scale).bfloat16())
-    assert [(each.scale, each.start, each.stop) for each in found.adapters] == [(1.0, 0, 5), (1.0, 5, 9)]
+    assert [(each.scale, each.start, each.stop) for each in found.adapters] == [
+        (1.0, 0, 5),
+        (1.0, 5, 9),
+    ]
     direction = torch.randn(5, 8).bfloat16()
     up = torch.randn(5, 3).bfloat16()
     outputs = [found.stack, *(each.B for each in found.adapters)]
@@ -292,7 +297,9 @@ def test_adapters_that_drop_and_trained_bases_are_not_stacked(case):
     weight.requires_grad_(case == "trained weight")
     bias.requires_grad_(case == "trained bias")
     p = 0.1 if case == "dropout" else 0.0
-    layer = Linear(weight, bias, (Adapter(torch.ones(3, 8), torch.ones(9, 3), 2.0, 0, 9, dropout=p),))
+    layer = Linear(
+        weight, bias, (Adapter(torch.ones(3, 8), torch.ones(9, 3), 2.0, 0, 9, dropout=p),)
+    )
     (found,) = cast_adapters([layer], torch.bfloat16)
     assert found.stack is None
     assert found.adapters[0].dropout == p

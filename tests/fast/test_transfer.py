@@ -38,7 +38,9 @@ def test_memory_is_written_again_only_when_the_copy_from_it_is_done(monkeypatch)
 
     plain = torch.empty
     monkeypatch.setattr(transfer.torch.cuda, "Event", Event)
-    monkeypatch.setattr(transfer.torch, "empty", lambda size, dtype, pin_memory: plain(size, dtype=dtype))
+    monkeypatch.setattr(
+        transfer.torch, "empty", lambda size, dtype, pin_memory: plain(size, dtype=dtype)
+    )
     host = HostBuffers(SimpleNamespace(type="cuda"))
     place = plain(5, dtype=torch.int32)
     for number in range(NUM_BUFFERS + 2):
@@ -56,4 +58,6 @@ def test_on_a_gpu_every_copy_holds_what_was_sent(gpu):
     for number in range(3 * NUM_BUFFERS):
         busy = busy @ busy
         found.append(host.send(make_arrays(number)))
-    assert [each.tolist() for each in found] == [[n, n + 1, n + 2, n, n] for n in range(3 * NUM_BUFFERS)]
+    assert [each.tolist() for each in found] == [
+        [n, n + 1, n + 2, n, n] for n in range(3 * NUM_BUFFERS)
+    ]

@@ -83,7 +83,9 @@ class _Flash(Function):
     def backward(ctx, grad):
         q, k, v, *_ = ctx.saved_tensors
         sums = q.new_empty(q.shape, dtype=torch.float32)
-        grads = tuple(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k, v))
+        grads = tuple(
+            torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k, v)
+        )
         del sums
         return grads
 
@@ -94,7 +96,9 @@ class _DropoutAddNorm(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, p):
         z = torch.empty_like(x)
-        ctx.save_for_backward(weight, z, *(x.new_empty(len(x), dtype=torch.float32) for _ in range(2)))
+        ctx.save_for_backward(
+            weight, z, *(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
+        )
         ctx.p = p
         return torch.empty_like(x)
 
@@ -191,14 +195,21 @@ class Autocast(TorchFunctionMode):
             # Their layout is (batch, length, heads, ...) in memory, as the kernel's own output.
             return _Flash.apply(*(each.transpose(1, 2) for each in (q, k, v))).transpose(1, 2)
         if func is functional.dropout:
-            x, p, training = (*args, *kwargs.values())[:3] if len(args) + len(kwargs) > 2 else (*args, True)
+            x, p, training = (
+                (*args, *kwargs.values())[:3] if len(args) + len(kwargs) > 2 else (*args, True)
+            )
             return torch.native_dropout(x, p, training)[0] if training and p else x
         return func(*args, **kwargs)
 
 
 def prepared(model):
     forwards = (getattr(vars(part).get("forward"), "__self__", None) for part in model.modules())
-    return [ready.stacked for forward in forwards if forward is not None for ready in forward.prepared.values()]
+    return [
+        ready.stacked
+        for forward in forwards
+        if forward is not None
+        for ready in forward.prepared.values()
+    ]
 
 
 def run(model, monkeypatch, *, fast, rows, length, dtype, quantize="none", backward=True):
@@ -219,11 +230,16 @@ def run(model, monkeypatch, *, fast, rows, length, dtype, quantize="none", backw
                 "max_length_q": length,
             }
         else:
-            inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.int64), "attention_mask": None}
+            inputs = {
+                "input_ids": torch.zeros(rows, length, dtype=torch.int64),
+                "attention_mask": None,
+            }
     linears = {
         id(parameter)
         for name, parameter in model.named_parameters()
-        if any(f".{each}." in name for each in LINEARS) and not parameter.requires_grad and parameter.ndim == 2
+        if any(f".{each}." in name for each in LINEARS)
+        and not parameter.requires_grad
+        and parameter.ndim == 2
     }
     grad = contextlib.nullcontext() if backward else torch.no_grad()
     if fast:

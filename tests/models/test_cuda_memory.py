@@ -63,7 +63,9 @@ def make(shape, method, options):
     return model, plan, {"fast": fast, "dtype": dtype, "quantize": quantize}
 
 
-@pytest.mark.parametrize("shape", [DISTILBERT, pytest.param(MINILM, marks=pytest.mark.slow)], ids=["768", "384"])
+@pytest.mark.parametrize(
+    "shape", [DISTILBERT, pytest.param(MINILM, marks=pytest.mark.slow)], ids=["768", "384"]
+)
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 def test_activations_and_peak_are_what_the_code_holds(shape, method, options, monkeypatch):
     model, plan, how = make(shape, method, options)
@@ -87,10 +89,17 @@ def test_an_evaluation_is_what_the_code_holds(method, options, monkeypatch):
 
 def test_graphs_hold_their_gradients_and_reserve_a_second_copy():
     plan = Plan(
-        DISTILBERT, METHODS["full"](kind="full"), ModelConfig(name="meta"), 2, 1024, element_bytes=2, device="cuda"
+        DISTILBERT,
+        METHODS["full"](kind="full"),
+        ModelConfig(name="meta"),
+        2,
+        1024,
+        element_bytes=2,
+        device="cuda",
     )
     plain, graphs = (
-        estimate_memory(replace(plan, graphs=on), rows=ROWS, length=512, batch_size=ROWS) for on in (False, True)
+        estimate_memory(replace(plan, graphs=on), rows=ROWS, length=512, batch_size=ROWS)
+        for on in (False, True)
     )
     first = plain.activations + plain.workspace
     assert graphs.step - plain.step == graphs.gradients + 2 * CUBLAS_BYTES

@@ -2,7 +2,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS, save_as_plain_lora, save_weights
+from lora_sentiment.adapter.weights import (
+    CHANGED_WEIGHTS,
+    PEFT_WEIGHTS,
+    save_as_plain_lora,
+    save_weights,
+)
 from lora_sentiment.models.file_size import adapter_bytes, saved_tensors
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.wrap import make_head_dense, make_trainable
@@ -43,7 +48,9 @@ def test_names_shapes_and_bytes_are_those_of_a_saved_adapter(tiny_base, tmp_path
         save_as_plain_lora(tmp_path, model, load_base(config, labels=LABELS), section, config)
     else:
         save_weights(tmp_path, model)
-    file = next(tmp_path / name for name in (PEFT_WEIGHTS, CHANGED_WEIGHTS) if (tmp_path / name).is_file())
+    file = next(
+        tmp_path / name for name in (PEFT_WEIGHTS, CHANGED_WEIGHTS) if (tmp_path / name).is_file()
+    )
     with safe_open(file, framework="pt") as opened:
         found = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
     assert saved_tensors(base.shape, section, num_labels=len(LABELS)) == found

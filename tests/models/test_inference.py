@@ -28,7 +28,9 @@ def test_sorted_batches_give_each_rows_own_logits_in_order(tiny_base, monkeypatc
     model.eval()
     # 1e-5: what is promised for fp32; another padded shape adds up in another order.
     for row, text in zip(logits, texts, strict=True):
-        alone = model(**{"input_ids": base.tokenizer(text, return_tensors="pt")["input_ids"]}).logits[0]
+        alone = model(
+            **{"input_ids": base.tokenizer(text, return_tensors="pt")["input_ids"]}
+        ).logits[0]
         np.testing.assert_allclose(row, alone.detach().numpy(), atol=1e-5)
 
 
@@ -54,7 +56,9 @@ def test_a_cpu_is_given_no_more_than_it_takes_at_once(tiny_base, monkeypatch):
     assert taken == [(1, 50), (2, 16), (3, 8)]  # the longest alone, though it is longer
     taken.clear()
     np.testing.assert_allclose(
-        predict_logits(model, encoded, accelerator=make_accelerator(PartialState(), "float32")), found, atol=1e-5
+        predict_logits(model, encoded, accelerator=make_accelerator(PartialState(), "float32")),
+        found,
+        atol=1e-5,
     )
     assert taken == [(1, 50), (2, 16), (3, 8)]
     whole = engine.compute(*pad(encoded, np.arange(6)))
@@ -64,7 +68,9 @@ def test_a_cpu_is_given_no_more_than_it_takes_at_once(tiny_base, monkeypatch):
 def test_packed_rows_give_the_logits_of_padded_ones_in_the_rows_order(tiny_base, monkeypatch):
     monkeypatch.setattr(parameters, "CPU_INFERENCE_TOKENS", 40)
     torch.manual_seed(0)
-    model = load_base(ModelConfig(name=str(tiny_base), max_length=64), labels=("no", "yes")).model.eval()
+    model = load_base(
+        ModelConfig(name=str(tiny_base), max_length=64), labels=("no", "yes")
+    ).model.eval()
     lengths = np.array([13, 3, 16, 4, 50, 8])
     ids = np.random.default_rng(0).integers(5, 60, lengths.sum(), dtype=np.int32)
     encoded = Encoded(ids, np.r_[0, lengths.cumsum()], np.zeros(6, dtype=np.int64), 0, 0)
@@ -77,7 +83,9 @@ def test_packed_rows_give_the_logits_of_padded_ones_in_the_rows_order(tiny_base,
     assert taken == [(1, 56), (1, 32), (1, 16)]  # 50, then 16 + 13, then 8 + 4 + 3
     taken.clear()
     accelerator = make_accelerator(PartialState(), "float32")
-    np.testing.assert_allclose(predict_logits(model, encoded, accelerator=accelerator), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        predict_logits(model, encoded, accelerator=accelerator), expected, atol=1e-5
+    )
     assert sum(length for _, length in taken) <= 1.125 * lengths.sum() + 8 * len(taken)
 
 

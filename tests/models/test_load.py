@@ -45,7 +45,9 @@ def test_the_hash_is_of_values_not_of_storage(tiny_base, tmp_path):
     half.float().save_pretrained(tmp_path / "float")
     for name in ("half", "float"):
         AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / name)
-    hashes = [load_base(config(tmp_path / name), labels=LABELS).sha256 for name in ("half", "float")]
+    hashes = [
+        load_base(config(tmp_path / name), labels=LABELS).sha256 for name in ("half", "float")
+    ]
     assert hashes[0] == hashes[1]
     assert hashes[0] != load_base(config(tiny_base), labels=LABELS).sha256
 
@@ -110,7 +112,9 @@ def test_a_checkpoint_that_leaves_encoder_tensors_unfilled_is_refused(tiny_base,
     tensors = load_file(tmp_path / "b/model.safetensors")
     tensors.pop("transformer.layer.1.attention.q_lin.weight")
     save_file(tensors, tmp_path / "b/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"leaves 1 tensors unfilled, .*: distilbert.*q_lin\.weight; name a whole"):
+    with pytest.raises(
+        ModelError, match=r"leaves 1 tensors unfilled, .*: distilbert.*q_lin\.weight; name a whole"
+    ):
         load_base(config(tmp_path / "b"), labels=LABELS)
 
 
@@ -123,7 +127,9 @@ def test_a_checkpoint_with_half_a_head_is_refused(tiny_base, tmp_path):
     tensors = load_file(tmp_path / "b/model.safetensors")
     tensors["pre_classifier.weight"] = tensors["pre_classifier.weight"][:8].contiguous()
     save_file(tensors, tmp_path / "b/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"leaves 1 tensors unfilled, .*: pre_classifier\.weight; name a whole"):
+    with pytest.raises(
+        ModelError, match=r"leaves 1 tensors unfilled, .*: pre_classifier\.weight; name a whole"
+    ):
         load_base(config(tmp_path / "b"), labels=LABELS)
 
 
@@ -155,15 +161,23 @@ def test_a_base_in_ones_home_is_found(tiny_base, monkeypatch):
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
-    [({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.float32), ({"avx2": True}, torch.float32)],
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.float32),
+        ({"avx2": True}, torch.float32),
+    ],
 )
-def test_auto_takes_bf16_only_where_the_cpu_multiplies_it_faster(monkeypatch, capabilities, expected):
+def test_auto_takes_bf16_only_where_the_cpu_multiplies_it_faster(
+    monkeypatch, capabilities, expected
+):
     monkeypatch.setattr(base_module.torch.cpu, "get_capabilities", lambda: capabilities)
     assert resolve_dtype("auto", torch.device("cpu")) == expected
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 0), torch.bfloat16), ((7, 5), torch.float16)]
+)
 def test_auto_takes_fp16_on_older_cards(monkeypatch, capability, expected):
     monkeypatch.setattr(base_module.torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_dtype("auto", torch.device("cuda")) == expected
@@ -176,7 +190,9 @@ def test_other_devices_compute_in_float32_alone(monkeypatch, kind):
     assert resolve_dtype("auto", device) == torch.float32
     assert resolve_dtype("float32", device) == torch.float32
     for name in ("bfloat16", "float16"):
-        with pytest.raises(ModelError, match=f"found '{name}'; on {kind} only float32 was made to work; set auto"):
+        with pytest.raises(
+            ModelError, match=f"found '{name}'; on {kind} only float32 was made to work; set auto"
+        ):
             resolve_dtype(name, device)
 
 
@@ -184,13 +200,18 @@ def test_a_base_is_not_quantised_where_bitsandbytes_may_run_fetched_code(tiny_ba
     quantised = config(tiny_base, quantize="nf4")
     for kind in ("cpu", "cuda", "xpu"):
         refuse_unquantisable(quantised, torch.device(kind))
-    with pytest.raises(ModelError, match=r"quantize=nf4: the device is mps, .* cpu, cuda, xpu only; set .*=none"):
+    with pytest.raises(
+        ModelError, match=r"quantize=nf4: the device is mps, .* cpu, cuda, xpu only; set .*=none"
+    ):
         load_base(quantised, labels=LABELS, device=torch.device("mps"))
     refuse_unquantisable(config(tiny_base), torch.device("mps"))
 
 
 def test_the_models_class_is_stock(tiny_base):
-    assert type(load_base(config(tiny_base), labels=LABELS).model) is DistilBertForSequenceClassification
+    assert (
+        type(load_base(config(tiny_base), labels=LABELS).model)
+        is DistilBertForSequenceClassification
+    )
 
 
 def test_a_head_whose_labels_stand_in_another_order_is_refused(tiny_base, tmp_path):
@@ -205,9 +226,15 @@ def test_a_head_whose_labels_stand_in_another_order_is_refused(tiny_base, tmp_pa
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"_attn_implementation": "someone/kernel"}, "asks for the kernel 'someone/kernel' to be fetched and run"),
+        (
+            {"_attn_implementation": "someone/kernel"},
+            "asks for the kernel 'someone/kernel' to be fetched and run",
+        ),
         ({"attn_implementation": "someone/kernel"}, "asks for the kernel"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantised already; name the checkpoint"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "is quantised already; name the checkpoint",
+        ),
     ],
 )
 def test_a_base_that_redirects_is_refused(tiny_base, tmp_path, facts, message):

@@ -28,13 +28,20 @@ def make(tiny_base, method, *, engine="auto", **model):
     base = load_base(config, labels=LABELS)
     trained = make_trainable(base, section, config, dtype=torch.float32, num_steps=10)
     fast = engine == "auto" and use_fast_encoder(trained, compute_dtype=torch.float32) is None
-    dropouts = {name: 0.1 if model.get(name) is None else model[name] for name in ("dropout", "attention_dropout")}
-    plan = Plan(base.shape, section, config, len(LABELS), inference_tokens("cpu"), fast=fast, **dropouts)
+    dropouts = {
+        name: 0.1 if model.get(name) is None else model[name]
+        for name in ("dropout", "attention_dropout")
+    }
+    plan = Plan(
+        base.shape, section, config, len(LABELS), inference_tokens("cpu"), fast=fast, **dropouts
+    )
     return trained.train(), plan
 
 
 def storages(tensors):
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
 
 
 def saved_for_backward(model):
@@ -43,7 +50,9 @@ def saved_for_backward(model):
     model(input_ids=ids)
     own = storages([*model.parameters(), *model.buffers(), *prepared(model)])
     saved = {}
-    with saved_tensors_hooks(lambda tensor: saved.update(storages([tensor])) or tensor, lambda tensor: tensor):
+    with saved_tensors_hooks(
+        lambda tensor: saved.update(storages([tensor])) or tensor, lambda tensor: tensor
+    ):
         logits = model(input_ids=ids).logits
     assert logits.requires_grad
     return sum(size for address, size in saved.items() if address not in own)
@@ -51,7 +60,12 @@ def saved_for_backward(model):
 
 def prepared(model):
     forwards = (getattr(vars(part).get("forward"), "__self__", None) for part in model.modules())
-    return [ready.stacked for forward in forwards if forward is not None for ready in forward.prepared.values()]
+    return [
+        ready.stacked
+        for forward in forwards
+        if forward is not None
+        for ready in forward.prepared.values()
+    ]
 
 
 LORA = {"kind": "lora"}
@@ -154,13 +168,17 @@ def test_weights_gradients_and_moments_are_what_is_held(tiny_base, method, optio
     expected = estimate_memory(plan, rows=1, length=8, batch_size=1)
     parameters = trainable_tensors(model)
     optimizer = make_optimizer(parameters, TrainConfig(), ratios={})
-    model(input_ids=torch.ones(1, 8, dtype=torch.int64), labels=torch.zeros(1, dtype=torch.int64)).loss.backward()
+    model(
+        input_ids=torch.ones(1, 8, dtype=torch.int64), labels=torch.zeros(1, dtype=torch.int64)
+    ).loss.backward()
     optimizer.step()
     # A stack of one weight is that weight itself.
     weights = storages([*model.parameters(), *scales(model), *prepared(model)])
     assert expected.weights == pytest.approx(sum(weights.values()), rel=0.01)
     assert expected.gradients == sum(p.grad.nbytes for p in parameters.values())
-    moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim or t.numel() > 1]
+    moments = [
+        t for state in optimizer.state.values() for t in state.values() if t.ndim or t.numel() > 1
+    ]
     assert expected.optimizer == pytest.approx(sum(t.nbytes for t in moments), rel=0.01)
 
 
@@ -180,13 +198,20 @@ def test_an_evaluation_holds_what_its_device_takes_at_once(tiny_base):
     _, plan = make(tiny_base, {"kind": "full"})
     tokens = [inference_tokens("cpu"), 2 * inference_tokens("cpu"), 3 * inference_tokens("cpu")]
     plans = [replace(plan, evaluation_tokens=each) for each in tokens]
-    one, two, three = (estimate_memory(each, rows=1, length=LENGTH, batch_size=1).evaluating for each in plans)
+    one, two, three = (
+        estimate_memory(each, rows=1, length=LENGTH, batch_size=1).evaluating for each in plans
+    )
     assert two - one == three - two > 0
 
 
-def test_a_step_holds_gradients_and_activations_together_only_from_the_second_micro_batch(tiny_base):
+def test_a_step_holds_gradients_and_activations_together_only_from_the_second_micro_batch(
+    tiny_base,
+):
     _, plan = make(tiny_base, {"kind": "full"})
-    one, two = (estimate_memory(plan, rows=ROWS, length=LENGTH, batch_size=size) for size in (ROWS, 2 * ROWS))
+    one, two = (
+        estimate_memory(plan, rows=ROWS, length=LENGTH, batch_size=size)
+        for size in (ROWS, 2 * ROWS)
+    )
     assert two.step - one.step == one.gradients
     assert one.step == one.weights + one.kept + one.optimizer + one.activations + one.workspace
 
@@ -195,7 +220,9 @@ def test_a_step_holds_gradients_and_activations_together_only_from_the_second_mi
 def test_checkpointing_keeps_one_block_and_the_inputs(tiny_base, engine):
     _, plan = make(tiny_base, {"kind": "full"}, engine=engine)
     plans = (replace(plan, checkpointing=on) for on in (False, True))
-    plain, less = (estimate_memory(each, rows=ROWS, length=LENGTH, batch_size=ROWS) for each in plans)
+    plain, less = (
+        estimate_memory(each, rows=ROWS, length=LENGTH, batch_size=ROWS) for each in plans
+    )
     assert less.activations < plain.activations
 
 

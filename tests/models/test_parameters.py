@@ -12,13 +12,24 @@ CONFIG = ModelConfig(name="any")
 
 
 def test_distilbert_base_at_rank_8_on_q_and_v():
-    counts = count_parameters(Shape(), LoraMethod(r=8, target_modules=("q_lin", "v_lin")), CONFIG, num_labels=2)
-    assert (counts.adapter, counts.head, counts.trainable, counts.base) == (147_456, 592_130, 739_586, 66_955_010)
-    assert str(counts) == "147,456 adapter + 592,130 head = 739,586 trainable (1.105% of 66,955,010)"
+    counts = count_parameters(
+        Shape(), LoraMethod(r=8, target_modules=("q_lin", "v_lin")), CONFIG, num_labels=2
+    )
+    assert (counts.adapter, counts.head, counts.trainable, counts.base) == (
+        147_456,
+        592_130,
+        739_586,
+        66_955_010,
+    )
+    assert (
+        str(counts) == "147,456 adapter + 592,130 head = 739,586 trainable (1.105% of 66,955,010)"
+    )
 
 
 def test_distilbert_base_at_rank_8_on_all_linears():
-    counts = count_parameters(Shape(), LoraMethod(r=8, target_modules="all-linear"), CONFIG, num_labels=2)
+    counts = count_parameters(
+        Shape(), LoraMethod(r=8, target_modules="all-linear"), CONFIG, num_labels=2
+    )
     assert counts.adapter == 663_552
 
 
@@ -28,7 +39,9 @@ def test_the_closed_form_is_stock_distilberts_count():
     with torch.device("meta"):
         model = DistilBertForSequenceClassification(DistilBertConfig(num_labels=2))
     counts = count_parameters(Shape(), FullMethod(kind="full"), CONFIG, num_labels=2)
-    assert counts.trainable == counts.base == sum(p.numel() for p in model.parameters()) == 66_955_010
+    assert (
+        counts.trainable == counts.base == sum(p.numel() for p in model.parameters()) == 66_955_010
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +58,9 @@ def test_the_closed_form_is_stock_distilberts_count():
 def test_the_closed_form_is_what_is_trained(tiny_base, method, num_labels):
     import torch
 
-    base = load_base(ModelConfig(name=str(tiny_base), max_length=16), labels=tuple("abcde"[:num_labels]))
+    base = load_base(
+        ModelConfig(name=str(tiny_base), max_length=16), labels=tuple("abcde"[:num_labels])
+    )
     counts = count_parameters(base.shape, method, CONFIG, num_labels=num_labels)
     model = make_trainable(base, method, CONFIG, dtype=torch.float32)
     assert sum(p.numel() for p in trainable_tensors(model).values()) == counts.trainable

@@ -53,7 +53,9 @@ def test_a_quantised_base_is_smaller_and_near(wide_base, quantize, most):
 def test_4_bit_weights_stay_what_they_are_on_every_cpu(tiny_base, monkeypatch, quantize):
     """With avx512_bf16 bitsandbytes would pack them anew at the first answer, and no step could follow."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    config = ModelConfig(name=str(tiny_base), max_length=16, quantize=quantize, double_quant=True, dtype="float32")
+    config = ModelConfig(
+        name=str(tiny_base), max_length=16, quantize=quantize, double_quant=True, dtype="float32"
+    )
     model = load_base(config, labels=("a", "b")).model
     ids = torch.tensor([[2, 5, 6, 3]])
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -70,9 +72,13 @@ def test_4_bit_weights_stay_what_they_are_on_every_cpu(tiny_base, monkeypatch, q
 def test_the_head_and_the_embeddings_are_not_quantised(tiny_base):
     plain = load_base(ModelConfig(name=str(tiny_base), max_length=16), labels=("a", "b"))
     torch.manual_seed(3)
-    first = load_base(ModelConfig(name=str(tiny_base), max_length=16), labels=("a", "b")).model.classifier.weight
+    first = load_base(
+        ModelConfig(name=str(tiny_base), max_length=16), labels=("a", "b")
+    ).model.classifier.weight
     torch.manual_seed(3)
-    base = load_base(ModelConfig(name=str(tiny_base), max_length=16, quantize="nf4"), labels=("a", "b"))
+    base = load_base(
+        ModelConfig(name=str(tiny_base), max_length=16, quantize="nf4"), labels=("a", "b")
+    )
     assert torch.equal(base.model.classifier.weight, first)
     assert base.model.pre_classifier.weight.dtype == torch.float32
     words = "distilbert.embeddings.word_embeddings.weight"
@@ -88,4 +94,7 @@ def test_the_verdict_says_plainly_when_it_did_not_help(peak, helped):
 
 
 def test_a_batch_to_time_has_the_shape_of_a_micro_batch():
-    assert _fill_batch(IDS, Cut(rows=2, length=5, batch_size=2)).tolist() == [[2, 5, 6, 3, 2], [9, 3, 2, 5, 6]]
+    assert _fill_batch(IDS, Cut(rows=2, length=5, batch_size=2)).tolist() == [
+        [2, 5, 6, 3, 2],
+        [9, 3, 2, 5, 6],
+    ]

@@ -29,24 +29,36 @@ def test_a_regular_expression_is_matched_to_the_full_name():
 
 
 def test_the_first_pattern_that_matches_counts():
-    method = LoraMethod(rank_pattern={"layer.1.attention.q_lin": 3, "q_lin": 5}, alpha_pattern={"v_lin": 7})
-    found = {name: (target.rank, target.alpha) for name, target in find_targets(SHAPE, method).items()}
+    method = LoraMethod(
+        rank_pattern={"layer.1.attention.q_lin": 3, "q_lin": 5}, alpha_pattern={"v_lin": 7}
+    )
+    found = {
+        name: (target.rank, target.alpha) for name, target in find_targets(SHAPE, method).items()
+    }
     assert list(found.values()) == [(5, 8), (8, 7), (3, 8), (8, 7)]
 
 
 def test_a_target_knows_its_shape_and_rank():
     found = find_targets(SHAPE, AdaloraMethod(kind="adalora", target_modules=("lin1",)))
-    assert [(t.in_features, t.out_features, t.rank, t.feed_forward) for t in found.values()] == [(32, 64, 12, True)] * 2
+    assert [(t.in_features, t.out_features, t.rank, t.feed_forward) for t in found.values()] == [
+        (32, 64, 12, True)
+    ] * 2
 
 
 @pytest.mark.parametrize(
     ("method", "message"),
     [
         (LoraMethod(target_modules=".*nope.*"), r"target_modules '\.\*nope\.\*' matches no linear"),
-        (LoraMethod(target_modules=".*(q_lin|classifier)"), "matches pre_classifier; the head gets no adapter"),
+        (
+            LoraMethod(target_modules=".*(q_lin|classifier)"),
+            "matches pre_classifier; the head gets no adapter",
+        ),
         (LoraMethod(layers_to_transform=(0, 2)), "found layer 2; the base has 2 layers, 0 to 1"),
         (LoraMethod(layers_to_transform=(7, 9)), "found layer 9; the base has 2 layers, 0 to 1"),
-        (LoraMethod(rank_pattern={"lin1": 4}), "rank_pattern: 'lin1' matches none of the adapted linears"),
+        (
+            LoraMethod(rank_pattern={"lin1": 4}),
+            "rank_pattern: 'lin1' matches none of the adapted linears",
+        ),
         (LoraMethod(alpha_pattern={"x": 4}), "alpha_pattern: 'x' matches none"),
         (Ia3Method(kind="ia3", target_modules="x.*"), "matches no linear"),
     ],

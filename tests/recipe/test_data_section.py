@@ -45,10 +45,15 @@ def test_splits_and_files_by_role_exclude_each_other():
 
 def test_a_split_has_one_role():
     with pytest.raises(ValidationError, match="found split 'validation' under two roles"):
-        DataConfig(source="x/y", splits={"train": "train", "validation": "validation", "test": "validation"})
+        DataConfig(
+            source="x/y",
+            splits={"train": "train", "validation": "validation", "test": "validation"},
+        )
 
 
 def test_the_roles_of_a_report_are_its_other_blocks_validation_first():
-    report = dict.fromkeys(["schema", "dev", "train", "test", "validation", "data", "parameters", "quantisation"])
+    report = dict.fromkeys(
+        ["schema", "dev", "train", "test", "validation", "data", "parameters", "quantisation"]
+    )
     assert report_roles(report) == ["validation", "dev", "test"]
     assert report_roles({"schema": 1, "train": {}}) == []

@@ -40,7 +40,11 @@ def test_defaults_and_name_from_the_file(write):
 def test_overrides_take_dotted_keys_and_yaml_values(write):
     recipe = Recipe.load(
         write(MINIMAL),
-        ["train.learning_rate=2e-4", "data.source={train: a.csv, test: b.csv}", "method.target_modules=[v_lin, lin1]"],
+        [
+            "train.learning_rate=2e-4",
+            "data.source={train: a.csv, test: b.csv}",
+            "method.target_modules=[v_lin, lin1]",
+        ],
     )
     assert recipe.train.learning_rate == 2e-4
     assert recipe.data.source == {"train": "a.csv", "test": "b.csv"}
@@ -54,7 +58,9 @@ def test_a_whole_section_can_be_replaced(write):
 
 def test_yaml_1_2_not_1_1(write):
     recipe = Recipe.load(
-        write("data: {source: x/y, labels: [no, yes]}\nmodel: {name: a/b}\ntrain: {learning_rate: 2e-4}")
+        write(
+            "data: {source: x/y, labels: [no, yes]}\nmodel: {name: a/b}\ntrain: {learning_rate: 2e-4}"
+        )
     )
     assert recipe.data.labels == ("no", "yes")
     assert recipe.train.learning_rate == 2e-4
@@ -65,7 +71,10 @@ def test_yaml_1_2_not_1_1(write):
     [
         ("model: {name: a/b}", "data: is missing"),
         (MINIMAL + "trian: {}", "trian: unknown key; did you mean 'train'?"),
-        (MINIMAL + "train: {learning_rat: 1}", "train.learning_rat: unknown key; did you mean 'learning_rate'?"),
+        (
+            MINIMAL + "train: {learning_rat: 1}",
+            "train.learning_rat: unknown key; did you mean 'learning_rate'?",
+        ),
         (MINIMAL + "train: {learning_rate: fast}", "train.learning_rate: found 'fast'"),
         (MINIMAL + "train: {learning_rate: -1}", "train.learning_rate: found -1"),
         (MINIMAL + "train: {learning_rate: .inf}", "train.learning_rate: found inf"),
@@ -77,28 +86,61 @@ def test_yaml_1_2_not_1_1(write):
         (MINIMAL + "output: {dir: .}", "output.dir: found '.'"),
         (MINIMAL + "output: {dir: ''}", "output.dir: found ''"),
         (MINIMAL + "train: {seed: 4294967296}", "train.seed: found 4294967296"),
-        (MINIMAL + "train: {warmup_ratio: 0.1, lr_scheduler_type: constant}", "train: warmup_ratio does nothing with"),
+        (
+            MINIMAL + "train: {warmup_ratio: 0.1, lr_scheduler_type: constant}",
+            "train: warmup_ratio does nothing with",
+        ),
         (
             MINIMAL + "train: {engine: fast}\nmethod: {kind: ia3}",
             "train.engine: fast cannot run with method",
         ),
-        ("data: {source: x, encoding: utf-99}\nmodel: {name: a/b}", "data.encoding: found 'utf-99'"),
-        (MINIMAL + "method: {kind: lor}", "method: found kind 'lor'; allowed: lora, adalora, ia3, vera, unfreeze"),
-        (MINIMAL + "method: {target_modules: q_lin}", "method.target_modules: found 'q_lin'; allowed: a list of names"),
-        (MINIMAL + "method: {target_modules: '(q_lin'}", "method.target_modules: '(q_lin' is no regular expression"),
+        (
+            "data: {source: x, encoding: utf-99}\nmodel: {name: a/b}",
+            "data.encoding: found 'utf-99'",
+        ),
+        (
+            MINIMAL + "method: {kind: lor}",
+            "method: found kind 'lor'; allowed: lora, adalora, ia3, vera, unfreeze",
+        ),
+        (
+            MINIMAL + "method: {target_modules: q_lin}",
+            "method.target_modules: found 'q_lin'; allowed: a list of names",
+        ),
+        (
+            MINIMAL + "method: {target_modules: '(q_lin'}",
+            "method.target_modules: '(q_lin' is no regular expression",
+        ),
         (
             MINIMAL + "method: {target_modules: '.*q', layers_to_transform: [1]}",
             "layers_to_transform does nothing with a",
         ),
-        (MINIMAL + "method: {r: 3, init_lora_weights: orthogonal}", "orthogonal needs even ranks; found 3"),
-        (MINIMAL + "method: {rank_pattern: {'(': 3}}", "method.rank_pattern: '(' is no regular expression"),
+        (
+            MINIMAL + "method: {r: 3, init_lora_weights: orthogonal}",
+            "orthogonal needs even ranks; found 3",
+        ),
+        (
+            MINIMAL + "method: {rank_pattern: {'(': 3}}",
+            "method.rank_pattern: '(' is no regular expression",
+        ),
         (MINIMAL + "method: {init_lora_weights: loftq}", "method.init_lora_weights: "),
-        (MINIMAL + "method: {kind: adalora, target_r: 16}", "method: target_r 16 is more than init_r 12"),
+        (
+            MINIMAL + "method: {kind: adalora, target_r: 16}",
+            "method: target_r 16 is more than init_r 12",
+        ),
         (MINIMAL + "method: {kind: unfreeze}", "method: name either last_layers"),
-        (MINIMAL + "method: {kind: unfreeze, last_layers: 1, patterns: [a]}", "method: name either last_layers"),
+        (
+            MINIMAL + "method: {kind: unfreeze, last_layers: 1, patterns: [a]}",
+            "method: name either last_layers",
+        ),
         (MINIMAL + "method: {kind: unfreeze, patterns: []}", "method: name either last_layers"),
-        (BASE + "{name: a/b, double_quant: true}", "model: double_quant does nothing with quantize none"),
-        (BASE + "{name: a/b, head_r: 4}", "model: head_r does nothing with head full; set model.head=low_rank"),
+        (
+            BASE + "{name: a/b, double_quant: true}",
+            "model: double_quant does nothing with quantize none",
+        ),
+        (
+            BASE + "{name: a/b, head_r: 4}",
+            "model: head_r does nothing with head full; set model.head=low_rank",
+        ),
         (
             BASE + "{name: a/b, quantize: nf4}\nmethod: {kind: full}",
             "model.quantize: nf4 cannot be: method full trains the base's own tensors",
@@ -185,7 +227,8 @@ def test_a_recipe_is_frozen(write):
 
 def test_the_resolved_recipe_reads_back_equal(write):
     recipe = Recipe.load(
-        write(MINIMAL), ["data.labels=['1e5', no, 'null', '010']", "train.adam_epsilon=1e-12", "train.seed=010"]
+        write(MINIMAL),
+        ["data.labels=['1e5', no, 'null', '010']", "train.adam_epsilon=1e-12", "train.seed=010"],
     )
     assert recipe.train.seed == 10
     assert Recipe.load(write(recipe.to_yaml())) == recipe
@@ -201,10 +244,25 @@ def test_no_text_makes_a_recipe_fail_otherwise(tmp_path_factory, text):
 
 _leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 _values = st.recursive(
-    _leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    _leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
 )
 _keys = st.sampled_from(
-    ["name", "data", "model", "method", "train", "output", "source", "kind", "r", "target_modules", "seed"]
+    [
+        "name",
+        "data",
+        "model",
+        "method",
+        "train",
+        "output",
+        "source",
+        "kind",
+        "r",
+        "target_modules",
+        "seed",
+    ]
 )
 _recipes = st.dictionaries(_keys, _values | st.dictionaries(_keys, _values, max_size=4), max_size=5)
 
@@ -212,13 +270,17 @@ _recipes = st.dictionaries(_keys, _values | st.dictionaries(_keys, _values, max_
 @given(_recipes)
 def test_no_mapping_makes_a_recipe_fail_otherwise(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("fuzz") / "x.yaml"
-    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    path.write_text(
+        yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="surrogatepass"
+    )
     with contextlib.suppress(RecipeError):
         Recipe.load(path)
 
 
 def test_the_checked_in_schema_is_current():
-    assert json.loads((RECIPES / "schema.json").read_text(encoding="utf-8")) == make_schema(), "run `make schema`"
+    assert json.loads((RECIPES / "schema.json").read_text(encoding="utf-8")) == make_schema(), (
+        "run `make schema`"
+    )
 
 
 def test_every_field_is_described_in_the_schema():
@@ -253,4 +315,9 @@ def test_reading_a_recipe_imports_nothing_heavy():
         "import sys, lora_sentiment.recipe.recipe, lora_sentiment.cli, lora_sentiment.models.parameters\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'accelerate', 'numpy') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

@@ -73,7 +73,9 @@ def toy_source(recipe: Recipe, folder: Path) -> list[str]:
     """Return the overrides that put toy files in place of a recipe's source, split for split."""
     source = str(recipe.data.source)
     files = {
-        role: write_rows(folder / f"{split}.csv", source, num_rows=100 if role == "train" else 21, first=1000 * i)
+        role: write_rows(
+            folder / f"{split}.csv", source, num_rows=100 if role == "train" else 21, first=1000 * i
+        )
         for i, (role, split) in enumerate(roles_of(recipe).items())
     }
     # A lone file stays one: the recipe carves it.
@@ -99,7 +101,11 @@ def stated(values: dict, *, above: str = "") -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in values.items():
         if above or key != "method":
-            found |= stated(value, above=f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+            found |= (
+                stated(value, above=f"{above}{key}.")
+                if isinstance(value, dict)
+                else {above + key: value}
+            )
     return found
 
 
@@ -132,7 +138,9 @@ def test_a_recipe_states_only_what_differs_from_the_defaults(path, tmp_path):
     for key in stated(yaml.safe_load(path.read_text(encoding="utf-8"))):
         section, _, field = key.partition(".")
         field = field.partition(".")[0]
-        own, default = (values[section][field] if field else values[section] for values in (ours, defaults))
+        own, default = (
+            values[section][field] if field else values[section] for values in (ours, defaults)
+        )
         assert own != default, f"{key} states the default"
 
 
@@ -159,20 +167,31 @@ def test_a_recipe_uses_every_labelled_split_of_its_source(path):
     *_, splits = SOURCES[str(recipe.data.source)]
     assert set(roles_of(recipe).values()) - {"train"} == set(splits) - {"train"}
     # SST-2's dev is for judging: what is chosen on is carved from train.
-    assert roles_of(recipe).get("dev") == ("validation" if recipe.data.source == "stanfordnlp/sst2" else None)
+    assert roles_of(recipe).get("dev") == (
+        "validation" if recipe.data.source == "stanfordnlp/sst2" else None
+    )
 
 
 def test_the_unfrozen_sst2_keeps_the_head_its_base_was_published_with(bases, tmp_path, caplog):
     path = FOLDER / "sst2_unfreeze.yaml"
     recipe = Recipe.load(path)
     with caplog.at_level("INFO", logger="lora_sentiment"):
-        train(Recipe.load(path, [*tiny(recipe, bases, tmp_path), "train.max_steps=1", "train.learning_rate=1e-12"]))
+        train(
+            Recipe.load(
+                path,
+                [*tiny(recipe, bases, tmp_path), "train.max_steps=1", "train.learning_rate=1e-12"],
+            )
+        )
     assert "its own head" in caplog.text
     before = load_file(bases["sst2"] / "model.safetensors")
     after = load_file(tmp_path / "adapter" / "changed.safetensors")
     changed = {name.rpartition("distilbert.")[2] for name in after}
     torch.testing.assert_close(after["classifier.weight"], before["classifier.weight"])
-    assert all(any(f"layer.{i}.{part}" in name for name in changed) for i in range(6) for part in ("attention", "ffn"))
+    assert all(
+        any(f"layer.{i}.{part}" in name for name in changed)
+        for i in range(6)
+        for part in ("attention", "ffn")
+    )
     assert not [name for name in changed if "embeddings" in name]
 
 
@@ -205,7 +224,12 @@ for path, *overrides in json.load(sys.stdin):
 def test_the_hub_has_what_the_recipes_read(hub, bases, tmp_path):
     """Columns, splits and label names, by the real clients; data.max_*_rows only keep it short."""
     named = {str(Recipe.load(path).data.source): path for path in RECIPES}
-    few = ["data.max_train_rows=400", "data.max_test_rows=50", "train.max_steps=5", "model.max_length=16"]
+    few = [
+        "data.max_train_rows=400",
+        "data.max_test_rows=50",
+        "train.max_steps=5",
+        "model.max_length=16",
+    ]
     wanted = [
         [
             str(path),
@@ -218,7 +242,13 @@ def test_the_hub_has_what_the_recipes_read(hub, bases, tmp_path):
     ]
     command = [sys.executable, "-c", FIVE_STEPS]
     done = subprocess.run(
-        command, input=json.dumps(wanted), env=hub, capture_output=True, text=True, check=False, cwd=FOLDER.parent
+        command,
+        input=json.dumps(wanted),
+        env=hub,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=FOLDER.parent,
     )
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.splitlines()) == {

@@ -11,7 +11,8 @@ def test_class_weights_are_balanced_or_positive_numbers(weights):
 
 
 @pytest.mark.parametrize(
-    "weights", ["balancd", [], [1], [0, 1], [-1, 1], [1, "2"], [True, 1], [1, float("inf")], 3, True]
+    "weights",
+    ["balancd", [], [1], [0, 1], [-1, 1], [1, "2"], [True, 1], [1, float("inf")], 3, True],
 )
 def test_other_class_weights_are_refused_in_one_message(weights):
     with pytest.raises(

@@ -63,11 +63,15 @@ RECIPES = {
     "dora": ["method.use_dora=true"],
     "pissa": ["method.init_lora_weights=pissa", "method.use_rslora=true"],
     "olora": ["method.init_lora_weights=olora", "method.rank_pattern={v_lin: 2}"],
-    "adalora": ["method={kind: adalora, init_r: 6, target_r: 3, target_modules: [q_lin, k_lin, out_lin]}"],
+    "adalora": [
+        "method={kind: adalora, init_r: 6, target_r: 3, target_modules: [q_lin, k_lin, out_lin]}"
+    ],
     "ia3": ["method={kind: ia3}"],
     "vera": ["method={kind: vera, r: 16, target_modules: all-linear}"],
     "unfreeze_layers": ["method={kind: unfreeze, last_layers: 1}"],
-    "unfreeze_patterns": ["method={kind: unfreeze, patterns: ['*.bias', 'transformer.layer.0.attention.*']}"],
+    "unfreeze_patterns": [
+        "method={kind: unfreeze, patterns: ['*.bias', 'transformer.layer.0.attention.*']}"
+    ],
     "head": ["method={kind: head}"],
     "full": ["method={kind: full}"],
     "head_classifier": ["model.head=classifier"],
@@ -135,7 +139,11 @@ def main() -> None:
         os.chdir(WORK)
         shutil.copytree(BASE, "base")
         write_csv(Path("train.csv"), toy_rows(120))
-        expected = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.is_file() else {"texts": TEXTS}
+        expected = (
+            json.loads(EXPECTED.read_text(encoding="utf-8"))
+            if EXPECTED.is_file()
+            else {"texts": TEXTS}
+        )
         for name in (*RECIPES, *WHOLE):
             if (SAVED / name).exists():
                 continue
@@ -144,7 +152,10 @@ def main() -> None:
             expected[name] = {
                 "version": lora_sentiment.__version__,
                 "labels": list(classifier.labels),
-                "logits": [[round(float(value), 7) for value in row] for row in compute(classifier, expected["texts"])],
+                "logits": [
+                    [round(float(value), 7) for value in row]
+                    for row in compute(classifier, expected["texts"])
+                ],
             }
             write_json(EXPECTED, expected)
     finally:

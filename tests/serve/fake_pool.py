@@ -17,7 +17,18 @@ from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.serve.config import Limits, ServeConfig
 from lora_sentiment.serve.run import Server, bind
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "a", "the", *(f"w{i}" for i in range(100))]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "good",
+    "bad",
+    "film",
+    "a",
+    "the",
+    *(f"w{i}" for i in range(100)),
+]
 VOCABULARY = {word: number for number, word in enumerate(WORDS)}
 
 
@@ -34,7 +45,9 @@ class FakeServed:
     method: str = "lora"
 
 
-def make_served(name: str, labels: Sequence[str] = ("no", "yes"), *, max_length: int = 16, **values: Any) -> FakeServed:
+def make_served(
+    name: str, labels: Sequence[str] = ("no", "yes"), *, max_length: int = 16, **values: Any
+) -> FakeServed:
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length, values.pop("truncation", "head"))

@@ -34,7 +34,13 @@ WAIT = 20_000  # milliseconds, for a machine that does other work too
 
 
 def make_adapter(name: str, labels: list[str]) -> dict[str, Any]:
-    facts = {"method": "lora", "form": "low-rank", "num_parameters": 1000, "max_length": 256, "truncation": "head"}
+    facts = {
+        "method": "lora",
+        "form": "low-rank",
+        "num_parameters": 1000,
+        "max_length": 256,
+        "truncation": "head",
+    }
     return {"name": name, "labels": labels, "sha256": "0" * 64, **facts}
 
 
@@ -75,7 +81,9 @@ class StandIn:
                 stand_in.get(self)
 
             def do_POST(self) -> None:
-                stand_in.post(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                stand_in.post(
+                    self, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                )
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -95,9 +103,14 @@ class StandIn:
         name = {"/": "index.html"}.get(request.path, request.path[1:])
         if name == "adapters":
             base = {"name": "bundled", "sha256": "0" * 64}
-            self._send(request, *(self._locked(request) or (200, {}, {"base": base, "adapters": self.adapters})))
+            self._send(
+                request,
+                *(self._locked(request) or (200, {}, {"base": base, "adapters": self.adapters})),
+            )
         else:
-            kind = {"html": "text/html; charset=utf-8", "css": "text/css", "js": "text/javascript"}[name.split(".")[1]]
+            kind = {"html": "text/html; charset=utf-8", "css": "text/css", "js": "text/javascript"}[
+                name.split(".")[1]
+            ]
             self._send(request, 200, {"Content-Type": kind}, PAGE.joinpath(name).read_bytes())
 
     def post(self, request: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
@@ -110,7 +123,12 @@ class StandIn:
         if self.odd:
             self._send(request, *self.odd.pop(0))
         elif len(body["texts"]) > self.most:
-            self._send(request, 413, {}, {"error": "the body is longer than allowed", "error_type": "TooLarge"})
+            self._send(
+                request,
+                413,
+                {},
+                {"error": "the body is longer than allowed", "error_type": "TooLarge"},
+            )
         elif spoilt := [text for text in body["texts"] if text in self.refused]:
             self._send(request, self.refused[spoilt[0]], {}, {"error": f"'{spoilt[0]}' is refused"})
         elif body["adapter"] not in loaded:
@@ -123,18 +141,28 @@ class StandIn:
 
     def _answer(self, text: str, labels: list[str], body: dict[str, Any]) -> dict[str, Any]:
         best = label_of(text, labels)
-        rest = [{"label": label, "score": 0.1 / (len(labels) - 1)} for label in labels if label != best]
+        rest = [
+            {"label": label, "score": 0.1 / (len(labels) - 1)} for label in labels if label != best
+        ]
         top = [{"label": best, "score": 0.9}, *rest][: body.get("top_k", 1)]
         words = text.split() if body.get("explain") else None
         effects = [effect(word) for word in words] if words else None
-        return {**top[0], "top_k": top, "truncated": len(text) > 1000, "words": words, "effects": effects}
+        return {
+            **top[0],
+            "top_k": top,
+            "truncated": len(text) > 1000,
+            "words": words,
+            "effects": effects,
+        }
 
     def _locked(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], Any] | None:
         if self.key and request.headers["Authorization"] != f"Bearer {self.key}":
             return 401, {}, {"error": "this server needs its key", "error_type": "Unauthorized"}
         return None
 
-    def _send(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: Any) -> None:
+    def _send(
+        self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: Any
+    ) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         request.send_response(status)
         given = {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
@@ -146,7 +174,9 @@ class StandIn:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="needs the Python package playwright"
+    )
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs a browser: install the Debian package chromium")
@@ -172,9 +202,17 @@ def make_page(browser: Any) -> Iterator[Any]:
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.set_default_timeout(WAIT)
-        page.on("request", lambda r: None if r.url.startswith((address, "blob:", "data:")) else strays.append(r.url))
+        page.on(
+            "request",
+            lambda r: (
+                None if r.url.startswith((address, "blob:", "data:")) else strays.append(r.url)
+            ),
+        )
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda said: faults.append(said.text) if said.type in ("error", "warning") else None)
+        page.on(
+            "console",
+            lambda said: faults.append(said.text) if said.type in ("error", "warning") else None,
+        )
         page.goto(address)
         return page
 
@@ -200,7 +238,9 @@ def predict(page: Any, text: str) -> None:
 
 
 def wait_for_alert(page: Any, text: str) -> None:
-    page.wait_for_function("text => document.querySelector('[role=alert]').textContent.includes(text)", arg=text)
+    page.wait_for_function(
+        "text => document.querySelector('[role=alert]').textContent.includes(text)", arg=text
+    )
 
 
 def choose(page: Any, name: str, content: bytes | str) -> None:
@@ -224,11 +264,20 @@ def downloaded_rows(page: Any) -> list[list[str]]:
 
 
 def test_the_page_is_small_and_self_contained():
-    sources = {name: PAGE.joinpath(name).read_text(encoding="utf-8") for name in ("index.html", "page.css", "page.js")}
+    sources = {
+        name: PAGE.joinpath(name).read_text(encoding="utf-8")
+        for name in ("index.html", "page.css", "page.js")
+    }
     assert sum(len(text.encode()) for text in sources.values()) < 30_000
     # 'http://www.w3.org/2000/svg' is the name of a language, which nothing fetches.
     joined = "".join(sources.values()).replace("http://www.w3.org/2000/svg", "")
-    assert re.findall(r"https?://|innerHTML|outerHTML|insertAdjacentHTML|document\.write| style=| on\w+=", joined) == []
+    assert (
+        re.findall(
+            r"https?://|innerHTML|outerHTML|insertAdjacentHTML|document\.write| style=| on\w+=",
+            joined,
+        )
+        == []
+    )
 
 
 def test_a_text_gets_a_label_all_probabilities_and_the_words_that_drove_it(page):
@@ -238,7 +287,10 @@ def test_a_text_gets_a_label_all_probabilities_and_the_words_that_drove_it(page)
     assert card.locator(".verdict").inner_text().split() == ["pos", "90.0", "%"]
     assert card.locator(".bars li").all_inner_texts() == ["pos\n90.0 %", "neg\n10.0 %"]
     assert page.get_by_role("status").first.inner_text() == "films: pos, 90.0 %"
-    marks = [(mark.get_attribute("class"), mark.inner_text()) for mark in card.locator(".words mark").all()]
+    marks = [
+        (mark.get_attribute("class"), mark.inner_text())
+        for mark in card.locator(".words mark").all()
+    ]
     assert marks == [
         ("for level-3", "good\u00a0+0.25"),
         ("for level-3", "good\u00a0+0.25"),
@@ -264,7 +316,9 @@ def test_two_adapters_answer_side_by_side(page):
     assert [card.locator("h3").inner_text() for card in (one, other)] == ["films", "stars"]
     assert other.locator(".bars li").count() == 5
     assert one.bounding_box()["y"] == other.bounding_box()["y"]
-    assert page.get_by_role("status").first.inner_text() == "films: pos, 90.0 %; stars: good, 90.0 %"
+    assert (
+        page.get_by_role("status").first.inner_text() == "films: pos, 90.0 %; stars: good, 90.0 %"
+    )
 
 
 def test_an_example_is_one_click_away(page):
@@ -274,14 +328,22 @@ def test_an_example_is_one_click_away(page):
 
 
 def test_a_csv_comes_back_with_label_and_score(page, server):
-    rows = [[str(i), f'"{i}" is {("good", "bad")[i % 2]} film,\nor so', "=1+1"] for i in range(2500)]
+    rows = [
+        [str(i), f'"{i}" is {("good", "bad")[i % 2]} film,\nor so', "=1+1"] for i in range(2500)
+    ]
     file = io.StringIO()
     csv.writer(file).writerows([["id", "review, in full", "note"], *rows])
     choose(page, "reviews.csv", "\ufeff" + file.getvalue())
-    assert page.get_by_label("Column of texts").locator("option:checked").inner_text() == "review, in full"
+    assert (
+        page.get_by_label("Column of texts").locator("option:checked").inner_text()
+        == "review, in full"
+    )
     label(page)
     assert page.locator("#table-status").inner_text() == "Done: 2,500 labelled."
-    assert page.locator("#counts li").all_inner_texts() == ["pos\n1,250 (50.0 %)", "neg\n1,250 (50.0 %)"]
+    assert page.locator("#counts li").all_inner_texts() == [
+        "pos\n1,250 (50.0 %)",
+        "neg\n1,250 (50.0 %)",
+    ]
     assert "2,500 cells begin with" in page.locator("#formulas").inner_text()
     name, content = download(page)
     assert name == "reviews-labelled.csv"
@@ -299,10 +361,16 @@ TABLES = {
     "no_end.csv": ("a\ngood", "a,label,score\ngood,pos,0.9\n"),
     "blank_lines.csv": ("a,b\n\n1,good\n\n", "a,b,label,score\n1,good,pos,0.9\n"),
     "empty_cells.csv": ("a,b\n,\nx,bad\n", "a,b,label,score\n,,,\nx,bad,neg,0.9\n"),
-    "quotes.csv": ('a,"b"\n"say ""bad ""x",5" disk\n', 'a,b,label,score\n"say ""bad ""x","5"" disk",pos,0.9\n'),
+    "quotes.csv": (
+        'a,"b"\n"say ""bad ""x",5" disk\n',
+        'a,b,label,score\n"say ""bad ""x","5"" disk",pos,0.9\n',
+    ),
     "taken.csv": ("label,t\n1,good\n", "label,t,predicted_label,predicted_score\n1,good,pos,0.9\n"),
     "lines.txt": ('good, "x"\n\nbad', 'text,label,score\n"good, ""x""",pos,0.9\n,,\nbad,neg,0.9\n'),
-    "unicode.csv": ("t\n\ufffd \u202egood \U0001f600\n", "t,label,score\n\ufffd \u202egood \U0001f600,pos,0.9\n"),
+    "unicode.csv": (
+        "t\n\ufffd \u202egood \U0001f600\n",
+        "t,label,score\n\ufffd \u202egood \U0001f600,pos,0.9\n",
+    ),
 }
 
 
@@ -332,7 +400,11 @@ REFUSED = [
     ("d.csv", b"a,b\n1,2\n3\n", "d.csv: row 2 has 1 cells and the header 2"),
     ("e.csv", b'a,b\n1,"2\n', "Row 1: a quote opened in it is never closed."),
     ("f.csv", b'a,b\n1,"2"3\n', "Row 1: text follows a closing quote"),
-    ("g.csv", b"a,b\r1,2\r", "Row 0: text follows a closing quote, or a carriage return stands alone."),
+    (
+        "g.csv",
+        b"a,b\r1,2\r",
+        "Row 0: text follows a closing quote, or a carriage return stands alone.",
+    ),
 ]
 
 
@@ -374,7 +446,9 @@ def test_a_file_read_while_rows_are_labelled_is_refused_in_words(page, server):
     choose(page, "slow.csv", "t\n" + "bad\n" * 70)
     page.get_by_role("button", name="Label").click()
     page.evaluate("goOn()")
-    wait_for_alert(page, "slow.csv: not opened while rows are labelled; choose it again after that.")
+    wait_for_alert(
+        page, "slow.csv: not opened while rows are labelled; choose it again after that."
+    )
     page.wait_for_selector("#table-status:text('Done: 70 labelled.')")
     assert {tuple(row) for row in downloaded_rows(page)[1:]} == {("good", "pos", "0.9")}
     assert {text for body in server.asked for text in body["texts"]} == {"good"}
@@ -402,13 +476,19 @@ WATCH_RATE = """() => {
 
 def test_429_is_waited_out_and_nothing_is_lost(page, server):
     busy = {"error": "the queue is full", "error_type": "Overloaded"}
-    server.odd = [(429, {"Retry-After": "2"}, busy), (429, {"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}, busy)]
+    server.odd = [
+        (429, {"Retry-After": "2"}, busy),
+        (429, {"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}, busy),
+    ]
     choose(page, "a.csv", "t\n" + "good\n" * 200)
     page.evaluate(WATCH_RATE)
     page.get_by_role("button", name="Label").click()
     page.wait_for_selector("#table-status:text('Done: 200 labelled.')")
     said = page.evaluate("rates")
-    assert [f"the queue is full Going on in {seconds} s." in said for seconds in (2, 1)] == [True, True]
+    assert [f"the queue is full Going on in {seconds} s." in said for seconds in (2, 1)] == [
+        True,
+        True,
+    ]
     assert [row[1] for row in downloaded_rows(page)[1:]] == ["pos"] * 200
 
 
@@ -437,12 +517,20 @@ def test_a_row_that_is_refused_alone_is_passed_over_and_named(page, server):
 
 
 def test_an_error_stops_a_table_and_it_goes_on_from_there(page, server):
-    answer = {"adapter": "films", "predictions": [{"label": "pos", "score": 0.9, "top_k": [], "truncated": False}] * 64}
-    server.odd = [(200, {}, answer), (503, {}, {"error": "this server is stopping", "error_type": "Unhealthy"})]
+    answer = {
+        "adapter": "films",
+        "predictions": [{"label": "pos", "score": 0.9, "top_k": [], "truncated": False}] * 64,
+    }
+    server.odd = [
+        (200, {}, answer),
+        (503, {}, {"error": "this server is stopping", "error_type": "Unhealthy"}),
+    ]
     choose(page, "a.csv", "t\n" + "good\n" * 100)
     label(page)
     wait_for_alert(page, "Rows 65 to 100: this server is stopping")
-    assert page.locator("#table-status").inner_text() == "Stopped after 64 of 100 rows: 64 labelled."
+    assert (
+        page.locator("#table-status").inner_text() == "Stopped after 64 of 100 rows: 64 labelled."
+    )
     assert [row[1] for row in downloaded_rows(page)[1:]] == ["pos"] * 64 + [""] * 36
     page.get_by_role("button", name="Go on").click()
     page.wait_for_selector("#table-status:text('Done: 100 labelled.')")
@@ -475,7 +563,10 @@ def test_an_adapter_that_is_gone_is_not_replaced_unseen(page, server):
 
 
 def test_texts_labels_names_and_cells_are_never_read_as_html(server, make_page):
-    server.adapters = [make_adapter(HOSTILE, [HOSTILE, "</script>"]), make_adapter("=1+1", ["a", "b"])]
+    server.adapters = [
+        make_adapter(HOSTILE, [HOSTILE, "</script>"]),
+        make_adapter("=1+1", ["a", "b"]),
+    ]
     page = make_page(server.address)
     page.get_by_label("Compare with").select_option("=1+1")
     predict(page, f"bad {HOSTILE}")
@@ -484,7 +575,10 @@ def test_texts_labels_names_and_cells_are_never_read_as_html(server, make_page):
     choose(page, "<b>.csv", f'"{HOSTILE}"\nbad {HOSTILE}\n')
     label(page)
     assert page.locator("#preview td").first.inner_text() == f"bad {HOSTILE}"
-    assert downloaded_rows(page) == [[HOSTILE, "label", "score"], [f"bad {HOSTILE}", HOSTILE, "0.9"]]
+    assert downloaded_rows(page) == [
+        [HOSTILE, "label", "score"],
+        [f"bad {HOSTILE}", HOSTILE, "0.9"],
+    ]
     server.odd = [(422, {}, {"error": HOSTILE})]
     predict(page, "good")
     wait_for_alert(page, HOSTILE)
@@ -513,7 +607,11 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(server, make_page):
     page.get_by_label("API key").fill("changed")
     page.keyboard.press("Enter")
     page.wait_for_selector(".why")  # what was asked is answered, without asking again
-    assert page.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]
+    assert page.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == [
+        "",
+        0,
+        0,
+    ]
     page.reload()
     wait_for_alert(page, "this server needs its key")
 
@@ -569,11 +667,17 @@ def test_our_own_server_and_the_page_fit_together(our_server, toy_adapter, make_
     from lora_sentiment.commands.explain import explain
 
     classifier = load(toy_adapter)
-    texts = [f"the {word} film {i}, so it was" for i in range(50) for word in ("lovely", "awful", "")]
+    texts = [
+        f"the {word} film {i}, so it was" for i in range(50) for word in ("lovely", "awful", "")
+    ]
     page = make_page(our_server)
     predict(page, texts[0])
     expected = explain(classifier, texts[0])
-    assert page.locator(".verdict").inner_text().split() == [expected.label, f"{expected.score:.1%}"[:-1], "%"]
+    assert page.locator(".verdict").inner_text().split() == [
+        expected.label,
+        f"{expected.score:.1%}"[:-1],
+        "%",
+    ]
     largest = max(range(len(expected.words)), key=lambda i: abs(expected.effects[i]))
     assert expected.words[largest] in page.locator(".words .level-3 bdi").all_inner_texts()
     file = io.StringIO()
@@ -581,7 +685,9 @@ def test_our_own_server_and_the_page_fit_together(our_server, toy_adapter, make_
     choose(page, "a.csv", file.getvalue())
     label(page)
     labels = [prediction.label for prediction in classifier.predict(texts)]
-    assert [row[:2] for row in downloaded_rows(page)[1:]] == [list(row) for row in zip(texts, labels, strict=True)]
+    assert [row[:2] for row in downloaded_rows(page)[1:]] == [
+        list(row) for row in zip(texts, labels, strict=True)
+    ]
 
 
 def test_everything_works_with_the_keyboard_alone(page):
@@ -593,13 +699,20 @@ def test_everything_works_with_the_keyboard_alone(page):
     order = []
     for _ in range(8):
         page.keyboard.press("Tab")
-        order.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        order.append(
+            page.evaluate("document.activeElement.id || document.activeElement.textContent")
+        )
     examples = ["a mixed review", "a warm one", "a message"]
     assert order == [*examples, "adapter", "other", "explain", "predict", "file"]
-    assert page.locator("#drop").evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
+    assert (
+        page.locator("#drop").evaluate("element => getComputedStyle(element).outlineStyle")
+        == "solid"
+    )
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
-    chooser.value.set_files({"name": "a.csv", "mimeType": "text/csv", "buffer": b"id,t\n1,good film\n"})
+    chooser.value.set_files(
+        {"name": "a.csv", "mimeType": "text/csv", "buffer": b"id,t\n1,good film\n"}
+    )
     page.wait_for_selector("#preview tbody tr")
     for _ in range(3):
         page.keyboard.press("Tab")
@@ -614,9 +727,13 @@ def test_everything_works_with_the_keyboard_alone(page):
 PHONE = {"viewport": {"width": 360, "height": 740}}
 
 
-@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["light", "dark", "phone"])
+@pytest.mark.parametrize(
+    "options", [{}, {"color_scheme": "dark"}, PHONE], ids=["light", "dark", "phone"]
+)
 def test_axe_finds_no_serious_fault(server, make_page, options):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python"
+    ).Axe()
     page = make_page(server.address, reduced_motion="reduce", **options)
     page.get_by_label("Compare with").select_option("stars")
     predict(page, "a good film, so good, and bad and dull, too")
@@ -626,7 +743,9 @@ def test_axe_finds_no_serious_fault(server, make_page, options):
     page.get_by_role("button", name="Predict").click()
     page.get_by_label("API key").wait_for()
     found = axe.run(page).response["violations"]
-    assert [(fault["id"], fault["impact"], [node["html"] for node in fault["nodes"]]) for fault in found] == []
+    assert [
+        (fault["id"], fault["impact"], [node["html"] for node in fault["nodes"]]) for fault in found
+    ] == []
 
 
 def test_a_phone_shows_everything_without_scrolling_sideways(server, make_page):
@@ -642,4 +761,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(server, make_page):
 def test_less_motion_is_honoured(server, make_page, motion, seconds):
     page = make_page(server.address, reduced_motion=motion)
     predict(page, "good")
-    assert page.locator(".fill").first.evaluate("bar => getComputedStyle(bar).transitionDuration") == seconds
+    assert (
+        page.locator(".fill").first.evaluate("bar => getComputedStyle(bar).transitionDuration")
+        == seconds
+    )

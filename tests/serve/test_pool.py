@@ -20,8 +20,14 @@ TEXTS = [text for text, _ in toy_rows(24)] + ["good", "", "so " * 40]
 MIX = {
     "qv": {"method": LoraMethod(r=4, lora_alpha=8)},
     "wide": {"method": LoraMethod(r=16, lora_alpha=8), "labels": name_labels(20)},
-    "all-linear": {"method": LoraMethod(r=2, target_modules="all-linear", use_rslora=True), "labels": name_labels(3)},
-    "k-lin1": {"method": LoraMethod(r=3, target_modules=("k_lin", "lin1")), "labels": name_labels(5)},
+    "all-linear": {
+        "method": LoraMethod(r=2, target_modules="all-linear", use_rslora=True),
+        "labels": name_labels(3),
+    },
+    "k-lin1": {
+        "method": LoraMethod(r=3, target_modules=("k_lin", "lin1")),
+        "labels": name_labels(5),
+    },
     "one-layer": {"method": LoraMethod(r=3, layers_to_transform=(1,)), "labels": name_labels(4)},
     "head": {"method": HeadMethod(kind="head"), "labels": name_labels(3)},
 }
@@ -40,7 +46,9 @@ def folders(tiny_base, tmp_path_factory):
     every = {**MIX, **APART}
     for seed, (name, options) in enumerate(every.items()):
         # The toy's weights are ten times a real base's, and so would the logits be, and their rounding.
-        save_random(place / name, tiny_base, seed=seed, head=0.3, **{"labels": name_labels(2), **options})
+        save_random(
+            place / name, tiny_base, seed=seed, head=0.3, **{"labels": name_labels(2), **options}
+        )
     return {name: place / name for name in every}
 
 
@@ -79,8 +87,12 @@ def test_in_a_mixed_stream_every_adapter_answers_as_alone(folders):
     engines = {name: load(folder, dtype="float32") for name, folder in folders.items()}
     for (name, text), logits in zip(pairs, found, strict=True):
         own = engines[name]
-        ids = own.encoder.frame(own.encoder.truncate(own.encoder.tokenise([text])[0]))[None].astype(np.int64)
-        np.testing.assert_allclose(logits, own.engine.compute(ids, None)[0], atol=1e-5, err_msg=name)
+        ids = own.encoder.frame(own.encoder.truncate(own.encoder.tokenise([text])[0]))[None].astype(
+            np.int64
+        )
+        np.testing.assert_allclose(
+            logits, own.engine.compute(ids, None)[0], atol=1e-5, err_msg=name
+        )
 
 
 @pytest.fixture
@@ -95,7 +107,9 @@ def packed(monkeypatch):
 
 
 @pytest.mark.parametrize("max_tokens", [2**15, 100, 1])
-def test_packed_rows_of_many_adapters_answer_as_padded_ones(folders, packed, monkeypatch, max_tokens):
+def test_packed_rows_of_many_adapters_answer_as_padded_ones(
+    folders, packed, monkeypatch, max_tokens
+):
     pairs = shuffled(MIX)
     pool = make_pool([folders[name] for name in MIX])
     padded = answer(pool, pairs)
@@ -126,27 +140,37 @@ def test_packed_rows_hold_no_padding_between_them(folders, packed, monkeypatch):
 def test_one_text_of_one_adapter_is_packed_too(folders, packed):
     pool = make_pool([folders["all-linear"]])
     expected = answer(pool, [("all-linear", "good")])[0]
-    np.testing.assert_allclose(answer(packed(pool), [("all-linear", "good")])[0], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        answer(packed(pool), [("all-linear", "good")])[0], expected, atol=1e-5
+    )
 
 
 def test_a_cpu_is_not_warmed_up(folders, monkeypatch):
     pool = make_pool([folders["qv"]])
-    monkeypatch.setattr(pool, "compute", lambda served, encoded: pytest.fail("a CPU was given work"))
+    monkeypatch.setattr(
+        pool, "compute", lambda served, encoded: pytest.fail("a CPU was given work")
+    )
     pool.warm_up(batch_tokens=512)
 
 
-def test_a_gpu_is_warmed_up_by_every_adapter_at_a_few_sizes_and_by_a_full_batch(folders, monkeypatch, caplog):
+def test_a_gpu_is_warmed_up_by_every_adapter_at_a_few_sizes_and_by_a_full_batch(
+    folders, monkeypatch, caplog
+):
     pool = make_pool([folders["qv"], folders["wide"], folders["dora"]])
     given = []
     compute = pool.compute
 
     def compute_and_note(served, encoded):
-        given.append([(own.name, int(length)) for own, length in zip(served, encoded.lengths, strict=True)])
+        given.append(
+            [(own.name, int(length)) for own, length in zip(served, encoded.lengths, strict=True)]
+        )
         return compute(served, encoded)
 
     monkeypatch.setattr(pool, "compute", compute_and_note)
     monkeypatch.setattr(pool, "_device", torch.device("cuda"))
-    monkeypatch.setattr(pool, "_answer_mixed", lambda parts, encoded, index: [np.zeros(2)] * len(index))
+    monkeypatch.setattr(
+        pool, "_answer_mixed", lambda parts, encoded, index: [np.zeros(2)] * len(index)
+    )
     with caplog.at_level("INFO", logger="lora_sentiment"):
         pool.warm_up(batch_tokens=100)
     names = list(pool.served)
@@ -170,7 +194,9 @@ def test_memory_that_runs_out_while_warming_up_says_what_to_lower(folders, monke
         pool.warm_up(batch_tokens=8192)
 
 
-def test_where_the_fast_forward_does_not_run_every_adapter_is_a_model_of_its_own(folders, monkeypatch):
+def test_where_the_fast_forward_does_not_run_every_adapter_is_a_model_of_its_own(
+    folders, monkeypatch
+):
     monkeypatch.setattr(pool_module, "why_not_on", lambda device: "the device is mps")
     pool = make_pool([folders["qv"], folders["head"]])
     assert {own.form for own in pool.served.values()} == {"merged"}
@@ -194,13 +220,17 @@ def test_the_base_stays_as_it_was_whatever_is_loaded_beside_it(folders):
 def test_low_rank_adapters_share_the_bases_memory(folders):
     pool = make_pool([folders["qv"], folders["wide"]])
     base = pool._forward.encoder.embeddings.word_embeddings.weight
-    assert base.data_ptr() == pool._fresh.model.distilbert.embeddings.word_embeddings.weight.data_ptr()
+    assert (
+        base.data_ptr() == pool._fresh.model.distilbert.embeddings.word_embeddings.weight.data_ptr()
+    )
 
 
 def test_a_small_adapter_takes_no_more_memory_beside_a_large_one(folders):
     pool = make_pool([folders["k-lin1"], folders["wide"], folders["all-linear"]])
     saved = {name: own.num_parameters for name, own in pool.served.items()}
-    assert {name: own.part.num_bytes for name, own in pool.served.items()} == {n: 4 * size for n, size in saved.items()}
+    assert {name: own.part.num_bytes for name, own in pool.served.items()} == {
+        n: 4 * size for n, size in saved.items()
+    }
     held = [
         tensor.untyped_storage().nbytes()
         for own in pool.served.values()
@@ -247,7 +277,9 @@ def test_watching_picks_up_finished_folders_and_reloads_changed_ones(folders, tm
     assert pool.served is same
 
 
-def test_a_card_that_was_written_again_unchanged_does_no_harm_to_the_rest_of_a_look(folders, tmp_path):
+def test_a_card_that_was_written_again_unchanged_does_no_harm_to_the_rest_of_a_look(
+    folders, tmp_path
+):
     for name in ("qv", "wide"):
         shutil.copytree(folders[name], tmp_path / name)
     pool = make_pool([], watch=tmp_path)
@@ -278,7 +310,9 @@ def test_an_adapter_that_breaks_is_served_as_it_was(folders, tmp_path, caplog):
     assert "served as it was" in caplog.text
 
 
-def test_a_folder_that_goes_while_it_is_loaded_is_not_served(folders, tmp_path, caplog, monkeypatch):
+def test_a_folder_that_goes_while_it_is_loaded_is_not_served(
+    folders, tmp_path, caplog, monkeypatch
+):
     pool = make_pool([folders["qv"]], watch=tmp_path)
     load_whole = pool._open
 
@@ -316,7 +350,9 @@ def test_a_folder_that_could_not_be_loaded_for_no_fault_of_its_own_is_tried_agai
     assert set(pool.served) == {"qv", "one", "two"}
 
 
-def test_an_adapter_that_is_named_and_watched_is_loaded_once_and_then_followed(folders, tmp_path, monkeypatch):
+def test_an_adapter_that_is_named_and_watched_is_loaded_once_and_then_followed(
+    folders, tmp_path, monkeypatch
+):
     place = shutil.copytree(folders["wide"], tmp_path / "one")
     pool = make_pool([place], watch=tmp_path)
     first = pool.served["one"]
@@ -342,7 +378,9 @@ def test_a_file_that_goes_or_leads_nowhere_does_no_harm_to_its_adapter(folders, 
     assert "gone" not in caplog.text
 
 
-def test_labels_are_those_of_the_weights_when_a_folder_is_replaced_while_it_is_loaded(folders, tmp_path, monkeypatch):
+def test_labels_are_those_of_the_weights_when_a_folder_is_replaced_while_it_is_loaded(
+    folders, tmp_path, monkeypatch
+):
     place = shutil.copytree(folders["qv"], tmp_path / "one")
     pool = make_pool([folders["wide"]], dtype="bfloat16")
     load_whole = pool._open
@@ -433,7 +471,9 @@ def test_an_adapter_for_another_base_is_refused(folders, tiny_base, tmp_path):
     model.save_pretrained(other)
     stranger = tmp_path / "stranger"
     save_random(stranger, other, LoraMethod(r=4), labels=name_labels(2))
-    with pytest.raises(AdapterError, match=r"stranger: is for the base .*this server has .*of its own"):
+    with pytest.raises(
+        AdapterError, match=r"stranger: is for the base .*this server has .*of its own"
+    ):
         make_pool([folders["qv"], stranger])
 
 
@@ -456,11 +496,15 @@ def test_longer_texts_take_fused_attention_and_answer_alike(tmp_path, tiny_base)
     from transformers import DistilBertConfig, DistilBertModel
 
     torch.manual_seed(0)
-    config = DistilBertConfig.from_pretrained(tiny_base, max_position_embeddings=FUSED_ATTENTION_FROM + 8)
+    config = DistilBertConfig.from_pretrained(
+        tiny_base, max_position_embeddings=FUSED_ATTENTION_FROM + 8
+    )
     base = shutil.copytree(tiny_base, tmp_path / "long-base")
     DistilBertModel(config).save_pretrained(base)
     folder = tmp_path / "long"
-    save_random(folder, base, LoraMethod(r=4), labels=name_labels(2), max_length=FUSED_ATTENTION_FROM + 8)
+    save_random(
+        folder, base, LoraMethod(r=4), labels=name_labels(2), max_length=FUSED_ATTENTION_FROM + 8
+    )
     pool = make_pool([folder])
     text = "so " * FUSED_ATTENTION_FROM
     np.testing.assert_allclose(answer(pool, [("long", text)])[0], alone(folder, text), atol=1e-5)

@@ -25,7 +25,9 @@ LONG = " ".join(f"w{i}" for i in range(30))
 
 def make_client(*served, key=None, **limits):
     """A client of an app in this process; use it as a context manager, which starts and stops the app."""
-    config = ServeConfig(adapters=(Path("x"),), api_key=SecretStr(key) if key else None, limits=Limits(**limits))
+    config = ServeConfig(
+        adapters=(Path("x"),), api_key=SecretStr(key) if key else None, limits=Limits(**limits)
+    )
     app = make_app(FakePool(*(served or [make_served("one")])), config)
     return TestClient(app)
 
@@ -33,7 +35,9 @@ def make_client(*served, key=None, **limits):
 def make_classifier(served):
     def engine(input_ids, mask):
         lengths = np.full(len(input_ids), input_ids.shape[1]) if mask is None else mask.sum(1)
-        return np.stack([answer(served, row[:n].tolist()) for row, n in zip(input_ids, lengths, strict=True)])
+        return np.stack(
+            [answer(served, row[:n].tolist()) for row, n in zip(input_ids, lengths, strict=True)]
+        )
 
     return Classifier(served.labels, served.encoder, Engine(engine, 1024), served.clean, None, "")
 
@@ -49,20 +53,37 @@ def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once(
                           truncation=("head", "head_tail")[i % 2]) for i in range(6)]  # fmt: skip
     texts = ["a good film", "", "bad<br />film", LONG, "good  good"]
     with make_client(*served) as client, ThreadPoolExecutor(6) as threads:
-        found = list(threads.map(lambda own: ask(client, texts=texts, adapter=own.name, top_k=9), served * 2))
+        found = list(
+            threads.map(lambda own: ask(client, texts=texts, adapter=own.name, top_k=9), served * 2)
+        )
     for own, got in zip(served * 2, found, strict=True):
         assert got["adapter"] == own.name
-        for expected, answered in zip(make_classifier(own).predict(texts), got["predictions"], strict=True):
+        for expected, answered in zip(
+            make_classifier(own).predict(texts), got["predictions"], strict=True
+        ):
             assert answered["label"] == expected.label == answered["top_k"][0]["label"]
-            assert {row["label"]: row["score"] for row in answered["top_k"]} == pytest.approx(expected.scores)
-            assert [row["score"] for row in answered["top_k"]] == sorted(expected.scores.values(), reverse=True)
-        assert [row["truncated"] for row in got["predictions"]] == [False, False, False, True, False]
+            assert {row["label"]: row["score"] for row in answered["top_k"]} == pytest.approx(
+                expected.scores
+            )
+            assert [row["score"] for row in answered["top_k"]] == sorted(
+                expected.scores.values(), reverse=True
+            )
+        assert [row["truncated"] for row in got["predictions"]] == [
+            False,
+            False,
+            False,
+            True,
+            False,
+        ]
         assert got["predictions"][0]["words"] is None
 
 
 def test_top_k_names_as_many_labels_as_asked_for():
     with make_client(make_served("one", "abcde")) as client:
-        assert [len(ask(client, texts=["a"], top_k=k)["predictions"][0]["top_k"]) for k in (1, 3, 10**30)] == [1, 3, 5]
+        assert [
+            len(ask(client, texts=["a"], top_k=k)["predictions"][0]["top_k"])
+            for k in (1, 3, 10**30)
+        ] == [1, 3, 5]
 
 
 def test_an_explanation_is_that_of_the_command_line():
@@ -78,7 +99,8 @@ def test_an_explanation_is_that_of_the_command_line():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "batch"), [("a good film", False), (["a good film"], False), ([["a good film"], ["bad"]], True)]
+    ("inputs", "batch"),
+    [("a good film", False), (["a good film"], False), ([["a good film"], ["bad"]], True)],
 )
 def test_the_words_of_text_embeddings_inference_are_understood(inputs, batch):
     served = make_served("one", "abc")
@@ -86,7 +108,9 @@ def test_the_words_of_text_embeddings_inference_are_understood(inputs, batch):
         found, raw = ask(client, inputs=inputs), ask(client, inputs=inputs, raw_scores=True)
     for rows, scored in ((found, True), (raw, False)):
         first = rows[0] if batch else rows
-        assert [row["score"] for row in first] == sorted((row["score"] for row in first), reverse=True)
+        assert [row["score"] for row in first] == sorted(
+            (row["score"] for row in first), reverse=True
+        )
         logits = dict(zip("abc", answer(served, [2, 7, 4, 6, 3]).tolist(), strict=True))
         expected = make_classifier(served).predict(["a good film"])[0].scores if scored else logits
         assert {row["label"]: row["score"] for row in first} == pytest.approx(expected)
@@ -103,7 +127,9 @@ def test_the_words_of_hugging_faces_client_are_understood_and_what_is_not_honour
             assert (refused.status_code, refused.json()["error"]) == (422, error)
 
 
-def test_a_fault_of_ours_is_a_refusal_like_any_other_and_the_log_says_where_without_the_text(caplog):
+def test_a_fault_of_ours_is_a_refusal_like_any_other_and_the_log_says_where_without_the_text(
+    caplog,
+):
     class Panic(BaseException):
         """As a tokenizer in Rust raises it: no `Exception`."""
 
@@ -130,12 +156,19 @@ def test_a_longer_text_is_read_as_text_embeddings_inference_was_told():
     served = make_served("one", truncation="head_tail")
     words = LONG.split()
     with make_client(served) as client:
-        for direction, kept in (("Right", words[:14]), ("right", words[:14]), ("Left", words[-14:])):
+        for direction, kept in (
+            ("Right", words[:14]),
+            ("right", words[:14]),
+            ("Left", words[-14:]),
+        ):
             found = ask(client, inputs=LONG, truncation_direction=direction, truncate=True)
             assert found == ask(client, inputs=" ".join(kept), truncate=False)
         assert ask(client, inputs=LONG) == ask(client, inputs=" ".join(words[:3] + words[-11:]))
         refused = client.post("/predict", json={"inputs": LONG, "truncate": False})
-    assert (refused.status_code, refused.json()["error"]) == (413, "texts[0]: has 32 tokens; the adapter reads 16")
+    assert (refused.status_code, refused.json()["error"]) == (
+        413,
+        "texts[0]: has 32 tokens; the adapter reads 16",
+    )
 
 
 def test_a_server_may_refuse_longer_texts():
@@ -193,7 +226,10 @@ def test_adapters_come_and_go_and_their_counts_with_them():
         asked.set()
         for _ in range(1000):
             shown = client.get("/metrics").text
-            if client.get("/adapters").json()["adapters"][0]["name"] == "two" and 'adapter="one"' not in shown:
+            if (
+                client.get("/adapters").json()["adapters"][0]["name"] == "two"
+                and 'adapter="one"' not in shown
+            ):
                 break
             time.sleep(0.01)
         assert client.post("/predict", json={"texts": ["a"], "adapter": "one"}).status_code == 404
@@ -222,12 +258,23 @@ def test_a_look_at_the_watched_folder_that_fails_leaves_what_is_served(caplog):
 def test_a_key_is_needed_for_all_that_tells_of_adapters_or_texts():
     with make_client(key=KEY) as client:
         for method, path in (("POST", "/predict"), ("GET", "/adapters"), ("GET", "/metrics")):
-            for given in (None, f"Bearer {KEY}x", "Bearer", f"Basic {KEY}", f"Bearer {KEY[:-1]}é".encode()):
+            for given in (
+                None,
+                f"Bearer {KEY}x",
+                "Bearer",
+                f"Basic {KEY}",
+                f"Bearer {KEY[:-1]}é".encode(),
+            ):
                 headers = {} if given is None else {"Authorization": given}
                 response = client.request(method, path, json={"texts": ["a"]}, headers=headers)
-                assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer"), (path, given)
+                assert (response.status_code, response.headers["WWW-Authenticate"]) == (
+                    401,
+                    "Bearer",
+                ), (path, given)
             for given in (f"Bearer {KEY}", f"bearer  {KEY}"):
-                response = client.request(method, path, json={"texts": ["a"]}, headers={"Authorization": given})
+                response = client.request(
+                    method, path, json={"texts": ["a"]}, headers={"Authorization": given}
+                )
                 assert response.status_code == 200
         for path in ("/", "/page.js", "/page.css", "/healthz", "/readyz", "/openapi.json"):
             assert client.get(path).status_code == 200
@@ -238,7 +285,9 @@ def test_the_page_may_use_nothing_from_elsewhere_and_no_site_may_use_the_server(
         page = client.get("/")
         assert page.headers["Content-Type"] == "text/html; charset=utf-8"
         for response in (page, client.get("/adapters"), client.get("/nowhere")):
-            assert response.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self';")
+            assert response.headers["Content-Security-Policy"].startswith(
+                "default-src 'none'; script-src 'self';"
+            )
             assert response.headers["X-Content-Type-Options"] == "nosniff"
             assert "Access-Control-Allow-Origin" not in response.headers
         asked = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
@@ -258,7 +307,9 @@ def test_no_text_stands_in_the_log_or_the_counts(caplog):
         assert client.post("/predict", json={"texts": [secret]}).status_code == 503
         counts = client.get("/metrics").text
     ours = "\n".join(
-        row.getMessage() + (row.exc_text or "") for row in caplog.records if not row.name.startswith("httpx")
+        row.getMessage() + (row.exc_text or "")
+        for row in caplog.records
+        if not row.name.startswith("httpx")
     )
     assert "POST /predict 200" in ours
     assert "GET other 404" in ours
@@ -271,11 +322,15 @@ def test_the_document_names_every_error_and_its_examples_are_answered():
     with make_client(make_served("imdb_small"), max_texts=7, key=KEY) as client:
         document = client.get("/openapi.json").json()
         for example in EXAMPLES.values():
-            response = client.post("/predict", json=example["value"], headers={"Authorization": f"Bearer {KEY}"})
+            response = client.post(
+                "/predict", json=example["value"], headers={"Authorization": f"Bearer {KEY}"}
+            )
             assert response.status_code == 200
     predict = document["paths"]["/predict"]["post"]
     statuses = {"200", "400", "401", "404", "408", "413", "415", "422", "429", "503", "504"}
     assert set(predict["responses"]) == statuses
     assert "HTTPValidationError" not in json.dumps(document)
-    assert document["components"]["schemas"]["PredictRequest"]["properties"]["texts"]["maxItems"] == 7
+    assert (
+        document["components"]["schemas"]["PredictRequest"]["properties"]["texts"]["maxItems"] == 7
+    )
     assert predict["security"]

@@ -25,7 +25,9 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n
 @pytest.fixture(scope="module")
 def server():
     with running(
-        FakePool(make_served("one"), make_served("two", "abc")), header_seconds=2.0, body_seconds=2.0
+        FakePool(make_served("one"), make_served("two", "abc")),
+        header_seconds=2.0,
+        body_seconds=2.0,
     ) as found:
         yield found
 
@@ -175,7 +177,10 @@ def test_the_work_of_refusing_a_body_does_not_grow_with_it(monkeypatch):
             cause = refused.value.__cause__
             assert cause is None or cause.error_count() <= Limits().max_texts
     assert max(compared) == messages.SHOWN
-    for body in (b'{"texts": [' + b"1," * 500_000 + b"1]}", b'{"inputs": [' + b"[1]," * 250_000 + b"[1]]}"):
+    for body in (
+        b'{"texts": [' + b"1," * 500_000 + b"1]}",
+        b'{"inputs": [' + b"[1]," * 250_000 + b"[1]]}",
+    ):
         with pytest.raises(RefusalError, match="allowed: at most 128 a request") as refused:
             messages.read_request(body, Limits())
         assert refused.value.__cause__ is None
@@ -250,7 +255,9 @@ def under_way(server):
     with connect(server) as connection:
         connection.sendall(get("/metrics"))
         text = read(connection)[2].decode()
-    return float(re.search(r"^lora_sentiment_requests_under_way (\S+)", text, flags=re.MULTILINE)[1])
+    return float(
+        re.search(r"^lora_sentiment_requests_under_way (\S+)", text, flags=re.MULTILINE)[1]
+    )
 
 
 def until(true):
@@ -271,7 +278,10 @@ def test_overload_is_answered_429_at_once_with_a_time():
         third.sendall(post({"texts": ["a " * 100]}))
         status, header, body = read(third)
         assert (status, header["retry-after"]) == (429, "1")
-        assert "502 tokens wait already and this request makes at least 102" in json.loads(body)["error"]
+        assert (
+            "502 tokens wait already and this request makes at least 102"
+            in json.loads(body)["error"]
+        )
         # Two are under way; with a third, whose body is still coming, there is no room for a fourth.
         third.sendall(post({"texts": ["a"]})[:-1])
         until(lambda: under_way(server) == 3)
@@ -342,7 +352,9 @@ def test_what_a_client_that_went_away_left_to_read_counts_until_its_thread_has_s
             assert read(second)[0] == 429
             release.set()
             # What was left of the first is not read, and then there is room again.
-            until(lambda: (second.sendall(post({"texts": ["a" * 1001]})), read(second)[0])[1] == 200)
+            until(
+                lambda: (second.sendall(post({"texts": ["a" * 1001]})), read(second)[0])[1] == 200
+            )
     assert [len(texts) for texts in calls[:2]] == [1, 1]
     assert len(calls[1][0]) == 1001
 

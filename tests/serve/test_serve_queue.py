@@ -23,7 +23,9 @@ def in_line(ask, pool=None, **limits):
 
     async def run():
         found = pool or FakePool(ONE, TWO)
-        queue = Queue(found.compute, limits=Limits(**{"batch_wait_ms": 20.0, **limits}), metrics=Metrics())
+        queue = Queue(
+            found.compute, limits=Limits(**{"batch_wait_ms": 20.0, **limits}), metrics=Metrics()
+        )
         running = asyncio.create_task(queue.run())
         try:
             return await ask(queue, found)
@@ -57,7 +59,9 @@ async def held_up(queue, pool):
 def test_requests_for_several_adapters_are_computed_in_one_batch_each_by_its_own():
     async def ask(queue, pool):
         inputs = [TEXT, TEXT[:3]]
-        found = await asyncio.gather(queue.ask(ONE, inputs), queue.ask(TWO, inputs), queue.ask(ONE, inputs[:1]))
+        found = await asyncio.gather(
+            queue.ask(ONE, inputs), queue.ask(TWO, inputs), queue.ask(ONE, inputs[:1])
+        )
         for own, served in zip(found, (ONE, TWO, ONE), strict=True):
             for ids, logits in zip(inputs, own, strict=False):
                 np.testing.assert_array_equal(logits, answer(served, ids.tolist()))
@@ -90,7 +94,9 @@ def test_what_does_not_fit_is_refused_with_a_time_and_what_never_fits_without():
         first = await held_up(queue, pool)
         second = asyncio.create_task(queue.ask(ONE, [TEXT] * 127))
         await waits(queue, 508)
-        with pytest.raises(RefusalError, match="508 tokens wait already and this request makes at least 8") as full:
+        with pytest.raises(
+            RefusalError, match="508 tokens wait already and this request makes at least 8"
+        ) as full:
             await queue.ask(ONE, [TEXT] * 2)
         assert (full.value.status, full.value.retry_after) == (429, 1)
         with pytest.raises(RefusalError, match="makes 516 tokens; allowed: 512") as never:
@@ -104,7 +110,9 @@ def test_what_does_not_fit_is_refused_with_a_time_and_what_never_fits_without():
 
 
 def test_the_time_to_wait_follows_the_speed_seen(monkeypatch):
-    clock = SimpleNamespace(perf_counter=itertools.count(0, 0.25).__next__)  # a batch is begun, and has ended
+    clock = SimpleNamespace(
+        perf_counter=itertools.count(0, 0.25).__next__
+    )  # a batch is begun, and has ended
     monkeypatch.setattr("lora_sentiment.serve.batching.time", clock)
 
     async def ask(queue, pool):
@@ -137,7 +145,9 @@ def test_a_request_that_is_given_up_leaves_the_line():
 def test_a_batch_that_cannot_be_computed_is_refused_and_logged_and_the_next_one_is_answered(caplog):
     async def ask(queue, pool):
         pool.fault = RuntimeError("no such kernel")
-        found = await asyncio.gather(queue.ask(ONE, [TEXT]), queue.ask(ONE, [TEXT]), return_exceptions=True)
+        found = await asyncio.gather(
+            queue.ask(ONE, [TEXT]), queue.ask(ONE, [TEXT]), return_exceptions=True
+        )
         assert [(error.kind, error.status) for error in found] == [("Backend", 503)] * 2
         assert len(await queue.ask(ONE, [TEXT])) == 1
         assert queue.tokens == 0
@@ -158,7 +168,9 @@ def test_an_adapter_that_cannot_be_computed_leaves_the_others_of_its_batch_answe
             return compute(served, encoded)
 
         queue._compute = fail_for_two
-        return await asyncio.gather(*(queue.ask(own, [TEXT, TEXT]) for own in (ONE, TWO, ONE)), return_exceptions=True)
+        return await asyncio.gather(
+            *(queue.ask(own, [TEXT, TEXT]) for own in (ONE, TWO, ONE)), return_exceptions=True
+        )
 
     first, fault, last = in_line(ask)
     assert (fault.kind, fault.status) == ("Backend", 503)
@@ -208,7 +220,9 @@ def test_a_value_that_is_not_finite_is_the_fault_of_its_adapter_alone():
     broken = make_served("broken", factor=float("nan"))
 
     async def ask(queue, _):
-        return await asyncio.gather(queue.ask(ONE, [TEXT]), queue.ask(broken, [TEXT]), return_exceptions=True)
+        return await asyncio.gather(
+            queue.ask(ONE, [TEXT]), queue.ask(broken, [TEXT]), return_exceptions=True
+        )
 
     good, bad = in_line(ask)
     np.testing.assert_array_equal(good[0], answer(ONE, TEXT.tolist()))

@@ -25,21 +25,29 @@ HERE = (Path("x"),)
 
 def ask(address, path, **body):
     data = json.dumps(body).encode() if body else None
-    with urlopen(Request(address + path, data, {"Content-Type": "application/json"}), timeout=60) as response:
+    with urlopen(
+        Request(address + path, data, {"Content-Type": "application/json"}), timeout=60
+    ) as response:
         return response.read().decode()
 
 
-def test_requests_that_wait_when_the_server_is_told_to_stop_are_answered_and_it_ends_well(toy_adapter, tmp_path):
+def test_requests_that_wait_when_the_server_is_told_to_stop_are_answered_and_it_ends_well(
+    toy_adapter, tmp_path
+):
     command = [sys.executable, "-m", "lora_sentiment.cli", "serve", toy_adapter, "--port", "0"]
     # What is asked waits for half a minute, unless the server is told to stop.
     command += ["--limit", "batch_wait_ms=30000", "--no-access-log"]
     with (tmp_path / "log").open("w+") as log:
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        )
         address = server.stdout.readline().strip()
         texts = ["a good film", "a bad meal", "the awful place was so dull and cold", "lovely"]
         with ThreadPoolExecutor(4) as threads:
-            asked = [threads.submit(ask, address, "/predict", texts=[text], top_k=2) for text in texts]
+            asked = [
+                threads.submit(ask, address, "/predict", texts=[text], top_k=2) for text in texts
+            ]
             while "lora_sentiment_requests_under_way 4.0" not in ask(address, "/metrics"):
                 assert not any(row.done() for row in asked)
             server.send_signal(signal.SIGTERM)
@@ -50,7 +58,9 @@ def test_requests_that_wait_when_the_server_is_told_to_stop_are_answered_and_it_
     for expected, answer in zip(load(toy_adapter).predict(texts), answers, strict=True):
         (found,) = answer["predictions"]
         assert found["label"] == expected.label
-        assert {row["label"]: row["score"] for row in found["top_k"]} == pytest.approx(expected.scores, abs=1e-5)
+        assert {row["label"]: row["score"] for row in found["top_k"]} == pytest.approx(
+            expected.scores, abs=1e-5
+        )
     assert address.startswith("http://127.0.0.1:")
     assert "stopping: " in said
     assert "Traceback" not in said
@@ -108,28 +118,39 @@ def test_what_goes_wrong_while_warming_up_ends_the_start(monkeypatch):
     monkeypatch.setattr(pool, "warm_up", run_out)
     monkeypatch.setattr("lora_sentiment.serve.pool.load_pool", lambda *args, **options: pool)
     with pytest.raises(ModelError, match="memory ran out"):
-        serve(ServeConfig(watch=Path("x"), port=0), announce=lambda address: pytest.fail("it said ready"))
+        serve(
+            ServeConfig(watch=Path("x"), port=0),
+            announce=lambda address: pytest.fail("it said ready"),
+        )
 
 
 def test_an_address_that_others_can_reach_needs_a_key_or_a_word():
-    with pytest.raises(RecipeError, match="can be reached from other machines: give --api-key-file"):
+    with pytest.raises(
+        RecipeError, match="can be reached from other machines: give --api-key-file"
+    ):
         bind(ServeConfig(adapters=HERE, host="0.0.0.0", port=0))
     bind(ServeConfig(adapters=HERE, host="0.0.0.0", port=0, no_api_key=True)).close()
-    bind(ServeConfig(adapters=HERE, host="0.0.0.0", port=0, api_key=SecretStr("0123456789abcdef"))).close()
+    bind(
+        ServeConfig(adapters=HERE, host="0.0.0.0", port=0, api_key=SecretStr("0123456789abcdef"))
+    ).close()
     bind(ServeConfig(adapters=HERE, host="localhost", port=0)).close()
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(RecipeError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+        with pytest.raises(
+            RecipeError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"
+        ):
             bind(ServeConfig(adapters=HERE, port=port))
     with pytest.raises(RecipeError, match=r"cannot listen on no\.such\.host\.invalid:0"):
         bind(ServeConfig(adapters=HERE, host="no.such.host.invalid", port=0))
 
 
 def test_limits_are_named_on_the_command_line_and_a_wrong_one_is_refused_by_name():
-    found = make_config(["max_texts=3", "batch_wait_ms=0.5", "on_long=refuse"], adapters=HERE).limits
+    found = make_config(
+        ["max_texts=3", "batch_wait_ms=0.5", "on_long=refuse"], adapters=HERE
+    ).limits
     assert found == Limits(max_texts=3, batch_wait_ms=0.5, on_long="refuse")
     for given, message in (
         ("max_text=3", "did you mean 'max_texts'"),
@@ -151,7 +172,13 @@ def test_a_key_is_read_from_a_file_and_shown_nowhere(tmp_path):
     config = make_config([], adapters=HERE, api_key_file=path)
     assert config.api_key.get_secret_value() == "0123456789abcdef-"
     assert "0123456789" not in repr(config)
-    for content in ("", "short", "0123456789 abcdef", "0123456789abcdef\n0123456789abcdef", "0123456789abcdefé"):
+    for content in (
+        "",
+        "short",
+        "0123456789 abcdef",
+        "0123456789abcdef\n0123456789abcdef",
+        "0123456789abcdefé",
+    ):
         path.write_text(content)
         with pytest.raises(RecipeError, match="--api-key-file") as refused:
             make_config([], adapters=HERE, api_key_file=path)
@@ -164,7 +191,10 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(\"No module named 'uvicorn'\")")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     done = subprocess.run(
-        [sys.executable, "-m", "lora_sentiment.cli", "serve", "x"], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "lora_sentiment.cli", "serve", "x"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 1
     assert done.stderr == (

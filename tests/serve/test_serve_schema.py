@@ -43,7 +43,12 @@ def check(num_examples, **options):
             # What takes no body and no parameter cannot be asked anything that its schema forbids.
             for mode in list(GenerationMode)[: 2 if operation.method == "post" else 1]:
 
-                @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), **options)
+                @settings(
+                    max_examples=num_examples,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                    **options,
+                )
                 @given(case=operation.as_strategy(generation_mode=mode))
                 def ask(case):
                     response = case.call()

@@ -17,7 +17,9 @@ LEAST, GREATEST = TEMPERATURE_BOUNDS
 def log_loss(logits, labels, temperature):
     """Without a floor under the probabilities."""
     scaled = logits / temperature
-    return float(np.mean(np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(labels)), labels]))
+    return float(
+        np.mean(np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(labels)), labels])
+    )
 
 
 def drawn_as_told(num_rows, num_labels, *, seed):
@@ -48,7 +50,9 @@ def test_no_other_temperature_has_a_lower_log_loss(num_rows, num_labels, spread,
     found = fit_temperature(logits, labels)
     assert LEAST <= found <= GREATEST
     best = minimize_scalar(
-        lambda inverse: log_loss(logits, labels, 1 / inverse), bounds=(1 / GREATEST, 1 / LEAST), method="bounded"
+        lambda inverse: log_loss(logits, labels, 1 / inverse),
+        bounds=(1 / GREATEST, 1 / LEAST),
+        method="bounded",
     ).fun
     assert log_loss(logits, labels, found) <= best + 1e-9 * max(1, best)
 
@@ -56,7 +60,9 @@ def test_no_other_temperature_has_a_lower_log_loss(num_rows, num_labels, spread,
 def test_it_is_the_same_every_time_and_for_shifted_logits():
     logits, labels = drawn_as_told(300, 3, seed=2)
     assert fit_temperature(logits, labels) == fit_temperature(logits, labels)
-    assert fit_temperature(logits + 7.5, labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-9)
+    assert fit_temperature(logits + 7.5, labels) == pytest.approx(
+        fit_temperature(logits, labels), rel=1e-9
+    )
 
 
 def test_all_right_all_wrong_and_all_alike_have_stated_ends():

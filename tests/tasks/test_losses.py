@@ -20,9 +20,9 @@ def test_however_rows_are_cut_the_sum_is_that_of_all(num_rows, at, smoothing):
     at = min(at, num_rows - 1)
     parts = [(logits[:at], labels[:at]), (logits[at:], labels[at:])]
     whole = F.cross_entropy(logits, labels, label_smoothing=smoothing) * num_rows
-    assert float(sum(loss_sum(*part, label_smoothing=smoothing) for part in parts)) == pytest.approx(
-        float(whole), rel=1e-5
-    )
+    assert float(
+        sum(loss_sum(*part, label_smoothing=smoothing) for part in parts)
+    ) == pytest.approx(float(whole), rel=1e-5)
 
 
 def test_half_precision_logits_are_summed_in_fp32():
@@ -38,7 +38,9 @@ def test_half_precision_logits_are_summed_in_fp32():
 )
 def test_however_a_step_is_cut_its_weighted_loss_is_torchs_mean(labels, cuts, weights, smoothing):
     """The parts are micro-batches or the shares of processes: each is divided by the weight of the whole step."""
-    logits = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(len(labels)), dtype=torch.float32)
+    logits = torch.randn(
+        len(labels), 3, generator=torch.Generator().manual_seed(len(labels)), dtype=torch.float32
+    )
     own, given_weights = torch.tensor(labels), np.array(weights, dtype=np.float32)
     tensor = torch.from_numpy(given_weights)
     whole = F.cross_entropy(logits, own, weight=tensor, label_smoothing=smoothing)
@@ -53,9 +55,14 @@ def test_however_a_step_is_cut_its_weighted_loss_is_torchs_mean(labels, cuts, we
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weights_of_one_give_the_bits_of_none(smoothing):
-    logits, labels = torch.randn(37, 4, generator=torch.Generator().manual_seed(0)), torch.arange(37) % 4
+    logits, labels = (
+        torch.randn(37, 4, generator=torch.Generator().manual_seed(0)),
+        torch.arange(37) % 4,
+    )
     ones = np.ones(4, dtype=np.float32)
-    weighted = loss_sum(logits, labels, class_weights=torch.from_numpy(ones), label_smoothing=smoothing)
+    weighted = loss_sum(
+        logits, labels, class_weights=torch.from_numpy(ones), label_smoothing=smoothing
+    )
     assert torch.equal(weighted, loss_sum(logits, labels, label_smoothing=smoothing))
     assert total_weight(labels.numpy(), ones) == total_weight(labels.numpy(), None) == 37
 
@@ -63,16 +70,23 @@ def test_weights_of_one_give_the_bits_of_none(smoothing):
 def test_balanced_weights_are_those_of_scikit_learn():
     labels = np.array([0] * 7 + [1] * 2 + [2] * 31)
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    assert make_class_weights("balanced", labels=labels, names="abc").tolist() == pytest.approx(expected.tolist())
+    assert make_class_weights("balanced", labels=labels, names="abc").tolist() == pytest.approx(
+        expected.tolist()
+    )
     # Every label weighs as much as every other.
-    assert [total_weight(labels[labels == i], expected) for i in range(3)] == pytest.approx([40 / 3] * 3)
+    assert [total_weight(labels[labels == i], expected) for i in range(3)] == pytest.approx(
+        [40 / 3] * 3
+    )
 
 
 def test_a_list_of_weights_is_in_the_order_of_the_labels():
     labels = np.array([0, 1, 1])
     assert make_class_weights((0.5, 2.0), labels=labels, names=["no", "yes"]).tolist() == [0.5, 2.0]
     assert make_class_weights(None, labels=labels, names=["no", "yes"]) is None
-    with pytest.raises(RecipeError, match="found 3 weights; give one for each of the 2 labels, in this order: no, yes"):
+    with pytest.raises(
+        RecipeError,
+        match="found 3 weights; give one for each of the 2 labels, in this order: no, yes",
+    ):
         make_class_weights((1.0, 2.0, 3.0), labels=labels, names=["no", "yes"])
 
 

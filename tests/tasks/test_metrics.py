@@ -61,7 +61,9 @@ def ece_by_definition(probabilities, labels):
 def test_values_equal_scikit_learn(num_labels, decimals):
     logits, labels = draw(500, num_labels, decimals=decimals)
     probabilities = softmax(logits, temperature=1.7)
-    found = {name: i.value for name, i in score(logits, labels, temperature=1.7, num_resamples=1).items()}
+    found = {
+        name: i.value for name, i in score(logits, labels, temperature=1.7, num_resamples=1).items()
+    }
     assert found.pop("ece") == pytest.approx(ece_by_definition(probabilities, labels), abs=1e-12)
     assert found == pytest.approx(expected(probabilities, labels), abs=1e-12)
 
@@ -73,8 +75,12 @@ def test_a_weighted_row_counts_as_often_as_its_weight(num_labels):
     weights = np.random.default_rng(1).integers(4, size=(3, 120)).astype(float)
     for name, metric in METRICS.items():
         repeated = [np.repeat(np.arange(120), row.astype(int)) for row in weights]
-        one_by_one = [metric.values(probabilities[r], labels[r], np.ones((1, len(r))))[0] for r in repeated]
-        assert metric.values(probabilities, labels, weights) == pytest.approx(one_by_one, abs=1e-12), name
+        one_by_one = [
+            metric.values(probabilities[r], labels[r], np.ones((1, len(r))))[0] for r in repeated
+        ]
+        assert metric.values(probabilities, labels, weights) == pytest.approx(
+            one_by_one, abs=1e-12
+        ), name
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -85,7 +91,10 @@ def test_quick_score_is_the_value_of_score(name):
 
 def test_perfect_predictions():
     labels = np.array([0, 1, 2, 2, 1])
-    found = {name: interval.as_dict() for name, interval in score(100 * np.eye(3)[labels], labels).items()}
+    found = {
+        name: interval.as_dict()
+        for name, interval in score(100 * np.eye(3)[labels], labels).items()
+    }
     for name in ("accuracy", "macro_f1", "mcc", "auroc"):
         assert found[name]["value"] == 1
         assert found[name]["high"] == 1
@@ -116,7 +125,9 @@ def test_a_bin_of_confidence_holds_its_upper_edge():
 
 
 def test_log_loss_of_an_impossible_label_is_finite():
-    assert quick_score(np.array([[2000.0, 0.0]]), np.array([1]), "log_loss") == pytest.approx(36.04, abs=0.01)
+    assert quick_score(np.array([[2000.0, 0.0]]), np.array([1]), "log_loss") == pytest.approx(
+        36.04, abs=0.01
+    )
 
 
 def test_mcc_of_a_constant_prediction_is_zero():
@@ -147,12 +158,17 @@ def test_auroc_leaves_out_and_counts_resamples_with_one_label():
 def test_macro_averages_are_over_the_labels_that_occur(name):
     logits, labels = draw(80, 2)
     with_absent_label = np.column_stack([logits, np.full(80, -50.0)])
-    assert quick_score(with_absent_label, labels, name) == pytest.approx(quick_score(logits, labels, name))
+    assert quick_score(with_absent_label, labels, name) == pytest.approx(
+        quick_score(logits, labels, name)
+    )
 
 
 def test_temperature_changes_confidence_and_not_decisions():
     logits, labels = draw(200, 3)
-    plain, hot = score(logits, labels, num_resamples=50), score(logits, labels, temperature=5.0, num_resamples=50)
+    plain, hot = (
+        score(logits, labels, num_resamples=50),
+        score(logits, labels, temperature=5.0, num_resamples=50),
+    )
     assert plain["accuracy"] == hot["accuracy"]
     assert plain["mcc"] == hot["mcc"]
     assert plain["log_loss"] != hot["log_loss"]
@@ -236,7 +252,10 @@ def test_evaluate_face_refuses_logits(logits):
 
 
 def test_which_metrics_are_best_when_small():
-    assert {name for name, metric in METRICS.items() if not metric.greater_is_better} == {"log_loss", "ece"}
+    assert {name for name, metric in METRICS.items() if not metric.greater_is_better} == {
+        "log_loss",
+        "ece",
+    }
 
 
 def test_confusion_matrix_counts_truth_by_prediction():
@@ -257,9 +276,13 @@ def test_confusion_matrix_refuses_what_does_not_fit():
 
 
 def test_unknown_metric_is_refused_with_the_names():
-    with pytest.raises(RecipeError, match=r"'acuracy' is no metric; choose from accuracy, .*mean 'accuracy'"):
+    with pytest.raises(
+        RecipeError, match=r"'acuracy' is no metric; choose from accuracy, .*mean 'accuracy'"
+    ):
         find_metric("acuracy")
-    with pytest.raises(RecipeError, match=r"choose from accuracy, macro_f1, mcc, log_loss, auroc, ece$"):
+    with pytest.raises(
+        RecipeError, match=r"choose from accuracy, macro_f1, mcc, log_loss, auroc, ece$"
+    ):
         quick_score(*draw(5, 2), "zzz")
 
 
@@ -280,8 +303,18 @@ def test_logits_that_are_not_finite_are_refused_with_their_rows(bad):
         (np.zeros((4, 2)), np.zeros(3, dtype=int), DataError, "4 rows of logits and 3 labels"),
         (np.zeros((4, 2)), np.zeros((4, 1), dtype=int), DataError, "one integer per row"),
         (np.zeros((4, 2)), np.zeros(4), DataError, "found float64 values"),
-        (np.zeros((4, 2)), np.array([0, 1, 2, -1]), DataError, r"found -1, 2 in row 2, 3 .*allowed are 0 to 1"),
-        (np.zeros((9, 2)), np.full(9, 7), DataError, r"found 7 in row 0, 1, 2, 3, 4 .*; 9 rows in all"),
+        (
+            np.zeros((4, 2)),
+            np.array([0, 1, 2, -1]),
+            DataError,
+            r"found -1, 2 in row 2, 3 .*allowed are 0 to 1",
+        ),
+        (
+            np.zeros((9, 2)),
+            np.full(9, 7),
+            DataError,
+            r"found 7 in row 0, 1, 2, 3, 4 .*; 9 rows in all",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(logits, labels, error, message):

@@ -78,8 +78,12 @@ def launch(recipe: Path, name: str) -> dict[str, Any]:
             FAILURES[name]()
             # As on a machine with a disk of its own.
             overrides += {
-                "other train rows": [f"data.source={{train: {recipe.parent}/own.csv, test: {recipe.parent}/test.csv}}"],
-                "other test rows": [f"data.source={{train: {recipe.parent}/train.csv, test: {recipe.parent}/own.csv}}"],
+                "other train rows": [
+                    f"data.source={{train: {recipe.parent}/own.csv, test: {recipe.parent}/test.csv}}"
+                ],
+                "other test rows": [
+                    f"data.source={{train: {recipe.parent}/train.csv, test: {recipe.parent}/own.csv}}"
+                ],
                 "a folder of its own": [f"output.dir={recipe.parent}", "output.overwrite=false"],
             }.get(name, [])
         cli.main(["train", str(recipe), *overrides])

@@ -17,7 +17,10 @@ def run(path: Path, *arguments: str) -> None:
     def saving(self: Any, loss: Any) -> Any:
         found = reduce(self, loss)
         if self.accelerator.is_main_process and not path.exists():
-            save_file({name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}, path)
+            save_file(
+                {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None},
+                path,
+            )
         return found
 
     loop._Loop._reduce = saving  # type: ignore[method-assign]

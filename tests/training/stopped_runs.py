@@ -47,7 +47,9 @@ STEPS_PER_EPOCH = 6  # of 16 rows, the last one of 10
 
 def make_toy(base_folder: Path, *, dropout: float = 0.2) -> dict[str, Any]:
     """Return what every run starts from: base, model section, rows."""
-    config = ModelConfig(name=str(base_folder), max_length=16, dropout=dropout, attention_dropout=dropout)
+    config = ModelConfig(
+        name=str(base_folder), max_length=16, dropout=dropout, attention_dropout=dropout
+    )
     torch.manual_seed(0)  # for the head
     base = load_base(config, labels=("negative", "positive"))
     rows = toy_rows(NUM_ROWS)
@@ -59,21 +61,39 @@ def make_toy(base_folder: Path, *, dropout: float = 0.2) -> dict[str, Any]:
 
 
 def fit_toy(
-    folder: Path, toy: dict[str, Any], *, method: Any = None, max_tokens: int = 100, scaler: Any = None, **values: Any
+    folder: Path,
+    toy: dict[str, Any],
+    *,
+    method: Any = None,
+    max_tokens: int = 100,
+    scaler: Any = None,
+    **values: Any,
 ) -> Any:
     """Train in this process, which is given up after it; return the history. The main process leaves an adapter."""
     method = method or LoraMethod(r=4, lora_alpha=8, lora_dropout=0.1)
-    settings = {"batch_size": 16, "learning_rate": 1e-2, "num_train_epochs": 2.0, "eval_steps": 4, **values}
+    settings = {
+        "batch_size": 16,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2.0,
+        "eval_steps": 4,
+        **values,
+    }
     config = TrainConfig(**settings)
     folder.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=True)
     accelerator = Accelerator(log_with=[CsvTracker(folder)] if state.is_main_process else None)
     accelerator.init_trackers("toy")
     if scaler:
-        accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = scaler, True, "fp16"
+        accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = (
+            scaler,
+            True,
+            "fp16",
+        )
     torch.manual_seed(0)
     num_steps = count_steps(NUM_ROWS, config)
-    model = make_trainable(toy["base"], method, toy["config"], dtype=torch.float32, num_steps=num_steps)
+    model = make_trainable(
+        toy["base"], method, toy["config"], dtype=torch.float32, num_steps=num_steps
+    )
     torch.manual_seed(config.seed + state.process_index)
     history = loop.fit(
         model,
@@ -135,7 +155,12 @@ def fork_two(run: Callable[[], Any], *, errors: Path | None = None) -> list[int]
     port = str(free_port())
 
     def join(rank: int) -> None:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
         os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
         run()
 
@@ -150,7 +175,10 @@ def sha256(folder: Path) -> str:
 def read_metrics(folder: Path) -> list[dict[str, str]]:
     """Return the lines of metrics.csv without the one column that is of the clock."""
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if key != "seconds"}
+            for row in csv.DictReader(file)
+        ]
 
 
 def watch_saves(reach: Callable[[str], None]) -> None:
@@ -184,7 +212,11 @@ def watch_saves(reach: Callable[[str], None]) -> None:
         reach("end")
         return found
 
-    checkpoint._write, checkpoint.take_place, checkpoint._remove = watched_write, watched_take, watched_remove
+    checkpoint._write, checkpoint.take_place, checkpoint._remove = (
+        watched_write,
+        watched_take,
+        watched_remove,
+    )
     loop.save_checkpoint = watched_save
 
 
@@ -217,7 +249,9 @@ def kill_at_every_point(toy: dict[str, Any], folder: Path) -> dict[str, Any]:
         place, left = folder / str(number), iter(range(number, -1, -1))
 
         def killed(place: Path = place, left: Any = left) -> None:
-            watch_saves(second_save(lambda _: None if next(left) else os.kill(os.getpid(), signal.SIGKILL)))
+            watch_saves(
+                second_save(lambda _: None if next(left) else os.kill(os.getpid(), signal.SIGKILL))
+            )
             fit_toy(place, toy, **SHORT)
 
         codes = [wait(fork(killed)), wait(fork(lambda place=place: fit_toy(place, toy, **SHORT)))]
@@ -257,18 +291,31 @@ def stop_at_every_moment(toy: dict[str, Any], folder: Path, *, processes: int) -
                 history = fit_toy(place, toy, max_steps=8, save_steps=2, max_tokens=50)
             except StoppedError as error:
                 raise SystemExit(75) from error
-            (place / f"resumed {os.environ.get('RANK', '0')}").write_text(json.dumps(history.resumed))
+            (place / f"resumed {os.environ.get('RANK', '0')}").write_text(
+                json.dumps(history.resumed)
+            )
 
         errors = place.with_name(f"{place.name}.txt")
-        return [wait(pid) for pid in ([fork(run, errors=errors)] if processes == 1 else fork_two(run, errors=errors))]
+        return [
+            wait(pid)
+            for pid in (
+                [fork(run, errors=errors)] if processes == 1 else fork_two(run, errors=errors)
+            )
+        ]
 
     assert start(folder / "whole") == [0] * processes
     found = {}
     for number in (signal.SIGKILL, signal.SIGTERM):
         for count, moment in enumerate(MOMENTS):
             name = f"{number.name} {moment}"
-            codes = [start(folder / name, moment, number=number, rank=count % processes), start(folder / name)]
-            resumed = [json.loads((folder / name / f"resumed {rank}").read_text()) for rank in range(processes)]
+            codes = [
+                start(folder / name, moment, number=number, rank=count % processes),
+                start(folder / name),
+            ]
+            resumed = [
+                json.loads((folder / name / f"resumed {rank}").read_text())
+                for rank in range(processes)
+            ]
             found[name] = [codes, resumed, outcome(folder / name, folder / "whole")]
     return found
 
@@ -310,7 +357,11 @@ def watch_training(reach: Callable[[str], None]) -> None:
         evaluate(self, number)
         reach(f"evaluated {number}")
 
-    loop._Loop.run, loop._Loop._step, loop._Loop._evaluate = watched_run, watched_step, watched_evaluate
+    loop._Loop.run, loop._Loop._step, loop._Loop._evaluate = (
+        watched_run,
+        watched_step,
+        watched_evaluate,
+    )
     backward.make_batch = watched_batch
 
 
@@ -349,7 +400,9 @@ def find_phase(heard: list[str]) -> str:
     return last if last in ("step", "evaluation") else phases.get(last, "save")
 
 
-def kill_at_random(toy: dict[str, Any], folder: Path, *, kills: int, in_saves: int, processes: int) -> dict[str, Any]:
+def kill_at_random(
+    toy: dict[str, Any], folder: Path, *, kills: int, in_saves: int, processes: int
+) -> dict[str, Any]:
     """Kill runs at random moments, that many of them inside a save, until each is through; say how each ended.
 
     A kill counts once the run has begun its first step: start-up has little to lose.
@@ -361,7 +414,10 @@ def kill_at_random(toy: dict[str, Any], folder: Path, *, kills: int, in_saves: i
 
     def attempt(place: Path, *, aim: str = "") -> bool:
         nonlocal restarts
-        saved = max((int(path.name[5:]) for path in checkpoint.list_checkpoints(place / "checkpoints")), default=0)
+        saved = max(
+            (int(path.name[5:]) for path in checkpoint.list_checkpoints(place / "checkpoints")),
+            default=0,
+        )
         began = time.monotonic()
         pids, lines = start_watched(place, toy, processes)
         heard, times = [], []
@@ -381,7 +437,10 @@ def kill_at_random(toy: dict[str, Any], folder: Path, *, kills: int, in_saves: i
         heard += [line.strip() for line in lines]
         lines.close()
         if not seconds["run"]:
-            begins, ends = ([t for line, t in zip(heard, times, strict=True) if line == x] for x in ("begin", "end"))
+            begins, ends = (
+                [t for line, t in zip(heard, times, strict=True) if line == x]
+                for x in ("begin", "end")
+            )
             seconds.update(run=times[-1] - began, save=(sum(ends) - sum(begins)) / len(ends))
         steps = [int(line.split()[1]) for line in heard if line.startswith("step ")]
         # From the newest checkpoint, and not anew, which would lead to the same bytes.
@@ -422,9 +481,18 @@ def main(base: str, folder: str, wanted: str) -> None:
 
 def run_scenarios(base: Path, folder: Path, **wanted: dict[str, int]) -> dict[str, Any]:
     """Run scenarios in a process of their own, which has started no thread; return what came of each."""
-    command = [sys.executable, "-m", "tests.training.stopped_runs", str(base), str(folder), json.dumps(wanted)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.training.stopped_runs",
+        str(base),
+        str(folder),
+        json.dumps(wanted),
+    ]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=3600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=root, timeout=3600
+    )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

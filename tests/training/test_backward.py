@@ -58,7 +58,9 @@ CUDA = torch.device("cuda")
 
 def make_model(base_folder, method, *, dropout=0.0, fast=True):
     torch.manual_seed(0)
-    config = ModelConfig(name=str(base_folder), max_length=16, dropout=dropout, attention_dropout=dropout)
+    config = ModelConfig(
+        name=str(base_folder), max_length=16, dropout=dropout, attention_dropout=dropout
+    )
     base = load_base(config, labels=("negative", "positive"))
     base.model.dropout.p = dropout
     model = make_trainable(base, method, config, dtype=torch.float32)
@@ -306,7 +308,9 @@ def test_a_resumed_run_gives_the_same(run, force, monkeypatch, tmp_path, step):
 
 
 @pytest.mark.parametrize("failing_step", [1, 17])
-def test_where_memory_runs_out_graphs_are_dropped_and_the_step_is_done_again(run, force, monkeypatch, failing_step):
+def test_where_memory_runs_out_graphs_are_dropped_and_the_step_is_done_again(
+    run, force, monkeypatch, failing_step
+):
     force(RecordedCapture())
     whole = run(**SETTINGS)
     add, clear, step = PackedBackward.add_gradients, GraphRunner.clear, loop._Loop._step
@@ -417,7 +421,9 @@ def test_graphs_run_where_they_can_and_else_the_reason_is_said(tiny_base):
     assert why(model, num_steps=2) == "the run has 2 steps"
 
 
-@pytest.mark.parametrize("method", [LoraMethod(use_dora=True), Ia3Method(kind="ia3")], ids=["DoRA", "IA3"])
+@pytest.mark.parametrize(
+    "method", [LoraMethod(use_dora=True), Ia3Method(kind="ia3")], ids=["DoRA", "IA3"]
+)
 def test_methods_of_the_stock_forward_pass_run_eagerly(tiny_base, method):
     _, model = make_model(tiny_base, method, fast=False)
     assert use_fast_encoder(model, compute_dtype=torch.float32) is not None
@@ -447,7 +453,9 @@ def make_loop(tiny_base, monkeypatch):
             process_index=0,
             num_processes=1,
         )
-        monkeypatch.setattr(loop._Loop, "_make_graphs", staticmethod(lambda: GraphRunner(lambda b: b)))
+        monkeypatch.setattr(
+            loop._Loop, "_make_graphs", staticmethod(lambda: GraphRunner(lambda b: b))
+        )
         return loop._Loop(
             model,
             encoded,
@@ -641,7 +649,8 @@ def test_a_packed_step_waits_for_nothing_on_its_device(run, force, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"]
+    "words",
+    ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"],
 )
 def test_other_words_for_memory_that_ran_out_are_known(words):
     assert is_out_of_memory(RuntimeError(words))

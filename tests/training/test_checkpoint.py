@@ -60,7 +60,14 @@ def make_progress(step: int) -> Progress:
     history = History(steps, [EvalPoint(1, 0.1, 0.5, 0.7, 0.5, True)], 1)
     history.cuts.append((1, 50))
     history.max_tokens = 50
-    return Progress(step, history, schedule=step, best_metric=0.1 + 0.2, loss_scale=(1024.0, 3), ranks={"x": [True]})
+    return Progress(
+        step,
+        history,
+        schedule=step,
+        best_metric=0.1 + 0.2,
+        loss_scale=(1024.0, 3),
+        ranks={"x": [True]},
+    )
 
 
 def make_state(number: int, **values) -> bytes:
@@ -93,7 +100,9 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     place = save(store, 7)[0]
     assert place.name == "step-00000007"
     assert {path.name for path in place.iterdir()} == {TENSORS, STATE, MANIFEST}
-    found = load_checkpoint(store, {name: torch.zeros_like(tensor) for name, tensor in LIKE.items()})
+    found = load_checkpoint(
+        store, {name: torch.zeros_like(tensor) for name, tensor in LIKE.items()}
+    )
     assert found.progress == make_progress(7)
     assert found.tensors.keys() == LIKE.keys()
     assert all(torch.equal(tensor, LIKE[name]) for name, tensor in found.tensors.items())
@@ -102,14 +111,21 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
 
 def test_only_the_newest_stay(tmp_path):
     save(make_store(tmp_path, limit=2), 3, 6, 9, 12)
-    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000012", "step-00000009"]
-    save(make_store(tmp_path, limit=1), 10)  # of a run that went on from an older one: 12 is of a future given up
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
+        "step-00000012",
+        "step-00000009",
+    ]
+    save(
+        make_store(tmp_path, limit=1), 10
+    )  # of a run that went on from an older one: 12 is of a future given up
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000010"]
 
 
 def test_where_none_is_a_run_starts_anew_unless_it_must_not(tmp_path):
     assert load_checkpoint(make_store(tmp_path), LIKE) is None
-    with pytest.raises(TrainingError, match=r"holds no checkpoint to resume from; train\.resume=auto starts anew"):
+    with pytest.raises(
+        TrainingError, match=r"holds no checkpoint to resume from; train\.resume=auto starts anew"
+    ):
         load_checkpoint(make_store(tmp_path, resume="always"), LIKE)
     save(make_store(tmp_path), 3)
     assert load_checkpoint(make_store(tmp_path, resume="never"), LIKE) is None
@@ -120,7 +136,9 @@ def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypat
     store = make_store(tmp_path, limit=1)
     with monkeypatch.context() as patch:
         refuse_at(patch, number)
-        with pytest.raises(TrainingError, match="free; there is none yet: start again once there is room"):
+        with pytest.raises(
+            TrainingError, match="free; there is none yet: start again once there is room"
+        ):
             save(store, 3)
     before = save(store, 3)[0]
     with monkeypatch.context() as patch:
@@ -128,7 +146,9 @@ def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypat
         with pytest.raises(TrainingError) as caught:
             save(store, 6)
     message = str(caught.value)
-    assert message.startswith(f"{store.folder}/step-00000006: the checkpoint cannot be written: the disk is full; ")
+    assert message.startswith(
+        f"{store.folder}/step-00000006: the checkpoint cannot be written: the disk is full; "
+    )
     assert "bytes are needed and " in message
     assert f"the last good one is {before}: resume from it (--resume) once there is room" in message
     assert list(store.folder.iterdir()) == [before]
@@ -140,7 +160,13 @@ def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypat
 def refuse_call(monkeypatch, number: int) -> list[str]:
     """Let the disk be full at one of the calls that change it; return a list that is to name that call."""
     left, refused = iter(range(number, -1, -1)), []
-    calls = [(os, "fsync"), (Path, "mkdir"), (Path, "rename"), (checkpoint, "_write"), (checkpoint.shutil, "rmtree")]
+    calls = [
+        (os, "fsync"),
+        (Path, "mkdir"),
+        (Path, "rename"),
+        (checkpoint, "_write"),
+        (checkpoint.shutil, "rmtree"),
+    ]
 
     def watch(name: str, call):
         def watched(*arguments, **named):
@@ -156,7 +182,9 @@ def refuse_call(monkeypatch, number: int) -> list[str]:
     return refused
 
 
-def test_whichever_call_of_a_save_finds_the_disk_full_a_whole_one_stays(tmp_path, monkeypatch, caplog):
+def test_whichever_call_of_a_save_finds_the_disk_full_a_whole_one_stays(
+    tmp_path, monkeypatch, caplog
+):
     found = []
     for number in itertools.count():
         store = make_store(tmp_path / str(number), limit=1)
@@ -176,7 +204,15 @@ def test_whichever_call_of_a_save_finds_the_disk_full_a_whole_one_stays(tmp_path
         assert load_checkpoint(store, LIKE).progress.step in (3, 6)
         save(store, 6)
         assert [path.name for path in store.folder.iterdir()] == ["step-00000006"]
-    assert found == ["mkdir", *["_write"] * 3, *["fsync"] * 4, "rename", "fsync", "rename", "rmtree"]
+    assert found == [
+        "mkdir",
+        *["_write"] * 3,
+        *["fsync"] * 4,
+        "rename",
+        "fsync",
+        "rename",
+        "rmtree",
+    ]
 
 
 @pytest.fixture
@@ -185,7 +221,10 @@ def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(command, capture_output=True, check=False).returncode
+    ):
         pytest.skip("this machine does not let the test mount a tmpfs")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -219,7 +258,9 @@ def test_a_rename_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(checkpoint, "take_place", fail)
-    with pytest.raises(TrainingError, match="step-00000006: the checkpoint cannot be written: Input/output error"):
+    with pytest.raises(
+        TrainingError, match="step-00000006: the checkpoint cannot be written: Input/output error"
+    ):
         save(store, 6)
     assert [path.name for path in store.folder.iterdir()] == ["step-00000003"]
 
@@ -232,9 +273,13 @@ def check_older_is_used(store: Store, caplog, path: Path, content: bytes) -> Non
     assert str(path.parent) in caplog.text
 
 
-@pytest.mark.parametrize("num_trials", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_trials", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", [TENSORS, STATE, MANIFEST])
-def test_a_truncated_or_flipped_file_is_told_and_the_older_one_used(tmp_path, caplog, name, num_trials):
+def test_a_truncated_or_flipped_file_is_told_and_the_older_one_used(
+    tmp_path, caplog, name, num_trials
+):
     store = make_store(tmp_path)
     path = save(store, 3, 6)[1] / name
     whole, generator = path.read_bytes(), random.Random(name)
@@ -254,7 +299,10 @@ def test_where_all_are_broken_nothing_starts_anew_by_itself(tmp_path):
     store = make_store(tmp_path)
     for place in save(store, 3, 6):
         (place / STATE).write_bytes(b"")
-    with pytest.raises(TrainingError, match=r"(?s)step-00000006.*step-00000003.*is whole; train.resume=never starts"):
+    with pytest.raises(
+        TrainingError,
+        match=r"(?s)step-00000006.*step-00000003.*is whole; train.resume=never starts",
+    ):
         load_checkpoint(store, LIKE)
 
 
@@ -270,7 +318,9 @@ def test_a_link_is_refused_by_name_when_it_is_found(tmp_path):
     store = make_store(tmp_path, limit=1)
     place = save(store, 3)[0]
     (store.folder / "step-00000006").symlink_to(place.rename(tmp_path / "elsewhere"))
-    with pytest.raises(TrainingError, match="step-00000006: is a link; remove it, or move the folder"):
+    with pytest.raises(
+        TrainingError, match="step-00000006: is a link; remove it, or move the folder"
+    ):
         load_checkpoint(store, LIKE)
 
 
@@ -300,10 +350,19 @@ def forge(place: Path, *, tensors=None, state=None, schema=1) -> None:
     ("change", "told"),
     [
         ({"tensors": {**LIKE, "more": torch.zeros(1)}}, "more is unknown"),
-        ({"tensors": {"trained.a": LIKE["trained.a"], "rng.cpu": LIKE["rng.cpu"]}}, "steps.a is missing"),
-        ({"tensors": {**LIKE, "steps.a": torch.zeros(2)}}, r"steps.a is torch.float32 \(2,\), expected"),
+        (
+            {"tensors": {"trained.a": LIKE["trained.a"], "rng.cpu": LIKE["rng.cpu"]}},
+            "steps.a is missing",
+        ),
+        (
+            {"tensors": {**LIKE, "steps.a": torch.zeros(2)}},
+            r"steps.a is torch.float32 \(2,\), expected",
+        ),
         ({"tensors": {**LIKE, "steps.a": torch.tensor(1)}}, "steps.a is torch.int64"),
-        ({"tensors": {**LIKE, "steps.a": torch.tensor(float("nan"))}}, "steps.a holds a value that is not finite"),
+        (
+            {"tensors": {**LIKE, "steps.a": torch.tensor(float("nan"))}},
+            "steps.a holds a value that is not finite",
+        ),
         ({"state": b'{"step": 6}'}, "is not what was written"),
         ({"state": make_state(6, schedule=-1)}, "schedule\n.*greater than or equal to 0"),
         ({"state": make_state(6, best_metric=float("nan"))}, "best_metric\n.*finite"),
@@ -320,7 +379,11 @@ def forge(place: Path, *, tensors=None, state=None, schema=1) -> None:
             "its history is not that of the folder's step",
         ),
         (
-            {"state": make_state(6, history=changed_history(evaluations=[EvalPoint(7, 0.1, 0.5, 0.7, 0.5, True)]))},
+            {
+                "state": make_state(
+                    6, history=changed_history(evaluations=[EvalPoint(7, 0.1, 0.5, 0.7, 0.5, True)])
+                )
+            },
             "its history is not that of the folder's step",
         ),
         ({"state": b"[" * 100_000}, "is not what was written"),
@@ -328,7 +391,9 @@ def forge(place: Path, *, tensors=None, state=None, schema=1) -> None:
         ({"tensors": {"x": torch.zeros(20_000_000)}}, "expected at most"),
     ],
 )
-def test_what_does_not_fit_is_not_used_even_with_a_manifest_that_fits(tmp_path, caplog, change, told):
+def test_what_does_not_fit_is_not_used_even_with_a_manifest_that_fits(
+    tmp_path, caplog, change, told
+):
     store = make_store(tmp_path)
     place = save(store, 3, 6)[1]
     forge(place, **change)
@@ -340,7 +405,9 @@ def test_what_does_not_fit_is_not_used_even_with_a_manifest_that_fits(tmp_path, 
 def test_a_newer_schema_is_refused_by_version(tmp_path):
     store = make_store(tmp_path)
     forge(save(store, 3)[0], schema=9)
-    with pytest.raises(TrainingError, match="has schema 9; this version reads up to 1; upgrade lora_sentiment"):
+    with pytest.raises(
+        TrainingError, match="has schema 9; this version reads up to 1; upgrade lora_sentiment"
+    ):
         load_checkpoint(store, LIKE)
 
 
@@ -368,7 +435,9 @@ def test_what_differs_is_refused_field_by_field_and_allowed_where_it_can_be(tmp_
     found = load_checkpoint(Store(tmp_path / "checkpoints", others, allow_changes=True), LIKE)
     assert found.changes == [line.strip() for line in told]
     fixed = others | {"method.r": 8}
-    with pytest.raises(TrainingError, match=r"method.r: was 4, is 8 \(cannot be gone on with\)") as caught:
+    with pytest.raises(
+        TrainingError, match=r"method.r: was 4, is 8 \(cannot be gone on with\)"
+    ) as caught:
         load_checkpoint(Store(tmp_path / "checkpoints", fixed, allow_changes=True), LIKE)
     assert "--allow-changes" not in str(caught.value)
 
@@ -388,11 +457,15 @@ def fit_here(base, tmp_path):
     return fit_here
 
 
-def stop_and_go_on(fit_here, monkeypatch, name: str, step: int, number: int = signal.SIGTERM, **values) -> History:
+def stop_and_go_on(
+    fit_here, monkeypatch, name: str, step: int, number: int = signal.SIGTERM, **values
+) -> History:
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
         signal_at(step, number)
-        with pytest.raises(StoppedError, match=rf"after step {step} of .*the same command with --resume goes on"):
+        with pytest.raises(
+            StoppedError, match=rf"after step {step} of .*the same command with --resume goes on"
+        ):
             fit_here(name, **values)
     return fit_here(name, **values)
 
@@ -411,13 +484,17 @@ def test_going_on_is_bit_identical_to_never_having_stopped(fit_here, monkeypatch
 
 @pytest.mark.parametrize(
     "method",
-    [FullMethod(kind="full"), AdaloraMethod(kind="adalora", init_r=6, target_r=2, tinit=2, tfinal=3, deltaT=2)],
+    [
+        FullMethod(kind="full"),
+        AdaloraMethod(kind="adalora", init_r=6, target_r=2, tinit=2, tfinal=3, deltaT=2),
+    ],
 )
 def test_methods_that_keep_more_go_on_bit_for_bit_too(fit_here, monkeypatch, tmp_path, method):
     for step in (1, 5, 8) if isinstance(method, AdaloraMethod) else (5,):
         values = {"max_steps": 10, "method": method}
         monkeypatch.setattr(
-            "tests.training.stopped_runs.save_weights", lambda folder, model: save_trained(folder, model)
+            "tests.training.stopped_runs.save_weights",
+            lambda folder, model: save_trained(folder, model),
         )
         fit_here(f"whole {step}", **values)
         stop_and_go_on(fit_here, monkeypatch, f"stopped {step}", step, **values)
@@ -434,7 +511,9 @@ def test_the_loss_scaler_goes_on_where_it_was(fit_here, monkeypatch, tmp_path):
     Accelerator(cpu=True)
 
     def start(name: str):
-        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "no")  # kept for a process's life
+        monkeypatch.setitem(
+            AcceleratorState._shared_state, "_mixed_precision", "no"
+        )  # kept for a process's life
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
         return fit_here(name, max_steps=14, scaler=scaler), scaler.state_dict()
 
@@ -477,7 +556,9 @@ def test_a_signal_between_two_readings_loses_no_step(fit_here, monkeypatch, tmp_
 def test_the_best_before_the_stop_stays_the_best_after_it(fit_here, monkeypatch, tmp_path):
     def give_scores():
         scores = iter([0.9, 0.5, 0.4])
-        monkeypatch.setattr(loop, "quick_score", lambda *given: next(scores) if given[2] == "mcc" else 0.5)
+        monkeypatch.setattr(
+            loop, "quick_score", lambda *given: next(scores) if given[2] == "mcc" else 0.5
+        )
 
     values = {"metric_for_best_model": "mcc", "max_steps": 9}  # evaluated after 4, 8 and 9
     give_scores()
@@ -498,7 +579,9 @@ def test_early_stopping_goes_on_as_it_would_have(fit_here, monkeypatch, tmp_path
     assert again.steps == whole.steps
 
 
-def test_a_signal_in_the_last_evaluation_is_obeyed_and_nothing_is_trained_again(fit_here, monkeypatch, tmp_path):
+def test_a_signal_in_the_last_evaluation_is_obeyed_and_nothing_is_trained_again(
+    fit_here, monkeypatch, tmp_path
+):
     fit_here("whole", max_steps=4)
     evaluate = loop._Loop._evaluate
 
@@ -539,7 +622,9 @@ def test_without_a_store_signals_are_left_alone(base):
     assert signal.getsignal(signal.SIGTERM) != signals._note
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory: x")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory: x")]
+)
 def test_where_memory_runs_out_the_cut_is_halved_and_the_step_done_again(
     fit_here, monkeypatch, tmp_path, caplog, error
 ):
@@ -547,7 +632,9 @@ def test_where_memory_runs_out_the_cut_is_halved_and_the_step_done_again(
 
     def small(self, index, parts):
         seen.append((self.done + 1, torch.get_rng_state().sum().item()))
-        loss = backward(self, index, parts)  # dropout is drawn, gradients are there, when it runs out
+        loss = backward(
+            self, index, parts
+        )  # dropout is drawn, gradients are there, when it runs out
         if self.done >= 2 and max(len(part) * self.lengths[part].max() for part in parts) > 60:
             raise error
         return loss
@@ -567,11 +654,14 @@ def test_where_memory_runs_out_the_cut_is_halved_and_the_step_done_again(
 
 def test_one_row_that_does_not_fit_is_one_error(fit_here, monkeypatch):
     def none_fits(*_):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"
+        )
 
     monkeypatch.setattr(loop._Loop, "_backward", none_fits)
     with pytest.raises(
-        TrainingError, match=r"step 1: out of memory on a micro-batch of one row, \d+ tokens long; lower"
+        TrainingError,
+        match=r"step 1: out of memory on a micro-batch of one row, \d+ tokens long; lower",
     ):
         fit_here("none")
 
@@ -589,7 +679,10 @@ def test_a_full_disk_stops_a_run_which_then_goes_on(fit_here, monkeypatch, tmp_p
     fit_here("whole", max_steps=5, save_steps=2)
     with monkeypatch.context() as patch:
         refuse_at(patch, 4)
-        with pytest.raises(TrainingError, match=r"step-00000004: .* the disk is full; .*step-00000002: resume from it"):
+        with pytest.raises(
+            TrainingError,
+            match=r"step-00000004: .* the disk is full; .*step-00000002: resume from it",
+        ):
             fit_here("full", max_steps=5, save_steps=2)
     assert fit_here("full", max_steps=5, save_steps=2).resumed == [2]
     assert outcome(tmp_path / "full", tmp_path / "whole") == [True, True]

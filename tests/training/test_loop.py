@@ -29,7 +29,9 @@ CONFIG = ModelConfig(name="any")
 def run(tiny_base):
     def run(max_tokens=100, dropout=0.0, prepare=None, num_rows=90, **values):
         torch.manual_seed(0)
-        config = ModelConfig(name=str(tiny_base), max_length=16, dropout=dropout, attention_dropout=dropout)
+        config = ModelConfig(
+            name=str(tiny_base), max_length=16, dropout=dropout, attention_dropout=dropout
+        )
         base = load_base(config, labels=("negative", "positive"))
         base.model.dropout.p = dropout
         model = make_trainable(base, LoraMethod(r=4, lora_alpha=8), CONFIG, dtype=torch.float32)
@@ -46,7 +48,9 @@ def run(tiny_base):
             train=encoded,
             validation=encoded,
             numbers=np.arange(1, len(rows) + 1),
-            config=TrainConfig(**{"batch_size": 16, "learning_rate": 1e-2, "num_train_epochs": 1.0, **values}),
+            config=TrainConfig(
+                **{"batch_size": 16, "learning_rate": 1e-2, "num_train_epochs": 1.0, **values}
+            ),
             method=LoraMethod(r=4, lora_alpha=8),
             accelerator=make_accelerator(PartialState(), "float32"),
             max_tokens=max_tokens,
@@ -106,7 +110,9 @@ def test_the_best_tensors_are_kept(run, monkeypatch):
 
 def test_a_loss_is_better_when_lower(run, monkeypatch):
     scores = iter([0.9, 0.5, 0.7])
-    monkeypatch.setattr(loop, "quick_score", lambda logits, labels, name: next(scores) if name == "ece" else 0.5)
+    monkeypatch.setattr(
+        loop, "quick_score", lambda logits, labels, name: next(scores) if name == "ece" else 0.5
+    )
     _, history = run(metric_for_best_model="ece", eval_steps=1, max_steps=3)
     assert history.best_step == 2
 
@@ -123,7 +129,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(run):
         with torch.no_grad():
             model.base_model.model.distilbert.embeddings.word_embeddings.weight.fill_(math.nan)
 
-    with pytest.raises(TrainingError, match=r"step 1: the loss is nan on the step of train rows \d+, \d+"):
+    with pytest.raises(
+        TrainingError, match=r"step 1: the loss is nan on the step of train rows \d+, \d+"
+    ):
         run(prepare=poison)
 
 
@@ -157,7 +165,9 @@ def logged(monkeypatch):
     rows = []
 
     def log(self, values, step):
-        rows.append({"step": step, **{name: value for name, value in values.items() if name != "seconds"}})
+        rows.append(
+            {"step": step, **{name: value for name, value in values.items() if name != "seconds"}}
+        )
 
     monkeypatch.setattr(Accelerator, "log", log)
     return rows
@@ -171,7 +181,11 @@ def test_steps_that_are_read_late_are_those_that_were_read_at_once(run, monkeypa
     late_model, late = run(max_steps=11, eval_steps=5)
     assert rows == at_once
     assert found == [4, 1, 4, 1, 1]  # before an evaluation nothing stays unread
-    assert (late.steps, late.evaluations, late.tokens) == (history.steps, history.evaluations, history.tokens)
+    assert (late.steps, late.evaluations, late.tokens) == (
+        history.steps,
+        history.evaluations,
+        history.tokens,
+    )
     plain, kept = (trainable_tensors(each) for each in (model, late_model))
     assert all(torch.equal(plain[name], kept[name]) for name in plain)
 
@@ -179,7 +193,9 @@ def test_steps_that_are_read_late_are_those_that_were_read_at_once(run, monkeypa
 def test_a_step_that_went_wrong_is_named_though_it_is_read_late(run, monkeypatch):
     plain, norms = Accelerator.clip_grad_norm_, iter([1.0, 1.0, math.nan, 1.0, 1.0, 1.0])
     monkeypatch.setattr(
-        Accelerator, "clip_grad_norm_", lambda self, parameters, limit: plain(self, parameters, limit) * next(norms)
+        Accelerator,
+        "clip_grad_norm_",
+        lambda self, parameters, limit: plain(self, parameters, limit) * next(norms),
     )
     assert read_every(monkeypatch, 4) == []
     with pytest.raises(TrainingError, match="step 3: the gradient's norm is nan"):
@@ -238,7 +254,9 @@ def test_between_readings_the_host_does_not_wait_for_a_gpu(run, monkeypatch):
 
     found = read_every(monkeypatch, 10**6)
     monkeypatch.setattr(loop._Loop, "_step", watched)
-    monkeypatch.setattr(loop._Loop, "_is_due", lambda self, every, step=None: step is None and self.done == 8)
+    monkeypatch.setattr(
+        loop._Loop, "_is_due", lambda self, every, step=None: step is None and self.done == 8
+    )
     run(max_steps=8, prepare=use_fast, class_weights="balanced")
     assert found == []
 
@@ -264,7 +282,9 @@ def test_gradients_are_clipped(run):
 
     def spy(self, parameters, limit):
         norm = plain(self, parameters, limit)
-        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
+        norms.append(
+            float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        )
         return norm
 
     with pytest.MonkeyPatch.context() as patch:
@@ -279,20 +299,28 @@ def test_gradients_are_clipped(run):
 def test_biases_and_norms_are_not_decayed():
     parameters = {"w": torch.nn.Parameter(torch.ones(2, 2)), "b": torch.nn.Parameter(torch.ones(2))}
     groups = make_optimizer(parameters, TrainConfig(weight_decay=0.3), ratios={}).param_groups
-    assert [(len(g["params"]), g["params"][0].ndim, g["weight_decay"]) for g in groups] == [(1, 2, 0.3), (1, 1, 0.0)]
+    assert [(len(g["params"]), g["params"][0].ndim, g["weight_decay"]) for g in groups] == [
+        (1, 2, 0.3),
+        (1, 1, 0.0),
+    ]
     assert groups[0]["fused"]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_weighted_loss_does_not_depend_on_the_cut(run, smoothing):
     values = {"class_weights": (0.2, 3.0), "label_smoothing_factor": smoothing, "num_rows": 50}
-    losses = [[point.loss for point in run(max_tokens=cut, **values)[1].steps] for cut in (10_000, 45, 1)]
+    losses = [
+        [point.loss for point in run(max_tokens=cut, **values)[1].steps] for cut in (10_000, 45, 1)
+    ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_weights_of_one_train_the_same_bits_and_others_do_not(run):
-    found = [run(class_weights=weights, max_steps=3) for weights in (None, (1.0, 1.0), "balanced", (1.0, 4.0))]
+    found = [
+        run(class_weights=weights, max_steps=3)
+        for weights in (None, (1.0, 1.0), "balanced", (1.0, 4.0))
+    ]
     plain = trainable_tensors(found[0][0])
     for model, history in found[1:3]:  # as many rows of either label: balanced is one, too
         assert history.steps == found[0][1].steps
@@ -301,7 +329,9 @@ def test_weights_of_one_train_the_same_bits_and_others_do_not(run):
 
 
 def test_a_wrong_number_of_weights_is_refused(run):
-    with pytest.raises(RecipeError, match=r"found 3 weights; .* 2 labels, in this order: negative, positive"):
+    with pytest.raises(
+        RecipeError, match=r"found 3 weights; .* 2 labels, in this order: negative, positive"
+    ):
         run(class_weights=(1.0, 2.0, 3.0))
 
 
@@ -313,8 +343,12 @@ def test_a_steps_loss_is_torchs_weighted_mean(run, monkeypatch):
         return loss_sum(logits, labels, **values)
 
     monkeypatch.setattr(loop, "loss_sum", spy)
-    _, history = run(class_weights=(0.2, 3.0), label_smoothing_factor=0.1, batch_size=90, max_steps=1)
+    _, history = run(
+        class_weights=(0.2, 3.0), label_smoothing_factor=0.1, batch_size=90, max_steps=1
+    )
     assert len(seen) > 1
     logits, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    expected = torch.nn.functional.cross_entropy(logits, labels, weight=torch.tensor([0.2, 3.0]), label_smoothing=0.1)
+    expected = torch.nn.functional.cross_entropy(
+        logits, labels, weight=torch.tensor([0.2, 3.0]), label_smoothing=0.1
+    )
     assert history.steps[0].loss == pytest.approx(float(expected), rel=1e-5)

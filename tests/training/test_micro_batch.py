@@ -115,7 +115,9 @@ def test_the_bytes_of_a_token_are_told_from_two_sizes(monkeypatch, batch_size, m
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
     device = torch.device("cuda")
     accelerator = SimpleNamespace(device=device)
-    found = measure_micro_batch(model, accelerator=accelerator, max_length=128, batch_size=batch_size)
+    found = measure_micro_batch(
+        model, accelerator=accelerator, max_length=128, batch_size=batch_size
+    )
     assert found == Measured(per_token=70, fixed=5000, evaluation=300 * 7 * 128, free=12345)
     trained = [(rows, 128, True, False) for rows in (1, 1, many)]
     assert seen == [*trained, (7, 128, False, True)]
@@ -236,13 +238,17 @@ def count_peak(model, accelerator, rows, length):
 @pytest.fixture
 def distilbert(monkeypatch):
     """distilbert-base with LoRA on q and v in bfloat16, of shapes alone."""
-    monkeypatch.setattr(encoder, "packed_attention", lambda q, k, v, **_: FlashAttention.apply(q, k, v))
+    monkeypatch.setattr(
+        encoder, "packed_attention", lambda q, k, v, **_: FlashAttention.apply(q, k, v)
+    )
     monkeypatch.setattr(micro_batch, "_peak", count_peak)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     with torch.device("meta"):
         model = DistilBertForSequenceClassification(DistilBertConfig())
         targets = ["q_lin", "v_lin"]
-        config = LoraConfig(r=8, target_modules=targets, modules_to_save=["pre_classifier", "classifier"])
+        config = LoraConfig(
+            r=8, target_modules=targets, modules_to_save=["pre_classifier", "classifier"]
+        )
         model = get_peft_model(model, config)
     monkeypatch.setattr(encoder, "FAST_DEVICES", ("meta",))
     assert use_fast_encoder(model, compute_dtype=torch.bfloat16) is None
@@ -253,7 +259,9 @@ def distilbert(monkeypatch):
 OTHERS = 600 * MIB
 
 
-@pytest.mark.parametrize(("card", "most_parts"), [(80 * GIB, 1), (4 * GIB, 4)], ids=["80 GB", "4 GB"])
+@pytest.mark.parametrize(
+    ("card", "most_parts"), [(80 * GIB, 1), (4 * GIB, 4)], ids=["80 GB", "4 GB"]
+)
 @pytest.mark.parametrize("length", [512, 128])
 def test_a_step_of_distilbert_is_one_micro_batch_on_80_gb_and_at_most_four_on_4(
     distilbert, monkeypatch, card, most_parts, length
@@ -273,7 +281,9 @@ def test_a_step_of_distilbert_is_one_micro_batch_on_80_gb_and_at_most_four_on_4(
     kept = 6 * (3 + 1 + 2 + 4) * 768 * 2
     assert kept < measured.per_token < 3 * kept
     num_trained = sum(p.numel() for p in distilbert.parameters() if p.requires_grad)
-    max_tokens = fit_micro_batch(measured, num_trained=num_trained, most=32 * length, least=length, graphs=True)
+    max_tokens = fit_micro_batch(
+        measured, num_trained=num_trained, most=32 * length, least=length, graphs=True
+    )
     longest_step = np.full(32, length)
     parts = cut_packed(np.arange(32), longest_step, max_tokens=max_tokens)
     assert len(parts) <= most_parts
@@ -301,12 +311,17 @@ def settings_of(recipe, *, max_tokens, device):
     ("device", "asked", "decides"),
     [("cuda", None, False), ("cuda", 4096, True), ("cpu", None, True)],
 )
-def test_a_measured_micro_batch_is_no_setting_that_stops_a_resume(toy_recipe, monkeypatch, device, asked, decides):
+def test_a_measured_micro_batch_is_no_setting_that_stops_a_resume(
+    toy_recipe, monkeypatch, device, asked, decides
+):
     monkeypatch.setattr(train, "hash_tokenizer", lambda tokenizer: "tokenizer")
     recipe = Recipe.load(toy_recipe)
     values = recipe.train.model_copy(update={"max_tokens_per_micro_batch": asked})
     recipe = recipe.model_copy(update={"train": values})
-    found = [settings_of(recipe, max_tokens=tokens, device=torch.device(device)) for tokens in (4096, 8192)]
+    found = [
+        settings_of(recipe, max_tokens=tokens, device=torch.device(device))
+        for tokens in (4096, 8192)
+    ]
     assert (found[0] != found[1]) == decides
 
 
@@ -319,7 +334,9 @@ def test_memory_that_runs_out_while_it_is_measured_is_one_message(monkeypatch, w
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     accelerator = SimpleNamespace(device=torch.device("cuda", 0))
     with pytest.raises(TrainingError, match=r"set train\.max_tokens_per_micro_batch yourself"):
-        micro_batch.measure_micro_batch(torch.nn.Linear(1, 1), accelerator=accelerator, max_length=512, batch_size=32)
+        micro_batch.measure_micro_batch(
+            torch.nn.Linear(1, 1), accelerator=accelerator, max_length=512, batch_size=32
+        )
 
 
 def test_a_process_measures_its_share_of_a_step(monkeypatch):
@@ -331,7 +348,9 @@ def test_a_process_measures_its_share_of_a_step(monkeypatch):
 
     monkeypatch.setattr(train, "choose_max_tokens", choose)
     monkeypatch.setattr(train, "reset_peak_memory", lambda device: None)
-    recipe = SimpleNamespace(train=TrainConfig(batch_size=30, max_steps=9), model=SimpleNamespace(max_length=128))
+    recipe = SimpleNamespace(
+        train=TrainConfig(batch_size=30, max_steps=9), model=SimpleNamespace(max_length=128)
+    )
     accelerator = SimpleNamespace(num_processes=4, device=torch.device("cpu"))
     assert train._measure_max_tokens(recipe, torch.nn.Linear(1, 1), accelerator, 9) == 1024
     assert (asked["batch_size"], asked["max_length"]) == (8, 128)

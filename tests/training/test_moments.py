@@ -13,7 +13,9 @@ def found(tiny_base, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "processes"), [("one", 1), ("two", 2)])
-def test_killed_or_stopped_at_the_moments_that_matter_a_run_goes_on_bit_for_bit(found, name, processes):
+def test_killed_or_stopped_at_the_moments_that_matter_a_run_goes_on_bit_for_bit(
+    found, name, processes
+):
     for number, (kind, ended) in enumerate([("SIGKILL", -signal.SIGKILL), ("SIGTERM", 75)]):
         for count, moment in enumerate(MOMENTS):
             stopped = [ended] * processes

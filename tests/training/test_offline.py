@@ -88,7 +88,8 @@ def answering():
 
 def recipe(*overrides: str) -> Recipe:
     return Recipe.load(
-        ROOT / "recipes/imdb_lora.yaml", ["model.name=nobody/base", "data.source=nobody/rows", *overrides]
+        ROOT / "recipes/imdb_lora.yaml",
+        ["model.name=nobody/base", "data.source=nobody/rows", *overrides],
     )
 
 
@@ -106,10 +107,14 @@ def test_a_recipe_that_names_nothing_on_the_hub_asks_nothing(state, toy_recipe, 
         assert settle(asked, state) == (asked, None)
 
 
-def test_where_nothing_answers_the_bundled_parts_stand_in_and_write_elsewhere(state, endpoint, caplog):
+def test_where_nothing_answers_the_bundled_parts_stand_in_and_write_elsewhere(
+    state, endpoint, caplog
+):
     endpoint(NOWHERE)
     own = ("data.labels=[neg, pos]", "data.max_train_rows=9", "data.revision=v2")
-    found, stand_in = settle(recipe(*own, "data.clean=false", "data.split_seed=3", "train.seed=7"), state)
+    found, stand_in = settle(
+        recipe(*own, "data.clean=false", "data.split_seed=3", "train.seed=7"), state
+    )
     assert (found.data.source, found.model.name) == ("bundled", "bundled")
     assert (found.name, found.folder) == ("imdb_lora-offline", Path("adapters/imdb_lora-offline"))
     assert (found.data.labels, found.data.max_train_rows) == (None, None), "of other rows"
@@ -131,7 +136,9 @@ def test_offline_mode_counts_as_no_answer(state):
 
 def test_a_recipe_that_does_not_say_bundled_stops_and_names_what_is_missing(state, endpoint):
     endpoint(NOWHERE)
-    with pytest.raises(DataError, match=r"no Hub answers .*data.source 'nobody/rows', model.name 'nobody/base'; .*"):
+    with pytest.raises(
+        DataError, match=r"no Hub answers .*data.source 'nobody/rows', model.name 'nobody/base'; .*"
+    ):
         settle(recipe("offline=error"), state)
 
 
@@ -146,7 +153,9 @@ def test_what_is_in_the_cache_is_used_and_said(state, endpoint, monkeypatch, cap
 
 
 @pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab.txt", "README.md"])
-def test_a_cached_base_needs_one_file_of_a_tokenizer(state, endpoint, monkeypatch, tmp_path, tokenizer):
+def test_a_cached_base_needs_one_file_of_a_tokenizer(
+    state, endpoint, monkeypatch, tmp_path, tokenizer
+):
     endpoint(NOWHERE)
     monkeypatch.setattr(offline, "find_source", lambda config: None)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -170,7 +179,9 @@ def test_a_mistaken_address_is_told_and_not_taken_for_a_dead_network(state, endp
         settle(recipe(), state)
 
 
-def test_what_is_in_the_cache_is_used_even_if_the_address_is_mistaken(state, endpoint, monkeypatch, caplog):
+def test_what_is_in_the_cache_is_used_even_if_the_address_is_mistaken(
+    state, endpoint, monkeypatch, caplog
+):
     endpoint("huggingface.co")
     monkeypatch.setattr(offline, "find_source", lambda config: None)
     monkeypatch.setattr(offline, "_find_base", lambda model: None)
@@ -179,8 +190,12 @@ def test_what_is_in_the_cache_is_used_even_if_the_address_is_mistaken(state, end
     assert "UnsupportedProtocol" in caplog.text
 
 
-@pytest.mark.parametrize(("status", "mistaken"), [(407, True), (403, True), (502, False), (504, False)])
-def test_a_proxy_that_refuses_is_no_dead_network(endpoint, answering, monkeypatch, status, mistaken):
+@pytest.mark.parametrize(
+    ("status", "mistaken"), [(407, True), (403, True), (502, False), (504, False)]
+)
+def test_a_proxy_that_refuses_is_no_dead_network(
+    endpoint, answering, monkeypatch, status, mistaken
+):
     monkeypatch.setenv("HTTPS_PROXY", answering(status))
     endpoint("https://hub.invalid")
     found = ask_hub()
@@ -206,9 +221,13 @@ def test_a_certificate_that_is_not_trusted_is_no_dead_network(endpoint, monkeypa
     assert ask_hub() == Answer(None, "ConnectError: failed", mistaken=cause is not None)
 
 
-def test_a_misspelt_split_of_data_in_the_cache_is_told_and_nothing_stands_in(state, endpoint, monkeypatch):
+def test_a_misspelt_split_of_data_in_the_cache_is_told_and_nothing_stands_in(
+    state, endpoint, monkeypatch
+):
     endpoint(NOWHERE)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *arguments, **options: ["train", "test"])
+    monkeypatch.setattr(
+        datasets, "get_dataset_split_names", lambda *arguments, **options: ["train", "test"]
+    )
     monkeypatch.setattr(offline, "_find_base", lambda model: None)
     asked = recipe("data.splits={train: train, test: tset}")
     assert settle(asked, state) == (asked, None)
@@ -263,28 +282,38 @@ def of_the_hub(toy_adapter, tmp_path):
     return change
 
 
-@pytest.mark.parametrize("verb", [evaluate, lambda folder: merge(folder, folder.with_name("merged")), load])
+@pytest.mark.parametrize(
+    "verb", [evaluate, lambda folder: merge(folder, folder.with_name("merged")), load]
+)
 def test_a_dead_hub_is_asked_once_for_an_adapters_base(calls, of_the_hub, verb):
-    with pytest.raises(ModelError, match=r"'nobody/base': no Hub answers .*Error: .* not in the cache"):
+    with pytest.raises(
+        ModelError, match=r"'nobody/base': no Hub answers .*Error: .* not in the cache"
+    ):
         verb(of_the_hub(base="nobody/base"))
     assert len(calls) == 1
 
 
 def test_a_dead_hub_is_asked_once_for_an_adapters_rows(calls, of_the_hub):
     folder = of_the_hub(rows="nobody/rows")
-    with pytest.raises(DataError, match=r"'nobody/rows': no Hub answers .*Error: .* not in the cache"):
+    with pytest.raises(
+        DataError, match=r"'nobody/rows': no Hub answers .*Error: .* not in the cache"
+    ):
         evaluate(folder)
     assert len(calls) == 1
 
 
-def test_a_dead_hub_is_asked_once_for_the_rows_that_a_merge_is_compared_on(calls, of_the_hub, tmp_path):
+def test_a_dead_hub_is_asked_once_for_the_rows_that_a_merge_is_compared_on(
+    calls, of_the_hub, tmp_path
+):
     done = merge(of_the_hub(rows="nobody/rows"), tmp_path / "merged")
     assert "no Hub answers" in done.compared["base"]["validation"]["reason"]
     assert len(calls) == 1
 
 
 def test_a_dead_hub_is_asked_once_for_a_sweep(calls):
-    with pytest.raises(DataError, match=r"'nobody/rows': no Hub answers .*Error: .* not in the cache"):
+    with pytest.raises(
+        DataError, match=r"'nobody/rows': no Hub answers .*Error: .* not in the cache"
+    ):
         make_trials(ROOT / "recipes/imdb_lora.yaml", ["data.source=nobody/rows", "method.r=[4, 8]"])
     assert len(calls) == 1
 
@@ -300,11 +329,16 @@ def test_the_main_command_walks_with_nothing_but_the_package(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "lora_sentiment.train"]
     command = [*launch, str(ROOT / "recipes/imdb_lora.yaml"), "train.max_steps=1"]
     environment = {**os.environ, **online, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "adapters/imdb_lora-offline"
     assert done.stderr.count("NOT what the recipe asks for") == 2, "at the start and at the end"
-    card, report = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("card.json", "report.json"))
+    card, report = (
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in ("card.json", "report.json")
+    )
     assert card["offline"] == report["offline"]
     assert card["offline"]["model.name"] == "distilbert/distilbert-base-uncased"
     assert card["base"]["name"] == "bundled"

@@ -20,5 +20,7 @@ def test_a_training_curve_is_drawn_and_repeats(tmp_path, num_steps):
 
 
 def test_a_confusion_matrix_is_drawn_with_an_empty_row(tmp_path):
-    plot_confusion(np.array([[5, 1, 0], [0, 0, 0], [2, 3, 9]]), tmp_path / "c.png", labels="abc", title="x")
+    plot_confusion(
+        np.array([[5, 1, 0], [0, 0, 0], [2, 3, 9]]), tmp_path / "c.png", labels="abc", title="x"
+    )
     assert imread(tmp_path / "c.png").size

@@ -7,7 +7,12 @@ import torch
 from accelerate import PartialState
 
 from lora_sentiment.errors import ModelError, RecipeError, TrainingError
-from lora_sentiment.training.processes import explain_loss, join_launch, make_accelerator, set_threads
+from lora_sentiment.training.processes import (
+    explain_loss,
+    join_launch,
+    make_accelerator,
+    set_threads,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +22,11 @@ from lora_sentiment.training.processes import explain_loss, join_launch, make_ac
         ("ACCELERATE_USE_FSDP", "true", "FSDP"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "--mixed_precision bf16"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps 4"),
-        ("WORLD_SIZE", "abc", "WORLD_SIZE is 'abc' in the environment, where a launcher puts a whole number from 1 to"),
+        (
+            "WORLD_SIZE",
+            "abc",
+            "WORLD_SIZE is 'abc' in the environment, where a launcher puts a whole number from 1 to",
+        ),
         ("WORLD_SIZE", "0", "WORLD_SIZE is '0'"),
         ("LOCAL_WORLD_SIZE", "0", "LOCAL_WORLD_SIZE is '0'"),
         ("RANK", "\N{SUPERSCRIPT TWO}", "RANK is"),
@@ -34,7 +43,9 @@ def test_launch_settings_that_disagree_are_refused_by_name(monkeypatch, variable
 def test_a_rank_beyond_the_size_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(RecipeError, match="RANK is 2 in the environment, and WORLD_SIZE 2: ranks go from 0 to 1"):
+    with pytest.raises(
+        RecipeError, match="RANK is 2 in the environment, and WORLD_SIZE 2: ranks go from 0 to 1"
+    ):
         join_launch()
 
 
@@ -42,13 +53,20 @@ def test_a_rank_beyond_the_size_is_refused(monkeypatch):
 def two(monkeypatch):
     """The environment of the first of two processes, in a process that has joined none."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29511"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_PORT": "29511",
+    }.items():
         monkeypatch.setenv(name, value)
 
 
 def test_an_address_that_nobody_knows_is_refused_before_joining(monkeypatch, two):
     monkeypatch.setenv("MASTER_ADDR", "nosuchhost.invalid")
-    with pytest.raises(RecipeError, match=r"MASTER_ADDR is 'nosuchhost\.invalid' in the environment, and no"):
+    with pytest.raises(
+        RecipeError, match=r"MASTER_ADDR is 'nosuchhost\.invalid' in the environment, and no"
+    ):
         join_launch()
 
 
@@ -77,7 +95,10 @@ def test_what_is_waited_for_is_said_and_a_signal_is_obeyed_meanwhile(monkeypatch
 def test_only_what_gloo_tells_is_told_as_another_process_gone():
     state = SimpleNamespace(num_processes=2)
     told = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:21"
-    with pytest.raises(TrainingError, match="another process of this launch is gone"), explain_loss(state):
+    with (
+        pytest.raises(TrainingError, match="another process of this launch is gone"),
+        explain_loss(state),
+    ):
         raise RuntimeError(told)
     for other in ("/data/gloomy/rows.csv: is broken", "/data/gloo/rows.cc: is broken"):
         with pytest.raises(RuntimeError, match="is broken"), explain_loss(state):

@@ -43,7 +43,9 @@ def stopped(toy_recipe, monkeypatch):
     return toy_recipe.parent / "adapter.run"
 
 
-def test_a_stopped_command_ends_with_75_and_resume_goes_on_to_the_same_adapter(toy_recipe, monkeypatch, capsys):
+def test_a_stopped_command_ends_with_75_and_resume_goes_on_to_the_same_adapter(
+    toy_recipe, monkeypatch, capsys
+):
     whole = run(toy_recipe, f"output.dir={toy_recipe.parent}/whole").adapter
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -145,18 +147,30 @@ CHANGES = {
 }
 
 
-def test_each_thing_that_fixes_the_bytes_is_named_when_it_changed(own_base, toy_recipe, stopped, monkeypatch):
+def test_each_thing_that_fixes_the_bytes_is_named_when_it_changed(
+    own_base, toy_recipe, stopped, monkeypatch
+):
     """The world size is changed in test_stopped_launches.py."""
-    kept = {path: path.read_bytes() for path in [*own_base.iterdir(), toy_recipe.parent / "train.csv"]}
+    kept = {
+        path: path.read_bytes() for path in [*own_base.iterdir(), toy_recipe.parent / "train.csv"]
+    }
     for name, (overrides, change, patched) in CHANGES.items():
         with monkeypatch.context() as patch:
             if patched:
                 patch.setattr(*patched)
             if change:
                 change(own_base)
-            with pytest.raises(TrainingError, match=rf"(?m)^  {re.escape(name)}: was .*, is .*$") as caught:
+            with pytest.raises(
+                TrainingError, match=rf"(?m)^  {re.escape(name)}: was .*, is .*$"
+            ) as caught:
                 run(toy_recipe, *overrides)
-        fixed = ("base_sha256", "base.n_heads", "base.activation", "tokenizer_sha256", "train_sha256")
+        fixed = (
+            "base_sha256",
+            "base.n_heads",
+            "base.activation",
+            "tokenizer_sha256",
+            "train_sha256",
+        )
         assert ("--allow-changes" in str(caught.value)) == (name not in fixed), name
         for path, content in kept.items():
             path.write_bytes(content)
@@ -168,7 +182,9 @@ def full(*_, **__):
 
 
 def full_in_rust(*_, **__):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
 
 
 @pytest.mark.parametrize(("place", "fails"), [("save", full_in_rust), ("publish", full)])
@@ -195,7 +211,16 @@ def test_changed_rows_are_refused_and_never_starts_anew(toy_recipe, stopped):
     with pytest.raises(TrainingError, match="train_sha256: was "):
         run(toy_recipe)
     assert run(toy_recipe, "train.resume=never").history.resumed == []
-    assert [row["step"] for row in read_metrics(stopped)] == ["1", "2", "3", "4", "5", "6", "7", "7"]
+    assert [row["step"] for row in read_metrics(stopped)] == [
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "7",
+        "7",
+    ]
 
 
 def test_always_refuses_to_start_anew(toy_recipe):
@@ -205,7 +230,9 @@ def test_always_refuses_to_start_anew(toy_recipe):
 
 def test_two_runs_on_one_folder_refuse_each_other_and_the_first_goes_on(toy_recipe, stopped):
     handle = lock_file(stopped / "lock")
-    with pytest.raises(RecipeError, match=r"adapter\.run: another run is at work here; wait, or set another output"):
+    with pytest.raises(
+        RecipeError, match=r"adapter\.run: another run is at work here; wait, or set another output"
+    ):
         run(toy_recipe)
     os.close(handle)
     assert run(toy_recipe).history.resumed == [3]
@@ -214,7 +241,10 @@ def test_two_runs_on_one_folder_refuse_each_other_and_the_first_goes_on(toy_reci
 def test_what_is_no_folder_in_the_place_of_the_adapter_is_told_before_training(toy_recipe, stopped):
     for put in (lambda path: path.write_text("x"), lambda path: path.symlink_to(stopped)):
         put(stopped / "adapter")
-        with pytest.raises(RecipeError, match=r"adapter\.run/adapter: is no folder, and the adapter is written there"):
+        with pytest.raises(
+            RecipeError,
+            match=r"adapter\.run/adapter: is no folder, and the adapter is written there",
+        ):
             run(toy_recipe)
         (stopped / "adapter").unlink()
     assert run(toy_recipe).history.resumed == [3]
@@ -223,8 +253,14 @@ def test_what_is_no_folder_in_the_place_of_the_adapter_is_told_before_training(t
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("/".join(["long" * 40] * 40), "output.dir: 'longlong.*' cannot be looked at: File name too long; set another"),
-        ("~no such user/mine", "output.dir: found '~no such user/mine'; there is no such user's home here"),
+        (
+            "/".join(["long" * 40] * 40),
+            "output.dir: 'longlong.*' cannot be looked at: File name too long; set another",
+        ),
+        (
+            "~no such user/mine",
+            "output.dir: found '~no such user/mine'; there is no such user's home here",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_is_told_before_training(toy_recipe, folder, message):

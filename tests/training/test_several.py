@@ -35,7 +35,9 @@ def recipe(tiny_base, tmp_path_factory) -> Path:
     write_csv(folder / "test.csv", rows[120:])
     write_csv(folder / "own.csv", rows[100:])
     for rank in range(2):
-        write_csv(folder / f"bad{rank}.csv", [*rows[120:139], ("some words", "neither"), *rows[140:]])
+        write_csv(
+            folder / f"bad{rank}.csv", [*rows[120:139], ("some words", "neither"), *rows[140:]]
+        )
     (folder / "toy.yaml").write_text(
         f"data: {{source: {{train: {folder}/train.csv, test: {folder}/test.csv}}}}\n"
         f"model: {{name: {tiny_base}, max_length: 16, dtype: float32}}\n"
@@ -47,10 +49,22 @@ def recipe(tiny_base, tmp_path_factory) -> Path:
 
 
 def start(
-    recipe: Path, *overrides: str, torchrun: tuple[str, ...], cores: list[int], script=("-m", "lora_sentiment.train")
+    recipe: Path,
+    *overrides: str,
+    torchrun: tuple[str, ...],
+    cores: list[int],
+    script=("-m", "lora_sentiment.train"),
 ):
     """Start a launcher that may use these cores only, so that every process has one thread."""
-    command = [sys.executable, "-m", "torch.distributed.run", *torchrun, *script, str(recipe), *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *torchrun,
+        *script,
+        str(recipe),
+        *overrides,
+    ]
     launcher = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}, start_new_session=True,
@@ -91,7 +105,9 @@ def start_two_machines(recipe: Path, *overrides: str, **values):
 def two(recipe) -> tuple[Path, str]:
     """The adapter of two processes of one machine, and what they wrote to standard error."""
     torchrun = ("--standalone", "--nproc_per_node", "2")
-    launcher = start(recipe, *WEIGHED, f"output.dir={recipe.parent}/two", torchrun=torchrun, cores=CORES[:2])
+    launcher = start(
+        recipe, *WEIGHED, f"output.dir={recipe.parent}/two", torchrun=torchrun, cores=CORES[:2]
+    )
     _, errors = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, errors
     return recipe.parent / "two", errors
@@ -114,7 +130,11 @@ def test_two_processes_train_as_one(recipe, two):
             own = one.report[role][metric]
             assert found.keys() == own.keys()
             for key, value in found.items():
-                same = value == (own[key] if isinstance(value, str) else pytest.approx(own[key], abs=tolerance, rel=0))
+                same = value == (
+                    own[key]
+                    if isinstance(value, str)
+                    else pytest.approx(own[key], abs=tolerance, rel=0)
+                )
                 assert same, (role, metric, key)
     assert errors.count("saved and verified") == 1
 
@@ -130,8 +150,16 @@ def test_two_processes_add_up_to_the_gradients_of_the_stock_encoder(recipe):
     found = {}
     for engine, processes in (("stock", "1"), ("fast", "2")):
         path = recipe.parent / f"{engine}.safetensors"
-        own = (*settings, f"train.engine={engine}", f"output.dir={recipe.parent}/gradients-{engine}", str(path))
-        script, torchrun = ("-m", "tests.training.reduced_gradients"), ("--standalone", "--nproc_per_node", processes)
+        own = (
+            *settings,
+            f"train.engine={engine}",
+            f"output.dir={recipe.parent}/gradients-{engine}",
+            str(path),
+        )
+        script, torchrun = (
+            ("-m", "tests.training.reduced_gradients"),
+            ("--standalone", "--nproc_per_node", processes),
+        )
         launcher = start(recipe, *own, torchrun=torchrun, cores=CORES[:2], script=script)
         _, errors = launcher.communicate(timeout=300)
         assert launcher.returncode == 0, errors
@@ -146,10 +174,16 @@ def test_two_machines_train_as_two_processes(recipe, two):
     """Without a common disk, that is: only the first one's main process reads and writes the run's folder."""
     folder = recipe.parent / "machines"
     launchers = start_two_machines(recipe, *WEIGHED, f"output.dir={folder}")
-    (first, errors), (second, no_errors) = [launcher.communicate(timeout=300) for launcher in launchers]
+    (first, errors), (second, no_errors) = [
+        launcher.communicate(timeout=300) for launcher in launchers
+    ]
     assert [launcher.returncode for launcher in launchers] == [0, 0], errors + no_errors
-    assert hash_file(folder / "adapter_model.safetensors") == hash_file(two[0] / "adapter_model.safetensors")
-    assert (folder / "predictions.safetensors").read_bytes() == (two[0] / "predictions.safetensors").read_bytes()
+    assert hash_file(folder / "adapter_model.safetensors") == hash_file(
+        two[0] / "adapter_model.safetensors"
+    )
+    assert (folder / "predictions.safetensors").read_bytes() == (
+        two[0] / "predictions.safetensors"
+    ).read_bytes()
     assert "test (95 % intervals)" in first
     assert second == ""
     assert errors.count("saved and verified") == 1
@@ -160,7 +194,9 @@ def test_two_machines_train_as_two_processes(recipe, two):
 def failed(recipe) -> dict[str, dict]:
     """What came of launches of which the second process fails, by how it does."""
     command = [sys.executable, "-m", "tests.training.failing_runs", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
@@ -174,7 +210,11 @@ LOST = "error: another process of this launch is gone, so this one ends"
         ("killed in a step", -9, LOST),
         ("killed in an evaluation", -9, LOST),
         ("an error in a step", 1, "error (process 1): row 7: is bad, and only here"),
-        ("out of memory in an evaluation", 1, "error (process 1): step 8: memory ran out in the optimizer"),
+        (
+            "out of memory in an evaluation",
+            1,
+            "error (process 1): step 8: memory ran out in the optimizer",
+        ),
     ],
 )
 def test_one_process_that_fails_ends_the_other_with_the_reason(failed, how, code, said):
@@ -186,12 +226,17 @@ def test_one_process_that_fails_ends_the_other_with_the_reason(failed, how, code
     assert "Traceback" not in found["text"]
 
 
-@pytest.mark.parametrize(("how", "what"), [("other train rows", "train_sha256"), ("other test rows", "test")])
+@pytest.mark.parametrize(
+    ("how", "what"), [("other train rows", "train_sha256"), ("other test rows", "test")]
+)
 def test_machines_that_read_other_rows_are_refused_by_all_alike(failed, how, what):
     found = failed[how]
     assert found["codes"] == [1, 1], found["text"]
     assert found["text"].count("process 1 has another ") == 2
-    assert f"{what}" in found["text"].partition("process 1 has another ")[2].partition(" than process 0")[0]
+    assert (
+        f"{what}"
+        in found["text"].partition("process 1 has another ")[2].partition(" than process 0")[0]
+    )
 
 
 def test_what_lies_where_another_machine_writes_nothing_is_no_matter(failed):

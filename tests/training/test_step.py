@@ -77,7 +77,9 @@ def test_every_micro_batch_of_an_epoch_is_exact() -> None:
     assert {count == 1 for count, _ in shapes} == {True, False}
 
 
-def step_gradients(model: nn.Module, rows: list[Tensor], parts: list[np.ndarray], labels: Tensor) -> dict[str, Tensor]:
+def step_gradients(
+    model: nn.Module, rows: list[Tensor], parts: list[np.ndarray], labels: Tensor
+) -> dict[str, Tensor]:
     """The gradients of the mean loss over all rows of the parts."""
     model.zero_grad()
     for part in parts:
@@ -100,7 +102,9 @@ def test_the_shards_of_a_step_add_up_to_the_stock_encoders_gradients(num_process
     parts = [
         part
         for rank in range(num_processes)
-        for part in cut(shard(step, lengths, rank=rank, num_processes=num_processes), lengths, max_tokens=300)
+        for part in cut(
+            shard(step, lengths, rank=rank, num_processes=num_processes), lengths, max_tokens=300
+        )
     ]
     assert len(parts) > num_processes
     assert largest_grad_distance(expected, step_gradients(model, rows, parts, labels)) <= 1e-4
@@ -138,9 +142,13 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @DTYPES
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("linears", [("q_lin", "v_lin"), tuple(ALL_LINEARS)])
-def test_a_step_takes_no_more_products_than_it_did(dtype: torch.dtype, linears: tuple[str, ...], p: float) -> None:
+def test_a_step_takes_no_more_products_than_it_did(
+    dtype: torch.dtype, linears: tuple[str, ...], p: float
+) -> None:
     model, earlier = fast_lora(dtype, linears, p=p), NUM_LAYERS - 1
-    logits_and_grads(model, *make_batch(LENGTH, padded=False))  # what is frozen is put side by side and cast
+    logits_and_grads(
+        model, *make_batch(LENGTH, padded=False)
+    )  # what is frozen is put side by side and cast
     with CountCalls() as counted:
         logits_and_grads(model, *make_batch(LENGTH, padded=False))
     adapters = len(linears) * NUM_LAYERS
@@ -170,9 +178,13 @@ def test_a_step_takes_no_more_arithmetic_than_it_did(dtype: torch.dtype, p: floa
         logits_and_grads(model, *make_batch(LENGTH, padded=False))
     square, ffn, rank = DIM * DIM, 2 * DIM * HIDDEN_DIM, 4
     forward = TOKENS * (earlier * (4 * square + ffn) + 2 * square) + ROWS * (2 * square + ffn)
-    inputs = TOKENS * (earlier * (square + ffn) + (earlier - 1) * 3 * square + 2 * square) + ROWS * (2 * square + ffn)
+    inputs = TOKENS * (
+        earlier * (square + ffn) + (earlier - 1) * 3 * square + 2 * square
+    ) + ROWS * (2 * square + ffn)
     # The counter leaves out what is added in place: bf16's products for the output and for the gradient of x.
-    adapters = (5 if dtype == torch.bfloat16 else 4) * rank * DIM * ((2 * NUM_LAYERS - 1) * TOKENS + ROWS)
+    adapters = (
+        (5 if dtype == torch.bfloat16 else 4) * rank * DIM * ((2 * NUM_LAYERS - 1) * TOKENS + ROWS)
+    )
     pairs = 6 * TOKENS * DIM * (earlier * LENGTH + 1)
     head = 3 * ROWS * (square + 2 * DIM)
     assert counter.get_total_flops() == 2 * (forward + inputs + adapters + pairs + head)
@@ -180,7 +192,9 @@ def test_a_step_takes_no_more_arithmetic_than_it_did(dtype: torch.dtype, p: floa
 
 @DTYPES
 @pytest.mark.parametrize(("p", "mask_bytes"), [(0.0, 0), (0.1, DIM)])
-def test_a_lora_block_keeps_for_a_token_what_backward_needs(dtype: torch.dtype, p: float, mask_bytes: int) -> None:
+def test_a_lora_block_keeps_for_a_token_what_backward_needs(
+    dtype: torch.dtype, p: float, mask_bytes: int
+) -> None:
     def kept(*layers: int) -> int:
         model, batch = fast_lora(dtype, p=p, layers=layers), make_batch(LENGTH, padded=False)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -193,16 +207,25 @@ def test_a_lora_block_keeps_for_a_token_what_backward_needs(dtype: torch.dtype, 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(*batch).logits.sum()
         assert loss.requires_grad
-        return sum(tensor.untyped_storage().nbytes() for address, tensor in held.items() if address not in own)
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for address, tensor in held.items()
+            if address not in own
+        )
 
     # The first block's adapters are alone before those of the last: without them the first two keep less.
     norms = 2 * (DIM + 2)  # the input of each with its mean and deviation
-    words = norms + DIM + 3 * DIM + HIDDEN_DIM  # what q and v take; q, k and v; the FFN before its activation
+    words = (
+        norms + DIM + 3 * DIM + HIDDEN_DIM
+    )  # what q and v take; q, k and v; the FFN before its activation
     pairs = 4 * ROWS * LENGTH**2  # attention's weights, whose signs are its mask
     weights = 3 * DIM * DIM  # q's, k's and v's with the adapters in it
     if dtype == torch.bfloat16:  # those of the block and its norms, cast once for all steps
         weights = 4 * DIM * DIM + 2 * DIM * HIDDEN_DIM + 4 * DIM
-    assert kept(0, 1, 2) - kept(1, 2) == dtype.itemsize * (TOKENS * words + pairs + weights) + TOKENS * mask_bytes
+    assert (
+        kept(0, 1, 2) - kept(1, 2)
+        == dtype.itemsize * (TOKENS * words + pairs + weights) + TOKENS * mask_bytes
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,14 +237,25 @@ def test_a_lora_block_keeps_for_a_token_what_backward_needs(dtype: torch.dtype, 
     ],
 )
 def test_an_epoch_is_padded_by_so_many_tokens(
-    name: str, mean: float, deviation: float, longest: int, batch_size: int, micro_batches: int, padded: int, real: int
+    name: str,
+    mean: float,
+    deviation: float,
+    longest: int,
+    batch_size: int,
+    micro_batches: int,
+    padded: int,
+    real: int,
 ) -> None:
     drawn = np.random.default_rng(0).lognormal(mean, deviation, 8000)
     lengths = np.minimum(drawn.astype(np.int64) + 2, longest)
     parts = [
         part
         for step in plan_epoch(lengths, batch_size=batch_size, seed=0, epoch=0)
-        for part in cut(step, lengths, max_tokens=micro_batch_tokens(Shape(), max_length=longest, element_bytes=4))
+        for part in cut(
+            step,
+            lengths,
+            max_tokens=micro_batch_tokens(Shape(), max_length=longest, element_bytes=4),
+        )
     ]
     found = sum(len(part) * int(lengths[part].max()) for part in parts)
     assert (len(parts), found, int(lengths.sum())) == (micro_batches, padded, real)
@@ -235,10 +269,19 @@ def test_two_processes_in_bf16_train_as_one(toy_recipe: Path) -> None:
     # The toy's weights are ten times as large as a real base's, and so is what rounding does to it at a usual rate.
     own = (*OFF, "model.dtype=bfloat16", "train.max_steps=20", "train.learning_rate=2e-4")
     one = train(Recipe.load(toy_recipe, own))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command += ["-m", "lora_sentiment.train", str(toy_recipe), *own]
     folder = toy_recipe.parent / "two"
-    subprocess.run([*command, f"output.dir={json.dumps(str(folder))}"], check=True, capture_output=True)
+    subprocess.run(
+        [*command, f"output.dir={json.dumps(str(folder))}"], check=True, capture_output=True
+    )
     with Path(f"{folder}.run/metrics.csv").open(newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
     assert len(losses) == 20
@@ -250,13 +293,22 @@ def test_200_steps_in_bf16_lie_within_the_spread_of_stock_fp32_seeds(toy_recipe:
     """In means of 40 steps: five in the mean within the spread, and each as near to its twin as the seeds are apart."""
 
     def curve(seed: int, *overrides: str) -> np.ndarray:
-        own = ("train.max_steps=200", "train.eval_steps=200", "train.save_steps=200", "train.learning_rate=5e-3")
+        own = (
+            "train.max_steps=200",
+            "train.eval_steps=200",
+            "train.save_steps=200",
+            "train.learning_rate=5e-3",
+        )
         own += (*OFF, f"train.seed={seed}", "output.overwrite=true")
         steps = train(Recipe.load(toy_recipe, (*own, *overrides))).history.steps
         return np.array([point.loss for point in steps]).reshape(5, 40).mean(axis=1)
 
-    stock = np.stack([curve(seed, "train.engine=stock", "model.dtype=float32") for seed in range(1, 6)])
-    fast = np.stack([curve(seed, "train.engine=fast", "model.dtype=bfloat16") for seed in range(1, 6)])
+    stock = np.stack(
+        [curve(seed, "train.engine=stock", "model.dtype=float32") for seed in range(1, 6)]
+    )
+    fast = np.stack(
+        [curve(seed, "train.engine=fast", "model.dtype=bfloat16") for seed in range(1, 6)]
+    )
     low, high = stock.min(axis=0), stock.max(axis=0)
     # They have learned, so that a run which does not would lie outside.
     assert high[-1] < 0.7 * low[0]

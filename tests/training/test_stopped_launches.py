@@ -29,7 +29,9 @@ def launched(recipe, *command):
     log = (recipe.parent / "log.txt").open("a+")
     full = [sys.executable, "-m", *command, str(recipe), *OVERRIDES]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(full, env=environment, stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(
+        full, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
     lines = recipe.parent / "adapter.run/metrics.csv"
     before = count_lines(lines)
     try:
@@ -61,11 +63,15 @@ def wait_for_saved(folder: Path, told: str) -> None:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+    return [
+        int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes of a launcher in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="finds the processes of a launcher in /proc"
+)
 def test_two_processes_of_torchrun_told_to_stop_and_killed_go_on_to_the_same_adapter(toy_recipe):
     with launched(toy_recipe, *TORCHRUN) as process:
         process.send_signal(signal.SIGTERM)
@@ -83,7 +89,9 @@ def test_two_processes_of_torchrun_told_to_stop_and_killed_go_on_to_the_same_ada
     run_through(toy_recipe)
     run_through(toy_recipe, f"output.dir={toy_recipe.parent}/whole")
     names = ("adapter", "whole")
-    found, whole = [hash_file(toy_recipe.parent / name / "adapter_model.safetensors") for name in names]
+    found, whole = [
+        hash_file(toy_recipe.parent / name / "adapter_model.safetensors") for name in names
+    ]
     assert found == whole
     found, whole = [read_metrics(toy_recipe.parent / f"{name}.run") for name in names]
     assert found == whole

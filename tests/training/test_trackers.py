@@ -34,7 +34,13 @@ def test_going_on_neither_loses_nor_doubles_lines(tmp_path):
     with (tmp_path / "metrics.csv").open(newline="") as file:
         rows = [(row["step"], row["loss"], row["eval_accuracy"]) for row in csv.DictReader(file)]
     again.finish()
-    assert rows == [("1", "0.1", ""), ("2", "0.2", ""), ("3", "0.3", ""), ("2", "", "0.9"), ("3", "", "0.7")]
+    assert rows == [
+        ("1", "0.1", ""),
+        ("2", "0.2", ""),
+        ("3", "0.3", ""),
+        ("2", "", "0.9"),
+        ("3", "", "0.7"),
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
@@ -42,7 +48,10 @@ def test_going_on_neither_loses_nor_doubles_lines(tmp_path):
     ("change", "steps"),
     [
         (lambda whole: whole + b"7,0.5,\xff\r\n", ["1", "2", "3"]),
-        (lambda whole: whole + "\N{SUPERSCRIPT TWO},1,1,1,1,1,1,1,1,1\r\n".encode(), ["1", "2", "3"]),
+        (
+            lambda whole: whole + "\N{SUPERSCRIPT TWO},1,1,1,1,1,1,1,1,1\r\n".encode(),
+            ["1", "2", "3"],
+        ),
         (lambda whole: b"note,0\n".join(whole.partition(b"1,,")[::2]), ["2", "3"]),
         (lambda whole: b"step,ep", ["3"]),
     ],
@@ -64,12 +73,17 @@ def test_lines_that_no_run_wrote_are_kept_beside_the_sound_ones(tmp_path, caplog
     with path.open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == steps
     assert kept.read_bytes() == damaged
-    assert "metrics.csv: holds lines that no run wrote; it was copied to metrics.csv.damaged-2" in caplog.text
+    assert (
+        "metrics.csv: holds lines that no run wrote; it was copied to metrics.csv.damaged-2"
+        in caplog.text
+    )
 
 
 def test_a_folder_of_its_name_is_one_message(tmp_path):
     (tmp_path / "metrics.csv").mkdir()
-    with pytest.raises(TrainingError, match=r"metrics\.csv: cannot be written: Is a directory; once it can be"):
+    with pytest.raises(
+        TrainingError, match=r"metrics\.csv: cannot be written: Is a directory; once it can be"
+    ):
         CsvTracker(tmp_path)
 
 
@@ -96,6 +110,8 @@ def test_a_disk_that_is_full_is_one_message(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lora_sentiment.training.trackers.os.fsync", full)
-    with pytest.raises(TrainingError, match=r"metrics\.csv: cannot be written: No space left .* --resume goes on"):
+    with pytest.raises(
+        TrainingError, match=r"metrics\.csv: cannot be written: No space left .* --resume goes on"
+    ):
         tracker.sync()
     tracker.finish()
