@@ -40,7 +40,7 @@ from transformers import DistilBertConfig, DistilBertForMaskedLM, pipeline
 
 from lora_sentiment.classifier import load
 from lora_sentiment.commands.estimate import plan_recipe
-from lora_sentiment.commands.probe import as_it_ran, run_probe
+from lora_sentiment.commands.probe import run_probe
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.models.engine import compute_logits
@@ -640,10 +640,10 @@ def measure_memory(recipe_name: str, length: int, settings: Settings) -> Line:
         given.write_text(recipe.to_yaml(), encoding="utf-8")
         held = free_memory()
         reset_peak_memory(find_device())
-        run_probe(str(given), str(found), str(plan.num_labels))
+        run_probe(str(given), str(found), str(plan.config.num_labels))
         numbers = json.loads(found.read_text(encoding="utf-8"))
     measured = numbers["peak"] - max(held, numbers["baseline"])
-    plan = as_it_ran(plan, device=numbers["device"], element_bytes=numbers["element_bytes"])
+    plan = replace(plan, cuda_graphs=False)
     rows = numbers["rows"]
     estimated = estimate_memory(
         plan, rows=rows, length=length, batch_size=recipe.train.batch_size

@@ -37,7 +37,7 @@ from lora_sentiment.data import packing
 from lora_sentiment.data.batches import Encoded, cut
 from lora_sentiment.fast.encoder import use_fast_encoder, use_stock_encoder
 from lora_sentiment.models.load import load_base, resolve_dtype
-from lora_sentiment.models.parameters import micro_batch_tokens
+from lora_sentiment.models.token_limits import micro_batch_tokens
 from lora_sentiment.models.wrap import make_trainable
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.model import ModelConfig
@@ -393,7 +393,7 @@ def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) ->
     )
     steps = len(job.batches)
     model = make_trainable(base, method, config, dtype=dtype, num_steps=steps).to(device)
-    max_tokens = micro_batch_tokens(base.shape, max_length=job.length, element_bytes=dtype.itemsize)
+    max_tokens = micro_batch_tokens(base.config, max_length=job.length, element_bytes=dtype.itemsize)
     if variant.lever == "micro-batches":
         max_tokens = 2**62
     if variant.lever != "the fast encoder":

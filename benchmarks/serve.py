@@ -35,7 +35,7 @@ from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import load
 from lora_sentiment.data.batches import Encoded, cut, pad
 from lora_sentiment.models.engine import compute_logits
-from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.token_limits import inference_tokens
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.serve.pool import Pool, load_pool
 

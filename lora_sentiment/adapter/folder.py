@@ -257,7 +257,7 @@ def load(
             f"{folder}: was trained with another tokenizer than the one of {loaded.name!r}; name the base that it was "
             "trained on with --base"
         )
-    check_length(loaded.shape, config)
+    check_length(loaded.config, config)
     _check_probe(folder, card, loaded)
     model = rebuild(folder, loaded, card.method, config)
     _verify_probe(model, card, folder)
@@ -367,13 +367,13 @@ def _base_config(folder: Path, card: Card, base: str | None) -> ModelConfig:
 
 def _check_probe(folder: Path, card: Card, base: Base) -> None:
     """Refuse a probe that the model could not be asked, or that no answer of it could equal."""
-    ids, logits, shape = card.probe.input_ids, card.probe.logits, base.shape
+    ids, logits, limits = card.probe.input_ids, card.probe.logits, base.config
     fault = None
-    if not all(0 <= token < shape.vocab_size for row in ids for token in row):
-        fault = f"holds a token that the base does not have; allowed: 0 to {shape.vocab_size - 1}"
-    elif max(map(len, ids)) > shape.max_position_embeddings:
+    if not all(0 <= token < limits.vocab_size for row in ids for token in row):
+        fault = f"holds a token that the base does not have; allowed: 0 to {limits.vocab_size - 1}"
+    elif max(map(len, ids)) > limits.max_position_embeddings:
         fault = (
-            f"holds a text longer than the {shape.max_position_embeddings} positions of the base"
+            f"holds a text longer than the {limits.max_position_embeddings} positions of the base"
         )
     elif len(ids) != len(logits) or any(len(row) != len(card.labels) for row in logits):
         fault = (

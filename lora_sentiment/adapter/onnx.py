@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.models.engine import Engine
-from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.token_limits import inference_tokens
 
 PLAIN, QUANTISED = "onnx/model.onnx", "onnx/model_quantized.onnx"
 """Where text-embeddings-inference and transformers.js look; the second for transformers.js' dtype `q8`."""

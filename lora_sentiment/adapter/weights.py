@@ -43,11 +43,16 @@ def save_weights(folder: Path, model: nn.Module) -> None:
         config = model.peft_config["default"]
         if isinstance(config, AdaLoraConfig):
             config.rank_pattern = kept_ranks(model.state_dict())
-        tensors = _peft_tensors(model)
+        tensors = tensors_to_save(model)
         _save_config(folder, config.to_dict())
         _save_tensors(folder / PEFT_WEIGHTS, tensors)
     else:
-        _save_tensors(folder / CHANGED_WEIGHTS, _own_tensors(model))
+        _save_tensors(folder / CHANGED_WEIGHTS, tensors_to_save(model))
+
+
+def tensors_to_save(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter file by name: PEFT's own choice, or what was trained and the whole head."""
+    return _peft_tensors(model) if isinstance(model, PeftModel) else _own_tensors(model)
 
 
 def save_as_plain_lora(
@@ -162,10 +167,10 @@ def _wrap(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
     match config:
         case AdaLoraConfig():
             # No matrix has more singular values than it has sides, and these are made before they are cut.
-            _check_rank(folder, "init_r", config.init_r, base.shape.dim)
+            _check_rank(folder, "init_r", config.init_r, base.config.dim)
             _check_kept(folder, config)
         case LoraConfig() if takes_base:
-            _check_rank(folder, "r", _largest_rank(config), base.shape.dim)
+            _check_rank(folder, "r", _largest_rank(config), base.config.dim)
         case LoraConfig() if config.use_dora and getattr(base.model, "is_quantized", False):
             # It takes the norms of quantised weights.
             _check_rank(folder, "r", _largest_rank(config), _saved_rank(folder))
@@ -218,7 +223,7 @@ def _fill(model: nn.Module, folder: Path, dtypes: tuple[str, ...] = _OWN_DTYPES)
     """Give a model the saved tensors, after checking each name, shape, dtype and value."""
     with explain_peft(folder):
         path = folder / (PEFT_WEIGHTS if isinstance(model, PeftModel) else CHANGED_WEIGHTS)
-        expected = _peft_tensors(model) if isinstance(model, PeftModel) else _own_tensors(model)
+        expected = tensors_to_save(model)
     _check_header(path, read_header(path), expected, dtypes)
     # Where the base's are: a quantised one may be on a GPU.
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment.adapter.safe_files import read_object
-from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, look_up, make_plan
+from lora_sentiment.adapter.file_size import adapter_bytes
+from lora_sentiment.adapter.predictions import load_predictions
+from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, plan_recipe
 from lora_sentiment.errors import AdapterError, RecipeError
-from lora_sentiment.models.file_size import adapter_bytes
 from lora_sentiment.models.memory import estimate_memory
-from lora_sentiment.models.parameters import ParameterCounts, count_parameters
+from lora_sentiment.models.parameters import ParameterCounts
+from lora_sentiment.models.sizes import count_parameters, make_meta_model
 from lora_sentiment.recipe.data import report_roles
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod, UnfreezeMethod
 from lora_sentiment.recipe.recipe import Recipe

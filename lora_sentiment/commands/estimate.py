@@ -1,66 +1,34 @@
-"""What a recipe will hold in memory, before it runs: from shapes alone."""
+"""What a recipe will hold in memory, before it runs."""
 
-import json
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from transformers import AutoConfig
+
 from lora_sentiment.errors import ModelError, RecipeError
-from lora_sentiment.models.families import FP32, Shape
+from lora_sentiment.models.families import DISTILBERT
+from lora_sentiment.models.load import find_config, resolve_dtype
 from lora_sentiment.models.memory import (
     CUDA_SHARE,
     GLIBC_KEEPS,
     Memory,
     Plan,
     estimate_memory,
+    make_memory,
+    measure_step,
     runs_fast,
 )
-from lora_sentiment.models.parameters import inference_tokens, micro_batch_tokens
-from lora_sentiment.recipe.method import Method
+from lora_sentiment.models.token_limits import micro_batch_tokens
+from lora_sentiment.models.wrap import refuse_unfit
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.recipe import Recipe
 
 BASELINE_BYTES = 585 * 2**20
 """Resident memory of the interpreter, the imports and one step of a toy model, measured with torch 2.13 for CPUs."""
 LENGTHS = (64, 128, 256, 512)
-_KNOWN = {
-    f"{owner}{name}": Shape(vocab_size=vocab_size)
-    for owner in ("", "distilbert/")
-    for name, vocab_size in (
-        ("distilbert-base-uncased", 30522),
-        ("distilbert-base-uncased-finetuned-sst-2-english", 30522),
-        ("distilbert-base-cased", 28996),
-        ("distilbert-base-german-cased", 31102),
-        ("distilbert-base-multilingual-cased", 119547),
-    )
-}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a base and a run without weights or data.
-
-    Attributes:
-        shape: The encoder's shape.
-        config: What else the base's `config.json` says.
-        num_labels: Labels of the head.
-        element_bytes: Bytes of the compute dtype.
-        evaluation_tokens: Padded tokens of a forward without gradients, by `inference_tokens` of the device.
-        assumed: What could not be looked up and was assumed, in words; one sentence each.
-        device: What the run is on.
-    """
-
-    shape: Shape
-    config: Mapping[str, Any]
-    num_labels: int
-    element_bytes: int
-    evaluation_tokens: int
-    assumed: tuple[str, ...]
-    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
@@ -138,7 +106,7 @@ def parse_bytes(text: str) -> int:
     """Read a size such as 4GiB, 3.5 GB or 800MiB.
 
     Raises:
-        RecipeError: If it is none.
+        RecipeError: If the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B)", text)
     if not match:
@@ -148,110 +116,86 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def look_up(model: ModelConfig, labels: int | None, *, this_machine: bool = True) -> Facts:
-    """Find the facts of a base in its folder or the Hub cache, else among the public ones known here.
+def find_base(model: ModelConfig, num_labels: int | None) -> tuple[Any, list[str]]:
+    """Return the config of a base in a folder or the Hub's cache, else of a public base that is known by name.
 
     Args:
         model: The recipe's `model` section.
-        labels: Number of labels where it is known.
-        this_machine: Whether the run is on this machine's device; else it is on a CPU that computes in float32 alone.
+        num_labels: Number of labels, where it is known.
+
+    Returns:
+        The config with its number of labels, and what was assumed, one sentence each.
 
     Raises:
-        ModelError: If the base is nowhere and its shape is not known.
+        ModelError: If the base is nowhere and no public one.
     """
     assumed = []
-    config = _read_config(model)
+    config = find_config(model)
     if config is None:
-        if model.name not in _KNOWN:
+        vocab_size = DISTILBERT.public_vocab_sizes.get(model.name.removeprefix("distilbert/"))
+        if vocab_size is None:
             raise ModelError(
-                f"model.name {model.name!r}: no such folder, not in the Hub cache and no shape known by heart; name a "
-                "folder, or fetch its config.json first: hf download NAME config.json"
+                f"model.name {model.name!r}: no such folder, not in the Hub's cache and no public base whose shape "
+                "is known. Name a folder, or fetch its config.json first: hf download NAME config.json"
             )
+        dropouts = {key: getattr(model, key) for key in DISTILBERT.dropouts}
+        given = {key: value for key, value in dropouts.items() if value is not None}
+        config = AutoConfig.for_model(DISTILBERT.model_type, vocab_size=vocab_size, **given)
         assumed.append(
             f"{model.name} is not on this machine: its shape is assumed from its public name"
         )
-    shape = _KNOWN[model.name] if config is None else Shape.from_config(config)
-    own = len((config or {}).get("id2label", ()))
-    if labels is None:
-        labels = own or 2
-        source = (
-            "as many as the base's head has"
-            if own
-            else "the data is not read; name them in data.labels"
-        )
-        assumed.append(f"{labels} labels are assumed: {source}")
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(model.dtype) or (
-        _native_bytes() if this_machine else FP32
-    )
-    if model.dtype == "auto":
-        assumed.append(
-            f"model.dtype auto is taken as {'float32' if size == 4 else 'a 16-bit dtype'}"
-        )
-    device: Literal["cpu", "cuda"] = "cuda" if this_machine and _has_gpu() else "cpu"
-    return Facts(
-        shape, config or {}, labels, size, inference_tokens(device), tuple(assumed), device
-    )
+    if num_labels is None:
+        has_labels = "id2label" in config.to_diff_dict()
+        num_labels = config.num_labels if has_labels else 2
+        source = "the data is not read; name them in data.labels"
+        if has_labels:
+            source = "as many as the base's head has"
+        assumed.append(f"{num_labels} labels are assumed: {source}")
+    config.num_labels = num_labels
+    return config, assumed
 
 
-def make_plan(
-    facts: Facts,
-    method: Method,
-    model: ModelConfig,
-    *,
-    engine: str,
-    checkpointing: bool,
-    cuda_graphs: str = "auto",
-) -> Plan:
-    """Return what fixes the memory of a run.
-
-    Args:
-        facts: What is known of the base.
-        method: The recipe's `method` section.
-        model: The recipe's `model` section.
-        engine: The recipe's `train.engine`.
-        checkpointing: The recipe's `train.gradient_checkpointing`.
-        cuda_graphs: The recipe's `train.cuda_graphs`. They run where a GPU takes the fast engine.
-
-    Raises:
-        ModelError: If a pattern of the method matches nothing.
-    """
-    dropouts = {}
-    for name in ("dropout", "attention_dropout"):
-        stated = getattr(model, name)
-        dropouts[name] = float(facts.config.get(name, 0.1) if stated is None else stated)
-    fast = runs_fast(method, model, engine=engine)
-    return Plan(
-        facts.shape,
-        method,
-        model,
-        num_labels=facts.num_labels,
-        evaluation_tokens=facts.evaluation_tokens,
-        element_bytes=facts.element_bytes,
-        fast=fast,
-        checkpointing=checkpointing,
-        device=facts.device,
-        graphs=facts.device == "cuda" and fast and not checkpointing and cuda_graphs == "auto",
-        **dropouts,
-    )
-
-
-def plan_recipe(recipe: Recipe) -> tuple[Plan, tuple[str, ...]]:
+def plan_recipe(
+    recipe: Recipe, num_labels: int | None = None, *, this_machine: bool = True
+) -> tuple[Plan, tuple[str, ...]]:
     """Return a recipe's plan and what was assumed for it.
 
+    Args:
+        recipe: The recipe.
+        num_labels: Number of labels where the recipe does not name them.
+        this_machine: Whether the run is on this machine's device; else it is on a CPU that computes in float32 alone.
+
     Raises:
-        ModelError: If the base's shape is not known, or a pattern of the method matches nothing.
+        ModelError: If the base's shape is not known, or the method does not fit the base or its precision.
     """
-    facts = look_up(recipe.model, len(recipe.data.labels) if recipe.data.labels else None)
-    train = recipe.train
-    plan = make_plan(
-        facts,
+    model = recipe.model
+    if recipe.data.labels:
+        num_labels = len(recipe.data.labels)
+    config, assumed = find_base(model, num_labels)
+    device: Literal["cpu", "cuda"] = "cpu"
+    if this_machine and torch.cuda.is_available():
+        device = "cuda"
+    name = model.dtype
+    if name == "auto" and not this_machine:
+        name = "float32"
+    dtype = resolve_dtype(name, torch.device(device))
+    if model.dtype == "auto":
+        kind = "float32" if dtype == torch.float32 else "a 16-bit dtype"
+        assumed.append(f"model.dtype auto is taken as {kind}")
+    # A comparison asks for no device. A GPU takes all methods.
+    judged = torch.device(device if this_machine else "cuda")
+    refuse_unfit(recipe.method, model, dtype=dtype, device=judged)
+    plan = Plan(
+        config,
         recipe.method,
-        recipe.model,
-        engine=train.engine,
-        checkpointing=train.gradient_checkpointing,
-        cuda_graphs=train.cuda_graphs,
+        model,
+        engine=recipe.train.engine,
+        dtype=dtype,
+        checkpointing=recipe.train.gradient_checkpointing,
+        device=device,
+        cuda_graphs=recipe.train.cuda_graphs == "auto",
     )
-    return plan, facts.assumed
+    return plan, tuple(assumed)
 
 
 def cut_rows(plan: Plan, recipe: Recipe, *, length: int, budget: int | None = None) -> int:
@@ -268,14 +212,17 @@ def cut_rows(plan: Plan, recipe: Recipe, *, length: int, budget: int | None = No
     tokens = recipe.train.max_tokens_per_micro_batch
     if plan.device == "cuda" and tokens is None:
         rows = recipe.train.batch_size
-        memory = estimate_memory(plan, rows=rows, length=length, batch_size=rows)
-        if budget is None or memory.resident <= _usable(budget, "cuda"):
+        if budget is None:
             return rows
-        return min(rows, max(1, _fitting_rows(plan, _usable(budget, "cuda"), length=length)))
+        usable = _usable(budget, "cuda")
+        memory = estimate_memory(plan, rows=rows, length=length, batch_size=rows)
+        if memory.resident <= usable:
+            return rows
+        return min(rows, max(1, _fitting_rows(plan, usable, rows=rows, length=length)))
     tokens = tokens or micro_batch_tokens(
-        plan.shape,
+        plan.config,
         max_length=recipe.model.max_length,
-        element_bytes=plan.element_bytes,
+        element_bytes=plan.dtype.itemsize,
         checkpointing=plan.checkpointing,
     )
     return min(max(1, tokens // length), recipe.train.batch_size)
@@ -289,7 +236,7 @@ def estimate(recipe: Recipe, *, budget: int | None = None) -> Estimate:
         budget: Bytes that the process may hold, baseline included; on a GPU bytes of its memory.
 
     Raises:
-        ModelError: If the base's shape is not known, or a pattern of the method matches nothing.
+        ModelError: If the base's shape is not known, or the method does not fit the base or its precision.
     """
     plan, assumed = plan_recipe(recipe)
     longest = recipe.model.max_length
@@ -299,19 +246,17 @@ def estimate(recipe: Recipe, *, budget: int | None = None) -> Estimate:
         memory = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
         fitting = None
         if budget is not None:
-            baseline = BASELINE_BYTES if plan.device == "cpu" else 0
-            fitting = _fitting_rows(plan, _usable(budget, plan.device) - baseline, length=length)
+            room = _usable(budget, plan.device)
+            if plan.device == "cpu":
+                room -= BASELINE_BYTES
+            fitting = _fitting_rows(plan, room, rows=rows, length=length)
         cuts.append(Cut(length, rows, memory, fitting))
-    return Estimate(tuple(cuts), budget, "fast" if plan.fast else "stock", assumed, plan.device)
+    engine = "fast" if runs_fast(plan) else "stock"
+    return Estimate(tuple(cuts), budget, engine, assumed, plan.device)
 
 
-def make_columns(found: Estimate) -> dict[str, list[str]]:
+def make_columns(estimate: Estimate) -> dict[str, list[str]]:
     """Return the table by column: heading to one cell a length, sizes in MiB."""
-    memories = [cut.memory for cut in found.cuts]
-
-    def sizes(name: str) -> list[str]:
-        return [f"{getattr(memory, name) / 2**20:,.0f}" for memory in memories]
-
     names = [
         "weights",
         "kept",
@@ -322,82 +267,75 @@ def make_columns(found: Estimate) -> dict[str, list[str]]:
         "loading",
         "evaluating",
     ]
-    if found.device == "cuda":
+    reserved = "with freed"
+    if estimate.device == "cuda":
         names.insert(names.index("loading"), "fixed")
+        reserved = "reserved"
+    memories = [cut.memory for cut in estimate.cuts]
     columns = {
-        "length": [str(cut.length) for cut in found.cuts],
-        "rows": [str(cut.rows) for cut in found.cuts],
-        **{name: sizes(name) for name in names},
-        "peak": [f"{(found.baseline + memory.peak) / 2**20:,.0f}" for memory in memories],
+        "length": [str(cut.length) for cut in estimate.cuts],
+        "rows": [str(cut.rows) for cut in estimate.cuts],
     }
-    reserved = "with freed" if found.device == "cpu" else "reserved"
-    columns[reserved] = [
-        f"{(found.baseline + memory.resident) / 2**20:,.0f}" for memory in memories
-    ]
-    if found.budget is not None:
-        columns["rows that fit"] = [str(cut.fitting_rows) for cut in found.cuts]
+    for name in names:
+        columns[name] = [_mebibytes(getattr(memory, name)) for memory in memories]
+    columns["peak"] = [_mebibytes(estimate.baseline + memory.peak) for memory in memories]
+    columns[reserved] = [_mebibytes(estimate.baseline + memory.resident) for memory in memories]
+    if estimate.budget is not None:
+        columns["rows that fit"] = [str(cut.fitting_rows) for cut in estimate.cuts]
     return columns
 
 
-def make_notes(found: Estimate) -> list[str]:
+def make_notes(estimate: Estimate) -> list[str]:
     """Return what a reader of the table must know, the verdict on the budget first."""
-    if found.device == "cuda":
-        return _make_cuda_notes(found)
     notes = []
-    if found.budget is not None:
-        longest = found.cuts[-1]
-        most = (longest.fitting_rows or 0) * longest.length
-        within = f"{found.resident / 2**20:,.0f} of {found.budget / 2**20:,.0f} MiB"
-        if found.fits:
-            notes.append(
-                f"fits: {within}; the largest cut that does is train.max_tokens_per_micro_batch={most}"
-            )
-        elif most:
-            notes.append(f"does not fit: {within}; set train.max_tokens_per_micro_batch={most}")
-        else:
-            notes.append(
-                f"does not fit: {within}, and no single row of {longest.length} tokens does; lower model.max_length, "
-                "train less (method.kind=lora), or set train.gradient_checkpointing=true"
-            )
-    return [
-        *notes,
-        f"{found.engine} engine; MiB; rows: a micro-batch as the recipe cuts it; kept: the copy of the best tensors",
-        f"peak: the largest of loading, evaluating and a step (all before it), with {BASELINE_BYTES / 2**20:,.0f} MiB "
-        "of interpreter and imports",
-        f"with freed: on a CPU glibc keeps freed buffers, up to {GLIBC_KEEPS:.0%} of activations and workspace",
-        *found.assumed,
-    ]
+    if estimate.budget is not None:
+        notes.append(_judge_budget(estimate, estimate.budget))
+    if estimate.device == "cuda":
+        notes += [
+            f"{estimate.engine} engine on a GPU; MiB of its memory; kept: the copy of the best tensors; fixed: cuBLAS",
+            "rows: a micro-batch; the run measures its own, a whole step where the free memory allows",
+            f"peak: the largest of loading, evaluating and a step; a run plans with {CUDA_SHARE:.0%} of the free memory",
+            "reserved: the buffers of an evaluation and of a step together; CUDA graphs hold those of a step up to twice",
+            "not counted: the CUDA context, about 500 MiB of the card",
+        ]
+    else:
+        notes += [
+            f"{estimate.engine} engine; MiB; rows: a micro-batch as the recipe cuts it; kept: the copy of the best "
+            "tensors",
+            f"peak: the largest of loading, evaluating and a step (all before it), with {_mebibytes(BASELINE_BYTES)} "
+            "MiB of interpreter and imports",
+            f"with freed: on a CPU glibc keeps freed buffers, up to {GLIBC_KEEPS:.0%} of activations and workspace",
+        ]
+    return [*notes, *estimate.assumed]
 
 
-def _make_cuda_notes(found: Estimate) -> list[str]:
-    notes = []
-    if found.budget is not None:
-        longest = found.cuts[-1]
-        usable = _usable(found.budget, "cuda")
-        within = f"{found.resident / 2**20:,.0f} MiB of the {usable / 2**20:,.0f} MiB to plan with"
-        if found.fits:
-            notes.append(
-                f"fits: {within}, in micro-batches of {longest.rows} rows of {longest.length} tokens"
-            )
-        elif longest.fitting_rows:
-            most = longest.fitting_rows * longest.length
-            notes.append(
-                f"does not fit: {within}; leave out train.max_tokens_per_micro_batch, or set it to {most}"
-            )
-        else:
-            notes.append(
-                f"does not fit: {within}, and no single row of {longest.length} tokens does; lower model.max_length, "
-                "train less (method.kind=lora), or set train.gradient_checkpointing=true"
-            )
-    return [
-        *notes,
-        f"{found.engine} engine on a GPU; MiB of its memory; kept: the copy of the best tensors; fixed: cuBLAS",
-        "rows: a micro-batch; the run measures its own, a whole step where the free memory allows",
-        f"peak: the largest of loading, evaluating and a step; a run plans with {CUDA_SHARE:.0%} of the free memory",
-        "reserved: the buffers of an evaluation and of a step together; CUDA graphs hold those of a step up to twice",
-        "not counted: the CUDA context, about 500 MiB of the card",
-        *found.assumed,
-    ]
+def _judge_budget(estimate: Estimate, budget: int) -> str:
+    """Return whether the recipe's own micro-batches fit, and which would."""
+    longest = estimate.cuts[-1]
+    most = (longest.fitting_rows or 0) * longest.length
+    on_gpu = estimate.device == "cuda"
+    usable = _mebibytes(_usable(budget, estimate.device))
+    within = f"{_mebibytes(estimate.resident)} of {usable} MiB"
+    if on_gpu:
+        within = f"{_mebibytes(estimate.resident)} MiB of the {usable} MiB to plan with"
+    if estimate.fits and on_gpu:
+        return (
+            f"fits: {within}, in micro-batches of {longest.rows} rows of {longest.length} tokens"
+        )
+    if estimate.fits:
+        return f"fits: {within}; the largest cut that does is train.max_tokens_per_micro_batch={most}"
+    if not most:
+        return (
+            f"does not fit: {within}, and no single row of {longest.length} tokens does; lower model.max_length, "
+            "train less (method.kind=lora), or set train.gradient_checkpointing=true"
+        )
+    if on_gpu:
+        return f"does not fit: {within}; leave out train.max_tokens_per_micro_batch, or set it to {most}"
+    return f"does not fit: {within}; set train.max_tokens_per_micro_batch={most}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f}"
 
 
 def _usable(budget: int, device: Literal["cpu", "cuda"]) -> int:
@@ -405,64 +343,42 @@ def _usable(budget: int, device: Literal["cpu", "cuda"]) -> int:
     return int(CUDA_SHARE * budget) if device == "cuda" else budget
 
 
-def _fitting_rows(plan: Plan, budget: int, *, length: int) -> int:
-    """Return the most texts of a length that a micro-batch may have within a budget; 0 where none fits."""
+def _fitting_rows(plan: Plan, budget: int, *, rows: int, length: int) -> int:
+    """Return the most texts of a length that a micro-batch may have within a budget; 0 where none fits.
 
-    def fits(rows: int) -> bool:
-        return (
-            estimate_memory(plan, rows=rows, length=length, batch_size=2 * rows).resident <= budget
+    What a micro-batch holds grows evenly with its texts. So two measured sizes give all others.
+
+    Args:
+        plan: What fixes the memory of the run.
+        budget: Bytes beyond the baseline.
+        rows: A number of texts near the answer, the first size.
+        length: Tokens of each text.
+    """
+    few, many = max(1, rows // 2), max(2, rows)
+    first = measure_step(plan, rows=few, length=length)
+    second = measure_step(plan, rows=many, length=length)
+
+    def fits(number: int) -> bool:
+        share = (number - few) / (many - few)
+        activations, workspace = (
+            int(a + share * (b - a)) for a, b in zip(first, second, strict=True)
         )
+        memory = make_memory(
+            plan,
+            rows=number,
+            batch_size=2 * number,
+            activations=activations,
+            workspace=workspace,
+        )
+        return memory.resident <= budget
 
     low, high = 0, 1
     while high < 2**16 and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
     return low
-
-
-def _read_config(model: ModelConfig) -> dict[str, Any] | None:
-    """Return a base's `config.json` from its folder or the Hub cache; None where it is in neither."""
-    folder = Path(model.place)
-    if folder.is_dir():
-        path: Path | None = folder / "config.json"
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-        except ValueError as error:
-            raise ModelError(
-                f"model.name {model.name!r}: no such folder, and no name of the Hub"
-            ) from error
-        path = Path(cached) if isinstance(cached, str) else None
-    if path is None:
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: is no JSON object; it must be a DistilBERT's")
-    if config.get("model_type") != "distilbert":
-        raise ModelError(
-            f"{path}: is a {config.get('model_type')} model; this package adapts distilbert checkpoints"
-        )
-    return config
-
-
-def _has_gpu() -> bool:
-    # The list ends before the first id that is none, which -1 is by custom.
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    return Path("/dev/nvidia0").exists() and first not in ("", "-1")
-
-
-def _native_bytes() -> int:
-    """Return the bytes of the dtype that `auto` takes on this machine, as `resolve_dtype` decides it, without torch."""
-    if _has_gpu():
-        return 2
-    flags = (
-        Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    )
-    return 2 if "amx_bf16" in flags else 4

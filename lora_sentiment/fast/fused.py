@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -200,10 +201,13 @@ def _run_forward(
     z = torch.empty_like(x) if keeps else None
     mean = x.new_empty(num_tokens, dtype=torch.float32) if keeps else None
     rstd = x.new_empty(num_tokens, dtype=torch.float32) if keeps else None
+    # The seed stays on the device, where the replay of a graph draws it anew.
+    seed = torch.randint(2**62, (1,), device=x.device) if p else None
+    if isinstance(x, FakeTensor):
+        # The memory estimate runs on tensors without values, which no kernel can read.
+        return y, seed, z, mean, rstd
     # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        # The seed stays on the device, where the replay of a graph draws it anew.
-        seed = torch.randint(2**62, (1,), device=x.device) if p else None
         _kernels().forward_kernel[(num_tokens,)](
             x,
             residual,

@@ -4,11 +4,12 @@ Everything here is a function of tensors. A function that would keep more than i
 one of its own; where no gradient is wanted the plain computation runs and nothing is kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import Function
 from torch.nn import functional
 
@@ -498,7 +499,7 @@ class _Attention(Function):
         split = (batch, length, 3, ctx.num_heads, -1)
         inputs, grad_qkv = qkv.view(split), torch.empty_like(qkv)
         grad_heads = grads[0].reshape(batch, length, ctx.num_heads, -1)
-        for rows, some in _chunks(batch, ctx.num_heads, length):
+        for rows, some in _chunks(qkv, ctx.num_heads):
             heads = inputs[rows, :, :, some].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
             grad = grad_heads[rows, :, some].transpose(1, 2).flatten(0, 1).contiguous()
             part = _attend_backward(heads, weights[rows, some].flatten(0, 1), grad, ctx.dropout_p)
@@ -526,14 +527,22 @@ def _factors(keep: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return keep.view(torch.uint8).to(dtype).mul_(scale)
 
 
-def _chunks(batch: int, num_heads: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Yields examples and heads whose attention weights are one chunk: whole examples, or heads of a single one."""
+def _chunks(qkv: Tensor, num_heads: int) -> list[tuple[slice, slice]]:
+    """Returns examples and heads whose attention weights are one chunk: whole examples, or heads of a single one.
+
+    qkv: (batch, length, 3 * dim).
+    """
+    batch, length, _ = qkv.shape
     of_a_head = length * length
     heads = min(num_heads, max(1, CHUNK_ELEMENTS // of_a_head))
     rows = max(1, CHUNK_ELEMENTS // (of_a_head * num_heads))
-    for row in range(0, batch, rows):
-        for head in range(0, num_heads, heads):
-            yield slice(row, min(row + rows, batch)), slice(head, min(head + heads, num_heads))
+    chunks = [
+        (slice(row, min(row + rows, batch)), slice(head, min(head + heads, num_heads)))
+        for row in range(0, batch, rows)
+        for head in range(0, num_heads, heads)
+    ]
+    # The memory estimate runs on tensors without values. Two chunks hold as much at once as all of them.
+    return chunks[:2] if isinstance(qkv, FakeTensor) else chunks
 
 
 def _attend(
@@ -546,7 +555,7 @@ def _attend(
     batch, length, width = qkv.shape
     inputs = qkv.view(batch, length, 3, num_heads, -1)
     y = qkv.new_empty(batch, length, num_heads, inputs.shape[-1])
-    for rows, heads in _chunks(batch, num_heads, length):
+    for rows, heads in _chunks(qkv, num_heads):
         q, k, v = (
             inputs[rows, :, :, heads].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous().unbind(0)
         )

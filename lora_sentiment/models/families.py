@@ -1,67 +1,59 @@
-"""Facts about the encoder architectures, from shapes alone: no weights and no heavy imports."""
+"""What is known of an encoder family by name. No other file of `models/` names its modules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lora_sentiment.recipe.method import LINEARS
-
-HEAD = ("pre_classifier", "classifier")
-"""The two head layers, trained and saved by every method."""
 
 FP32 = 4
 """Bytes of a trained or saved value."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The numbers that fix every tensor of a DistilBERT encoder; the defaults are distilbert-base-uncased's."""
+class Family:
+    """The names of one encoder family.
 
-    vocab_size: int = 30522
-    max_position_embeddings: int = 512
-    n_layers: int = 6
-    n_heads: int = 12
-    dim: int = 768
-    hidden_dim: int = 3072
+    Attributes:
+        model_type: `model_type` in a checkpoint's `config.json`.
+        encoder: The encoder inside the sequence classifier.
+        blocks: The list of blocks inside the encoder.
+        linears: The linears of a block, in the order of its forward pass.
+        query_value: The linears that LoRA adapts by default.
+        feed_forward: The linears of the feed-forward network.
+        head: The layers of the head. Every method trains and saves them.
+        dropouts: The config keys of dropout.
+        num_positions: The config key of the longest input.
+        public_vocab_sizes: Public checkpoints with the family's default shape, and their vocabulary sizes.
+    """
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Shape":
-        """Read the shape from a checkpoint's `config.json`, the missing keys at DistilBertConfig's defaults."""
-        return cls(
-            **{name: int(config[name]) for name in cls.__dataclass_fields__ if name in config}
-        )
+    model_type: str
+    encoder: str
+    blocks: str
+    linears: tuple[str, ...]
+    query_value: tuple[str, ...]
+    feed_forward: tuple[str, ...]
+    head: tuple[str, ...]
+    dropouts: tuple[str, ...]
+    num_positions: str
+    public_vocab_sizes: Mapping[str, int]
 
-    def linear(self, name: str) -> tuple[int, int]:
-        """Return (in_features, out_features) of one of LINEARS."""
-        if name == "lin1":
-            return self.dim, self.hidden_dim
-        if name == "lin2":
-            return self.hidden_dim, self.dim
-        return self.dim, self.dim
 
-    def tensors(self) -> dict[str, int]:
-        """Return every tensor of the encoder by the checkpoint's own name, with its number of values."""
-        sizes = {
-            "embeddings.word_embeddings.weight": self.vocab_size * self.dim,
-            "embeddings.position_embeddings.weight": self.max_position_embeddings * self.dim,
-            "embeddings.LayerNorm.weight": self.dim,
-            "embeddings.LayerNorm.bias": self.dim,
-        }
-        for i in range(self.n_layers):
-            block = f"transformer.layer.{i}"
-            for name in LINEARS:
-                linear = f"{block}.{'ffn' if name in ('lin1', 'lin2') else 'attention'}.{name}"
-                num_in, num_out = self.linear(name)
-                sizes |= {f"{linear}.weight": num_in * num_out, f"{linear}.bias": num_out}
-            for norm in ("sa_layer_norm", "output_layer_norm"):
-                sizes |= {f"{block}.{norm}.{part}": self.dim for part in ("weight", "bias")}
-        return sizes
-
-    @property
-    def num_encoder(self) -> int:
-        """Parameters of the encoder."""
-        return sum(self.tensors().values())
-
-    def num_head(self, num_labels: int) -> int:
-        """Parameters of pre_classifier and classifier."""
-        return (self.dim + 1) * self.dim + (self.dim + 1) * num_labels
+DISTILBERT = Family(
+    model_type="distilbert",
+    encoder="distilbert",
+    blocks="transformer.layer",
+    linears=LINEARS,
+    query_value=("q_lin", "v_lin"),
+    feed_forward=("lin1", "lin2"),
+    head=("pre_classifier", "classifier"),
+    dropouts=("dropout", "attention_dropout", "seq_classif_dropout"),
+    num_positions="max_position_embeddings",
+    public_vocab_sizes={
+        "distilbert-base-uncased": 30522,
+        "distilbert-base-uncased-finetuned-sst-2-english": 30522,
+        "distilbert-base-cased": 28996,
+        "distilbert-base-german-cased": 31102,
+        "distilbert-base-multilingual-cased": 119547,
+    },
+)
+HEAD = DISTILBERT.head

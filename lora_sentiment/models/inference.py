@@ -19,7 +19,7 @@ from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.fast.encoder import takes_packed_rows
 from lora_sentiment.fast.transfer import HostBuffers
 from lora_sentiment.models.engine import Engine
-from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.token_limits import inference_tokens
 
 
 def predict_logits(

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from httpx2 import HTTPError
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -29,7 +30,7 @@ from lora_sentiment import bundled
 from lora_sentiment.errors import ModelError, did_you_mean
 from lora_sentiment.hub import is_hub_name
 from lora_sentiment.hub_answers import explain_refusal
-from lora_sentiment.models.families import HEAD, Shape
+from lora_sentiment.models.families import DISTILBERT, HEAD
 from lora_sentiment.recipe.model import ModelConfig
 
 SHORT_DTYPE_DEVICES = ("cpu", "cuda")
@@ -50,7 +51,6 @@ class Base:
         name: Hub name, folder or `bundled`, as the recipe gave it.
         revision: Commit that the Hub resolved, or None for a folder.
         sha256: Hash of the unquantised encoder's tensors by name, shape and value.
-        shape: The encoder's shape.
         new_head: True where the checkpoint brought no head of its own.
     """
 
@@ -59,8 +59,12 @@ class Base:
     name: str
     revision: str | None
     sha256: str
-    shape: Shape
     new_head: bool
+
+    @property
+    def config(self) -> Any:
+        """The base's config, as transformers reads it."""
+        return self.model.config
 
 
 def load_base(
@@ -127,7 +131,6 @@ def load_base(
         name=name,
         revision=revision,
         sha256=sha256,
-        shape=Shape.from_config(found.to_dict()),
         new_head=new_head,
     )
 
@@ -157,11 +160,44 @@ def _load_config(config: ModelConfig) -> tuple[Any, str | None]:
     found = AutoConfig.from_pretrained(
         config.place, revision=revision or config.revision, trust_remote_code=False
     )
+    _fit_config(found, config)
+    return found, revision
+
+
+def find_config(config: ModelConfig) -> Any | None:
+    """Return the configuration of a base in a folder or the Hub's cache. Nothing is fetched.
+
+    Returns:
+        The configuration with the recipe's dropout; None for a Hub name that is not cached.
+
+    Raises:
+        ModelError: If the name is malformed, the base is no DistilBERT, or `max_length` is too long for it.
+    """
+    if Path(config.place).is_dir():
+        path = Path(config.place, "config.json")
+    else:
+        try:
+            cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+        except ValueError as error:
+            raise ModelError(
+                f"model.name {config.name!r}: no such folder, and no name of the Hub"
+            ) from error
+        if not isinstance(cached, str):
+            return None
+        path = Path(cached)
+    with quiet(), _Explain(config):
+        _check_kind(str(path) if path.is_file() else None, config)
+        found = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    _fit_config(found, config)
+    return found
+
+
+def _fit_config(found: Any, config: ModelConfig) -> None:
+    """Check the longest input, and set the recipe's dropout."""
     check_length(found, config)
-    for key in ("dropout", "attention_dropout", "seq_classif_dropout"):
+    for key in DISTILBERT.dropouts:
         if getattr(config, key) is not None:
             setattr(found, key, getattr(config, key))
-    return found, revision
 
 
 def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -253,18 +289,28 @@ def refuse_unquantisable(config: ModelConfig, device: torch.device) -> None:
         )
 
 
-def _quantise(
-    plain: nn.Module, config: ModelConfig, found: Any, where: dict[str, Any], device: torch.device
-) -> nn.Module:
-    """Load the checkpoint once more with its encoder's linears quantised, and give it the head of `plain`."""
+def bitsandbytes_config(config: ModelConfig, *, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return bitsandbytes' configuration of a quantised base.
+
+    Args:
+        config: The recipe's `model` section, whose `quantize` is not `none`.
+        dtype: Compute dtype of 4-bit linears.
+    """
     bits: dict[str, Any] = {"load_in_8bit": True}
     if config.quantize != "int8":
         bits = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": config.quantize,
             "bnb_4bit_use_double_quant": config.double_quant,
-            "bnb_4bit_compute_dtype": resolve_dtype(config.dtype, device),
+            "bnb_4bit_compute_dtype": dtype,
         }
+    return BitsAndBytesConfig(**bits, llm_int8_skip_modules=list(HEAD))  # type: ignore[no-untyped-call]
+
+
+def _quantise(
+    plain: nn.Module, config: ModelConfig, found: Any, where: dict[str, Any], device: torch.device
+) -> nn.Module:
+    """Load the checkpoint once more with its encoder's linears quantised, and give it the head of `plain`."""
     # It warns at every layer and call that int8 products round their input to fp16, which is what int8 means.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with quiet(), _Explain(config), torch.random.fork_rng(devices=[]):
@@ -273,8 +319,8 @@ def _quantise(
             config=found,
             dtype=torch.float32,
             use_safetensors=True,
-            quantization_config=BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-                **bits, llm_int8_skip_modules=list(HEAD)
+            quantization_config=bitsandbytes_config(
+                config, dtype=resolve_dtype(config.dtype, device)
             ),
             device_map={"": str(device)},
             **where,
@@ -306,8 +352,9 @@ def encoder_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the base encoder's (name, tensor) under the checkpoint's own names, whatever PEFT wrapped around them."""
     for name, tensor in model.named_parameters():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if name.startswith("distilbert.") and not re.search(r"\.(lora|ia3|vera)_", name):
-            yield name.removeprefix("distilbert."), tensor
+        prefix = f"{DISTILBERT.encoder}."
+        if name.startswith(prefix) and not re.search(r"\.((lora|ia3|vera)_|ranknum\.)", name):
+            yield name.removeprefix(prefix), tensor
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -345,7 +392,7 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
         raise ModelError(f"model.name {name!r} is no model: it has no config.json")
     try:
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"model.name {name!r}: its config.json is no JSON ({error}); fetch it again"
         ) from error
@@ -385,7 +432,7 @@ def check_length(found: Any, config: ModelConfig) -> None:
     """Refuse more tokens a text than a base has positions.
 
     Args:
-        found: The base's config or shape.
+        found: The base's config.
         config: What is asked of it.
 
     Raises:

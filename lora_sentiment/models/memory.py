@@ -1,80 +1,73 @@
-"""What a training run holds in memory, from shapes alone: no weights are loaded and nothing is timed.
+"""What a training run holds in memory, measured on the real model without values.
 
-Activations are counted as the two engines save them for backward, tensor by tensor; `tests/models/test_memory.py` holds
-the counts against what autograd really saves, within 5 % in fp32; a run in a shorter dtype is an approximation.
+The model is made of fake tensors: they have a shape, a dtype and a device, and no bytes. PyTorch runs every operation
+on them but the arithmetic. So one real forward and backward pass shows the size and lifetime of each tensor.
 
-A GPU is counted apart: rows are packed, attention keeps no weights, and the stock forward runs under autocast.
-`tests/models/test_cuda_memory.py` holds these counts against the real code run with kernels that allocate alike.
+The backward pass of a GPU cannot run on fake tensors where torch was built for CPUs. Its buffers are the one formula
+here, `_cuda_workspace`.
 """
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Literal
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
-from lora_sentiment.models.families import FP32, Shape
-from lora_sentiment.models.file_size import shared_tensors
-from lora_sentiment.models.parameters import ParameterCounts, count_parameters, unfrozen_names
-from lora_sentiment.models.targets import Target, find_targets
-from lora_sentiment.recipe.method import (
-    LINEARS,
-    AdaloraMethod,
-    FullMethod,
-    HeadMethod,
-    Ia3Method,
-    LoraMethod,
-    Method,
-    UnfreezeMethod,
-    VeraMethod,
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_sentiment.fast.encoder import (
+    checkpoint_activations,
+    takes_packed_rows,
+    use_fast_encoder,
 )
+from lora_sentiment.fast import fused
+from lora_sentiment.models.families import FP32
+from lora_sentiment.models.sizes import count_parameters, make_meta_model, weight_tensors
+from lora_sentiment.models.token_limits import inference_tokens
+from lora_sentiment.recipe.method import Method, PeftMethod
 from lora_sentiment.recipe.model import ModelConfig
 
-FUSED_FROM = 192
-"""Length from which the fast engine attends without keeping the weights, where there is no dropout."""
-CHUNK_ELEMENTS = 2**19
-"""Attention weights that the fast engine computes at once."""
 QUANTISED_BLOCK = 64
 """Weights that share a 4-bit scale in bitsandbytes."""
+SCALE_BLOCK = 256
+"""Scales that share a scale of their own, where 4-bit scales are quantised too."""
 GLIBC_KEEPS = 0.6
 """Most of the activations' size that glibc 2.36 was seen to keep in freed buffers of 32 MiB or less, on a CPU."""
 CUBLAS_BYTES = 32 * 2**20
 """cuBLAS' workspace on Hopper, for each stream of each thread. Older cards take 8 MiB."""
 CUDA_SHARE = 0.92
 """Share of a GPU's memory that a run plans with."""
-_FUSED = (("q_lin", "k_lin", "v_lin"), ("out_lin",), ("lin1",), ("lin2",))
-"""Linears that share an input. The fast engine makes that of lin2 again."""
+_FAKE = FakeTensorMode()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What fixes the memory of a run, but for its micro-batch.
 
     Attributes:
-        shape: The encoder's shape.
+        config: The base's config, with the run's dropout and number of labels.
         method: The recipe's `method` section.
         model: The recipe's `model` section.
-        num_labels: Labels of the head.
-        evaluation_tokens: Padded tokens of a forward without gradients, by `inference_tokens` of the device.
-        element_bytes: Bytes of the compute dtype.
-        fast: Whether the fast engine runs.
+        engine: The recipe's `train.engine`.
+        dtype: Compute dtype.
         checkpointing: Whether activations are recomputed in the backward pass.
-        dropout: Dropout of hidden states while training.
-        attention_dropout: Dropout of attention probabilities while training.
         device: What the run is on.
-        graphs: Whether steps are replayed as CUDA graphs.
+        cuda_graphs: Whether the fast engine replays steps as CUDA graphs.
     """
 
-    shape: Shape
+    config: Any
     method: Method
     model: ModelConfig
-    num_labels: int
-    evaluation_tokens: int
-    element_bytes: int = FP32
-    fast: bool = True
+    engine: str = "auto"
+    dtype: torch.dtype = torch.float32
     checkpointing: bool = False
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
     device: Literal["cpu", "cuda"] = "cpu"
-    graphs: bool = False
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,12 +75,12 @@ class Memory:
     """Bytes held by a run: on a CPU beyond the interpreter and its imports, on a GPU those of the card.
 
     Attributes:
-        weights: Every parameter once loaded, and what the engine prepares from frozen ones.
+        weights: Every parameter once loaded, and what the fast engine prepares from frozen ones.
         kept: The copy of the best trained tensors.
         gradients: Of the trained tensors, in fp32.
         optimizer: AdamW's two moments, in fp32.
-        activations: Saved for the backward pass of one micro-batch.
-        workspace: Most that one operation of forward or backward needs beside them.
+        activations: Held between the forward and the backward pass of one micro-batch.
+        workspace: The most that the passes hold beside the activations at once.
         loading: Peak while the base is loaded, hashed and wrapped.
         evaluating: Peak of an evaluation between steps.
         second: Size of a step's second micro-batch over that of its first; 0 where there is one. 1 where CUDA graphs
@@ -125,9 +118,10 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """The peak with what is kept beside it: on a CPU freed buffers.
+        """The peak with the buffers that are kept beside it.
 
-        On a GPU torch's allocator keeps the buffers of a step and of an evaluation, and CUDA graphs their pool.
+        On a CPU glibc keeps freed buffers. On a GPU torch's allocator keeps the buffers of a step and of an
+        evaluation, and CUDA graphs their pool.
         """
         if self.device == "cuda":
             return max(self.loading, self.evaluating + self.kept_free)
@@ -161,437 +155,298 @@ def estimate_memory(plan: Plan, *, rows: int, length: int, batch_size: int) -> M
         batch_size: Texts of an optimizer step.
 
     Raises:
-        ModelError: If a pattern of the method matches nothing.
+        ModelError: If the method does not fit the base.
     """
-    if plan.device == "cuda":
-        return _estimate_cuda(plan, rows=rows, length=length, batch_size=batch_size)
-    shape, model = plan.shape, plan.model
-    counts = count_parameters(shape, plan.method, model, num_labels=plan.num_labels)
-    trained, words = FP32 * counts.trainable, FP32 * shape.vocab_size * shape.dim
-    weights = _weights(plan, counts)
-    count_saved = _saved_fast if plan.fast else _saved_stock
-    blocks = _blocks(plan)
-    saved = [count_saved(plan, block, rows=rows, length=length) for block in blocks]
-    activations = sum(saved)
-    if plan.checkpointing and saved:
-        # Each block keeps its input, and one at a time is computed again.
-        activations = max(saved) + plan.element_bytes * rows * length * shape.dim * len(saved)
-    activations += _outside(plan, blocks, rows * length)
-    workspace = (
-        _workspace(plan, rows=rows, length=length) if blocks else _forward(plan, rows * length)
+    activations, workspace = measure_step(plan, rows=rows, length=length)
+    return make_memory(
+        plan,
+        rows=rows,
+        batch_size=batch_size,
+        activations=activations,
+        workspace=workspace,
     )
-    # A frozen embedding is hashed in fp32: its bytes are copied, in a shorter dtype after one more copy.
-    hashed = 0 if "embeddings.word_embeddings.weight" in _trained_names(plan) else words
-    hashed *= 1 if plan.element_bytes == FP32 else 2
-    plain = FP32 * counts.base
-    # A quantised base is loaded beside the plain one, whose hash names it.
-    loading = max(weights + hashed, plain + (weights if model.quantize != "none" else 0))
-    between = weights + 2 * trained + trained
-    tokens = plan.evaluation_tokens // length * length or length
+
+
+def make_memory(
+    plan: Plan, *, rows: int, batch_size: int, activations: int, workspace: int
+) -> Memory:
+    """Return what a run holds, where `measure_step` found `activations` and `workspace` for its micro-batch."""
+    run = _make_run(plan)
+    trained = FP32 * run.num_trained
+    graphs = plan.cuda_graphs and plan.device == "cuda" and run.fast and not plan.checkpointing
+    fixed = 0
+    if plan.device == "cuda":
+        # Forward and backward run on a thread each. Graphs are captured on a stream of their own.
+        fixed = CUBLAS_BYTES * (4 if graphs else 2)
+    between = run.weights + 3 * trained + fixed  # two moments and the best tensors
+    if graphs:
+        between += trained  # gradients
     return Memory(
-        weights=weights,
+        weights=run.weights,
         kept=trained,
         gradients=trained,
         optimizer=2 * trained,
         activations=activations,
         workspace=workspace,
-        loading=loading,
-        evaluating=max(between + _forward(plan, tokens), between + trained),
-        second=min(rows, max(0, batch_size - rows)) / rows,
+        loading=run.loading,
+        evaluating=between + max(trained, run.evaluation),
+        second=1.0 if graphs else min(rows, max(0, batch_size - rows)) / rows,
+        fixed=fixed,
+        pool=activations + workspace if graphs else 0,
+        device=plan.device,
     )
 
 
-def runs_fast(method: Method, model: ModelConfig, *, engine: str) -> bool:
-    """Return whether the fast engine takes a run: plain linears with LoRA at most, as `encoder.py` decides it."""
-    if engine == "stock" or model.quantize != "none":
-        return False
-    match method:
-        case LoraMethod():
-            return not method.use_dora
-        case FullMethod() | UnfreezeMethod() | HeadMethod():
-            return True
-        case _:
-            return False
+def runs_fast(plan: Plan) -> bool:
+    """Return whether the fast engine takes a run."""
+    return _make_run(plan).fast
 
 
-@dataclass(frozen=True)
-class _Block:
-    """One block as its backward sees it.
+@lru_cache(maxsize=64)
+def measure_step(plan: Plan, *, rows: int, length: int) -> tuple[int, int]:
+    """Return the bytes that one micro-batch holds between its passes, and the most beside them during the passes.
+
+    Gradients count among the latter, as they appear.
+    """
+    run = _make_run(plan)
+    run.model.train()
+    with _watch(plan, run.own) as live:
+        logits = run.model(**_make_inputs(plan, run.model, rows=rows, length=length)).logits
+        held, peak = live.now, live.peak
+        if plan.device == "cpu":
+            logits.float().sum().backward()
+            peak = live.peak
+    for parameter in run.model.parameters():
+        parameter.grad = None
+    if plan.device == "cuda" and logits.requires_grad:
+        if plan.checkpointing:
+            # Each block keeps its input, and one at a time is computed again.
+            plain = replace(plan, checkpointing=False)
+            held += measure_step(plain, rows=rows, length=length)[0] // plan.config.n_layers
+        peak = max(peak, held + _cuda_workspace(plan, run, rows * length))
+    return held, peak - held
+
+
+class _Run(NamedTuple):
+    """A run's model of fake tensors, and what does not depend on a micro-batch.
 
     Attributes:
-        adapters: The adapted linears by name.
-        trained: The linears whose own weight is trained.
-        first: Whether no gradient reaches its input.
-        last: Whether it is the last block.
+        model: The wrapped model.
+        fast: Whether its forward pass is the fast one.
+        own: The tensors that it holds between steps.
+        num_trained: Trained parameters.
+        weights: Bytes of `own`.
+        loading: Peak while the base is loaded, hashed and wrapped.
+        evaluation: Most bytes that a forward pass of an evaluation holds, at the recipe's longest length.
     """
 
-    adapters: dict[str, Target]
-    trained: frozenset[str]
-    first: bool
-    last: bool
+    model: nn.Module
+    fast: bool
+    own: list[Tensor]
+    num_trained: int
+    weights: int
+    loading: int
+    evaluation: int
 
 
-def _trained_names(plan: Plan) -> frozenset[str]:
-    """Return the encoder's own tensors that are trained."""
-    match plan.method:
-        case FullMethod():
-            return frozenset(plan.shape.tensors())
-        case UnfreezeMethod():
-            return frozenset(unfrozen_names(plan.shape, plan.method))
-        case _:
-            return frozenset()
+@lru_cache(maxsize=2)
+def _make_run(plan: Plan) -> _Run:
+    model = make_meta_model(plan.config, plan.method, plan.model, dtype=plan.dtype)
+    counts = count_parameters(model)
+    if plan.device == "cuda":
+        fused.why_not_fused()  # tries the kernels on the card, once: they cannot run on fake tensors
+    with _FAKE:
+        _make_fake(model, plan)
+    if plan.checkpointing:
+        checkpoint_activations(model)
+    fast = plan.engine != "stock" and use_fast_encoder(model, compute_dtype=plan.dtype) is None
+    model.eval()
+    own = list(weight_tensors(model))
+    with _watch(plan, own), torch.no_grad():
+        # The fast engine prepares what it keeps in its first forward pass.
+        model(**_make_inputs(plan, model, rows=1, length=8))
+    own += _prepared_tensors(model)
+    length = plan.model.max_length
+    rows = max(1, inference_tokens(plan.device) // length)
+    with _watch(plan, own) as live, torch.no_grad():
+        model(**_make_inputs(plan, model, rows=rows, length=length))
+    weights = sum(_storages(own).values())
+    loading = _loading(plan, model, weights, counts.base)
+    return _Run(model, fast, own, counts.trainable, weights, loading, live.peak)
 
 
-def _targets(plan: Plan) -> dict[str, Target]:
-    """Return the adapted linears by full name; none where the model's own tensors are trained."""
-    if isinstance(plan.method, FullMethod | UnfreezeMethod | HeadMethod):
-        return {}
-    return find_targets(plan.shape, plan.method)
+def _loading(plan: Plan, model: nn.Module, weights: int, num_base: int) -> int:
+    """Return the peak while the base is loaded, hashed and wrapped."""
+    if plan.device == "cuda":
+        # A base is hashed on the host. A quantised one comes to the card with all but its linears in fp32.
+        quantised = [p for p in model.parameters() if p.dtype in (torch.int8, torch.uint8)]
+        if not quantised:
+            return weights
+        rest = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+        return weights + FP32 * sum(parameter.numel() for parameter in rest)
+    # A frozen tensor is hashed in fp32: its bytes are copied, in a shorter dtype after one more copy.
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    largest = FP32 * max((parameter.numel() for parameter in frozen), default=0)
+    hashing = weights + largest * (1 if plan.dtype == torch.float32 else 2)
+    # A quantised base is loaded beside the plain one, whose hash names it.
+    beside = weights if plan.model.quantize != "none" else 0
+    return max(hashing, FP32 * num_base + beside)
 
 
-def _blocks(plan: Plan) -> list[_Block]:
-    """Return the blocks from the first that trains anything, or takes a gradient to what lies before it."""
-    trained, targets = _trained_names(plan), _targets(plan)
-    flows = any(name.startswith("embeddings.") for name in trained)
-    blocks = []
-    for i in range(plan.shape.n_layers):
-        prefix = f"transformer.layer.{i}."
-        ends = {
-            f"{prefix}{'ffn' if name in ('lin1', 'lin2') else 'attention'}.{name}": name
-            for name in LINEARS
-        }
-        inside = {full.removeprefix("distilbert."): target for full, target in targets.items()}
-        block = _Block(
-            adapters={name: inside[full] for full, name in ends.items() if full in inside},
-            trained=frozenset(name for full, name in ends.items() if f"{full}.weight" in trained),
-            first=not flows,
-            last=i == plan.shape.n_layers - 1,
-        )
-        flows = flows or bool(block.adapters) or any(name.startswith(prefix) for name in trained)
-        if flows:
-            blocks.append(block)
-    return blocks
+def _cuda_workspace(plan: Plan, run: _Run, num_tokens: int) -> int:
+    """Return the most that one operation of a GPU's backward pass needs beside all that is saved.
 
-
-def _saved_fast(plan: Plan, block: _Block, *, rows: int, length: int) -> int:
-    """Count what `kernels.py` saves of one block.
-
-    An adapted or trained linear saves its input, an adapted one the weight with its update; attention saves q, k, v and
-    one probability for each pair of tokens; the FFN its pre-activation; dropout a byte a value; a norm its input.
+    It is in the feed-forward network: buffers of its width, counted on the real code with stand-ins for kernels.
     """
-    shape, size, tokens = plan.shape, plan.element_bytes, rows * length
-    words, masks, weights = _inputs_fast(plan, block)
-    if block.last:
-        per_row = 8 * shape.dim + shape.hidden_dim + 2 * shape.n_heads * length
-        return size * (tokens * (words + 2 * shape.dim) + rows * per_row + weights) + tokens * masks
-    fused = size == FP32 and length >= FUSED_FROM and not plan.attention_dropout
-    words += 3 * shape.dim + (shape.dim + shape.n_heads if fused else shape.n_heads * length)
-    words += shape.hidden_dim + 2 * (shape.dim + 2)
-    masks += shape.dim if plan.dropout else 0
-    return size * (tokens * words + weights) + tokens * masks
-
-
-def _inputs_fast(plan: Plan, block: _Block) -> tuple[int, int, int]:
-    """Return what the linears of a block save: words a token, bytes of masks a token, words of weights."""
-    shape = plan.shape
-    # Of the last block only keys and values are of every token.
-    every = {name for name in LINEARS if not block.last or name in ("k_lin", "v_lin")}
-    if isinstance(plan.method, LoraMethod) and plan.method.lora_dropout:
-        targets = [target for name, target in block.adapters.items() if name in every]
-        inputs = sum(target.in_features for target in targets)
-        # A mask of what takes no gradient is not kept.
-        return inputs + sum(target.rank for target in targets), 0 if block.first else inputs, 0
-    keeping = block.trained | set(block.adapters)
-    words = sum(shape.dim for group in _FUSED[:3] if keeping & set(group) & every)
-    folded = (
-        [group for group in _FUSED if set(group) & set(block.adapters)]
-        if plan.element_bytes == FP32
-        else []
-    )
-    # Trained weights of q, k and v are put side by side in every forward, and kept where the input takes a gradient.
-    folded += [group for group in _FUSED[:1] if set(group) & block.trained and not block.first]
-    return words, 0, sum(len(group) * math.prod(shape.linear(group[0])) for group in folded)
-
-
-def _saved_stock(plan: Plan, block: _Block, *, rows: int, length: int) -> int:
-    """Count what transformers' forward under PEFT saves of one block: dropout a value of the compute dtype each."""
-    shape, tokens = plan.shape, rows * length
-    # bitsandbytes' product on a CPU keeps every input.
-    keeping = set(LINEARS) if plan.model.quantize == "int8" else set(block.trained)
-    words = fixed = 0
-    for name, target in block.adapters.items():
-        extra, keeps, weights = _adapter_saves(plan.method, target, first=block.first)
-        words, fixed, keeping = (
-            words + extra,
-            fixed + weights,
-            keeping | ({name} if keeps else set()),
-        )
-    words += sum(shape.linear(group[0])[0] for group in _FUSED if keeping & set(group))
-    pairs = 3 * shape.n_heads * length if plan.attention_dropout else shape.dim + shape.n_heads
-    words += (
-        3 * shape.dim
-        + pairs
-        + shape.hidden_dim
-        + (shape.dim if plan.dropout else 0)
-        + 2 * (shape.dim + 2)
-    )
-    return plan.element_bytes * tokens * words + FP32 * fixed
-
-
-def _adapter_saves(method: Method, target: Target, *, first: bool) -> tuple[int, bool, int]:
-    """Return what PEFT's own forward saves for one adapted linear.
-
-    Returns:
-        Words a token, whether the linear's own input is among what is kept, words of weights.
-    """
-    match method:
-        case Ia3Method():
-            return (target.in_features if target.feed_forward else target.out_features), False, 0
-        case VeraMethod():
-            return target.rank + target.out_features, False, 0
-        case LoraMethod() | AdaloraMethod():
-            dropped = (1 if first else 2) * target.in_features if method.lora_dropout else 0
-            extra, weights = target.rank + dropped, 0
-            if isinstance(method, LoraMethod) and method.use_dora:
-                extra, weights = (
-                    extra + 2 * target.out_features,
-                    target.in_features * target.out_features,
-                )
-            return extra, not method.lora_dropout, weights
-        case _:
-            return 0, False, 0
-
-
-def _outside(plan: Plan, blocks: list[_Block], tokens: int) -> int:
-    """Count what is saved before and after the blocks: the embeddings' norm and dropout, and all of the last state."""
-    dim = plan.shape.dim
-    embeddings = bool(blocks) and not blocks[0].first
-    if plan.fast:
-        return tokens * (plan.element_bytes * (dim + 2) + dim) if embeddings else 0
-    # The head's input is a view of every token's.
-    return plan.element_bytes * tokens * ((2 * dim + 2 if embeddings else 0) + dim)
-
-
-def _workspace(plan: Plan, *, rows: int, length: int) -> int:
-    """Return the most that one operation of the way back needs beside all that is saved.
-
-    It is the FFN's or the attention's of the last block that saves for every token: by then what came after is freed.
-    """
-    shape, size, tokens = plan.shape, plan.element_bytes, rows * length
-    dim, hidden, pairs = shape.dim, shape.hidden_dim, shape.n_heads * length
-    if plan.fast:
-        remade = any("lin2" in block.adapters or "lin2" in block.trained for block in _blocks(plan))
-        ffn = size * tokens * ((3 if remade else 2) * hidden - 2 * dim)
-        # Attention goes back in chunks, five buffers of each at once; the FFN's pre-activation is freed by then.
-        chunk = min(CHUNK_ELEMENTS, rows * length * pairs)
-        return max(ffn, size * (5 * chunk + tokens * (3 * dim - hidden)))
-    freed = 2 * hidden if isinstance(plan.method, FullMethod) else hidden
-    ffn = 3 * hidden - freed
-    attention = 2 * pairs - freed - 3 * dim if plan.attention_dropout else 0
-    return size * tokens * max(ffn, attention)
-
-
-def _forward(plan: Plan, tokens: int) -> int:
-    """Return the peak of a forward that saves nothing: the FFN before and after its activation, and its input twice."""
-    return plan.element_bytes * tokens * (2 * plan.shape.hidden_dim + 2 * plan.shape.dim)
-
-
-def _weights(plan: Plan, counts: ParameterCounts) -> int:
-    """Count every parameter once loaded, and the fast engine's copies of q_lin, k_lin and v_lin side by side."""
-    shape, size = plan.shape, plan.element_bytes
-    linears = shape.n_layers * sum(math.prod(shape.linear(name)) for name in LINEARS)
-    frozen = shape.num_encoder - counts.encoder
-    match plan.model.quantize:
-        case "none":
-            encoder = size * frozen
-        case "int8":
-            rows = shape.n_layers * sum(shape.linear(name)[1] for name in LINEARS)
-            encoder = size * (frozen - linears) + linears + FP32 * rows
-        case _:
-            scales = linears // QUANTISED_BLOCK
-            scale_bytes = (
-                scales + FP32 * scales // 256 if plan.model.double_quant else FP32 * scales
-            )
-            encoder = size * (frozen - linears) + linears // 2 + scale_bytes
-    head = FP32 * shape.num_head(plan.num_labels)
-    own = isinstance(plan.method, FullMethod | UnfreezeMethod | HeadMethod)
-    # PEFT keeps the head it was given beside the one it trains.
-    head += 0 if own else size * shape.num_head(plan.num_labels)
-    shared = sum(math.prod(sizes) for sizes in shared_tensors(shape, plan.method).values())
-    adapters = FP32 * (counts.adapter + shared)
-    trained = _trained_names(plan)
-    stacked = sum(
-        f"transformer.layer.{i}.attention.q_lin.weight" not in trained
-        for i in range(shape.n_layers)
-    )
-    prepared = size * stacked * 3 * (shape.dim + 1) * shape.dim if plan.fast else 0
-    return encoder + FP32 * counts.encoder + head + adapters + prepared
-
-
-def _estimate_cuda(plan: Plan, *, rows: int, length: int, batch_size: int) -> Memory:
-    """Estimate what a run holds on a GPU."""
-    counts = count_parameters(plan.shape, plan.method, plan.model, num_labels=plan.num_labels)
-    trained = FP32 * counts.trainable
-    weights = _weights(plan, counts)
-    # Forward and backward run on a thread each. Graphs are captured on a stream of their own.
-    fixed = CUBLAS_BYTES * (4 if plan.graphs else 2)
-    blocks = _blocks(plan)
-    tokens = rows * length
-    saved = [_saved_on_cuda(plan, block, rows=rows, length=length) for block in blocks]
-    activations = sum(saved)
-    if plan.checkpointing and saved:
-        # Each block keeps its input, and one at a time is computed again.
-        kept = plan.element_bytes if plan.fast else FP32
-        activations = max(saved) + kept * tokens * plan.shape.dim * len(saved)
-    activations += _outside_on_cuda(plan, blocks, tokens)
-    workspace = _workspace_on_cuda(plan, blocks, tokens) if blocks else 0
-    # Before the first block that saves anything, a forward holds what it holds without gradients.
-    workspace = max(workspace, _forward_on_cuda(plan, tokens) - activations)
-    # A base is hashed on the host. A quantised one comes to the card with all else in fp32.
-    loading = weights
+    names = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    trains_last = any(".lin2." in name for name in names)
+    adapts_last = trains_last and isinstance(plan.method, PeftMethod)
+    hidden_bytes = num_tokens * plan.config.hidden_dim
     if plan.model.quantize != "none":
-        linears = plan.shape.n_layers * sum(math.prod(plan.shape.linear(name)) for name in LINEARS)
-        loading += FP32 * (plan.shape.num_encoder - linears)
-    between = weights + 2 * trained + trained + fixed
-    if plan.graphs:
-        between += trained  # gradients
-    evaluation = plan.evaluation_tokens // length * length or length
-    return Memory(
-        weights=weights,
-        kept=trained,
-        gradients=trained,
-        optimizer=2 * trained,
-        activations=activations,
-        workspace=workspace,
-        loading=loading,
-        evaluating=max(between + _forward_on_cuda(plan, evaluation), between + trained),
-        second=1.0 if plan.graphs else min(rows, max(0, batch_size - rows)) / rows,
-        fixed=fixed,
-        pool=activations + workspace if plan.graphs else 0,
-        device="cuda",
-    )
+        return int(hidden_bytes * (10 if adapts_last else 8.5))
+    if run.fast:
+        return hidden_bytes * plan.dtype.itemsize * (3 if trains_last else 2)
+    return int(hidden_bytes * plan.dtype.itemsize * (4.5 if adapts_last else 2.25))
 
 
-def _saved_on_cuda(plan: Plan, block: _Block, *, rows: int, length: int) -> int:
-    """Count what a GPU saves of one block."""
-    if plan.fast:
-        return _saved_packed(plan, block, rows=rows, tokens=rows * length)
-    return _saved_autocast(plan, block, tokens=rows * length)
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of all tensors that are made inside and still live.
 
-
-def _saved_packed(plan: Plan, block: _Block, *, rows: int, tokens: int) -> int:
-    """Count what the forward of packed rows saves of one block.
-
-    As `_saved_fast`, but attention saves its output and one fp32 sum for each head and token, and a norm the sum that
-    it normalises and two fp32 numbers. Dropout before a norm saves nothing: its mask is drawn again.
+    Attributes:
+        now: Bytes that live.
+        peak: The most that lived at once.
     """
-    shape, size = plan.shape, plan.element_bytes
-    words, masks, weights = _inputs_fast(plan, block)
-    before = {"q_lin", "k_lin", "v_lin"}  # their input takes no gradient in the first block
-    if size < FP32:
-        # Trained weights are cast in every forward, and kept where the input takes a gradient.
-        weights = sum(
-            math.prod(shape.linear(name))
-            for name in block.trained - (before if block.first else set())
-        )
-    sums = FP32 * (shape.n_heads + 4)
-    if block.last:
-        per_row = size * (8 * shape.dim + shape.hidden_dim) + sums
-        return size * (tokens * (words + 2 * shape.dim) + weights) + rows * per_row + tokens * masks
-    if isinstance(plan.method, LoraMethod) and plan.method.lora_dropout:
-        if block.first:
-            masks = sum(
-                target.in_features for name, target in block.adapters.items() if name not in before
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        """Start at 0; the bytes of `own` do not count."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = dict.fromkeys(_storages(own), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, Tensor):
+                self._add(each.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Return the sizes of the storages behind tensors. Several tensors may share one."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+@contextmanager
+def _watch(plan: Plan, own: list[Tensor]) -> Iterator[_LiveBytes]:
+    """Run what is inside on fake tensors in the run's dtype, and count the bytes of new tensors."""
+    autocast = torch.autocast(plan.device, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
+    with warnings.catch_warnings(), _FAKE, _LiveBytes(own) as live, autocast:
+        # The fast engine tells frozen weights by their address, which is 0 for all fake tensors.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield live
+
+
+def _make_inputs(plan: Plan, model: nn.Module, *, rows: int, length: int) -> dict[str, Any]:
+    """Return the inputs of rows that are equally long, as training gives them to the model."""
+    if plan.device == "cuda" and takes_packed_rows(model):
+        size = rows * length
+        return {
+            "input_ids": torch.zeros(1, size, dtype=torch.int32, device="cuda"),
+            "position_ids": torch.zeros(1, size, dtype=torch.int32, device="cuda"),
+            "cu_seq_lens_q": torch.zeros(rows + 1, dtype=torch.int32, device="cuda"),
+            "max_length_q": length,
+        }
+    return {"input_ids": torch.zeros(rows, length, dtype=torch.int64, device=plan.device)}
+
+
+def _prepared_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the copies of frozen weights that the fast forward pass keeps."""
+    forwards = [getattr(vars(module).get("forward"), "__self__", None) for module in model.modules()]
+    return [
+        ready.stacked
+        for forward in forwards
+        if forward is not None
+        for ready in forward.prepared.values()
+    ]
+
+
+def _make_fake(model: nn.Module, plan: Plan) -> None:
+    """Put fake tensors on the run's device in the place of a model's meta tensors."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=plan.device)
+            module._parameters[name] = nn.Parameter(values, parameter.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(
+                buffer.shape, dtype=buffer.dtype, device=plan.device
             )
-    elif "out_lin" in block.trained | set(block.adapters):
-        words -= shape.dim  # the output of attention
-    words += 3 * shape.dim + shape.dim + shape.hidden_dim + 2 * shape.dim
-    return size * (tokens * words + weights) + tokens * (masks + sums)
+    if plan.model.quantize != "none":
+        _quantise(model, plan)
 
 
-def _saved_autocast(plan: Plan, block: _Block, *, tokens: int) -> int:
-    """Count what transformers' forward under autocast and PEFT saves of one block.
+def _quantise(model: nn.Module, plan: Plan) -> None:
+    """Give bitsandbytes' linears fake weights and scales."""
+    # bitsandbytes is not on every system, and takes time to import.
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    Norms compute in fp32, so hidden states are fp32 between the halves of a block. Every linear that keeps its input
-    keeps a cast copy of its own. Quantised linears answer in the dtype that they are given.
-    """
-    shape, size, dim, hidden = plan.shape, plan.element_bytes, plan.shape.dim, plan.shape.hidden_dim
-    quantised = plan.model.quantize != "none"
-    kept = weights = 0
-    for name, target in block.adapters.items():
-        words, keeps, fixed = _adapter_saves(plan.method, target, first=block.first)
-        weights += fixed
-        kept += size * (words + (shape.linear(name)[0] if keeps else 0))
-    for name in block.trained:
-        weights += math.prod(shape.linear(name))
-        # Attention keeps its output, which is the input of out_lin, anyway.
-        kept += 0 if name == "out_lin" else size * shape.linear(name)[0]
-    if plan.model.quantize == "int8":
-        # bitsandbytes keeps every input that takes a gradient, once where linears share it.
-        kept += FP32 * ((0 if block.first else dim) + dim + hidden)
-    attention = size * 4 * dim + FP32 * shape.n_heads
-    norms = 2 * FP32 * (dim + 2)
-    activation = (FP32 if quantised else size) * hidden
-    mask = dim if plan.dropout else 0
-    return tokens * (kept + attention + norms + activation + mask) + size * weights
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            _quantise_8bit(module, plan.device)
+        elif isinstance(module, Linear4bit):
+            _quantise_4bit(module, plan)
 
 
-def _outside_on_cuda(plan: Plan, blocks: list[_Block], tokens: int) -> int:
-    """Count what a GPU saves before the blocks: the embeddings' norm and dropout, where anything of them is trained."""
-    if not blocks or blocks[0].first:
-        return 0
-    dim = plan.shape.dim
-    return tokens * (FP32 * (dim + 2) + (dim if plan.dropout else 0))
+def _quantise_8bit(linear: Any, device: str) -> None:
+    shape = (linear.out_features, linear.in_features)
+    values = torch.empty(shape, dtype=torch.int8, device=device)
+    weight: Any = nn.Parameter(values, requires_grad=False)
+    weight.CB = weight.data
+    weight.SCB = torch.empty(linear.out_features, device=device)
+    linear.weight = weight
+    linear.state.threshold = 0.0  # how many columns are outliers depends on values
 
 
-def _workspace_on_cuda(plan: Plan, blocks: list[_Block], tokens: int) -> int:
-    """Return the most that one operation of a GPU's way back needs beside all that is saved.
+def _quantise_4bit(linear: Any, plan: Plan) -> None:
+    from bitsandbytes.functional import QuantState
 
-    It is the FFN's of the last block that saves for every token, or the attention's where the FFN is narrow. The sums
-    were found by running the real code.
-    """
-    size, dim, hidden = plan.element_bytes, plan.shape.dim, plan.shape.hidden_dim
-    full = blocks[:-1] if plan.fast else blocks
-    adapted = bool(full) and "lin2" in full[-1].adapters
-    trained = bool(full) and "lin2" in full[-1].trained
-    if plan.fast:
-        if isinstance(plan.method, LoraMethod) and plan.method.lora_dropout:
-            adapted = False  # the input of lin2 is not made again
-        freed = dim if _inputs_fast(plan, blocks[-1])[0] else 0  # by the last block
-        ffn = (3 if adapted or trained else 2) * hidden - freed if full else 0
-        # The gradients of a linear's weight, before they are added in fp32.
-        weights = 2 * dim * hidden if trained else 0
-        return size * (tokens * max(ffn, 3 * dim) + weights)
-    if plan.model.quantize == "none":
-        # As wide as 16 bits allow; fp32 alone needs no casts.
-        ffn = (3 * hidden + 6 * dim) if adapted else (0 if trained else 2 * hidden - dim)
-        return size * tokens * max(ffn, 9 * dim)
-    ffn = (10 if adapted else 8) * hidden - dim
-    if plan.model.quantize != "int8":
-        ffn = max(ffn, 6 * hidden + 11 * dim)
-    return tokens * max(ffn, 18 * dim)
-
-
-def _forward_on_cuda(plan: Plan, tokens: int) -> int:
-    """Return the peak of a forward on a GPU that saves nothing: in the FFN, with all that its callers still hold."""
-    size, dim, hidden = plan.element_bytes, plan.shape.dim, plan.shape.hidden_dim
-    names = _trained_names(plan)
-    if plan.fast:
-        # Weights are cast for all blocks at once.
-        endings = tuple(f".{name}.weight" for name in LINEARS)
-        trained = [
-            count
-            for name, count in plan.shape.tensors().items()
-            if name in names and name.endswith(endings)
-        ]
-        casts = sum(trained) if size < FP32 else 0
-        return size * (casts + tokens * (7 * dim + 2 * hidden))
-    adapted = any("lin2" in block.adapters for block in _blocks(plan))
-    if plan.model.quantize == "none":
-        return (
-            tokens
-            * size
-            * (4 * hidden + 7 * dim if adapted else max(2 * hidden + 6 * dim, 11 * dim))
+    num_values = linear.out_features * linear.in_features
+    num_scales = -(-num_values // QUANTISED_BLOCK)
+    double = plan.model.double_quant
+    scales = torch.empty(
+        num_scales, dtype=torch.uint8 if double else torch.float32, device=plan.device
+    )
+    scales_of_scales = None
+    if double:
+        scales_of_scales = QuantState(  # type: ignore[no-untyped-call]
+            absmax=torch.empty(-(-num_scales // SCALE_BLOCK), device=plan.device),
+            code=torch.empty(256, device=plan.device),
+            blocksize=SCALE_BLOCK,
+            dtype=torch.float32,
         )
-    wide = 10 if adapted else (9 if plan.model.quantize == "int8" else 8)
-    return tokens * max(wide * hidden + 12 * dim, 30 * dim)
+    packed = torch.empty((num_values + 1) // 2, 1, dtype=torch.uint8, device=plan.device)
+    weight: Any = nn.Parameter(packed, requires_grad=False)
+    weight.quant_state = QuantState(  # type: ignore[no-untyped-call]
+        absmax=scales,
+        shape=torch.Size((linear.out_features, linear.in_features)),
+        code=torch.empty(16, device=plan.device),
+        blocksize=QUANTISED_BLOCK,
+        quant_type=plan.model.quantize,
+        dtype=plan.dtype,
+        offset=torch.empty((), device=plan.device) if double else None,
+        state2=scales_of_scales,
+    )
+    linear.weight = weight
+    linear.support_avx512bf16_for_cpu = False  # as `load_base` sets it

@@ -1,131 +1,123 @@
-"""Which linears a method adapts, by full name and rank: decided from shapes alone, as PEFT decides it."""
+"""Which linears a method adapts and which tensors it unfreezes, by full name."""
 
+import fnmatch
 import re
-from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
 
 from lora_sentiment.errors import ModelError
-from lora_sentiment.models.families import HEAD, Shape
-from lora_sentiment.recipe.method import (
-    LINEARS,
-    AdaloraMethod,
-    Ia3Method,
-    LoraMethod,
-    PeftMethod,
-    VeraMethod,
-)
+from lora_sentiment.models.families import DISTILBERT
+from lora_sentiment.recipe.method import Ia3Method, PeftMethod, UnfreezeMethod
 
 
-@dataclass(frozen=True)
-class Target:
-    """One adapted linear.
+def find_targets(model: nn.Module, method: PeftMethod) -> dict[str, nn.Linear]:
+    """Return the linears of an unwrapped classifier that a method adapts, by full name in the order of the forward.
 
-    Attributes:
-        in_features: Width of its input.
-        out_features: Width of its output.
-        rank: Rank of its adapter; 0 where the method has none.
-        alpha: Its lora_alpha; 0 where the method has none.
-        feed_forward: Whether it is lin1 or lin2.
-    """
-
-    in_features: int
-    out_features: int
-    rank: int
-    alpha: int
-    feed_forward: bool
-
-
-def find_targets(shape: Shape, method: PeftMethod) -> dict[str, Target]:
-    """Return the linears that a method adapts, by their full names in the order of the forward.
+    PEFT's own rule decides, on the linears of the encoder's blocks alone.
 
     Raises:
-        ModelError: If a pattern matches no linear, one matches the head, or there is no such block.
+        ModelError: If the target matches no linear or matches the head, or the base has fewer blocks.
     """
     wanted = target_names(method)
-    if isinstance(wanted, str) and (head := [name for name in HEAD if re.fullmatch(wanted, name)]):
-        raise ModelError(
-            f"method.target_modules {wanted!r} matches {head[0]}; the head gets no adapter, model.head says what of it "
-            "is trained"
-        )
+    if isinstance(wanted, str):
+        head = [name for name in DISTILBERT.head if re.fullmatch(wanted, name)]
+        if head:
+            raise ModelError(
+                f"method.target_modules {wanted!r} matches {head[0]}, which is a layer of the head. "
+                "The head gets no adapter; model.head sets what of it is trained"
+            )
+    linears = encoder_linears(model)
     layers = None if isinstance(method, Ia3Method) else method.layers_to_transform
-    if layers and max(layers) >= shape.n_layers:
+    num_blocks = len(_blocks(model))
+    if layers and max(layers) >= num_blocks:
         raise ModelError(
-            f"method.layers_to_transform: found layer {max(layers)}; the base has {shape.n_layers} layers, 0 to "
-            f"{shape.n_layers - 1}"
+            f"method.layers_to_transform: found layer {max(layers)}; the base has {num_blocks} layers, 0 to "
+            f"{num_blocks - 1}"
         )
-    names = [name for name in linear_names(shape) if _is_target(name, method)]
-    if not names:
+    config: Any = PeftConfig()
+    config.target_modules = wanted
+    config.layers_to_transform = list(layers) if layers else None
+    targets = {
+        name: linear
+        for name, linear in linears.items()
+        if check_target_module_exists(config, name)
+    }
+    if not targets:
         raise ModelError(
             f"method.target_modules {method.target_modules!r} matches no linear of the encoder; full names look like "
-            f"{linear_names(shape)[0]}"
+            f"{next(iter(linears))}"
         )
-    ranks, alphas = (
-        _patterns(method, "rank_pattern", names),
-        _patterns(method, "alpha_pattern", names),
-    )
-    found = {}
-    for name in names:
-        linear = name.rpartition(".")[2]
-        found[name] = Target(
-            *shape.linear(linear),
-            rank=ranks.get(name, _rank(method)),
-            alpha=alphas.get(
-                name, 0 if isinstance(method, (Ia3Method, VeraMethod)) else method.lora_alpha
-            ),
-            feed_forward=linear in ("lin1", "lin2"),
-        )
-    return found
-
-
-def linear_names(shape: Shape) -> list[str]:
-    """Return the full names of all linears of an encoder's blocks."""
-    return [
-        f"distilbert.transformer.layer.{i}.{'ffn' if name in ('lin1', 'lin2') else 'attention'}.{name}"
-        for i in range(shape.n_layers)
-        for name in LINEARS
-    ]
+    return targets
 
 
 def target_names(method: PeftMethod) -> list[str] | str:
     """Return `target_modules` as PEFT takes it: a sorted list of names, or a regular expression."""
     if method.target_modules == "all-linear":
-        # PEFT's own all-linear would take the head too.
-        return sorted(LINEARS)
-    return (
-        method.target_modules
-        if isinstance(method.target_modules, str)
-        else sorted(method.target_modules)
-    )
+        # PEFT's own all-linear takes the head too.
+        return sorted(DISTILBERT.linears)
+    if isinstance(method.target_modules, str):
+        return method.target_modules
+    return sorted(method.target_modules)
 
 
-def _is_target(name: str, method: PeftMethod) -> bool:
-    wanted = target_names(method)
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    layers = None if isinstance(method, Ia3Method) else method.layers_to_transform
-    return name.rpartition(".")[2] in wanted and (
-        layers is None or int(name.split(".")[3]) in layers
-    )
+def resolve_pattern(patterns: dict[str, int], field: str, targets: list[str]) -> dict[str, int]:
+    """Return rank_pattern or alpha_pattern by full name. The first pattern that matches a name counts, as in PEFT.
 
-
-def _rank(method: PeftMethod) -> int:
-    match method:
-        case AdaloraMethod():
-            return method.init_r
-        case Ia3Method():
-            return 0
-        case LoraMethod() | VeraMethod():
-            return method.r
-
-
-def _patterns(method: PeftMethod, field: str, names: list[str]) -> dict[str, int]:
-    """Resolve rank_pattern or alpha_pattern: the first pattern that matches a name's end counts, as in PEFT."""
-    patterns = getattr(method, field) if isinstance(method, LoraMethod) else {}
-    found: dict[str, int] = {}
+    Raises:
+        ModelError: If a pattern matches no adapted linear.
+    """
+    values: dict[str, int] = {}
     for pattern, value in patterns.items():
-        matching = [name for name in names if re.match(rf"(.*\.)?({pattern})$", name)]
+        matching = [name for name in targets if re.match(rf"(.*\.)?({pattern})$", name)]
         if not matching:
             raise ModelError(
-                f"method.{field}: {pattern!r} matches none of the adapted linears, such as {names[0]}"
+                f"method.{field}: {pattern!r} matches none of the adapted linears, such as {targets[0]}"
             )
-        found = {**dict.fromkeys(matching, value), **found}
-    return found
+        for name in matching:
+            values.setdefault(name, value)
+    return values
+
+
+def find_unfrozen(model: nn.Module, method: UnfreezeMethod) -> list[str]:
+    """Return the encoder's tensors that `unfreeze` trains, under the checkpoint's own names.
+
+    Raises:
+        ModelError: If a pattern matches no tensor, or the base has fewer blocks.
+    """
+    names = [name for name, _ in model.get_submodule(DISTILBERT.encoder).named_parameters()]
+    if method.last_layers is not None:
+        num_blocks = len(_blocks(model))
+        if method.last_layers > num_blocks:
+            raise ModelError(
+                f"method.last_layers: found {method.last_layers}; allowed: 1 to {num_blocks}, the base's blocks"
+            )
+        last = range(num_blocks - method.last_layers, num_blocks)
+        prefixes = tuple(f"{DISTILBERT.blocks}.{i}." for i in last)
+        return [name for name in names if name.startswith(prefixes)]
+    unfrozen: set[str] = set()
+    for pattern in method.patterns or ():
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ModelError(
+                f"method.patterns: {pattern!r} matches no tensor of the encoder; they have names such as {names[-1]} "
+                "(model.head sets what of the head is trained)"
+            )
+        unfrozen.update(matching)
+    return [name for name in names if name in unfrozen]
+
+
+def encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linears of an unwrapped classifier's blocks by full name, in the order of the forward."""
+    prefix = f"{DISTILBERT.encoder}.{DISTILBERT.blocks}."
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and isinstance(module, nn.Linear)
+    }
+
+
+def _blocks(model: nn.Module) -> Any:
+    return model.get_submodule(f"{DISTILBERT.encoder}.{DISTILBERT.blocks}")

@@ -20,10 +20,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_sentiment.errors import ModelError
-from lora_sentiment.models.families import HEAD
+from lora_sentiment.models.families import DISTILBERT, HEAD
 from lora_sentiment.models.load import Base, refuse_unquantisable
-from lora_sentiment.models.parameters import unfrozen_names
-from lora_sentiment.models.targets import find_targets, target_names
+from lora_sentiment.models.targets import (
+    find_targets,
+    find_unfrozen,
+    resolve_pattern,
+    target_names,
+)
 from lora_sentiment.recipe.method import (
     AdaloraMethod,
     FullMethod,
@@ -66,9 +70,9 @@ def make_trainable(
             model: nn.Module = base.model.requires_grad_(True)
         case UnfreezeMethod() | HeadMethod():
             model = base.model.requires_grad_(False)
-            names = unfrozen_names(base.shape, method) if isinstance(method, UnfreezeMethod) else []
+            names = find_unfrozen(model, method) if isinstance(method, UnfreezeMethod) else []
             for name in names:
-                model.get_parameter(f"distilbert.{name}").requires_grad_(True)
+                model.get_parameter(f"{DISTILBERT.encoder}.{name}").requires_grad_(True)
         case _:
             model = _wrap(base, method, num_steps)
     _choose_head(model, config, new_head=base.new_head)
@@ -117,7 +121,7 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
     Patterns become full names: PEFT would try a regular expression on every module, not on linears alone, and take
     the first pattern that matches in an order that a sorted file does not keep.
     """
-    targets = find_targets(base.shape, method)
+    targets = list(find_targets(base.model, method))
     names = target_names(method)
     common: dict[str, Any] = {
         "task_type": TaskType.SEQ_CLS,
@@ -133,12 +137,11 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
         fields["layers_to_transform"] = list(fields["layers_to_transform"])
     match method:
         case LoraMethod():
-            fields["rank_pattern"] = {
-                name: t.rank for name, t in targets.items() if t.rank != method.r
-            }
-            fields["alpha_pattern"] = {
-                name: t.alpha for name, t in targets.items() if t.alpha != method.lora_alpha
-            }
+            for field, default in (("rank_pattern", method.r), ("alpha_pattern", method.lora_alpha)):
+                values = resolve_pattern(fields[field], field, targets)
+                fields[field] = {
+                    name: values[name] for name in targets if values.get(name, default) != default
+                }
             return LoraConfig(**common, **fields)
         case AdaloraMethod():
             if method.tinit + method.tfinal >= num_steps:
@@ -148,7 +151,9 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
             return AdaLoraConfig(**common, **fields, total_step=num_steps)
         case Ia3Method():
             # Of the same kind as the targets, of which they must be a part.
-            feed_forward = {name for name, target in targets.items() if target.feed_forward}
+            feed_forward = {
+                name for name in targets if name.rpartition(".")[2] in DISTILBERT.feed_forward
+            }
             if not isinstance(names, str):
                 feed_forward = {name.rpartition(".")[2] for name in feed_forward}
             return IA3Config(**common, feedforward_modules=sorted(feed_forward))
@@ -277,7 +282,7 @@ def kept_ranks(state: Mapping[str, torch.Tensor]) -> dict[str, list[bool]]:
 
 def _wrap(base: Base, method: PeftMethod, num_steps: int) -> PeftModel:
     """Let PEFT wrap the base, and hold the linears that it adapted against those that the recipe named."""
-    wanted = set(find_targets(base.shape, method))
+    wanted = set(find_targets(base.model, method))
     model = get_peft_model(base.model, peft_config(base, method, num_steps=num_steps))
     assert isinstance(model, PeftModel)
     inner = model.base_model.model

@@ -30,7 +30,7 @@ from lora_sentiment.fast.encoder import FastForward, has_packable_heads, why_not
 from lora_sentiment.fast.mixed import Parts, compute_mixed, compute_mixed_packed, read_parts
 from lora_sentiment.models.engine import Engine
 from lora_sentiment.models.load import Base, load_base, resolve_dtype
-from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.token_limits import inference_tokens
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training.processes import join_launch
 from lora_sentiment.training.signals import is_out_of_memory
@@ -382,6 +382,6 @@ def _with_labels(base: Base, labels: Sequence[str]) -> Base:
     names = dict(enumerate(labels))
     model.config.num_labels, model.num_labels = len(labels), len(labels)
     model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
-    model.pre_classifier = nn.Linear(base.shape.dim, base.shape.dim)
-    model.classifier = nn.Linear(base.shape.dim, len(labels))
+    model.pre_classifier = nn.Linear(base.config.dim, base.config.dim)
+    model.classifier = nn.Linear(base.config.dim, len(labels))
     return replace(base, model=model)

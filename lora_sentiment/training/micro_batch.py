@@ -12,7 +12,7 @@ from torch import nn
 from lora_sentiment.errors import TrainingError
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.models.inference import compute_packed, packs_rows
-from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.token_limits import inference_tokens
 from lora_sentiment.training.signals import is_out_of_memory
 
 log = logging.getLogger("lora_sentiment")
