@@ -34,7 +34,7 @@ from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
-from lora_sentiment.tasks.probabilities import softmax
+from lora_sentiment.tasks.single_label import softmax
 
 if TYPE_CHECKING:
     import torch

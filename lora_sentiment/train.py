@@ -43,9 +43,12 @@ from lora_sentiment.models.quantisation import Cut, Quantisation, measure_quanti
 from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated
-from lora_sentiment.tasks.losses import make_class_weights
-from lora_sentiment.tasks.metrics import confusion_matrix
+from lora_sentiment.tasks.metrics import confusion_matrix, score_calibrated
+from lora_sentiment.tasks.single_label import (
+    TEMPERATURE_BOUNDS,
+    fit_temperature,
+    make_class_weights,
+)
 from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History

@@ -15,7 +15,7 @@ from lora_sentiment.fast.encoder import use_fast_encoder
 from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.inference import predict_logits
 from lora_sentiment.models.load import cast_frozen, resolve_dtype
-from lora_sentiment.tasks.calibration import score_calibrated
+from lora_sentiment.tasks.metrics import score_calibrated
 from lora_sentiment.training.processes import explain_loss, join_launch, make_accelerator
 
 log = logging.getLogger("lora_sentiment")
