@@ -28,7 +28,7 @@ from lora_sentiment.serve.messages import (
     TeiRequest,
 )
 from lora_sentiment.serve.metrics import Metrics
-from lora_sentiment.tasks.probabilities import softmax
+from lora_sentiment.tasks.single_label import softmax
 
 if TYPE_CHECKING:
     # Imports torch, which makes the app slow to load.
