@@ -5,7 +5,6 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
-from lora_sentiment.bundled import StandIn, describe, probe_texts
+from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
@@ -33,13 +32,10 @@ from lora_sentiment.files import write_json
 from lora_sentiment.models.inference import predict_logits
 from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
 from lora_sentiment.models.memory import Plan
-from lora_sentiment.models.parameters import (
-    ParameterCounts,
-    count_parameters,
-    inference_tokens,
-    micro_batch_tokens,
-)
+from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.quantisation import Cut, Quantisation, measure_quantisation
+from lora_sentiment.models.sizes import count_parameters
+from lora_sentiment.models.token_limits import inference_tokens, micro_batch_tokens
 from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
@@ -49,28 +45,27 @@ from lora_sentiment.tasks.single_label import (
     fit_temperature,
     make_class_weights,
 )
-from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History
 from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.micro_batch import choose_max_tokens
-from lora_sentiment.training.offline import settle
+from lora_sentiment.training.offline import resolve_offline
 from lora_sentiment.training.optimizer import count_steps
 from lora_sentiment.training.plots import plot_confusion, plot_training
 from lora_sentiment.training.processes import (
     describe_machine,
-    explain_loss,
+    explain_lost_process,
     join_launch,
     make_accelerator,
     refuse_differences,
 )
 from lora_sentiment.training.report import make_report, peak_memory, reset_peak_memory
 from lora_sentiment.training.run_folder import (
-    claim,
-    drop_checkpoints,
     explain_full_disk,
-    make_aside,
+    lock_run_folder,
+    make_adapter_folder,
     make_settings,
+    remove_checkpoints,
 )
 
 log = logging.getLogger("lora_sentiment")
@@ -100,12 +95,13 @@ class _Setup:
     data: Data
     base: Base
     model: nn.Module
+    parameters: ParameterCounts
     dtype: torch.dtype
     engine: str
     max_tokens: int
     quantisation: Quantisation | None
     loading_peak: int
-    stand_in: StandIn | None
+    offline: str | None
 
 
 @dataclass
@@ -134,10 +130,10 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
         StoppedError: When SIGTERM or SIGINT came while it trained; it is saved.
     """
     state = join_launch()
-    with explain_loss(state):
-        recipe, stand_in = settle(recipe, state)
-        with claim(recipe, state) as run_folder, explain_full_disk(run_folder):
-            return _walk(recipe, state, run_folder, stand_in=stand_in, allow_changes=allow_changes)
+    with explain_lost_process(state):
+        recipe, offline = resolve_offline(recipe)
+        with lock_run_folder(recipe) as run_folder, explain_full_disk(run_folder):
+            return _walk(recipe, state, run_folder, offline=offline, allow_changes=allow_changes)
 
 
 def _walk(
@@ -145,14 +141,14 @@ def _walk(
     state: PartialState,
     run_folder: Path,
     *,
-    stand_in: StandIn | None,
+    offline: str | None,
     allow_changes: bool,
 ) -> Run:
     """Train, save, judge, publish."""
     accelerator = make_accelerator(
         state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder
     )
-    setup = _set_up(recipe, accelerator, stand_in)
+    setup = _set_up(recipe, accelerator, offline)
     encoded = {
         "train": _encode(setup.data.train, setup, recipe, accelerator),
         "validation": _encode(setup.data.validation, setup, recipe, accelerator),
@@ -160,7 +156,7 @@ def _walk(
     described = _describe_seen(setup.data, encoded, recipe)
     history = _train(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
     setup = replace(setup, max_tokens=history.max_tokens)  # lower where memory ran out
-    aside = make_aside(run_folder) if accelerator.is_main_process else run_folder
+    aside = make_adapter_folder(run_folder) if accelerator.is_main_process else run_folder
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
     calibration = {"temperature": fit_temperature(logits, encoded["validation"].labels)}
     log.info(
@@ -181,10 +177,10 @@ def _walk(
     if card is not None:
         report = _save_report(recipe, setup, card, history, verdict, aside)
         adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
-        drop_checkpoints(run_folder)
+        remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
-    if stand_in:
-        log.warning("%s", describe(stand_in))
+    if offline:
+        log.warning("%s", offline)
     accelerator.end_training()
     _refuse_faults(verdict, recipe.folder)
     return Run(recipe.folder, history, report)
@@ -215,7 +211,7 @@ def _train(
         accelerator=accelerator,
         max_tokens=setup.max_tokens,
         store=Store(
-            run_folder / CHECKPOINTS,
+            run_folder,
             settings,
             resume=recipe.train.resume,
             allow_changes=allow_changes,
@@ -251,7 +247,7 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
     return make_settings(recipe, found, machine=machine, base=config.to_dict())
 
 
-def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) -> _Setup:
+def _set_up(recipe: Recipe, accelerator: Accelerator, offline: str | None) -> _Setup:
     """Load data and base, and make the base trainable on this process's device."""
     device = accelerator.device
     dtype = resolve_dtype(recipe.model.dtype, device)
@@ -259,16 +255,10 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
     data = _load_data(recipe)
     set_seed(recipe.train.seed)
     base = load_base(recipe.model, labels=data.labels, device=device)
-    log.info(
-        "base %s (%s): %s",
-        base.name,
-        "new head" if base.new_head else "its own head",
-        _counts(recipe, base, data),
-    )
     loading_peak, quantisation = peak_memory(device), None
     if recipe.model.quantize != "none":
         quantisation = _measure(
-            recipe, base, data, dtype, device, num_processes=accelerator.num_processes
+            recipe, base, dtype, device, num_processes=accelerator.num_processes
         )
         log.info("quantisation: %s", quantisation.verdict)
         reset_peak_memory(
@@ -278,6 +268,9 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
     model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps).to(
         device
     )
+    parameters = count_parameters(model)
+    head = "new head" if base.new_head else "its own head"
+    log.info("base %s (%s): %s", base.name, head, parameters)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
     engine = _choose_engine(model, recipe.train.engine, dtype)
@@ -292,7 +285,16 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
         f"{max_tokens:,}",
     )
     return _Setup(
-        data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, stand_in
+        data=data,
+        base=base,
+        model=model,
+        parameters=parameters,
+        dtype=dtype,
+        engine=engine,
+        max_tokens=max_tokens,
+        quantisation=quantisation,
+        loading_peak=loading_peak,
+        offline=offline,
     )
 
 
@@ -312,14 +314,9 @@ def _load_data(recipe: Recipe) -> Data:
     return data
 
 
-def _counts(recipe: Recipe, base: Base, data: Data) -> ParameterCounts:
-    return count_parameters(base.shape, recipe.method, recipe.model, num_labels=len(data.labels))
-
-
 def _measure(
     recipe: Recipe,
     base: Base,
-    data: Data,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -327,16 +324,12 @@ def _measure(
 ) -> Quantisation:
     """Hold a quantised base against the unquantised one before anything is wrapped around it."""
     plan = Plan(
-        base.shape,
+        base.config,
         recipe.method,
         recipe.model,
-        num_labels=len(data.labels),
-        evaluation_tokens=inference_tokens(device.type),
-        element_bytes=dtype.itemsize,
-        fast=False,
+        engine=recipe.train.engine,
+        dtype=dtype,
         checkpointing=recipe.train.gradient_checkpointing,
-        dropout=float(base.model.config.dropout),  # type: ignore[union-attr, arg-type]
-        attention_dropout=float(base.model.config.attention_dropout),  # type: ignore[union-attr, arg-type]
         device="cuda" if device.type == "cuda" else "cpu",
     )
     length = recipe.model.max_length
@@ -348,7 +341,6 @@ def _measure(
     return measure_quantisation(
         base,
         plan,
-        engine=recipe.train.engine,
         cut=Cut(rows=rows, length=length, batch_size=recipe.train.batch_size),
         input_ids=_probe_ids(base, length),
         dtype=dtype,
@@ -358,7 +350,7 @@ def _measure(
 
 def _max_tokens(recipe: Recipe, base: Base, dtype: torch.dtype) -> int:
     return recipe.train.max_tokens_per_micro_batch or micro_batch_tokens(
-        base.shape,
+        base.config,
         max_length=recipe.model.max_length,
         element_bytes=dtype.itemsize,
         checkpointing=recipe.train.gradient_checkpointing,
@@ -443,7 +435,7 @@ def _save_adapter(
             carved_test_sha256=data.carved_test.fingerprint if data.carved_test else None,
         ),
         machine=describe_machine(setup.dtype, max_tokens=setup.max_tokens),
-        stand_in=setup.stand_in,
+        offline=setup.offline,
         calibration=calibration,
         trained=trained,
         # bf16 keeps eight bits of a value; the rebuilt model is fp32.
@@ -474,11 +466,9 @@ def _judge(
         else:
             rows[role] = found
     verdict.fingerprints |= {role: judged.fingerprint for role, judged in rows.items()}
-    # A fault's own words name files, which may lie elsewhere on each machine.
-    faults = {
-        role: re.findall(r": row (\d+): ", str(fault)) for role, fault in verdict.faults.items()
-    }
-    refuse_differences(verdict.fingerprints | {"list of bad rows": faults})
+    # Row numbers alone: the messages name files, whose paths may differ between machines.
+    bad_rows = {role: fault.rows for role, fault in verdict.faults.items()}
+    refuse_differences(verdict.fingerprints | {"list of bad rows": bad_rows})
     for role, judged in rows.items():
         verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
         verdict.data.roles[role] = describe_role(
@@ -527,13 +517,13 @@ def _save_report(
     """Write report, model card and pictures beside the adapter; return the report."""
     report = make_report(
         scores=verdict.scores,
-        parameters=_counts(recipe, setup.base, setup.data),
+        parameters=setup.parameters,
         adapter_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         history=history,
         engine=setup.engine,
         data=verdict.data,
         quantisation=setup.quantisation,
-        stand_in=setup.stand_in,
+        offline=setup.offline,
         peak_memory_bytes=max(
             setup.loading_peak, peak_memory(next(setup.model.parameters()).device)
         ),

@@ -11,13 +11,13 @@ from pydantic import TypeAdapter
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from lora_sentiment.adapter.file_size import saved_shapes
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, save
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import ModelError
-from lora_sentiment.models.file_size import saved_tensors
 from lora_sentiment.models.load import encoder_tensors, hash_tensors, load_base
-from lora_sentiment.models.parameters import count_parameters
+from lora_sentiment.models.sizes import count_parameters, make_meta_model
 from lora_sentiment.models.wrap import (
     frozen_tensors,
     make_head_dense,
@@ -150,7 +150,7 @@ def write(folder, model, base, method, config):
 @pytest.mark.parametrize(("name", "quantize"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_every_method_on_every_precision(name, quantize, tiny_base, tmp_path):
     base, method, config, model = make(name, quantize, tiny_base)
-    counts = count_parameters(base.shape, method, config, num_labels=2)
+    counts = count_parameters(make_meta_model(base.config, method, config))
     assert sum(p.numel() for p in trainable_tensors(model).values()) == counts.trainable
     frozen = hash_tensors(frozen_tensors(model).items())
     history = train(model, base, method)
@@ -163,7 +163,7 @@ def test_every_method_on_every_precision(name, quantize, tiny_base, tmp_path):
     with safe_open(next((tmp_path / "a").glob("*.safetensors")), "pt") as file:
         found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
     if name != "adalora":  # which of its values are pruned is the run's
-        assert found == saved_tensors(base.shape, method, num_labels=2)
+        assert found == saved_shapes(base.config, method, config)
     answers = np.array(compute_probe(model, IDS).logits)
     # What was taken out of the base and put back is rounded twice; what was pruned adds up in another order.
     tolerance = {"lora-pissa": 3e-5, "lora-olora": 3e-5, "adalora": 5e-6}.get(name, 1e-6)
@@ -267,9 +267,9 @@ def test_loraplus_trains_b_faster(tiny_base):
 @pytest.mark.parametrize("name", ["lora", "head", "unfreeze-layers"])
 def test_a_smaller_head_is_saved_dense(name, head, tiny_base, tmp_path):
     base, method, config, model = make(name, "none", tiny_base, head=head)
-    counts = count_parameters(base.shape, method, config, num_labels=2)
+    counts = count_parameters(make_meta_model(base.config, method, config))
     assert sum(p.numel() for p in trainable_tensors(model).values()) == counts.trainable
-    assert counts.head < base.shape.num_head(2)
+    assert counts.head < (base.config.dim + 1) * (base.config.dim + 2)
     history = train(model, base, method)
     assert history.steps[-1].loss < history.steps[0].loss
     trained = compute_probe(model.eval(), IDS).logits

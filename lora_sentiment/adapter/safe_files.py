@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from lora_sentiment.errors import AdapterError
-from lora_sentiment.models.families import Shape
 
 MAX_JSON_BYTES = 4 << 20
 """Of a JSON file: a card takes some 100 kB. Parsed, the densest JSON takes 20 times its bytes."""
@@ -195,8 +194,7 @@ def check_model(folder: Path) -> None:
         read_bytes(folder / "tokenizer.json", limit=MAX_TOKENIZER_BYTES)
     path = folder / "model.safetensors"
     header = read_header(path)
-    shape = _read_shape(folder, at_most=len(header))
-    for name, size in shape.tensors().items():
+    for name, size in _encoder_sizes(folder, at_most=len(header)).items():
         found_shape = next(
             (header[key][1] for key in (f"distilbert.{name}", name) if key in header), None
         )
@@ -211,19 +209,30 @@ def check_model(folder: Path) -> None:
             )
 
 
-def _read_shape(folder: Path, *, at_most: int) -> Shape:
+def _encoder_sizes(folder: Path, *, at_most: int) -> dict[str, int]:
+    """Return the number of values of each tensor that a folder's `config.json` asks for."""
+    # No torch at the top: an ONNX file is loaded without it.
+    import torch
+    from transformers import DistilBertConfig, DistilBertModel
+
     values = read_object(folder / "config.json")
-    named = {name: values[name] for name in Shape.__dataclass_fields__ if name in values}
+    names = (
+        *("vocab_size", "max_position_embeddings", "n_layers", "n_heads", "dim", "hidden_dim"),
+    )
+    named = {name: values[name] for name in names if name in values}
     if wrong := [name for name, value in named.items() if type(value) is not int or value < 1]:
         raise AdapterError(
             f"{folder / 'config.json'}: {wrong[0]} is {str(named[wrong[0]])[:50]}; allowed: 1 or more"
         )
-    shape = Shape(**named)
-    if shape.n_layers > at_most:
+    config = DistilBertConfig(**named)
+    if config.n_layers > at_most:
         raise AdapterError(
-            f"{folder / 'config.json'}: n_layers is {shape.n_layers}; there are {at_most} tensors"
+            f"{folder / 'config.json'}: n_layers is {config.n_layers}; there are {at_most} tensors"
         )
-    return shape
+    config.n_heads = 1  # the number of heads changes no size
+    with torch.device("meta"):
+        encoder = DistilBertModel(config)
+    return {name: tensor.numel() for name, tensor in encoder.named_parameters()}
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_sentiment.adapter.safe_files import read_object
 from lora_sentiment.adapter.file_size import adapter_bytes
 from lora_sentiment.adapter.predictions import load_predictions
+from lora_sentiment.adapter.safe_files import read_object
 from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, plan_recipe
 from lora_sentiment.errors import AdapterError, RecipeError
+from lora_sentiment.evaluation.statistics import mcnemar, paired_bootstrap
 from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.sizes import count_parameters, make_meta_model
@@ -17,41 +18,8 @@ from lora_sentiment.recipe.data import report_roles
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod, UnfreezeMethod
 from lora_sentiment.recipe.recipe import Recipe
 
-
-@dataclass(frozen=True)
-class Measured:
-    """What a finished run measured, from its report.json.
-
-    Attributes:
-        role: What it was judged on: test where there is one.
-        accuracy: Value and 95 % interval, as report.json holds them.
-        macro_f1: The same for macro-F1.
-        seconds: Time of training.
-        tokens_per_second: Of training.
-        peak_memory_bytes: Most memory that the whole run held.
-    """
-
-    role: str
-    accuracy: Mapping[str, Any]
-    macro_f1: Mapping[str, Any]
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A run beside the first one, on the same rows.
-
-    Attributes:
-        difference: Accuracy minus that of the first, with its 95 % paired bootstrap interval.
-        mcnemar: Exact two-sided p value of both being equally accurate.
-        num_rows: Rows that both were judged on.
-    """
-
-    difference: Mapping[str, Any]
-    mcnemar: float
-    num_rows: int
+LEFT = ("name", "base", "method", "quantize")
+"""Columns of words."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +32,16 @@ class Row:
         base: Hub name, or the folder's last part.
         method: What is trained, in short.
         quantize: Precision of the frozen linears.
-        counts: Trained and saved parameters.
+        counts: Trained parameters.
         file_bytes: Size of the adapter's weights on disk.
         optimizer_bytes: AdamW's two moments.
         memory_bytes: Estimated peak of memory in use, interpreter and imports included.
-        measured: What its run measured; None where it has not run.
-        paired: It beside the first row; None where that cannot be said.
+        measured: What its run measured, from its report.json; None where it has not run. `role` (test where there is
+            one), `accuracy` and `macro_f1` with 95 % intervals, and of the training `seconds`, `tokens_per_second`
+            and `peak_memory_bytes`.
+        paired: The run beside the first one on the same rows; None where that cannot be said. `difference` is its
+            accuracy minus that of the first, with a 95 % paired bootstrap interval. `mcnemar` is the exact two-sided
+            p value of both being equally accurate. `num_rows` counts the rows.
         notes: What was assumed, and why something is missing.
     """
 
@@ -82,8 +54,8 @@ class Row:
     file_bytes: int
     optimizer_bytes: int
     memory_bytes: int
-    measured: Measured | None
-    paired: Paired | None
+    measured: Mapping[str, Any] | None
+    paired: Mapping[str, Any] | None
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,62 +69,54 @@ def compare(paths: Sequence[Path]) -> list[Row]:
     Raises:
         LoraSentimentError: If one is neither, or its base's shape is not known.
     """
-    rows = [_row(path) for path in paths]
+    rows = [_make_row(path) for path in paths]
     return [*rows[:1], *(_pair(row, rows[0]) for row in rows[1:])]
 
 
-def _row(path: Path) -> Row:
+def _make_row(path: Path) -> Row:
     """Read one recipe or adapter."""
-    notes: list[str] = []
-    folder: Path | None
+    recipe, folder, notes = _find_run(path)
+    num_labels = _num_labels(folder) if folder else None
+    # Not what this machine has, so that the same recipes give the same table everywhere.
+    plan, assumed = plan_recipe(recipe, num_labels, this_machine=False)
+    length = recipe.model.max_length
+    rows = cut_rows(plan, recipe, length=length)
+    memory = estimate_memory(plan, rows=rows, length=length, batch_size=recipe.train.batch_size)
+    finished = folder is not None and (folder / "report.json").is_file()
+    file_bytes = _file_bytes(folder) if folder and finished else 0
+    base = recipe.model.name
+    if Path(base).is_absolute():
+        base = Path(base).name
+    return Row(
+        name=recipe.name,
+        folder=folder if finished else None,
+        base=base,
+        method=describe(recipe.method, recipe.model.head),
+        quantize=recipe.model.quantize + (", double" if recipe.model.double_quant else ""),
+        counts=count_parameters(make_meta_model(plan.config, recipe.method, recipe.model)),
+        file_bytes=file_bytes or adapter_bytes(plan.config, recipe.method, recipe.model),
+        optimizer_bytes=memory.optimizer,
+        memory_bytes=BASELINE_BYTES + memory.peak,
+        measured=_read_report(folder) if folder and finished else None,
+        paired=None,
+        notes=(*notes, *assumed),
+    )
+
+
+def _find_run(path: Path) -> tuple[Recipe, Path | None, list[str]]:
+    """Return the recipe of a file or adapter folder, the folder of its run where there is one, and notes."""
     if path.is_dir():
         if not (path / "recipe.yaml").is_file():
             raise AdapterError(f"{path}: is no adapter folder of this package (no recipe.yaml)")
-        recipe, folder = Recipe.load(path / "recipe.yaml"), path
-        labels: int | None = _num_labels(path)
-    else:
-        recipe = Recipe.load(path)
-        folder, labels = recipe.folder, len(recipe.data.labels) if recipe.data.labels else None
-        if folder.is_dir() and (reason := _why_other(folder, recipe)):
-            notes.append(reason)
-            folder = None
-    if folder is not None and not (folder / "report.json").is_file():
-        folder = None
-    if folder is not None and labels is None:
-        labels = _num_labels(folder)
-    # Not what this machine has, so that the same recipes give the same table everywhere.
-    facts = look_up(recipe.model, labels, this_machine=False)
-    train = recipe.train
-    plan = make_plan(
-        facts,
-        recipe.method,
-        recipe.model,
-        engine=train.engine,
-        checkpointing=train.gradient_checkpointing,
-    )
-    length = recipe.model.max_length
-    memory = estimate_memory(
-        plan, rows=cut_rows(plan, recipe, length=length), length=length, batch_size=train.batch_size
-    )
-    return Row(
-        name=recipe.name,
-        folder=folder,
-        base=Path(recipe.model.name).name
-        if Path(recipe.model.name).is_absolute()
-        else recipe.model.name,
-        method=describe(recipe.method, recipe.model.head),
-        quantize=recipe.model.quantize + (", double" if recipe.model.double_quant else ""),
-        counts=count_parameters(
-            facts.shape, recipe.method, recipe.model, num_labels=facts.num_labels
-        ),
-        file_bytes=(folder and _file_bytes(folder))
-        or adapter_bytes(facts.shape, recipe.method, num_labels=facts.num_labels),
-        optimizer_bytes=memory.optimizer,
-        memory_bytes=BASELINE_BYTES + memory.peak,
-        measured=_measured(folder) if folder else None,
-        paired=None,
-        notes=(*notes, *facts.assumed),
-    )
+        return Recipe.load(path / "recipe.yaml"), path, []
+    recipe = Recipe.load(path)
+    if not recipe.folder.is_dir():
+        return recipe, None, []
+    reason = _why_other(recipe.folder, recipe)
+    if reason:
+        return recipe, None, [reason]
+    has_report = (recipe.folder / "report.json").is_file()
+    return recipe, recipe.folder if has_report else None, []
 
 
 def _num_labels(folder: Path) -> int:
@@ -168,35 +132,31 @@ def describe(method: Method, head: str) -> str:
     words: list[str] = [method.kind]
     match method:
         case LoraMethod():
+            if method.changes_base:
+                words.append(str(method.init_lora_weights))
             flags = {
                 "DoRA": method.use_dora,
                 "rsLoRA": method.use_rslora,
                 "LoRA+": method.loraplus_lr_ratio,
             }
-            words = [*(name for name, given in flags.items() if given), f"r={method.r}"]
-            words = [
-                method.kind,
-                *([str(method.init_lora_weights)] if method.changes_base else []),
-                *words,
-            ]
+            words += [name for name, given in flags.items() if given]
+            words.append(f"r={method.r}")
+        case UnfreezeMethod() if method.last_layers:
+            words.append(f"last {method.last_layers}")
         case UnfreezeMethod():
-            words.append(
-                f"last {method.last_layers}"
-                if method.last_layers
-                else ",".join(method.patterns or ())
-            )
+            words.append(",".join(method.patterns or ()))
     if isinstance(method, PeftMethod):
         targets = method.target_modules
-        words.append(
-            targets
-            if isinstance(targets, str)
-            else ",".join(name.removesuffix("_lin") for name in targets)
-        )
-    return " ".join([*words, *([f"head {head}"] if head != "full" else [])])
+        if not isinstance(targets, str):
+            targets = ",".join(name.removesuffix("_lin") for name in targets)
+        words.append(targets)
+    if head != "full":
+        words.append(f"head {head}")
+    return " ".join(words)
 
 
 def _why_other(folder: Path, recipe: Recipe) -> str | None:
-    """Return why what stands in a recipe's output folder is not what this recipe makes, or None where it is."""
+    """Return why a recipe's output folder is not what this recipe makes, or None where it is."""
     if not (folder / "recipe.yaml").is_file():
         return f"{folder} holds no run"
     ran = Recipe.load(folder / "recipe.yaml")
@@ -208,58 +168,55 @@ def _why_other(folder: Path, recipe: Recipe) -> str | None:
 def _file_bytes(folder: Path) -> int:
     """Return the size of the weights in an adapter folder; 0 where there are none."""
     names = ("adapter_model.safetensors", "changed.safetensors")
-    return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+    paths = [folder / name for name in names]
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def _measured(folder: Path) -> Measured:
+def _read_report(folder: Path) -> dict[str, Any]:
     """Read what a run measured: on test, else on the last role that was judged."""
     path = folder / "report.json"
     report = read_object(path)
     roles = report_roles(report)
     if not roles:
         raise AdapterError(f"{path}: has no figures of any role; was it written by this package?")
+    role = "test" if "test" in roles else roles[-1]
     try:
-        role = "test" if "test" in roles else roles[-1]
         train = report["train"]
-        return Measured(
-            role=role,
-            accuracy=report[role]["accuracy"],
-            macro_f1=report[role]["macro_f1"],
-            seconds=train["seconds"],
-            tokens_per_second=train["tokens_per_second"],
-            peak_memory_bytes=train["peak_memory_bytes"],
-        )
+        return {
+            "role": role,
+            "accuracy": report[role]["accuracy"],
+            "macro_f1": report[role]["macro_f1"],
+            "seconds": train["seconds"],
+            "tokens_per_second": train["tokens_per_second"],
+            "peak_memory_bytes": train["peak_memory_bytes"],
+        }
     except (KeyError, TypeError) as error:
         raise AdapterError(f"{path}: has no {error}; was it written by this package?") from error
 
 
 def _pair(row: Row, first: Row) -> Row:
-    """Hold a row against the first on the rows that both were judged on, where they are the same."""
+    """Compare a row with the first on the rows that both were judged on, where they are the same."""
     if not (row.measured and row.folder and first.measured and first.folder):
         return row
-    # numpy and scipy, only where there is something to compute.
-    from lora_sentiment.adapter.predictions import load_predictions
-    from lora_sentiment.evaluation.statistics import mcnemar, paired_bootstrap
-
-    role = row.measured.role
-    own, other = (load_predictions(folder).get(role) for folder in (row.folder, first.folder))
+    role = row.measured["role"]
+    own = load_predictions(row.folder).get(role)
+    other = load_predictions(first.folder).get(role)
     if own is None or other is None:
-        return replace(
-            row,
-            notes=(*row.notes, f"not paired with {first.name}: no predictions of {role} in both"),
-        )
+        note = f"not paired with {first.name}: no predictions of {role} in both"
+        return replace(row, notes=(*row.notes, note))
     if own.fingerprint != other.fingerprint:
-        return replace(
-            row, notes=(*row.notes, f"not paired with {first.name}: judged on other rows")
-        )
-    difference = paired_bootstrap(own.correct, other.correct).as_dict()
-    return replace(
-        row, paired=Paired(difference, mcnemar(own.correct, other.correct), len(own.correct))
-    )
+        note = f"not paired with {first.name}: judged on other rows"
+        return replace(row, notes=(*row.notes, note))
+    paired = {
+        "difference": paired_bootstrap(own.correct, other.correct).as_dict(),
+        "mcnemar": mcnemar(own.correct, other.correct),
+        "num_rows": len(own.correct),
+    }
+    return replace(row, paired=paired)
 
 
 def make_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Return the table by column: heading to cells; columns that say nothing of any row are left out."""
+    """Return the table by column: heading to cells. Columns without a value are left out."""
     columns = {
         "name": [row.name for row in rows],
         "base": [row.base for row in rows],
@@ -273,8 +230,10 @@ def make_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "file": [_megabytes(row.file_bytes) for row in rows],
         "optimizer": [_megabytes(row.optimizer_bytes) for row in rows],
         "memory, est.": [_gibibytes(row.memory_bytes) for row in rows],
-        **_measured_columns(rows),
     }
+    measured = [_measured_cells(row) for row in rows]
+    for heading in measured[0]:
+        columns[heading] = [cells[heading] for cells in measured]
     if len(set(columns["base"])) == 1 and len(rows) > 1:
         del columns["base"]
     if set(columns["quantize"]) == {"none"}:
@@ -282,43 +241,40 @@ def make_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     return {heading: cells for heading, cells in columns.items() if any(cells)}
 
 
-def _measured_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    def cells(show: Any) -> list[str]:
-        return [show(row.measured) if row.measured else "" for row in rows]
-
-    return {
-        "accuracy": cells(lambda found: _percent(found.accuracy)),
-        "macro-F1": cells(lambda found: _percent(found.macro_f1)),
-        "time": cells(lambda found: _time(found.seconds)),
-        "tokens/s": cells(lambda found: f"{found.tokens_per_second:,.0f}"),
-        "memory": cells(lambda found: _gibibytes(found.peak_memory_bytes)),
-        "against the first": [
-            f"{_percent(row.paired.difference, sign='+')}, p={row.paired.mcnemar:.2g}"
-            if row.paired
-            else ""
-            for row in rows
-        ],
-    }
+def _measured_cells(row: Row) -> dict[str, str]:
+    """Return a row's cells of what its run measured, by heading; empty where it has not run."""
+    headings = ("accuracy", "macro-F1", "time", "tokens/s", "memory", "against the first")
+    cells = dict.fromkeys(headings, "")
+    if row.measured:
+        cells["accuracy"] = _percent(row.measured["accuracy"])
+        cells["macro-F1"] = _percent(row.measured["macro_f1"])
+        cells["time"] = _time(row.measured["seconds"])
+        cells["tokens/s"] = f"{row.measured['tokens_per_second']:,.0f}"
+        cells["memory"] = _gibibytes(row.measured["peak_memory_bytes"])
+    if row.paired:
+        difference = _percent(row.paired["difference"], sign="+")
+        cells["against the first"] = f"{difference}, p={row.paired['mcnemar']:.2g}"
+    return cells
 
 
 def make_notes(rows: Sequence[Row]) -> list[str]:
     """Return what a reader of the table must know, each with the rows that it is of."""
-    notes: dict[str, list[str]] = {}
+    names_by_note: dict[str, list[str]] = {}
     for row in rows:
         for note in row.notes:
-            notes.setdefault(note, []).append(row.name)
-    lines = [
-        f"{'all' if len(names) == len(rows) else ', '.join(names)}: {note}"
-        for note, names in notes.items()
-    ]
+            names_by_note.setdefault(note, []).append(row.name)
+    lines = []
     if len({row.base for row in rows}) == 1 and len(rows) > 1:
-        lines.insert(0, f"base: {rows[0].base}")
+        lines.append(f"base: {rows[0].base}")
+    for note, names in names_by_note.items():
+        who = "all" if len(names) == len(rows) else ", ".join(names)
+        lines.append(f"{who}: {note}")
     lines.append(
         f"memory, est.: most in use at the recipe's longest length, {BASELINE_BYTES / 2**20:,.0f} MiB of interpreter "
         "and imports included; glibc keeps freed buffers on top (see lora-sentiment estimate)"
     )
-    if measured := [row.measured for row in rows if row.measured]:
-        roles = ", ".join(sorted({found.role for found in measured}))
+    roles = _measured_roles(rows)
+    if roles:
         lines.append(
             f"accuracy and macro-F1 on {roles} in %, brackets hold 95 % intervals of one run over its rows"
         )
@@ -327,6 +283,10 @@ def make_notes(rows: Sequence[Row]) -> list[str]:
             f"against the first: accuracy minus that of {rows[0].name} on the same rows, paired; p by McNemar"
         )
     return lines
+
+
+def _measured_roles(rows: Sequence[Row]) -> str:
+    return ", ".join(sorted({row.measured["role"] for row in rows if row.measured}))
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -346,36 +306,28 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
         RecipeError: If none ran.
     """
-    ran = [
-        (row, row.measured)
-        for row in rows
-        if row.measured and row.measured.accuracy["value"] is not None
-    ]
-    if not ran:
+    # matplotlib, only where there is something to draw.
+    from lora_sentiment.training.plots import ParetoPoint, plot_pareto
+
+    points = []
+    for row in rows:
+        if row.measured and row.measured["accuracy"]["value"] is not None:
+            accuracy = row.measured["accuracy"]
+            point = ParetoPoint(
+                name=row.name,
+                trainable=row.counts.trainable,
+                accuracy=accuracy["value"],
+                low=accuracy["low"],
+                high=accuracy["high"],
+                memory_bytes=row.measured["peak_memory_bytes"],
+            )
+            points.append(point)
+    if not points:
         raise RecipeError(
             "--plot: none of these has a report.json, so there is no accuracy to draw; train one first"
         )
-    from lora_sentiment.training.plots import ParetoPoint, plot_pareto
-
-    points = [
-        ParetoPoint(
-            name=row.name,
-            trainable=row.counts.trainable,
-            accuracy=found.accuracy["value"],
-            low=found.accuracy["low"],
-            high=found.accuracy["high"],
-            memory_bytes=found.peak_memory_bytes,
-        )
-        for row, found in ran
-    ]
-    roles = ", ".join(sorted({found.role for _, found in ran}))
-    plot_pareto(
-        points, path, title=f"Trained parameters and accuracy on {roles} (area: peak memory)"
-    )
-
-
-LEFT = ("name", "base", "method", "quantize")
-"""Columns of words."""
+    title = f"Trained parameters and accuracy on {_measured_roles(rows)} (area: peak memory)"
+    plot_pareto(points, path, title=title)
 
 
 def _count(count: int) -> str:

@@ -8,16 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
 import yaml
+from transformers import AutoConfig
 
-from lora_sentiment.commands.estimate import BASELINE_BYTES, Facts, cut_rows, make_plan
+from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows
 from lora_sentiment.hub import ask_hub, without_login
-from lora_sentiment.models.families import Shape
-from lora_sentiment.models.memory import estimate_memory
-from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.families import DISTILBERT
+from lora_sentiment.models.load import DTYPES
+from lora_sentiment.models.memory import Plan, estimate_memory
 from lora_sentiment.recipe.recipe import Recipe
 
 MAIN_RECIPE = {
@@ -218,10 +219,14 @@ def _main_memory(device: Mapping[str, Any]) -> int:
     """Estimate the bytes that the main recipe holds on a device, without looking for its base."""
     recipe = Recipe.model_validate(MAIN_RECIPE)
     kind = device["kind"].partition(":")[0]
-    size = 4 if device["auto"] == "float32" else 2
-    counted: Literal["cpu", "cuda"] = "cuda" if kind == "cuda" else "cpu"
-    facts = Facts(Shape(vocab_size=30522), {}, 2, size, inference_tokens(kind), (), counted)
-    plan = make_plan(facts, recipe.method, recipe.model, engine="auto", checkpointing=False)
+    plan = Plan(
+        AutoConfig.for_model(DISTILBERT.model_type),
+        recipe.method,
+        recipe.model,
+        dtype=DTYPES[device["auto"]],
+        device="cuda" if kind == "cuda" else "cpu",
+        cuda_graphs=True,
+    )
     length = recipe.model.max_length
     # Micro-batches on a GPU are as large as its free memory allows.
     rows = cut_rows(plan, recipe, length=length, budget=device.get("free_bytes"))

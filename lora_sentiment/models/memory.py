@@ -261,7 +261,7 @@ def _make_run(plan: Plan) -> _Run:
         checkpoint_activations(model)
     fast = plan.engine != "stock" and use_fast_encoder(model, compute_dtype=plan.dtype) is None
     model.eval()
-    own = list(weight_tensors(model))
+    own = [*weight_tensors(model), *model.buffers()]
     with _watch(plan, own), torch.no_grad():
         # The fast engine prepares what it keeps in its first forward pass.
         model(**_make_inputs(plan, model, rows=1, length=8))

@@ -12,7 +12,9 @@ from torch import nn
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.fast.encoder import use_fast_encoder
 from lora_sentiment.models.load import Base, load_base
+from lora_sentiment.models.families import DISTILBERT
 from lora_sentiment.models.memory import Plan, estimate_memory, runs_fast
+from lora_sentiment.models.sizes import weight_tensors
 
 ROUNDS = 5
 """Timed forward passes of each encoder, in turn. One more before them is not timed: libraries set themselves up."""
@@ -89,7 +91,6 @@ def measure_quantisation(
     base: Base,
     plan: Plan,
     *,
-    engine: str,
     cut: Cut,
     input_ids: list[list[int]],
     dtype: torch.dtype,
@@ -100,7 +101,6 @@ def measure_quantisation(
     Args:
         base: The quantised base, not yet wrapped.
         plan: What fixes the memory of the run.
-        engine: The recipe's `train.engine`.
         cut: How the run's largest micro-batch is cut.
         input_ids: One list of ids a text.
         dtype: Compute dtype of the unquantised base.
@@ -108,12 +108,12 @@ def measure_quantisation(
     """
     config = plan.model.model_copy(update={"quantize": "none", "double_quant": False})
     with torch.random.fork_rng(devices=[]):
-        plain = load_base(config, labels=tuple(map(str, range(plan.num_labels))))
+        plain = load_base(config, labels=tuple(map(str, range(plan.config.num_labels))))
     plain.model.to(device, dtype)
-    fast = runs_fast(plan.method, config, engine=engine)
-    if fast:
+    unquantised_plan = replace(plan, model=config)
+    if runs_fast(unquantised_plan):
         use_fast_encoder(plain.model, compute_dtype=dtype)
-    encoders = [loaded.model.get_submodule("distilbert").eval() for loaded in (plain, base)]
+    encoders = [loaded.model.get_submodule(DISTILBERT.encoder).eval() for loaded in (plain, base)]
     for parameter in encoders[1].parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(
@@ -137,7 +137,7 @@ def measure_quantisation(
         base_bytes=_bytes(encoders[1]),
         unquantised_bytes=_bytes(encoders[0]),
         peak_bytes=_peak(plan, cut),
-        unquantised_peak_bytes=_peak(replace(plan, model=config, fast=fast), cut),
+        unquantised_peak_bytes=_peak(unquantised_plan, cut),
         forward_time_ratio=ratio,
         cls_relative_difference=float((quantised - unquantised).norm() / unquantised.norm()),
     )
@@ -178,17 +178,7 @@ def _encode(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) ->
 
 def _bytes(encoder: nn.Module) -> int:
     """Count the bytes of an encoder's tensors, bitsandbytes' scales included."""
-    tensors = list(encoder.parameters())
-    for module in encoder.modules():
-        weight = getattr(module, "weight", None)
-        # 8 bits: the scales stand in the module's state once it ran; 4 bits: in the weight's, nested where doubled.
-        scales = [getattr(getattr(module, "state", None), "SCB", None)]
-        state = getattr(weight, "quant_state", None)
-        while state is not None:
-            scales += [state.absmax, state.code]
-            state = state.state2
-        tensors += [scale for scale in scales if scale is not None]
-    return sum(_held_bytes(tensor) for tensor in tensors)
+    return sum(_held_bytes(tensor) for tensor in weight_tensors(encoder))
 
 
 def _held_bytes(tensor: torch.Tensor) -> int:

@@ -76,9 +76,8 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 
 
 def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield all parameters and buffers of a model, and the scales that bitsandbytes keeps beside its weights."""
+    """Yield all parameters of a model, and the scales that bitsandbytes keeps beside its weights."""
     yield from model.parameters()
-    yield from model.buffers()
     for module in model.modules():
         # 8 bits: the scales are in the module's state once it ran, before in the weight. 4 bits: in the weight's state,
         # which has a state of its own where the scales are quantised too.

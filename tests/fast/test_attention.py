@@ -116,11 +116,10 @@ def test_a_probe_runs_without_cudnn(base, backends):
 
 def test_measuring_quantisation_runs_without_cudnn(base, tiny_base, backends):
     config = ModelConfig(name=str(tiny_base), max_length=16, dtype="float32")
-    plan = Plan(base.shape, LoraMethod(), config, num_labels=2, evaluation_tokens=1024, fast=False)
+    plan = Plan(base.config, LoraMethod(), config, engine="stock")
     measure_quantisation(
         base,
         plan,
-        engine="stock",
         cut=Cut(rows=2, length=16, batch_size=2),
         input_ids=[[2, 5, 6, 3], [2, 9, 3]],
         dtype=torch.float32,

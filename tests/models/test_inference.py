@@ -5,18 +5,18 @@ from accelerate import PartialState
 from lora_sentiment.data.batches import Encoded, TextEncoder, pad
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.fast.encoder import use_fast_encoder
-from lora_sentiment.models import inference, parameters
+from lora_sentiment.models import inference, token_limits
 from lora_sentiment.models.engine import compute_logits
 from lora_sentiment.models.inference import make_engine, predict_logits
 from lora_sentiment.models.load import load_base
-from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.token_limits import inference_tokens
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training.processes import make_accelerator
 from tests.conftest import toy_rows
 
 
 def test_sorted_batches_give_each_rows_own_logits_in_order(tiny_base, monkeypatch):
-    monkeypatch.setattr(parameters, "CPU_INFERENCE_TOKENS", 40)
+    monkeypatch.setattr(token_limits, "CPU_INFERENCE_TOKENS", 40)
     torch.manual_seed(0)
     base = load_base(ModelConfig(name=str(tiny_base), max_length=16), labels=("no", "yes"))
     texts = [text for text, _ in toy_rows(23)]
@@ -44,7 +44,7 @@ def shapes_taken(model):
 
 
 def test_a_cpu_is_given_no_more_than_it_takes_at_once(tiny_base, monkeypatch):
-    monkeypatch.setattr(parameters, "CPU_INFERENCE_TOKENS", 40)
+    monkeypatch.setattr(token_limits, "CPU_INFERENCE_TOKENS", 40)
     torch.manual_seed(0)
     base = load_base(ModelConfig(name=str(tiny_base), max_length=64), labels=("no", "yes"))
     lengths = np.array([13, 3, 16, 4, 50, 8])
@@ -66,7 +66,7 @@ def test_a_cpu_is_given_no_more_than_it_takes_at_once(tiny_base, monkeypatch):
 
 
 def test_packed_rows_give_the_logits_of_padded_ones_in_the_rows_order(tiny_base, monkeypatch):
-    monkeypatch.setattr(parameters, "CPU_INFERENCE_TOKENS", 40)
+    monkeypatch.setattr(token_limits, "CPU_INFERENCE_TOKENS", 40)
     torch.manual_seed(0)
     model = load_base(
         ModelConfig(name=str(tiny_base), max_length=64), labels=("no", "yes")

@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, DistilBertForSequenceClassification
 
-from lora_sentiment.commands.estimate import look_up
 from lora_sentiment.errors import ModelError
 from lora_sentiment.models import load as base_module
 from lora_sentiment.models.load import (
     check_base,
     encoder_tensors,
+    find_config,
     hash_tensors,
     hash_tokenizer,
     load_base,
@@ -35,7 +35,7 @@ def test_a_base_is_loaded_in_fp32_with_a_new_head_and_the_labels(tiny_base):
     assert base.new_head
     assert {p.dtype for p in base.model.parameters()} == {torch.float32}
     assert base.model.config.id2label == {0: "no", 1: "yes"}
-    assert base.shape.dim == 32
+    assert base.config.dim == 32
 
 
 def test_the_hash_is_of_values_not_of_storage(tiny_base, tmp_path):
@@ -154,7 +154,7 @@ def test_a_relative_folder_is_recorded_whole(tiny_base, monkeypatch):
 def test_a_base_in_ones_home_is_found(tiny_base, monkeypatch):
     monkeypatch.setenv("HOME", str(tiny_base.parent))
     assert load_base(config(f"~/{tiny_base.name}"), labels=LABELS).name == str(tiny_base)
-    assert look_up(config(f"~/{tiny_base.name}"), 2).shape.dim == 32
+    assert find_config(config(f"~/{tiny_base.name}")).dim == 32
     with pytest.raises(ModelError, match="'~/nothing': no such folder"):
         check_base(config("~/nothing"))
 

@@ -28,11 +28,10 @@ def wide_base(tiny_base, tmp_path_factory):
 def test_a_quantised_base_is_smaller_and_near(wide_base, quantize, most):
     config = ModelConfig(name=str(wide_base), max_length=16, quantize=quantize, dtype="float32")
     base = load_base(config, labels=("a", "b"))
-    plan = Plan(base.shape, LoraMethod(), config, num_labels=2, evaluation_tokens=1024, fast=False)
+    plan = Plan(base.config, LoraMethod(), config)
     found = measure_quantisation(
         base,
         plan,
-        engine="auto",
         cut=Cut(rows=1000, length=16, batch_size=2000),
         input_ids=IDS,
         dtype=torch.float32,

@@ -18,10 +18,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from transformers import DistilBertConfig
+
 from lora_sentiment.data.batches import cut, plan_epoch, shard
 from lora_sentiment.fast.encoder import use_fast_encoder, use_stock_encoder
-from lora_sentiment.models.families import Shape
-from lora_sentiment.models.parameters import micro_batch_tokens
+from lora_sentiment.models.token_limits import micro_batch_tokens
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
 from tests.fast.test_encoder import (
@@ -254,7 +255,7 @@ def test_an_epoch_is_padded_by_so_many_tokens(
         for part in cut(
             step,
             lengths,
-            max_tokens=micro_batch_tokens(Shape(), max_length=longest, element_bytes=4),
+            max_tokens=micro_batch_tokens(DistilBertConfig(), max_length=longest, element_bytes=4),
         )
     ]
     found = sum(len(part) * int(lengths[part].max()) for part in parts)
