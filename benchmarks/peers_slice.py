@@ -393,7 +393,9 @@ def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) ->
     )
     steps = len(job.batches)
     model = make_trainable(base, method, config, dtype=dtype, num_steps=steps).to(device)
-    max_tokens = micro_batch_tokens(base.config, max_length=job.length, element_bytes=dtype.itemsize)
+    max_tokens = micro_batch_tokens(
+        base.config, max_length=job.length, element_bytes=dtype.itemsize
+    )
     if variant.lever == "micro-batches":
         max_tokens = 2**62
     if variant.lever != "the fast encoder":

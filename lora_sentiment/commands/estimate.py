@@ -319,11 +319,11 @@ def _judge_budget(estimate: Estimate, budget: int) -> str:
     if on_gpu:
         within = f"{_mebibytes(estimate.resident)} MiB of the {usable} MiB to plan with"
     if estimate.fits and on_gpu:
-        return (
-            f"fits: {within}, in micro-batches of {longest.rows} rows of {longest.length} tokens"
-        )
+        return f"fits: {within}, in micro-batches of {longest.rows} rows of {longest.length} tokens"
     if estimate.fits:
-        return f"fits: {within}; the largest cut that does is train.max_tokens_per_micro_batch={most}"
+        return (
+            f"fits: {within}; the largest cut that does is train.max_tokens_per_micro_batch={most}"
+        )
     if not most:
         return (
             f"does not fit: {within}, and no single row of {longest.length} tokens does; lower model.max_length, "

@@ -295,6 +295,8 @@ def bitsandbytes_config(config: ModelConfig, *, dtype: torch.dtype) -> BitsAndBy
         config: The recipe's `model` section, whose `quantize` is not `none`.
         dtype: Compute dtype of 4-bit linears.
     """
+    # It warns at every layer and call that int8 products round their input to fp16. That is the meaning of int8.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     bits: dict[str, Any] = {"load_in_8bit": True}
     if config.quantize != "int8":
         bits = {
@@ -310,8 +312,6 @@ def _quantise(
     plain: nn.Module, config: ModelConfig, found: Any, where: dict[str, Any], device: torch.device
 ) -> nn.Module:
     """Load the checkpoint once more with its encoder's linears quantised, and give it the head of `plain`."""
-    # It warns at every layer and call that int8 products round their input to fp16, which is what int8 means.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with quiet(), _Explain(config), torch.random.fork_rng(devices=[]):
         model = AutoModelForSequenceClassification.from_pretrained(
             config.place,

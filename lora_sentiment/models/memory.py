@@ -374,7 +374,9 @@ def _make_inputs(plan: Plan, model: nn.Module, *, rows: int, length: int) -> dic
 
 def _prepared_tensors(model: nn.Module) -> list[Tensor]:
     """Return the copies of frozen weights that the fast forward pass keeps."""
-    forwards = [getattr(vars(module).get("forward"), "__self__", None) for module in model.modules()]
+    forwards = [
+        getattr(vars(module).get("forward"), "__self__", None) for module in model.modules()
+    ]
     return [
         ready.stacked
         for forward in forwards

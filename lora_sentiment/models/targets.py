@@ -41,9 +41,7 @@ def find_targets(model: nn.Module, method: PeftMethod) -> dict[str, nn.Linear]:
     config.target_modules = wanted
     config.layers_to_transform = list(layers) if layers else None
     targets = {
-        name: linear
-        for name, linear in linears.items()
-        if check_target_module_exists(config, name)
+        name: linear for name, linear in linears.items() if check_target_module_exists(config, name)
     }
     if not targets:
         raise ModelError(

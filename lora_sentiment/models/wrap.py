@@ -137,7 +137,10 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
         fields["layers_to_transform"] = list(fields["layers_to_transform"])
     match method:
         case LoraMethod():
-            for field, default in (("rank_pattern", method.r), ("alpha_pattern", method.lora_alpha)):
+            for field, default in (
+                ("rank_pattern", method.r),
+                ("alpha_pattern", method.lora_alpha),
+            ):
                 values = resolve_pattern(fields[field], field, targets)
                 fields[field] = {
                     name: values[name] for name in targets if values.get(name, default) != default

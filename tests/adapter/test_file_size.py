@@ -2,13 +2,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from lora_sentiment.adapter.file_size import adapter_bytes, saved_shapes
 from lora_sentiment.adapter.weights import (
     CHANGED_WEIGHTS,
     PEFT_WEIGHTS,
     save_as_plain_lora,
     save_weights,
 )
-from lora_sentiment.models.file_size import adapter_bytes, saved_tensors
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.wrap import make_head_dense, make_trainable
 from lora_sentiment.recipe.method import METHODS
@@ -53,5 +53,5 @@ def test_names_shapes_and_bytes_are_those_of_a_saved_adapter(tiny_base, tmp_path
     )
     with safe_open(file, framework="pt") as opened:
         found = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
-    assert saved_tensors(base.shape, section, num_labels=len(LABELS)) == found
-    assert adapter_bytes(base.shape, section, num_labels=len(LABELS)) == file.stat().st_size
+    assert saved_shapes(base.config, section, config) == found
+    assert adapter_bytes(base.config, section, config) == file.stat().st_size

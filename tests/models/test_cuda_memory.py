@@ -35,11 +35,11 @@ def make_plan(method, *, dtype="bfloat16", quantize="none", engine="auto"):
     )
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "activations", "step", "evaluation"), CASES, ids=str
-)
+@pytest.mark.parametrize(("method", "options", "activations", "step", "evaluation"), CASES, ids=str)
 def test_a_gpu_holds_what_the_real_code_held(method, options, activations, step, evaluation):
-    memory = estimate_memory(make_plan(method, **options), rows=ROWS, length=LENGTH, batch_size=ROWS)
+    memory = estimate_memory(
+        make_plan(method, **options), rows=ROWS, length=LENGTH, batch_size=ROWS
+    )
     between = memory.weights + memory.kept + memory.optimizer + memory.fixed
     assert memory.activations / 2**20 == pytest.approx(activations, rel=0.05, abs=2)
     assert (memory.activations + memory.workspace) / 2**20 == pytest.approx(step, rel=0.13)

@@ -201,6 +201,11 @@ def test_a_quantised_base_is_loaded_beside_the_plain_one(tiny_base):
     _, plan = make(tiny_base, LORA, quantize="nf4")
     held = estimate_memory(plan, rows=1, length=8, batch_size=1)
     plain = replace(plan, model=plan.model.model_copy(update={"quantize": "none"}), engine="stock")
-    assert held.loading > held.weights + estimate_memory(
-        replace(plain, method=METHODS["full"](kind="full")), rows=1, length=8, batch_size=1
-    ).weights - 4096
+    assert (
+        held.loading
+        > held.weights
+        + estimate_memory(
+            replace(plain, method=METHODS["full"](kind="full")), rows=1, length=8, batch_size=1
+        ).weights
+        - 4096
+    )
