@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_sentiment.fast import fused
 from lora_sentiment.fast.encoder import (
     checkpoint_activations,
     takes_packed_rows,
     use_fast_encoder,
 )
-from lora_sentiment.fast import fused
 from lora_sentiment.models.families import FP32
 from lora_sentiment.models.sizes import count_parameters, make_meta_model, weight_tensors
 from lora_sentiment.models.token_limits import inference_tokens

@@ -11,8 +11,8 @@ from torch import nn
 
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.fast.encoder import use_fast_encoder
-from lora_sentiment.models.load import Base, load_base
 from lora_sentiment.models.families import DISTILBERT
+from lora_sentiment.models.load import Base, load_base
 from lora_sentiment.models.memory import Plan, estimate_memory, runs_fast
 from lora_sentiment.models.sizes import weight_tensors
 

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from tests.models.cuda_stand_ins import cuda_stand_ins
 
 from lora_sentiment.commands.estimate import (
     BASELINE_BYTES,
@@ -21,6 +20,7 @@ from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.token_limits import micro_batch_tokens
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.recipe import Recipe
+from tests.models.cuda_stand_ins import cuda_stand_ins
 
 PUBLIC = "distilbert/distilbert-base-uncased"
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.cuda_stand_ins import cuda_stand_ins
 from transformers import DistilBertConfig
 
 from lora_sentiment.models.memory import CUBLAS_BYTES, CUDA_SHARE, Plan, estimate_memory
 from lora_sentiment.recipe.method import METHODS
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training import micro_batch
+from tests.models.cuda_stand_ins import cuda_stand_ins
 
 CASES = json.loads(Path(__file__).with_name("cuda_memory.json").read_text(encoding="utf-8"))
 ROWS, LENGTH = 16, 512

@@ -193,7 +193,7 @@ def test_checkpointing_keeps_one_block_and_the_inputs(tiny_base, engine):
         estimate_memory(replace(plan, checkpointing=on), rows=ROWS, length=LENGTH, batch_size=ROWS)
         for on in (False, True)
     ]
-    assert held[1].step < held[0].step
+    assert held[1].step <= held[0].step
     assert held[1].activations < held[0].activations / 2
 
 

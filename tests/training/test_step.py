@@ -17,7 +17,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-
 from transformers import DistilBertConfig
 
 from lora_sentiment.data.batches import cut, plan_epoch, shard
