@@ -1,9 +1,8 @@
 """Answer requests: choose the adapter, tokenise the texts, queue them, and turn logits into labels and scores."""
 
 import asyncio
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from lora_sentiment.commands.explain import find_words, leave_each_out
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.cleaning import clean_text
-from lora_sentiment.serve.batching import STOPPED, Ids, Queue, call_in_thread
+from lora_sentiment.serve.batching import Ids, Queue, call_in_thread
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import (
     AnyRequest,
@@ -68,7 +67,6 @@ class Answerer:
         self._pool, self._queue, self._limits, self._metrics = pool, queue, limits, metrics
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenise")
         self._waiting_characters = 0
-        self._lock = threading.Lock()
 
     async def answer(self, request: AnyRequest) -> AnyResponse:
         """Answer a request of either form.
@@ -160,8 +158,6 @@ class Answerer:
                 "try again later",
                 headers={"Retry-After": str(self._queue.estimate_wait())},
             )
-        cancelled = threading.Event()
-        self._change_waiting(num_characters)
         tokenise = partial(
             tokenise_texts,
             adapter,
@@ -169,19 +165,14 @@ class Answerer:
             max_words=limits.max_explained_words if explain else None,
             truncate=limits.on_long == "truncate" if truncate is None else truncate,
             direction=direction,
-            is_stopped=lambda: cancelled.is_set() or self._queue.abandoned,
         )
-        work = self._threads.submit(call_in_thread, tokenise)
-        # The thread may go on for a while after its request is cancelled. It counts until it ends.
-        work.add_done_callback(lambda _: self._change_waiting(-num_characters))
+        self._waiting_characters += num_characters
         try:
-            return await asyncio.wrap_future(work)
+            # If this is cancelled, work that has not begun never does.
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, call_in_thread, tokenise)
         finally:
-            cancelled.set()
-
-    def _change_waiting(self, by: int) -> None:
-        with self._lock:
-            self._waiting_characters += by
+            self._waiting_characters -= num_characters
 
     async def _compute(
         self, adapter: "LoadedAdapter", texts: Sequence[TokenisedText]
@@ -226,7 +217,6 @@ def tokenise_texts(
     max_words: int | None = None,
     truncate: bool = True,
     direction: str | None = None,
-    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[TokenisedText]:
     """Clean, tokenise, truncate and frame texts as `Classifier.probabilities` does.
 
@@ -236,18 +226,14 @@ def tokenise_texts(
         max_words: Make the inputs of explanations, for texts of at most so many words; None makes none.
         truncate: Whether a longer text is cut or refused.
         direction: `right` keeps the first tokens of a longer text, `left` the last; None cuts as in training.
-        is_stopped: Called before each text.
 
     Raises:
-        RefusalError: `TooLarge` for a text that is too long to be explained, or to be answered without truncation;
-            `Unhealthy` if `is_stopped` returns true.
+        RefusalError: For a text that is too long to be explained, or to be answered without truncation.
     """
     encoder = adapter.encoder
     tokenised = []
     num_characters = 0
     for place, text in enumerate(texts):
-        if is_stopped():
-            raise RefusalError("Unhealthy", STOPPED)
         if adapter.clean:
             text = clean_text(text, Counter())
         words = []
