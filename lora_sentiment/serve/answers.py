@@ -64,7 +64,10 @@ class Answerer:
     """Answers requests with the adapters of a pool."""
 
     def __init__(self, pool: "Pool", queue: Queue, *, limits: Limits, metrics: Metrics) -> None:
-        self._pool, self._queue, self._limits, self._metrics = pool, queue, limits, metrics
+        self._pool = pool
+        self._queue = queue
+        self._limits = limits
+        self._metrics = metrics
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenise")
         self._waiting_characters = 0
 

@@ -105,7 +105,9 @@ class Server(uvicorn.Server):
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._pool = pool
         self._app: FastAPI = make_app(pool, config)
-        self._bound, self._limits, self._announce = bound, config.limits, announce
+        self._bound = bound
+        self._limits = config.limits
+        self._announce = announce
         self._stopped_at = 0.0
         # A body that is still arriving may use its own time before its request is refused.
         stop_seconds = math.ceil(max(self._limits.stop_seconds, self._limits.body_seconds)) + 1
@@ -160,7 +162,8 @@ class Server(uvicorn.Server):
         """
         now = time.monotonic()
         if not self.should_exit:
-            self.should_exit, self._stopped_at = True, now
+            self.should_exit = True
+            self._stopped_at = now
         elif now - self._stopped_at > SAME_SIGNAL_SECONDS:
             # A signal handler runs between any two lines of the loop's work, so the loop makes the call.
             self._loop.call_soon_threadsafe(self._app.state.queue.abandon)
@@ -199,7 +202,8 @@ class _LimitedProtocol(H11Protocol):
         is_answering = self.cycle is not None and not self.cycle.response_complete
         is_busy = is_answering and not self.flow.write_paused
         if is_busy or self.cycle is not self._idle_cycle:
-            self._idle_cycle, self._idle_since = self.cycle, now
+            self._idle_cycle = self.cycle
+            self._idle_since = now
             return
         seconds = self._limits.header_seconds
         if now - self._idle_since < seconds:
