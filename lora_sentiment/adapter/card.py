@@ -42,7 +42,7 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         "adapter.md",
         metadata=_make_metadata(name, card, report, is_peft=is_peft),
         name=name,
-        warning=f"> **{bundled.describe(card.offline)}.**\n\n" if card.offline else "",
+        warning=f"> **{card.offline}.**\n\n" if card.offline else "",
         labels=_quote(card.labels),
         label_names=", ".join(card.labels),
         method=card.method.kind,

@@ -25,7 +25,7 @@ from lora_sentiment.adapter.weights import (
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.files import hash_file, write_json
-from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
+from lora_sentiment.hub import is_hub_name, prepare_hub
 from lora_sentiment.models.load import Base, check_length, hash_tokenizer, load_base
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
@@ -96,8 +96,8 @@ class Card(Section):
     """File name to SHA-256, of every file that decides an answer."""
     data: DataRecord
     """The rows of training."""
-    offline: dict[str, str] | None = None
-    """If no Hub answered and bundled parts were used: the replaced recipe keys, and the reason."""
+    offline: str | dict[str, str] | None = None
+    """Bundled parts that were used because no Hub answered. Older versions wrote a mapping."""
     calibration: dict[str, float] | None
     """Temperature fitted on validation, or null."""
     versions: dict[str, str]
@@ -148,7 +148,7 @@ def save(
     trained: Probe,
     tolerance: float,
     calibration: dict[str, float] | None = None,
-    stand_in: dict[str, str] | None = None,
+    offline: str | None = None,
 ) -> Card:
     """Write weights, tokenizer and card. Rebuild the model from the files and compare it with the trained one.
 
@@ -167,7 +167,7 @@ def save(
         tolerance: Largest difference between a logit of the trained and of the rebuilt model, in units of
             max(1, largest logit). It allows for rounding of the compute dtype.
         calibration: Temperature fitted on validation, or None.
-        stand_in: The replaced recipe keys, if bundled parts were used.
+        offline: The sentence of `resolve_offline`, or None.
 
     Returns:
         The card that was written.
@@ -221,7 +221,7 @@ def save(
         tokenizer_sha256=hash_tokenizer(base.tokenizer),
         files={path.name: hash_file(path) for path in decisive},
         data=data,
-        offline=stand_in,
+        offline=offline,
         calibration=calibration,
         versions={name: version(name) for name in PACKAGES},
         machine=machine,
@@ -294,7 +294,7 @@ def load(
 
 def _load_recorded_base(config: ModelConfig, card: Card, device: torch.device | None) -> Base:
     if is_hub_name(config.place):
-        ask_or_rely_on_cache()
+        prepare_hub()
     try:
         return load_base(config, labels=tuple(card.labels), device=device)
     except ModelError as error:

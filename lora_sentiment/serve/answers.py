@@ -25,7 +25,7 @@ from lora_sentiment.serve.messages import (
     TeiRequest,
 )
 from lora_sentiment.serve.metrics import Metrics
-from lora_sentiment.tasks.probabilities import softmax
+from lora_sentiment.tasks.single_label import softmax
 
 if TYPE_CHECKING:
     from lora_sentiment.serve.pool import Pool, Served

@@ -33,8 +33,8 @@ from lora_sentiment.models.wrap import (
 )
 from lora_sentiment.recipe.method import Method
 from lora_sentiment.recipe.train import TrainConfig
-from lora_sentiment.tasks.losses import loss_sum, make_class_weights, total_weight
 from lora_sentiment.tasks.metrics import METRICS, quick_score
+from lora_sentiment.tasks.single_label import loss_sum, make_class_weights, total_weight
 from lora_sentiment.training.backward import Backward, PackedBackward, PaddedBackward
 from lora_sentiment.training.checkpoint import (
     Checkpoint,
