@@ -324,7 +324,7 @@ def _load_stock_peft(
 ) -> Classifier:
     from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
     from lora_sentiment.adapter.weights import PEFT_WEIGHTS, rebuild_stock
-    from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
+    from lora_sentiment.hub import is_hub_name, prepare_hub
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
@@ -347,7 +347,7 @@ def _load_stock_peft(
     revision = None if base else recorded.revision
     config = ModelConfig(name=name, revision=revision, max_length=max_length or 8, dtype="float32")
     if is_hub_name(config.place):
-        ask_or_rely_on_cache()
+        prepare_hub()
     loaded = load_base(config, labels=tuple(labels))
     max_length = max_length or loaded.shape.max_position_embeddings
     device = join_launch().device

@@ -21,7 +21,7 @@ from torch import nn
 from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
-from lora_sentiment.bundled import StandIn, describe, probe_texts
+from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
@@ -54,7 +54,7 @@ from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History
 from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.micro_batch import choose_max_tokens
-from lora_sentiment.training.offline import settle
+from lora_sentiment.training.offline import resolve_offline
 from lora_sentiment.training.optimizer import count_steps
 from lora_sentiment.training.plots import plot_confusion, plot_training
 from lora_sentiment.training.processes import (
@@ -105,7 +105,7 @@ class _Setup:
     max_tokens: int
     quantisation: Quantisation | None
     loading_peak: int
-    stand_in: StandIn | None
+    offline: str | None
 
 
 @dataclass
@@ -135,9 +135,9 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
     """
     state = join_launch()
     with explain_loss(state):
-        recipe, stand_in = settle(recipe, state)
+        recipe, offline = resolve_offline(recipe)
         with claim(recipe, state) as run_folder, explain_full_disk(run_folder):
-            return _walk(recipe, state, run_folder, stand_in=stand_in, allow_changes=allow_changes)
+            return _walk(recipe, state, run_folder, offline=offline, allow_changes=allow_changes)
 
 
 def _walk(
@@ -145,14 +145,14 @@ def _walk(
     state: PartialState,
     run_folder: Path,
     *,
-    stand_in: StandIn | None,
+    offline: str | None,
     allow_changes: bool,
 ) -> Run:
     """Train, save, judge, publish."""
     accelerator = make_accelerator(
         state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder
     )
-    setup = _set_up(recipe, accelerator, stand_in)
+    setup = _set_up(recipe, accelerator, offline)
     encoded = {
         "train": _encode(setup.data.train, setup, recipe, accelerator),
         "validation": _encode(setup.data.validation, setup, recipe, accelerator),
@@ -183,8 +183,8 @@ def _walk(
         adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
         drop_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
-    if stand_in:
-        log.warning("%s", describe(stand_in))
+    if offline:
+        log.warning("%s", offline)
     accelerator.end_training()
     _refuse_faults(verdict, recipe.folder)
     return Run(recipe.folder, history, report)
@@ -251,7 +251,7 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
     return make_settings(recipe, found, machine=machine, base=config.to_dict())
 
 
-def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) -> _Setup:
+def _set_up(recipe: Recipe, accelerator: Accelerator, offline: str | None) -> _Setup:
     """Load data and base, and make the base trainable on this process's device."""
     device = accelerator.device
     dtype = resolve_dtype(recipe.model.dtype, device)
@@ -291,9 +291,7 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
         engine,
         f"{max_tokens:,}",
     )
-    return _Setup(
-        data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, stand_in
-    )
+    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, offline)
 
 
 def _load_data(recipe: Recipe) -> Data:
@@ -443,7 +441,7 @@ def _save_adapter(
             carved_test_sha256=data.carved_test.fingerprint if data.carved_test else None,
         ),
         machine=describe_machine(setup.dtype, max_tokens=setup.max_tokens),
-        stand_in=setup.stand_in,
+        offline=setup.offline,
         calibration=calibration,
         trained=trained,
         # bf16 keeps eight bits of a value; the rebuilt model is fp32.
@@ -533,7 +531,7 @@ def _save_report(
         engine=setup.engine,
         data=verdict.data,
         quantisation=setup.quantisation,
-        stand_in=setup.stand_in,
+        offline=setup.offline,
         peak_memory_bytes=max(
             setup.loading_peak, peak_memory(next(setup.model.parameters()).device)
         ),

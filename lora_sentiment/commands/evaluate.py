@@ -12,7 +12,7 @@ from lora_sentiment.data.sources import find_source, is_on_hub
 from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.fast.encoder import use_fast_encoder
-from lora_sentiment.hub import ask_or_rely_on_cache
+from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.inference import predict_logits
 from lora_sentiment.models.load import cast_frozen, resolve_dtype
 from lora_sentiment.tasks.metrics import score_calibrated
@@ -86,7 +86,7 @@ def _read(card: Card, source: str | None, split: str) -> Rows:
     """Return the rows of a split: of a source given now, or of the recorded one."""
     config, labels = card.data.config, tuple(card.labels)
     if is_on_hub(source or config.source):
-        ask_or_rely_on_cache()
+        prepare_hub()
     if source is not None:
         # A lone file is what to judge on, whatever split its maker called it.
         given = config.model_copy(update={"source": source, "config": None, "revision": None})

@@ -320,10 +320,10 @@ def _make_runs(trials: Sequence[Trial]) -> list[Trial]:
 def _leave_out_judged(config: DataConfig, *, where: str) -> DataConfig:
     """Return a `data` section that gives the same train and validation, and nothing to judge."""
     from lora_sentiment.data.sources import find_source, is_on_hub
-    from lora_sentiment.hub import ask_or_rely_on_cache
+    from lora_sentiment.hub import prepare_hub
 
     if is_on_hub(config.source):
-        ask_or_rely_on_cache()  # as each run does before its own clients ask
+        prepare_hub()  # as each run does before its own clients ask
     try:
         source = find_source(config)
     except DataError as error:

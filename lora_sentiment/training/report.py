@@ -28,7 +28,7 @@ def make_report(
     engine: str,
     data: "DataReport",
     quantisation: "Quantisation | None",
-    stand_in: Mapping[str, str] | None,
+    offline: str | None,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """Return the report of a finished run.
@@ -41,7 +41,7 @@ def make_report(
         engine: `fast`, or `stock` with the reason.
         data: What the rows of every role look like.
         quantisation: What quantising the base saved and cost, where it was quantised.
-        stand_in: What the recipe asked for and did not get, where the parts that ship stood in.
+        offline: The sentence of `resolve_offline`, or None.
         peak_memory_bytes: Most memory held, in bytes.
     """
     return {
@@ -66,7 +66,7 @@ def make_report(
             "evaluations": [vars(point) for point in history.evaluations],
         },
         **({"quantisation": quantisation.as_dict()} if quantisation else {}),
-        **({"offline": dict(stand_in)} if stand_in else {}),
+        **({"offline": offline} if offline else {}),
         "data": data.as_dict(),
     }
 
