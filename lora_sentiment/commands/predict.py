@@ -237,7 +237,7 @@ def predict_file(
                 if not is_own or path.is_file():
                     bar.update(len(texts))
                     continue
-                answers = {name: [] for name in new}
+                answers: Batch = {name: [] for name in new}
                 for first in range(0, len(texts), TOKENISE_ROWS):
                     few = texts[first : first + TOKENISE_ROWS]
                     for answer in _answer(classifier, few, stride=stride, calibrated=calibrated):
