@@ -19,10 +19,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import Timeout
 
 from lora_sentiment.classifier import Classifier, Prediction
 from lora_sentiment.console import make_bar
@@ -31,10 +32,7 @@ from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.lines import Batch
 from lora_sentiment.data.tables import TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError, did_you_mean
-from lora_sentiment.files import hash_file, hold_file, write_json
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
+from lora_sentiment.files import hash_file, lock_file, write_json
 
 log = logging.getLogger("lora_sentiment")
 LINES_PER_WINDOW = 1000
@@ -179,9 +177,17 @@ def predict_file(
             output = Path(os.path.realpath(output))  # the link stays, its target is replaced
     new = _new_columns(classifier.labels, prefix=prefix, all_scores=all_scores)
     folder = output.with_name(f"{output.name}.parts")
-    state = _join_processes()
+    rank, num_processes = _join_processes()
+    locked = ExitStack()
 
+    @_file_faults(output)
     def prepare() -> tuple[dict[str, pa.DataType], int, str]:
+        if not output.parent.is_dir():
+            raise DataError(f"{output.parent}: no such folder; make it, or give another name")
+        try:
+            locked.enter_context(lock_file(Path(f"{output}.parts.lock")))
+        except Timeout as error:
+            raise DataError(f"another run is writing {output}; wait until it ends") from error
         _check_paths(input, output, resume=resume, overwrite=overwrite)
         types = _plan_columns(input, output, encoding, text_column, new)
         num_rows = _try_output(input, output, encoding, types, new, classifier.labels)
@@ -208,6 +214,7 @@ def predict_file(
             if num_rows:
                 yield folder / f"part-{number:05d}.parquet", batch
 
+    @_file_faults(output)
     def join() -> Counter[str | None]:
         if hash_file(input) != sha256:
             raise DataError(f"{input}: changed while it was read; remove {folder}, and begin again")
@@ -225,14 +232,14 @@ def predict_file(
         shutil.rmtree(folder)
         return counts
 
-    with _file_faults(output), _hold(output, state):
-        types, num_rows, sha256 = _run_in_main(state, prepare)
+    with locked, _file_faults(output):
+        types, num_rows, sha256 = _run_on_main(prepare, num_processes)
         num_parts = 0
-        show = progress and (state is None or state.is_main_process)
+        show = progress and rank == 0
         with make_bar(num_rows, desc="predicting", unit="rows", show=show) as bar:
             for path, batch in read_batches():
                 texts = batch[text_column]
-                is_own = state is None or num_parts % state.num_processes == state.process_index
+                is_own = num_parts % num_processes == rank
                 num_parts += 1
                 if not is_own or path.is_file():
                     bar.update(len(texts))
@@ -245,9 +252,7 @@ def predict_file(
                     bar.update(len(few))
                 with TableWriter(path, columns=list(new), types=new) as writer:
                     writer.write(answers)
-        if state is not None:
-            state.wait_for_everyone()
-        counts = _run_in_main(state, join)
+        counts = _run_on_main(join, num_processes)
     labels = {name: counts[name] for name in classifier.labels}
     return Summary(num_rows, counts[None], labels, num_parts, time.perf_counter() - start)
 
@@ -316,31 +321,26 @@ def _append(answer: Answer, columns: Batch, *, all_scores: bool) -> None:
         column.append(value)
 
 
-def _join_processes() -> "PartialState | None":
-    """Return the launch of several processes, or None for one process, which needs no torch."""
+def _join_processes() -> tuple[int, int]:
+    """Return this process's number and the number of processes. One process needs no torch."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
+        return 0, 1
     from lora_sentiment.training.processes import join_launch
 
-    return join_launch()
+    state = join_launch()
+    return state.process_index, state.num_processes
 
 
-def _run_in_main(state: "PartialState | None", work: Callable[[], _T]) -> _T:
-    """Run something in the main process; every process gets its result, or its `DataError`."""
-    if state is None:
-        return work()
-    from accelerate.utils import broadcast_object_list
+def _run_on_main(function: Callable[[], _T], num_processes: int) -> _T:
+    """Wait for all processes, then call a function on the main one; all get its result or error."""
+    if num_processes == 1:
+        return function()
+    from accelerate import PartialState
 
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = work()
-        except (DataError, OSError) as error:
-            outcome[1] = error
-    result, fault = broadcast_object_list(outcome)
-    if fault is not None:
-        raise fault
-    return result  # type: ignore[no-any-return]
+    from lora_sentiment.training.processes import run_on_main
+
+    PartialState().wait_for_everyone()
+    return run_on_main(function)
 
 
 @contextmanager
@@ -350,34 +350,9 @@ def _file_faults(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{error.filename or output}: cannot be used: {error.strerror or error}; check its "
-            "name, folder and disk"
+            f"{output}: cannot be written: {error.strerror or error}; check its name, folder and "
+            "disk"
         ) from error
-
-
-@contextmanager
-def _hold(output: Path, state: "PartialState | None") -> Iterator[None]:
-    """Keep every other run from writing the output."""
-    path = Path(f"{output}.parts.lock")
-    with ExitStack() as held:
-
-        def lock() -> None:
-            try:
-                held.enter_context(hold_file(path))
-            except (BlockingIOError, FileExistsError) as error:
-                # Without file locks, the file's existence is the lock.
-                advice = f", or remove {path}" if isinstance(error, FileExistsError) else ""
-                raise DataError(
-                    f"another run is writing {output}; wait until it ends{advice}"
-                ) from error
-            except OSError as error:
-                raise DataError(
-                    f"{output}: cannot be written: {error.strerror}; check its name, folder and "
-                    "disk"
-                ) from error
-
-        _run_in_main(state, lock)
-        yield
 
 
 def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) -> None:
