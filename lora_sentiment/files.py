@@ -1,17 +1,19 @@
-"""Files whose bytes repeat, folders that appear whole, locks: sorted JSON, hashes, one synced rename, flock."""
+"""Files whose bytes repeat, folders that appear whole, and locks."""
 
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # there is none on Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from lora_sentiment.errors import AdapterError
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -48,6 +50,56 @@ def take_place(aside: Path, place: Path, *, replaced: Path | None = None) -> Non
     sync_folder(place.parent)
 
 
+@contextmanager
+def write_aside(out: Path) -> Iterator[Path]:
+    """Yield a new empty folder beside `out`. At the end of the block, rename it to `out`.
+
+    If the block raises, nothing is left behind.
+
+    Raises:
+        AdapterError: If `out` exists, or cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        raise AdapterError(f"{out}: exists; name another folder, or remove it first")
+    created = [parent for parent in out.absolute().parents if not parent.exists()]
+    aside = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if out.exists():
+            raise AdapterError(
+                f"{out}: was written by another process meanwhile; name another folder"
+            )
+        take_place(aside, out)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{out}: cannot be written: {error}") from error
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+        for parent in created:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
+    """Rename a finished folder to its final place, after syncing every file.
+
+    Args:
+        aside: The finished folder, inside the folder of the run.
+        folder: The final place. A folder that exists there is moved beside `aside`, and deleted last.
+        overwrite: Whether an existing folder may be replaced.
+
+    Raises:
+        AdapterError: If the folder exists and must not be replaced.
+    """
+    if folder.exists() and not overwrite:
+        raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; move it")
+    replaced = aside.with_name("replaced")
+    take_place(aside, folder, replaced=replaced)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
 def sync_folder(folder: Path) -> None:
     """Sync a folder's own list of names to disk, where a folder can be opened."""
     if os.name == "posix":
@@ -59,38 +111,17 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def hold_file(path: Path) -> Iterator[None]:
-    """Hold a file locked, which is made for it and removed at the end.
+def lock_file(path: Path) -> Iterator[None]:
+    """Hold a file lock. The file is made for the lock and removed at the end.
 
     Raises:
-        OSError: As `lock_file`, and if the file cannot be made.
+        Timeout: If another process holds the lock; this function does not wait.
+        OSError: If the file cannot be made.
     """
-    handle = lock_file(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        if handle != -1:
-            os.close(handle)
-
-
-def lock_file(path: Path) -> int:
-    """Return the handle of a file that is now locked; without `fcntl` -1: that it is there is the lock.
-
-    Raises:
-        BlockingIOError: If another process holds it; without `fcntl` a FileExistsError.
-    """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | (0 if fcntl else os.O_EXCL), 0o644)
-    if not fcntl:
-        os.close(handle)  # Windows removes no open file
-        return -1
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(
-            handle
-        ).st_nlink:  # a run that ended in between removed it, so it keeps nobody out
-            raise BlockingIOError
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
+    with FileLock(path, blocking=False):
+        try:
+            yield
+        finally:
+            if os.name == "posix":
+                # filelock leaves the file there, and detects that another process has removed it.
+                path.unlink(missing_ok=True)
