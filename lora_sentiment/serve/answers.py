@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_sentiment.classifier import tokenise
 from lora_sentiment.commands.explain import find_words, leave_each_out
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.cleaning import clean_text
@@ -161,7 +162,7 @@ class Answerer:
                 "try again later",
                 headers={"Retry-After": str(self._queue.estimate_wait())},
             )
-        tokenise = partial(
+        work = partial(
             tokenise_texts,
             adapter,
             texts,
@@ -173,7 +174,7 @@ class Answerer:
         try:
             # If this is cancelled, work that has not begun never does.
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, call_in_thread, tokenise)
+            return await loop.run_in_executor(self._threads, call_in_thread, work)
         finally:
             self._waiting_characters -= num_characters
 
@@ -223,6 +224,8 @@ def tokenise_texts(
 ) -> list[TokenisedText]:
     """Clean, tokenise, truncate and frame texts as `Classifier.probabilities` does.
 
+    Texts are cleaned here, because the words of an explanation are those of the cleaned text.
+
     Args:
         adapter: The adapter that reads the texts.
         texts: The texts.
@@ -244,7 +247,8 @@ def tokenise_texts(
             words = find_words(text)
             num_characters += len(text) * (1 + len(words))
             _check_explained(place, len(words), max_words, num_characters)
-        token_ids = encoder.tokenise([text, *leave_each_out(text, words)])
+        variants = [text, *leave_each_out(text, words)]
+        token_ids = list(tokenise(encoder, variants, clean=False))
         truncated = len(token_ids[0]) > encoder.room
         if truncated and not truncate:
             raise RefusalError(
