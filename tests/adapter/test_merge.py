@@ -17,7 +17,7 @@ from lora_sentiment.adapter.folder import compute_probe, load, load_card
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.adapter.merge_record import check_files, read_stamp
 from lora_sentiment.adapter.merged_card import make_merged_card
-from lora_sentiment.commands.terminal import show_compared
+from lora_sentiment.cli import show_compared
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import take_place, write_json
