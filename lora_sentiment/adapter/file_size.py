@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from lora_sentiment.adapter.weights import tensors_to_save
+from lora_sentiment.adapter.weights import get_saved_tensors
 from lora_sentiment.models.sizes import make_meta_model
 from lora_sentiment.models.wrap import make_head_dense
 from lora_sentiment.recipe.method import AdaloraMethod, LoraMethod, Method
@@ -44,7 +44,7 @@ def saved_shapes(config: Any, method: Method, model: ModelConfig) -> dict[str, l
     plain = model.model_copy(update={"quantize": "none", "double_quant": False})
     wrapped = make_meta_model(config, _as_saved(method), plain)
     make_head_dense(wrapped)
-    return {name: list(tensor.shape) for name, tensor in tensors_to_save(wrapped).items()}
+    return {name: list(tensor.shape) for name, tensor in get_saved_tensors(wrapped).items()}
 
 
 def _as_saved(method: Method) -> Method:

@@ -14,9 +14,9 @@ from lora_sentiment.evaluation.statistics import mcnemar, paired_bootstrap
 from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.sizes import count_parameters, make_meta_model
-from lora_sentiment.recipe.data import report_roles
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod, UnfreezeMethod
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.training.report import report_roles
 
 LEFT = ("name", "base", "method", "quantize")
 """Columns of words."""

@@ -294,8 +294,10 @@ def make_notes(estimate: Estimate) -> list[str]:
         notes += [
             f"{estimate.engine} engine on a GPU; MiB of its memory; kept: the copy of the best tensors; fixed: cuBLAS",
             "rows: a micro-batch; the run measures its own, a whole step where the free memory allows",
-            f"peak: the largest of loading, evaluating and a step; a run plans with {CUDA_SHARE:.0%} of the free memory",
-            "reserved: the buffers of an evaluation and of a step together; CUDA graphs hold those of a step up to twice",
+            f"peak: the largest of loading, evaluating and a step; a run plans with {CUDA_SHARE:.0%} of the free "
+            "memory",
+            "reserved: the buffers of an evaluation and of a step together; CUDA graphs hold those of a step up to "
+            "twice",
             "not counted: the CUDA context, about 500 MiB of the card",
         ]
     else:
