@@ -301,7 +301,7 @@ def _cuda_workspace(plan: Plan, run: _Run, num_tokens: int) -> int:
     names = [name for name, p in run.model.named_parameters() if p.requires_grad]
     trains_last = any(".lin2." in name for name in names)
     adapts_last = trains_last and isinstance(plan.method, PeftMethod)
-    hidden_bytes = num_tokens * plan.config.hidden_dim
+    hidden_bytes: int = num_tokens * plan.config.hidden_dim
     if plan.model.quantize != "none":
         return int(hidden_bytes * (10 if adapts_last else 8.5))
     if run.fast:
@@ -309,7 +309,7 @@ def _cuda_workspace(plan: Plan, run: _Run, num_tokens: int) -> int:
     return int(hidden_bytes * plan.dtype.itemsize * (4.5 if adapts_last else 2.25))
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes of all tensors that are made inside and still live.
 
     Attributes:
@@ -319,7 +319,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, own: Iterable[Tensor]) -> None:
         """Start at 0; the bytes of `own` do not count."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes = dict.fromkeys(_storages(own), 0)
 
@@ -402,7 +402,7 @@ def _make_fake(model: nn.Module, plan: Plan) -> None:
 def _quantise(model: nn.Module, plan: Plan) -> None:
     """Give bitsandbytes' linears fake weights and scales."""
     # bitsandbytes is not on every system, and takes time to import.
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     for module in model.modules():
         if isinstance(module, Linear8bitLt):

@@ -37,11 +37,11 @@ def make_meta_model(
     """
     config = copy.deepcopy(config)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        plain = AutoModelForSequenceClassification.from_config(config)
+        plain: Any = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
         plain.name_or_path = model.name
         if model.quantize != "none":
             # bitsandbytes is not on every system, and takes time to import.
-            from transformers.integrations import replace_with_bnb_linear
+            from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
             quantisation = bitsandbytes_config(model, dtype=dtype)
             replace_with_bnb_linear(

@@ -36,7 +36,7 @@ def micro_batch_tokens(
     """
     block = 8 * config.dim + 2 * config.hidden_dim + 2 * config.n_heads * max_length
     num_blocks = 1 if checkpointing else config.n_layers
-    token_bytes = num_blocks * block * element_bytes
+    token_bytes: int = num_blocks * block * element_bytes
     tokens = min(MICRO_BATCH_BYTES // token_bytes, MAX_MICRO_BATCH_TOKENS) // 256 * 256
     return max(tokens, max_length)
 
