@@ -391,10 +391,11 @@ def data(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
     """Read a recipe's rows, judged ones too, and show balance, lengths, duplicates, bad rows, and what leaks."""
     loaded = Recipe.load(recipe, overrides or ())
     from lora_sentiment.commands.data import survey
+    from lora_sentiment.data.report import report_lines
 
-    found = survey(loaded)
+    report = survey(loaded)
     if is_main():
-        typer.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.to_lines()))
+        typer.echo(json.dumps(report) if as_json else "\n".join(report_lines(report)))
 
 
 @app.command()

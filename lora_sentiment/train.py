@@ -23,7 +23,13 @@ from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
-from lora_sentiment.data.report import DataReport, describe_role, describe_seen
+from lora_sentiment.data.report import (
+    DataReport,
+    describe_role,
+    describe_seen,
+    describe_unlabelled,
+    report_lines,
+)
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
 from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.statistics import Interval, show_interval
@@ -408,7 +414,7 @@ def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator)
 def _describe_seen(data: Data, encoded: Mapping[str, Encoded], recipe: Recipe) -> DataReport:
     """Say what train and validation look like; what is judged is read at the end, or by `lora-sentiment data`."""
     described = describe_seen(data, encoded, max_length=recipe.model.max_length)
-    for line in described.to_lines():
+    for line in report_lines(described):
         log.info("%s", line)
     return described
 
@@ -467,8 +473,8 @@ def _judge(
             verdict.faults[role] = error
             continue
         if found is None:
-            verdict.data.unlabelled[role] = reading[role].read
-            log.warning("%s", verdict.data.to_lines([role])[0])
+            verdict.data[role] = describe_unlabelled(reading[role].read)
+            log.warning("%s", report_lines(verdict.data, [role])[0])
         else:
             rows[role] = found
     verdict.fingerprints |= {role: judged.fingerprint for role, judged in rows.items()}
@@ -479,7 +485,7 @@ def _judge(
     refuse_differences(verdict.fingerprints | {"list of bad rows": faults})
     for role, judged in rows.items():
         verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
-        verdict.data.roles[role] = describe_role(
+        verdict.data[role] = describe_role(
             judged,
             verdict.encoded[role],
             names=data.labels,
@@ -488,7 +494,7 @@ def _judge(
             seen_texts=data.seen_texts,
         )
         verdict.logits[role] = _predict(setup, verdict.encoded[role], role, accelerator)
-    for line in verdict.data.to_lines(list(rows)):
+    for line in report_lines(verdict.data, list(rows)):
         log.info("%s", line)
     for role, logits in verdict.logits.items():
         verdict.scores[role] = score_calibrated(

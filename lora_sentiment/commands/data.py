@@ -6,7 +6,12 @@ import torch
 from accelerate import PartialState
 
 from lora_sentiment.data.batches import TextEncoder
-from lora_sentiment.data.report import DataReport, describe_role, describe_seen
+from lora_sentiment.data.report import (
+    DataReport,
+    describe_role,
+    describe_seen,
+    describe_unlabelled,
+)
 from lora_sentiment.data.rows import Rows, load_data, load_judged
 from lora_sentiment.models.load import check_base, load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
@@ -36,11 +41,11 @@ def survey(recipe: Recipe) -> DataReport:
     for role in data.judged:
         rows, reading[role] = load_judged(recipe.data, role=role, labels=data.labels)
         if rows is None:
-            found.unlabelled[role] = reading[role].read
+            found[role] = describe_unlabelled(reading[role].read)
         else:
             judged[role] = rows
     for role, rows in judged.items():
-        found.roles[role] = describe_role(
+        found[role] = describe_role(
             rows,
             encoder.encode(rows),
             names=data.labels,

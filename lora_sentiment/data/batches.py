@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.cache import Part, keep_ids
 from lora_sentiment.data.rows import Rows
-from lora_sentiment.data.texts import let_go
+from lora_sentiment.data.texts import hash_texts, release_pages
 
 if TYPE_CHECKING:
     import torch
@@ -190,9 +190,7 @@ class TextEncoder:
             version("tokenizers"),
         ]
         digest = hashlib.sha256(json.dumps([LAYOUT, self.tokenizer.to_str(), *settings]).encode())
-        for text in rows.texts:
-            digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        return hash_texts(digest, rows.texts)
 
     def frame(self, ids: list[int]) -> NDArray[np.int32]:
         """Put [CLS] and [SEP] around the ids of one input."""
@@ -249,7 +247,7 @@ def shard(
 
 
 def take_rows(encoded: Encoded, index: NDArray[np.int64]) -> list[NDArray[np.int32]]:
-    """Return the token ids of rows, as views; call `let_go` on their base once they were copied."""
+    """Return the token ids of rows, as views; call `release_pages` on their base once they were copied."""
     starts = encoded.offsets[index].tolist()
     ends = encoded.offsets[index + 1].tolist()
     return [encoded.input_ids[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -272,7 +270,7 @@ def pad(
         input_ids[row, : lengths[row]] = encoded.input_ids[
             encoded.offsets[i] : encoded.offsets[i + 1]
         ]
-    let_go(encoded.input_ids.base)
+    release_pages(encoded.input_ids.base)
     mask = (
         (np.arange(longest) < lengths[:, None]).astype(np.int64)
         if lengths.min() < longest

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.batches import Encoded, plan_epoch, shard, take_rows
-from lora_sentiment.data.texts import let_go
+from lora_sentiment.data.texts import release_pages
 
 MAX_SIZES = 20
 """Most sizes of a run."""
@@ -190,7 +190,7 @@ def pack(encoded: Encoded, index: NDArray[np.int64], *, plan: PackPlan) -> Packe
         pad_token_id=encoded.pad_token_id,
     )
     packed.labels[: len(index)] = encoded.labels[index]
-    let_go(encoded.input_ids.base)
+    release_pages(encoded.input_ids.base)
     return packed
 
 
