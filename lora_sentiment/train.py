@@ -5,7 +5,6 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,7 +54,6 @@ from lora_sentiment.tasks.single_label import (
     fit_temperature,
     make_class_weights,
 )
-from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History
 from lora_sentiment.training.loop import fit, why_not_graphs
@@ -65,18 +63,18 @@ from lora_sentiment.training.optimizer import count_steps
 from lora_sentiment.training.plots import plot_confusion, plot_training
 from lora_sentiment.training.processes import (
     describe_machine,
-    explain_loss,
+    explain_lost_process,
     join_launch,
     make_accelerator,
     refuse_differences,
 )
 from lora_sentiment.training.report import make_report, peak_memory, reset_peak_memory
 from lora_sentiment.training.run_folder import (
-    claim,
-    drop_checkpoints,
     explain_full_disk,
-    make_aside,
+    lock_run_folder,
+    make_adapter_folder,
     make_settings,
+    remove_checkpoints,
 )
 
 log = logging.getLogger("lora_sentiment")
@@ -140,9 +138,9 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
         StoppedError: When SIGTERM or SIGINT came while it trained; it is saved.
     """
     state = join_launch()
-    with explain_loss(state):
+    with explain_lost_process(state):
         recipe, offline = resolve_offline(recipe)
-        with claim(recipe, state) as run_folder, explain_full_disk(run_folder):
+        with lock_run_folder(recipe) as run_folder, explain_full_disk(run_folder):
             return _walk(recipe, state, run_folder, offline=offline, allow_changes=allow_changes)
 
 
@@ -166,7 +164,7 @@ def _walk(
     described = _describe_seen(setup.data, encoded, recipe)
     history = _train(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
     setup = replace(setup, max_tokens=history.max_tokens)  # lower where memory ran out
-    aside = make_aside(run_folder) if accelerator.is_main_process else run_folder
+    aside = make_adapter_folder(run_folder) if accelerator.is_main_process else run_folder
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
     calibration = {"temperature": fit_temperature(logits, encoded["validation"].labels)}
     log.info(
@@ -187,7 +185,7 @@ def _walk(
     if card is not None:
         report = _save_report(recipe, setup, card, history, verdict, aside)
         adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
-        drop_checkpoints(run_folder)
+        remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
     if offline:
         log.warning("%s", offline)
@@ -221,7 +219,7 @@ def _train(
         accelerator=accelerator,
         max_tokens=setup.max_tokens,
         store=Store(
-            run_folder / CHECKPOINTS,
+            run_folder,
             settings,
             resume=recipe.train.resume,
             allow_changes=allow_changes,
@@ -478,11 +476,9 @@ def _judge(
         else:
             rows[role] = found
     verdict.fingerprints |= {role: judged.fingerprint for role, judged in rows.items()}
-    # A fault's own words name files, which may lie elsewhere on each machine.
-    faults = {
-        role: re.findall(r": row (\d+): ", str(fault)) for role, fault in verdict.faults.items()
-    }
-    refuse_differences(verdict.fingerprints | {"list of bad rows": faults})
+    # Row numbers alone: the messages name files, whose paths may differ between machines.
+    bad_rows = {role: fault.rows for role, fault in verdict.faults.items()}
+    refuse_differences(verdict.fingerprints | {"list of bad rows": bad_rows})
     for role, judged in rows.items():
         verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
         verdict.data[role] = describe_role(

@@ -16,7 +16,7 @@ from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.inference import predict_logits
 from lora_sentiment.models.load import cast_frozen, resolve_dtype
 from lora_sentiment.tasks.metrics import score_calibrated
-from lora_sentiment.training.processes import explain_loss, join_launch, make_accelerator
+from lora_sentiment.training.processes import explain_lost_process, join_launch, make_accelerator
 
 log = logging.getLogger("lora_sentiment")
 
@@ -74,7 +74,7 @@ def evaluate(
         loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
     )
     encoded = encoder.encode(rows, progress=main)
-    with explain_loss(state):
+    with explain_lost_process(state):
         logits = predict_logits(
             model, encoded, accelerator=accelerator, progress=split if main else None
         )

@@ -310,8 +310,14 @@ def _load_split(
     for position, (kind, _) in sorted(faults.items()):
         counts.dropped.setdefault(kind, []).append(position + 1)
     if faults and config.on_bad_row == "error":
+<<<<<<< HEAD
         raise DataError(_list_faults(where, faults))
     if len(faults) == len(values):
+=======
+        first_rows = [numbers[0] for numbers in faults.values()]
+        raise DataError(_bad_rows(where, faults), rows=first_rows)
+    if not kept.any():
+>>>>>>> data
         raise DataError(
             f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}; "
             f"data.on_bad_row=error says "

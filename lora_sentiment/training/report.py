@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # `compare` and `--help` need `report_roles` and load no torc
     from lora_sentiment.evaluation.statistics import Interval
     from lora_sentiment.models.parameters import ParameterCounts
     from lora_sentiment.models.quantisation import Quantisation
-    from lora_sentiment.training.history import History
+    from lora_sentiment.training.history import EvalPoint, History
 
 SCHEMA = 1
 
@@ -63,11 +63,22 @@ def make_report(
             "tokens_per_second": round(history.tokens / history.seconds, 1),
             "peak_memory_bytes": peak_memory_bytes,
             "engine": engine,
-            "evaluations": [vars(point) for point in history.evaluations],
+            "evaluations": [_describe_evaluation(point) for point in history.evaluations],
         },
         **({"quantisation": quantisation.as_dict()} if quantisation else {}),
         **({"offline": offline} if offline else {}),
         "data": data,
+    }
+
+
+def _describe_evaluation(point: "EvalPoint") -> dict[str, Any]:
+    return {
+        "step": point.step,
+        "epoch": point.epoch,
+        "accuracy": point.accuracy,
+        "log_loss": point.log_loss,
+        "metric": point.metric,
+        "best": point.best,
     }
 
 

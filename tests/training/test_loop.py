@@ -152,8 +152,8 @@ def read_every(monkeypatch, num_steps):
     found, read = [], loop._Loop._read
 
     def spy(self):
-        if self.taken:
-            found.append(len(self.taken))
+        if self.unread:
+            found.append(len(self.unread))
         read(self)
 
     monkeypatch.setattr(loop._Loop, "_read", spy)
