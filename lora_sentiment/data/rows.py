@@ -1,4 +1,4 @@
-"""Read labelled rows: map labels, drop or refuse bad rows, carve out validation and test, sample."""
+"""Read labelled rows: map labels, drop or refuse bad rows, carve out splits, sample."""
 
 import hashlib
 import re
@@ -68,7 +68,7 @@ class Rows:
 
     @cached_property
     def digests(self) -> NDArray[np.uint64]:
-        """The `digest_text` of each text, shape (num_rows,). A set of the texts would fill memory."""
+        """The `digest_text` of each text, shape (num_rows,)."""
         return np.fromiter(map(digest_text, self.texts), dtype=np.uint64, count=len(self))
 
     def find_first_equal(self) -> NDArray[np.int64]:
@@ -78,7 +78,7 @@ class Rows:
 
 
 def digest_text(text: str) -> int:
-    """Return a 64-bit hash of a text (BLAKE2b). Two of a million texts collide with a chance of 3e-8."""
+    """Return 64 bits of BLAKE2b. Among a million texts the chance of a collision is 3e-8."""
     return int.from_bytes(hashlib.blake2b(encode_text(text), digest_size=8).digest())
 
 
@@ -254,7 +254,7 @@ def carve(rows: Rows, names: Sequence[str], *, fraction: float, seed: int) -> tu
 
 
 def sample(rows: Rows, *, num_rows: int | None, seed: int) -> Rows:
-    """Return a stratified sample of rows in their order. Each label keeps its share to within one row.
+    """Return a stratified sample of rows in order. Each label keeps its share to within one row.
 
     All rows are returned if there are no more than `num_rows`, or if it is None.
     """
@@ -310,14 +310,8 @@ def _load_split(
     for position, (kind, _) in sorted(faults.items()):
         counts.dropped.setdefault(kind, []).append(position + 1)
     if faults and config.on_bad_row == "error":
-<<<<<<< HEAD
-        raise DataError(_list_faults(where, faults))
+        raise _bad_rows(where, faults)
     if len(faults) == len(values):
-=======
-        first_rows = [numbers[0] for numbers in faults.values()]
-        raise DataError(_bad_rows(where, faults), rows=first_rows)
-    if not kept.any():
->>>>>>> data
         raise DataError(
             f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}; "
             f"data.on_bad_row=error says "
@@ -451,7 +445,7 @@ def _explain_label(value: Any, names: tuple[str, ...]) -> Fault:
     return kind, f"label {show(value)} is none of {', '.join(shown)}"
 
 
-def _list_faults(where: str, faults: dict[int, Fault]) -> str:
+def _bad_rows(where: str, faults: dict[int, Fault]) -> DataError:
     numbers: dict[str, list[int]] = {}
     for position, (_, message) in sorted(faults.items()):
         numbers.setdefault(message, []).append(position + 1)
@@ -462,4 +456,4 @@ def _list_faults(where: str, faults: dict[int, Fault]) -> str:
     if len(numbers) > SHOWN_FAULTS:
         lines.append(f"... and {len(numbers) - SHOWN_FAULTS} more kinds")
     lines.append("correct them, or set data.on_bad_row=drop")
-    return "\n".join(lines)
+    return DataError("\n".join(lines), rows=[rows[0] for rows in numbers.values()])
