@@ -225,7 +225,7 @@ FILES = {
     "labels 1.0": rows(ROWS.replace("good", "1.0").replace("bad", "0.0"), "labels are decimal numbers, such as 0.0"),
     "scores": rows("text,label\na,0.25\nb,3\nc,4.5\n", "decimal numbers, such as 0.25; a class is an integer"),
     "ids for labels": rows(
-        "text,label\n" + "".join(f"a,x{i}\n" for i in range(300)), "holds 300 different values in 300 rows; is it the right column?"
+        "text,label\n" + "".join(f"a,x{i}\n" for i in range(300)), "holds 300 different values in 300 rows"
     ),
     "float label": rows(
         jsonl({"text": "a", "label": 1}, {"text": "b", "label": 0.5}, {"text": "c", "label": 0}),

@@ -26,7 +26,7 @@ from lora_sentiment.adapter.weights import (
 )
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.fast.attention import attention_backends
-from lora_sentiment.files import hash_file, take_place, write_json
+from lora_sentiment.files import hash_file, replace_atomically, write_json
 from lora_sentiment.hub import is_hub_name, prepare_hub
 from lora_sentiment.models.load import Base, check_length, hash_tokenizer, load_base
 from lora_sentiment.recipe.data import DataConfig
@@ -311,7 +311,7 @@ def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
     replaced = aside.with_name("replaced")
     if folder.exists() and not overwrite:
         raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; move it")
-    take_place(aside, folder, replaced=replaced)
+    replace_atomically(aside, folder, replaced=replaced)
     if replaced.exists():
         shutil.rmtree(replaced)
 

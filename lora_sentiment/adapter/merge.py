@@ -23,7 +23,7 @@ from lora_sentiment.adapter.merged_card import make_merged_card, say_reading
 from lora_sentiment.adapter.weights import rebuild
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import hash_file, take_place
+from lora_sentiment.files import hash_file, replace_atomically
 from lora_sentiment.models.inference import make_engine
 from lora_sentiment.models.load import DTYPES, hash_tokenizer, load_base, quiet
 from lora_sentiment.recipe.model import ModelConfig
@@ -326,4 +326,4 @@ def _make_stamp(
 def _publish(aside: Path, out: Path) -> None:
     if out.exists():
         raise AdapterError(f"{out}: was written by another process meanwhile; name another folder")
-    take_place(aside, out)
+    replace_atomically(aside, out)

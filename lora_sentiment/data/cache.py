@@ -79,11 +79,13 @@ def _write(place: Path, make: Callable[[], Iterator[Part]]) -> None:
     try:
         for name in (IDS, LENGTHS, CARD):
             (unfinished / name).touch(mode=0o600)
-        with (unfinished / IDS).open("wb") as ids_file:
-            with (unfinished / LENGTHS).open("wb") as lengths_file:
-                for ids, lengths in make():
-                    ids_file.write(ids.astype("<i4").tobytes())
-                    lengths_file.write(lengths.astype("<i8").tobytes())
+        with (
+            (unfinished / IDS).open("wb") as ids_file,
+            (unfinished / LENGTHS).open("wb") as lengths_file,
+        ):
+            for ids, lengths in make():
+                ids_file.write(ids.astype("<i4").tobytes())
+                lengths_file.write(lengths.astype("<i8").tobytes())
         write_json(unfinished / CARD, _hash_files(unfinished))
         shutil.rmtree(place, ignore_errors=True)
         replace_atomically(unfinished, place)

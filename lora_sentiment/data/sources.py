@@ -20,7 +20,8 @@ Columns = Iterator[tuple[list[Any], list[Any]]]
 HUB_CHUNK = 10_000
 """Rows of a Hub data set that are in memory at a time."""
 HUB_PAGE = re.compile(
-    r"(?:hf://|(?:https?://)?huggingface\.co/)datasets/([\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)\b)[\w.-]+)?)"
+    r"(?:hf://|(?:https?://)?huggingface\.co/)datasets/"
+    r"([\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)\b)[\w.-]+)?)"
 )
 """Beginning of the address of a Hub data set. The group is its name."""
 OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -70,9 +71,9 @@ def find_source(config: DataConfig) -> Source:
     for key in ("splits", "config", "revision"):
         value = getattr(config, key)
         if value is not None:
-            hint = (
-                "; name files by role: data.source={train: .., test: ..}" if key == "splits" else ""
-            )
+            hint = ""
+            if key == "splits":
+                hint = "; name files by role: data.source={train: .., test: ..}"
             raise DataError(f"data.{key}: found {value!r}, but {source!r} are files{hint}")
     if isinstance(source, dict):
         return Source({role: _find_files(pattern) for role, pattern in source.items()}, {})
@@ -90,7 +91,7 @@ def is_on_hub(source: str | dict[str, str]) -> bool:
 
 
 def check_files(config: DataConfig, source: Source) -> None:
-    """Refuse files without the recipe's columns, so that training does not start with such files."""
+    """Refuse files without the recipe's columns before training starts."""
     for paths in source.files.values():
         for path in paths:
             _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
@@ -129,9 +130,9 @@ def _read_hub(config: DataConfig, table: Any) -> Columns:
 def _find_files(pattern: str) -> list[Path]:
     if re.match(r"[A-Za-z][\w+.-]*://|huggingface\.co/", pattern):
         page = HUB_PAGE.match(pattern)
-        hint = (
-            f"name the data set: data.source={page[1]}" if page else "download the file and name it"
-        )
+        hint = "download the file and name it here"
+        if page:
+            hint = f"name the data set: data.source={page[1]}"
         raise DataError(f"data.source {show(pattern)}: addresses are not read; {hint}")
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises for an unknown user
     # Path.glob refuses absolute patterns.

@@ -13,7 +13,6 @@ batch. Rows are counted from 1 for the first data row. Every fault of a file is 
 """
 
 import gzip
-import os
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from lora_sentiment.data.lines import (
     tsv_rows,
 )
 from lora_sentiment.errors import DataError, did_you_mean
+from lora_sentiment.files import replace_atomically
 
 _BUFFER_BYTES = 1 << 16
 # Arrow's own, and those of turning its values into Python's and back: a date after 9999, bytes that are no UTF-8.
@@ -267,9 +267,7 @@ class TableWriter:
                         self.write({name: [] for name in self._columns})  # a table without rows
                     for layer in filter(None, (self._parquet, self._zip)):
                         layer.close()
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
                 if kind is None:
-                    self._aside.replace(self._path)
+                    replace_atomically(self._aside, self._path)
             finally:
                 self._aside.unlink(missing_ok=True)

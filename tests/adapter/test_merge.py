@@ -20,7 +20,7 @@ from lora_sentiment.adapter.merged_card import make_merged_card
 from lora_sentiment.commands.terminal import show_compared
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import take_place, write_json
+from lora_sentiment.files import replace_atomically, write_json
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.data import DataConfig
 from tests.adapter.test_folder import alter_tensors, reseal
@@ -500,5 +500,5 @@ def test_everything_that_a_folder_holds_is_on_disk_before_it_is_renamed(tmp_path
     (tmp_path / "aside/onnx").mkdir(parents=True)
     (tmp_path / "aside/onnx/model.onnx").write_bytes(b"1")
     held = [path.stat().st_ino for path in (tmp_path / "aside", *(tmp_path / "aside").rglob("*"))]
-    take_place(tmp_path / "aside", tmp_path / "out")
+    replace_atomically(tmp_path / "aside", tmp_path / "out")
     assert sorted(synced) == sorted([*held, tmp_path.stat().st_ino])
