@@ -106,7 +106,7 @@ RECIPES = {
         f"output.dir={'a' * 300}", "allowed: a name without NUL, of at most 200 bytes"
     ),
     "list of files": override(
-        "data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; several files are a glob"
+        "data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; name several files by a glob"
     ),
     "unknown section": recipe(RECIPE + "trian: {}\n", "trian: unknown key; did you mean 'train'?"),
     "unknown key": override("train.lr=1e-4", "train.lr: unknown key"),
