@@ -528,7 +528,7 @@ MESSY = {
         "text",
         "label",
         "utf-8",
-        "all of it decodes as cp1252, latin-1: set data.enc",
+        "all of it decodes as cp1252, latin-1: set the enc",
     ),
     "mr_negative_cp1252.csv": (
         "text",
