@@ -6,16 +6,6 @@ import torch
 from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.model.test_encoder import (
-    ALL_LINEARS,
-    find_encoder,
-    largest_grad_distance,
-    logits_and_grads,
-    make_batch,
-    make_classifier,
-    make_lora,
-    train,
-)
 from torch.nn import functional
 
 from lora_sentiment.data.batches import Encoded, pad
@@ -38,6 +28,16 @@ from lora_sentiment.models.inference import (
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training.processes import make_accelerator
+from tests.fast.test_encoder import (
+    ALL_LINEARS,
+    find_encoder,
+    largest_grad_distance,
+    logits_and_grads,
+    make_batch,
+    make_classifier,
+    make_lora,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.model.cuda_stand_ins import make_model, run
 
 from lora_sentiment.models.families import Shape
 from lora_sentiment.models.memory import CUBLAS_BYTES, CUDA_SHARE, Plan, estimate_memory
@@ -12,6 +11,7 @@ from lora_sentiment.models.parameters import CUDA_INFERENCE_TOKENS
 from lora_sentiment.recipe.method import METHODS
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training import micro_batch
+from tests.models.cuda_stand_ins import make_model, run
 
 ROWS = 16
 LENGTHS = (128, 256, 512)

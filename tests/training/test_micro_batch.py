@@ -12,7 +12,6 @@ from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tests.model.test_encoder import find_encoder, make_lora
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,6 +36,7 @@ from lora_sentiment.training.micro_batch import (
     measure_micro_batch,
 )
 from lora_sentiment.training.processes import make_accelerator
+from tests.fast.test_encoder import find_encoder, make_lora
 
 MIB, GIB = 2**20, 2**30
 

@@ -12,17 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.model.test_encoder import (
-    ALL_LINEARS,
-    DIM,
-    HIDDEN_DIM,
-    NUM_LAYERS,
-    assert_exact,
-    largest_grad_distance,
-    logits_and_grads,
-    make_batch,
-    make_lora,
-)
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
@@ -35,6 +24,17 @@ from lora_sentiment.models.families import Shape
 from lora_sentiment.models.parameters import micro_batch_tokens
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
+from tests.fast.test_encoder import (
+    ALL_LINEARS,
+    DIM,
+    HIDDEN_DIM,
+    NUM_LAYERS,
+    assert_exact,
+    largest_grad_distance,
+    logits_and_grads,
+    make_batch,
+    make_lora,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, LENGTH = 5, 9
