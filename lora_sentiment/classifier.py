@@ -37,8 +37,7 @@ from lora_sentiment.models.engine import Engine, compute_logits
 from lora_sentiment.tasks.probabilities import softmax
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    pass
 
 log = logging.getLogger("lora_sentiment")
 
@@ -236,6 +235,7 @@ def _refuse(path: Path, what: str, **options: object) -> None:
 
 def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     from lora_sentiment.adapter.folder import load as load_folder
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.training.processes import join_launch
 
     device = join_launch().device
@@ -254,6 +254,7 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
 def _load_whole(
     path: Path, labels: Sequence[str] | None, max_length: int | None, dtype: str
 ) -> Classifier:
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
@@ -325,6 +326,7 @@ def _load_stock_peft(
     from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
     from lora_sentiment.adapter.weights import PEFT_WEIGHTS, rebuild_stock
     from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
@@ -405,23 +407,6 @@ def _make(
     ]
     sha256 = hashlib.sha256(json.dumps([*weights, *reading]).encode()).hexdigest()
     return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
-
-
-def prepare_engine(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
-    """Return the forward of a model in a compute dtype on a device, on the fast engine where it can.
-
-    Raises:
-        ModelError: If there is no dtype of that name.
-    """
-    from lora_sentiment.fast.encoder import use_fast_encoder
-    from lora_sentiment.models.inference import make_engine
-    from lora_sentiment.models.load import cast_frozen, resolve_dtype
-
-    dtype = resolve_dtype(dtype_name, device)
-    model = cast_frozen(model, dtype=dtype, device=device).eval()
-    if reason := use_fast_encoder(model, compute_dtype=dtype):
-        log.info("stock engine: %s", reason)
-    return make_engine(model, autocast=dtype)
 
 
 def _own_length(folder: Path) -> int:

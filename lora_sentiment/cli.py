@@ -504,7 +504,7 @@ def doctor(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show versions, processor, memory, devices, Hub, and every known trap that this machine shows."""
+    """Show versions, processor, memory, devices and Hub, with a note for each known problem."""
     from lora_sentiment.commands.doctor import examine
 
     found = examine(hub=hub)

@@ -27,11 +27,11 @@ from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
 from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.statistics import Interval, show_interval
-from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
-from lora_sentiment.fast.fused import why_not_fused
+from lora_sentiment.fast import use_fast_encoder, why_not_fused
 from lora_sentiment.files import write_json
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import predict_logits
-from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
+from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base
 from lora_sentiment.models.memory import Plan
 from lora_sentiment.models.parameters import (
     ParameterCounts,
@@ -40,7 +40,13 @@ from lora_sentiment.models.parameters import (
     micro_batch_tokens,
 )
 from lora_sentiment.models.quantisation import Cut, Quantisation, measure_quantisation
-from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
+from lora_sentiment.models.wrap import (
+    checkpoint_activations,
+    frozen_tensors,
+    make_head_dense,
+    make_trainable,
+    refuse_unfit,
+)
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated

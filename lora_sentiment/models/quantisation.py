@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_sentiment.fast.attention import attention_backends
-from lora_sentiment.fast.encoder import use_fast_encoder
+from lora_sentiment.fast import attention_backends, use_fast_encoder
 from lora_sentiment.models.load import Base, load_base
 from lora_sentiment.models.memory import Plan, estimate_memory, runs_fast
 

@@ -156,6 +156,13 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
             return VeraConfig(**common, **fields)
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let each block keep its input only, and compute the rest again in the backward pass."""
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # PEFT adds a hook for the gradient of frozen embeddings, which only reentrant checkpoints need.
+    model.disable_input_require_grads()  # type: ignore[operator]
+
+
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name, sorted."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch.distributed import DistError
 
 from lora_sentiment.errors import DataError, ModelError, RecipeError, TrainingError
-from lora_sentiment.models.load import resolve_dtype
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.training.signals import SIGNALS
 from lora_sentiment.training.trackers import CsvTracker
 
