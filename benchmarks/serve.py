@@ -127,9 +127,9 @@ def make_forms(
     ]
     forms: dict[str, Answer] = {
         "ours, 2 to 20 labels": lambda: mixed.compute(
-            [mixed.served[name] for name in names], encoded
+            [mixed.adapters[name] for name in names], encoded
         ),
-        "ours, 5 labels": lambda: same.compute([same.served[name] for name in names], encoded),
+        "ours, 5 labels": lambda: same.compute([same.adapters[name] for name in names], encoded),
         "ours, merged": lambda: list(compute_logits(single.engine, encoded)),
         "PEFT, our batches": lambda: ask_peft(stock, encoded, names, sorted_batches),
         "PEFT, as they come": lambda: ask_peft(stock, encoded, names, arrival),
@@ -140,7 +140,7 @@ def make_forms(
     facts = {
         "tokens": int(encoded.lengths.sum()),
         "base_bytes": 4 * sum(p.numel() for p in mixed._forward.encoder.parameters()),
-        "adapter_bytes": sum(served.part.num_bytes for served in mixed.served.values()),  # type: ignore[union-attr]
+        "adapter_bytes": sum(adapter.part.num_bytes for adapter in mixed.adapters.values()),  # type: ignore[union-attr]
     }
     return forms, facts
 
@@ -160,7 +160,7 @@ def make_texts(arguments: argparse.Namespace, pool: Pool) -> Encoded:
             for word in reviews[(i + 7 * j) % len(reviews)]
         ]
         texts.append(" ".join(words[int(generator.integers(0, 5)) :]))
-    encoder = next(iter(pool.served.values())).encoder
+    encoder = next(iter(pool.adapters.values())).encoder
     return encoder.pack([encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(texts)])
 
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +33,7 @@ from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
-from lora_sentiment.tasks.probabilities import softmax
-
-if TYPE_CHECKING:
-    pass
+from lora_sentiment.tasks.single_label import softmax
 
 log = logging.getLogger("lora_sentiment")
 
@@ -325,7 +321,7 @@ def _load_stock_peft(
 ) -> Classifier:
     from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
     from lora_sentiment.adapter.weights import PEFT_WEIGHTS, rebuild_stock
-    from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
+    from lora_sentiment.hub import is_hub_name, prepare_hub
     from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
@@ -349,7 +345,7 @@ def _load_stock_peft(
     revision = None if base else recorded.revision
     config = ModelConfig(name=name, revision=revision, max_length=max_length or 8, dtype="float32")
     if is_hub_name(config.place):
-        ask_or_rely_on_cache()
+        prepare_hub()
     loaded = load_base(config, labels=tuple(labels))
     max_length = max_length or loaded.shape.max_position_embeddings
     device = join_launch().device

@@ -1,16 +1,18 @@
 """Everything this package raises on purpose.
 
     LoraSentimentError
-    ├── RecipeError      a recipe file, an override or a launch setting
-    ├── DataError        a file, a Hub data set, a row, a label
-    ├── ModelError       a base checkpoint, a method that does not fit it, a speed path that cannot run
-    ├── TrainingError    a run that cannot go on, such as a loss that is not finite
-    │   └── StoppedError a run that was told to stop, and saved first
-    └── AdapterError     a saved folder that is incomplete, altered or made for another base
+    ├── RecipeError       a recipe file, an override or a launch setting
+    ├── DataError         a file, a Hub data set, a row, a label
+    ├── ModelError        a base checkpoint, a method or a speed path that does not fit it
+    ├── TrainingError     a run that cannot go on
+    │   ├── DivergedError  a loss, a gradient or a logit is not finite
+    │   └── StoppedError   a signal stopped the run after it saved a checkpoint
+    └── AdapterError      a saved folder that is incomplete, altered or made for another base
 
 A message says what was found, where, what is allowed and what to do. The command line shows it without a traceback.
 """
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from reprlib import Repr
 
@@ -24,7 +26,15 @@ class RecipeError(LoraSentimentError):
 
 
 class DataError(LoraSentimentError):
-    """A file, a Hub data set, a row or a label is wrong."""
+    """A file, a Hub data set, a row or a label is wrong.
+
+    Attributes:
+        rows: The first row of each kind of fault; empty where no row is wrong.
+    """
+
+    def __init__(self, message: str, *, rows: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 class ModelError(LoraSentimentError):
@@ -35,8 +45,12 @@ class TrainingError(LoraSentimentError):
     """A training run cannot go on."""
 
 
+class DivergedError(TrainingError):
+    """A loss, a gradient or a logit is not finite."""
+
+
 class StoppedError(TrainingError):
-    """A training run was told to stop by a signal; it is saved and goes on when it is started again."""
+    """A signal stopped a training run after it saved a checkpoint."""
 
 
 class AdapterError(LoraSentimentError):

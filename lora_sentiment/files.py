@@ -1,4 +1,4 @@
-"""Files whose bytes repeat, folders that appear whole, locks: sorted JSON, hashes, one synced rename, flock."""
+"""Files whose bytes repeat, folders that appear whole, and locks."""
 
 import hashlib
 import json
@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # there is none on Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -59,38 +56,17 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def hold_file(path: Path) -> Iterator[None]:
-    """Hold a file locked, which is made for it and removed at the end.
+def lock_file(path: Path) -> Iterator[None]:
+    """Hold a file lock. The file is made for the lock and removed at the end.
 
     Raises:
-        OSError: As `lock_file`, and if the file cannot be made.
+        Timeout: If another process holds the lock; this function does not wait.
+        OSError: If the file cannot be made.
     """
-    handle = lock_file(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        if handle != -1:
-            os.close(handle)
-
-
-def lock_file(path: Path) -> int:
-    """Return the handle of a file that is now locked; without `fcntl` -1: that it is there is the lock.
-
-    Raises:
-        BlockingIOError: If another process holds it; without `fcntl` a FileExistsError.
-    """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | (0 if fcntl else os.O_EXCL), 0o644)
-    if not fcntl:
-        os.close(handle)  # Windows removes no open file
-        return -1
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(
-            handle
-        ).st_nlink:  # a run that ended in between removed it, so it keeps nobody out
-            raise BlockingIOError
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
+    with FileLock(path, blocking=False):
+        try:
+            yield
+        finally:
+            if os.name == "posix":
+                # filelock leaves the file there, and detects that another process has removed it.
+                path.unlink(missing_ok=True)

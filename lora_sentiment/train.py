@@ -5,7 +5,6 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
-from lora_sentiment.bundled import StandIn, describe, probe_texts
+from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
@@ -49,31 +48,33 @@ from lora_sentiment.models.wrap import (
 )
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks.calibration import TEMPERATURE_BOUNDS, fit_temperature, score_calibrated
-from lora_sentiment.tasks.losses import make_class_weights
-from lora_sentiment.tasks.metrics import confusion_matrix
-from lora_sentiment.training.checkpoint import FOLDER as CHECKPOINTS
+from lora_sentiment.tasks.metrics import confusion_matrix, score_calibrated
+from lora_sentiment.tasks.single_label import (
+    TEMPERATURE_BOUNDS,
+    fit_temperature,
+    make_class_weights,
+)
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History
 from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.micro_batch import choose_max_tokens
-from lora_sentiment.training.offline import settle
+from lora_sentiment.training.offline import resolve_offline
 from lora_sentiment.training.optimizer import count_steps
 from lora_sentiment.training.plots import plot_confusion, plot_training
 from lora_sentiment.training.processes import (
     describe_machine,
-    explain_loss,
+    explain_lost_process,
     join_launch,
     make_accelerator,
     refuse_differences,
 )
 from lora_sentiment.training.report import make_report, peak_memory, reset_peak_memory
 from lora_sentiment.training.run_folder import (
-    claim,
-    drop_checkpoints,
     explain_full_disk,
-    make_aside,
+    lock_run_folder,
+    make_adapter_folder,
     make_settings,
+    remove_checkpoints,
 )
 
 log = logging.getLogger("lora_sentiment")
@@ -108,7 +109,7 @@ class _Setup:
     max_tokens: int
     quantisation: Quantisation | None
     loading_peak: int
-    stand_in: StandIn | None
+    offline: str | None
 
 
 @dataclass
@@ -137,10 +138,10 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
         StoppedError: When SIGTERM or SIGINT came while it trained; it is saved.
     """
     state = join_launch()
-    with explain_loss(state):
-        recipe, stand_in = settle(recipe, state)
-        with claim(recipe, state) as run_folder, explain_full_disk(run_folder):
-            return _walk(recipe, state, run_folder, stand_in=stand_in, allow_changes=allow_changes)
+    with explain_lost_process(state):
+        recipe, offline = resolve_offline(recipe)
+        with lock_run_folder(recipe) as run_folder, explain_full_disk(run_folder):
+            return _walk(recipe, state, run_folder, offline=offline, allow_changes=allow_changes)
 
 
 def _walk(
@@ -148,14 +149,14 @@ def _walk(
     state: PartialState,
     run_folder: Path,
     *,
-    stand_in: StandIn | None,
+    offline: str | None,
     allow_changes: bool,
 ) -> Run:
     """Train, save, judge, publish."""
     accelerator = make_accelerator(
         state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder
     )
-    setup = _set_up(recipe, accelerator, stand_in)
+    setup = _set_up(recipe, accelerator, offline)
     encoded = {
         "train": _encode(setup.data.train, setup, recipe, accelerator),
         "validation": _encode(setup.data.validation, setup, recipe, accelerator),
@@ -163,7 +164,7 @@ def _walk(
     described = _describe_seen(setup.data, encoded, recipe)
     history = _train(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
     setup = replace(setup, max_tokens=history.max_tokens)  # lower where memory ran out
-    aside = make_aside(run_folder) if accelerator.is_main_process else run_folder
+    aside = make_adapter_folder(run_folder) if accelerator.is_main_process else run_folder
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
     calibration = {"temperature": fit_temperature(logits, encoded["validation"].labels)}
     log.info(
@@ -184,10 +185,10 @@ def _walk(
     if card is not None:
         report = _save_report(recipe, setup, card, history, verdict, aside)
         adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
-        drop_checkpoints(run_folder)
+        remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
-    if stand_in:
-        log.warning("%s", describe(stand_in))
+    if offline:
+        log.warning("%s", offline)
     accelerator.end_training()
     _refuse_faults(verdict, recipe.folder)
     return Run(recipe.folder, history, report)
@@ -218,7 +219,7 @@ def _train(
         accelerator=accelerator,
         max_tokens=setup.max_tokens,
         store=Store(
-            run_folder / CHECKPOINTS,
+            run_folder,
             settings,
             resume=recipe.train.resume,
             allow_changes=allow_changes,
@@ -254,7 +255,7 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
     return make_settings(recipe, found, machine=machine, base=config.to_dict())
 
 
-def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) -> _Setup:
+def _set_up(recipe: Recipe, accelerator: Accelerator, offline: str | None) -> _Setup:
     """Load data and base, and make the base trainable on this process's device."""
     device = accelerator.device
     dtype = resolve_dtype(recipe.model.dtype, device)
@@ -294,9 +295,7 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, stand_in: StandIn | None) 
         engine,
         f"{max_tokens:,}",
     )
-    return _Setup(
-        data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, stand_in
-    )
+    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, offline)
 
 
 def _load_data(recipe: Recipe) -> Data:
@@ -446,7 +445,7 @@ def _save_adapter(
             carved_test_sha256=data.carved_test.fingerprint if data.carved_test else None,
         ),
         machine=describe_machine(setup.dtype, max_tokens=setup.max_tokens),
-        stand_in=setup.stand_in,
+        offline=setup.offline,
         calibration=calibration,
         trained=trained,
         # bf16 keeps eight bits of a value; the rebuilt model is fp32.
@@ -477,11 +476,9 @@ def _judge(
         else:
             rows[role] = found
     verdict.fingerprints |= {role: judged.fingerprint for role, judged in rows.items()}
-    # A fault's own words name files, which may lie elsewhere on each machine.
-    faults = {
-        role: re.findall(r": row (\d+): ", str(fault)) for role, fault in verdict.faults.items()
-    }
-    refuse_differences(verdict.fingerprints | {"list of bad rows": faults})
+    # Row numbers alone: the messages name files, whose paths may differ between machines.
+    bad_rows = {role: fault.rows for role, fault in verdict.faults.items()}
+    refuse_differences(verdict.fingerprints | {"list of bad rows": bad_rows})
     for role, judged in rows.items():
         verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
         verdict.data.roles[role] = describe_role(
@@ -536,7 +533,7 @@ def _save_report(
         engine=setup.engine,
         data=verdict.data,
         quantisation=setup.quantisation,
-        stand_in=setup.stand_in,
+        offline=setup.offline,
         peak_memory_bytes=max(
             setup.loading_peak, peak_memory(next(setup.model.parameters()).device)
         ),

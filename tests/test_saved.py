@@ -11,7 +11,7 @@ import pytest
 
 from lora_sentiment.classifier import Classifier, load
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks.probabilities import softmax
+from lora_sentiment.tasks.single_label import softmax
 from tests.saved.make import BASE, EXPECTED, SAVED, compute, open_saved
 
 SAVED_ANSWERS = json.loads(EXPECTED.read_text(encoding="utf-8"))

@@ -3,10 +3,7 @@
 import gzip
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,16 +13,19 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate import PartialState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_sentiment import cli
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import LoraSentimentError
+from lora_sentiment.hub import explain_refusal
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.recipe import Recipe
-from tests.toy_hub import serve
+from lora_sentiment.training.offline import resolve_offline
+from tests.toy_hub import point_clients, serve
 
 RECIPE = "data: {source: rows.csv}\nmodel: {name: BASE, max_length: 16}\n"
 ROWS = "text,label\n" + "".join(f"some words {i},{('good', 'bad')[i % 2]}\n" for i in range(40))
@@ -358,7 +358,7 @@ REFUSALS = {
 HUB = {
     "data set 401": (
         "data.source=toy/401",
-        "answered 401 Unauthorized (no): it is private, or there is none of this",
+        "answered 401 Unauthorized (no): there is no data set of this name, or it is private",
     ),
     "data set 403": (
         "data.source=toy/403",
@@ -372,11 +372,11 @@ HUB = {
     "gated data set": ("data.source=toy/gated", "it is gated; ask for access at http://127.0.0.1"),
     "page instead of a data set": (
         "data.source=toy/page",
-        "answered 200 OK (log in), but not as the Hub does",
+        "answered, but not as the Hub does: a network's login page",
     ),
     "page instead of a model": (
         "model.name=toy/page",
-        "answered 200 OK (log in), but not as the Hub does",
+        "answered, but not as the Hub does: a network's login page",
     ),
     "misspelt data set": (
         "data.source=toy/goood",
@@ -386,7 +386,7 @@ HUB = {
         "data.source=good",
         "did you mean 'toy/good'? (that is in the cache)",
     ),
-    "data set revision": ("data.revision=v9", "it has no revision 'v9'; mend data.revision"),
+    "data set revision": ("data.revision=v9", "it has no revision 'v9'; correct data.revision"),
     "data set configuration": (
         "data.config=nope",
         "BuilderConfig 'nope' not found. Available: ['default']; set data.",
@@ -412,7 +412,7 @@ HUB = {
     "data set card damaged": ("data.source=toy/card", "the Hub has it, but it cannot be read"),
     "model 401": (
         "model.name=toy/401",
-        "answered 401 Unauthorized (no): it is private, or there is none of this name",
+        "answered 401 Unauthorized (no): there is no model of this name, or it is private",
     ),
     "model 403": ("model.name=toy/403", "answered 403 Forbidden (no entry): you may not read it"),
     "model 404": (
@@ -421,7 +421,7 @@ HUB = {
     ),
     "gated model": ("model.name=toy/gated", "it is gated; ask for access at http://127.0.0.1"),
     "misspelt model": ("model.name=toy/brt", "did you mean 'toy/bert'? (that is in the cache)"),
-    "model revision": ("model.revision=v9", "it has no revision 'v9'; mend model.revision"),
+    "model revision": ("model.revision=v9", "it has no revision 'v9'; correct model.revision"),
     "no distilbert": (
         "model.name=toy/bert",
         "'toy/bert' is a bert model; this package adapts distilbert checkpoints",
@@ -431,67 +431,43 @@ HUB = {
     "model without words": ("model.name=toy/words", "'toy/words' has no tokenizer"),
 }
 
-ASK_ALL = """
-import json, sys
-from accelerate import PartialState
-from lora_sentiment.data.rows import load_data
-from lora_sentiment.errors import LoraSentimentError
-from lora_sentiment.hub_answers import explain_refusal
-from lora_sentiment.models.load import load_base
-from lora_sentiment.training.offline import settle
-from lora_sentiment.recipe.recipe import Recipe
-found = {"busy": explain_refusal(key="model.name", name="toy/busy", kind="model", revision=None)}
-for name, override in json.load(sys.stdin).items():
-    try:
-        recipe, _ = settle(Recipe.load(sys.argv[1], [override]), PartialState(cpu=True))
-        if override.startswith("data."):
-            load_data(recipe.data)
-        else:
-            load_base(recipe.model, labels=("bad", "good"))
-        found[name] = "nothing"
-    except LoraSentimentError as error:
-        found[name] = str(error)
-json.dump(found, sys.stdout)
-"""
 few = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
 @pytest.fixture(scope="module")
-def hub_answers(tmp_path_factory) -> dict[str, str]:
-    """The message of every case of `HUB`, by the real clients in one fresh process."""
+def hub_messages(tmp_path_factory) -> dict[str, str]:
+    """The message of every case of `HUB`, by the real clients."""
     folder = tmp_path_factory.mktemp("hub")
-    (folder / "recipe.yaml").write_text(
-        "data: {source: toy/good}\nmodel: {name: toy/bert, max_length: 16}\n"
-    )
-    with serve(models=MODELS, datasets=DATASETS, refusals=REFUSALS) as address:
-        online = {
-            "HF_HUB_OFFLINE": "0",
-            "HF_DATASETS_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "",
-        }
-        environment = {
-            **os.environ,
-            **online,
-            "HF_ENDPOINT": address,
-            "HF_HOME": str(folder / "hf"),
-        }
-        # Those that fill the cache come first: what is misspelt is held against it.
-        first = {"data": "data.max_train_rows=2", "bert": "model.name=toy/bert"}
-        cases = first | {name: text for name, (text, _) in HUB.items()}
-        done = subprocess.run(
-            [sys.executable, "-c", ASK_ALL, str(folder / "recipe.yaml")],
-            input=json.dumps(cases),
-            env=environment,
-            cwd=Path(cli.__file__).parents[1],
-            capture_output=True,
-            text=True,
-            check=False,
+    path = folder / "recipe.yaml"
+    path.write_text("data: {source: toy/good}\nmodel: {name: toy/bert, max_length: 16}\n")
+    PartialState(cpu=True)
+    with (
+        serve(models=MODELS, datasets=DATASETS, refusals=REFUSALS) as address,
+        point_clients(address, folder),
+    ):
+        # Fill the cache first: misspelt names are compared with it.
+        load_data(Recipe.load(path).data)
+        hub_complaint(path, "model.name=toy/bert")
+        messages = {name: hub_complaint(path, override) for name, (override, _) in HUB.items()}
+        messages["busy"] = explain_refusal(
+            key="model.name", name="toy/busy", kind="model", revision=None
         )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return messages
+
+
+def hub_complaint(path: Path, override: str) -> str:
+    """Return what a recipe with one override is refused with."""
+    try:
+        recipe, _ = resolve_offline(Recipe.load(path, [override]))
+        if override.startswith("data."):
+            load_data(recipe.data)
+        else:
+            load_base(recipe.model, labels=("bad", "good"))
+    except LoraSentimentError as error:
+        return str(error)
+    return "nothing"
 
 
 def complaint(trouble: Trouble, base: Path, capsys) -> str:
@@ -525,7 +501,7 @@ def test_every_trouble_is_one_clear_message(
 ):
     monkeypatch.chdir(tmp_path)
     if name in HUB:
-        message, found = HUB[name][1], request.getfixturevalue("hub_answers")[name]
+        message, found = HUB[name][1], request.getfixturevalue("hub_messages")[name]
     elif name in BASES:
         message, found = BASES[name][1], base_complaint(BASES[name][0], tiny_base)
     else:
@@ -594,11 +570,11 @@ def test_real_messy_files_end_as_the_table_says(name, shared, tmp_path):
     assert end in found
 
 
-def test_a_busy_hub_is_said_to_be_busy(hub_answers):
+def test_a_busy_hub_is_said_to_be_busy(hub_messages):
     """The clients themselves try such a Hub again for half a minute."""
     assert (
         "answered 503 Service Unavailable (no): the Hub is busy or down; try again later"
-        in hub_answers["busy"]
+        in hub_messages["busy"]
     )
 
 

@@ -81,7 +81,7 @@ def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool
 
 def _summary(name: str, card: Card) -> str:
     labels = ", ".join(f"`{label}`" for label in card.labels)
-    warning = f"> **{bundled.describe(card.offline)}.**\n\n" if card.offline else ""
+    warning = f"> **{card.offline}.**\n\n" if card.offline else ""
     return (
         f"# {name}\n\n{warning}A text classifier with the labels {labels}: `{card.method.kind}` fine-tuning of "
         f"`{card.base.name}` on `{card.data.config.source}`, at most {card.max_length} tokens a text (truncation: "

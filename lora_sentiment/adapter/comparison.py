@@ -13,7 +13,7 @@ from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, sample
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import DataError
-from lora_sentiment.hub import ask_or_rely_on_cache
+from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.engine import Engine, compute_logits
 
 log = logging.getLogger("lora_sentiment")
@@ -146,7 +146,7 @@ def _validation_rows(card: Card | None, max_rows: int) -> Rows:
         )
     config = card.data.config
     if is_on_hub(config.source):
-        ask_or_rely_on_cache()
+        prepare_hub()
     rows = load_data(config).validation
     if rows.fingerprint != card.data.validation_sha256:
         raise DataError(

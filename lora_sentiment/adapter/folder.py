@@ -27,7 +27,7 @@ from lora_sentiment.adapter.weights import (
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.fast import attention_backends
 from lora_sentiment.files import hash_file, take_place, write_json
-from lora_sentiment.hub import ask_or_rely_on_cache, is_hub_name
+from lora_sentiment.hub import is_hub_name, prepare_hub
 from lora_sentiment.models.load import Base, check_length, hash_tokenizer, load_base
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
@@ -98,8 +98,9 @@ class Card(Section):
     """File name to SHA-256, of every file that decides an answer."""
     data: DataRecord
     """On which rows."""
-    offline: dict[str, str] | None = None
-    """What the recipe asked for, by key, where no Hub answered and the parts that ship stood in, and the reason."""
+    offline: str | dict[str, str] | None = None
+    """What replaced the recipe's data and base where no Hub answered. Older versions wrote a
+    mapping."""
     calibration: dict[str, float] | None
     """Temperature fitted on validation, or null."""
     versions: dict[str, str]
@@ -150,7 +151,7 @@ def save(
     trained: Probe,
     tolerance: float,
     calibration: dict[str, float] | None = None,
-    stand_in: dict[str, str] | None = None,
+    offline: str | None = None,
 ) -> Card:
     """Write weights, tokenizer and card, then rebuild the model from them and hold it against the trained one.
 
@@ -169,7 +170,7 @@ def save(
         tolerance: Largest difference allowed between a logit of the trained model and of the rebuilt one, in units of
             max(1, largest logit): rounding of the compute dtype.
         calibration: Temperature fitted on validation, or None.
-        stand_in: What the recipe asked for and did not get, where the parts that ship stood in.
+        offline: The sentence of `resolve_offline`, or None.
 
     Raises:
         AdapterError: If the rebuilt model answers otherwise than the trained one.
@@ -205,7 +206,7 @@ def save(
         tokenizer_sha256=hash_tokenizer(base.tokenizer),
         files={path.name: hash_file(path) for path in sorted(decisive)},
         data=data,
-        offline=stand_in,
+        offline=offline,
         calibration=calibration,
         versions={name: version(name) for name in PACKAGES},
         machine=machine,
@@ -242,7 +243,7 @@ def load(
     check_files(folder, card.files, needed=(*weights, "tokenizer.json"))
     config = _base_config(folder, card, base)
     if not fresh and is_hub_name(config.place):
-        ask_or_rely_on_cache()
+        prepare_hub()
     try:
         loaded = fresh or load_base(config, labels=tuple(card.labels), device=device)
     except ModelError as error:

@@ -5,13 +5,12 @@ import logging
 import torch
 from accelerate import PartialState
 
-from lora_sentiment.bundled import describe
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.report import DataReport, describe_role, describe_seen
 from lora_sentiment.data.rows import Rows, load_data, load_judged
 from lora_sentiment.models.load import check_base, load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.training.offline import settle
+from lora_sentiment.training.offline import resolve_offline
 
 log = logging.getLogger("lora_sentiment")
 
@@ -23,7 +22,8 @@ def survey(recipe: Recipe) -> DataReport:
         DataError: For a source, column, label or row that cannot be used.
         ModelError: If the base's tokenizer, which decides the lengths, cannot be had, or the base is refused already.
     """
-    recipe, stand_in = settle(recipe, PartialState(cpu=not torch.accelerator.is_available()))
+    PartialState(cpu=not torch.accelerator.is_available())
+    recipe, offline = resolve_offline(recipe)
     data = load_data(recipe.data)
     check_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -48,6 +48,6 @@ def survey(recipe: Recipe) -> DataReport:
             read=reading.get(role),
             seen_texts=data.seen_texts,
         )
-    if stand_in:
-        log.warning("%s", describe(stand_in))
+    if offline:
+        log.warning("%s", offline)
     return found

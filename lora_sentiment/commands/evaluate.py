@@ -11,11 +11,11 @@ from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub
 from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.statistics import Interval
-from lora_sentiment.hub import ask_or_rely_on_cache
+from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import make_fast, predict_logits
-from lora_sentiment.tasks.calibration import score_calibrated
-from lora_sentiment.training.processes import explain_loss, join_launch, make_accelerator
+from lora_sentiment.tasks.metrics import score_calibrated
+from lora_sentiment.training.processes import explain_lost_process, join_launch, make_accelerator
 
 log = logging.getLogger("lora_sentiment")
 
@@ -71,7 +71,7 @@ def evaluate(
         loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
     )
     encoded = encoder.encode(rows, progress=main)
-    with explain_loss(state):
+    with explain_lost_process(state):
         logits = predict_logits(
             model, encoded, accelerator=accelerator, progress=split if main else None
         )
@@ -83,7 +83,7 @@ def _read(card: Card, source: str | None, split: str) -> Rows:
     """Return the rows of a split: of a source given now, or of the recorded one."""
     config, labels = card.data.config, tuple(card.labels)
     if is_on_hub(source or config.source):
-        ask_or_rely_on_cache()
+        prepare_hub()
     if source is not None:
         # A lone file is what to judge on, whatever split its maker called it.
         given = config.model_copy(update={"source": source, "config": None, "revision": None})

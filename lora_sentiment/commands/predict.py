@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from filelock import Timeout
 
 from lora_sentiment.classifier import Classifier, Prediction
 from lora_sentiment.console import make_bar
@@ -29,7 +30,7 @@ from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.lines import Batch
 from lora_sentiment.data.tables import FORMATS, TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError, did_you_mean
-from lora_sentiment.files import hash_file, hold_file, write_json
+from lora_sentiment.files import hash_file, lock_file, write_json
 
 log = logging.getLogger("lora_sentiment")
 LINES_PER_WINDOW = 1000
@@ -377,11 +378,9 @@ def _hold(output: Path, rank: int, share: Callable[[str], str]) -> Iterator[Path
         fault = ""
         if rank == 0:
             try:
-                held.enter_context(hold_file(path))
-            except BlockingIOError:
+                held.enter_context(lock_file(path))
+            except Timeout:
                 fault = f"another run is writing {output}; wait until it ends"
-            except FileExistsError:
-                fault = f"another run is writing {output}; wait until it ends, or remove {path}"
             except OSError as error:
                 fault = f"{output}: cannot be written: {error.strerror}; check its name, folder and disk"
         if fault := share(fault):  # every process raises, so that none waits for another

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lora_sentiment.errors import AdapterError, DataError, ModelError, RecipeError, TrainingError
+from lora_sentiment.errors import AdapterError, DataError, DivergedError, RecipeError
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.output import OutputConfig
 from lora_sentiment.recipe.recipe import Recipe, make_schema
@@ -31,9 +31,6 @@ MAX_RUNS = 1000
 """Runs of one grid; a longer one is a slip of the pen."""
 LEFT = ("best", "note")
 """Columns of words."""
-_DIVERGED = re.compile(
-    r"step \d+: the (loss|gradient's norm) is |logits or probabilities: found nan or infinity"
-)
 
 
 @dataclass(frozen=True)
@@ -320,10 +317,10 @@ def _make_runs(trials: Sequence[Trial]) -> list[Trial]:
 def _leave_out_judged(config: DataConfig, *, where: str) -> DataConfig:
     """Return a `data` section that gives the same train and validation, and nothing to judge."""
     from lora_sentiment.data.sources import find_source, is_on_hub
-    from lora_sentiment.hub import ask_or_rely_on_cache
+    from lora_sentiment.hub import prepare_hub
 
     if is_on_hub(config.source):
-        ask_or_rely_on_cache()  # as each run does before its own clients ask
+        prepare_hub()  # as each run does before its own clients ask
     try:
         source = find_source(config)
     except DataError as error:
@@ -362,13 +359,13 @@ def _diverged_file(run: Recipe) -> Path:
 def _run(recipe: Recipe) -> None:
     """Train one run; leave its adapter folder, or a line beside it that says where it diverged."""
     from lora_sentiment.train import train
-    from lora_sentiment.training.checkpoint import FOLDER, list_checkpoints
+    from lora_sentiment.training.checkpoint import list_checkpoints
     from lora_sentiment.training.processes import join_launch
     from lora_sentiment.training.report import reset_peak_memory
     from lora_sentiment.training.run_folder import name_run_folder
 
     left = name_run_folder(recipe)
-    if left.exists() and not list_checkpoints(left / FOLDER):
+    if left.exists() and not list_checkpoints(left):
         # Without a checkpoint to go on from, `train` would not go over what may be a finished adapter.
         shutil.rmtree(left)
     reset_peak_memory(
@@ -377,9 +374,7 @@ def _run(recipe: Recipe) -> None:
     try:
         # A choice made on rows that stood in would be one for other data.
         train(recipe.model_copy(update={"offline": "error"}))
-    except (TrainingError, ModelError) as error:
-        if not _DIVERGED.match(str(error)):
-            raise
+    except DivergedError as error:
         log.warning("diverged: %s", error)
         _diverged_file(recipe).write_text(f"{error}\n", encoding="utf-8")
     gc.collect()  # a model holds itself in cycles; the next one needs the room

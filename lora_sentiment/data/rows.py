@@ -307,7 +307,8 @@ def _make_rows(
             faults.setdefault(fault[1], []).append(position + 1)
             kept[position] = False
     if faults and config.on_bad_row == "error":
-        raise DataError(_bad_rows(where, faults))
+        first_rows = [numbers[0] for numbers in faults.values()]
+        raise DataError(_bad_rows(where, faults), rows=first_rows)
     if not kept.any():
         raise DataError(
             f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}; data.on_bad_row=error says "

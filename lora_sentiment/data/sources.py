@@ -11,7 +11,7 @@ from typing import Any
 from lora_sentiment import bundled
 from lora_sentiment.data.tables import FORMATS, read_table, table_columns
 from lora_sentiment.errors import DataError, did_you_mean, show
-from lora_sentiment.hub_answers import explain_refusal, innermost
+from lora_sentiment.hub import explain_refusal, innermost
 from lora_sentiment.recipe.data import SPLITS, DataConfig
 
 

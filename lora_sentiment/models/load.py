@@ -27,8 +27,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lora_sentiment import bundled
 from lora_sentiment.errors import ModelError
-from lora_sentiment.hub import is_hub_name
-from lora_sentiment.hub_answers import explain_refusal
+from lora_sentiment.hub import explain_refusal, is_hub_name
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.families import HEAD, Shape
 from lora_sentiment.recipe.model import ModelConfig

@@ -1,14 +1,15 @@
-"""The app: routes, what OpenAPI says of them, and how a fault becomes an answer."""
+"""The app: its routes, its OpenAPI document and its error answers."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Body, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from fastapi.telemetry import TelemetryConfig
@@ -16,38 +17,46 @@ from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
 from lora_sentiment.serve.answers import Answerer
-from lora_sentiment.serve.batching import Queue, work_in_thread
+from lora_sentiment.serve.batching import Queue, call_in_thread
 from lora_sentiment.serve.config import ServeConfig
 from lora_sentiment.serve.messages import (
     MALFORMED,
     STATUSES,
     AdapterFacts,
     AdaptersResponse,
-    Asked,
+    AnyRequest,
+    AnyResponse,
     BaseFacts,
     ErrorResponse,
     ErrorType,
-    Predicted,
-    PredictRequest,
     RefusalError,
     StatusResponse,
-    read_request,
+    explain_invalid_body,
 )
 from lora_sentiment.serve.metrics import CONTENT_TYPE, Metrics
-from lora_sentiment.serve.middleware import CLIENT_GONE, PREDICT, Guard, make_refusal
+from lora_sentiment.serve.middleware import (
+    CLIENT_GONE,
+    PREDICT,
+    PUBLIC_PATHS,
+    Middleware,
+    make_refusal,
+)
 
 if TYPE_CHECKING:
+    # Imports torch, which makes the app slow to load.
     from lora_sentiment.serve.pool import Pool
 
 log = logging.getLogger("lora_sentiment")
 
+WATCH_SECONDS = 2.0
+"""Seconds between two looks at the watched folder."""
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
-"""Path to file of the page and its type."""
-EXAMPLES = {
+"""File and content type of each path of the page."""
+EXAMPLES: Any = {
     "texts": {
         "value": {"texts": ["A lovely film.", "Dull, long and not worth a cent."], "top_k": 2}
     },
@@ -56,241 +65,212 @@ EXAMPLES = {
         "value": {"inputs": [["A lovely film."], ["Dull, long and not worth a cent."]]}
     },
 }
-_EXPLAINED: dict[ErrorType, str] = {
-    "Malformed": MALFORMED,
-    "Unauthorized": "this server needs its key: send the header Authorization: Bearer KEY",
-    "NotFound": "adapter: 'imdb' is not loaded; there is imdb_small",
-    "Timeout": "the body took longer to arrive than allowed: 10 seconds",
-    "TooLarge": "texts: found 200; allowed: at most 128 a request",
-    "UnsupportedMediaType": "the body's Content-Type must be application/json",
-    "Validation": "top_k: Input should be greater than or equal to 1",
-    "Overloaded": "131,000 tokens wait already and this request makes at least 300; allowed: 131,072 together",
-    "Unhealthy": "no adapter is loaded",
-    "Deadline": "no answer within the 30 seconds that a request may take; send fewer texts, or try again later",
-}
+PREDICT_ERRORS: tuple[ErrorType, ...] = (
+    "Malformed", "NotFound", "Timeout", "TooLarge", "UnsupportedMediaType", "Validation", "Overloaded", "Unhealthy",
+    "Deadline",
+)  # fmt: skip
 NO_TELEMETRY: TelemetryConfig = {
     "tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False,
 }  # fmt: skip
-"""FastAPI would hand requests, bodies among them, to any exporter that the environment names."""
-_REFERENCE = "#/components/schemas/{model}"
+"""FastAPI would pass requests and their bodies to any exporter that the environment names."""
 Result = TypeVar("Result")
 
 
 def make_app(pool: "Pool", config: ServeConfig) -> FastAPI:
-    """Make the app of one server. Nothing is global: several may live in one process.
+    """Make the app of one server. It has no global state: several may live in one process.
 
     Returns:
-        The app; `app.state.queue` is its line, which a stopping server closes.
+        The app. A stopping server closes its queue, `app.state.queue`.
     """
     metrics = Metrics()
     queue = Queue(pool.compute, limits=config.limits, metrics=metrics)
     answerer = Answerer(pool, queue, limits=config.limits, metrics=metrics)
 
     @asynccontextmanager
-    async def live(app: FastAPI) -> AsyncIterator[None]:
-        app.state.running = asyncio.create_task(queue.run())
-        watching = asyncio.create_task(_watch(pool, config, metrics, stopped=lambda: queue.closed))
+    async def run_tasks(app: FastAPI) -> AsyncIterator[None]:
+        app.state.compute_task = asyncio.create_task(queue.run())
+        watch_task = asyncio.create_task(_watch(pool, config, queue, metrics))
         yield
         queue.close()
         queue.abandon()
-        for task in (app.state.running, watching):
-            task.cancel()
-        queue.shut()
-        answerer.shut()
+        app.state.compute_task.cancel()
+        watch_task.cancel()
+        queue.shut_down()
+        answerer.shut_down()
 
     app = FastAPI(
-        title="lora_sentiment", version="1", lifespan=live, docs_url=None, redoc_url=None,
-        redirect_slashes=False,
-        telemetry=NO_TELEMETRY,
+        title="lora_sentiment", version="1", lifespan=run_tasks, docs_url=None, redoc_url=None,
+        redirect_slashes=False, telemetry=NO_TELEMETRY,
     )  # fmt: skip
     app.state.queue = queue
-    _add_predict(app, answerer, config, metrics)
-    _add_facts(app, pool, config, metrics)
-    _add_page(app)
-    _add_handlers(app)
-    routes = {route.path for route in app.routes if hasattr(route, "path")}
-    app.add_middleware(Guard, config=config, metrics=metrics, routes=routes)
-    # Made once and kept by FastAPI, which does not read this body itself; the limits are this server's own.
+    protected = APIRouter()
+    if config.api_key:
+        # For the OpenAPI document only: the middleware checks the key.
+        protected.dependencies.append(Depends(HTTPBearer(auto_error=False)))
+        protected.responses.update(_describe_errors("Unauthorized"))
+    _add_predict(protected, answerer, config, metrics)
+    _add_information(protected, pool, metrics)
+    app.include_router(protected)
+    _add_checks(app, pool)
+    for path, (name, content_type) in PAGE.items():
+        content = files("lora_sentiment.serve").joinpath("page", name).read_bytes()
+        app.add_route(path, partial(_send_file, content, content_type), include_in_schema=False)
+    app.add_exception_handler(RequestValidationError, _refuse_invalid_body)
+    app.add_exception_handler(HTTPException, _refuse_request)
+    paths = sorted({PREDICT, "/adapters", "/metrics", *PUBLIC_PATHS})
+    app.add_middleware(Middleware, config=config, metrics=metrics, paths=paths)
+    # FastAPI keeps the document that it makes here.
     schemas = app.openapi()["components"]["schemas"]
-    schemas |= TypeAdapter[Any](Asked).json_schema(ref_template=_REFERENCE)["$defs"]
     schemas["PredictRequest"]["properties"]["texts"]["maxItems"] = config.limits.max_texts
     return app
 
 
-def _add_predict(app: FastAPI, answerer: Answerer, config: ServeConfig, metrics: Metrics) -> None:
-    answers = TypeAdapter[Any](Predicted)
-    kinds: list[ErrorType] = [
-        kind for kind in _EXPLAINED if kind != "Unauthorized" or config.api_key
-    ]
+def _add_predict(
+    router: APIRouter, answerer: Answerer, config: ServeConfig, metrics: Metrics
+) -> None:
+    adapter = TypeAdapter[Any](AnyResponse)
 
-    forms = [{"$ref": _REFERENCE.format(model=form.__name__)} for form in get_args(Asked)]
-    content = {"application/json": {"schema": {"anyOf": forms}, "examples": EXAMPLES}}
-
-    @app.post(
-        PREDICT, response_model=Predicted, responses=_errors(*kinds), dependencies=_bearer(config),
-        openapi_extra={"requestBody": {"required": True, "content": content}},
-    )  # fmt: skip
-    async def predict(request: Request) -> Response:
-        """Label texts, each by the adapter that the request names."""
-        asked = read_request(await request.body(), config.limits)
-        work = (
-            answerer.predict(asked)
-            if isinstance(asked, PredictRequest)
-            else answerer.predict_as_tei(asked)
+    @router.post(PREDICT, response_model=AnyResponse, responses=_describe_errors(*PREDICT_ERRORS))
+    async def predict(
+        body: Annotated[AnyRequest, Body(openapi_examples=EXAMPLES)], request: Request
+    ) -> Response:
+        """Label texts with the adapter that the request names."""
+        answer = await _finish(
+            answerer.answer(body), request, seconds=config.limits.deadline_seconds
         )
-        answer = await _finish(work, request, seconds=config.limits.deadline_seconds)
         if answer is None:
             metrics.abandoned.inc()
             return Response(status_code=CLIENT_GONE)
-        return Response(answers.dump_json(answer), media_type="application/json")
+        return Response(adapter.dump_json(answer), media_type="application/json")
 
 
-def _add_facts(app: FastAPI, pool: "Pool", config: ServeConfig, metrics: Metrics) -> None:
-    needs_key = _errors("Unauthorized") if config.api_key else {}
-
-    @app.get("/adapters", responses=needs_key, dependencies=_bearer(config))
+def _add_information(router: APIRouter, pool: "Pool", metrics: Metrics) -> None:
+    @router.get("/adapters")
     async def adapters() -> AdaptersResponse:
-        """Say what is loaded."""
-        found = [
+        """List the loaded adapters."""
+        facts = [
             AdapterFacts(
-                name=name, labels=list(own.labels), method=own.method, form=own.form,
-                num_parameters=own.num_parameters, max_length=own.encoder.max_length,
-                truncation=own.encoder.truncation, sha256=own.sha256,
+                name=name,
+                labels=list(adapter.labels),
+                method=adapter.method,
+                form=adapter.form,
+                num_parameters=adapter.num_parameters,
+                max_length=adapter.encoder.max_length,
+                truncation=adapter.encoder.truncation,
+                sha256=adapter.sha256,
             )
-            for name, own in sorted(pool.served.items())
-        ]  # fmt: skip
-        return AdaptersResponse(
-            base=BaseFacts(name=pool.base, sha256=pool.base_sha256), adapters=found
-        )
+            for name, adapter in sorted(pool.adapters.items())
+        ]
+        base = BaseFacts(name=pool.base, sha256=pool.base_sha256)
+        return AdaptersResponse(base=base, adapters=facts)
 
-    @app.get("/healthz", responses=_errors("Unhealthy"))
-    async def healthz() -> StatusResponse:
-        """Say that the process lives and computes."""
-        if app.state.running.done():
-            raise RefusalError("Unhealthy", "nothing computes any more; start the server again")
-        return StatusResponse()
+    text: dict[int | str, Any] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-    @app.get("/readyz", responses=_errors("Unhealthy"))
-    async def readyz() -> StatusResponse:
-        """Say that a prediction would be taken: an adapter is loaded and the server is not stopping."""
-        app.state.queue.check(0)
-        if not pool.served:
-            raise RefusalError("Unhealthy", "no adapter is loaded")
-        return StatusResponse()
-
-    text: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/plain": {"schema": {"type": "string"}}}}
-    }
-
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses={**text, **needs_key},
-        dependencies=_bearer(config),
-    )
+    @router.get("/metrics", response_class=Response, responses=text)
     async def show_metrics() -> Response:
-        """Count, for Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(metrics.show(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _add_page(app: FastAPI) -> None:
-    for path, (name, kind) in PAGE.items():
-        content = files("lora_sentiment.serve").joinpath("page", name).read_bytes()
-        app.add_route(path, partial(_show, content, kind), methods=["GET"], include_in_schema=False)
+def _add_checks(app: FastAPI, pool: "Pool") -> None:
+    unhealthy = _describe_errors("Unhealthy")
+
+    @app.get("/healthz", responses=unhealthy)
+    async def healthz() -> StatusResponse:
+        """Check that the process runs and computes."""
+        if app.state.compute_task.done():
+            raise RefusalError("Unhealthy", "nothing is computed any more; start the server again")
+        return StatusResponse()
+
+    @app.get("/readyz", responses=unhealthy)
+    async def readyz() -> StatusResponse:
+        """Check that an adapter is loaded and the server is not stopping."""
+        app.state.queue.check(0)
+        if not pool.adapters:
+            raise RefusalError("Unhealthy", "no adapter is loaded")
+        return StatusResponse()
 
 
-async def _show(content: bytes, kind: str, _: Request) -> Response:
-    return Response(content, headers={"Content-Type": kind})
+async def _send_file(content: bytes, content_type: str, _: Request) -> Response:
+    return Response(content, headers={"Content-Type": content_type})
 
 
-def _add_handlers(app: FastAPI) -> None:
-    @app.exception_handler(RefusalError)
-    async def refuse(_: Request, error: RefusalError) -> Response:
-        return make_refusal(error)
+async def _refuse_invalid_body(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return make_refusal(explain_invalid_body(error.errors()))
 
-    @app.exception_handler(HTTPException)
-    async def refuse_request(_: Request, error: HTTPException) -> Response:
-        # Nothing else is raised: the guard lets known paths through alone, and no body is read by FastAPI.
-        assert error.status_code == STATUSES["MethodNotAllowed"]
-        allowed = (error.headers or {}).get("Allow", "")
-        response = make_refusal(
-            RefusalError("MethodNotAllowed", f"this path takes {allowed} alone")
-        )
-        response.headers["Allow"] = allowed
-        return response
+
+async def _refuse_request(_: Request, error: Exception) -> Response:
+    # The middleware only lets known paths through, so two errors are left.
+    assert isinstance(error, HTTPException)
+    if error.status_code == STATUSES["Malformed"]:
+        return make_refusal(RefusalError("Malformed", MALFORMED))
+    assert error.status_code == STATUSES["MethodNotAllowed"]
+    headers = error.headers or {}
+    message = f"the method is not allowed; allowed: {headers['Allow']}"
+    return make_refusal(RefusalError("MethodNotAllowed", message, headers=headers))
 
 
 async def _finish(
     work: Coroutine[Any, Any, Result], request: Request, *, seconds: float
 ) -> Result | None:
-    """Wait for an answer as long as somebody else does; what is given up leaves the line.
+    """Wait for an answer until the deadline, or until the client disconnects. Then cancel the work.
 
     Returns:
-        The answer; None where the client went away.
+        The answer, or None if the client disconnected.
 
     Raises:
-        RefusalError: What the work raises; `Deadline` after so many seconds.
+        RefusalError: `Deadline` after so many seconds; as the work.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_wait_until_gone(request))
+    task = asyncio.create_task(work)
+    disconnect = asyncio.create_task(_wait_for_disconnect(request))
     try:
         done, _ = await asyncio.wait(
-            {task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            {task, disconnect}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
         )
     finally:
-        gone.cancel()
+        disconnect.cancel()
         if not task.done():
             task.cancel()
     if task in done:
         return task.result()
-    if gone in done:
+    if disconnect in done:
         return None
     raise RefusalError(
         "Deadline",
-        f"no answer within the {seconds:g} seconds that a request may take; send fewer texts, or try again later",
+        f"no answer within {seconds:g} seconds, the limit for a request; send fewer texts, or try again later",
     )
 
 
-async def _wait_until_gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _watch(
-    pool: "Pool", config: ServeConfig, metrics: Metrics, *, stopped: Callable[[], bool]
-) -> None:
-    """Let the pool look at its folder now and then, in a thread; a process ends only after it, so a stop ends it."""
+async def _watch(pool: "Pool", config: ServeConfig, queue: Queue, metrics: Metrics) -> None:
+    """Let the pool look at the watched folder again and again, in a thread.
+
+    The process ends only after this thread, so a look ends when the queue is closed.
+    """
     loop = asyncio.get_running_loop()
-    metrics.keep(pool.served)
+    metrics.set_adapters(pool.adapters)
     while config.watch is not None:
-        await asyncio.sleep(config.limits.watch_seconds)
-        looked = loop.run_in_executor(None, work_in_thread, pool.refresh, stopped)
-        # What is loaded goes on being served whatever the folder holds.
-        await asyncio.wait([looked])
-        if error := looked.exception():
-            log.error("%r could not be looked at", str(config.watch), exc_info=error)
-        metrics.keep(pool.served)
+        await asyncio.sleep(WATCH_SECONDS)
+        look = loop.run_in_executor(None, call_in_thread, pool.refresh, lambda: queue.closed)
+        # `wait` does not raise: the loaded adapters are served whatever happens to the folder.
+        await asyncio.wait([look])
+        if error := look.exception():
+            log.error("%r: the watched folder cannot be read", str(config.watch), exc_info=error)
+        metrics.set_adapters(pool.adapters)
 
 
-def _bearer(config: ServeConfig) -> list[Any]:
-    """For OpenAPI alone: the guard has checked the key already."""
-    return [Depends(HTTPBearer(auto_error=False))] if config.api_key else []
-
-
-def _errors(*kinds: ErrorType) -> dict[int | str, dict[str, Any]]:
-    """Return what OpenAPI says of errors."""
-    found: dict[int | str, dict[str, Any]] = {}
+def _describe_errors(*kinds: ErrorType) -> dict[int | str, dict[str, Any]]:
+    """Return the error answers for the OpenAPI document."""
+    answers: dict[int | str, dict[str, Any]] = {}
     for kind in kinds:
-        example = {"error": _EXPLAINED[kind], "error_type": kind}
-        found[STATUSES[kind]] = {
-            "model": ErrorResponse,
-            "description": kind,
-            "content": {"application/json": {"example": example}},
-        }
-    if STATUSES["Overloaded"] in found:
-        found[STATUSES["Overloaded"]]["headers"] = {
-            "Retry-After": {
-                "description": "Seconds to wait.",
-                "schema": {"type": "integer", "minimum": 1},
-            }
-        }
-    return found
+        answers[STATUSES[kind]] = {"model": ErrorResponse, "description": kind}
+    if "Overloaded" in kinds:
+        schema = {"type": "integer", "minimum": 1}
+        header = {"description": "Seconds to wait.", "schema": schema}
+        answers[STATUSES["Overloaded"]]["headers"] = {"Retry-After": header}
+    return answers

@@ -1,15 +1,14 @@
-"""One line for all adapters: texts wait, are batched by tokens and a few milliseconds, and one thread computes them."""
+"""One queue for all adapters. Waiting texts are batched by tokens and by time, and one thread computes the batches."""
 
 import asyncio
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,8 @@ from lora_sentiment.serve.messages import RefusalError
 from lora_sentiment.serve.metrics import Metrics
 
 if TYPE_CHECKING:
-    from lora_sentiment.serve.pool import Served
+    # Imports torch, which makes the app slow to load.
+    from lora_sentiment.serve.pool import LoadedAdapter
 
 log = logging.getLogger("lora_sentiment")
 
@@ -29,237 +29,244 @@ STOPPED = "the server stopped before it answered this request"
 Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
 Result = TypeVar("Result")
-Compute = Callable[[Sequence["Served"], Encoded], list[Logits]]
+Compute = Callable[[Sequence["LoadedAdapter"], Encoded], list[Logits]]
 
 
-def work_in_thread(work: Callable[..., Result], *given: Any) -> Result:
-    """Call something in a thread; a StopIteration would never reach the coroutine that waits for it."""
+def call_in_thread(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a thread. Python 3.11 cannot pass a StopIteration on: its waiter would wait for ever."""
     try:
-        return work(*given)
+        return function(*arguments)
     except StopIteration as error:
-        raise RuntimeError(f"{work.__qualname__} met an iterator that ended early") from error
+        raise RuntimeError(f"{function.__qualname__} raised StopIteration") from error
 
 
 @dataclass(eq=False)
-class _Asked:
-    """One request's texts: how many of them went into a batch, and what was found for those that came back.
+class PendingRequest:
+    """The texts of one request.
 
-    Batches are computed one after another in the order of the line, so answers come in the order of the texts.
+    Batches are computed one after another in the order of the queue, so logits come in the order of the texts.
+
+    Attributes:
+        adapter: The adapter that answers.
+        inputs: Token ids of each text.
+        answer: Completed with the logits of all texts, or with an error.
+        since: Time of the loop at which the request was queued.
+        num_waiting_tokens: Number of tokens that are not in a batch yet.
+        num_batched: Number of texts that are in a batch.
+        logits: Logits of the texts that are computed.
     """
 
-    served: "Served"
+    adapter: "LoadedAdapter"
     inputs: Sequence[Ids]
     answer: "asyncio.Future[list[Logits]]"
     since: float
-    taken: int = 0
-    found: list[Logits] = field(default_factory=list)
+    num_waiting_tokens: int
+    num_batched: int = 0
+    logits: list[Logits] = field(default_factory=list)
 
-    @property
-    def waiting_tokens(self) -> int:
-        return sum(map(len, self.inputs[self.taken :]))
+    def fail(self, message: str, kind: Literal["Backend", "Unhealthy"] = "Backend") -> None:
+        """Refuse the request, if it is not answered yet."""
+        if not self.answer.done():
+            self.answer.set_exception(RefusalError(kind, message))
+
+
+Batch = list[tuple[PendingRequest, Ids]]
 
 
 class Queue:
-    """First in, first out; bounded in tokens. `run` must be running, in the event loop that asks.
+    """First in, first out; bounded in tokens. `run` must be running in the event loop of the requests.
 
     Attributes:
-        tokens: How many wait.
-        closed: Whether nothing new is taken; what is being read already still is.
-        abandoned: Whether all that waits is refused.
+        closed: Whether new requests are refused. Requests whose texts are being tokenised are still queued.
+        abandoned: Whether all requests are refused.
     """
 
     def __init__(self, compute: Compute, *, limits: Limits, metrics: Metrics) -> None:
-        self.tokens = 0
         self.closed = self.abandoned = False
         self._compute, self._limits, self._metrics = compute, limits, metrics
-        self._line: OrderedDict[_Asked, None] = OrderedDict()
-        self._computing: list[tuple[_Asked, Ids]] = []
-        self._some, self._enough = asyncio.Event(), asyncio.Event()
+        self._waiting: dict[PendingRequest, None] = {}
+        self._computing: Batch = []
+        self._changed = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._seconds_per_token: float | None = None
+        metrics.queued_tokens.set_function(lambda: self.num_tokens)
 
-    def check(self, tokens: int) -> None:
-        """Refuse a new request that cannot be taken now.
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that wait."""
+        return sum(request.num_waiting_tokens for request in self._waiting)
+
+    def check(self, num_tokens: int) -> None:
+        """Refuse a new request that cannot be queued now.
 
         Raises:
-            RefusalError: `Unhealthy` while stopping, `TooLarge` for more than ever fits, `Overloaded` for what does not
-                fit now.
+            RefusalError: `Unhealthy` while the server stops, `TooLarge` if the request never fits, `Overloaded` if
+                it does not fit now.
         """
         if self.closed:
-            raise RefusalError("Unhealthy", "the server is stopping; it takes nothing new")
-        self._check_room(tokens)
+            raise RefusalError("Unhealthy", "the server is stopping and takes no new requests")
+        self._check_room(num_tokens)
 
-    def retry_after(self) -> int:
-        """Estimate from the speed seen how many seconds what waits will take: 1 to MAX_RETRY_SECONDS."""
-        seconds = self.tokens * (self._seconds_per_token or 0.0)
+    def estimate_wait(self) -> int:
+        """Return the seconds that the waiting tokens will take at the speed seen: 1 to MAX_RETRY_SECONDS."""
+        seconds = self.num_tokens * (self._seconds_per_token or 0.0)
         return max(1, min(MAX_RETRY_SECONDS, math.ceil(seconds)))
 
-    async def ask(self, served: "Served", inputs: Sequence[Ids]) -> list[Logits]:
-        """Wait for the logits of some inputs, one array of (num_labels,) each.
+    async def ask(self, adapter: "LoadedAdapter", inputs: Sequence[Ids]) -> list[Logits]:
+        """Return the logits of each input, of shape (num_labels,).
 
-        Cancelling it takes out of the line what was not computed yet.
+        If the caller is cancelled, texts that are not in a batch yet leave the queue.
 
         Raises:
-            RefusalError: As `check`, but for a stop that came after it; `Backend` if its batch could not be computed.
+            RefusalError: As `check`, except that a stopping server still queues the request; `Backend` if its batch
+                cannot be computed.
         """
-        tokens = sum(map(len, inputs))
-        self._check_room(tokens)
+        num_tokens = sum(map(len, inputs))
+        self._check_room(num_tokens)
         loop = asyncio.get_running_loop()
-        asked = _Asked(served, inputs, loop.create_future(), loop.time())
-        self._line[asked] = None
-        self._count(tokens)
-        self._some.set()
+        request = PendingRequest(adapter, inputs, loop.create_future(), loop.time(), num_tokens)
+        self._waiting[request] = None
+        self._changed.set()
         try:
-            return await asked.answer
+            return await request.answer
         finally:
-            self._forget(asked)
+            self._waiting.pop(request, None)
 
-    def work_first(self, work: Callable[[], None]) -> None:
-        """Run a function in the compute thread and wait for it. Call this before `run`."""
-        self._thread.submit(work_in_thread, work).result()
+    def call_first(self, function: Callable[[], None]) -> None:
+        """Call a function in the compute thread and wait for it. Use this before `run`."""
+        self._thread.submit(call_in_thread, function).result()
 
     async def run(self) -> None:
-        """Compute what comes, batch by batch, until cancelled."""
+        """Compute batch after batch until cancelled."""
         while True:
             await self._wait_for_batch()
-            self._computing = self._take()
+            self._computing = self._take_batch()
             if self._computing:
-                await self._answer(self._computing)
+                await self._compute_batch(self._computing)
                 self._computing = []
 
     def close(self) -> None:
-        """Take nothing new; what waits is still computed."""
+        """Refuse new requests. Queued ones are still computed."""
         self.closed = True
-        self._enough.set()
+        self._changed.set()
 
     def abandon(self) -> None:
-        """Refuse all that waits or is computed, and whatever else comes."""
+        """Refuse all requests: those that wait, those that are computed, and new ones."""
         self.abandoned = True
-        for asked in [*self._line, *(asked for asked, _ in self._computing)]:
-            self._fail(asked, RefusalError("Unhealthy", STOPPED))
+        computing = [request for request, _ in self._computing]
+        for request in [*self._waiting, *computing]:
+            request.fail(STOPPED, "Unhealthy")
 
-    def shut(self) -> None:
-        """End the thread; a batch that it computes is not waited for."""
+    def shut_down(self) -> None:
+        """End the thread without waiting for its batch."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _check_room(self, tokens: int) -> None:
+    def _check_room(self, num_tokens: int) -> None:
         most = self._limits.max_queue_tokens
         if self.abandoned:
             raise RefusalError("Unhealthy", STOPPED)
-        if tokens > most:
+        if num_tokens > most:
             raise RefusalError(
                 "TooLarge",
-                f"the request makes {tokens:,} tokens; allowed: {most:,}; send it in parts",
+                f"the request has {num_tokens:,} tokens; allowed: {most:,}; send it in parts",
             )
-        if self.tokens + tokens > most:
+        if self.num_tokens + num_tokens > most:
             raise RefusalError(
                 "Overloaded",
-                f"{self.tokens:,} tokens wait already and this request makes at least {tokens:,}; allowed: {most:,} "
-                "together; try again later",
-                retry_after=self.retry_after(),
+                f"{self.num_tokens:,} tokens wait already and this request has at least {num_tokens:,}; "
+                f"allowed: {most:,} together; try again later",
+                headers={"Retry-After": str(self.estimate_wait())},
             )
 
     async def _wait_for_batch(self) -> None:
-        """Wait for a first text, then for as many tokens as a batch holds or until the first text waited enough."""
-        while not self._line:
-            self._some.clear()
-            await self._some.wait()
-        first = next(iter(self._line)).since
-        left = first + self._limits.batch_wait_ms / 1000 - asyncio.get_running_loop().time()
-        if left > 0 and not self.closed and self.tokens < self._limits.batch_tokens:
-            self._enough.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._enough.wait()
+        """Wait for a text, then until a batch is full or the first text has waited long enough."""
+        while not self._waiting:
+            await self._wait_for_change()
+        oldest = next(iter(self._waiting))
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(oldest.since + self._limits.batch_wait_ms / 1000):
+                while not self.closed and self.num_tokens < self._limits.batch_tokens:
+                    await self._wait_for_change()
 
-    def _take(self) -> list[tuple[_Asked, Ids]]:
-        """Take the next batch out of the line: whole texts up to `batch_tokens`, at least one."""
-        batch: list[tuple[_Asked, Ids]] = []
-        tokens = 0
-        while self._line:
-            asked = next(iter(self._line))
-            for ids in asked.inputs[asked.taken :]:
-                if batch and tokens + len(ids) > self._limits.batch_tokens:
-                    self._count(-tokens)
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _take_batch(self) -> Batch:
+        """Take whole texts out of the queue: at least one, and at most `batch_tokens` tokens."""
+        batch: Batch = []
+        room = self._limits.batch_tokens
+        for request in list(self._waiting):
+            # An earlier batch of this request failed, or nobody waits for it any more.
+            if request.answer.done():
+                del self._waiting[request]
+                continue
+            for ids in request.inputs[request.num_batched :]:
+                if batch and len(ids) > room:
                     return batch
-                batch.append((asked, ids))
-                asked.taken += 1
-                tokens += len(ids)
-            del self._line[asked]
-        self._count(-tokens)
+                batch.append((request, ids))
+                room -= len(ids)
+                request.num_batched += 1
+                request.num_waiting_tokens -= len(ids)
+            del self._waiting[request]
         return batch
 
-    async def _answer(self, batch: list[tuple[_Asked, Ids]]) -> None:
-        """Compute one batch in the thread and give each request its part; a fault is that of one adapter alone."""
-        loop = asyncio.get_running_loop()
-        tokens = sum(len(ids) for _, ids in batch)
+    async def _compute_batch(self, batch: Batch) -> None:
+        """Compute a batch in the thread and answer its requests.
+
+        A batch that fails is computed again adapter by adapter, so that only the faulty adapter's requests fail.
+        """
         started = time.perf_counter()
-        computed = loop.run_in_executor(self._thread, work_in_thread, self._compute_rows, batch)
-        # Not awaited itself: what it raised is looked at, logged and answered, and the next batch is computed.
+        computed = asyncio.get_running_loop().run_in_executor(
+            self._thread, call_in_thread, self._compute_logits, batch
+        )
+        # `wait` does not raise. The exception is logged and answered, and the next batch is computed.
         await asyncio.wait([computed])
         seconds = time.perf_counter() - started
         error = computed.exception()
-        if error and len(apart := _take_apart(batch)) > 1:
-            # Whose fault it is shows alone; the others are answered.
-            said = "a batch of %d texts for %d adapters could not be computed (%s); now each adapter's alone"
-            log.warning(said, len(batch), len(apart), type(error).__name__)
-            for own in apart:
-                await self._answer(own)
+        parts: dict[LoadedAdapter, Batch] = {}
+        for request, ids in batch:
+            parts.setdefault(request.adapter, []).append((request, ids))
+        if error and len(parts) > 1:
+            log.warning(
+                "a batch of %d texts for %d adapters could not be computed (%s); each adapter is computed alone",
+                len(batch),
+                len(parts),
+                type(error).__name__,
+            )
+            for part in parts.values():
+                await self._compute_batch(part)
             return
+        num_tokens = sum(len(ids) for _, ids in batch)
         self._metrics.count_batch(
-            texts=len(batch), tokens=tokens, seconds=seconds, failed=bool(error)
+            texts=len(batch), tokens=num_tokens, seconds=seconds, failed=bool(error)
         )
         if error:
             log.error("a batch of %d texts could not be computed", len(batch), exc_info=error)
-            for asked, _ in batch:
-                self._fail(
-                    asked,
-                    RefusalError("Backend", "the model could not be computed; the log says why"),
-                )
+            for request, _ in batch:
+                request.fail("the model could not be computed; see the server's log")
             return
-        before = self._seconds_per_token
-        self._seconds_per_token = (
-            seconds / tokens if before is None else 0.8 * before + 0.2 * seconds / tokens
-        )
-        for (asked, _), logits in zip(batch, computed.result(), strict=True):
-            if not np.isfinite(logits).all():
-                log.error("%r: answered a value that is not finite", asked.served.name)
-                self._fail(
-                    asked,
-                    RefusalError("Backend", "the adapter answered a value that is not finite"),
-                )
-            asked.found.append(logits)
-            if len(asked.found) == len(asked.inputs) and not asked.answer.done():
-                asked.answer.set_result(asked.found)
+        speed = seconds / num_tokens
+        if self._seconds_per_token is not None:
+            speed = 0.8 * self._seconds_per_token + 0.2 * speed
+        self._seconds_per_token = speed
+        _answer_requests(batch, computed.result())
 
-    def _compute_rows(self, batch: list[tuple[_Asked, Ids]]) -> list[Logits]:
-        served = [asked.served for asked, _ in batch]
-        # One base, so one tokenizer: any adapter's encoder packs for all.
-        found = self._compute(served, served[0].encoder.pack([ids for _, ids in batch]))
-        if len(found) != len(batch):
-            raise RuntimeError(f"{len(batch)} texts were asked and {len(found)} answered")
-        return found
-
-    def _fail(self, asked: _Asked, error: RefusalError) -> None:
-        if not asked.answer.done():
-            asked.answer.set_exception(error)
-        self._forget(asked)
-
-    def _forget(self, asked: _Asked) -> None:
-        if asked in self._line:
-            del self._line[asked]
-            self._count(-asked.waiting_tokens)
-
-    def _count(self, tokens: int) -> None:
-        self.tokens += tokens
-        self._metrics.queued_tokens.set(self.tokens)
-        if self.tokens >= self._limits.batch_tokens:
-            self._enough.set()
+    def _compute_logits(self, batch: Batch) -> list[Logits]:
+        adapters = [request.adapter for request, _ in batch]
+        # All adapters share one base and one tokenizer, so any encoder packs for all.
+        encoded = adapters[0].encoder.pack([ids for _, ids in batch])
+        logits = self._compute(adapters, encoded)
+        if len(logits) != len(batch):
+            raise RuntimeError(f"{len(logits)} answers for {len(batch)} texts")
+        return logits
 
 
-def _take_apart(batch: list[tuple[_Asked, Ids]]) -> list[list[tuple[_Asked, Ids]]]:
-    """Return the parts of a batch by adapter."""
-    parts: dict[int, list[tuple[_Asked, Ids]]] = {}
-    for asked, ids in batch:
-        parts.setdefault(id(asked.served), []).append((asked, ids))
-    return list(parts.values())
+def _answer_requests(batch: Batch, logits: list[Logits]) -> None:
+    for (request, _), row in zip(batch, logits, strict=True):
+        if not np.isfinite(row).all():
+            log.error("%r: computed a value that is not finite", request.adapter.name)
+            request.fail("the adapter computed a value that is not finite")
+        request.logits.append(row)
+        if len(request.logits) == len(request.inputs) and not request.answer.done():
+            request.answer.set_result(request.logits)

@@ -1,15 +1,21 @@
-"""What the server is asked and what it answers, field by field: OpenAPI is made of these."""
+"""Bodies of requests and answers. FastAPI makes the OpenAPI document from these models."""
 
-import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lora_sentiment.errors import LoraSentimentError, did_you_mean
 from lora_sentiment.recipe.section import Section
-from lora_sentiment.serve.config import Limits
 
 ErrorType = Literal[
     "Malformed", "Unauthorized", "NotFound", "MethodNotAllowed", "Timeout", "TooLarge", "UnsupportedMediaType",
@@ -29,24 +35,26 @@ STATUSES: dict[ErrorType, int] = {
     "Backend": 503,
     "Deadline": 504,
 }
-"""What each kind of error is in HTTP."""
-MALFORMED = "the body is not JSON in UTF-8"
-SHOWN = 60
-"""Characters of a key that an error shows."""
+"""HTTP status of each kind of error."""
+MALFORMED = "the body is not JSON"
+SHOWN_KEY = 60
+"""Characters of an unknown key that an error shows."""
 
 
 class RefusalError(LoraSentimentError):
-    """A request is not answered as it asked to be.
+    """A request is refused.
 
     Attributes:
-        kind: Of the error, which says its HTTP status.
-        retry_after: Seconds after which the same request may be answered, or None.
+        kind: Kind of the error.
+        headers: Further headers of the answer.
     """
 
-    def __init__(self, kind: ErrorType, sentence: str, *, retry_after: int | None = None) -> None:
-        super().__init__(sentence)
+    def __init__(
+        self, kind: ErrorType, message: str, *, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
         self.kind: ErrorType = kind
-        self.retry_after = retry_after
+        self.headers = headers or {}
 
     @property
     def status(self) -> int:
@@ -54,185 +62,170 @@ class RefusalError(LoraSentimentError):
         return STATUSES[self.kind]
 
 
-def _whole(text: str) -> str:
+def _refuse_surrogates(text: str) -> str:
+    # JSON can escape half of a surrogate pair. No tokenizer takes it.
     if re.search("[\ud800-\udfff]", text):
-        raise PydanticCustomError(
-            "surrogate", "holds half of a surrogate pair, which is no text; send it as UTF-8"
-        )
+        raise PydanticCustomError("surrogate", "holds half of a surrogate pair; send it as UTF-8")
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[str, AfterValidator(_refuse_surrogates)]
 
 
-class PredictRequest(Section):
+class RequestBody(Section):
+    """A JSON object without unknown keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, body: Any) -> Any:
+        """Stop at the first unknown key: pydantic makes one error for each, however many there are."""
+        known = list(cls.model_fields)
+        for key in body if isinstance(body, dict) else ():
+            if key not in known:
+                shown = key[:SHOWN_KEY]
+                raise PydanticCustomError(
+                    "unknown_key",
+                    "unknown key {key}{hint} (allowed: {known})",
+                    {
+                        "key": ascii(shown),
+                        "hint": did_you_mean(shown, known),
+                        "known": ", ".join(known),
+                    },
+                )
+        return body
+
+
+class PredictRequest(RequestBody):
     """Texts for one adapter."""
 
     texts: list[Text] = Field(
-        min_length=1, examples=[["A lovely film.", "Dull, long and not worth a cent."]]
+        min_length=1,
+        fail_fast=True,
+        examples=[["A lovely film.", "Dull, long and not worth a cent."]],
     )
-    """Texts to label, each read as in training."""
+    """Texts to label. Each is cleaned and cut as in training."""
     adapter: Text | None = Field(default=None, examples=["imdb_small"])
-    """Which adapter answers; may be left out where one is loaded."""
+    """Name of the adapter. May be left out if only one is loaded."""
     top_k: int = Field(default=1, ge=1)
-    """How many of the likeliest labels to name; all, where there are fewer."""
+    """Number of most likely labels to return. All are returned if there are fewer."""
     explain: bool = False
-    """Whether to say what each word does to the score; the model is asked once more for each word."""
+    """Whether to return the effect of each word on the score. The model runs once more for each word."""
 
 
-class TeiParameters(Section):
-    """What Hugging Face's clients send beside the inputs: empty, or null where they were not told."""
-
-    top_k: None = None
-    """Not honoured: every label is answered."""
-    function_to_apply: None = None
-    """Not honoured: see `raw_scores`."""
+def _refuse_value(value: object) -> object:
+    if value is not None:
+        raise PydanticCustomError("unsupported", "is not supported; leave it out")
+    return value
 
 
-class TeiRequest(Section):
-    """The same in the words of text-embeddings-inference, whose clients may stay as they are."""
+Unsupported = Annotated[None, BeforeValidator(_refuse_value)]
+"""A key that clients send without a value."""
 
-    inputs: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=1)]
-        | Annotated[
-            list[Annotated[list[Text], Field(min_length=1, max_length=1)]], Field(min_length=1)
-        ]
-    ) = Field(
+
+class TeiParameters(RequestBody):
+    """Parameters that Hugging Face's clients send beside the inputs. Only null is allowed."""
+
+    top_k: Unsupported = None
+    """Not supported: the answer holds every label."""
+    function_to_apply: Unsupported = None
+    """Not supported: use `raw_scores`."""
+
+
+OneText = Annotated[list[Text], Field(min_length=1, max_length=1, fail_fast=True)]
+
+
+class TeiRequest(RequestBody):
+    """The request body of text-embeddings-inference, so that its clients work unchanged."""
+
+    inputs: Text | OneText | Annotated[list[OneText], Field(min_length=1, fail_fast=True)] = Field(
         examples=["A lovely film.", [["A lovely film."], ["Dull, long and not worth a cent."]]]
     )
     """One text, or a batch of texts, each in a list of its own."""
     adapter: Text | None = None
-    """Which adapter answers; may be left out where one is loaded."""
+    """Name of the adapter. May be left out if only one is loaded."""
     truncate: bool | None = None
-    """Whether a longer text is cut (true) or refused (false); the server's own rule where left out."""
+    """Whether a longer text is cut (true) or refused (false). Default: the server's `on_long`."""
     truncation_direction: Literal["Left", "Right", "left", "right"] | None = None
-    """What stays of a longer text: its first tokens (`Right`) or its last (`Left`); left out, as in training."""
+    """Which tokens of a longer text stay: the first (`Right`) or the last (`Left`). Default: as in training."""
     raw_scores: bool = False
-    """Whether to answer logits in place of probabilities."""
+    """Whether to return logits instead of probabilities."""
     parameters: TeiParameters | None = None
-    """As Hugging Face's clients send it; holds nothing that is honoured."""
-
-    @field_validator("inputs", mode="before")
-    @classmethod
-    def _refuse_pairs(cls, value: Any) -> Any:
-        rows = value if isinstance(value, list) else []
-        if any(isinstance(row, list) and len(row) > 1 for row in (rows, *rows)) and not all(
-            isinstance(row, list) and len(row) == 1 for row in rows
-        ):
-            raise PydanticCustomError(
-                "pair",
-                'a pair of texts; these models read one: send a batch as [["first text"], ["second text"]]',
-            )
-        return value
-
-    @field_validator("parameters", mode="before")
-    @classmethod
-    def _refuse_parameters(cls, value: Any) -> Any:
-        for key, setting in value.items() if isinstance(value, dict) else ():
-            if setting is not None or key not in TeiParameters.model_fields:
-                raise PydanticCustomError(
-                    "parameter", "{key} is not honoured; leave it out", {"key": _show(key)}
-                )
-        return value
+    """Parameters of Hugging Face's clients."""
 
 
-Asked = PredictRequest | TeiRequest
+def _get_form(body: Any) -> str:
+    """Return the name of the key that tells the two forms of a request apart."""
+    return "inputs" if isinstance(body, dict) and "inputs" in body else "texts"
 
 
-def read_request(body: bytes, limits: Limits) -> Asked:
-    """Read the body of a request.
+AnyRequest = Annotated[
+    Annotated[PredictRequest, Tag("texts")] | Annotated[TeiRequest, Tag("inputs")],
+    Discriminator(_get_form),
+]
 
-    Keys and texts are counted before they are checked: an object for each fault of a million would take a minute.
 
-    Raises:
-        RefusalError: `Malformed` for what is no JSON, `TooLarge` for more texts than allowed, `Validation` for what is
-            not in the schema; its sentence holds no text that was sent but the start of an unknown key.
+def explain_invalid_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
+    """Turn the first error of pydantic into one sentence.
+
+    The sentence holds no value of the request, only the start of an unknown key.
     """
-    try:
-        value = json.loads(body.decode("utf-8-sig"))
-    # Not UTF-8, no JSON, a number of too many digits; too many brackets.
-    except (ValueError, RecursionError) as error:
-        raise RefusalError("Malformed", MALFORMED) from error
-    if not isinstance(value, dict):
-        raise RefusalError(
-            "Validation", 'the body must be a JSON object, such as {"texts": ["A lovely film."]}'
-        )
-    form, model = ("inputs", TeiRequest) if "inputs" in value else ("texts", PredictRequest)
-    known = list(model.model_fields)
-    for key in value:
-        if key not in known:
-            hint = did_you_mean(key[:SHOWN], known)
-            raise RefusalError(
-                "Validation",
-                f"unknown key {_show(key)}{hint} (beside {form!r}: {', '.join(known)})",
-            )
-    texts = value.get(form)
-    if isinstance(texts, list) and len(texts) > limits.max_texts:
-        raise RefusalError(
-            "TooLarge",
-            f"{form}: found {len(texts):,}; allowed: at most {limits.max_texts:,} a request",
-        )
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise _explain(error) from error
-
-
-def _explain(error: ValidationError) -> RefusalError:
-    """Turn the first of pydantic's faults into a sentence."""
-    fault = error.errors(include_url=False, include_input=False)[0]
-    name, *where = fault["loc"]
-    if name == "inputs" and fault["type"] not in ("pair", "surrogate"):
-        return RefusalError(
-            "Validation",
-            'inputs: allowed: one text, or a batch as [["first text"], ["second text"]]',
-        )
-    place = "".join(f"[{part}]" for part in where if isinstance(part, int))
-    return RefusalError("Validation", f"{name}{place}: {fault['msg']}")
-
-
-def _show(key: str) -> str:
-    return ascii(key[:SHOWN])
+    error = errors[0]
+    kind = error["type"]
+    # The place is: "body", the form, the keys and indices.
+    if kind == "json_invalid" or len(error["loc"]) < 2:
+        return RefusalError("Malformed", MALFORMED)
+    keys = error["loc"][2:]
+    message = error["msg"]
+    if not keys:
+        if kind != "unknown_key":
+            message = 'the body must be a JSON object, such as {"texts": ["A lovely film."]}'
+        return RefusalError("Validation", message)
+    if keys[0] == "inputs" and kind != "surrogate":
+        message = 'allowed: one text, or a batch [["first text"], ["second text"]]; text pairs are not supported'
+        return RefusalError("Validation", f"inputs: {message}")
+    place = str(keys[0])
+    for key in keys[1:]:
+        place += f"[{key}]"
+    return RefusalError("Validation", f"{place}: {message}")
 
 
 class Score(Section):
-    """A label and how likely it is."""
+    """A label and its score."""
 
     label: str = Field(examples=["pos"])
     """Name of the label."""
     score: float = Field(examples=[0.9975])
-    """Its probability; its logit, where raw scores were asked for."""
+    """Its probability, or its logit with `raw_scores`."""
 
 
 class Prediction(Section):
-    """What an adapter answers for one text."""
+    """The answer for one text."""
 
     label: str = Field(examples=["pos"])
-    """The likeliest label."""
+    """The most likely label."""
     score: float = Field(examples=[0.9975])
     """Its probability."""
     top_k: list[Score]
-    """The likeliest labels, best first."""
+    """The most likely labels, best first."""
     truncated: bool
     """Whether the text was longer than the adapter reads, and was cut."""
     words: list[str] | None = None
-    """With `explain`: what stands between blanks, in order."""
+    """With `explain`: the words of the text, in order. Words are separated by blanks."""
     effects: list[float] | None = None
-    """With `explain`: one a word, the label's score with the word less the score without it."""
+    """With `explain`, for each word: the label's score with the word minus the score without it."""
 
 
 class PredictResponse(Section):
     """The answers, in the order of the texts."""
 
     adapter: str = Field(examples=["imdb_small"])
-    """Which adapter answered."""
+    """Name of the adapter that answered."""
     predictions: list[Prediction]
-    """One a text."""
+    """One for each text."""
 
 
-Predicted = PredictResponse | list[Score] | list[list[Score]]
-"""Of texts; of one TEI input, every label best first; of a TEI batch, that for each."""
+AnyResponse = PredictResponse | list[Score] | list[list[Score]]
+"""For `texts`; for one TEI input: every label, best first; for a TEI batch: such a list for each text."""
 
 
 class BaseFacts(Section):
@@ -245,46 +238,46 @@ class BaseFacts(Section):
 
 
 class AdapterFacts(Section):
-    """One adapter that is loaded."""
+    """One loaded adapter."""
 
     name: str = Field(examples=["imdb_small"])
-    """By which requests ask for it."""
+    """Name that requests use."""
     labels: list[str] = Field(examples=[["neg", "pos"]])
     """Label names in order."""
     method: str = Field(examples=["lora"])
-    """What was trained."""
+    """Training method."""
     form: str = Field(examples=["low-rank"])
-    """`low-rank`: computed together with others; `merged`: in batches of its own."""
+    """`low-rank`: computed together with others; `merged`: computed in batches of its own."""
     num_parameters: int = Field(examples=[197_762])
-    """Parameters that are its own."""
+    """Number of its own parameters."""
     max_length: int = Field(examples=[256])
-    """Most tokens that it reads of a text, two of them for [CLS] and [SEP]."""
+    """Most tokens of a text that it reads, including [CLS] and [SEP]."""
     truncation: str = Field(examples=["head_tail"])
     """Which tokens of a longer text stay."""
     sha256: str
-    """Hash of what decides an answer."""
+    """Hash of everything that decides an answer."""
 
 
 class AdaptersResponse(Section):
-    """What is loaded."""
+    """The base and the loaded adapters."""
 
     base: BaseFacts
-    """Shared by all."""
+    """Shared by all adapters."""
     adapters: list[AdapterFacts]
     """Sorted by name."""
 
 
 class StatusResponse(Section):
-    """That all is well."""
+    """The answer of a check that succeeded."""
 
     status: Literal["ok"] = "ok"
-    """Anything else is an error."""
+    """Always `ok`. A failed check is an error."""
 
 
 class ErrorResponse(Section):
-    """Why a request is not answered as it asked to be."""
+    """The reason why a request was refused."""
 
-    error: str = Field(examples=["texts: found 200; allowed: at most 128 a request"])
-    """One sentence: what was found, what is allowed."""
+    error: str = Field(examples=["texts: found 200; allowed: at most 128 in a request"])
+    """One sentence: what was found, and what is allowed."""
     error_type: ErrorType
-    """For programs."""
+    """The kind of error, for programs."""

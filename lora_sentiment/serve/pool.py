@@ -1,4 +1,4 @@
-"""The adapters that are served: loaded and verified once, beside one base; more come and go while it runs."""
+"""The served adapters. Each is loaded and verified once, on one shared base. Adapters may come and go at run time."""
 
 import copy
 import ctypes
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,32 +47,32 @@ from lora_sentiment.training.signals import is_out_of_memory
 
 log = logging.getLogger("lora_sentiment")
 
-Answers = NDArray[np.float32]
-Ids = NDArray[np.int64]
+Logits = NDArray[np.float32]
+Index = NDArray[np.int64]
 Signature = tuple[tuple[str, int, int, int], ...]
+"""Name, inode, time and size of each file of a folder."""
 WARM_UP_LENGTHS = (8, 64, 512)
-"""Tokens of the texts by which a GPU is warmed up, beside a full batch."""
+"""Tokens of the texts that warm up a GPU, besides a full batch."""
 TRIM_SECONDS = 1.0
-"""Least time between two returns of free memory to the system: one takes milliseconds."""
-_SHARING = ("lora", "head")
-"""Methods that leave the base's own weights as they are, so that a model can be rebuilt around a shared one."""
+"""Least time between two calls of `malloc_trim`, which takes milliseconds."""
+SHARING_METHODS = ("lora", "head")
+"""Methods that leave the base's weights unchanged, so that their adapters can share one base."""
 
 
 @dataclass(frozen=True, eq=False)
-class Served:
-    """One adapter that is loaded. It answers as long as something refers to it, also after the pool dropped it.
+class LoadedAdapter:
+    """One loaded adapter. It answers as long as something refers to it, also after the pool dropped it.
 
     Attributes:
-        name: The folder's name, by which requests ask for it.
-        folder: Where it was read.
+        name: The folder's name, which requests use.
+        folder: Its folder.
         labels: Label names; the index of a name is its label.
         encoder: From a text to token ids.
         clean: Whether texts are cleaned first, as they were for training.
-        sha256: Hash of what decides an answer.
-        method: What was trained.
-        num_parameters: Values that it adds to the base or replaces in it, its head among them.
-        form: `low-rank`: computed beside all others, in one pass; `merged`: a model of its own, in its own batches.
-        part: What it adds to the shared base, or the forward of its own model.
+        sha256: Hash of everything that decides an answer.
+        method: Training method.
+        num_parameters: Number of values that it adds to the base or replaces in it, with its head.
+        part: Its low-rank pairs and head beside the shared base, or the forward pass of its own model.
     """
 
     name: str
@@ -83,124 +83,126 @@ class Served:
     sha256: str
     method: str
     num_parameters: int
-    form: Literal["low-rank", "merged"]
     part: Parts | Engine
+
+    @property
+    def form(self) -> str:
+        """`low-rank`: computed together with others; `merged`: computed in batches of its own."""
+        return "low-rank" if isinstance(self.part, Parts) else "merged"
 
 
 class Pool:
-    """One base and its adapters by name.
+    """One base and its adapters.
 
     Attributes:
         base: Name of the base.
         base_sha256: Its hash, which every adapter's card must name.
-        served: Adapters by name: a snapshot, which `add` and `refresh` replace and never change.
+        adapters: Adapters by name. `add` and `refresh` replace this mapping and never change it.
     """
 
     def __init__(self, base: Base, *, source: str | None, watch: Path | None, dtype: str) -> None:
         self.base, self.base_sha256 = base.name, base.sha256
-        self.served: Mapping[str, Served] = {}
-        self._fresh, self._source, self._watch = base, source, watch
+        self.adapters: Mapping[str, LoadedAdapter] = {}
+        self._fresh, self._source = base, source
+        self._watch = watch.resolve() if watch else None
         self._device = join_launch().device
         self._dtype_name, self._dtype = dtype, resolve_dtype(dtype, self._device)
-        self._seen: dict[Path, Signature] = {}
-        # Only glibc has it.
-        self._trim = (
-            getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-        )
+        self._signatures: dict[Path, Signature | None] = {}
         self._trimmed = time.monotonic()
         base.model.requires_grad_(False).eval()
-        encoder: Any = copy.deepcopy(
-            base.model, _tensors(base.model) if self._device.type == "cpu" else {}
-        )
+        # On a CPU the forward pass shares the tensors of the base.
+        shared = _get_tensors(base.model) if self._device.type == "cpu" else {}
+        encoder: Any = copy.deepcopy(base.model, shared)
         self._forward = FastForward(encoder.distilbert.to(self._device), self._dtype)
         self._packs = self._device.type == "cuda" and has_packable_heads(encoder.distilbert)
 
     def add(self, folders: Sequence[Path]) -> None:
-        """Load adapters and put them beside the others; none of them where one is refused.
+        """Load adapters and serve them beside the others. If one is refused, none is added.
 
         Raises:
-            AdapterError: If one is not what was saved, is for another base, or its name is taken.
+            AdapterError: If an adapter is not what was saved, is for another base, or its name is taken.
             ModelError: If its base cannot be loaded.
         """
-        found = dict(self.served)
+        adapters = dict(self.adapters)
         for folder in map(Path.resolve, folders):
-            _refuse_taken(folder, found)
-            found[folder.name] = self._load(folder)
-        self.served = found
+            _refuse_taken(folder, adapters)
+            self._signatures[folder] = _read_signature(folder)
+            adapters[folder.name] = self._load(folder)
+        self.adapters = adapters
 
-    def refresh(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Look at the watched folder: pick up finished adapters, drop those that are gone, reload what changed.
+    def refresh(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Look at the watched folder: load finished adapters, drop removed ones, and load changed ones again.
 
-        What cannot be served is logged, and tried again when any of its files changes: it may be half copied. One that
-        was served before it changed so is served as it was.
+        An adapter that cannot be loaded is logged, and tried again when one of its files changes: it may be half
+        copied. If it was served before it changed, its old state is still served.
 
         Args:
-            stopped: Asked before each adapter is loaded; once it says yes, what is left is not looked at.
+            is_stopped: Called before each adapter is loaded. The look ends if it returns true.
         """
         if self._watch is None:
             return
-        there = _find(self._watch)
-        for name, own in self.served.items():
-            if own.folder in self._seen and own.folder not in there:
-                log.info("%r: its folder is gone; not served any more", name)
-                self.served = {other: kept for other, kept in self.served.items() if other != name}
-        self._seen = {folder: seen for folder, seen in self._seen.items() if folder in there}
-        for folder, signature in there.items():
-            named = self.served[folder.name].folder if folder.name in self.served else None
-            if named == folder and folder not in self._seen:
-                self._seen[folder] = signature  # loaded by name, and watched from now on
-            if stopped() or self._seen.get(folder) == signature:
+        found = _find_adapters(self._watch)
+        for name, adapter in self.adapters.items():
+            if adapter.folder.parent == self._watch and adapter.folder not in found:
+                log.info("%r: its folder is gone; it is not served any more", name)
+                self.adapters = {key: kept for key, kept in self.adapters.items() if key != name}
+        for folder in [folder for folder in self._signatures if folder not in found]:
+            del self._signatures[folder]
+        for folder, signature in found.items():
+            if is_stopped():
+                return
+            if self._signatures.get(folder) == signature or not self._reload(folder):
                 continue
-            try:
-                _refuse_taken(
-                    folder, {name: own for name, own in self.served.items() if own.folder != folder}
-                )
-                self.served = {**self.served, folder.name: self._load(folder)}
-                log.info("%r: served from %r", folder.name, str(folder))
-            except (AdapterError, ModelError, OSError) as error:
-                log.warning(
-                    "%r: %s: %s",
-                    str(folder),
-                    "served as it was" if named == folder else "not served",
-                    error,
-                )
-            except (RuntimeError, MemoryError):
-                # Such as a device that was full for a moment: nothing is wrong with the folder, so it is tried again.
-                log.exception("%r: could not be loaded; tried again at the next look", str(folder))
-                continue
-            self._seen[folder] = signature
+            self._signatures[folder] = signature
 
-    def compute(self, served: Sequence[Served], encoded: Encoded) -> list[Answers]:
-        """Answer texts, each by its adapter: those of low-rank form together, others each in batches of their own.
+    def _reload(self, folder: Path) -> bool:
+        """Load an adapter of the watched folder. Return whether to wait until its files change."""
+        others = {name: own for name, own in self.adapters.items() if own.folder != folder}
+        try:
+            _refuse_taken(folder, others)
+            self.adapters = {**self.adapters, folder.name: self._load(folder)}
+            log.info("%r: served from %r", folder.name, str(folder))
+        except (AdapterError, ModelError, OSError) as error:
+            state = "not served" if others == self.adapters else "served as before its change"
+            log.warning("%r: %s: %s", str(folder), state, error)
+        except (RuntimeError, MemoryError):
+            # For example a full device. Nothing is wrong with the folder.
+            log.exception("%r: could not be loaded; tried again at the next look", str(folder))
+            return False
+        return True
+
+    def compute(self, adapters: Sequence[LoadedAdapter], encoded: Encoded) -> list[Logits]:
+        """Compute rows, each with its adapter. Rows of low-rank adapters share batches.
 
         Args:
-            served: One adapter a row.
+            adapters: The adapter of each row.
             encoded: The rows.
 
         Returns:
-            One array of logits a row: (num_labels of its adapter,).
+            The logits of each row, of shape (num_labels of its adapter,).
         """
-        groups: dict[int, list[int]] = {}
-        for row, own in enumerate(served):
-            groups.setdefault(0 if isinstance(own.part, Parts) else id(own.part), []).append(row)
-        logits: dict[int, Answers] = {}
-        for rows in groups.values():
-            part = served[rows[0]].part
-            cut_rows = part.cut if isinstance(part, Engine) else self._cut
+        rows_of: dict[Engine | None, list[int]] = {}
+        for row, adapter in enumerate(adapters):
+            engine = None if isinstance(adapter.part, Parts) else adapter.part
+            rows_of.setdefault(engine, []).append(row)
+        logits: dict[int, Logits] = {}
+        for engine, rows in rows_of.items():
+            cut_rows = engine.cut if engine else self._cut
             for index in cut_rows(np.array(rows), encoded.lengths):
-                if isinstance(part, Engine):
-                    found: Iterable[Answers] = part.answer(encoded, index)
+                if engine:
+                    answers: Iterable[Logits] = engine.answer(encoded, index)
                 else:
-                    found = self._answer_mixed([served[row].part for row in index], encoded, index)
-                logits.update(zip(index.tolist(), found, strict=True))
-        self._give_memory_back()
-        return [logits[row] for row in range(len(served))]
+                    parts = [adapters[row].part for row in index]
+                    answers = self._compute_mixed(parts, encoded, index)
+                logits.update(zip(index.tolist(), answers, strict=True))
+        self._trim_memory()
+        return [logits[row] for row in range(len(adapters))]
 
     def warm_up(self, *, batch_tokens: int) -> None:
-        """Answer texts of a few sizes with every adapter on a GPU, so that the first request finds all kernels loaded.
+        """Compute texts of a few sizes with every adapter on a GPU.
 
-        The first answer of a thread there compiles kernels, loads libraries and takes memory. On a CPU the check of
-        each adapter has done all that is done once, so nothing happens.
+        The first batch of a thread on a GPU compiles kernels, loads libraries and takes memory. On a CPU the check of
+        each loaded adapter has done all of that.
 
         Args:
             batch_tokens: Most tokens of a batch.
@@ -208,20 +210,18 @@ class Pool:
         Raises:
             ModelError: If a batch does not fit into memory.
         """
-        every = list(self.served.values())
-        if self._device.type != "cuda" or not every:
+        adapters = list(self.adapters.values())
+        if self._device.type != "cuda" or not adapters:
             return
-        began = time.perf_counter()
-        longest = max(own.encoder.max_length for own in every)
+        started = time.perf_counter()
+        longest = max(adapter.encoder.max_length for adapter in adapters)
         num_rows = max(1, batch_tokens // longest)
-        batches = [(every, length) for length in WARM_UP_LENGTHS]
-        batches.append((list(itertools.islice(itertools.cycle(every), num_rows)), longest))
+        full = list(itertools.islice(itertools.cycle(adapters), num_rows))
+        batches = [(adapters, length) for length in WARM_UP_LENGTHS]
         try:
-            for served, length in batches:
-                self.compute(
-                    served,
-                    served[0].encoder.pack([_make_text(own.encoder, length) for own in served]),
-                )
+            for rows, length in [*batches, (full, longest)]:
+                inputs = [_make_input(adapter.encoder, length) for adapter in rows]
+                self.compute(rows, rows[0].encoder.pack(inputs))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -229,46 +229,50 @@ class Pool:
                 f"serve: memory ran out on a batch of {batch_tokens:,} tokens; give --limit batch_tokens=N with a "
                 f"smaller N, or fewer adapters: {str(error).splitlines()[0]}"
             ) from error
-        log.info("warmed up in %.1f seconds", time.perf_counter() - began)
+        log.info("warmed up in %.1f seconds", time.perf_counter() - started)
 
-    def _give_memory_back(self) -> None:
-        """Let glibc return what is free: batches of ever other shapes leave it in pieces, and it keeps them all."""
+    def _trim_memory(self) -> None:
+        """Let glibc return free memory to the system.
+
+        Batches of many shapes leave free memory in pieces, which glibc keeps. Without this call the process grew by
+        44 % in ten minutes at saturation, and a pool alone took 1,231 MB instead of 600 MB. With it, the process
+        grows by 3 % (benchmarks/serve_load.md).
+        """
         now = time.monotonic()
-        if self._trim and now - self._trimmed > TRIM_SECONDS:
+        if now - self._trimmed > TRIM_SECONDS and _malloc_trim is not None:
             self._trimmed = now
-            self._trim(0)
+            _malloc_trim(0)
 
-    def _cut(self, index: Ids, lengths: Ids) -> list[Ids]:
-        """Cut texts of low-rank adapters into batches."""
-        max_tokens = inference_tokens(self._device.type)
-        return (cut_packed if self._packs else cut)(index, lengths, max_tokens=max_tokens)
+    def _cut(self, index: Index, lengths: Index) -> list[Index]:
+        """Cut rows of low-rank adapters into batches."""
+        cut_rows = cut_packed if self._packs else cut
+        return cut_rows(index, lengths, max_tokens=inference_tokens(self._device.type))
 
-    def _answer_mixed(
-        self, parts: Sequence[Parts | Engine], encoded: Encoded, index: Ids
-    ) -> list[Answers]:
-        """Answer one batch of texts of low-rank adapters."""
-        own = [part for part in parts if isinstance(part, Parts)]
+    def _compute_mixed(self, parts: Sequence[Any], encoded: Encoded, index: Index) -> list[Logits]:
+        """Compute one batch of rows of low-rank adapters."""
         if self._packs:
             rows = take_rows(encoded, index)
-            return compute_mixed_packed(self._forward, rows, own, pad_token_id=encoded.pad_token_id)
+            return compute_mixed_packed(
+                self._forward, rows, parts, pad_token_id=encoded.pad_token_id
+            )
         input_ids, mask = pad(encoded, index)
         ids = torch.from_numpy(input_ids).to(self._device)
         padding = None if mask is None else torch.from_numpy(mask).to(self._device)
-        return compute_mixed(self._forward, ids, padding, own)
+        return compute_mixed(self._forward, ids, padding, parts)
 
-    def _load(self, folder: Path) -> Served:
+    def _load(self, folder: Path) -> LoadedAdapter:
         card = load_card(folder)
-        self._refuse_stranger(folder, card)
-        loaded, part = self._open(folder, card)
-        # The card that the weights were held against: another one may have come since the first look at it.
+        self._refuse_other_base(folder, card)
+        loaded, part = self._load_part(folder, card)
+        # The folder may have been replaced since. This card was loaded and verified with the weights.
         card = loaded.card
-        self._refuse_stranger(folder, card)
-        weights = [
-            path for path in (folder / PEFT_WEIGHTS, folder / CHANGED_WEIGHTS) if path.is_file()
-        ]
+        self._refuse_other_base(folder, card)
+        weights = [folder / name for name in (PEFT_WEIGHTS, CHANGED_WEIGHTS)]
+        weights = [path for path in weights if path.is_file()]
         if not weights:
-            raise AdapterError(f"{folder}: went away while it was loaded")
-        served = Served(
+            raise AdapterError(f"{folder}: was removed while it was loaded")
+        shapes = [shape for _, shape in read_header(weights[0]).values()]
+        adapter = LoadedAdapter(
             name=folder.name,
             folder=folder,
             labels=tuple(card.labels),
@@ -278,49 +282,51 @@ class Pool:
             clean=card.data.config.clean,
             sha256=card.sha256,
             method=card.method.kind,
-            num_parameters=sum(math.prod(shape) for _, shape in read_header(weights[0]).values()),
-            form="low-rank" if isinstance(part, Parts) else "merged",
+            num_parameters=sum(map(math.prod, shapes)),
             part=part,
         )
-        self._check(served, card)
-        return served
+        self._check_probe(adapter, card)
+        return adapter
 
-    def _refuse_stranger(self, folder: Path, card: Card) -> None:
+    def _refuse_other_base(self, folder: Path, card: Card) -> None:
         if card.base.base_sha256 != self.base_sha256:
             raise AdapterError(
                 f"{folder}: is for the base {card.base.name!r} ({card.base.base_sha256[:12]}); this server has "
-                f"{self.base!r} ({self.base_sha256[:12]}); serve it by a server of its own"
+                f"{self.base!r} ({self.base_sha256[:12]}); start another server for it"
             )
 
-    def _open(self, folder: Path, card: Card) -> tuple[Loaded, Parts | Engine]:
-        """Load an adapter around the shared base where that stays as it is, else around one of its own."""
+    def _load_part(self, folder: Path, card: Card) -> tuple[Loaded, Parts | Engine]:
+        """Load an adapter on the shared base if possible, else on its own base."""
         reason = why_not_on(self._device)
-        if reason is not None:
-            log.info("%r: served merged: %s", folder.name, reason)
-        elif card.method.kind in _SHARING and card.base.quantize == "none":
-            loaded = load(folder, base=self._source, fresh=_with_labels(self._fresh, card.labels))
+        shares = card.method.kind in SHARING_METHODS and card.base.quantize == "none"
+        if reason is None and shares:
+            fresh = _copy_with_labels(self._fresh, card.labels)
+            loaded = load(folder, base=self._source, fresh=fresh)
             head = list(head_layers(loaded.model).values())
             try:
                 return loaded, read_parts(
                     loaded.model, head=head, dtype=self._dtype, device=self._device
                 )
             except UnsupportedModelError as error:
-                log.info("%r: served merged: %s", folder.name, error.reason)
+                reason = error.reason
+        if reason is not None:
+            log.info("%r: served merged: %s", folder.name, reason)
         loaded = load(folder, base=self._source, device=self._device)
         model: Any = loaded.model
         if isinstance(model, PeftModel) and card.base.quantize == "none":
             model = model.merge_and_unload(safe_merge=True)
         return loaded, prepare_engine(model, self._dtype_name, self._device)
 
-    def _check(self, served: Served, card: Card) -> None:
-        """Ask the card's probe as requests are answered; a shorter dtype rounds, so there it would prove nothing."""
+    def _check_probe(self, adapter: LoadedAdapter, card: Card) -> None:
+        """Compute the card's probe as requests are computed, and compare it with the card's logits in fp32."""
         inputs = [np.array(ids, dtype=np.int32) for ids in card.probe.input_ids]
-        found = self.compute([served] * len(inputs), served.encoder.pack(inputs))
-        difference = float(np.abs(np.array(found) - np.array(card.probe.logits)).max())
+        logits = np.array(self.compute([adapter] * len(inputs), adapter.encoder.pack(inputs)))
+        difference = float(np.abs(logits - np.array(card.probe.logits)).max())
+        # The comparison is false for NaN too.
         if self._dtype == torch.float32 and not difference <= PROBE_TOLERANCE:
             raise AdapterError(
-                f"{served.folder}: as served it answers its probe otherwise than when it was saved (logits differ by "
-                f"{difference:.2g}, allowed {PROBE_TOLERANCE:g})"
+                f"{adapter.folder}: its probe logits differ by {difference:.2g} from those that were saved; "
+                f"allowed: {PROBE_TOLERANCE:g}"
             )
 
 
@@ -328,9 +334,9 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
     """Load a base and adapters.
 
     Args:
-        folders: Adapter folders; the first one says what the base is.
-        watch: A folder whose adapter folders are served as long as they are there; those in it now are loaded.
-        base: Where to find the base, if not where the first adapter says.
+        folders: Adapter folders. The first one names the base.
+        watch: A folder whose adapter folders are served as long as they are there. Those in it are loaded now.
+        base: Hub name or folder of the base, instead of the one that the first adapter names.
         dtype: Compute dtype: `auto`, `float32`, `bfloat16` or `float16`.
 
     Raises:
@@ -338,63 +344,84 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
         ModelError: If there is no base, or it cannot be loaded.
     """
     if watch is not None and not watch.is_dir():
-        raise AdapterError(f"--watch: {watch} is no folder; make it first")
-    known = [*folders, *(_find(watch) if watch else ())]
-    if not known and base is None:
+        raise AdapterError(f"--watch: {watch} is not a folder; make it first")
+    known = [*folders, *(_find_adapters(watch.resolve()) if watch else ())]
+    name, revision, max_length = base, None, 8
+    if known:
+        card = load_card(known[0])
+        max_length = card.max_length
+        if base is None:
+            name, revision = card.base.name, card.base.revision
+    if name is None:
         raise ModelError(
             "no adapter was given and none is in the watched folder: name the base with --base"
         )
-    card = load_card(known[0]) if known else None
-    name, revision = (base, None) if base or not card else (card.base.name, card.base.revision)
-    max_length = card.max_length if card else 8
-    config = ModelConfig(name=str(name), revision=revision, max_length=max_length, dtype="float32")
+    config = ModelConfig(name=name, revision=revision, max_length=max_length, dtype="float32")
     pool = Pool(load_base(config, labels=("0", "1")), source=base, watch=watch, dtype=dtype)
     pool.add(folders)
     pool.refresh()
     return pool
 
 
-def _find(watch: Path) -> dict[Path, Signature]:
-    """Return the adapter folders inside a folder, each with what changes when one of its files does."""
-    found = {}
-    for folder in sorted(card.parent for card in watch.resolve().glob("*/card.json")):
-        facts = {}
-        # Removed in this moment, or a link to nowhere: that file, or the whole folder.
-        with suppress(OSError):
-            for path in sorted(folder.iterdir()):
-                with suppress(OSError):
-                    at = path.stat()
-                    facts[path.name] = (path.name, at.st_ino, at.st_mtime_ns, at.st_size)
-        if "card.json" in facts:
-            found[folder] = tuple(facts.values())
-    return found
+def _find_adapters(watch: Path) -> dict[Path, Signature]:
+    """Return the adapter folders in a folder, each with its signature."""
+    signatures = {}
+    for card in sorted(watch.glob("*/card.json")):
+        signature = _read_signature(card.parent)
+        if signature is not None:
+            signatures[card.parent] = signature
+    return signatures
 
 
-def _refuse_taken(folder: Path, served: Mapping[str, Served]) -> None:
-    if folder.name in served:
+def _read_signature(folder: Path) -> Signature | None:
+    """Return what changes when a file of an adapter folder changes, or None if the folder has no card."""
+    files = []
+    # A file or the folder may be removed in this moment, and a link may lead nowhere.
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            with suppress(OSError):
+                facts = path.stat()
+                files.append((path.name, facts.st_ino, facts.st_mtime_ns, facts.st_size))
+    if not any(name == "card.json" for name, *_ in files):
+        return None
+    return tuple(files)
+
+
+def _refuse_taken(folder: Path, adapters: Mapping[str, LoadedAdapter]) -> None:
+    if folder.name in adapters:
         raise AdapterError(
-            f"{folder}: an adapter of the name {folder.name!r} is served already, from {served[folder.name].folder}; "
-            "rename one of the folders"
+            f"{folder}: an adapter with the name {folder.name!r} is served already, from "
+            f"{adapters[folder.name].folder}; rename one of the folders"
         )
 
 
-def _make_text(encoder: TextEncoder, length: int) -> NDArray[np.int32]:
-    """Return an input of a length, or of the longest that an adapter reads."""
-    room = min(length, encoder.max_length) - 2
-    return encoder.frame([encoder.sep_token_id] * room)
+def _make_input(encoder: TextEncoder, length: int) -> NDArray[np.int32]:
+    """Return an input of a length, or of the longest that the adapter reads."""
+    num_tokens = min(length, encoder.max_length) - 2
+    return encoder.frame([encoder.sep_token_id] * num_tokens)
 
 
-def _tensors(model: nn.Module) -> dict[int, Any]:
-    """Return what `copy.deepcopy` takes for copied already: a copy of the modules around the same tensors."""
+def _get_tensors(model: nn.Module) -> dict[int, Any]:
+    """Return a memo for `copy.deepcopy`, with which it copies the modules but shares the tensors."""
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
 
 
-def _with_labels(base: Base, labels: Sequence[str]) -> Base:
-    """Return a base whose head has room for other labels, around the same tensors."""
-    model: Any = copy.deepcopy(base.model, _tensors(base.model))
-    names = dict(enumerate(labels))
-    model.config.num_labels, model.num_labels = len(labels), len(labels)
-    model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
+def _copy_with_labels(base: Base, labels: Sequence[str]) -> Base:
+    """Return a base with other labels and a head for them. It shares all other tensors."""
+    model: Any = copy.deepcopy(base.model, _get_tensors(base.model))
+    model.config.num_labels = model.num_labels = len(labels)
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {name: i for i, name in enumerate(labels)}
     model.pre_classifier = nn.Linear(base.shape.dim, base.shape.dim)
     model.classifier = nn.Linear(base.shape.dim, len(labels))
     return replace(base, model=model)
+
+
+def _find_malloc_trim() -> Callable[[int], int] | None:
+    """Return `malloc_trim` of glibc, or None on another C library."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+_malloc_trim = _find_malloc_trim()

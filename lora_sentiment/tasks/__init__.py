@@ -1,1 +1,1 @@
-"""What a label is: loss, probabilities, metrics and calibration."""
+"""What a label is. One file for each task; `metrics.py` scores the answers."""

@@ -1,15 +1,18 @@
-"""Checkpoints: what a run changes, in safetensors and JSON, so that it goes on bit for bit wherever it was stopped.
+"""Checkpoints: the state of a run between two steps, in safetensors and JSON.
 
-A checkpoint is a folder `step-00000123` of three files. `state.safetensors` holds tensors, `state.json` all else,
-`manifest.json` the SHA-256 and size of both, what must be equal to go on, and its own hash. All three are written aside
-and synced before the folder takes its name, and only then are older ones removed.
+A checkpoint is a folder `step-00000123` of three files:
+
+- `state.safetensors`: the tensors
+- `state.json`: counters and history
+- `manifest.json`: size and SHA-256 of both, and the settings that must be equal to resume
+
+The folder is written aside, synced to disk and renamed. Only then are older ones removed.
 """
 
 import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,15 +31,12 @@ from lora_sentiment.training.history import History
 
 log = logging.getLogger("lora_sentiment")
 
-SCHEMA = 1
+SCHEMA = 2
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-FOLDER = "checkpoints"
-"""Of a run's folder."""
 RNG = "rng."
-"""Begins the names of the generators' states, one row a process."""
-_ASIDE, _REMOVED = "unfinished", "removed"
-_MANIFEST_BYTES = 1 << 20
-_FIXED = (
+"""Prefix of the generators' states: tensors with one row for each process."""
+_ABSENT = "<absent>"
+_NEVER_ALLOWED = (
     "method.",
     "model.head",
     "model.max_length",
@@ -50,42 +50,51 @@ _FIXED = (
     "tokenizer_sha256",
     "validation_sha256",
 )
-"""Beginnings of the settings without which the tensors, or the best score so far, mean something else."""
-_MISSING = "<absent>"
+"""Prefixes of settings that --allow-changes does not cover.
+
+With another value the tensors, or the best score so far, mean something else.
+"""
 
 
 @dataclass(frozen=True)
 class Store:
-    """Where the checkpoints of a run are, and when one may be gone on with.
+    """The checkpoints of a run, and the conditions to resume from one.
 
     Attributes:
-        folder: `<output.dir>.run/checkpoints`.
-        settings: What must be equal to go on bit for bit: dotted name to JSON value.
+        run_folder: The folder of the unfinished run, `<output.dir>.run`.
+        settings: Values that must be equal to resume bit for bit: dotted name to JSON value.
         resume: The recipe's `train.resume`.
-        allow_changes: Go on although settings differ, where that can be done at all.
+        allow_changes: Resume although settings differ, where that is possible.
         limit: The recipe's `train.save_total_limit`.
     """
 
-    folder: Path
+    run_folder: Path
     settings: Mapping[str, Any]
     resume: Literal["auto", "never", "always"] = "auto"
     allow_changes: bool = False
     limit: int = 2
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoints."""
+        return checkpoint_folder(self.run_folder)
+
 
 @dataclass
 class Progress:
-    """What of a run is no tensor.
+    """The counters and the history of a run.
 
     Attributes:
-        step: Optimizer steps taken.
-        history: What happened in them.
-        schedule: Steps of the learning rate's schedule: fewer where fp16's scaler skipped some.
-        best_metric: The best so far, its sign turned so that more is better; None before the first evaluation.
-        waited: Evaluations since then.
+        step: Optimizer steps so far.
+        history: Their history.
+        schedule: Steps of the learning rate schedule; fewer where fp16's scaler skipped steps.
+        best_metric: The best metric so far, its sign turned so that more is better; None before the
+            first evaluation.
+        waited: Evaluations since the best one.
         skipped: Steps in a row that fp16's scaler skipped.
-        loss_scale: The scaler's scale, and the steps since it last changed; None without a scaler.
-        ranks: Which singular values AdaLoRA keeps, by tensor; None before its first pruning and for other methods.
+        loss_scale: The scaler's scale, and the steps since it changed; None without a scaler.
+        ranks: The singular values that AdaLoRA keeps, by tensor; None for other methods, and before
+            the first pruning.
     """
 
     step: NonNegativeInt
@@ -100,13 +109,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that verified.
+    """A checkpoint that was read and checked.
 
     Attributes:
-        folder: Where it was read.
-        progress: What is no tensor.
+        folder: Its folder.
+        progress: Counters and history.
         tensors: By name, on the CPU.
-        changes: Settings that differ, each as a sentence; empty unless changes are allowed.
+        changes: The settings that differ, each as a sentence; empty unless changes are allowed.
     """
 
     folder: Path
@@ -115,81 +124,87 @@ class Checkpoint:
     changes: list[str] = field(default_factory=list)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the folders of finished checkpoints, newest first, whatever is in them."""
-    found = {_step(path): path for path in folder.glob("step-*") if _step(path) is not None}
-    return [found[step] for step in sorted(found, reverse=True)]  # type: ignore[type-var]
+class DamagedCheckpointError(TrainingError):
+    """The files of a checkpoint are not as they were written."""
+
+
+def checkpoint_folder(run_folder: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return run_folder / "checkpoints"
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, newest first, without reading them."""
+    numbered = []
+    for path in checkpoint_folder(run_folder).glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isascii() and number.isdigit() and len(number) < 16 and path.is_dir():
+            numbered.append((int(number), path))
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def save_checkpoint(store: Store, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write a checkpoint so that at every moment the last good one is whole; then remove those beyond the limit.
+    """Write a checkpoint, then remove those beyond the limit. At each moment a whole one exists.
 
     Raises:
-        TrainingError: If it cannot be written: with path, bytes needed and free, and the checkpoint to resume from.
+        TrainingError: If it cannot be written, with the path, the bytes needed and free, and the
+            checkpoint to resume from.
     """
-    place = store.folder / f"step-{progress.step:08d}"
-    files = {
-        TENSORS: pack_tensors(
-            {name: t.detach().to("cpu").contiguous() for name, t in sorted(tensors.items())}
-        ),
-        STATE: json.dumps(asdict(progress)).encode(),
-    }
+    packed = {}
+    for name, tensor in sorted(tensors.items()):
+        packed[name] = tensor.detach().to("cpu").contiguous()
+    files = {TENSORS: pack_tensors(packed), STATE: json.dumps(asdict(progress)).encode()}
     files[MANIFEST] = _make_manifest(store.settings, files)
-    aside = store.folder / _ASIDE
+    place = store.folder / f"step-{progress.step:08d}"
+    aside = store.folder / "unfinished"
     try:
         if not store.folder.exists():
-            store.folder.mkdir(parents=True)
-            sync_folder(store.folder.parent)
-        _remove(aside, store.folder)
+            store.folder.mkdir()
+            sync_folder(store.run_folder)
+        remove(aside)
         aside.mkdir()
         for name, content in files.items():
             _write(aside / name, content)
-        if os.path.lexists(
-            place
-        ):  # one that was broken: the run went on from an older one and is here again
-            _remove(place, store.folder)
+        # A damaged one stands here if the run was resumed from an older one.
+        remove(place)
         take_place(aside, place)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        needed = sum(map(len, files.values()))
-        raise TrainingError(_say_unwritable(store, place, needed, error)) from error
-    _remove_old(store, progress.step)
+        num_bytes = sum(map(len, files.values()))
+        raise _unwritable(store, place, num_bytes, error) from error
+    _remove_others(store, place)
     return place
 
 
 def load_checkpoint(store: Store, like: Mapping[str, torch.Tensor]) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, or None where a run starts anew.
+    """Return the newest whole checkpoint, or None where a run starts anew.
 
     Args:
         store: Where to look, and what must be equal.
-        like: A tensor of the same name, shape and dtype for each that is expected.
+        like: For each expected tensor one of the same name, shape and dtype.
 
     Raises:
-        TrainingError: If there are checkpoints and none can be gone on with, or none is there and one must be.
+        TrainingError: If no checkpoint can be used, or `train.resume=always` and there is none.
     """
     if store.resume == "never":
         return None
-    folders = list_checkpoints(store.folder)
+    folders = list_checkpoints(store.run_folder)
     for folder in folders:
-        if folder.is_symlink():  # removing old ones could not tell what of it is ours
+        if folder.is_symlink():  # old checkpoints are removed, and this one lies elsewhere
             raise TrainingError(
-                f"{folder}: is a link; remove it, or move the folder that it means in its place"
+                f"{folder}: is a link; remove it, or replace it by the folder that it points to"
             )
     faults = []
     for folder in folders:
         try:
-            content, settings = _read_files(folder, like)
-            changes = _compare(folder, settings, store)
-            progress, tensors = _parse(folder, content, like, exact=not changes)
-        except _BrokenError as error:
+            return _load(folder, store, like)
+        except DamagedCheckpointError as error:
             log.warning("%s", error)
             faults.append(str(error))
-            continue
-        return Checkpoint(folder, progress, tensors, changes)
     if faults:
-        told = "\n".join(faults)
+        lines = "\n".join(faults)
         raise TrainingError(
-            f"{told}\nno checkpoint in {store.folder} is whole; train.resume=never starts anew"
+            f"{lines}\nno checkpoint in {store.folder} is whole; train.resume=never starts anew"
         )
     if store.resume == "always":
         raise TrainingError(
@@ -198,197 +213,162 @@ def load_checkpoint(store: Store, like: Mapping[str, torch.Tensor]) -> Checkpoin
     return None
 
 
-class _BrokenError(TrainingError):
-    """A checkpoint is not what was written."""
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write one file of a checkpoint; every byte of one comes through here."""
-    path.write_bytes(content)
-
-
-def _make_manifest(settings: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
-    records = {
-        name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()}
-        for name, c in files.items()
-    }
-    values = {"schema": SCHEMA, "files": records, "settings": dict(settings)}
-    return json.dumps(values | {"sha256": _hash_values(values)}).encode()
-
-
-def _hash_values(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _remove(path: Path, folder: Path) -> None:
-    """Remove a folder so that, stopped in between, nothing half removed keeps its name."""
-    removed = folder / _REMOVED
-    _delete(removed)
-    if os.path.lexists(path):
-        path.rename(removed)
-        _delete(removed)
-
-
-def _delete(path: Path) -> None:
-    """Remove what is there, if anything: of a link only the link."""
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _remove_old(store: Store, step: int) -> None:
-    """Remove what is beyond the limit, and later steps, which were broken or of a future that was given up."""
-    kept = 0
-    for path in list_checkpoints(store.folder):
-        kept += (number := _step(path) or 0) <= step
-        if number > step or kept > store.limit:
-            try:
-                _remove(path, store.folder)
-            except OSError as error:
-                log.warning(
-                    "%s: an old checkpoint cannot be removed: %s", path, error.strerror or error
-                )
+def _write(path: Path, content: bytes) -> None:
+    """Write one file of a checkpoint; tests replace this function."""
+    path.write_bytes(content)
 
 
-def _say_unwritable(store: Store, place: Path, needed: int, error: OSError) -> str:
-    whole = list_checkpoints(store.folder)
-    last = (
-        f"the last good one is {whole[0]}: resume from it (--resume)"
-        if whole
-        else "there is none yet: start again"
+def _make_manifest(settings: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
+    records = {}
+    for name, content in files.items():
+        digest = hashlib.sha256(content).hexdigest()
+        records[name] = {"bytes": len(content), "sha256": digest}
+    manifest = {"schema": SCHEMA, "files": records, "settings": dict(settings)}
+    return json.dumps(manifest).encode()
+
+
+def _remove_others(store: Store, place: Path) -> None:
+    """Remove checkpoints beyond the limit, and later ones, which the run did not resume from."""
+    folders = list_checkpoints(store.run_folder)
+    index = folders.index(place)
+    for folder in [*folders[:index], *folders[index + store.limit :]]:
+        try:
+            remove(folder)
+        except OSError as error:
+            reason = error.strerror or error
+            log.warning("%s: an old checkpoint cannot be removed: %s", folder, reason)
+
+
+def _unwritable(store: Store, place: Path, num_bytes: int, error: OSError) -> TrainingError:
+    is_full = error.errno == errno.ENOSPC
+    reason = "the disk is full" if is_full else error.strerror or str(error)
+    free = shutil.disk_usage(store.run_folder).free
+    remedy = "make room" if is_full else "correct that"
+    checkpoints = list_checkpoints(store.run_folder)
+    if checkpoints:
+        remedy += f", then --resume resumes from {checkpoints[0]}"
+    else:
+        remedy += ", then start again: there is no checkpoint yet"
+    return TrainingError(
+        f"{place}: the checkpoint cannot be written: {reason}; it needs {num_bytes:,} bytes, and "
+        f"{free:,} are free; {remedy}"
     )
-    room = next(path for path in (store.folder, *store.folder.absolute().parents) if path.exists())
-    free = f"{needed:,} bytes are needed and {shutil.disk_usage(room).free:,} free"
-    full = error.errno == errno.ENOSPC
-    reason = "the disk is full" if full else error.strerror or str(error)
-    when = "there is room" if full else "it can be"
-    return f"{place}: the checkpoint cannot be written: {reason}; {free}; {last} once {when}"
 
 
-def _step(path: Path) -> int | None:
-    number = path.name.removeprefix("step-")
-    return (
-        int(number)
-        if number.isascii() and number.isdigit() and len(number) < 16 and path.is_dir()
-        else None
-    )
-
-
-def _read_files(
-    folder: Path, like: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Return the two files' content and the manifest's settings, sizes and hashes checked."""
-    try:
-        manifest = json.loads(_read(folder / MANIFEST, _MANIFEST_BYTES))
-        if (
-            _hash_values({key: value for key, value in manifest.items() if key != "sha256"})
-            != manifest["sha256"]
-        ):
-            raise _BrokenError(
-                f"{folder / MANIFEST}: was changed: its hash is not the recorded one"
-            )
-        if manifest["schema"] > SCHEMA:
-            raise TrainingError(
-                f"{folder}: has schema {manifest['schema']}; this version reads up to {SCHEMA}; upgrade lora_sentiment"
-            )
-        # A row of states a process, and a header; a wrong size is told before that many bytes are read.
-        room = sum(tensor.nbytes for tensor in like.values()) + 1024 * len(like) + (64 << 20)
-        bounds = {TENSORS: room, STATE: (1 << 20) + 1024 * (_step(folder) or 0)}
-        content = {}
-        for name, bound in bounds.items():
-            record = manifest["files"][name]
-            content[name] = _read(folder / name, bound, size=record["bytes"])
-            if hashlib.sha256(content[name]).hexdigest() != record["sha256"]:
-                raise _BrokenError(
-                    f"{folder / name}: was changed: its hash is not the recorded one"
-                )
-        return content, dict(manifest["settings"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _BrokenError(f"{folder / MANIFEST}: is not what was written: {error}") from error
-
-
-def _read(path: Path, bound: int, *, size: int | None = None) -> bytes:
-    """Read a file whose size is known or bounded before a byte of it is."""
-    try:
-        found = path.lstat()
-        if not path.is_file() or path.is_symlink():
-            raise _BrokenError(f"{path}: is no file")
-        if (size is not None and found.st_size != size) or found.st_size > bound:
-            expected = f"{size:,}" if size is not None and size <= bound else f"at most {bound:,}"
-            raise _BrokenError(f"{path}: has {found.st_size:,} bytes, expected {expected}")
-        with path.open("rb") as file:
-            return file.read(found.st_size)
-    except OSError as error:
-        raise _BrokenError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _compare(folder: Path, settings: Mapping[str, Any], store: Store) -> list[str]:
-    """Return the settings that differ, each as a sentence.
+def _load(folder: Path, store: Store, like: Mapping[str, torch.Tensor]) -> Checkpoint:
+    """Read a checkpoint and check it.
 
     Raises:
-        TrainingError: If there are any, and they are not allowed or cannot be.
+        DamagedCheckpointError: If a file is not as it was written, or does not fit the run.
+        TrainingError: If it has another schema, or settings that may not differ.
     """
-    ours = json.loads(json.dumps(dict(store.settings)))
-    pairs = {
-        name: (settings.get(name, _MISSING), ours.get(name, _MISSING))
-        for name in ours.keys() | settings.keys()
-    }
-    names = sorted(name for name, (was, now) in pairs.items() if was != now)
-    told = {name: f"{name}: was {pairs[name][0]}, is {pairs[name][1]}" for name in names}
-    pruned = (
-        settings.get("method.kind") == "adalora"
-    )  # its pruning is spread over the steps of the whole run
-    fixed = [name for name in names if name.startswith(_FIXED) or (pruned and name == "num_steps")]
-    if names and (fixed or not store.allow_changes):
-        lines = "\n".join(
-            f"  {told[name]}{' (cannot be gone on with)' if name in fixed else ''}"
-            for name in names
-        )
-        how = "" if fixed else ", or --allow-changes to go on all the same, not bit for bit"
-        raise TrainingError(
-            f"{folder}: is of a run that differs in:\n{lines}\nput that back, or set train.resume=never to start anew "
-            f"(which deletes the checkpoints){how}"
-        )
-    return list(told.values())
-
-
-def _is_consistent(progress: Progress) -> bool:
-    """Return whether everything is of the steps that were taken, and of no later one."""
-    history = progress.history
-    taken = [point.step for point in history.steps]
-    told = [progress.schedule, history.best_step, *(point.step for point in history.evaluations)]
-    return (
-        taken == [*range(1, progress.step + 1)]
-        and max(told) <= progress.step
-        and history.max_tokens > 0
-    )
-
-
-def _parse(
-    folder: Path, content: Mapping[str, bytes], like: Mapping[str, torch.Tensor], *, exact: bool
-) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """Return what the files hold, names, shapes, dtypes and values checked."""
+    try:
+        manifest = json.loads(_read(folder / MANIFEST))
+        _check_schema(folder, manifest["schema"])
+        records = manifest["files"]
+        settings = dict(manifest["settings"])
+        content = {name: _read(folder / name, records[name]) for name in (TENSORS, STATE)}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"{folder / MANIFEST}: is not as it was written: {error}"
+        ) from error
+    changes = _compare_settings(folder, settings, store)
     try:
         progress = TypeAdapter(Progress).validate_python(json.loads(content[STATE]))
         tensors = parse_tensors(content[TENSORS])
     except (SafetensorError, ValidationError, ValueError, RecursionError) as error:
-        raise _BrokenError(f"{folder}: is not what was written: {error}") from error
-    if progress.step != _step(folder) or not _is_consistent(progress):
-        raise _BrokenError(f"{folder / STATE}: its history is not that of the folder's step")
-    # On another number of processes or another device the generators start from the seed.
-    names = [name for name in tensors.keys() | like.keys() if exact or not name.startswith(RNG)]
-    for name in sorted(names):
-        if name not in tensors or name not in like:
-            raise _BrokenError(
-                f"{folder / TENSORS}: {name} is {'unknown' if name in tensors else 'missing'}"
+        raise DamagedCheckpointError(f"{folder}: is not as it was written: {error}") from error
+    _check_tensors(folder / TENSORS, tensors, like, exact=not changes)
+    return Checkpoint(folder, progress, tensors, changes)
+
+
+def _check_schema(folder: Path, schema: Any) -> None:
+    if schema != SCHEMA:
+        raise TrainingError(
+            f"{folder}: has schema {schema}, and this version reads schema {SCHEMA}; finish the run "
+            "with the lora_sentiment that began it, or set train.resume=never to start anew"
+        )
+
+
+def _read(path: Path, record: Mapping[str, Any] | None = None) -> bytes:
+    """Read a file; with a record check its size, before it is read, and its hash."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise DamagedCheckpointError(f"{path}: is missing, or no plain file")
+        size = path.stat().st_size
+        if record is not None and size != record["bytes"]:
+            raise DamagedCheckpointError(
+                f"{path}: has {size:,} bytes, and the manifest says {record['bytes']:,}"
             )
-        found, expected = tensors[name], like[name]
-        if found.shape != expected.shape or found.dtype != expected.dtype:
-            raise _BrokenError(
-                f"{folder / TENSORS}: {name} is {found.dtype} {tuple(found.shape)}, expected {expected.dtype} "
-                f"{tuple(expected.shape)}"
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if record is not None and hashlib.sha256(content).hexdigest() != record["sha256"]:
+        raise DamagedCheckpointError(f"{path}: was changed: its hash is not the recorded one")
+    return content
+
+
+def _compare_settings(folder: Path, settings: Mapping[str, Any], store: Store) -> list[str]:
+    """Return the settings that differ, each as a sentence.
+
+    Raises:
+        TrainingError: If there are any that are not allowed.
+    """
+    ours = json.loads(json.dumps(dict(store.settings)))
+    never_allowed: tuple[str, ...] = _NEVER_ALLOWED
+    if settings.get("method.kind") == "adalora":
+        # AdaLoRA spreads its pruning over the steps of the whole run.
+        never_allowed = (*never_allowed, "num_steps")
+    changes, lines = [], []
+    refuses_all = False
+    for name in sorted(ours.keys() | settings.keys()):
+        was, now = settings.get(name, _ABSENT), ours.get(name, _ABSENT)
+        if was == now:
+            continue
+        change = f"{name}: was {was}, is {now}"
+        changes.append(change)
+        if name.startswith(never_allowed):
+            refuses_all = True
+            change += " (cannot be changed in a resumed run)"
+        lines.append(f"  {change}")
+    if not changes or (store.allow_changes and not refuses_all):
+        return changes
+    remedy = "put that back, or set train.resume=never to start anew and delete the checkpoints"
+    if not refuses_all:
+        remedy += ", or give --allow-changes to resume, though not bit for bit"
+    differences = "\n".join(lines)
+    raise TrainingError(f"{folder}: is of a run that differs in:\n{differences}\n{remedy}")
+
+
+def _check_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    like: Mapping[str, torch.Tensor],
+    *,
+    exact: bool,
+) -> None:
+    """Refuse tensors of other names, shapes or dtypes than expected, and values that are not finite."""
+    for name in sorted(tensors.keys() | like.keys()):
+        # On another number of processes or another device the generators start from the seed.
+        if name.startswith(RNG) and not exact:
+            continue
+        if name not in like:
+            raise DamagedCheckpointError(f"{path}: {name} is unknown")
+        if name not in tensors:
+            raise DamagedCheckpointError(f"{path}: {name} is missing")
+        tensor, expected = tensors[name], like[name]
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise DamagedCheckpointError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"{expected.dtype} {tuple(expected.shape)}"
             )
-        if not torch.isfinite(found).all():
-            raise _BrokenError(f"{folder / TENSORS}: {name} holds a value that is not finite")
-    return progress, tensors
+        if not torch.isfinite(tensor).all():
+            raise DamagedCheckpointError(f"{path}: {name} holds a value that is not finite")

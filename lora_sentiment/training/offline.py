@@ -1,129 +1,141 @@
-"""Where no Hub answers: what is in the cache, else, if the recipe says so, the parts that ship with the package."""
+"""`offline: bundled`: the package's own base and reviews, where the Hub cannot be reached."""
 
 import json
 import logging
-from collections.abc import Callable
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers.utils.hub import cached_file
+from huggingface_hub import try_to_load_from_cache
 
 from lora_sentiment import bundled
 from lora_sentiment.data.sources import find_source, is_on_hub
-from lora_sentiment.errors import DataError, LoraSentimentError
-from lora_sentiment.hub import Answer, ask_hub, is_hub_name, rely_on_cache
-from lora_sentiment.models.load import has_tokenizer
+from lora_sentiment.errors import DataError
+from lora_sentiment.hub import Answer, ask_hub, is_hub_name, use_cache_only
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.recipe import Recipe
 
 log = logging.getLogger("lora_sentiment")
 _KEPT = {"source", "clean", "split_seed"}
-"""Keys of `data` that mean the same of any rows; the source is replaced."""
+"""Keys of `data` that mean the same for any rows. The source is replaced."""
 
 
-def settle(recipe: Recipe, state: PartialState) -> tuple[Recipe, bundled.StandIn | None]:
-    """Return the recipe that can be run here, and what was replaced in it, if anything.
+def resolve_offline(recipe: Recipe) -> tuple[Recipe, str | None]:
+    """Return the recipe that can run here, and a sentence if it is not the recipe that was given.
 
-    The Hub is asked once, by the main process, and only for a recipe that names something on it. Any answer means that
-    the recipe stays as it is: a refusal or a misspelt name is not the network's fault.
+    Only a recipe that names something on the Hub is affected. The main process asks the Hub once,
+    and all processes act on its answer. Any answer keeps the recipe as it is, because a refusal or
+    a misspelt name is not the network's fault. Without an answer this process uses the cache alone.
+    If something is not in the cache, if data and base both come from the Hub, and if the recipe
+    says `offline: bundled`, the parts that ship with the package replace both, and the run writes
+    to `<output.dir>-offline`.
 
     Raises:
-        DataError: If the Hub does not answer, something is not in the cache, and the recipe does not say
-            `offline: bundled`, or names rows or a base of one's own.
+        DataError: If the Hub does not answer, something is not in the cache, and nothing may be
+            replaced.
     """
-    wanted = _on_hub(recipe)
-    if not wanted:
+    names = _list_hub_names(recipe)
+    if not names:
         return recipe, None
-    found: list[Any] = [(_look(recipe, wanted) if state.is_main_process else None)]
-    answer, missing = broadcast_object_list(found)[0]
+    state = PartialState()
+    facts: list[tuple[Answer, list[str]] | None] = [None]
+    if state.is_main_process:
+        facts = [_look(recipe, names)]
+    answer, missing = broadcast_object_list(facts)[0]
     if answer.status is not None:
         return recipe, None
-    rely_on_cache(answer)
-    reason = answer.text
-    asked = ", ".join(f"{key} {value!r}" for key, value in wanted.items() if key in missing)
+    use_cache_only(answer)
     if not missing:
-        log.warning("no Hub answers (%s): what is in the cache is used", reason)
+        log.warning("no Hub answers (%s): the cache is used", answer.text)
         return recipe, None
+    asked = ", ".join(f"{key} {names[key]!r}" for key in missing)
     if answer.mistaken:
         raise DataError(
-            f"the Hub cannot be asked: {reason}; mend HF_ENDPOINT, the proxy (HTTPS_PROXY: its address or login) or "
-            f"SSL_CERT_FILE; not in the cache: {asked}"
+            f"the Hub cannot be asked: {answer.text}; correct HF_ENDPOINT, the proxy (HTTPS_PROXY: "
+            "its address or "
+            f"login) or SSL_CERT_FILE; not in the cache: {asked}"
         )
-    if recipe.offline == "error" or len(wanted) < 2:
-        # Beside rows or a base of one's own, other ones would not stand in for anything.
-        how = (
-            ""
-            if len(wanted) < 2
-            else ", or set offline=bundled to walk with the base and reviews that ship"
-        )
+    may_replace = len(names) == 2
+    if recipe.offline == "error" or not may_replace:
+        hint = ""
+        if may_replace:
+            hint = ", or set offline=bundled to run with the base and reviews of the package"
         raise DataError(
-            f"no Hub answers ({reason}) and not in the cache: {asked}; connect or set HF_ENDPOINT to a mirror, or name "
-            f"files and a folder instead{how}; model.name=bundled is the base that ships"
+            f"no Hub answers ({answer.text}) and not in the cache: {asked}; connect or set "
+            "HF_ENDPOINT to a mirror, "
+            f"or name files and a folder instead{hint}; model.name=bundled is the base of the "
+            "package"
         )
-    stand_in = {**wanted, **_left_out(recipe.data), "reason": reason}
-    log.warning("%s", bundled.describe(stand_in))
-    return _replace(recipe), stand_in
+    sentence = _describe_replacement(recipe, names, answer.text)
+    log.warning("%s", sentence)
+    return _replace(recipe), sentence
 
 
-def _on_hub(recipe: Recipe) -> dict[str, str]:
-    """Return what a recipe names on the Hub, by key."""
-    source, name = recipe.data.source, recipe.model.place
-    wanted = {}
-    if is_on_hub(source):
-        wanted["data.source"] = str(source)
-    if is_hub_name(name):
-        wanted["model.name"] = name
-    return wanted
+def _list_hub_names(recipe: Recipe) -> dict[str, str]:
+    """Return the names on the Hub that a recipe holds, by key."""
+    names = {}
+    if is_on_hub(recipe.data.source):
+        names["data.source"] = str(recipe.data.source)
+    if is_hub_name(recipe.model.place):
+        names["model.name"] = recipe.model.place
+    return names
 
 
-def _look(recipe: Recipe, wanted: dict[str, str]) -> tuple[Answer, list[str]]:
-    """Return what the Hub answers, and where that is nothing the keys of what is not in the cache."""
+def _look(recipe: Recipe, names: dict[str, str]) -> tuple[Answer, list[str]]:
+    """Return the Hub's answer; without one, also the keys of the names that are not cached."""
     answer = ask_hub()
     if answer.status is not None:
         return answer, []
-    rely_on_cache(answer)
-    probes: dict[str, Callable[[], Any]] = {
-        "data.source": lambda: find_source(recipe.data),
-        "model.name": lambda: _find_base(recipe.model),
-    }
-    return answer, [key for key in wanted if not _is_cached(probes[key])]
+    use_cache_only(answer)
+    missing = []
+    if "data.source" in names and not _is_data_cached(recipe.data):
+        missing.append("data.source")
+    if "model.name" in names and not _is_base_cached(recipe.model):
+        missing.append("model.name")
+    return answer, missing
 
 
-def _find_base(model: ModelConfig) -> None:
-    """Raise an OSError unless a base is whole."""
-    for file in ("config.json", "model.safetensors"):
-        cached_file(model.name, file, revision=model.revision)
-    if not has_tokenizer(model.name, revision=model.revision):
-        raise FileNotFoundError(model.name)
-
-
-def _is_cached(probe: Callable[[], Any]) -> bool:
+def _is_data_cached(config: DataConfig) -> bool:
     try:
-        probe()
-    except OSError:
-        return False
-    except LoraSentimentError as error:
-        # What the Hub's client could not get is its cause; a fault of the recipe's own has none, and is told later.
+        find_source(config)
+    except DataError as error:
+        # The client's own error is the cause. A mistake in the recipe has no cause, and is reported
+        # later.
         return error.__cause__ is None
     return True
 
 
-def _left_out(data: DataConfig) -> dict[str, str]:
-    """Return what else the recipe says of its own rows, by key; the bundled ones are read by the defaults."""
-    said = data.model_dump(mode="json", exclude=_KEPT, exclude_defaults=True)
-    return {
-        f"data.{key}": value if isinstance(value, str) else json.dumps(value)
-        for key, value in said.items()
-    }
+def _is_base_cached(config: ModelConfig) -> bool:
+    def is_cached(file: str) -> bool:
+        path = try_to_load_from_cache(config.name, file, revision=config.revision)
+        return isinstance(path, str)
+
+    if not is_cached("config.json") or not is_cached("model.safetensors"):
+        return False
+    return is_cached("tokenizer.json") or is_cached("vocab.txt")
+
+
+def _describe_replacement(recipe: Recipe, names: dict[str, str], reason: str) -> str:
+    """Say what was asked for and what replaced it, in one sentence."""
+    asked = [f"{key} {name}" for key, name in names.items()]
+    dropped = recipe.data.model_dump(mode="json", exclude=_KEPT, exclude_defaults=True)
+    for key, value in dropped.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        asked.append(f"data.{key} {text}")
+    return (
+        f"NOT what the recipe asks for ({', '.join(asked)}): no Hub answered ({reason}), so the "
+        "small base and the "
+        "short reviews of the package replaced them; no figure here is of the data that the recipe "
+        "names, and a few "
+        "hundred reviews teach little: adapters/imdb_small is an adapter that works"
+    )
 
 
 def _replace(recipe: Recipe) -> Recipe:
-    """Return the recipe on the bundled base and reviews, writing beside where it would have written."""
-    data = DataConfig(**{**recipe.data.model_dump(include=_KEPT), "source": bundled.NAME})
+    """Return the recipe with the bundled base and reviews, and an output folder of its own."""
+    kept = recipe.data.model_dump(include=_KEPT)
+    data = DataConfig(**{**kept, "source": bundled.NAME})
     model = recipe.model.model_copy(update={"name": bundled.NAME, "revision": None})
     output = recipe.output.model_copy(update={"dir": f"{recipe.folder}-offline"})
-    return recipe.model_copy(
-        update={"name": f"{recipe.name}-offline", "data": data, "model": model, "output": output}
-    )
+    update = {"name": f"{recipe.name}-offline", "data": data, "model": model, "output": output}
+    return recipe.model_copy(update=update)

@@ -11,7 +11,7 @@ from lora_sentiment.data.report import DataReport
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.quantisation import Quantisation
-from lora_sentiment.training.history import History
+from lora_sentiment.training.history import EvalPoint, History
 
 SCHEMA = 1
 
@@ -25,7 +25,7 @@ def make_report(
     engine: str,
     data: DataReport,
     quantisation: Quantisation | None,
-    stand_in: Mapping[str, str] | None,
+    offline: str | None,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """Return the report of a finished run.
@@ -38,7 +38,7 @@ def make_report(
         engine: `fast`, or `stock` with the reason.
         data: What the rows of every role look like.
         quantisation: What quantising the base saved and cost, where it was quantised.
-        stand_in: What the recipe asked for and did not get, where the parts that ship stood in.
+        offline: The sentence of `resolve_offline`, or None.
         peak_memory_bytes: Most memory held, in bytes.
     """
     return {
@@ -60,11 +60,22 @@ def make_report(
             "tokens_per_second": round(history.tokens / history.seconds, 1),
             "peak_memory_bytes": peak_memory_bytes,
             "engine": engine,
-            "evaluations": [vars(point) for point in history.evaluations],
+            "evaluations": [_describe_evaluation(point) for point in history.evaluations],
         },
         **({"quantisation": quantisation.as_dict()} if quantisation else {}),
-        **({"offline": dict(stand_in)} if stand_in else {}),
+        **({"offline": offline} if offline else {}),
         "data": data.as_dict(),
+    }
+
+
+def _describe_evaluation(point: EvalPoint) -> dict[str, Any]:
+    return {
+        "step": point.step,
+        "epoch": point.epoch,
+        "accuracy": point.accuracy,
+        "log_loss": point.log_loss,
+        "metric": point.metric,
+        "best": point.best,
     }
 
 

@@ -548,7 +548,7 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(tmp_path, name):
         {"id": list(range(60)), "text": [*(text for text, _ in toy_rows(59)), ""]},
     )
     code = (
-        "from pathlib import Path\nfrom tests.test_predict import make_classifier, predict\n"
+        "from pathlib import Path\nfrom tests.commands.test_predict import make_classifier, predict\n"
         f"predict(Path({str(tmp_path)!r}), 'in-{name}', {name!r}, make_classifier(seconds=0.2), rows_per_part=10)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -588,10 +588,7 @@ def classifier_during(act):
     )
 
 
-@pytest.mark.parametrize("has_locks", [True, False])
-def test_a_second_run_on_one_output_is_refused(folder, monkeypatch, has_locks):
-    if not has_locks:
-        monkeypatch.setattr("lora_sentiment.files.fcntl", None)
+def test_a_second_run_on_one_output_is_refused(folder):
     (folder / "link.csv").symlink_to("out.csv")
     faults = []
 
@@ -602,10 +599,7 @@ def test_a_second_run_on_one_output_is_refused(folder, monkeypatch, has_locks):
             faults.append(str(caught.value))
 
     assert predict(folder, classifier=classifier_during(run_again), rows_per_part=50).rows == 50
-    advice = "" if has_locks else f", or remove {folder / 'out.csv.parts.lock'}"
-    assert set(faults) == {
-        f"another run is writing {folder / 'out.csv'}; wait until it ends{advice}"
-    }
+    assert set(faults) == {f"another run is writing {folder / 'out.csv'}; wait until it ends"}
     assert sorted(path.name for path in folder.iterdir()) == ["in.csv", "link.csv", "out.csv"]
 
 
@@ -653,7 +647,7 @@ def test_two_processes_share_the_parts_and_give_the_same_bytes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import json, os\nfrom pathlib import Path\n"
-        "from tests.test_predict import DataError, make_classifier, predict\n"
+        "from tests.commands.test_predict import DataError, make_classifier, predict\n"
         "classifier = make_classifier()\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "try:\n    predict(folder, output='held.csv')\nexcept DataError as error:\n    refusal = str(error)\n"
@@ -737,7 +731,7 @@ def test_no_more_than_a_part_is_judged_at_once(folder):
 def test_a_file_is_predicted_without_torch(tmp_path):
     (tmp_path / "in.csv.gz").write_bytes(gzip.compress(b"text\ngood\n"))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tests.test_predict import make_classifier, predict\n"
+        "import sys\nfrom pathlib import Path\nfrom tests.commands.test_predict import make_classifier, predict\n"
         f"predict(Path({str(tmp_path)!r}), 'in.csv.gz', 'out.parquet')\n"
         "assert 'torch' not in sys.modules"
     )

@@ -21,7 +21,7 @@ from lora_sentiment.models.memory import Plan
 from lora_sentiment.models.quantisation import Cut, measure_quantisation
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.model import ModelConfig
-from lora_sentiment.tasks.losses import loss_sum
+from lora_sentiment.tasks.single_label import loss_sum
 from lora_sentiment.training import micro_batch
 from lora_sentiment.training.backward import PaddedBackward
 from lora_sentiment.training.processes import make_accelerator

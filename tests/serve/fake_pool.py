@@ -33,7 +33,7 @@ VOCABULARY = {word: number for number, word in enumerate(WORDS)}
 
 
 @dataclass(frozen=True)
-class FakeServed:
+class FakeAdapter:
     name: str
     labels: tuple[str, ...]
     encoder: TextEncoder
@@ -45,20 +45,20 @@ class FakeServed:
     method: str = "lora"
 
 
-def make_served(
+def make_adapter(
     name: str, labels: Sequence[str] = ("no", "yes"), *, max_length: int = 16, **values: Any
-) -> FakeServed:
+) -> FakeAdapter:
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length, values.pop("truncation", "head"))
-    return FakeServed(name, tuple(labels), encoder, **values)
+    return FakeAdapter(name, tuple(labels), encoder, **values)
 
 
-def answer(served: FakeServed, ids: Sequence[int]) -> np.ndarray:
+def answer(adapter: FakeAdapter, ids: Sequence[int]) -> np.ndarray:
     """Logits of one text by one adapter."""
     return np.array(
-        [np.cos(served.factor * (label + 1) * sum(i * (place + 1) for place, i in enumerate(ids))) * 3 for label, _ in
-         enumerate(served.labels)], dtype=np.float32,
+        [np.cos(adapter.factor * (label + 1) * sum(i * (place + 1) for place, i in enumerate(ids))) * 3 for label, _ in
+         enumerate(adapter.labels)], dtype=np.float32,
     )  # fmt: skip
 
 
@@ -75,8 +75,8 @@ class FakePool:
 
     base, base_sha256 = "fake", "1" * 64
 
-    def __init__(self, *served: FakeServed) -> None:
-        self.served = {own.name: own for own in served}
+    def __init__(self, *adapters: FakeAdapter) -> None:
+        self.adapters = {adapter.name: adapter for adapter in adapters}
         self.gate = threading.Event()
         self.gate.set()
         self.begun = threading.Event()
@@ -84,21 +84,21 @@ class FakePool:
         self.batches: list[int] = []
         self.warmed: int | None = None
 
-    def refresh(self, stopped: Callable[[], bool]) -> None:
+    def refresh(self, is_stopped: Callable[[], bool]) -> None:
         pass
 
     def warm_up(self, *, batch_tokens: int) -> None:
         self.warmed = batch_tokens
 
-    def compute(self, served: Sequence[FakeServed], encoded: Encoded) -> list[np.ndarray]:
+    def compute(self, adapters: Sequence[FakeAdapter], encoded: Encoded) -> list[np.ndarray]:
         self.begun.set()
         self.gate.wait(20)
-        self.batches.append(len(served))
+        self.batches.append(len(adapters))
         if self.fault:
             fault, self.fault = self.fault, None
             raise fault
         rows = np.split(encoded.input_ids, encoded.offsets[1:-1])
-        return [answer(own, ids.tolist()) for own, ids in zip(served, rows, strict=True)]
+        return [answer(own, ids.tolist()) for own, ids in zip(adapters, rows, strict=True)]
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def read(served, text):
 
 def answer(pool, pairs):
     """Logits of (adapter, text) pairs, in one stream."""
-    served = [pool.served[name] for name, _ in pairs]
+    served = [pool.adapters[name] for name, _ in pairs]
     inputs = [read(own, text) for own, (_, text) in zip(served, pairs, strict=True)]
     encoded: Encoded = served[0].encoder.pack(inputs)
     return pool.compute(served, encoded)
@@ -132,7 +132,7 @@ def test_packed_rows_hold_no_padding_between_them(folders, packed, monkeypatch):
     monkeypatch.setattr(pool_module, "inference_tokens", lambda device_type: 2**15)
     pairs = shuffled(MIX)
     answer(pool, pairs)
-    tokens = sum(len(read(pool.served[name], text)) for name, text in pairs)
+    tokens = sum(len(read(pool.adapters[name], text)) for name, text in pairs)
     assert len(given) == 1
     assert tokens <= given[0] <= 1.125 * tokens + 8
 
@@ -169,12 +169,12 @@ def test_a_gpu_is_warmed_up_by_every_adapter_at_a_few_sizes_and_by_a_full_batch(
     monkeypatch.setattr(pool, "compute", compute_and_note)
     monkeypatch.setattr(pool, "_device", torch.device("cuda"))
     monkeypatch.setattr(
-        pool, "_answer_mixed", lambda parts, encoded, index: [np.zeros(2)] * len(index)
+        pool, "_compute_mixed", lambda parts, encoded, index: [np.zeros(2)] * len(index)
     )
     with caplog.at_level("INFO", logger="lora_sentiment"):
         pool.warm_up(batch_tokens=100)
-    names = list(pool.served)
-    longest = {name: own.encoder.max_length for name, own in pool.served.items()}
+    names = list(pool.adapters)
+    longest = {name: own.encoder.max_length for name, own in pool.adapters.items()}
     assert given[0] == [(name, 8) for name in names]
     assert given[2] == [(name, min(512, longest[name])) for name in names]
     most = max(longest.values())
@@ -199,14 +199,14 @@ def test_where_the_fast_forward_does_not_run_every_adapter_is_a_model_of_its_own
 ):
     monkeypatch.setattr(pool_module, "why_not_on", lambda device: "the device is mps")
     pool = make_pool([folders["qv"], folders["head"]])
-    assert {own.form for own in pool.served.values()} == {"merged"}
+    assert {own.form for own in pool.adapters.values()} == {"merged"}
     pairs = shuffled(["qv", "head"])[:6]
     for (name, text), found in zip(pairs, answer(pool, pairs), strict=True):
         np.testing.assert_allclose(found, alone(folders[name], text), atol=1e-5)
 
 
 def test_what_changes_the_base_or_has_no_low_rank_form_is_served_apart(folders):
-    forms = {name: own.form for name, own in make_pool(folders.values()).served.items()}
+    forms = {name: own.form for name, own in make_pool(folders.values()).adapters.items()}
     assert {name for name, form in forms.items() if form == "low-rank"} == set(MIX)
 
 
@@ -227,13 +227,13 @@ def test_low_rank_adapters_share_the_bases_memory(folders):
 
 def test_a_small_adapter_takes_no_more_memory_beside_a_large_one(folders):
     pool = make_pool([folders["k-lin1"], folders["wide"], folders["all-linear"]])
-    saved = {name: own.num_parameters for name, own in pool.served.items()}
-    assert {name: own.part.num_bytes for name, own in pool.served.items()} == {
+    saved = {name: own.num_parameters for name, own in pool.adapters.items()}
+    assert {name: own.part.num_bytes for name, own in pool.adapters.items()} == {
         n: 4 * size for n, size in saved.items()
     }
     held = [
         tensor.untyped_storage().nbytes()
-        for own in pool.served.values()
+        for own in pool.adapters.values()
         for pair in own.part.pairs.values()
         for tensor in pair
     ]
@@ -252,29 +252,29 @@ def test_a_dropped_adapter_answers_what_was_asked_before(folders, tmp_path):
     for name in ("qv", "wide"):
         shutil.copytree(folders[name], tmp_path / name)
     pool = make_pool([], watch=tmp_path)
-    old = pool.served["qv"]
+    old = pool.adapters["qv"]
     inputs = old.encoder.pack([read(old, TEXTS[0])])
     before = pool.compute([old], inputs)[0]
     shutil.rmtree(tmp_path / "qv")
     pool.refresh()
-    assert set(pool.served) == {"wide"}
+    assert set(pool.adapters) == {"wide"}
     np.testing.assert_allclose(pool.compute([old], inputs)[0], before, atol=1e-6)
 
 
 def test_watching_picks_up_finished_folders_and_reloads_changed_ones(folders, tmp_path, caplog):
     pool = make_pool([folders["qv"]], watch=tmp_path)
-    assert set(pool.served) == {"qv"}
+    assert set(pool.adapters) == {"qv"}
     (tmp_path / "half.run").mkdir()
     shutil.copytree(folders["wide"], tmp_path / "new")
     pool.refresh()
-    assert set(pool.served) == {"qv", "new"}
+    assert set(pool.adapters) == {"qv", "new"}
     shutil.rmtree(tmp_path / "new")
     shutil.copytree(folders["k-lin1"], tmp_path / "new")
     pool.refresh()
-    assert len(pool.served["new"].labels) == 5
-    same = pool.served
+    assert len(pool.adapters["new"].labels) == 5
+    same = pool.adapters
     pool.refresh()
-    assert pool.served is same
+    assert pool.adapters is same
 
 
 def test_a_card_that_was_written_again_unchanged_does_no_harm_to_the_rest_of_a_look(
@@ -286,7 +286,7 @@ def test_a_card_that_was_written_again_unchanged_does_no_harm_to_the_rest_of_a_l
     (tmp_path / "qv/card.json").touch()
     (tmp_path / "wide").rename(tmp_path / "other")
     pool.refresh()
-    assert set(pool.served) == {"qv", "other"}
+    assert set(pool.adapters) == {"qv", "other"}
 
 
 def test_a_half_copied_folder_is_served_once_it_is_whole(folders, tmp_path):
@@ -294,10 +294,10 @@ def test_a_half_copied_folder_is_served_once_it_is_whole(folders, tmp_path):
     (tmp_path / "new").mkdir()
     shutil.copy2(folders["wide"] / "card.json", tmp_path / "new")
     pool.refresh()
-    assert set(pool.served) == {"qv"}
+    assert set(pool.adapters) == {"qv"}
     shutil.copytree(folders["wide"], tmp_path / "new", dirs_exist_ok=True)
     pool.refresh()
-    assert set(pool.served) == {"qv", "new"}
+    assert set(pool.adapters) == {"qv", "new"}
 
 
 def test_an_adapter_that_breaks_is_served_as_it_was(folders, tmp_path, caplog):
@@ -307,26 +307,26 @@ def test_an_adapter_that_breaks_is_served_as_it_was(folders, tmp_path, caplog):
     (tmp_path / "one/card.json").write_text("{}")
     pool.refresh()
     np.testing.assert_array_equal(answer(pool, [("one", TEXTS[0])])[0], before)
-    assert "served as it was" in caplog.text
+    assert "served as before its change" in caplog.text
 
 
 def test_a_folder_that_goes_while_it_is_loaded_is_not_served(
     folders, tmp_path, caplog, monkeypatch
 ):
     pool = make_pool([folders["qv"]], watch=tmp_path)
-    load_whole = pool._open
+    load_whole = pool._load_part
 
     def load_and_go(folder, card):
         found = load_whole(folder, card)
         shutil.rmtree(folder)
         return found
 
-    monkeypatch.setattr(pool, "_open", load_and_go)
+    monkeypatch.setattr(pool, "_load_part", load_and_go)
     shutil.copytree(folders["wide"], tmp_path / "one")
     shutil.copytree(folders["wide"], tmp_path / "two")
     pool.refresh()
-    assert set(pool.served) == {"qv"}
-    assert all(f"{name}: went away while it was loaded" in caplog.text for name in ("one", "two"))
+    assert set(pool.adapters) == {"qv"}
+    assert all(f"{name}: was removed while it was loaded" in caplog.text for name in ("one", "two"))
 
 
 def test_a_folder_that_could_not_be_loaded_for_no_fault_of_its_own_is_tried_again(
@@ -344,10 +344,10 @@ def test_a_folder_that_could_not_be_loaded_for_no_fault_of_its_own_is_tried_agai
 
     monkeypatch.setattr(pool, "_load", load_or_fail)
     pool.refresh()
-    assert set(pool.served) == {"qv", "two"}
+    assert set(pool.adapters) == {"qv", "two"}
     assert "tried again at the next look" in caplog.text
     pool.refresh()
-    assert set(pool.served) == {"qv", "one", "two"}
+    assert set(pool.adapters) == {"qv", "one", "two"}
 
 
 def test_an_adapter_that_is_named_and_watched_is_loaded_once_and_then_followed(
@@ -355,16 +355,16 @@ def test_an_adapter_that_is_named_and_watched_is_loaded_once_and_then_followed(
 ):
     place = shutil.copytree(folders["wide"], tmp_path / "one")
     pool = make_pool([place], watch=tmp_path)
-    first = pool.served["one"]
+    first = pool.adapters["one"]
     pool.refresh()
-    assert pool.served["one"] is first
+    assert pool.adapters["one"] is first
     shutil.rmtree(place)
     shutil.copytree(folders["k-lin1"], place)
     pool.refresh()
-    assert len(pool.served["one"].labels) == 5
+    assert len(pool.adapters["one"].labels) == 5
     shutil.rmtree(place)
     pool.refresh()
-    assert not pool.served
+    assert not pool.adapters
 
 
 def test_a_file_that_goes_or_leads_nowhere_does_no_harm_to_its_adapter(folders, tmp_path, caplog):
@@ -374,7 +374,7 @@ def test_a_file_that_goes_or_leads_nowhere_does_no_harm_to_its_adapter(folders, 
     (tmp_path / "one/.#card.json").symlink_to("somebody@somewhere")
     (tmp_path / "two/loop").symlink_to("loop")
     pool.refresh()
-    assert set(pool.served) == {"one", "two"}
+    assert set(pool.adapters) == {"one", "two"}
     assert "gone" not in caplog.text
 
 
@@ -383,16 +383,16 @@ def test_labels_are_those_of_the_weights_when_a_folder_is_replaced_while_it_is_l
 ):
     place = shutil.copytree(folders["qv"], tmp_path / "one")
     pool = make_pool([folders["wide"]], dtype="bfloat16")
-    load_whole = pool._open
+    load_whole = pool._load_part
 
     def replace_and_load(folder, card):
         found = json.loads((place / "card.json").read_text())
         (place / "card.json").write_text(json.dumps({**found, "labels": found["labels"][::-1]}))
         return load_whole(folder, card)
 
-    monkeypatch.setattr(pool, "_open", replace_and_load)
+    monkeypatch.setattr(pool, "_load_part", replace_and_load)
     pool.add([place])
-    assert pool.served["one"].labels == name_labels(2)[::-1]
+    assert pool.adapters["one"].labels == name_labels(2)[::-1]
 
 
 def test_more_tokens_than_the_base_has_positions_are_refused_at_loading(folders, tmp_path):
@@ -425,9 +425,9 @@ def test_a_look_ends_when_the_server_stops(folders, tmp_path):
     pool = make_pool([folders["qv"]], watch=tmp_path)
     shutil.copytree(folders["wide"], tmp_path / "one")
     pool.refresh(lambda: True)
-    assert set(pool.served) == {"qv"}
+    assert set(pool.adapters) == {"qv"}
     pool.refresh()
-    assert set(pool.served) == {"qv", "one"}
+    assert set(pool.adapters) == {"qv", "one"}
 
 
 def test_a_watched_folder_that_cannot_be_served_is_logged_once_and_tried_again_when_it_changes(
@@ -441,11 +441,11 @@ def test_a_watched_folder_that_cannot_be_served_is_logged_once_and_tried_again_w
     for _ in range(2):
         pool.refresh()
     assert [r.levelname for r in caplog.records if "broken" in r.getMessage()] == ["WARNING"]
-    assert set(pool.served) == {"qv"}
+    assert set(pool.adapters) == {"qv"}
     weights.write_bytes(whole)
     (tmp_path / "broken/card.json").touch()
     pool.refresh()
-    assert set(pool.served) == {"qv", "broken"}
+    assert set(pool.adapters) == {"qv", "broken"}
 
 
 def test_a_name_that_is_taken_is_refused(folders, tmp_path):
@@ -457,7 +457,7 @@ def test_a_name_that_is_taken_is_refused(folders, tmp_path):
 def test_a_watched_twin_of_a_named_adapter_leaves_that_one_served(folders, tmp_path):
     shutil.copytree(folders["wide"], tmp_path / "qv")
     pool = make_pool([folders["qv"]], watch=tmp_path)
-    assert pool.served["qv"].folder == folders["qv"].resolve()
+    assert pool.adapters["qv"].folder == folders["qv"].resolve()
 
 
 def test_an_adapter_for_another_base_is_refused(folders, tiny_base, tmp_path):
@@ -472,7 +472,8 @@ def test_an_adapter_for_another_base_is_refused(folders, tiny_base, tmp_path):
     stranger = tmp_path / "stranger"
     save_random(stranger, other, LoraMethod(r=4), labels=name_labels(2))
     with pytest.raises(
-        AdapterError, match=r"stranger: is for the base .*this server has .*of its own"
+        AdapterError,
+        match=r"stranger: is for the base .*this server has .*start another server for it",
     ):
         make_pool([folders["qv"], stranger])
 
@@ -480,7 +481,7 @@ def test_an_adapter_for_another_base_is_refused(folders, tiny_base, tmp_path):
 def test_a_server_of_nothing_needs_to_know_its_base(tmp_path, tiny_base):
     with pytest.raises(ModelError, match="name the base with --base"):
         make_pool([], watch=tmp_path)
-    assert make_pool([], watch=tmp_path, base=str(tiny_base)).served == {}
+    assert make_pool([], watch=tmp_path, base=str(tiny_base)).adapters == {}
 
 
 def test_bfloat16_answers_nearly_alike(folders):
@@ -512,9 +513,9 @@ def test_longer_texts_take_fused_attention_and_answer_alike(tmp_path, tiny_base)
 
 def test_free_memory_is_given_back_now_and_then(folders, monkeypatch):
     pool, trims = make_pool([folders["qv"]]), []
-    monkeypatch.setattr(pool, "_trim", trims.append)
+    monkeypatch.setattr(pool_module, "_malloc_trim", trims.append)
     monkeypatch.setattr(pool, "_trimmed", float("-inf"))
-    monkeypatch.setattr("lora_sentiment.serve.pool.TRIM_SECONDS", 3600.0)
+    monkeypatch.setattr(pool_module, "TRIM_SECONDS", 3600.0)
     for _ in range(3):
         answer(pool, [("qv", TEXTS[0])])
     assert trims == [0]

@@ -17,7 +17,7 @@ from lora_sentiment.commands.explain import explain
 from lora_sentiment.models.engine import Engine
 from lora_sentiment.serve.app import EXAMPLES, make_app
 from lora_sentiment.serve.config import Limits, ServeConfig
-from tests.serve.fake_pool import FakePool, answer, make_served
+from tests.serve.fake_pool import FakePool, answer, make_adapter
 
 KEY = "0123456789abcdef"
 LONG = " ".join(f"w{i}" for i in range(30))
@@ -28,7 +28,7 @@ def make_client(*served, key=None, **limits):
     config = ServeConfig(
         adapters=(Path("x"),), api_key=SecretStr(key) if key else None, limits=Limits(**limits)
     )
-    app = make_app(FakePool(*(served or [make_served("one")])), config)
+    app = make_app(FakePool(*(served or [make_adapter("one")])), config)
     return TestClient(app)
 
 
@@ -49,7 +49,7 @@ def ask(client, **body):
 
 
 def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once():
-    served = [make_served(f"a{i}", [f"label{j}" for j in range(2 + i)], factor=0.1 + i, clean=i % 2 == 0,
+    served = [make_adapter(f"a{i}", [f"label{j}" for j in range(2 + i)], factor=0.1 + i, clean=i % 2 == 0,
                           truncation=("head", "head_tail")[i % 2]) for i in range(6)]  # fmt: skip
     texts = ["a good film", "", "bad<br />film", LONG, "good  good"]
     with make_client(*served) as client, ThreadPoolExecutor(6) as threads:
@@ -79,7 +79,7 @@ def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once(
 
 
 def test_top_k_names_as_many_labels_as_asked_for():
-    with make_client(make_served("one", "abcde")) as client:
+    with make_client(make_adapter("one", "abcde")) as client:
         assert [
             len(ask(client, texts=["a"], top_k=k)["predictions"][0]["top_k"])
             for k in (1, 3, 10**30)
@@ -87,7 +87,7 @@ def test_top_k_names_as_many_labels_as_asked_for():
 
 
 def test_an_explanation_is_that_of_the_command_line():
-    served = make_served("one", "abc", truncation="head_tail")
+    served = make_adapter("one", "abc", truncation="head_tail")
     texts = ["a good&amp;bad film", "the", LONG]
     with make_client(served) as client:
         found = ask(client, texts=[*texts, " "], explain=True)["predictions"]
@@ -103,7 +103,7 @@ def test_an_explanation_is_that_of_the_command_line():
     [("a good film", False), (["a good film"], False), ([["a good film"], ["bad"]], True)],
 )
 def test_the_words_of_text_embeddings_inference_are_understood(inputs, batch):
-    served = make_served("one", "abc")
+    served = make_adapter("one", "abc")
     with make_client(served) as client:
         found, raw = ask(client, inputs=inputs), ask(client, inputs=inputs, raw_scores=True)
     for rows, scored in ((found, True), (raw, False)):
@@ -121,9 +121,14 @@ def test_the_words_of_hugging_faces_client_are_understood_and_what_is_not_honour
         plain = ask(client, inputs="a good film")
         for nothing in ({}, None, {"top_k": None, "function_to_apply": None}):
             assert ask(client, inputs="a good film", parameters=nothing) == plain
-        for given, name in (({"top_k": 3}, "top_k"), ({"top_k": None, "beam": None}, "beam")):
+        for given, error in (
+            ({"top_k": 3}, "parameters[top_k]: is not supported; leave it out"),
+            (
+                {"top_k": None, "beam": None},
+                "parameters: unknown key 'beam' (allowed: top_k, function_to_apply)",
+            ),
+        ):
             refused = client.post("/predict", json={"inputs": "a", "parameters": given})
-            error = f"parameters: '{name}' is not honoured; leave it out"
             assert (refused.status_code, refused.json()["error"]) == (422, error)
 
 
@@ -137,7 +142,7 @@ def test_a_fault_of_ours_is_a_refusal_like_any_other_and_the_log_says_where_with
         def encode_batch(self, texts, **_):
             raise fault(texts[0])
 
-    served = make_served("one")
+    served = make_adapter("one")
     object.__setattr__(served.encoder, "tokenizer", Broken())
     with make_client(served) as client:
         for fault in (ValueError, Panic):
@@ -153,7 +158,7 @@ def test_a_fault_of_ours_is_a_refusal_like_any_other_and_the_log_says_where_with
 
 
 def test_a_longer_text_is_read_as_text_embeddings_inference_was_told():
-    served = make_served("one", truncation="head_tail")
+    served = make_adapter("one", truncation="head_tail")
     words = LONG.split()
     with make_client(served) as client:
         for direction, kept in (
@@ -179,7 +184,7 @@ def test_a_server_may_refuse_longer_texts():
 
 
 def test_an_adapter_must_be_named_where_several_are_loaded_and_an_unknown_one_is_told_what_there_is():
-    many = [make_served(f"adapter{i:02}") for i in range(25)]
+    many = [make_adapter(f"adapter{i:02}") for i in range(25)]
     with make_client(*many) as client:
         missing = client.post("/predict", json={"texts": ["a"]})
         unknown = client.post("/predict", json={"inputs": "a", "adapter": "nobody"})
@@ -189,7 +194,7 @@ def test_an_adapter_must_be_named_where_several_are_loaded_and_an_unknown_one_is
 
 
 def test_what_is_loaded_is_told():
-    with make_client(make_served("b"), make_served("a", "xyz")) as client:
+    with make_client(make_adapter("b"), make_adapter("a", "xyz")) as client:
         found = client.get("/adapters").json()
     assert found["base"] == {"name": "fake", "sha256": "1" * 64}
     assert [row["name"] for row in found["adapters"]] == ["a", "b"]
@@ -212,15 +217,16 @@ def test_a_server_is_ready_while_something_is_loaded_and_it_is_not_stopping():
     assert [row.json()["error"] for row in nothing] == ["no adapter is loaded"] * 2
 
 
-def test_adapters_come_and_go_and_their_counts_with_them():
-    pool, asked = FakePool(make_served("one")), threading.Event()
+def test_adapters_come_and_go_and_their_counts_with_them(monkeypatch):
+    monkeypatch.setattr("lora_sentiment.serve.app.WATCH_SECONDS", 0.05)
+    pool, asked = FakePool(make_adapter("one")), threading.Event()
 
     def swap(_):
         if asked.is_set():
-            pool.served = {"two": make_served("two")}
+            pool.adapters = {"two": make_adapter("two")}
 
     pool.refresh = swap
-    app = make_app(pool, ServeConfig(watch=Path("x"), limits=Limits(watch_seconds=0.05)))
+    app = make_app(pool, ServeConfig(watch=Path("x")))
     with TestClient(app) as client:
         ask(client, texts=["a"], adapter="one")
         asked.set()
@@ -238,21 +244,22 @@ def test_adapters_come_and_go_and_their_counts_with_them():
         assert 'adapter="one"' not in client.get("/metrics").text
 
 
-def test_a_look_at_the_watched_folder_that_fails_leaves_what_is_served(caplog):
-    pool = FakePool(make_served("one"))
+def test_a_look_at_the_watched_folder_that_fails_leaves_what_is_served(caplog, monkeypatch):
+    monkeypatch.setattr("lora_sentiment.serve.app.WATCH_SECONDS", 0.01)
+    pool = FakePool(make_adapter("one"))
 
     def fail(_):
         raise OSError("no such device")
 
     pool.refresh = fail
-    app = make_app(pool, ServeConfig(watch=Path("x"), limits=Limits(watch_seconds=0.01)))
+    app = make_app(pool, ServeConfig(watch=Path("x")))
     with TestClient(app) as client:
         for _ in range(200):
             if "no such device" in caplog.text:
                 break
             ask(client, texts=["a"])
         ask(client, texts=["a"])
-    assert "'x' could not be looked at" in caplog.text
+    assert "'x': the watched folder cannot be read" in caplog.text
 
 
 def test_a_key_is_needed_for_all_that_tells_of_adapters_or_texts():
@@ -319,7 +326,7 @@ def test_no_text_stands_in_the_log_or_the_counts(caplog):
 
 
 def test_the_document_names_every_error_and_its_examples_are_answered():
-    with make_client(make_served("imdb_small"), max_texts=7, key=KEY) as client:
+    with make_client(make_adapter("imdb_small"), max_texts=7, key=KEY) as client:
         document = client.get("/openapi.json").json()
         for example in EXAMPLES.values():
             response = client.post(

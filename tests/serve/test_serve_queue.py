@@ -12,9 +12,9 @@ from lora_sentiment.serve.batching import STOPPED, Queue
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import RefusalError
 from lora_sentiment.serve.metrics import Metrics
-from tests.serve.fake_pool import FakePool, answer, make_served
+from tests.serve.fake_pool import FakePool, answer, make_adapter
 
-ONE, TWO = make_served("one"), make_served("two", "abcde", factor=0.3)
+ONE, TWO = make_adapter("one"), make_adapter("two", "abcde", factor=0.3)
 TEXT = np.array([2, 5, 6, 3], dtype=np.int32)
 
 
@@ -32,7 +32,7 @@ def in_line(ask, pool=None, **limits):
         finally:
             found.gate.set()
             running.cancel()
-            queue.shut()
+            queue.shut_down()
 
     return asyncio.run(run())
 
@@ -40,10 +40,10 @@ def in_line(ask, pool=None, **limits):
 async def waits(queue, tokens):
     """Wait until so many tokens wait."""
     for _ in range(1000):
-        if queue.tokens == tokens:
+        if queue.num_tokens == tokens:
             return
         await asyncio.sleep(0.002)
-    raise AssertionError(f"{queue.tokens} tokens wait, not {tokens}")
+    raise AssertionError(f"{queue.num_tokens} tokens wait, not {tokens}")
 
 
 async def held_up(queue, pool):
@@ -95,13 +95,13 @@ def test_what_does_not_fit_is_refused_with_a_time_and_what_never_fits_without():
         second = asyncio.create_task(queue.ask(ONE, [TEXT] * 127))
         await waits(queue, 508)
         with pytest.raises(
-            RefusalError, match="508 tokens wait already and this request makes at least 8"
+            RefusalError, match="508 tokens wait already and this request has at least 8"
         ) as full:
             await queue.ask(ONE, [TEXT] * 2)
-        assert (full.value.status, full.value.retry_after) == (429, 1)
-        with pytest.raises(RefusalError, match="makes 516 tokens; allowed: 512") as never:
+        assert (full.value.status, full.value.headers) == (429, {"Retry-After": "1"})
+        with pytest.raises(RefusalError, match="has 516 tokens; allowed: 512") as never:
             await queue.ask(ONE, [TEXT] * 129)
-        assert (never.value.status, never.value.retry_after) == (413, None)
+        assert (never.value.status, never.value.headers) == (413, {})
         pool.gate.set()
         assert len(await first) == 1
         assert len(await second) == 127
@@ -120,7 +120,7 @@ def test_the_time_to_wait_follows_the_speed_seen(monkeypatch):
         first = await held_up(queue, pool)
         second = asyncio.create_task(queue.ask(ONE, [TEXT] * 10))
         await waits(queue, 40)
-        found = queue.retry_after()
+        found = queue.estimate_wait()
         pool.gate.set()
         await asyncio.gather(first, second)
         return found
@@ -150,7 +150,7 @@ def test_a_batch_that_cannot_be_computed_is_refused_and_logged_and_the_next_one_
         )
         assert [(error.kind, error.status) for error in found] == [("Backend", 503)] * 2
         assert len(await queue.ask(ONE, [TEXT])) == 1
-        assert queue.tokens == 0
+        assert queue.num_tokens == 0
 
     with caplog.at_level(logging.ERROR, logger="lora_sentiment"):
         in_line(ask)
@@ -217,7 +217,7 @@ def test_an_iterator_that_ends_early_in_the_thread_is_a_fault_like_any_other():
 
 
 def test_a_value_that_is_not_finite_is_the_fault_of_its_adapter_alone():
-    broken = make_served("broken", factor=float("nan"))
+    broken = make_adapter("broken", factor=float("nan"))
 
     async def ask(queue, _):
         return await asyncio.gather(

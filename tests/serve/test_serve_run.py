@@ -18,7 +18,7 @@ from lora_sentiment import load
 from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.serve.config import Limits, ServeConfig, make_config
 from lora_sentiment.serve.run import Server, bind, serve
-from tests.serve.fake_pool import FakePool, make_served
+from tests.serve.fake_pool import FakePool, make_adapter
 
 HERE = (Path("x"),)
 
@@ -70,7 +70,7 @@ class WarmingPool(FakePool):
     """Notes in which thread it is warmed up, and in which it computes, and who can connect meanwhile."""
 
     def __init__(self, port):
-        super().__init__(make_served("one"))
+        super().__init__(make_adapter("one"))
         self.port = port
         self.threads = []
         self.refused = False
@@ -110,7 +110,7 @@ def test_nobody_can_connect_before_the_thread_that_computes_is_warmed_up():
 
 
 def test_what_goes_wrong_while_warming_up_ends_the_start(monkeypatch):
-    pool = FakePool(make_served("one"))
+    pool = FakePool(make_adapter("one"))
 
     def run_out(*, batch_tokens):
         raise ModelError("serve: memory ran out")

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from tests.serve.fake_pool import FakePool, make_served, running
+from tests.serve.fake_pool import FakePool, make_adapter, running
 
 CHECKS = (
     not_a_server_error,
@@ -36,7 +36,7 @@ CONFIG = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": RE
 
 def check(num_examples, **options):
     """Ask every operation what its schema allows, and what it does not, and hold the answers to the document."""
-    with running(FakePool(make_served("imdb_small")), batch_wait_ms=0.0) as server:
+    with running(FakePool(make_adapter("imdb_small")), batch_wait_ms=0.0) as server:
         document = schemathesis.openapi.from_url(f"{server.address}/openapi.json", config=CONFIG)
         statuses = Counter()
         for operation in (found.ok() for found in document.get_all_operations()):

@@ -37,7 +37,6 @@ from lora_sentiment.recipe.train import TrainConfig
 from lora_sentiment.training import backward, checkpoint, loop
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.optimizer import count_steps
-from lora_sentiment.training.trackers import CsvTracker
 from tests.conftest import free_port, toy_rows
 
 SETTINGS = {"train.learning_rate": 0.01, "machine.threads": 1, "method.kind": "lora", "method.r": 4}
@@ -81,8 +80,7 @@ def fit_toy(
     config = TrainConfig(**settings)
     folder.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=True)
-    accelerator = Accelerator(log_with=[CsvTracker(folder)] if state.is_main_process else None)
-    accelerator.init_trackers("toy")
+    accelerator = Accelerator()
     if scaler:
         accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = (
             scaler,
@@ -104,9 +102,8 @@ def fit_toy(
         method=method,
         accelerator=accelerator,
         max_tokens=max_tokens,
-        store=Store(folder / "checkpoints", SETTINGS, limit=config.save_total_limit),
+        store=Store(folder, SETTINGS, limit=config.save_total_limit),
     )
-    accelerator.end_training()
     if state.is_main_process:
         aside = folder / "aside"
         aside.mkdir(exist_ok=True)
@@ -184,7 +181,7 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
 def watch_saves(reach: Callable[[str], None]) -> None:
     """Call `reach` before and in the middle of every write, rename and removal of a save in this process."""
     save, write, take, remove = (
-        checkpoint.save_checkpoint, checkpoint._write, checkpoint.take_place, checkpoint._remove,
+        checkpoint.save_checkpoint, checkpoint._write, checkpoint.take_place, checkpoint.remove,
     )  # fmt: skip
 
     def watched_write(path: Path, content: bytes) -> None:
@@ -198,13 +195,12 @@ def watch_saves(reach: Callable[[str], None]) -> None:
         take(aside, place)
         reach("after the rename")
 
-    def watched_remove(path: Path, folder: Path) -> None:
+    def watched_remove(path: Path) -> None:
         reach(f"before removing {path.name}")
         if path.exists():
-            path.rename(folder / "removed")
-            next((folder / "removed").iterdir()).unlink()
+            next(path.iterdir()).unlink()
             reach("half removed")
-        remove(path, folder)
+        remove(path)
 
     def watched_save(*arguments: Any) -> Path:
         reach("begin")
@@ -212,7 +208,7 @@ def watch_saves(reach: Callable[[str], None]) -> None:
         reach("end")
         return found
 
-    checkpoint._write, checkpoint.take_place, checkpoint._remove = (
+    checkpoint._write, checkpoint.take_place, checkpoint.remove = (
         watched_write,
         watched_take,
         watched_remove,
@@ -415,7 +411,7 @@ def kill_at_random(
     def attempt(place: Path, *, aim: str = "") -> bool:
         nonlocal restarts
         saved = max(
-            (int(path.name[5:]) for path in checkpoint.list_checkpoints(place / "checkpoints")),
+            (int(path.name[5:]) for path in checkpoint.list_checkpoints(place)),
             default=0,
         )
         began = time.monotonic()

@@ -291,7 +291,7 @@ def test_a_resumed_run_gives_the_same(run, force, monkeypatch, tmp_path, step):
         if number == step:
             self.signals.name = "SIGTERM"
 
-    store = Store(tmp_path / "checkpoints", {})
+    store = Store(tmp_path, {})
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "_step", stopping)
         with pytest.raises(StoppedError):
@@ -395,7 +395,7 @@ def test_a_scaler_clips_and_steps_outside_of_a_graph(run, force, monkeypatch):
     monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "no")
     norms = [point.grad_norm for point in graphed.history.steps]
     assert 2 < sum(not math.isfinite(norm) for norm in norms) < NUM_STEPS / 2
-    assert graphed.update is None
+    assert graphed.graphed_update is None
     assert capture.recordings
     names = " ".join(str(call[0]) for each in capture.recordings for call in each.calls)
     assert "mm" in names
@@ -485,7 +485,7 @@ def test_the_log_says_whether_graphs_run_and_why_not(make_loop, caplog, fast, va
     found = make_loop(fast=fast, **values)
     assert told in caplog.text
     assert (found.graphs is not None) == (told == "CUDA graphs: on")
-    assert (found.update is not None) == (found.graphs is not None)
+    assert (found.graphed_update is not None) == (found.graphs is not None)
     assert found._packs_rows() == fast
 
 
@@ -493,7 +493,7 @@ def test_on_a_cpu_nothing_of_it_runs_and_nothing_is_said(run, caplog):
     caplog.set_level(logging.INFO, logger="lora_sentiment")
     done = run(max_steps=4)
     assert done.graphs is None
-    assert done.update is None
+    assert done.graphed_update is None
     assert isinstance(done.backward, PaddedBackward)
     assert done.backward.lengths is None
     assert "CUDA graphs" not in caplog.text

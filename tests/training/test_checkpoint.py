@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from lora_sentiment.recipe.method import AdaloraMethod, FullMethod
 from lora_sentiment.training import checkpoint, loop
 from lora_sentiment.training.checkpoint import (
     MANIFEST,
+    SCHEMA,
     STATE,
     TENSORS,
     Progress,
@@ -52,12 +53,15 @@ LIKE = {
 
 
 def make_store(folder: Path, **values) -> Store:
-    return Store(folder / "checkpoints", SETTINGS, **values)
+    folder.mkdir(exist_ok=True)
+    return Store(folder, SETTINGS, **values)
 
 
 def make_progress(step: int) -> Progress:
-    steps = [TrainPoint(number, 0.5, 0.1, 1e-3, float("inf")) for number in range(1, step + 1)]
-    history = History(steps, [EvalPoint(1, 0.1, 0.5, 0.7, 0.5, True)], 1)
+    steps = [
+        TrainPoint(number, 0.5, 0.1, 1e-3, float("inf"), 90, 1.5) for number in range(1, step + 1)
+    ]
+    history = History(steps, [EvalPoint(1, 0.1, 0.5, 0.7, 0.5, True, 90, 1.5)], 1)
     history.cuts.append((1, 50))
     history.max_tokens = 50
     return Progress(
@@ -72,10 +76,6 @@ def make_progress(step: int) -> Progress:
 
 def make_state(number: int, **values) -> bytes:
     return json.dumps(asdict(make_progress(number)) | values).encode()
-
-
-def changed_history(**values) -> dict:
-    return asdict(replace(make_progress(6).history, **values))
 
 
 def save(store: Store, *steps: int) -> list[Path]:
@@ -111,14 +111,11 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
 
 def test_only_the_newest_stay(tmp_path):
     save(make_store(tmp_path, limit=2), 3, 6, 9, 12)
-    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
-        "step-00000012",
-        "step-00000009",
-    ]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000012", "step-00000009"]
     save(
         make_store(tmp_path, limit=1), 10
     )  # of a run that went on from an older one: 12 is of a future given up
-    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000010"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010"]
 
 
 def test_where_none_is_a_run_starts_anew_unless_it_must_not(tmp_path):
@@ -137,7 +134,7 @@ def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         refuse_at(patch, number)
         with pytest.raises(
-            TrainingError, match="free; there is none yet: start again once there is room"
+            TrainingError, match="make room, then start again: there is no checkpoint yet"
         ):
             save(store, 3)
     before = save(store, 3)[0]
@@ -149,8 +146,7 @@ def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypat
     assert message.startswith(
         f"{store.folder}/step-00000006: the checkpoint cannot be written: the disk is full; "
     )
-    assert "bytes are needed and " in message
-    assert f"the last good one is {before}: resume from it (--resume) once there is room" in message
+    assert message.endswith(f" are free; make room, then --resume resumes from {before}")
     assert list(store.folder.iterdir()) == [before]
     assert load_checkpoint(store, LIKE).progress.step == 3
     save(store, 6)
@@ -210,7 +206,6 @@ def test_whichever_call_of_a_save_finds_the_disk_full_a_whole_one_stays(
         *["fsync"] * 4,
         "rename",
         "fsync",
-        "rename",
         "rmtree",
     ]
 
@@ -244,7 +239,7 @@ def test_a_real_disk_that_is_full_at_any_page_leaves_the_last_one(small_disk):
             break
         except TrainingError as error:
             told = str(error)
-        assert re.search("the disk is full; .*step-00000003: resume from it", told)
+        assert re.search("the disk is full; .*--resume resumes from .*step-00000003", told)
         assert load_checkpoint(store, like).progress.step == 3
     assert room >= 6
     assert load_checkpoint(store, like).progress.step == 6
@@ -268,9 +263,16 @@ def test_a_rename_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
 def check_older_is_used(store: Store, caplog, path: Path, content: bytes) -> None:
     path.write_bytes(content)
     caplog.clear()
-    assert load_checkpoint(store, LIKE).progress.step == 3
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert str(path.parent) in caplog.text
+    messages = []
+    try:
+        assert load_checkpoint(store, LIKE).progress.step == 3
+    except TrainingError as error:
+        messages.append(str(error))
+    # A changed bit of the manifest may name another setting or schema, which is refused.
+    assert not messages or path.name == MANIFEST
+    messages += [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == 1
+    assert str(path.parent) in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -319,12 +321,12 @@ def test_a_link_is_refused_by_name_when_it_is_found(tmp_path):
     place = save(store, 3)[0]
     (store.folder / "step-00000006").symlink_to(place.rename(tmp_path / "elsewhere"))
     with pytest.raises(
-        TrainingError, match="step-00000006: is a link; remove it, or move the folder"
+        TrainingError, match="step-00000006: is a link; remove it, or replace it by the folder"
     ):
         load_checkpoint(store, LIKE)
 
 
-@pytest.mark.parametrize("name", ["unfinished", "removed", "step-00000006"])
+@pytest.mark.parametrize("name", ["unfinished", "step-00000006"])
 def test_a_file_or_link_of_a_name_of_ours_does_not_stop_a_save(tmp_path, name):
     for number, put in enumerate((Path.touch, lambda path: path.symlink_to("nowhere"))):
         store = make_store(tmp_path / str(number), limit=1)
@@ -334,16 +336,15 @@ def test_a_file_or_link_of_a_name_of_ours_does_not_stop_a_save(tmp_path, name):
         assert [path.name for path in store.folder.iterdir()] == ["step-00000006"]
 
 
-def forge(place: Path, *, tensors=None, state=None, schema=1) -> None:
+def forge(place: Path, *, tensors=None, state=None, schema=SCHEMA) -> None:
     """Rewrite a checkpoint with a manifest that fits."""
     if tensors is not None:
         (place / TENSORS).write_bytes(pack_tensors(tensors))
     if state is not None:
         (place / STATE).write_bytes(state)
     files = {name: (place / name).read_bytes() for name in (TENSORS, STATE)}
-    values = json.loads(checkpoint._make_manifest(SETTINGS, files)) | {"schema": schema}
-    del values["sha256"]
-    (place / MANIFEST).write_text(json.dumps(values | {"sha256": checkpoint._hash_values(values)}))
+    manifest = json.loads(checkpoint._make_manifest(SETTINGS, files)) | {"schema": schema}
+    (place / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -363,32 +364,11 @@ def forge(place: Path, *, tensors=None, state=None, schema=1) -> None:
             {"tensors": {**LIKE, "steps.a": torch.tensor(float("nan"))}},
             "steps.a holds a value that is not finite",
         ),
-        ({"state": b'{"step": 6}'}, "is not what was written"),
+        ({"state": b'{"step": 6}'}, "is not as it was written"),
         ({"state": make_state(6, schedule=-1)}, "schedule\n.*greater than or equal to 0"),
         ({"state": make_state(6, best_metric=float("nan"))}, "best_metric\n.*finite"),
-        ({"state": make_state(6, loss_scale=(0.0, 3))}, "loss_scale.0\n.*greater than 0"),
-        ({"state": make_state(5)}, "its history is not that of the folder's step"),
-        ({"state": make_state(5, step=6)}, "its history is not that of the folder's step"),
-        ({"state": make_state(6, schedule=7)}, "its history is not that of the folder's step"),
-        (
-            {"state": make_state(6, history=changed_history(max_tokens=0))},
-            "its history is not that of the folder's step",
-        ),
-        (
-            {"state": make_state(6, history=changed_history(best_step=7))},
-            "its history is not that of the folder's step",
-        ),
-        (
-            {
-                "state": make_state(
-                    6, history=changed_history(evaluations=[EvalPoint(7, 0.1, 0.5, 0.7, 0.5, True)])
-                )
-            },
-            "its history is not that of the folder's step",
-        ),
-        ({"state": b"[" * 100_000}, "is not what was written"),
-        ({"state": b"\xff"}, "is not what was written"),
-        ({"tensors": {"x": torch.zeros(20_000_000)}}, "expected at most"),
+        ({"state": b"[" * 100_000}, "is not as it was written"),
+        ({"state": b"\xff"}, "is not as it was written"),
     ],
 )
 def test_what_does_not_fit_is_not_used_even_with_a_manifest_that_fits(
@@ -402,11 +382,12 @@ def test_what_does_not_fit_is_not_used_even_with_a_manifest_that_fits(
     assert re.search(told, caplog.text)
 
 
-def test_a_newer_schema_is_refused_by_version(tmp_path):
+@pytest.mark.parametrize("schema", [1, 9])
+def test_another_schema_is_refused_by_its_number(tmp_path, schema):
     store = make_store(tmp_path)
-    forge(save(store, 3)[0], schema=9)
+    forge(save(store, 3)[0], schema=schema)
     with pytest.raises(
-        TrainingError, match="has schema 9; this version reads up to 1; upgrade lora_sentiment"
+        TrainingError, match=f"has schema {schema}, and this version reads schema 2; finish the run"
     ):
         load_checkpoint(store, LIKE)
 
@@ -423,7 +404,7 @@ def test_what_differs_is_refused_field_by_field_and_allowed_where_it_can_be(tmp_
     save(make_store(tmp_path), 3)
     others = SETTINGS | {"train.learning_rate": 0.1, "machine.threads": 2, "versions.torch": "3"}
     with pytest.raises(TrainingError) as caught:
-        load_checkpoint(Store(tmp_path / "checkpoints", others), LIKE)
+        load_checkpoint(Store(tmp_path, others), LIKE)
     told = [
         "  machine.threads: was 1, is 2",
         "  train.learning_rate: was 0.01, is 0.1",
@@ -432,13 +413,13 @@ def test_what_differs_is_refused_field_by_field_and_allowed_where_it_can_be(tmp_
     assert str(caught.value).splitlines()[1:-1] == told
     assert "train.resume=never" in str(caught.value)
     assert "--allow-changes" in str(caught.value)
-    found = load_checkpoint(Store(tmp_path / "checkpoints", others, allow_changes=True), LIKE)
+    found = load_checkpoint(Store(tmp_path, others, allow_changes=True), LIKE)
     assert found.changes == [line.strip() for line in told]
     fixed = others | {"method.r": 8}
     with pytest.raises(
-        TrainingError, match=r"method.r: was 4, is 8 \(cannot be gone on with\)"
+        TrainingError, match=r"method.r: was 4, is 8 \(cannot be changed in a resumed run\)"
     ) as caught:
-        load_checkpoint(Store(tmp_path / "checkpoints", fixed, allow_changes=True), LIKE)
+        load_checkpoint(Store(tmp_path, fixed, allow_changes=True), LIKE)
     assert "--allow-changes" not in str(caught.value)
 
 
@@ -464,7 +445,7 @@ def stop_and_go_on(
         patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
         signal_at(step, number)
         with pytest.raises(
-            StoppedError, match=rf"after step {step} of .*the same command with --resume goes on"
+            StoppedError, match=rf"after step {step} of .*the same command with --resume resumes"
         ):
             fit_here(name, **values)
     return fit_here(name, **values)
@@ -681,7 +662,7 @@ def test_a_full_disk_stops_a_run_which_then_goes_on(fit_here, monkeypatch, tmp_p
         refuse_at(patch, 4)
         with pytest.raises(
             TrainingError,
-            match=r"step-00000004: .* the disk is full; .*step-00000002: resume from it",
+            match=r"step-00000004: .* the disk is full; .*--resume resumes from .*step-00000002",
         ):
             fit_here("full", max_steps=5, save_steps=2)
     assert fit_here("full", max_steps=5, save_steps=2).resumed == [2]

@@ -15,7 +15,7 @@ from lora_sentiment.models.wrap import make_trainable, trainable_tensors
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.train import TrainConfig
-from lora_sentiment.tasks.losses import loss_sum
+from lora_sentiment.tasks.single_label import loss_sum
 from lora_sentiment.training import loop
 from lora_sentiment.training.loop import fit
 from lora_sentiment.training.optimizer import make_optimizer
@@ -152,8 +152,8 @@ def read_every(monkeypatch, num_steps):
     found, read = [], loop._Loop._read
 
     def spy(self):
-        if self.taken:
-            found.append(len(self.taken))
+        if self.unread:
+            found.append(len(self.unread))
         read(self)
 
     monkeypatch.setattr(loop._Loop, "_read", spy)

@@ -1,14 +1,11 @@
-"""Where no Hub answers: the cache, else the bundled parts if the recipe says so; an answer changes nothing."""
+"""Without an answer of the Hub: the cache, or the bundled parts if the recipe allows them."""
 
 import json
-import os
 import shutil
 import socket
 import ssl
-import subprocess
-import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -16,46 +13,39 @@ import datasets
 import pytest
 from accelerate import PartialState
 from httpx2 import ConnectError, RemoteProtocolError
-from huggingface_hub import close_session, constants
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 
-from lora_sentiment import hub
+from lora_sentiment import cli, hub
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import load
 from lora_sentiment.commands.evaluate import evaluate
 from lora_sentiment.commands.sweep import make_trials
+from lora_sentiment.data.rows import load_data
 from lora_sentiment.data.sources import find_source
 from lora_sentiment.errors import DataError, LoraSentimentError, ModelError
-from lora_sentiment.hub import Answer, ask_hub
+from lora_sentiment.hub import Answer, ask_hub, prepare_hub
 from lora_sentiment.models import load as base
+from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.training import offline
-from lora_sentiment.training.offline import settle
+from lora_sentiment.training.offline import _is_base_cached, resolve_offline
+from tests.toy_hub import point_clients, serve
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:1"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def state() -> PartialState:
     return PartialState(cpu=True)
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
-    """Point the Hub's client at an address, online; what it is told is forgotten afterwards."""
-
-    def point(address: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        files = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub, "_unanswered", None)
-        close_session()
-
-    yield point
-    close_session()
+def endpoint():
+    """A function that points the Hub's clients at an address until the test ends."""
+    with ExitStack() as stack:
+        yield lambda address: stack.enter_context(point_clients(address))
 
 
 @pytest.fixture
@@ -94,68 +84,112 @@ def recipe(*overrides: str) -> Recipe:
 
 
 @pytest.mark.parametrize("status", [200, 401, 403, 404, 500, 503])
-def test_any_answer_leaves_the_recipe_as_it_is(state, endpoint, answering, status):
+def test_any_answer_leaves_the_recipe_as_it_is(endpoint, answering, status):
     endpoint(answering(status))
     asked = recipe()
-    assert settle(asked, state) == (asked, None)
+    assert resolve_offline(asked) == (asked, None)
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_a_recipe_that_names_nothing_on_the_hub_asks_nothing(state, toy_recipe, monkeypatch):
+def test_a_recipe_that_names_nothing_on_the_hub_asks_nothing(toy_recipe, monkeypatch):
     monkeypatch.setattr(offline, "ask_hub", lambda: pytest.fail("the Hub was asked"))
     for asked in (Recipe.load(toy_recipe), Recipe.load(ROOT / "recipes/quickstart.yaml")):
-        assert settle(asked, state) == (asked, None)
+        assert resolve_offline(asked) == (asked, None)
 
 
-def test_where_nothing_answers_the_bundled_parts_stand_in_and_write_elsewhere(
-    state, endpoint, caplog
-):
+def test_without_an_answer_the_bundled_parts_replace_data_and_base(endpoint, caplog):
     endpoint(NOWHERE)
     own = ("data.labels=[neg, pos]", "data.max_train_rows=9", "data.revision=v2")
-    found, stand_in = settle(
-        recipe(*own, "data.clean=false", "data.split_seed=3", "train.seed=7"), state
+    found, sentence = resolve_offline(
+        recipe(*own, "data.clean=false", "data.split_seed=3", "train.seed=7")
     )
     assert (found.data.source, found.model.name) == ("bundled", "bundled")
     assert (found.name, found.folder) == ("imdb_lora-offline", Path("adapters/imdb_lora-offline"))
     assert (found.data.labels, found.data.max_train_rows) == (None, None), "of other rows"
     assert (found.data.clean, found.data.split_seed) == (False, 3), "of any rows"
     assert found.train == recipe("train.seed=7").train
-    assert stand_in is not None
-    assert (stand_in["data.source"], stand_in["model.name"]) == ("nobody/rows", "nobody/base")
-    assert "ConnectError" in stand_in["reason"]
-    asked = 'data.source nobody/rows, model.name nobody/base, data.revision v2, data.labels ["neg", "pos"]'
-    assert f"NOT what the recipe asks for ({asked}, data.max_train_rows 9)" in caplog.text
+    asked = (
+        "NOT what the recipe asks for (data.source nobody/rows, model.name nobody/base, "
+        'data.revision v2, data.labels ["neg", "pos"], data.max_train_rows 9)'
+    )
+    assert sentence.startswith(f"{asked}: no Hub answered (ConnectError")
+    assert sentence in caplog.text
 
 
-def test_offline_mode_counts_as_no_answer(state):
+def test_offline_mode_counts_as_no_answer():
     assert constants.HF_HUB_OFFLINE, "the tests run offline"
-    _, stand_in = settle(recipe(), state)
-    assert stand_in is not None
-    assert "HF_HUB_OFFLINE" in stand_in["reason"]
+    _, sentence = resolve_offline(recipe())
+    assert "no Hub answered (offline mode is on (HF_HUB_OFFLINE))" in sentence
 
 
-def test_a_recipe_that_does_not_say_bundled_stops_and_names_what_is_missing(state, endpoint):
+@pytest.mark.parametrize("missing", [[], ["data.source", "model.name"]])
+def test_another_process_does_what_the_main_one_found(endpoint, monkeypatch, missing):
+    endpoint(NOWHERE)
+    seen = []
+
+    def broadcast(facts):
+        seen.extend(facts)
+        return [(Answer(None, "dead"), missing)]
+
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    monkeypatch.setattr(offline, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(offline, "ask_hub", lambda: pytest.fail("the Hub was asked"))
+    found, sentence = resolve_offline(recipe())
+    assert seen == [None]
+    assert (found != recipe(), sentence is not None) == (bool(missing), bool(missing))
+    with pytest.raises(OfflineModeIsEnabled, match="dead"):
+        HfApi().model_info("nobody/base")
+
+
+def test_a_recipe_that_does_not_say_bundled_stops_and_names_what_is_missing(endpoint):
     endpoint(NOWHERE)
     with pytest.raises(
         DataError, match=r"no Hub answers .*data.source 'nobody/rows', model.name 'nobody/base'; .*"
     ):
-        settle(recipe("offline=error"), state)
+        resolve_offline(recipe("offline=error"))
 
 
-def test_what_is_in_the_cache_is_used_and_said(state, endpoint, monkeypatch, caplog):
-    endpoint(NOWHERE)
+@pytest.mark.parametrize(
+    ("address", "reason"), [(NOWHERE, "ConnectError"), ("huggingface.co", "UnsupportedProtocol")]
+)
+def test_what_is_in_the_cache_is_used_and_said(endpoint, monkeypatch, caplog, address, reason):
+    endpoint(address)
     monkeypatch.setattr(offline, "find_source", lambda config: None)
-    monkeypatch.setattr(offline, "_find_base", lambda model: None)
+    monkeypatch.setattr(offline, "_is_base_cached", lambda model: True)
     asked = recipe()
-    assert settle(asked, state) == (asked, None)
-    assert "what is in the cache is used" in caplog.text
-    assert constants.HF_HUB_OFFLINE, "no client asks again"
+    assert resolve_offline(asked) == (asked, None)
+    assert f"no Hub answers ({reason}" in caplog.text
+    prepare_hub()
+    assert caplog.text.count("no Hub answers") == 1
+    with pytest.raises(OfflineModeIsEnabled, match=reason):
+        HfApi().model_info("nobody/base")
+
+
+def test_rows_and_base_that_were_fetched_once_need_no_hub(tmp_path, tiny_base, toy):
+    model = {file.name: file.read_bytes() for file in tiny_base.iterdir()}
+    rows = {"README.md": b"", "train.csv": (toy / "train.csv").read_bytes()}
+    asked = recipe("model.max_length=16", "offline=error")
+    with (
+        serve(
+            models={"nobody/base": model}, datasets={"nobody/rows": rows}, refusals={}
+        ) as address,
+        point_clients(address, tmp_path),
+    ):
+        online = load_both(asked)
+    with point_clients(address, tmp_path):
+        assert load_both(asked) == online
+        assert not _is_base_cached(recipe("model.name=nobody/other").model)
+
+
+def load_both(asked: Recipe) -> tuple[str, str, str | None]:
+    assert resolve_offline(asked) == (asked, None)
+    data = load_data(asked.data)
+    base = load_base(asked.model, labels=data.labels)
+    return data.train.fingerprint, base.sha256, base.revision
 
 
 @pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab.txt", "README.md"])
-def test_a_cached_base_needs_one_file_of_a_tokenizer(
-    state, endpoint, monkeypatch, tmp_path, tokenizer
-):
+def test_a_cached_base_needs_one_file_of_a_tokenizer(endpoint, monkeypatch, tmp_path, tokenizer):
     endpoint(NOWHERE)
     monkeypatch.setattr(offline, "find_source", lambda config: None)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -168,26 +202,17 @@ def test_a_cached_base_needs_one_file_of_a_tokenizer(
     asked = recipe("offline=error")
     if tokenizer == "README.md":
         with pytest.raises(LoraSentimentError, match=r"not in the cache: model\.name"):
-            settle(asked, state)
+            resolve_offline(asked)
     else:
-        assert settle(asked, state) == (asked, None)
+        assert resolve_offline(asked) == (asked, None)
 
 
-def test_a_mistaken_address_is_told_and_not_taken_for_a_dead_network(state, endpoint):
+def test_a_mistaken_address_is_told_and_not_taken_for_a_dead_network(endpoint):
     endpoint("huggingface.co")
-    with pytest.raises(DataError, match=r"cannot be asked: UnsupportedProtocol.*mend HF_ENDPOINT"):
-        settle(recipe(), state)
-
-
-def test_what_is_in_the_cache_is_used_even_if_the_address_is_mistaken(
-    state, endpoint, monkeypatch, caplog
-):
-    endpoint("huggingface.co")
-    monkeypatch.setattr(offline, "find_source", lambda config: None)
-    monkeypatch.setattr(offline, "_find_base", lambda model: None)
-    asked = recipe()
-    assert settle(asked, state) == (asked, None)
-    assert "UnsupportedProtocol" in caplog.text
+    with pytest.raises(
+        DataError, match=r"cannot be asked: UnsupportedProtocol.*correct HF_ENDPOINT"
+    ):
+        resolve_offline(recipe())
 
 
 @pytest.mark.parametrize(
@@ -203,11 +228,11 @@ def test_a_proxy_that_refuses_is_no_dead_network(
     assert f"ProxyError: {status}" in found.text
 
 
-def test_certificates_that_are_missing_are_no_dead_network(state, endpoint, monkeypatch, tmp_path):
+def test_certificates_that_are_missing_are_no_dead_network(endpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     endpoint("https://127.0.0.1:1")
-    with pytest.raises(DataError, match=r"FileNotFoundError.*mend .*SSL_CERT_FILE"):
-        settle(recipe(), state)
+    with pytest.raises(DataError, match=r"FileNotFoundError.*correct .*SSL_CERT_FILE"):
+        resolve_offline(recipe())
 
 
 @pytest.mark.parametrize("cause", [ssl.SSLCertVerificationError("self-signed"), None])
@@ -217,20 +242,20 @@ def test_a_certificate_that_is_not_trusted_is_no_dead_network(endpoint, monkeypa
             raise ConnectError("failed") from cause
 
     endpoint("https://hub.invalid")
-    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr(hub, "get_session", Session)
     assert ask_hub() == Answer(None, "ConnectError: failed", mistaken=cause is not None)
 
 
-def test_a_misspelt_split_of_data_in_the_cache_is_told_and_nothing_stands_in(
-    state, endpoint, monkeypatch
+def test_a_misspelt_split_of_data_in_the_cache_is_told_and_nothing_is_replaced(
+    endpoint, monkeypatch
 ):
     endpoint(NOWHERE)
     monkeypatch.setattr(
         datasets, "get_dataset_split_names", lambda *arguments, **options: ["train", "test"]
     )
-    monkeypatch.setattr(offline, "_find_base", lambda model: None)
+    monkeypatch.setattr(offline, "_is_base_cached", lambda model: True)
     asked = recipe("data.splits={train: train, test: tset}")
-    assert settle(asked, state) == (asked, None)
+    assert resolve_offline(asked) == (asked, None)
     with pytest.raises(DataError, match=r"has no split 'tset'.*did you mean 'test'"):
         find_source(asked.data)
 
@@ -318,31 +343,21 @@ def test_a_dead_hub_is_asked_once_for_a_sweep(calls):
     assert len(calls) == 1
 
 
-def test_the_main_command_walks_with_nothing_but_the_package(tmp_path):
-    """The literal command, from an empty cache and with a Hub that points nowhere; the last override keeps it short."""
-    online = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_DATASETS_OFFLINE": "0",
-        "HF_ENDPOINT": NOWHERE,
-        "HF_HOME": str(tmp_path / "hf"),
-    }
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "lora_sentiment.train"]
-    command = [*launch, str(ROOT / "recipes/imdb_lora.yaml"), "train.max_steps=1"]
-    environment = {**os.environ, **online, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_main_recipe_runs_with_nothing_but_the_package(endpoint, tmp_path, monkeypatch, capsys):
+    """Without a Hub or a cache. The last override keeps the run short."""
+    endpoint(NOWHERE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(ROOT / "recipes/imdb_lora.yaml"), "train.max_steps=1"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err.count("NOT what the recipe asks for") == 2, "at start and end"
     folder = tmp_path / "adapters/imdb_lora-offline"
-    assert done.stderr.count("NOT what the recipe asks for") == 2, "at the start and at the end"
-    card, report = (
-        json.loads((folder / name).read_text(encoding="utf-8"))
-        for name in ("card.json", "report.json")
-    )
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert card["offline"] == report["offline"]
-    assert card["offline"]["model.name"] == "distilbert/distilbert-base-uncased"
+    assert "model.name distilbert/distilbert-base-uncased" in card["offline"]
     assert card["base"]["name"] == "bundled"
-    assert "> **NOT what the recipe asks for" in (folder / "README.md").read_text(encoding="utf-8")
+    assert f"> **{card['offline']}.**" in (folder / "README.md").read_text(encoding="utf-8")
     assert report["data"]["test"]["rows"] == 100
     assert str(ROOT) not in (folder / "adapter_config.json").read_text(encoding="utf-8")
 
@@ -350,8 +365,8 @@ def test_the_main_command_walks_with_nothing_but_the_package(tmp_path):
 @pytest.mark.parametrize(
     "own", ["data.source=mine.csv", "data.source=./mine", "model.name=./mine", "model.name=bundled"]
 )
-def test_nothing_stands_in_beside_rows_or_a_base_of_ones_own(state, endpoint, own):
+def test_nothing_is_replaced_if_data_or_base_is_ones_own(endpoint, own):
     endpoint(NOWHERE)
     with pytest.raises(DataError, match="no Hub answers") as caught:
-        settle(recipe(own), state)
+        resolve_offline(recipe(own))
     assert "offline=bundled" not in str(caught.value)

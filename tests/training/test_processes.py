@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from lora_sentiment.errors import ModelError, RecipeError, TrainingError
 from lora_sentiment.training.processes import (
-    explain_loss,
+    explain_lost_process,
     join_launch,
     make_accelerator,
     set_threads,
@@ -25,7 +25,7 @@ from lora_sentiment.training.processes import (
         (
             "WORLD_SIZE",
             "abc",
-            "WORLD_SIZE is 'abc' in the environment, where a launcher puts a whole number from 1 to",
+            "WORLD_SIZE is 'abc' in the environment; a launcher sets a whole number from 1 to",
         ),
         ("WORLD_SIZE", "0", "WORLD_SIZE is '0'"),
         ("LOCAL_WORLD_SIZE", "0", "LOCAL_WORLD_SIZE is '0'"),
@@ -83,25 +83,25 @@ def test_what_is_waited_for_is_said_and_a_signal_is_obeyed_meanwhile(monkeypatch
     monkeypatch.setattr("lora_sentiment.training.processes.PartialState", join)
     before = signal.signal(signal.SIGTERM, handler := lambda *_: None)
     try:
-        with pytest.raises(RecipeError, match="2 processes were launched and Accelerate joined 1"):
+        with pytest.raises(RecipeError, match="2 processes were launched, and Accelerate joined 1"):
             join_launch()
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [[signal.SIG_DFL, signal.SIG_DFL]]
-    assert "joining 2 processes at 127.0.0.1:29511; this waits until all have come" in caplog.text
+    assert "waiting for all 2 processes at 127.0.0.1:29511" in caplog.text
 
 
-def test_only_what_gloo_tells_is_told_as_another_process_gone():
+def test_only_an_error_of_gloo_is_reported_as_a_lost_process():
     state = SimpleNamespace(num_processes=2)
     told = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:21"
     with (
-        pytest.raises(TrainingError, match="another process of this launch is gone"),
-        explain_loss(state),
+        pytest.raises(TrainingError, match="another process of this launch ended"),
+        explain_lost_process(state),
     ):
         raise RuntimeError(told)
     for other in ("/data/gloomy/rows.csv: is broken", "/data/gloo/rows.cc: is broken"):
-        with pytest.raises(RuntimeError, match="is broken"), explain_loss(state):
+        with pytest.raises(RuntimeError, match="is broken"), explain_lost_process(state):
             raise RuntimeError(other)
 
 

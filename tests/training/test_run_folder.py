@@ -88,7 +88,9 @@ def test_a_changed_recipe_is_refused_by_name_allowed_or_starts_anew(toy_recipe, 
     changed = "train.learning_rate=1e-3"
     with pytest.raises(TrainingError, match=r"train\.learning_rate: was 0\.01, is 0\.001"):
         run(toy_recipe, changed)
-    with pytest.raises(TrainingError, match=r"method\.r: was 4, is 2 \(cannot be gone on with\)"):
+    with pytest.raises(
+        TrainingError, match=r"method\.r: was 4, is 2 \(cannot be changed in a resumed run\)"
+    ):
         run(toy_recipe, "method.r=2", allow_changes=True)
     found = run(toy_recipe, changed, allow_changes=True)
     assert found.history.resumed == [3]
@@ -191,7 +193,10 @@ def full_in_rust(*_, **__):
 def test_a_disk_too_full_for_the_adapter_costs_no_training(toy_recipe, monkeypatch, place, fails):
     with monkeypatch.context() as patch:
         patch.setattr(adapter_folder, place, fails)
-        told = r"disk is full: .*No space left.* bytes are free in .*; make room; what was trained is in .*-00000007"
+        told = (
+            r"disk is full: .*No space left.* bytes are free in .*; make room, then the same "
+            "command with --resume resumes from .*-00000007"
+        )
         with pytest.raises(TrainingError, match=told):
             run(toy_recipe)
     monkeypatch.setattr(loop._Loop, "_step", None)  # nothing is trained again
@@ -229,12 +234,9 @@ def test_always_refuses_to_start_anew(toy_recipe):
 
 
 def test_two_runs_on_one_folder_refuse_each_other_and_the_first_goes_on(toy_recipe, stopped):
-    handle = lock_file(stopped / "lock")
-    with pytest.raises(
-        RecipeError, match=r"adapter\.run: another run is at work here; wait, or set another output"
-    ):
+    refusal = r"adapter\.run: another run is at work here; wait, or set another output"
+    with lock_file(stopped / "lock"), pytest.raises(RecipeError, match=refusal):
         run(toy_recipe)
-    os.close(handle)
     assert run(toy_recipe).history.resumed == [3]
 
 

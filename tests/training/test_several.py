@@ -201,7 +201,7 @@ def failed(recipe) -> dict[str, dict]:
     return dict(json.loads(done.stdout))
 
 
-LOST = "error: another process of this launch is gone, so this one ends"
+LOST = "error: another process of this launch ended, so this one ends too"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_sentiment.training.signals import is_out_of_memory
-from lora_sentiment.training.state import put_rng, take_rng
+from lora_sentiment.training.state import get_rng_state, set_rng_state
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
@@ -14,10 +14,10 @@ def test_the_generator_of_another_device_is_taken_and_put_back(monkeypatch, kind
     states = [torch.arange(4, dtype=torch.uint8)]
     monkeypatch.setattr(module, "get_rng_state", lambda: states[-1])
     monkeypatch.setattr(module, "set_rng_state", states.append)
-    taken = take_rng(device)
+    taken = get_rng_state(device)
     assert [name.rpartition(".")[2] for name in taken] == ["cpu", kind]
     before = torch.rand(3)
-    put_rng({**taken, f"rng.{kind}": torch.ones(4, dtype=torch.uint8)}, device)
+    set_rng_state({**taken, f"rng.{kind}": torch.ones(4, dtype=torch.uint8)}, device)
     assert torch.equal(torch.rand(3), before)
     assert torch.equal(states[-1], torch.ones(4, dtype=torch.uint8))
 
