@@ -38,7 +38,7 @@ from lora_sentiment.models.parameters import (
     inference_tokens,
     micro_batch_tokens,
 )
-from lora_sentiment.models.quantisation import Cut, Quantisation, measure_quantisation
+from lora_sentiment.models.quantisation import Quantisation, measure_quantisation
 from lora_sentiment.models.wrap import (
     checkpoint_activations,
     frozen_tensors,
@@ -351,7 +351,9 @@ def _measure(
         base,
         plan,
         engine=recipe.train.engine,
-        cut=Cut(rows=rows, length=length, batch_size=recipe.train.batch_size),
+        rows=rows,
+        length=length,
+        batch_size=recipe.train.batch_size,
         input_ids=_probe_ids(base, length),
         dtype=dtype,
         device=device,
