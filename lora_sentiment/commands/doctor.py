@@ -104,7 +104,7 @@ def examine(*, hub: bool = True, timeout: float = 5.0) -> Diagnosis:
     """
     import psutil
 
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {name: _find_version(name) for name in PACKAGES}
     cpu = _examine_cpu()
     devices = _examine_devices()
@@ -185,8 +185,8 @@ def _examine_devices() -> tuple[dict[str, Any], ...]:
             native.append(dtype)
     devices.append({"kind": "cpu", "native": native})
     for device in devices:
-        dtype = resolve_dtype("auto", torch.device(device["kind"]))
-        device["auto"] = str(dtype).removeprefix("torch.")
+        auto = resolve_dtype("auto", torch.device(device["kind"]))
+        device["auto"] = str(auto).removeprefix("torch.")
     return tuple(devices)
 
 

@@ -17,14 +17,15 @@ def test_training_evaluation_and_serving_work_if_the_fast_forward_pass_is_refuse
     def fail(*arguments, **options):
         pytest.fail("the fast forward pass ran")
 
-    monkeypatch.setattr(encoder, "FAST_DEVICES", ())
+    monkeypatch.setattr(encoder, "FAST_DEVICES", ("cuda",))
     monkeypatch.setattr(fast.FastForward, "encode", fail)
     monkeypatch.setattr(fast.FastForward, "encode_packed", fail)
     run = train(Recipe.load(toy_recipe))
     assert run.report["train"]["engine"].startswith("stock (the device is cpu")
     with caplog.at_level("INFO", logger="lora_sentiment"):
-        assert evaluate(run.adapter).scores["accuracy"].value == 1.0
-        assert load(run.adapter).predict(["a good film"])[0].label == "positive"
+        accuracy = evaluate(run.adapter).scores["accuracy"].value
+        assert accuracy == run.report["test"]["accuracy"]["value"]
+        assert len(load(run.adapter).predict(["a good film", "a bad one"])) == 2
         load_pool([run.adapter], watch=None, base=None, dtype="float32")
     assert "stock engine: the device is cpu" in caplog.text
     assert "served merged: the device is cpu" in caplog.text
