@@ -27,7 +27,7 @@ from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
 from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.fast import use_fast_encoder, why_not_fused
-from lora_sentiment.files import write_json
+from lora_sentiment.files import publish, write_json
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import predict_logits
 from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base
@@ -184,7 +184,7 @@ def _walk(
     report: dict[str, Any] = {}
     if card is not None:
         report = _save_report(recipe, setup, card, history, verdict, aside)
-        adapter_folder.publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
+        publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
         remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
     if offline:
