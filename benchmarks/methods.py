@@ -45,8 +45,8 @@ from lora_sentiment import __version__
 from lora_sentiment.adapter.predictions import load_predictions
 from lora_sentiment.data.tables import FORMATS
 from lora_sentiment.errors import LoraSentimentError, TrainingError
-from lora_sentiment.recipe.data import report_roles
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.training.report import report_roles
 
 ROOT = Path(__file__).parents[1]
 FIRST_SEED = 42

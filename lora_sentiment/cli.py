@@ -29,7 +29,6 @@ from lora_sentiment.errors import (
     TrainingError,
 )
 from lora_sentiment.models.parameters import show_parameters
-from lora_sentiment.recipe.data import report_roles
 from lora_sentiment.recipe.recipe import Recipe, make_schema
 from lora_sentiment.serve.config import make_config, show_limits
 
@@ -76,6 +75,7 @@ def train(
             "train: --allow-changes is of a run that goes on, and train.resume is never; leave one out"
         )
     from lora_sentiment.train import train as run_train
+    from lora_sentiment.training.report import report_roles
 
     run = run_train(loaded, allow_changes=allow_changes)
     if not run.report:

@@ -96,10 +96,8 @@ RECIPES = {
     "yaml in itself": recipe(
         "data: &d {source: *d}\nmodel: {name: x}\n", "line 1, column 19 is no valid YAML: *d is"
     ),
-    "yaml bomb": recipe(BOMB, "*l0 is an alias, and a recipe has none; write the value out"),
-    "glob taken for an alias": override(
-        "data.source=*a", "*a is an alias, and a recipe has none; write the value out"
-    ),
+    "yaml bomb": recipe(BOMB, "*l0 is an alias; write the value out"),
+    "glob taken for an alias": override("data.source=*a", "*a is an alias; write the value out"),
     "long wrong value": override(f"train.seed={'x' * 5000}", "train.seed: found 'xxxxx"),
     "folder with a NUL": override(
         'output.dir="a\\0b"', "output.dir: found 'a\\x00b'; allowed: a name without NUL"
@@ -530,7 +528,7 @@ MESSY = {
         "text",
         "label",
         "utf-8",
-        "all of it decodes as cp1252, latin-1: set data.enc",
+        "all of it decodes as cp1252, latin-1: set the enc",
     ),
     "mr_negative_cp1252.csv": (
         "text",

@@ -10,7 +10,7 @@ from lora_sentiment.adapter.folder import Card
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.parameters import show_parameters
-from lora_sentiment.recipe.data import report_roles
+from lora_sentiment.training.report import report_roles
 
 _HUB_METRICS = {
     "accuracy": "accuracy",

@@ -11,9 +11,9 @@ from lora_sentiment.errors import AdapterError, RecipeError
 from lora_sentiment.models.file_size import adapter_bytes
 from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.parameters import ParameterCounts, count_parameters
-from lora_sentiment.recipe.data import report_roles
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod, UnfreezeMethod
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.training.report import report_roles
 
 
 @dataclass(frozen=True)

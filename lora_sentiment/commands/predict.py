@@ -1,8 +1,9 @@
-"""Predict what is in a file: its columns come back with a label and a score, however many rows there are.
+"""Label the texts of a table or of standard input, however many there are.
 
-Rows are read, judged and written in numbered parts, `<output>.parts/part-00000.csv`, so memory does not grow with rows
-and a run that was killed goes on after its last whole part. The parts are joined at the end. Several processes share
-the parts of one file. Importing this imports no torch.
+A table is read and answered in numbered parts. The answers of each part are kept in a file,
+`<output>.parts/part-00000.parquet`, so memory does not grow with the rows, and a killed run goes on
+after its last whole part. At the end the rows and their answers become the output. Several
+processes share the parts of one table. This module imports no torch.
 """
 
 import json
@@ -15,12 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import Timeout
 
 from lora_sentiment.classifier import Classifier, Prediction
@@ -28,22 +30,23 @@ from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import TOKENISE_ROWS
 from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.lines import Batch
-from lora_sentiment.data.tables import FORMATS, TableWriter, read_table, table_columns, table_types
+from lora_sentiment.data.tables import TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError, did_you_mean
 from lora_sentiment.files import hash_file, lock_file, write_json
 
 log = logging.getLogger("lora_sentiment")
 LINES_PER_WINDOW = 1000
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one text got.
+    """The answer for one text.
 
     Attributes:
-        text: As it was given; None where it was missing, anything where it was no string.
-        prediction: None where the text cannot be judged.
-        error: Why not; None where it was judged.
+        text: The text as given. It is None if it was missing, and of any type in a table.
+        prediction: The label and scores, or None if the text cannot be answered.
+        error: Why the text cannot be answered, or None.
     """
 
     text: Any
@@ -53,14 +56,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a file.
+    """Counts of an answered table.
 
     Attributes:
         rows: Rows of the input, and of the output.
-        bad_rows: Those that got an error in place of a label.
+        bad_rows: Rows with an error in place of a label.
         labels: Rows of each label, in the classifier's order.
         parts: Parts that were joined.
-        seconds: Wall time of this run; parts that an earlier run had left cost none.
+        seconds: Wall time of this run, without the parts of an earlier run.
     """
 
     rows: int
@@ -68,154 +71,6 @@ class Summary:
     labels: dict[str, int]
     parts: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """A classifier and how it is asked."""
-
-    classifier: Classifier
-    text_column: str
-    all_scores: bool
-    stride: int | None
-    calibrated: bool
-    prefix: str
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What decides the new columns, but for the rows."""
-        own = {name: value for name, value in vars(self).items() if name != "classifier"}
-        return own | {
-            "model_sha256": self.classifier.sha256,
-            "labels": list(self.classifier.labels),
-        }
-
-    @property
-    def types(self) -> dict[str, pa.DataType]:
-        """Names of the new columns, the error's last, and their types."""
-        scores = [f"score_{name}" for name in self.classifier.labels] if self.all_scores else []
-        types = {
-            "label": pa.string(),
-            **dict.fromkeys(["score", *scores], pa.float64()),
-            "error": pa.string(),
-        }
-        return {f"{self.prefix}{name}": kind for name, kind in types.items()}
-
-    def columns(self, texts: Sequence[Any], tick: Callable[[int], object]) -> Batch:
-        """Return the new columns of texts; `tick` is told of every few rows."""
-        rows: list[list[Any]] = []
-        for first in range(0, len(texts), TOKENISE_ROWS):
-            few = texts[first : first + TOKENISE_ROWS]
-            answers = _answer(self.classifier, few, stride=self.stride, calibrated=self.calibrated)
-            for found, error in ((answer.prediction, answer.error) for answer in answers):
-                scores = found.scores if found else dict.fromkeys(self.classifier.labels)
-                every = scores.values() if self.all_scores else ()
-                rows.append(
-                    [found.label if found else None, found.score if found else None, *every, error]
-                )
-            tick(len(few))
-        return dict(zip(self.types, map(list, zip(*rows, strict=True)), strict=True))
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The numbered parts of an output, and `parts.json`, which says what they are parts of.
-
-    Attributes:
-        output: What they are joined to.
-        own: The input's columns.
-        new: The columns beside them, the label's first, the error's last.
-        types: Of parquet's columns.
-        run: Tells this run from any other.
-    """
-
-    output: Path
-    own: tuple[str, ...]
-    new: tuple[str, ...]
-    types: Mapping[str, pa.DataType]
-    run: str = field(default_factory=lambda: secrets.token_hex(8))
-
-    @property
-    def folder(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.parts")
-
-    def table(self, stem: str) -> Path:
-        """Return the path of a table of the output's format."""
-        suffix = next(suffix for suffix in FORMATS if self.output.name.lower().endswith(suffix))
-        return self.folder / f"{stem}{suffix}"
-
-    def part(self, number: int) -> Path:
-        return self.table(f"part-{number:05d}")
-
-    def check(self, facts: dict[str, Any], *, resume: bool) -> None:
-        """Refuse parts of an earlier run that this one does not continue."""
-        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
-            return
-        path = self.folder / "parts.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict) or "model_sha256" not in found:
-                raise ValueError("it names no model")
-        except (OSError, ValueError) as error:
-            fault = f"cannot be read ({error}), so nobody knows what stands beside it; move that folder away"
-            raise DataError(f"{path}: {fault}") from error
-        num_parts = len(list(self.folder.glob("part-*")))
-        if not num_parts:
-            return
-        if not resume:
-            fault = f"holds {num_parts} part(s) of an earlier run; --resume goes on after them; or remove the folder"
-            raise DataError(f"{self.folder}: {fault}")
-        changed = [
-            f"{name} was {found.get(name)!r} and is {value!r}"
-            for name, value in facts.items()
-            if name not in found or found[name] != value
-        ]
-        if changed:
-            fault = f"holds parts of another run: {'; '.join(changed)}; give what it was given, or remove the folder"
-            raise DataError(f"{self.folder}: {fault}")
-        log.info("%s: going on after %d parts", self.folder, num_parts)
-
-    def start(self, facts: dict[str, Any]) -> None:
-        self.folder.mkdir(exist_ok=True)
-        aside = self.folder / f".{secrets.token_hex(8)}.tmp"
-        write_json(aside, facts | {"run": self.run})
-        aside.replace(self.folder / "parts.json")
-
-    def write(self, number: int, batch: Batch) -> None:
-        with TableWriter(
-            self.part(number), columns=[*self.own, *self.new], types=self.types
-        ) as writer:
-            writer.write(batch)
-
-    def read(self, num_parts: int) -> Iterator[Batch]:
-        for number in range(num_parts):
-            yield from read_table(self.part(number))
-
-    def count(self, num_parts: int) -> Counter[str | None]:
-        """Return the rows of each label, and of None those with an error."""
-        label, error = self.new[0], self.new[-1]
-        return Counter(
-            None if fault else name
-            for batch in self.read(num_parts)
-            for name, fault in zip(batch[label], batch[error], strict=True)
-        )
-
-    def join(self, num_parts: int, *, with_errors: bool) -> None:
-        """Make the output of the parts, and remove them."""
-        if (
-            json.loads((self.folder / "parts.json").read_text(encoding="utf-8")).get("run")
-            != self.run
-        ):
-            raise DataError(
-                f"{self.folder}: another run took these parts over; end it, remove the folder, begin again"
-            )
-        columns = [*self.own, *(self.new if with_errors else self.new[:-1])]
-        whole = self.table("whole")
-        with TableWriter(whole, columns=columns, types=self.types) as writer:
-            for batch in self.read(num_parts):
-                writer.write({name: batch[name] for name in columns})
-        whole.replace(self.output)
-        shutil.rmtree(self.folder)
 
 
 def predict_lines(
@@ -230,8 +85,8 @@ def predict_lines(
     A blank line is answered too, with an error, so that answers and lines can be paired.
 
     Args:
-        classifier: What judges.
-        lines: With or without their line ends.
+        classifier: The model.
+        lines: Lines with or without their line ends.
         stride: As in `Classifier.predict`.
         calibrated: As in `Classifier.predict`.
 
@@ -241,6 +96,30 @@ def predict_lines(
     texts = (line.rstrip("\r\n") for line in lines)
     while window := list(islice(texts, LINES_PER_WINDOW)):
         yield from _answer(classifier, window, stride=stride, calibrated=calibrated)
+
+
+def show_answer(answer: Answer, *, all_scores: bool, as_json: bool) -> str:
+    """Return the line that the command line prints for an answer."""
+    prediction = answer.prediction
+    if as_json:
+        values = vars(prediction) if prediction else {"error": answer.error}
+        kept = {key: value for key, value in values.items() if key != "scores" or all_scores}
+        return json.dumps({"text": answer.text, **kept}, ensure_ascii=False)
+    cells = ["-", str(answer.error)]
+    if prediction:
+        cells = [prediction.label, f"{prediction.score:.4f}"]
+        if all_scores:
+            scores = prediction.scores.items()
+            cells.append(" ".join(f"{name}={score:.4f}" for name, score in scores))
+    return "\t".join([*cells, " ".join(answer.text.split())])
+
+
+def show_summary(summary: Summary, output: Path) -> str:
+    """Return the line that the command line prints for a table."""
+    counts = ", ".join(f"{name} {count:,}" for name, count in summary.labels.items())
+    if summary.bad_rows:
+        counts += f"; {summary.bad_rows:,} with an error instead"
+    return f"{output}: {summary.rows:,} rows ({counts}) in {summary.seconds:,.1f} s"
 
 
 def predict_file(
@@ -261,131 +140,219 @@ def predict_file(
 ) -> Summary:
     """Write a table's columns, with `label` and `score` beside them, to another table.
 
-    The whole input is read once before a row is judged, so that a fault of the file, or a value that the output's
-    format cannot hold, costs no work. A row whose text
-    is missing, empty or no string gets a reason in the column `error`, which is there only if some row has one.
-    In a launch of several processes all of them call this, and part i is the work of process i modulo their number.
+    The whole input is read once before a row is answered, so that a fault of the file, or a value
+    that the output's format cannot hold, costs no work. A row whose text is missing, empty or no
+    string gets a reason in the column `error`, which exists only if some row has one. In a launch
+    of several processes all of them call this. Part i is the work of process i modulo their number.
 
     Args:
-        classifier: What judges.
-        input: A csv, tsv, jsonl or parquet file, gzip too.
-        output: Another such file; of another format if its name says so. From parquet to parquet, columns keep
+        classifier: The model.
+        input: A csv, tsv, jsonl or parquet file, also with gzip.
+        output: Another such file, in the format of its name. From parquet to parquet, columns keep
             their Arrow types.
-        text_column: What is judged.
-        encoding: Of a text file that is read; the output is UTF-8.
+        text_column: The column that is answered.
+        encoding: Encoding of a text file. The output is UTF-8.
         all_scores: Write the probability of every label too, in columns `score_<label>`.
         stride: As in `Classifier.predict`.
         calibrated: As in `Classifier.predict`.
-        prefix: Begins the name of every new column.
-        rows_per_part: Rows that are in memory at once, and that a killed run loses at most.
-        resume: Go on with the parts that an earlier run left; they must be of this input, model and options.
+        prefix: Start of the name of every new column.
+        rows_per_part: Rows in memory at once, and the most that a killed run loses.
+        resume: Go on with the parts of an earlier run, of the same input, model and options.
         overwrite: Replace an existing output.
         progress: Show a bar.
 
     Raises:
-        DataError: If the input is damaged or lacks the column, a new column's name is taken, the output exists or
-            cannot be written or hold a value, or another run is writing it or left parts that this one cannot use.
+        DataError: If the input is damaged or lacks the column, a new column's name is taken, the
+            output exists or cannot be written or hold a value, or another run is writing it or left
+            parts that this one cannot use.
         ModelError: If the stride leaves no room, or there is no temperature.
     """
     start = time.perf_counter()
-    rank, num_processes, wait, share = _join_processes()
     if rows_per_part < 1:
         raise DataError(f"rows_per_part: found {rows_per_part}; it must be at least 1")
-    classifier.probabilities(
-        [], stride=stride, calibrated=calibrated
-    )  # refuses them before there is any work to lose
-    judge = _Judge(classifier, text_column, all_scores, stride, calibrated, prefix)
-    with _plain_faults(output), _hold(output, rank, share) as output:
+    # Refuse options that do not fit the model before there is work to lose.
+    classifier.probabilities([], stride=stride, calibrated=calibrated)
+    with _file_faults(output):
+        if output.is_symlink():
+            output = Path(os.path.realpath(output))  # the link stays, its target is replaced
+    new = _new_columns(classifier.labels, prefix=prefix, all_scores=all_scores)
+    folder = output.with_name(f"{output.name}.parts")
+    rank, num_processes = _join_processes()
+    locked = ExitStack()
+
+    @_file_faults(output)
+    def prepare() -> tuple[dict[str, pa.DataType], int, str]:
+        if not output.parent.is_dir():
+            raise DataError(f"{output.parent}: no such folder; make it, or give another name")
+        try:
+            locked.enter_context(lock_file(Path(f"{output}.parts.lock")))
+        except Timeout as error:
+            raise DataError(f"another run is writing {output}; wait until it ends") from error
         _check_paths(input, output, resume=resume, overwrite=overwrite)
-        parts = _plan_parts(judge, input, output, encoding)
-        num_rows = _try_rows(judge, parts, input, encoding)
-        name = input.name.encode(errors="backslashreplace").decode()
-        source = {"input": name, "input_sha256": hash_file(input), "encoding": encoding}
-        facts = {**source, "rows_per_part": rows_per_part, **judge.facts}
-        parts.check(facts, resume=resume)
-        wait()  # all have looked before one writes
-        if rank == 0:
-            parts.start(facts)
-        wait()
-        batches = (
-            read_table(input, encoding=encoding, rows_per_batch=rows_per_part)
-            if num_rows
-            else iter(())
+        types = _plan_columns(input, output, encoding, text_column, new)
+        num_rows = _try_output(input, output, encoding, types, new, classifier.labels)
+        sha256 = hash_file(input)
+        facts = {
+            "input": input.name.encode(errors="backslashreplace").decode(),
+            "input_sha256": sha256,
+            "encoding": encoding,
+            "rows_per_part": rows_per_part,
+            "text_column": text_column,
+            "all_scores": all_scores,
+            "stride": stride,
+            "calibrated": calibrated,
+            "prefix": prefix,
+            "model_sha256": classifier.sha256,
+            "labels": list(classifier.labels),
+        }
+        _start_parts(folder, facts, resume=resume)
+        return types, num_rows, sha256
+
+    def read_batches() -> Iterator[tuple[Path, Batch]]:
+        batches = read_table(input, encoding=encoding, rows_per_batch=rows_per_part)
+        for number, batch in enumerate(batches):
+            if num_rows:
+                yield folder / f"part-{number:05d}.parquet", batch
+
+    @_file_faults(output)
+    def join() -> Counter[str | None]:
+        if hash_file(input) != sha256:
+            raise DataError(f"{input}: changed while it was read; remove {folder}, and begin again")
+        label, *_, error = new
+        counts: Counter[str | None] = Counter()
+        for path in folder.glob("part-*.parquet"):
+            counts.update(pq.read_table(path, columns=[label])[label].to_pylist())
+        columns = [name for name in types if name != error or counts[None]]
+        whole = folder / output.name
+        with TableWriter(whole, columns=columns, types=types) as writer:
+            for path, batch in read_batches():
+                filled = batch | pq.read_table(path).to_pydict()
+                writer.write({name: filled[name] for name in columns})
+        whole.replace(output)
+        shutil.rmtree(folder)
+        return counts
+
+    with locked, _file_faults(output):
+        types, num_rows, sha256 = _run_on_main(prepare, num_processes)
+        num_parts = 0
+        show = progress and rank == 0
+        with make_bar(num_rows, desc="predicting", unit="rows", show=show) as bar:
+            for path, batch in read_batches():
+                texts = batch[text_column]
+                is_own = num_parts % num_processes == rank
+                num_parts += 1
+                if not is_own or path.is_file():
+                    bar.update(len(texts))
+                    continue
+                answers: Batch = {name: [] for name in new}
+                for first in range(0, len(texts), TOKENISE_ROWS):
+                    few = texts[first : first + TOKENISE_ROWS]
+                    for answer in _answer(classifier, few, stride=stride, calibrated=calibrated):
+                        _append(answer, answers, all_scores=all_scores)
+                    bar.update(len(few))
+                with TableWriter(path, columns=list(new), types=new) as writer:
+                    writer.write(answers)
+        counts = _run_on_main(join, num_processes)
+    labels = {name: counts[name] for name in classifier.labels}
+    return Summary(num_rows, counts[None], labels, num_parts, time.perf_counter() - start)
+
+
+def _start_parts(folder: Path, facts: dict[str, Any], *, resume: bool) -> None:
+    """Record what makes the parts. Refuse parts of an earlier run that this run cannot use."""
+    path = folder / "parts.json"
+    folder.mkdir(exist_ok=True)
+    if any(folder.iterdir()):
+        _check_parts(path, facts, resume=resume)
+    aside = folder / f".{secrets.token_hex(8)}.tmp"
+    write_json(aside, facts)
+    aside.replace(path)
+
+
+def _check_parts(path: Path, facts: dict[str, Any], *, resume: bool) -> None:
+    """Refuse a folder that is not of parts, and parts that this run does not continue."""
+    folder = path.parent
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(earlier, dict) or "model_sha256" not in earlier:
+            raise ValueError("it names no model")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}), so the files beside it may be anything; move that "
+            "folder away"
+        ) from error
+    num_parts = len(list(folder.glob("part-*")))
+    if not num_parts:
+        return
+    if not resume:
+        raise DataError(
+            f"{folder}: holds {num_parts} part(s) of an earlier run; --resume goes on after them; "
+            "or remove the folder"
         )
-        with make_bar(num_rows, desc="predicting", unit="rows", show=progress and rank == 0) as bar:
-            num_parts = _fill_parts(judge, parts, batches, rank, num_processes, bar)
-        wait()
-        labels = parts.count(num_parts)
-        wait()  # all have counted before the parts go
-        if rank == 0:
-            parts.join(num_parts, with_errors=labels[None] > 0)
-        wait()
-    named = {name: labels[name] for name in classifier.labels}
-    return Summary(num_rows, labels[None], named, num_parts, time.perf_counter() - start)
+    changes = [
+        f"{name} was {earlier.get(name)!r} and is {value!r}"
+        for name, value in facts.items()
+        if name not in earlier or earlier[name] != value
+    ]
+    if changes:
+        raise DataError(
+            f"{folder}: holds parts of another run: {'; '.join(changes)}; give what it was given, "
+            "or remove the folder"
+        )
+    log.info("%s: going on after %d parts", folder, num_parts)
 
 
-def _fill_parts(
-    judge: _Judge, parts: _Parts, batches: Iterator[Batch], rank: int, num_processes: int, bar: Any
-) -> int:
-    """Write the parts that are this process's and are not there; return the number of all."""
-    num_parts = 0
-    for batch in batches:
-        texts = batch[judge.text_column]
-        if num_parts % num_processes == rank and not parts.part(num_parts).is_file():
-            parts.write(num_parts, batch | judge.columns(texts, bar.update))
-        else:
-            bar.update(len(texts))
-        num_parts += 1
-    return num_parts
+def _new_columns(labels: Sequence[str], *, prefix: str, all_scores: bool) -> dict[str, pa.DataType]:
+    """Return the new columns with their types: the label first, the error last."""
+    scores = ["score"]
+    if all_scores:
+        scores += [f"score_{label}" for label in labels]
+    types = {"label": pa.string(), **dict.fromkeys(scores, pa.float64()), "error": pa.string()}
+    return {f"{prefix}{name}": kind for name, kind in types.items()}
 
 
-def _join_processes() -> tuple[int, int, Callable[[], None], Callable[[str], str]]:
-    """Return this process's number, how many there are, what waits for them all, and what gives all the first's."""
+def _append(answer: Answer, columns: Batch, *, all_scores: bool) -> None:
+    """Append an answer to the new columns."""
+    prediction = answer.prediction
+    values: list[Any] = [None] * (len(columns) - 1)
+    if prediction is not None:
+        scores = prediction.scores.values() if all_scores else ()
+        values = [prediction.label, prediction.score, *scores]
+    for column, value in zip(columns.values(), [*values, answer.error], strict=True):
+        column.append(value)
+
+
+def _join_processes() -> tuple[int, int]:
+    """Return this process's number and the number of processes. One process needs no torch."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1, lambda: None, lambda text: text
-    from accelerate.utils import broadcast_object_list
-
+        return 0, 1
     from lora_sentiment.training.processes import join_launch
 
     state = join_launch()
-    one, every, wait = state.process_index, state.num_processes, state.wait_for_everyone
-    return one, every, wait, lambda text: str(broadcast_object_list([text])[0])
+    return state.process_index, state.num_processes
+
+
+def _run_on_main(function: Callable[[], _T], num_processes: int) -> _T:
+    """Wait for all processes, then call a function on the main one; all get its result or error."""
+    if num_processes == 1:
+        return function()
+    from accelerate import PartialState
+
+    from lora_sentiment.training.processes import run_on_main
+
+    PartialState().wait_for_everyone()
+    return run_on_main(function)
 
 
 @contextmanager
-def _plain_faults(output: Path) -> Iterator[None]:
-    """Make a `DataError` of what the disk refuses, and name this command's options where a message names a recipe's."""
+def _file_faults(output: Path) -> Iterator[None]:
+    """Turn an `OSError` into a `DataError`."""
     try:
         yield
     except OSError as error:
-        fault = f"cannot be used: {error.strerror or error}; check its name, folder and disk"
-        raise DataError(f"{error.filename or output}: {fault}") from error
-    except DataError as error:
-        text = (
-            str(error)
-            .replace("data.encoding=", "--encoding ")
-            .replace("data.encoding", "--encoding")
-        )
-        raise DataError(text) from error
-
-
-@contextmanager
-def _hold(output: Path, rank: int, share: Callable[[str], str]) -> Iterator[Path]:
-    """Let no other run write the output meanwhile, of a link what it points to, which is returned."""
-    output = Path(os.path.realpath(output)) if output.is_symlink() else output
-    path = Path(f"{output}.parts.lock")
-    with ExitStack() as held:
-        fault = ""
-        if rank == 0:
-            try:
-                held.enter_context(lock_file(path))
-            except Timeout:
-                fault = f"another run is writing {output}; wait until it ends"
-            except OSError as error:
-                fault = f"{output}: cannot be written: {error.strerror}; check its name, folder and disk"
-        if fault := share(fault):  # every process raises, so that none waits for another
-            raise DataError(fault)
-        yield output
+        raise DataError(
+            f"{output}: cannot be written: {error.strerror or error}; check its name, folder and "
+            "disk"
+        ) from error
 
 
 def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -395,54 +362,66 @@ def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) ->
         raise DataError(f"{output}: is the input too; give the output another name")
     if output.is_dir():
         raise DataError(f"{output}: is a folder; name a file in it")
-    if not overwrite:
-        if resume and not output.with_name(f"{output.name}.parts").exists():
-            raise DataError(f"{output}: is finished already; --overwrite to do it again")
-        raise DataError(f"{output}: exists already; give another name, or --overwrite")
+    if overwrite:
+        return
+    if resume and not output.with_name(f"{output.name}.parts").exists():
+        raise DataError(f"{output}: is finished already; --overwrite to do it again")
+    raise DataError(f"{output}: exists already; give another name, or --overwrite")
 
 
-def _plan_parts(judge: _Judge, input: Path, output: Path, encoding: str) -> _Parts:
-    """Name the output's columns, refusing names that are missing or taken."""
+def _plan_columns(
+    input: Path, output: Path, encoding: str, text_column: str, new: Mapping[str, pa.DataType]
+) -> dict[str, pa.DataType]:
+    """Return the output's columns with their types, which only parquet has.
+
+    Raises:
+        DataError: If the input has no text column, or has a new column's name.
+    """
     columns = table_columns(input, encoding=encoding)
-    if judge.text_column not in columns:
-        hint = did_you_mean(judge.text_column, columns)
+    if text_column not in columns:
+        hint = did_you_mean(text_column, columns) or "; name one of them"
+        raise DataError(f"{input}: has no column {text_column!r}; found {columns}{hint}")
+    taken = [repr(name) for name in new if name in columns]
+    if taken:
         raise DataError(
-            f"{input}: has no column {judge.text_column!r}; found {columns}{hint or '; name one of them'}"
+            f"{input}: already has {', '.join(taken)}, the name of a new column; give --prefix, "
+            "such as predicted_, for the new ones"
         )
-    if taken := [name for name in judge.types if name in columns]:
-        fault = f"already has {', '.join(map(repr, taken))}, the name of a new column"
-        raise DataError(f"{input}: {fault}; give --prefix, such as predicted_, for the new ones")
-    into_parquet = output.name.lower().endswith(".parquet")
-    types = table_types(input, encoding=encoding) | judge.types if into_parquet else {}
-    return _Parts(output, tuple(columns), tuple(judge.types), types)
+    if output.name.lower().endswith(".parquet"):
+        return {**table_types(input, encoding=encoding), **new}
+    return {**dict.fromkeys(columns, pa.string()), **new}
 
 
-def _try_rows(judge: _Judge, parts: _Parts, input: Path, encoding: str) -> int:
-    """Return the number of rows, having refused what the output cannot hold: the input's values, or new ones."""
-    labels = judge.classifier.labels
-    rows = {
-        name: list(labels) if kind == pa.string() else [0.5] * len(labels)
-        for name, kind in judge.types.items()
-    }
-    with TableWriter(parts.output, columns=parts.new, types=parts.types, dry=True) as trial:
+def _try_output(
+    input: Path,
+    output: Path,
+    encoding: str,
+    types: Mapping[str, pa.DataType],
+    new: Mapping[str, pa.DataType],
+    labels: Sequence[str],
+) -> int:
+    """Return the number of rows. Refuse names and values that the output cannot hold."""
+    sample: Batch = {name: [0.5] * len(labels) for name in new}
+    # The widest values that a row may get, because the length of a line is limited.
+    widest: Batch = {name: [1 / 3e-300] for name in new}
+    for name, kind in new.items():
+        if kind == pa.string():
+            sample[name] = list(labels)
+            widest[name] = [max(*labels, "-" * 64, key=len)]
+    with TableWriter(output, columns=list(new), types=new, dry=True) as trial:
         try:
-            trial.write(rows)
+            trial.write(sample)
         except DataError as error:
-            raise DataError(
-                f"a label's name, or --prefix, does not fit the output {error}"
-            ) from error
+            fault = "a label's name, or --prefix, does not fit the output"
+            raise DataError(f"{fault} {error}") from error
     num_rows = 0
-    # The widest row that may come of one, since a line has a longest length.
-    widest = {pa.string(): max(*labels, "-" * 64, key=len), pa.float64(): 1 / 3e-300}
-    with TableWriter(
-        parts.output, columns=[*parts.own, *parts.new], types=parts.types, dry=True
-    ) as trial:
+    with TableWriter(output, columns=list(types), types=types, dry=True) as trial:
         for batch in read_table(input, encoding=encoding):
-            num_rows += (count := len(batch[judge.text_column]))
+            count = len(next(iter(batch.values())))
+            num_rows += count
+            filled = {name: values * count for name, values in widest.items()}
             try:
-                trial.write(
-                    batch | {name: [widest[kind]] * count for name, kind in judge.types.items()}
-                )
+                trial.write(batch | filled)
             except DataError as error:
                 raise DataError(f"{input}: does not fit the output {error}") from error
     return num_rows
@@ -451,21 +430,28 @@ def _try_rows(judge: _Judge, parts: _Parts, input: Path, encoding: str) -> int:
 def _answer(
     classifier: Classifier, texts: Sequence[Any], *, stride: int | None, calibrated: bool
 ) -> list[Answer]:
-    faults = [_fault(text, clean=classifier.clean) for text in texts]
-    good = [text for text, fault in zip(texts, faults, strict=True) if fault is None]
-    found = iter(classifier.predict(good, stride=stride, calibrated=calibrated))
-    return [
-        Answer(text, next(found) if fault is None else None, fault)
-        for text, fault in zip(texts, faults, strict=True)
-    ]
+    """Answer texts, in their order. A text that cannot be answered gets an error."""
+    errors = [_find_error(text, clean=classifier.clean) for text in texts]
+    good = [text for text, error in zip(texts, errors, strict=True) if error is None]
+    predictions = iter(classifier.predict(good, stride=stride, calibrated=calibrated))
+    answers = []
+    for text, error in zip(texts, errors, strict=True):
+        prediction = next(predictions) if error is None else None
+        answers.append(Answer(text, prediction, error))
+    return answers
 
 
-def _fault(text: Any, *, clean: bool) -> str | None:
-    """Return why a text cannot be judged, or None."""
+def _find_error(text: Any, *, clean: bool) -> str | None:
+    """Return why a text cannot be answered, or None."""
+    if text is None:
+        return "text is missing"
     if not isinstance(text, str):
-        return "text is missing" if text is None else f"text is {type(text).__name__}, not a string"
+        return f"text is {type(text).__name__}, not a string"
     read = clean_text(text, Counter()) if clean else text
     if not read.strip():
         return "text is empty"
-    # Python reads bytes of standard input that are no UTF-8 so, and no tokenizer takes them.
-    return "text is no Unicode" if re.search("[\ud800-\udfff]", read) else None
+    # Python decodes bytes of standard input that are not UTF-8 to these, and no tokenizer takes
+    # them.
+    if re.search("[\ud800-\udfff]", read):
+        return "text is no Unicode"
+    return None

@@ -27,6 +27,7 @@ ENCODINGS = (
     "cp1252",
     "latin-1",
 )  # the likeliest first; latin-1 decodes every file
+_ENCODING_KEYS = "(data.encoding, or --encoding of predict)"
 
 _CSV_FAULTS = {
     "unexpected end of data": "a quote opened in this row is never closed; close it",
@@ -48,7 +49,10 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
         if not name:
             fault = "has no name; name it or remove it (pandas writes an index so, unless to_csv(index=False))"
         elif name.startswith("\ufeff"):
-            fault = "begins with a stray byte order mark; remove it, or set data.encoding=utf-16 if the file is that"
+            fault = (
+                "begins with a stray byte order mark; remove it, or set the encoding "
+                f"{_ENCODING_KEYS} to utf-16 if the file is that"
+            )
         elif (first := columns.index(name) + 1) != number:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
         else:
@@ -70,7 +74,10 @@ class _Lines:
                     f"{self.path}: line {self.number} is longer than {MAX_CHARACTERS:,} characters; cut it"
                 )
             if "\0" in line:
-                fault = "holds a NUL character; remove it, or set data.encoding=utf-16-le or utf-16-be if it is that"
+                fault = (
+                    f"holds a NUL character; remove it, or set the encoding {_ENCODING_KEYS} to "
+                    "utf-16-le or utf-16-be if it is that"
+                )
                 raise DataError(f"{self.path}: line {self.number} {fault}")
             if not line.isascii() and _HALF.search(line):
                 fault = "holds half of a surrogate pair, which no tokenizer takes; save the file as UTF-8"
@@ -236,7 +243,10 @@ def _decode(
         # Only "\n" ends a line here: Python's other line ends, such as U+0085, are characters of real texts.
         return io.TextIOWrapper(file, encoding=codec, newline="\n")
     except (LookupError, ValueError) as error:
-        fault = f"{encoding!r} is no text encoding of Python's; set data.encoding to one such as {', '.join(ENCODINGS)}"
+        fault = (
+            f"{encoding!r} is no text encoding of Python's; set one such as "
+            f"{', '.join(ENCODINGS)} {_ENCODING_KEYS}"
+        )
         raise DataError(f"{path}: {fault}") from error
 
 
@@ -301,5 +311,7 @@ class TextFormat(NamedTuple):
                 for name in ENCODINGS
                 if not _bad_byte(path, encoding=name, gzipped=self.gzipped)
             ]
-            fault = f"is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}: set data.encoding={fits[0]}"
-            raise DataError(f"{path}: {fault}") from error
+            raise DataError(
+                f"{path}: is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}: set "
+                f"the encoding to {fits[0]} {_ENCODING_KEYS}"
+            ) from error

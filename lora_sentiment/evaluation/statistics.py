@@ -1,7 +1,7 @@
 """Bootstrap intervals, and paired tests of two classifiers on the same rows.
 
-A bootstrap resample is a row of weights: how often each row of the data was drawn. A weighted metric scores a chunk of
-resamples in a few array operations.
+A bootstrap resample is a row of weights: how often each row of the data was drawn. A weighted
+metric scores a chunk of resamples in a few array operations.
 """
 
 from collections.abc import Iterator, Mapping
@@ -60,7 +60,8 @@ def resample_weights(
     The same arguments give the same resamples for every metric.
 
     Yields:
-        Weights of shape (chunk, num_rows). Each row sums to `num_rows`. The chunks add up to `num_resamples`.
+        Weights of shape (chunk, num_rows). Each row sums to `num_rows`. The chunks add up to
+        `num_resamples`.
 
     Raises:
         DataError: There are no rows.
@@ -83,9 +84,11 @@ def resample_weights(
 def percentile_interval(
     value: float, resampled: NDArray[np.float64], *, confidence: float, undefined_if: str = ""
 ) -> Interval:
-    """Make the percentile bootstrap interval of Efron & Tibshirani (1993), "An Introduction to the Bootstrap", ch. 13.
+    """Make a percentile bootstrap interval.
 
-    Resamples on which the metric is undefined are left out of the quantiles and counted in the note.
+    Chapter 13 of Efron & Tibshirani (1993), "An Introduction to the Bootstrap".
+    Resamples on which the metric is undefined are left out of the quantiles and counted in the
+    note.
 
     Args:
         value: The metric of the rows themselves, nan if it is undefined.
@@ -145,10 +148,10 @@ def paired_bootstrap(
 
 
 def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float:
-    """Return the exact two-sided p value of McNemar (1947) that two classifiers are equally accurate.
+    """Return the exact two-sided p value of McNemar (1947) for two equally accurate classifiers.
 
-    Only rows that exactly one classifier answers correctly count. Under the hypothesis each such row falls to either
-    side with probability 1/2. Without any such row, p is 1.
+    Only rows that exactly one classifier answers correctly count. Under the hypothesis each such
+    row falls to either side with probability 1/2. Without any such row, p is 1.
 
     Args:
         correct_a: Whether A answers each row correctly, shape (num_rows,).
@@ -171,9 +174,11 @@ def _check_paired(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) ->
     for name, correct in (("correct_a", correct_a), ("correct_b", correct_b)):
         if correct.dtype != np.bool_ or correct.ndim != 1 or not len(correct):
             raise DataError(
-                f"{name}: found {correct.dtype} values of shape {correct.shape}; give one truth value per row"
+                f"{name}: found {correct.dtype} values of shape {correct.shape}; give one truth "
+                f"value per row"
             )
     if len(correct_a) != len(correct_b):
         raise DataError(
-            f"found {len(correct_a)} rows for A and {len(correct_b)} for B; score both on the same rows"
+            f"found {len(correct_a)} rows for A and {len(correct_b)} for B; score both on the same "
+            f"rows"
         )

@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, Literal, Self
 
@@ -12,7 +12,7 @@ from lora_sentiment.errors import show
 from lora_sentiment.recipe.section import Names, Section
 
 SPLITS = ("train", "validation", "test")
-"""The roles of a source that names none itself."""
+"""Usual names of splits and roles."""
 REPORT_BLOCKS = (
     "schema",
     "parameters",
@@ -23,18 +23,19 @@ REPORT_BLOCKS = (
     "tokens",
     "offline",
 )
-"""Keys of report.json, today's and those that older ones had in their `data` block, that are no role; a judged role
-has its own block beside them."""
+"""Keys of report.json that are no role, and those that its `data` block had in older versions. No
+role may have such a name, because each evaluated role is a key of report.json too."""
 
 
 class DataConfig(Section):
     """Which texts and labels, how they are cleaned, and how they are split."""
 
     source: str | dict[str, str]
-    """Hub data set, file, glob, files by role ({train: .., validation: .., test: ..}; see splits), or `bundled`, the
-    reviews that ship."""
+    """Hub data set, file, glob, files by role ({train: .., validation: .., test: ..}; see splits),
+    or `bundled`: the reviews that ship with the package."""
     splits: dict[str, str] | None = None
-    """Role to name of a split of the Hub data set: train, validation (else carved), any other is judged at the end."""
+    """Role to name of a split of the Hub data set: train, validation (otherwise carved out of
+    train). Every other role is evaluated at the end."""
     config: str | None = None
     """Configuration of the Hub data set."""
     revision: str | None = None
@@ -44,30 +45,35 @@ class DataConfig(Section):
     label_column: str = "label"
     """Column that holds the label, as text or as an integer."""
     labels: Names | None = None
-    """Label names in order; by default the data set's own, else sorted (integers numerically)."""
+    """Label names in order; by default those of the data set, otherwise sorted (integers
+    numerically)."""
     clean: bool = True
-    """Turn HTML line breaks and entities into text, drop control characters, collapse blanks; all of it counted."""
+    """Turn HTML line breaks and entities into text, remove control characters, collapse blanks.
+    Each change is counted."""
     encoding: str = "utf-8"
     """Encoding of text files; a byte-order mark is accepted."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """What to do with an empty text or an unknown label; `drop` counts and shows them."""
+    """What to do with an empty text or an unknown label. `drop` counts and reports such rows."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of train carved out for validation when there is no validation split; stratified."""
+    """Share of train carved out for validation, stratified, if there is no validation split."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of train carved out for test when there is no split to judge; 0 means no test."""
+    """Share of train carved out for test if there is no split to evaluate; 0 means no test."""
     split_seed: int = Field(0, ge=0)
-    """Seed of the carve and of the row samples, apart from train.seed: another seed trains on the same rows."""
+    """Seed of the carved splits and of row samples. train.seed does not change which rows are
+    used."""
     max_train_rows: int | None = Field(None, ge=2)
-    """Use a stratified sample of this many rows of the train split (the validation carve included)."""
+    """Use a stratified sample of this many rows of the train split, including rows carved out for
+    validation."""
     max_test_rows: int | None = Field(None, ge=1)
-    """Use a stratified sample of this many rows of each split that is judged."""
+    """Use a stratified sample of this many rows of each evaluated split."""
 
     @field_validator("source", mode="before")
     @classmethod
     def _source_is_no_list(cls, source: Any) -> Any:
         if isinstance(source, list):
             raise ValueError(
-                f"found {show(source)}; several files are a glob, such as 'data/*.csv', or stand by role: "
+                f"found {show(source)}; name several files by a glob, such as 'data/*.csv', or by "
+                f"role: "
                 "{train: .., test: ..}"
             )
         return source
@@ -92,12 +98,14 @@ class DataConfig(Section):
             return None
         if isinstance(info.data.get("source"), dict):
             raise ValueError(
-                "names splits of a Hub data set, but data.source names files by role already; set data.splits=null"
+                "names splits of a Hub data set, but data.source names files by role already; set "
+                "data.splits=null"
             )
         _check_roles(splits)
-        twice = [name for name in splits.values() if list(splits.values()).count(name) > 1]
-        if twice:
-            raise ValueError(f"found split {twice[0]!r} under two roles; allowed: each split once")
+        names = list(splits.values())
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"found split {name!r} under two roles; allowed: each split once")
         return splits
 
     @field_validator("encoding")
@@ -122,37 +130,37 @@ class DataConfig(Section):
     def _columns_differ(self) -> Self:
         if self.text_column == self.label_column:
             raise ValueError(
-                f"text_column and label_column are both {self.text_column!r}; name the column of each"
+                f"text_column and label_column are both {self.text_column!r}; name the column of "
+                f"each"
             )
         return self
 
 
-def report_roles(report: Mapping[str, Any]) -> list[str]:
-    """Return the roles that a report has figures of: validation first, then what was judged at the end."""
-    judged = [name for name in report if name not in (*REPORT_BLOCKS, "validation")]
-    return [*(["validation"] if "validation" in report else []), *judged]
-
-
 def _check_roles(roles: Iterable[str]) -> None:
-    """Refuse what is no role: any role beside train and validation is judged, so a misspelt one would go unnoticed.
+    """Refuse names that are no roles.
+
+    Every name that is not in SPLITS is evaluated, so a misspelt name would go unnoticed.
 
     Raises:
-        ValueError: For the first that is none, or if none is train.
+        ValueError: A name is no role, or none is train.
     """
     for role in roles:
         if role in SPLITS:
             continue
-        near = get_close_matches(role, SPLITS, n=1, cutoff=0.75) or (
-            ["validation"] if role.startswith("val") else []
-        )
+        near = get_close_matches(role, SPLITS, n=1, cutoff=0.75)
+        if role.startswith("val") and not near:
+            near = ["validation"]
         if near and role.isalpha():
             raise ValueError(
-                f"found split {role!r}; did you mean {near[0]!r}? (else choose a name less like it)"
+                f"found split {role!r}; did you mean {near[0]!r}? If not, choose a name less like "
+                f"it"
             )
         if role in REPORT_BLOCKS or not re.fullmatch(r"[a-z][a-z0-9_]*", role):
+            taken = ", ".join(name for name in REPORT_BLOCKS if name not in SPLITS)
             raise ValueError(
-                f"found split {role!r}; allowed: {', '.join(SPLITS)}, or a name of your own for what is judged: small "
-                f"letters, digits and _, none of {', '.join(name for name in REPORT_BLOCKS if name not in SPLITS)}"
+                f"found split {role!r}; allowed: {', '.join(SPLITS)}, or a name of your own for "
+                f"rows to evaluate: "
+                f"small letters, digits and _, none of {taken}"
             )
     if "train" not in roles:
         raise ValueError("has no 'train'; splits by role name at least train")

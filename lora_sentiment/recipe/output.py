@@ -19,7 +19,8 @@ class OutputConfig(Section):
     def _dir_has_a_name(cls, folder: str | None) -> str | None:
         if folder is not None and Path(folder).name in ("", ".."):
             raise ValueError(
-                f"found {show(folder)}; allowed: a folder with a name of its own, such as adapters/mine"
+                f"found {show(folder)}; allowed: a folder with a name of its own, such as "
+                f"adapters/mine"
             )
         # A run appends to the last name, and most file systems end at 255 bytes.
         if folder is not None and ("\0" in folder or len(Path(folder).name.encode()) > 200):

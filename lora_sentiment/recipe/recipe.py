@@ -1,4 +1,4 @@
-"""A recipe: YAML and `key=value` overrides, read into frozen sections with every fault in one report."""
+"""Read a YAML file and `key=value` overrides into a recipe, with every fault in one report."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from lora_sentiment.errors import RecipeError, did_you_mean, show
 from lora_sentiment.recipe.data import DataConfig
@@ -24,8 +25,8 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; by default the recipe file's stem."""
     offline: Literal["error", "bundled"] = "error"
-    """Where no Hub answers and what it names is not in the cache: stop, or walk with the base and reviews that ship,
-    writing to `<output.dir>-offline`."""
+    """If no Hub answers and the cache lacks the files: `error` stops; `bundled` runs on the base
+    and reviews that ship and writes to `<output.dir>-offline`."""
     data: DataConfig
     """Which texts and labels."""
     model: ModelConfig
@@ -40,9 +41,9 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _method_defaults_to_lora(cls, values: Any) -> Any:
-        # A discriminated union wants its tag spelled out; a recipe without one means LoRA.
-        if isinstance(values, dict) and isinstance(method := values.get("method", {}), dict):
-            return {**values, "method": {"kind": "lora", **method}}
+        # pydantic chooses a method's class by `kind` and has no default for it.
+        if isinstance(values, dict) and isinstance(values.get("method", {}), dict):
+            return {**values, "method": {"kind": "lora", **values.get("method", {})}}
         return values
 
     @classmethod
@@ -54,7 +55,8 @@ class Recipe(Section):
             overrides: `key=value` pairs; the key is a dotted path, the value YAML.
 
         Raises:
-            RecipeError: With every fault of file and overrides, one a line: file, key path, found, allowed.
+            RecipeError: With every fault of file and overrides, one a line: file, key path, value,
+                allowed values.
         """
         path = Path(path)
         values = {"name": path.stem, **_read_yaml(path)}
@@ -64,12 +66,13 @@ class Recipe(Section):
                 _apply(values, override)
             except RecipeError as error:
                 faults.append(str(error))
+        recipe = None
         try:
             recipe = cls.model_validate(values)
         except ValidationError as error:
-            faults += [f"{path}: {fault}" for fault in _faults(error)]
-        faults += [f"{path}: {fault}" for fault in _conflicts(values)]
-        if faults:
+            faults += [f"{path}: {fault}" for fault in _explain_faults(error, values)]
+        faults += [f"{path}: {fault}" for fault in _find_conflicts(values)]
+        if recipe is None or faults:
             raise RecipeError("\n".join(faults))
         return recipe
 
@@ -81,22 +84,33 @@ class Recipe(Section):
             return folder.expanduser()
         except RuntimeError as error:
             raise RecipeError(
-                f"output.dir: found {show(str(folder))}; there is no such user's home here"
+                f"output.dir: found {show(str(folder))}; this machine has no home folder of that "
+                f"user"
             ) from error
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, defaults included, as YAML that `load` reads back equal."""
-        return yaml.dump(
-            self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True
-        )
+        values = self.model_dump(mode="json")
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def make_schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe file, in which `name` is optional."""
+    schema = Recipe.model_json_schema()
+    schema["required"] = ["data", "model"]
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "lora_sentiment recipe"
+    return schema
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, near) or (
-            f"; recipes there: {', '.join(near)}" if near else ""
-        )
+        names = []
+        if path.parent.is_dir():
+            names = sorted(other.name for other in path.parent.glob("*.yaml"))
+        hint = did_you_mean(path.name, names)
+        if names and not hint:
+            hint = f"; recipes there: {', '.join(names)}"
         raise RecipeError(f"{path}: no such recipe file{hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -107,123 +121,128 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(
-            f"{path}: found {type(values).__name__}; a recipe is a mapping with data, model, method, train"
+            f"{path}: found {type(values).__name__}; a recipe is a mapping with data, model, "
+            f"method, train"
         )
     return values
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
+    """Set the value of an override in the values of a recipe."""
+    where = f"override {show(override)}"
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise RecipeError(
-            f"override {show(override)}: expected key=value, such as train.learning_rate=1e-4"
-        )
-    *path, last = key.split(".")
-    for part in path:
-        inner = values.get(part)
-        values[part] = dict(inner) if isinstance(inner, dict) else {}
-        values = values[part]
-    values[last] = parse_yaml(text, f"override {show(override)}")
+        raise RecipeError(f"{where}: expected key=value, such as train.learning_rate=1e-4")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values[section] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[section]
+    values[last] = parse_yaml(text, where)
 
 
-def _faults(error: ValidationError) -> list[str]:
-    """Turn pydantic's errors into lines of key path, what was found, what is allowed."""
-    lines: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False):
-        # The union's own tags ('lora', 'str', 'literal[...]') stand in `loc` beside the keys a person wrote.
-        key = ".".join(str(part) for part in item["loc"] if not _is_tag(str(part)))
-        if item["loc"][:1] == ("method",) and len(item["loc"]) > 1 and item["loc"][1] in METHODS:
-            key = ".".join(["method", *[str(p) for p in item["loc"][2:] if not _is_tag(str(p))]])
-        lines.setdefault(key, []).append(_explain(item))
-    return [
-        f"{key}: ".removeprefix(": ") + " or ".join(dict.fromkeys(texts))
-        for key, texts in lines.items()
-    ]
+def _explain_faults(error: ValidationError, values: dict[str, Any]) -> list[str]:
+    """Turn pydantic's errors into lines of key path, value and allowed values."""
+    explanations: dict[str, list[str]] = {}
+    for fault in error.errors(include_url=False):
+        texts = explanations.setdefault(_key_path(fault, values), [])
+        text = _explain(fault)
+        if text not in texts:
+            texts.append(text)
+    lines = []
+    for key, texts in explanations.items():
+        text = " or ".join(texts)
+        lines.append(f"{key}: {text}" if key else text)
+    return lines
 
 
-def _is_tag(part: str) -> bool:
-    return part in ("str", "int", "float", "bool") or part.startswith(
-        ("dict[", "tuple[", "literal[", "function-")
-    )
+def _key_path(fault: ErrorDetails, values: Any) -> str:
+    """Return a path of keys of the file. pydantic's path also names union members, such as `str`."""
+    keys = []
+    for part in fault["loc"]:
+        is_key = isinstance(values, dict) and part in values
+        is_index = isinstance(values, list) and isinstance(part, int)
+        if is_key or is_index:
+            values = values[part]
+            keys.append(str(part))
+    if fault["type"] == "missing":
+        keys.append(str(fault["loc"][-1]))
+    return ".".join(keys)
 
 
-def _conflicts(values: dict[str, Any]) -> list[str]:
-    """Return the faults that only two sections together make."""
-
-    def stated(section: str, key: str) -> Any:
-        found = values.get(section)
-        return found.get(key) if isinstance(found, dict) else None
-
-    kind = stated("method", "kind") or "lora"
-    quantize = stated("model", "quantize") or "none"
-    faults = []
-    if quantize != "none" and (reason := _refusal(values.get("method") or {}, kind)):
-        faults.append(f"model.quantize: {quantize} cannot be: {reason}; set model.quantize=none")
-    if kind == "full" and stated("model", "head") in ("classifier", "low_rank"):
-        faults.append("model.head: method full trains the whole head; set model.head=full")
-    clashes = {
-        f"method.kind={kind}": kind in ("adalora", "ia3", "vera"),
-        "method.use_dora=true": stated("method", "use_dora") is True,
-        f"model.quantize={quantize}": quantize != "none",
-    }
-    if stated("train", "engine") == "fast":
-        faults += [
-            f"train.engine: fast cannot run with {clash}; set train.engine=auto"
-            for clash in clashes
-            if clashes[clash]
-        ]
-    return faults
-
-
-def _refusal(section: Any, kind: Any) -> str | None:
-    """Return why the method of a recipe cannot be on a quantised base, as far as its section can be read."""
-    try:
-        method = TypeAdapter(Method).validate_python({**section, "kind": kind})
-    except (ValidationError, TypeError):
-        return None  # reported already, as a fault of the section itself
-    return why_not_quantised(method)
-
-
-def _explain(item: Any) -> str:
-    """Say of one of pydantic's errors what was found and what is allowed."""
-    found, context = item["input"], item.get("ctx", {})
-    match item["type"]:
+def _explain(fault: ErrorDetails) -> str:
+    """Say which value one of pydantic's errors is about, and what is allowed."""
+    value = fault["input"]
+    context = fault.get("ctx", {})
+    match fault["type"]:
         case "extra_forbidden":
-            name = str(item["loc"][-1])
-            allowed = _keys_of(item["loc"])
-            return f"unknown key{did_you_mean(name, allowed)} (allowed: {', '.join(allowed)})"
+            allowed = _allowed_keys(fault["loc"])
+            hint = did_you_mean(str(fault["loc"][-1]), allowed)
+            return f"unknown key{hint} (allowed: {', '.join(allowed)})"
         case "missing":
             return "is missing; it has no default"
         case "value_error":
             return str(context["error"])
         case "union_tag_invalid":
-            tags = context["expected_tags"].replace("'", "")
-            hint = did_you_mean(str(context["tag"]), tags.split(", "))
-            return f"found kind {show(context['tag'])}; allowed: {tags}{hint}"
+            kinds = list(METHODS)
+            hint = did_you_mean(str(context["tag"]), kinds)
+            return f"found kind {show(context['tag'])}; allowed: {', '.join(kinds)}{hint}"
         case "literal_error":
-            allowed_values = re.findall(r"'([^']*)'", context["expected"])
-            hint = did_you_mean(found, allowed_values) if isinstance(found, str) else ""
-            return f"found {show(found)}; allowed: {', '.join(allowed_values)}{hint}"
+            allowed = re.findall(r"'([^']*)'", context["expected"])
+            hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+            return f"found {show(value)}; allowed: {', '.join(allowed)}{hint}"
         case _:
-            return f"found {show(found)}; {item['msg'].replace('Input should be', 'allowed:')}"
+            return f"found {show(value)}; {fault['msg'].replace('Input should be', 'allowed:')}"
 
 
-def _keys_of(loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys allowed beside the one at this place of pydantic's."""
+def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """Return the allowed keys at a path (key), (section, key) or (method, kind, key)."""
     if len(loc) == 1:
         return list(Recipe.model_fields)
-    if loc[0] == "method":
-        return list(METHODS[str(loc[1])].model_fields)
-    section = Recipe.model_fields[str(loc[0])].annotation
-    assert isinstance(section, type)
-    assert issubclass(section, BaseModel)
-    return list(section.model_fields)
+    classes: dict[str, type[Section]] = {
+        "data": DataConfig,
+        "model": ModelConfig,
+        "train": TrainConfig,
+        "output": OutputConfig,
+        **METHODS,
+    }
+    return list(classes[str(loc[-2])].model_fields)
 
 
-def make_schema() -> dict[str, Any]:
-    """Return the JSON schema of a recipe file, where `name` may be left out."""
-    schema = Recipe.model_json_schema()
-    schema["required"] = ["data", "model"]
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "lora_sentiment recipe"
-    return schema
+def _find_conflicts(values: dict[str, Any]) -> list[str]:
+    """Return the conflicts between sections, also if other values of the recipe are wrong."""
+    sections = {}
+    for name in ("model", "method", "train"):
+        section = values.get(name)
+        sections[name] = section if isinstance(section, dict) else {}
+    model, method, train = sections.values()
+    kind = method.get("kind") or "lora"
+    quantize = model.get("quantize") or "none"
+    faults = []
+    if quantize != "none":
+        reason = _why_not_quantised({**method, "kind": kind})
+        if reason:
+            faults.append(
+                f"model.quantize: {quantize} cannot be used: {reason}; set model.quantize=none"
+            )
+    if kind == "full" and model.get("head") in ("classifier", "low_rank"):
+        faults.append("model.head: method full trains the whole head; set model.head=full")
+    if train.get("engine") == "fast":
+        stock_only = []
+        if kind in ("adalora", "ia3", "vera"):
+            stock_only.append(f"method.kind={kind}")
+        if method.get("use_dora") is True:
+            stock_only.append("method.use_dora=true")
+        if quantize != "none":
+            stock_only.append(f"model.quantize={quantize}")
+        for setting in stock_only:
+            faults.append(f"train.engine: fast cannot run with {setting}; set train.engine=auto")
+    return faults
+
+
+def _why_not_quantised(values: dict[str, Any]) -> str | None:
+    try:
+        method = TypeAdapter(Method).validate_python(values)
+    except ValidationError:
+        return None  # reported as a fault of the section itself
+    return why_not_quantised(method)

@@ -36,7 +36,8 @@ class TrainConfig(Section):
     batch_size: int = Field(32, ge=1)
     """Examples per optimizer step over all processes, however they are cut into micro-batches."""
     max_tokens_per_micro_batch: int | None = Field(None, ge=8)
-    """Tokens that one micro-batch may hold; by default from a memory formula, on a GPU from its free memory."""
+    """Tokens that one micro-batch may hold; by default from a memory formula, on a GPU from its
+    free memory."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -56,7 +57,8 @@ class TrainConfig(Section):
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the training loss (Szegedy et al. 2016)."""
     class_weights: Literal["balanced"] | ClassWeights | None = None
-    """Weight of each label in the training loss: balanced (rows / (labels * rows of the label)), or a list of them."""
+    """Weight of each label in the training loss: balanced (rows / (labels * rows of the label)), or
+    a list of them."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the head's and the adapter's initial values, the order of rows, and dropout."""
     eval_steps: int | None = Field(None, ge=1)
@@ -70,15 +72,19 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
     save_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints; by default once an epoch. The last step and a signal to stop save, too."""
+    """Optimizer steps between checkpoints; by default once an epoch. The last step and a signal to
+    stop save, too."""
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints that are kept; all are removed when the run has finished."""
     resume: Literal["auto", "never", "always"] = "auto"
-    """Go on from a checkpoint: auto where there is one, never starts anew, always refuses to start anew."""
+    """Go on from a checkpoint: auto where there is one, never starts anew, always refuses to start
+    anew."""
     engine: Literal["auto", "fast", "stock"] = "auto"
-    """Encoder forward: auto takes the fast exact one where it can and says so; fast raises where it cannot."""
+    """Encoder forward: auto takes the fast exact one where it can and says so; fast raises where it
+    cannot."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """Record the kernels of a step once and launch them together: auto does so on a CUDA device where it can."""
+    """Record the kernels of a step once and launch them together: auto does so on a CUDA device
+    where it can."""
     report_to: Names = ()
     """Accelerate trackers beside metrics.csv, which is always written."""
 
@@ -86,7 +92,8 @@ class TrainConfig(Section):
     def _warmup_is_honoured(self) -> Self:
         if self.warmup_ratio and self.lr_scheduler_type == "constant":
             raise ValueError(
-                "warmup_ratio does nothing with lr_scheduler_type constant; use constant_with_warmup"
+                "warmup_ratio does nothing with lr_scheduler_type constant; use "
+                "constant_with_warmup"
             )
         return self
 
@@ -103,7 +110,8 @@ class TrainConfig(Section):
         if weights not in (None, "balanced") and not (are_numbers and len(weights) > 1):
             hint = did_you_mean(weights, ["balanced"]) if isinstance(weights, str) else ""
             raise ValueError(
-                f"found {weights!r}; allowed: balanced, or a list of positive numbers, one a label{hint}"
+                f"found {weights!r}; allowed: balanced, or a list of positive numbers, one a "
+                f"label{hint}"
             )
         return weights
 

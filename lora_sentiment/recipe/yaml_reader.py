@@ -1,4 +1,4 @@
-"""Read YAML 1.2's core schema, and write strings so that no reader takes them for something else."""
+"""Read YAML 1.2's core schema, and write strings so that no reader takes them for another type."""
 
 import re
 from typing import Any
@@ -9,82 +9,80 @@ from lora_sentiment.errors import RecipeError, show
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, each key once, without aliases.
+    """YAML 1.2's core schema, with string keys, each key once, and no aliases.
 
-    PyYAML speaks 1.1, where `2e-4` is a string and a label named `no` is False.
+    PyYAML reads YAML 1.1, where `2e-4` is a string and a label named `no` is False.
     """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own attribute
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # Lists of aliases of lists of aliases: a few hundred bytes that stand for more values than memory holds.
+        # Nested aliases of lists can expand a few hundred bytes into more values than memory holds.
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()  # type: ignore[no-untyped-call]
-            problem = f"*{alias.anchor} is an alias, and a recipe has none; write the value out, or put text in quotes"
+            problem = f"*{alias.anchor} is an alias; write the value out, or put text in quotes"
             raise yaml.composer.ComposerError(None, None, problem, alias.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        keys: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            problem = None
             if not isinstance(key, str):
                 problem = f"key {show(key)} is no string"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            if key in seen:
+            elif key in keys:
                 problem = f"key {show(key)} stands twice"
+            if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes every string that 1.1 or 1.2 would read as something else; writes no alias, which `_Loader` refuses."""
+    """Quotes every string that YAML 1.1 or 1.2 reads as another type, and writes no aliases."""
 
     def ignore_aliases(self, _: Any) -> bool:
         """Write every value out."""
         return True
 
 
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
+    # PyYAML looks a pattern up by the first character of the scalar, which is '' for an empty
+    # scalar.
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", "[-+]?[0-9]+", list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
 ):
-    # PyYAML looks patterns up by the scalar's first character; an empty scalar has none and is looked up as ''.
-    for _kind in (_Loader, Dumper):
-        _kind.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
-        )
-# 1.1 reads 010 as eight.
+    for _class in (_Loader, Dumper):
+        _regexp = re.compile(f"^(?:{_pattern})$")
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _regexp, _first)
+# YAML 1.1 reads 010 as eight.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-_Loader.yaml_implicit_resolvers[""] = _Loader.yaml_implicit_resolvers["\0"]
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of some YAML, as a recipe's is read.
+    """Return the value of a YAML text.
 
     Raises:
-        RecipeError: If it is none, beginning with `where`.
+        RecipeError: The text is no valid YAML. The message begins with `where`.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with fewer tags
-    # The last four are how PyYAML fails at a tag whose value is of another kind, such as `!!bool maybe`.
+    # PyYAML raises the last five for a value that does not fit its tag or escape, such as `!!bool
+    # maybe`.
     except (
         yaml.YAMLError,
-        ValueError,
         RecursionError,
-        KeyError,
+        ValueError,
+        OverflowError,
+        LookupError,
         AttributeError,
         TypeError,
-        IndexError,
     ) as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{where}:{line} is no valid YAML: {problem}") from None
+        raise RecipeError(f"{where}:{place} is no valid YAML: {problem}") from None

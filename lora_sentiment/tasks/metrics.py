@@ -1,8 +1,9 @@
 """Metrics of a classifier, each with a bootstrap interval.
 
-To add a metric, write its formula as a function and name it in `METRICS`. A formula takes weighted rows. Weights of 1
-give the metric itself; the counts of a bootstrap resample give the metric of that resample. Each entry of `METRICS` is
-also an `evaluate.Metric`. Nothing here reads or writes a file or the network.
+To add a metric, write its formula as a function and name it in `METRICS`. A formula takes weighted
+rows. Weights of 1 give the metric itself; the counts of a bootstrap resample give the metric of
+that resample. Each entry of `METRICS` is also an `evaluate.Metric`. Nothing here reads or writes a
+file or the network.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -19,10 +20,11 @@ from lora_sentiment.tasks.single_label import check_labels, check_scores, softma
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Formula = Callable[[Floats, Integers, Floats], Floats]
-"""(probabilities, labels, weights) -> the metric of each resample, nan where it is undefined: (num_resamples,).
+"""(probabilities, labels, weights) -> the metric of each resample, nan where it is undefined:
+(num_resamples,).
 
-Probabilities are (num_rows, num_labels), labels (num_rows,). Weights are (num_resamples, num_rows): how often each
-resample holds each row. No resample is empty.
+Probabilities are (num_rows, num_labels), labels (num_rows,). Weights are (num_resamples, num_rows):
+how often each resample holds each row. No resample is empty.
 """
 CALIBRATED = ("log_loss", "ece")
 """The metrics that depend on the temperature. A temperature changes no decision."""
@@ -33,7 +35,8 @@ NUM_BINS = 15
 class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no type hints
     """A formula of class probabilities and labels, usable as a metric of `evaluate`.
 
-    `METRICS["accuracy"].compute(predictions=probabilities, references=labels)` returns `{"accuracy": ...}`.
+    `METRICS["accuracy"].compute(predictions=probabilities, references=labels)` returns
+    `{"accuracy": ...}`.
 
     Attributes:
         name: Its key in `report.json` and its value for `train.metric_for_best_model`.
@@ -61,12 +64,13 @@ class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate h
         return evaluate.MetricInfo(
             description=self.values.__doc__,
             citation="",
-            inputs_description="predictions: a list of class probabilities per row. references: a label per row.",
+            inputs_description="predictions: class probabilities per row. references: labels.",
             features=datasets.Features(features),
         )
 
     def _build_data_dir(self) -> str:
-        # The base class would make a folder in the user's home. With keep_in_memory the folder would stay empty.
+        # The base class would make a folder in the user's home. With keep_in_memory the folder
+        # would stay empty.
         return ""
 
     def _compute(self, *, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
@@ -100,10 +104,10 @@ def macro_f1(probabilities: Floats, labels: Integers, weights: Floats) -> Floats
 
 
 def mcc(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
-    """Return Matthews' correlation of predictions and labels, from -1 to 1, and 0 where either is constant.
+    """Return Matthews' correlation coefficient, from -1 to 1; 0 if truth or prediction is constant.
 
-    The formula for many labels is equation 8 of Gorodkin (2004), "Comparing two K-category assignments by a K-category
-    correlation coefficient".
+    The formula for many labels is equation 8 of Gorodkin (2004), "Comparing two K-category
+    assignments by a K-category correlation coefficient".
     """
     predictions = probabilities.argmax(axis=1)
     num_labels = probabilities.shape[1]
@@ -119,24 +123,26 @@ def mcc(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
 
 
 def log_loss(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
-    """Return the mean of -log(probability of the right label), in nats. Probabilities are clipped at 2.2e-16."""
+    """Return the mean of -log(probability of the right label), in nats, clipped at 2.2e-16."""
     epsilon = np.finfo(np.float64).eps
     right = probabilities[np.arange(len(labels)), labels]
     return _weighted_means(-np.log(np.clip(right, epsilon, 1 - epsilon)), weights)
 
 
 def auroc(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
-    """Return the probability that a row of a label scores above a row without it, from 0 to 1. Ties count half.
+    """Return the probability that a row of a label scores above another row. Ties count half.
 
-    Two labels: the AUROC of label 1. More labels: the mean over the labels that occur, each against the rest. The rank
-    statistic is that of Hanley & McNeil (1982), "The meaning and use of the area under a ROC curve".
+    Two labels: the AUROC of label 1. More labels: the mean over the labels that occur, each against
+    the rest. The rank statistic is that of Hanley & McNeil (1982), "The meaning and use of the area
+    under a ROC curve".
     """
     num_labels = probabilities.shape[1]
     total = np.zeros(len(weights))
     num_defined = np.zeros(len(weights))
     for label in [1] if num_labels == 2 else range(num_labels):
         distinct, ranks = np.unique(probabilities[:, label], return_inverse=True)
-        # One pass counts, for each distinct score, the rows of other labels (even cell) and of this label (odd cell).
+        # One pass counts, for each distinct score, the rows of other labels (even cell) and of this
+        # label (odd cell).
         cells = 2 * ranks + (labels == label)
         counts = _group_sums(weights, cells, 2 * len(distinct))
         others = counts[:, 0::2]
@@ -150,11 +156,12 @@ def auroc(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
 
 
 def ece(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
-    """Return the expected calibration error, from 0 to 1: the gap between confidence and accuracy in equal bins.
+    """Return the expected calibration error: the gap between confidence and accuracy, from 0 to 1.
 
-    Equation 3 of Guo et al. (2017), "On Calibration of Modern Neural Networks". Confidence is the probability of the
-    most probable label. A bin includes its upper edge. Noise in a bin only adds to the gap, so the error is biased
-    upward on few rows, and more so on a resample. The interval of a well calibrated classifier can lie above the value.
+    Equation 3 of Guo et al. (2017), "On Calibration of Modern Neural Networks". Confidence is the
+    probability of the most probable label. A bin includes its upper edge. Noise in a bin only adds
+    to the gap, so the error is biased upward on few rows, and more so on a resample. The interval
+    of a well calibrated classifier can lie above the value.
     """
     confidence = probabilities.max(axis=1)
     inner_edges = np.linspace(0, 1, NUM_BINS + 1)[1:-1]
@@ -189,7 +196,8 @@ def score(
 ) -> dict[str, Interval]:
     """Score a classifier by metrics, each with a percentile bootstrap interval over the rows.
 
-    All metrics use the same resamples. If a metric is undefined, its interval holds None and a note that says why.
+    All metrics use the same resamples. If a metric is undefined, its interval holds None and a note
+    that says why.
 
     Args:
         logits: Shape (num_rows, num_labels), at least two labels.
@@ -201,7 +209,8 @@ def score(
         seed: Seed of the resamples.
 
     Raises:
-        ModelError: The logits have another shape or are not finite, or the temperature is not positive.
+        ModelError: The logits have another shape or are not finite, or the temperature is not
+            positive.
         DataError: There are no rows, or the labels do not fit the logits.
         RecipeError: `confidence` or `num_resamples` is out of range, or a name is not in `METRICS`.
     """
@@ -226,16 +235,17 @@ def score(
 def score_calibrated(
     logits: ArrayLike, labels: ArrayLike, *, calibration: Mapping[str, float] | None
 ) -> dict[str, Interval]:
-    """Score a classifier by every metric, and by `calibrated_log_loss` and `calibrated_ece` at its temperature.
+    """Score a classifier by every metric, and by the calibrated ones at its temperature.
 
     Args:
         logits: The logits of the model, shape (num_rows, num_labels).
         labels: Integers from 0 to num_labels - 1, shape (num_rows,).
-        calibration: The card's `{"temperature": ..}`. None means an adapter without calibration: the two calibrated
-            metrics are left out.
+        calibration: The card's `{"temperature": ..}`. None means an adapter without calibration:
+            the two calibrated metrics are left out.
 
     Raises:
-        ModelError: The logits have another shape or are not finite, or the temperature is not positive.
+        ModelError: The logits have another shape or are not finite, or the temperature is not
+            positive.
         DataError: There are no rows, or the labels do not fit the logits.
     """
     intervals = score(logits, labels)
@@ -257,7 +267,8 @@ def quick_score(logits: ArrayLike, labels: ArrayLike, metric_name: str) -> float
     Raises:
         RecipeError: There is no metric of that name.
         ModelError: The logits have another shape or are not finite.
-        DataError: There are no rows, the labels do not fit the logits, or the metric is undefined on these rows.
+        DataError: There are no rows, the labels do not fit the logits, or the metric is undefined
+            on these rows.
     """
     metric = find_metric(metric_name)
     logits, labels = check_scores(logits, labels)
@@ -282,10 +293,11 @@ def find_metric(name: str) -> ClassificationMetric:
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_labels: int) -> Integers:
-    """Count the rows by true label (first axis) and predicted label (second axis): (num_labels, num_labels).
+    """Count the rows by true and predicted label: (num_labels, num_labels).
 
     Raises:
-        DataError: Labels and predictions are no integers from 0 to num_labels - 1, or differ in number.
+        DataError: Labels and predictions are no integers from 0 to num_labels - 1, or differ in
+            number.
     """
     truth = check_labels(labels, name="labels", num_labels=num_labels)
     predicted = check_labels(predictions, name="predictions", num_labels=num_labels)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 TEMPERATURE_BOUNDS = (0.1, 10.0)
-"""Lowest and highest temperature. If every validation row is right, the best fit would be certainty."""
+"""Lowest and highest temperature. If every validation row is right, the best fit would be
+certainty."""
 
 
 def loss_sum(
@@ -27,14 +28,16 @@ def loss_sum(
 ) -> "torch.Tensor":
     """Return the cross-entropy summed over the rows, in fp32.
 
-    The sum over all micro-batches, divided by the `total_weight` of the optimizer step, is the mean loss of the step.
-    The mean of the means of unequal micro-batches is not.
+    The sum over all micro-batches, divided by the `total_weight` of the optimizer step, is the mean
+    loss of the step. The mean of the means of unequal micro-batches is not.
 
     Args:
         logits: Shape (num_rows, num_labels).
         labels: Shape (num_rows,).
-        class_weights: Weight of each label in fp32, shape (num_labels,). None means 1 for each label.
-        label_smoothing: Share of the target that is spread over all labels, each part weighted by its own label.
+        class_weights: Weight of each label in fp32, shape (num_labels,). None means 1 for each
+            label.
+        label_smoothing: Share of the target that is spread over all labels, each part weighted by
+            its own label.
     """
     from torch.nn import functional as F
 
@@ -63,8 +66,9 @@ def make_class_weights(
     """Return the weight of each label, or None if each weighs 1.
 
     Args:
-        setting: The recipe's `train.class_weights`. `balanced` means num_rows / (num_labels * rows of the label), after
-            King & Zeng (2001), "Logistic Regression in Rare Events Data", as scikit-learn defines it.
+        setting: The recipe's `train.class_weights`. `balanced` means num_rows / (num_labels * rows
+            of the label), after King & Zeng (2001), "Logistic Regression in Rare Events Data", as
+            scikit-learn defines it.
         labels: Labels of the training rows, shape (num_rows,).
         names: Label names in order.
 
@@ -77,7 +81,8 @@ def make_class_weights(
     if setting != "balanced":
         if len(setting) != len(names):
             raise RecipeError(
-                f"train.class_weights: found {len(setting)} weights; give one for each of the {len(names)} labels, in "
+                f"train.class_weights: found {len(setting)} weights; give one for each of the "
+                f"{len(names)} labels, in "
                 f"this order: {', '.join(names)}"
             )
         return np.array(setting, dtype=np.float32)
@@ -85,21 +90,23 @@ def make_class_weights(
     if not counts.all():
         unused = names[int(counts.argmin())]
         raise DataError(
-            f"train.class_weights=balanced: no training row has the label {unused!r}; remove the label from "
+            f"train.class_weights=balanced: no training row has the label {unused!r}; remove the "
+            f"label from "
             "data.labels, or give a list of weights"
         )
     return np.asarray(len(labels) / (len(names) * counts), dtype=np.float32)
 
 
 def softmax(logits: ArrayLike, *, temperature: float = 1.0) -> NDArray[np.float64]:
-    """Turn logits into probabilities, in float64: (num_rows, num_labels) for (num_rows, num_labels).
+    """Turn logits into probabilities in float64, both of shape (num_rows, num_labels).
 
     Raises:
         ModelError: The temperature is not a positive, finite number.
     """
     if not 0 < temperature < np.inf:
         raise ModelError(
-            f"temperature: found {temperature}; give a positive number; 1 leaves the logits as they are"
+            f"temperature: found {temperature}; give a positive number; 1 leaves the logits as "
+            f"they are"
         )
     scaled = np.asarray(logits, dtype=np.float64)
     # The highest logit becomes 0, so that exp cannot overflow.
@@ -110,9 +117,10 @@ def softmax(logits: ArrayLike, *, temperature: float = 1.0) -> NDArray[np.float6
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """Return the temperature within TEMPERATURE_BOUNDS that gives these rows the lowest log loss.
 
-    The logits are divided by the temperature before softmax: section 4.2 of Guo et al. (2017), "On Calibration of
-    Modern Neural Networks". The log loss is convex in 1 / temperature, with the slope mean(expected logit - logit of
-    the right label). Its minimum is where the slope crosses zero, or a bound. If all logits are equal, the result is 1.
+    The logits are divided by the temperature before softmax: section 4.2 of Guo et al. (2017), "On
+    Calibration of Modern Neural Networks". The log loss is convex in 1 / temperature, with the
+    slope mean(expected logit - logit of the right label). Its minimum is where the slope crosses
+    zero, or a bound. If all logits are equal, the result is 1.
 
     Args:
         logits: Logits of rows that were not trained on, shape (num_rows, num_labels).
@@ -126,7 +134,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
 
     logits, labels = check_scores(logits, labels)
     right_logits = logits[np.arange(len(labels)), labels]
-    # Relative to the logit of the right label, so that the slope of a row of equal logits is exactly zero.
+    # Relative to the logit of the right label, so that the slope of a row of equal logits is
+    # exactly zero.
     gaps = logits - right_logits[:, None]
 
     def slope(inverse: float) -> float:
@@ -150,13 +159,16 @@ def check_scores(
     """Return logits or probabilities as float64 and labels as int64.
 
     Raises:
-        ModelError: The scores are not finite, or not of shape (num_rows, num_labels) with at least two labels.
-        DataError: There are no rows, or the labels are not one integer from 0 to num_labels - 1 for each row.
+        ModelError: The scores are not finite, or not of shape (num_rows, num_labels) with at least
+            two labels.
+        DataError: There are no rows, or the labels are not one integer from 0 to num_labels - 1 for
+            each row.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ModelError(
-            f"logits or probabilities: found shape {scores.shape}; give (num_rows, num_labels), num_labels 2 or more"
+            f"logits or probabilities: found shape {scores.shape}; give (num_rows, num_labels), "
+            f"num_labels 2 or more"
         )
     if not len(scores):
         raise DataError("there are no rows to score; give at least one row")
@@ -194,7 +206,8 @@ def check_labels(labels: ArrayLike, *, name: str, num_labels: int) -> NDArray[np
     if len(outside):
         values = ", ".join(str(value) for value in np.unique(labels[outside])[:5])
         raise DataError(
-            f"{name}: found {values} in {_show_positions(outside)}; allowed are 0 to {num_labels - 1}"
+            f"{name}: found {values} in {_show_positions(outside)}; allowed are 0 to "
+            f"{num_labels - 1}"
         )
     return labels.astype(np.int64)
 

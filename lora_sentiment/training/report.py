@@ -3,28 +3,31 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lora_sentiment.recipe.data import REPORT_BLOCKS
 
-from lora_sentiment.data.report import DataReport
-from lora_sentiment.evaluation.statistics import Interval
-from lora_sentiment.models.parameters import ParameterCounts
-from lora_sentiment.models.quantisation import Quantisation
-from lora_sentiment.training.history import EvalPoint, History
+if TYPE_CHECKING:  # `compare` and `--help` need `report_roles` and load no torch
+    import torch
+
+    from lora_sentiment.data.report import DataReport
+    from lora_sentiment.evaluation.statistics import Interval
+    from lora_sentiment.models.parameters import ParameterCounts
+    from lora_sentiment.models.quantisation import Quantisation
+    from lora_sentiment.training.history import EvalPoint, History
 
 SCHEMA = 1
 
 
 def make_report(
     *,
-    scores: Mapping[str, Mapping[str, Interval]],
-    parameters: ParameterCounts,
+    scores: Mapping[str, Mapping[str, "Interval"]],
+    parameters: "ParameterCounts",
     adapter_bytes: int,
-    history: History,
+    history: "History",
     engine: str,
-    data: DataReport,
-    quantisation: Quantisation | None,
+    data: "DataReport",
+    quantisation: "Quantisation | None",
     offline: str | None,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def make_report(
     }
 
 
-def _describe_evaluation(point: EvalPoint) -> dict[str, Any]:
+def _describe_evaluation(point: "EvalPoint") -> dict[str, Any]:
     return {
         "step": point.step,
         "epoch": point.epoch,
@@ -79,9 +82,17 @@ def _describe_evaluation(point: EvalPoint) -> dict[str, Any]:
     }
 
 
-def peak_memory(device: torch.device) -> int:
+def report_roles(report: Mapping[str, Any]) -> list[str]:
+    """Return the roles that a report has metrics of: validation first, then the others in order."""
+    roles = [key for key in report if key not in REPORT_BLOCKS]
+    return sorted(roles, key=lambda role: role != "validation")
+
+
+def peak_memory(device: "torch.device") -> int:
     """Return the most bytes held so far: allocated on a CUDA device, resident in this process elsewhere."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
@@ -96,9 +107,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: "torch.device") -> None:
     """Let the peak start anew from what is held now, on CUDA and Linux; elsewhere no system call does that."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").is_file():
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM

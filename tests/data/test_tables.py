@@ -154,12 +154,13 @@ def test_formats_name_every_suffix():
         ("a.csv", ",text\n0,x\n", "column 1 of 2 has no name; name it or remove it (pandas writes an index so"),
         ("a.csv", "\ufeff\ufefftext\nx\n", "column 1 of 1 begins with a stray byte order mark"),
         ("a.csv", "a\ncaf\xe9\n".encode("cp1252"), "is not utf-8: byte 0xe9 at offset 5 (line 2); all of it decodes as "
-         "cp1252, latin-1: set data.encoding=cp1252"),
+         "cp1252, latin-1: set the encoding to cp1252 (data.encoding"),
         ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1: set"),
         ("a.tsv.gz", b"a\n\xe9\n", "byte 0xe9 at offset 2 (line 2); all of it decodes as cp1252"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "byte 0xe9 at offset 7 (line 1)"),
         ("a.csv", "a\nx\n".encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it decodes as utf-16, "),
-        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set data.encoding=utf-16"),
+        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set the "
+         "encoding (data.encoding, or --encoding of predict) to utf-16"),
         ("a.csv", "a\nx\ny\0z\n", "line 3 holds a NUL character"),
         # Without the clock, which would name the test otherwise in every process that collects it.
         ("a.csv", gzip.compress(b"a\nx\n", mtime=0), "is gzip, which its name must tell; end it in .gz"),
@@ -214,9 +215,7 @@ def test_a_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf9", "base64", "no\0name"])
 def test_an_unknown_encoding_is_refused(tmp_path, encoding):
     path = save(tmp_path, "a.csv", "a\nx\n")
-    with pytest.raises(
-        DataError, match=r"is no text encoding of Python's; set data.encoding to one such as utf-8"
-    ):
+    with pytest.raises(DataError, match=r"is no text encoding of Python's; set one such as utf-8"):
         read(path, encoding=encoding)
 
 
@@ -575,6 +574,8 @@ def test_real_ugly_files(tmp_path):
     assert {name: len(values) for name, values in read(MESSY / "sst2_dev_crlf.tsv").items()} == {
         "label": 872, "content": 872}  # fmt: skip
     path = save(tmp_path, "a.tsv", b"text\n" + (MESSY / "mr_negative_cp1252.txt").read_bytes())
-    with pytest.raises(DataError, match=r"is not utf-8: byte 0xe9 at .*: set data.encoding=cp1252"):
+    with pytest.raises(
+        DataError, match=r"is not utf-8: byte 0xe9 at .*: set the encoding to cp1252"
+    ):
         read(path)
     assert len(read(path, encoding="cp1252")["text"]) == 5331

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from lora_sentiment.recipe.data import DataConfig, report_roles
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.training.report import report_roles
 
 
 @pytest.mark.parametrize("key", ["source", "splits"])

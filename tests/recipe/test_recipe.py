@@ -143,11 +143,11 @@ def test_yaml_1_2_not_1_1(write):
         ),
         (
             BASE + "{name: a/b, quantize: nf4}\nmethod: {kind: full}",
-            "model.quantize: nf4 cannot be: method full trains the base's own tensors",
+            "model.quantize: nf4 cannot be used: method full trains the base's own tensors",
         ),
         (
             BASE + "{name: a/b, quantize: int8}\nmethod: {init_lora_weights: pissa}",
-            "model.quantize: int8 cannot be: init_lora_weights pissa changes the base's weights",
+            "model.quantize: int8 cannot be used: init_lora_weights pissa changes the base's weights",
         ),
         (
             BASE + "{name: a/b, quantize: nf4}\ntrain: {engine: fast}",
@@ -178,6 +178,7 @@ def test_yaml_1_2_not_1_1(write):
         ("a: 1\na: 2", "key 'a' stands twice"),
         ("1: 2", "key 1 is no string"),
         ("a: !!python/object:os.system 1", "is no valid YAML"),
+        ('a: "\\UFFFFFFFF"', "is no valid YAML"),
     ],
 )
 def test_each_fault_says_where_and_what_is_allowed(write, text, message):
