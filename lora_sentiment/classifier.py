@@ -1,7 +1,7 @@
-"""A model that answers texts, whatever form it was saved in: `load(path).predict(["A lovely film."])`.
+"""Load a model in any saved form, and answer texts: `load(path).predict(["A lovely film."])`.
 
-An adapter folder, a merged folder, an ONNX file or a stock PEFT folder give one and the same `Classifier`. Importing
-this imports no torch, and neither does loading and asking an ONNX file.
+An adapter folder, a merged folder, an ONNX file and a stock PEFT folder all give a `Classifier`. This module and the
+loading of an ONNX file import no torch. So the functions for the other forms import late.
 """
 
 import hashlib
@@ -10,26 +10,26 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_sentiment.adapter.merge_record import Stamp, check_stamp, read_stamp
+from lora_sentiment.adapter.merge_record import MergeRecord, check_merge_record, read_merge_record
 from lora_sentiment.adapter.onnx import PLAIN, open_session
 from lora_sentiment.adapter.safe_files import (
     MAX_TOKENIZER_BYTES,
-    check_model,
+    ExplainLibraryError,
     find_file,
     read_bytes,
     read_labels,
     read_object,
 )
-from lora_sentiment.data.batches import TOKENISE_ROWS, Encoded, TextEncoder
+from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
 from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.files import hash_file
@@ -42,10 +42,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_sentiment")
 
+WEIGHTS = "model.safetensors"
+TOKENISE_CHARACTERS = 2**16
+"""Most characters that the tokenizer gets in one call, but for a longer text alone."""
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier answers for one text.
+    """The answer to one text.
 
     Attributes:
         label: The likeliest label.
@@ -60,16 +64,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model with its labels and the way it reads a text.
+    """A model with its labels and its way from texts to inputs.
 
     Attributes:
-        labels: Label names; the index of a name is its label.
+        labels: Label names. The index of a name is its label.
         encoder: From a text to token ids.
         engine: From token ids to logits.
-        clean: Whether texts are cleaned first, as they were for training.
-        temperature: Fitted on validation at training, or None where none is known.
-        sha256: Hash of what decides an answer.
-        unverified: What nobody vouches for, one sentence each; empty where every hash was checked.
+        clean: Whether texts are cleaned first, as in training.
+        temperature: Fitted on validation in training, or None if none is known.
+        sha256: Hash of everything that decides an answer.
+        unverified: Facts that no hash confirms, one sentence each. Empty if every hash was checked.
     """
 
     labels: tuple[str, ...]
@@ -81,7 +85,7 @@ class Classifier:
     unverified: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse labels that could not be told apart."""
+        """Refuse labels that are empty or equal."""
         if len(set(self.labels)) < max(2, len(self.labels)) or not all(self.labels):
             raise AdapterError(
                 f"labels: found {list(self.labels)}; a classifier needs two or more different names"
@@ -93,85 +97,111 @@ class Classifier:
         """Answer texts, in their order.
 
         Args:
-            texts: A list of strings, however long each.
-            stride: Read a longer text whole, in windows that share this many tokens, and average their probabilities;
-                None cuts it as in training.
-            calibrated: Divide logits by the temperature that training fitted.
+            texts: A list of strings of any length.
+            stride: Read a longer text whole, in windows that share this many tokens, and average their probabilities.
+                None cuts a longer text as in training.
+            calibrated: Divide logits by the temperature that was fitted in training.
 
         Raises:
-            DataError: If the texts are no list of strings.
-            ModelError: If the stride leaves no room, or there is no temperature.
-            AdapterError: If the model answers another number of labels than it has names.
+            DataError: If the texts are not a list of strings.
+            ModelError: If the stride is too large, or there is no temperature.
+            AdapterError: If the model's number of logits is not its number of labels.
         """
-        found = self.probabilities(texts, stride=stride, calibrated=calibrated)
-        return [self._prediction(row) for row in found]
+        predictions = []
+        for scores in self.probabilities(texts, stride=stride, calibrated=calibrated):
+            best = int(scores.argmax())
+            named = dict(zip(self.labels, scores.tolist(), strict=True))
+            predictions.append(Prediction(self.labels[best], float(scores[best]), named))
+        return predictions
 
     def probabilities(
         self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False
     ) -> NDArray[np.float64]:
-        """Return the probability of each label: (num_texts, num_labels); arguments as `predict`'s.
+        """Compute the probability of each label.
 
-        Texts are computed in order of length, so that little is padded.
+        Texts are computed in order of length, so that there is little padding.
+
+        Args:
+            texts: As in `predict`.
+            stride: As in `predict`.
+            calibrated: As in `predict`.
+
+        Returns:
+            Probabilities of shape (num_texts, num_labels), in the order of the texts.
+
+        Raises:
+            DataError: As `predict`.
+            ModelError: As `predict`.
+            AdapterError: As `predict`.
         """
         if calibrated and self.temperature is None:
             raise ModelError("calibrated: this model was saved without a temperature; leave it out")
-        if stride is not None and (
-            not isinstance(stride, int) or not 0 <= stride < self.encoder.room
-        ):
-            raise ModelError(
-                f"stride: found {stride}; allowed: 0 to {self.encoder.room - 1} tokens"
-            )
-        texts = _checked(texts)
+        room = self.encoder.room
+        if stride is not None and (not isinstance(stride, int) or not 0 <= stride < room):
+            raise ModelError(f"stride: found {stride}; allowed: 0 to {room - 1} tokens")
+        temperature = self.temperature if calibrated and self.temperature else 1.0
+        texts = _check_texts(texts)
         pooled = np.zeros((len(texts), len(self.labels)))
         for start in range(0, len(texts), TOKENISE_ROWS):
-            given = texts[start : start + TOKENISE_ROWS]
-            read = [clean_text(text, Counter()) for text in given] if self.clean else given
-            if any(re.search("[\ud800-\udfff]", text) for text in read):
-                raise DataError(
-                    "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it as UTF-8"
-                )
-            encoded, owners = self._encode(read, stride)
-            logits = compute_logits(self.engine, encoded)
+            inputs: list[NDArray[np.int32]] = []
+            owners: list[int] = []
+            some = texts[start : start + TOKENISE_ROWS]
+            for owner, ids in enumerate(tokenise(self.encoder, some, clean=self.clean)):
+                windows = [self.encoder.truncate(ids)]
+                if stride is not None:
+                    windows = self.encoder.windows(ids, stride=stride)
+                inputs += [self.encoder.frame(window) for window in windows]
+                owners += [owner] * len(windows)
+            logits = compute_logits(self.engine, self.encoder.pack(inputs))
             if logits.shape[1:] != (len(self.labels),):
                 raise AdapterError(
                     f"the model answers {logits.shape[1:]} values a text for the labels {self.labels}"
                 )
-            scores = softmax(
-                logits, temperature=self.temperature if calibrated and self.temperature else 1.0
-            )
-            np.add.at(pooled, start + owners, scores / np.bincount(owners)[owners, None])
+            scores = softmax(logits, temperature=temperature)
+            num_windows = np.bincount(owners)[owners, None]
+            np.add.at(pooled, start + np.array(owners), scores / num_windows)
         return pooled
 
-    def _encode(
-        self, texts: Sequence[str], stride: int | None
-    ) -> tuple[Encoded, NDArray[np.int64]]:
-        """Return the inputs of texts, and whose input each one is."""
-        inputs, owners = [], []
-        for owner, ids in enumerate(self.encoder.tokenise(texts)):
-            own = (
-                [self.encoder.truncate(ids)]
-                if stride is None
-                else self.encoder.windows(ids, stride=stride)
+
+def tokenise(encoder: TextEncoder, texts: Iterable[str], *, clean: bool) -> Iterator[list[int]]:
+    """Clean texts and yield the token ids of each, before they are cut.
+
+    The texts are taken some at a time.
+
+    Args:
+        encoder: From a text to token ids.
+        texts: The texts.
+        clean: Whether to clean them, as in training.
+
+    Raises:
+        DataError: If a text holds half of a surrogate pair.
+    """
+    some: list[str] = []
+    size = 0
+    for text in texts:
+        if clean:
+            text = clean_text(text, Counter())
+        if re.search("[\ud800-\udfff]", text):
+            raise DataError(
+                "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it as UTF-8"
             )
-            inputs += [self.encoder.frame(window) for window in own]
-            owners += [owner] * len(own)
-        return self.encoder.pack(inputs), np.array(owners, dtype=np.int64)
-
-    def _prediction(self, scores: NDArray[np.float64]) -> Prediction:
-        best = int(scores.argmax())
-        named = dict(zip(self.labels, scores.tolist(), strict=True))
-        return Prediction(self.labels[best], float(scores[best]), named)
+        some.append(text)
+        size += len(text)
+        if size >= TOKENISE_CHARACTERS:
+            yield from encoder.tokenise(some)
+            some, size = [], 0
+    yield from encoder.tokenise(some)
 
 
-def _checked(texts: Sequence[str]) -> list[str]:
-    """Return texts as a list, refusing what no tokenizer takes."""
+def _check_texts(texts: Sequence[str]) -> list[str]:
+    """Return texts as a list, and refuse other types."""
     if isinstance(texts, str):
         raise DataError("texts: found one string; give a list, as in predict(['A lovely film.'])")
-    found = list(texts)
-    for place, text in enumerate(found):
+    listed = list(texts)
+    for place, text in enumerate(listed):
         if not isinstance(text, str):
             raise DataError(f"texts[{place}]: found a {type(text).__name__}; give a string")
-    return found
+    return listed
 
 
 def load(
@@ -187,51 +217,49 @@ def load(
     Args:
         path: An adapter folder, a merged or exported folder, an `.onnx` file in one, a stock transformers folder, or a
             stock PEFT folder.
-        labels: Label names in order: a stock PEFT folder does not hold them, a stock model's may mean nothing.
-        base: Where to find an adapter's base, if not where it says.
-        max_length: Most tokens of a text; only for stock folders, which do not say what they were trained with.
-        dtype: Compute dtype: `auto`, `float32`, `bfloat16` or `float16`; an ONNX file has its own.
+        labels: Label names in order. A stock PEFT folder does not hold them, and those of a stock model may mean
+            nothing.
+        base: Place of an adapter's base, if it is not where the adapter says.
+        max_length: Most tokens of a text. Only for stock folders, which do not hold it.
+        dtype: Compute dtype: `auto`, `float32`, `bfloat16` or `float16`. An ONNX file has its own.
 
     Raises:
-        AdapterError: If the folder is none of these, is incomplete or was altered, or has another base.
-        ModelError: If the base cannot be loaded, or an option does not fit the form that was found.
+        AdapterError: If the folder has none of these forms, is incomplete or altered, or has another base.
+        ModelError: If the base cannot be loaded, or an option does not fit the form.
     """
     if isinstance(labels, str):
         raise ModelError(f"labels: found the string {labels!r}; give a list of names, in order")
     if max_length is not None and (type(max_length) is not int or max_length < 8):
         raise ModelError(f"max_length: found {max_length!r}; allowed: 8 or more tokens")
     path = Path(path).resolve()
-    if path.is_file() and path.suffix == ".onnx":
-        return _load_onnx(path, labels=labels, base=base, max_length=max_length, dtype=dtype)
+    if path.is_dir() and (path / "card.json").is_file():
+        form = "an adapter of this package, which knows them"
+        _refuse_options(path, form, labels=labels, max_length=max_length)
+        return _load_adapter(path, base, dtype)
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        return _load_stock_peft(path, labels, base, max_length, dtype)
+    if path.is_dir() and (path / WEIGHTS).is_file():
+        _refuse_options(path, "a whole model, which has no base", base=base)
+        return _load_whole(path, labels, max_length, dtype)
+    graph = path if path.suffix == ".onnx" and path.is_file() else path / PLAIN
+    if graph.is_file():
+        asked = None if dtype == "auto" else dtype
+        form = "an ONNX file, which holds them"
+        _refuse_options(graph, form, labels=labels, base=base, dtype=asked)
+        return _load_onnx(graph, max_length)
     if not path.is_dir():
         raise AdapterError(f"{path}: no such folder or .onnx file")
-    if (path / "card.json").is_file():
-        _refuse(
-            path,
-            "an adapter of this package, which knows them",
-            labels=labels,
-            max_length=max_length,
-        )
-        return _load_adapter(path, base, dtype)
-    if (path / "adapter_config.json").is_file():
-        return _load_stock_peft(path, labels, base, max_length, dtype)
-    if (path / "model.safetensors").is_file():
-        _refuse(path, "a whole model, which has no base", base=base)
-        return _load_whole(path, labels, max_length, dtype)
-    if (path / PLAIN).is_file():
-        return _load_onnx(
-            path / PLAIN, labels=labels, base=base, max_length=max_length, dtype=dtype
-        )
     raise AdapterError(
         f"{path}: holds no model; expected card.json (an adapter), adapter_config.json (a PEFT folder), "
-        f"model.safetensors (a merged model) or {PLAIN}"
+        f"{WEIGHTS} (a merged model) or {PLAIN}"
     )
 
 
-def _refuse(path: Path, what: str, **options: object) -> None:
-    """Refuse options that the form of a model leaves no room for."""
-    if given := [name for name, value in options.items() if value is not None]:
-        raise ModelError(f"{path} is {what}; leave out {' and '.join(given)}")
+def _refuse_options(path: Path, form: str, **options: object) -> None:
+    """Refuse options that a form does not take."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ModelError(f"{path} is {form}; leave out {' and '.join(given)}")
 
 
 def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
@@ -241,7 +269,7 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     device = join_launch().device
     loaded = load_folder(path, base=base, device=device)
     card = loaded.card
-    return _make(
+    return _make_classifier(
         tuple(card.labels),
         TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
         prepare_engine(loaded.model, dtype, device),
@@ -254,69 +282,67 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
 def _load_whole(
     path: Path, labels: Sequence[str] | None, max_length: int | None, dtype: str
 ) -> Classifier:
+    from lora_sentiment.adapter.weights import check_finite, check_whole_model
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
 
-    stamp = read_stamp(path)
-    if stamp:
-        _refuse(path, "a merged model, which knows them", labels=labels, max_length=max_length)
-        check_stamp(
-            path, stamp, needed=("model.safetensors", "tokenizer.json", "tokenizer_config.json")
-        )
-    check_model(path)
+    record = read_merge_record(path)
+    if record:
+        form = "a merged model, which knows them"
+        _refuse_options(path, form, labels=labels, max_length=max_length)
+        needed = (WEIGHTS, "tokenizer.json", "tokenizer_config.json")
+        check_merge_record(path, record, needed=needed)
+    check_whole_model(path)
     names = tuple(labels) if labels else read_labels(path)
-    length = stamp.max_length if stamp else max_length or _own_length(path)
-    with _Explain(path):
-        base = load_base(
-            ModelConfig(name=str(path), max_length=length, dtype="float32"), labels=names
-        )
-    for name, tensor in base.model.named_parameters():
-        if not tensor.isfinite().all():
-            raise AdapterError(
-                f"{path / 'model.safetensors'}: {name} holds a value that is not finite"
-            )
-    if base.new_head:
-        raise AdapterError(
-            f"{path}: is an encoder without a classification head; train one on it first"
-        )
-    device = join_launch().device
-    encoder = TextEncoder.of(
-        base.tokenizer, max_length=length, truncation=stamp.truncation if stamp else "head"
-    )
-    hashes = [hash_file(path / name) for name in ("model.safetensors", "config.json")]
-    return _make_whole(
-        names, encoder, prepare_engine(base.model, dtype, device), stamp, [*hashes, dtype]
+    length = record.max_length if record else max_length or _find_max_length(path)
+    config = ModelConfig(name=str(path), max_length=length, dtype="float32")
+    with ExplainLibraryError(path):
+        base = load_base(config, labels=names)
+    check_finite(path / WEIGHTS, dict(base.model.named_parameters()))
+    return _make_classifier(
+        names,
+        TextEncoder.of(
+            base.tokenizer, max_length=length, truncation=record.truncation if record else "head"
+        ),
+        prepare_engine(base.model, dtype, join_launch().device),
+        **_get_recorded(record),
+        weights=[
+            record.files[WEIGHTS] if record else hash_file(path / WEIGHTS),
+            hash_file(path / "config.json"),
+            dtype,
+        ],
     )
 
 
-def _load_onnx(
-    path: Path, *, labels: object, base: object, max_length: int | None, dtype: str
-) -> Classifier:
-    _refuse(
-        path,
-        "an ONNX file, which holds them",
-        labels=labels,
-        base=base,
-        dtype=None if dtype == "auto" else dtype,
-    )
+def _load_onnx(path: Path, max_length: int | None) -> Classifier:
     folder = path.parent.parent if path.parent.name == "onnx" else path.parent
-    find_file(folder, path.relative_to(folder).as_posix())
-    stamp = read_stamp(folder)
-    if stamp:
-        _refuse(path, "a file that knows it", max_length=max_length)
-        name = path.relative_to(folder).as_posix()
-        check_stamp(folder, stamp, needed=(name, "tokenizer.json", "tokenizer_config.json"))
+    name = path.relative_to(folder).as_posix()
+    find_file(folder, name)
+    record = read_merge_record(folder)
+    if record:
+        _refuse_options(path, "a file that knows it", max_length=max_length)
+        check_merge_record(folder, record, needed=(name, "tokenizer.json", "tokenizer_config.json"))
     tokenizer, special = _read_tokenizer(folder)
-    longest = _own_length(folder)
+    longest = _find_max_length(folder)
     if max_length and max_length > longest:
         raise ModelError(f"max_length: found {max_length}; {path} reads at most {longest} tokens")
-    length = stamp.max_length if stamp else max_length or longest
     encoder = TextEncoder(
-        tokenizer, *special, max_length=length, truncation=stamp.truncation if stamp else "head"
+        tokenizer,
+        *special,
+        max_length=record.max_length if record else max_length or longest,
+        truncation=record.truncation if record else "head",
     )
-    hashes = [hash_file(path), hash_file(folder / "config.json")]
-    return _make_whole(read_labels(folder), encoder, open_session(path), stamp, hashes)
+    return _make_classifier(
+        read_labels(folder),
+        encoder,
+        open_session(path),
+        **_get_recorded(record),
+        weights=[
+            record.files[name] if record else hash_file(path),
+            hash_file(folder / "config.json"),
+        ],
+    )
 
 
 def _load_stock_peft(
@@ -336,29 +362,28 @@ def _load_stock_peft(
         )
     recorded = read_config(path)
     name = base or recorded.base_model_name_or_path
-    if not isinstance(name, str) or not name:
-        raise ModelError(
-            f"{path}: its adapter_config.json names no base; give it with base=, --base"
-        )
-    if base and Path(base, "config.json").is_file() and (stamp := read_stamp(Path(base))):
-        raise AdapterError(
-            f"{base}: is no base: it already holds the adapter {stamp.adapter_sha256[:12]}, merged into {stamp.base!r}"
-        )
+    if not name:
+        raise ModelError(f"{path}: its {PEFT_CONFIG} names no base; give it with base=, --base")
+    if base and Path(base, "config.json").is_file():
+        record = read_merge_record(Path(base))
+        if record:
+            raise AdapterError(
+                f"{base}: is not a base: it already holds the adapter {record.adapter_sha256[:12]}, merged into "
+                f"{record.base!r}"
+            )
     revision = None if base else recorded.revision
     config = ModelConfig(name=name, revision=revision, max_length=max_length or 8, dtype="float32")
     if is_hub_name(config.place):
         prepare_hub()
     loaded = load_base(config, labels=tuple(labels))
     max_length = max_length or loaded.shape.max_position_embeddings
-    device = join_launch().device
-    hashes = [
-        hash_file(path / file) for file in (PEFT_WEIGHTS, PEFT_CONFIG) if (path / file).is_file()
-    ]
-    return _make(
+    files = [path / PEFT_WEIGHTS, path / PEFT_CONFIG]
+    model = rebuild_stock(path, loaded, recorded)
+    return _make_classifier(
         tuple(labels),
         TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
-        prepare_engine(rebuild_stock(path, loaded), dtype, device),
-        weights=[loaded.sha256, *hashes, dtype],
+        prepare_engine(model, dtype, join_launch().device),
+        weights=[loaded.sha256, *map(hash_file, files), dtype],
         unverified=(
             f"that {name!r} is the base it was trained on: the folder records no hash of it",
             f"that {', '.join(labels)} are its labels, in this order",
@@ -367,23 +392,14 @@ def _load_stock_peft(
     )
 
 
-def _make_whole(
-    labels: tuple[str, ...],
-    encoder: TextEncoder,
-    engine: Engine,
-    stamp: Stamp | None,
-    weights: list[str],
-) -> Classifier:
-    """Return the classifier of a whole model, with what its stamp says where it has one."""
-    if stamp is None:
-        unverified = ("its weights: no stamp of this package says what they should be",)
-        return _make(labels, encoder, engine, weights=weights, unverified=unverified)
-    return _make(
-        labels, encoder, engine, clean=stamp.clean, calibration=stamp.calibration, weights=weights
-    )
+def _get_recorded(record: MergeRecord | None) -> dict[str, Any]:
+    """Return the arguments of `_make_classifier` that the record of a whole model holds."""
+    if record is None:
+        return {"unverified": ("its weights: no record of this package holds their hashes",)}
+    return {"clean": record.clean, "calibration": record.calibration}
 
 
-def _make(
+def _make_classifier(
     labels: tuple[str, ...],
     encoder: TextEncoder,
     engine: Engine,
@@ -393,9 +409,10 @@ def _make(
     calibration: dict[str, float] | None = None,
     unverified: tuple[str, ...] = (),
 ) -> Classifier:
-    """Return a classifier whose hash holds all that decides an answer, beside what `weights` says."""
+    """Return a classifier. Its hash covers `weights` and everything else that decides an answer."""
     temperature = (calibration or {}).get("temperature")
-    reading = [
+    decisive = [
+        *weights,
         encoder.tokenizer.to_str(),
         encoder.max_length,
         encoder.truncation,
@@ -403,12 +420,12 @@ def _make(
         temperature,
         *labels,
     ]
-    sha256 = hashlib.sha256(json.dumps([*weights, *reading]).encode()).hexdigest()
+    sha256 = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
 
 
 def prepare_engine(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
-    """Return the forward of a model in a compute dtype on a device, on the fast engine where it can.
+    """Return a model's forward pass in a compute dtype on a device, on the fast engine if that fits.
 
     Raises:
         ModelError: If there is no dtype of that name.
@@ -419,63 +436,44 @@ def prepare_engine(model: "nn.Module", dtype_name: str, device: "torch.device") 
 
     dtype = resolve_dtype(dtype_name, device)
     model = cast_frozen(model, dtype=dtype, device=device).eval()
-    if reason := use_fast_encoder(model, compute_dtype=dtype):
+    reason = use_fast_encoder(model, compute_dtype=dtype)
+    if reason:
         log.info("stock engine: %s", reason)
     return make_engine(model, autocast=dtype)
 
 
-def _own_length(folder: Path) -> int:
-    """Return the longest input of a model without stamp: its tokenizer's, and at most its positions."""
-    found = (
-        read_object(folder / "config.json").get("max_position_embeddings", 512),
-        read_object(folder / "tokenizer_config.json").get("model_max_length"),
-    )
-    lengths = [
-        int(value) for value in found if isinstance(value, int | float) and 8 <= value < math.inf
-    ]
+def _find_max_length(folder: Path) -> int:
+    """Return the longest input of a whole model: that of its tokenizer, at most its number of positions."""
+    positions = read_object(folder / "config.json").get("max_position_embeddings", 512)
+    longest = read_object(folder / "tokenizer_config.json").get("model_max_length")
+    lengths = []
+    for value in (positions, longest):
+        # A tokenizer without a limit has a huge number there.
+        if isinstance(value, int | float) and 8 <= value < math.inf:
+            lengths.append(int(value))
     if not lengths:
         raise AdapterError(
-            f"{folder / 'config.json'}: max_position_embeddings is {found[0]!r}; allowed: 8 or more"
+            f"{folder / 'config.json'}: max_position_embeddings is {positions!r}; allowed: 8 or more"
         )
     return min(lengths)
 
 
 def _read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, int, int]]:
-    """Read a tokenizer and the ids of its [CLS], [SEP] and [PAD] without transformers, which would import torch."""
+    """Read a tokenizer and the ids of its [CLS], [SEP] and [PAD]. transformers would import torch for that."""
     path = folder / "tokenizer.json"
     text = read_bytes(path, limit=MAX_TOKENIZER_BYTES)
-    with _Explain(path):
+    with ExplainLibraryError(path):
         tokenizer = Tokenizer.from_str(text.decode())
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    values = read_object(folder / "tokenizer_config.json")
-    special: list[int] = []
+    path = folder / "tokenizer_config.json"
+    values = read_object(path)
+    special = []
     for role in ("cls_token", "sep_token", "pad_token"):
         token = values.get(role)
-        found = tokenizer.token_to_id(
-            str(token.get("content") if isinstance(token, dict) else token)
-        )
-        if found is None:
-            raise AdapterError(
-                f"{folder}/tokenizer_config.json: {role} is {token!r}, which the tokenizer does not know"
-            )
-        special.append(found)
+        text_of_token = token.get("content") if isinstance(token, dict) else token
+        number = tokenizer.token_to_id(str(text_of_token))
+        if number is None:
+            raise AdapterError(f"{path}: {role} is {token!r}, which the tokenizer does not have")
+        special.append(number)
     return tokenizer, (special[0], special[1], special[2])
-
-
-class _Explain:
-    """Turn what tokenizers and transformers raise for files of anyone's making into one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # The tokenizers library raises Exception itself, and nothing below it.
-        if type(error) is Exception or isinstance(
-            error,
-            (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
-        ):
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise AdapterError(f"{self.path}: cannot be read: {reason}") from error

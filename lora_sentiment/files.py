@@ -3,12 +3,17 @@
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
+
+from lora_sentiment.errors import AdapterError
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -43,6 +48,56 @@ def take_place(aside: Path, place: Path, *, replaced: Path | None = None) -> Non
         place.rename(replaced)
     aside.rename(place)
     sync_folder(place.parent)
+
+
+@contextmanager
+def write_aside(out: Path) -> Iterator[Path]:
+    """Yield a new empty folder beside `out`. At the end of the block, rename it to `out`.
+
+    If the block raises, nothing is left behind.
+
+    Raises:
+        AdapterError: If `out` exists, or cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        raise AdapterError(f"{out}: exists; name another folder, or remove it first")
+    created = [parent for parent in out.absolute().parents if not parent.exists()]
+    aside = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if out.exists():
+            raise AdapterError(
+                f"{out}: was written by another process meanwhile; name another folder"
+            )
+        take_place(aside, out)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{out}: cannot be written: {error}") from error
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+        for parent in created:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
+    """Rename a finished folder to its final place, after syncing every file.
+
+    Args:
+        aside: The finished folder, inside the folder of the run.
+        folder: The final place. A folder that exists there is moved beside `aside`, and deleted last.
+        overwrite: Whether an existing folder may be replaced.
+
+    Raises:
+        AdapterError: If the folder exists and must not be replaced.
+    """
+    if folder.exists() and not overwrite:
+        raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; move it")
+    replaced = aside.with_name("replaced")
+    take_place(aside, folder, replaced=replaced)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def sync_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
 from lora_sentiment.fast.fused import why_not_fused
-from lora_sentiment.files import write_json
+from lora_sentiment.files import publish, write_json
 from lora_sentiment.models.inference import predict_logits
 from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
 from lora_sentiment.models.memory import Plan
@@ -194,7 +194,7 @@ def _run(
     report: dict[str, Any] = {}
     if card is not None:
         report = _save_report(recipe, setup, card, history, results, folder, offline)
-        adapter_folder.publish(folder, recipe.folder, overwrite=recipe.output.overwrite)
+        publish(folder, recipe.folder, overwrite=recipe.output.overwrite)
         remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
     if offline:

@@ -1,8 +1,12 @@
-"""Adapters with random weights, of any method and any labels, made in a moment and saved as training would."""
+"""Adapters with random weights: made in a moment, and saved as training saves them."""
+
+import json
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, save
+from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.wrap import head_layers, make_trainable, trainable_tensors
 from lora_sentiment.recipe.data import DataConfig
@@ -25,10 +29,11 @@ def save_random(
     max_length=16,
     **model,
 ):
-    """Save an adapter whose trained tensors are random; return the model and its base.
+    """Save an adapter whose trained tensors are random. Return the model and its base.
 
-    `probe` holds the token ids of the probe's texts; `record` names other rows than those of a Hub data set `x/y`;
-    `head` is a factor of the head's weights; further options are the recipe's `model` keys.
+    `probe` holds the token ids of the probe's texts. `record` names other rows than those of a Hub
+    data set `x/y`. `head` is a factor of the head's weights. Further options are the recipe's
+    `model` keys.
     """
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
@@ -54,6 +59,30 @@ def save_random(
         tolerance=1e-4,
     )
     return trained, loaded
+
+
+def reseal(folder):
+    """Write the hashes of altered files into card.json, as a careful attacker would."""
+    path = folder / "card.json"
+    card = json.loads(path.read_text())
+    card["files"] = {name: hash_file(folder / name) for name in card["files"]}
+    write_json(path, card)
+
+
+def alter_json(folder, name, **values):
+    """Change top-level values of a JSON file, and reseal the folder."""
+    path = folder / name
+    write_json(path, json.loads(path.read_text()) | values)
+    reseal(folder)
+
+
+def alter_tensors(folder, change):
+    """Let a function change the tensors of an adapter in place, and reseal the folder."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    reseal(folder)
 
 
 def name_labels(number: int) -> tuple[str, ...]:

@@ -19,16 +19,17 @@ from lora_sentiment.adapter.folder import load, load_card
 from lora_sentiment.adapter.peft_file import read_config
 from lora_sentiment.adapter.safe_files import MAX_JSON_BYTES, read_header, read_json
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import hash_file
-from lora_sentiment.recipe.method import AdaloraMethod, LoraMethod, VeraMethod
-from tests.random_adapters import save_random
+from lora_sentiment.recipe.method import AdaloraMethod, Ia3Method, LoraMethod, VeraMethod
+from tests.random_adapters import alter_json, alter_tensors, save_random
 from tests.toy_hub import serve
 
 ROOT = Path(__file__).parents[1]
 LABELS, IDS = ("no", "yes"), [[2, 5, 6, 3]]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+EXPRESSION = "(.+)+x"
 METHODS = {
-    "lora": LoraMethod(r=4),
+    "lora": LoraMethod(r=4, rank_pattern={"v_lin": 2}),
+    "ia3": Ia3Method(kind="ia3"),
     "adalora": AdaloraMethod(kind="adalora", init_r=4, target_r=2),
     "vera": VeraMethod(kind="vera", r=4),
 }
@@ -46,20 +47,6 @@ def originals(tmp_path_factory, tiny_base):
 @pytest.fixture
 def folder(originals, tmp_path):
     return Path(shutil.copytree(originals / "lora", tmp_path / "a"))
-
-
-def change(folder, name, **values):
-    path = folder / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-    reseal(folder)
-
-
-def reseal(folder):
-    """Make card.json agree with altered files, as someone would who tampers with care."""
-    path = folder / "card.json"
-    card = json.loads(path.read_text())
-    card["files"] = {name: hash_file(folder / name) for name in card["files"]}
-    path.write_text(json.dumps(card))
 
 
 def test_every_test_that_the_page_names_is_there():
@@ -92,15 +79,15 @@ def test_every_test_that_the_page_names_is_there():
         ("task_type", "CAUSAL_LM"),
         ("init_lora_weights", "loftq"),
         ("modules_to_save", ["distilbert"]),
-        ("target_modules", "(.+)+x"),
-        ("target_modules", "(.|.)" * 30 + "x"),
-        ("rank_pattern", {".*.*.*.*.*.*.*x": 4}),
+        ("exclude_modules", EXPRESSION),
+        ("layers_pattern", EXPRESSION),
+        ("alpha_pattern", {EXPRESSION: 4}),
         ("r", 10**30),
         ("r", "4"),
     ],
 )
 def test_an_option_that_could_import_fetch_or_hang_is_refused_by_name(folder, name, value):
-    change(folder, CONFIG, **{name: value})
+    alter_json(folder, CONFIG, **{name: value})
     with pytest.raises(AdapterError, match=rf"adapter_config\.json: .*{name}"):
         load(folder)
     with pytest.raises(AdapterError, match=rf"adapter_config\.json: .*{name}"):
@@ -115,15 +102,56 @@ def without_card(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["q_lin", "all-linear", r".*attention\.(q_lin|v_lin)", r"(?:.*?(?:attention|ffn).*?)"]
+    ("name", "value"),
+    [
+        ("target_modules", EXPRESSION),
+        ("target_modules", ["q_lin", EXPRESSION]),
+        ("feedforward_modules", EXPRESSION),
+        ("rank_pattern", {EXPRESSION: 4}),
+    ],
 )
-def test_the_patterns_that_people_write_are_read(folder, name):
-    change(folder, CONFIG, target_modules=name)
-    assert read_config(folder).target_modules == name
+def test_a_regular_expression_of_a_foreign_folder_is_refused(folder, name, value):
+    alter_json(folder, CONFIG, **{name: value})
+    with pytest.raises(AdapterError, match=rf"{name}.*is not a module name .*list the names"):
+        classifier.load(without_card(folder), labels=LABELS)
+
+
+@pytest.mark.parametrize("value", ["q_lin", ["q_lin", "layer.0.attention.v_lin"]])
+def test_names_and_ends_of_names_are_read(folder, value):
+    alter_json(folder, CONFIG, target_modules=value, rank_pattern={"q_lin": 4})
+    found = read_config(folder).target_modules
+    assert found == value or found == set(value)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_expressions_of_an_early_adapter_become_the_names_of_its_tensors(
+    originals, tmp_path, method
+):
+    """The expression would take years: the names come from the tensors alone."""
+    folder = Path(shutil.copytree(originals / method, tmp_path / "a"))
+    changes = {"target_modules": EXPRESSION}
+    if method == "lora":
+        changes["rank_pattern"] = {EXPRESSION: 2}
+    else:
+        # Early versions kept these as ends of names.
+        changes["feedforward_modules"] = ["lin2"]
+    alter_json(folder, CONFIG, **changes)
+    ids = torch.tensor(IDS)
+    expected = load(originals / method).model(input_ids=ids).logits
+    assert torch.equal(load(folder).model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "adalora", "vera"])
+def test_a_saved_configuration_holds_full_names_alone(originals, method):
+    config = json.loads((originals / method / CONFIG).read_text())
+    names = config["target_modules"] + [*(config.get("rank_pattern") or {})]
+    names += config.get("feedforward_modules") or []
+    assert len(config["target_modules"]) > 1
+    assert all(re.fullmatch(r"distilbert\.transformer\.layer\.[\w.]+", name) for name in names)
 
 
 def test_the_base_that_pefts_file_names_is_never_looked_for(folder, originals):
-    change(folder, CONFIG, base_model_name_or_path="someone/else", revision="x")
+    alter_json(folder, CONFIG, base_model_name_or_path="someone/else", revision="x")
     ids = torch.tensor(IDS)
     assert torch.equal(
         load(folder).model(input_ids=ids).logits,
@@ -164,7 +192,6 @@ def test_the_links_of_the_hubs_own_cache_are_followed(folder, tmp_path):
 )
 def test_a_name_that_leads_out_of_the_folder_is_refused(folder, name):
     files = {**load_card(folder).files, name: "0"}
-    change(folder, "tokenizer_config.json")
     path = folder / "card.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "files": files}))
     with pytest.raises(AdapterError, match="which is not in it"):
@@ -177,7 +204,7 @@ def test_a_file_without_a_recorded_hash_is_refused(folder, name):
     card = json.loads(path.read_text())
     del card["files"][name]
     path.write_text(json.dumps(card))
-    with pytest.raises(AdapterError, match=rf"{re.escape(name)}: nothing vouches for it"):
+    with pytest.raises(AdapterError, match=rf"{re.escape(name)}: no hash of this file is recorded"):
         load(folder)
 
 
@@ -186,12 +213,11 @@ def test_a_file_without_a_recorded_hash_is_refused(folder, name):
     [
         ("[" * 100_000, "nests lists or objects deeper than"),
         ('{"a":' * 40 + "1" + "}" * 40, "nests lists or objects deeper than"),
-        ('{"a": 1, "a": 2}', "is no JSON: an object has a key twice"),
-        ("1" * 5000, "is no JSON"),
+        ("1" * 5000, "is not JSON"),
         ("[" + " " * MAX_JSON_BYTES + "]", "is larger than 4,194,304 bytes"),
-        ("\ud800", "is no JSON"),
+        ("\ud800", "is not JSON"),
     ],
-    ids=["deep list", "deep object", "doubled key", "long number", "large", "no UTF-8"],
+    ids=["deep list", "deep object", "long number", "large", "no UTF-8"],
 )
 def test_json_is_bounded_before_it_is_used(tmp_path, text, message):
     path = tmp_path / "card.json"
@@ -204,20 +230,17 @@ def test_json_is_bounded_before_it_is_used(tmp_path, text, message):
 def test_a_header_is_bounded_before_it_is_read(folder, length):
     path = folder / WEIGHTS
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-    with pytest.raises(
-        AdapterError, match=r"header is said to take [\d,]+ bytes, allowed 1,048,576"
-    ):
+    with pytest.raises(AdapterError, match=r"header takes [\d,]+ bytes; allowed: 1,048,576"):
         read_header(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
 def test_a_tensor_of_another_dtype_is_refused(folder, dtype):
-    tensors = load_file(folder / WEIGHTS)
-    name = min(tensors)
-    save_file(
-        {**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS, metadata={"format": "pt"}
-    )
-    reseal(folder)
+    def change(tensors):
+        name = min(tensors)
+        tensors[name] = tensors[name].to(dtype)
+
+    alter_tensors(folder, change)
     with pytest.raises(AdapterError, match=r"has dtype \w+; allowed: F32"):
         load(folder)
 
@@ -225,7 +248,7 @@ def test_a_tensor_of_another_dtype_is_refused(folder, dtype):
 @pytest.mark.parametrize(("method", "name"), [("lora", "r"), ("adalora", "init_r"), ("vera", "r")])
 def test_a_rank_that_no_tensor_has_takes_no_memory(originals, tmp_path, method, name):
     folder = Path(shutil.copytree(originals / method, tmp_path / "a"))
-    change(folder, CONFIG, **{name: 2**16})
+    alter_json(folder, CONFIG, **{name: 2**16})
     with (
         torch.autograd.profiler.profile(profile_memory=True) as profile,
         pytest.raises(AdapterError),
@@ -257,7 +280,7 @@ def whole(tmp_path, tiny_base):
         ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights is"),
         ("config.json", {"vocab_size": 10**9}, "has shape"),
         ("config.json", {"n_layers": 10**9}, "n_layers is"),
-        ("config.json", {"dim": "x"}, "dim is x"),
+        ("config.json", {"dim": "x"}, "field 'dim'"),
         ("tokenizer_config.json", {"tokenizer_file": "/etc/passwd"}, "tokenizer_file is"),
         ("tokenizer.json", {"model": 3}, "."),
     ],
@@ -273,7 +296,7 @@ def test_a_whole_model_with_a_value_that_is_not_finite_is_refused(whole):
     tensors = load_file(whole / "model.safetensors")
     tensors["classifier.weight"][0, 0] = float("nan")
     save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match=r"classifier\.weight holds a value that is not finite"):
+    with pytest.raises(AdapterError, match=r"classifier\.weight holds a value"):
         classifier.load(whole)
 
 

@@ -1,17 +1,22 @@
-"""`README.md` of an adapter folder: a model card with the Hub's metadata and an honest limits section."""
+"""The model cards: `README.md` of an adapter, a merged or an exported model. Their texts are in `templates/`."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card
+from lora_sentiment.adapter.merge_record import MergeRecord
+from lora_sentiment.adapter.onnx import PLAIN, QUANTISED
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.training.report import report_roles
 
+TEMPLATES = Path(__file__).parent / "templates"
 _HUB_METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "f1",
@@ -21,52 +26,163 @@ _HUB_METRICS = {
 
 
 def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> str:
-    """Return the model card of an adapter.
+    """Return the model card of an adapter, with the Hub's metadata.
 
     Args:
         name: Name of the run.
-        card: What `card.json` holds.
-        report: What `report.json` holds.
+        card: Content of `card.json`.
+        report: Content of `report.json`.
         is_peft: Whether stock PEFT loads the folder.
     """
-    metadata = _metadata(name, card, report, is_peft=is_peft).to_yaml()
-    sections = [
-        _summary(name, card),
-        _results(report),
-        _usage(name, card, is_peft=is_peft),
-        _training(card, report),
-        _limits(card),
-    ]
-    return f"---\n{metadata}\n---\n\n" + "\n\n".join(sections) + "\n"
-
-
-def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> ModelCardData:
-    source = card.data.config.source
-    dataset = str(source) if is_on_hub(source) else None
-    # Not the Hub's data set of that name, which is not ours.
-    ships = source == bundled.NAME
-    files = (
-        ("bundled-reviews", "the reviews that ship with the package")
-        if ships
-        else ("local-files", "local files")
+    train = report["train"]
+    quantisation = ""
+    if "quantisation" in report:
+        quantisation = f"- base quantised: {report['quantisation']['verdict']}\n"
+    return _fill(
+        "adapter.md",
+        metadata=_make_metadata(name, card, report, is_peft=is_peft),
+        name=name,
+        warning=f"> **{card.offline}.**\n\n" if card.offline else "",
+        labels=_quote(card.labels),
+        label_names=", ".join(card.labels),
+        method=card.method.kind,
+        base=card.base.name,
+        revision=card.base.revision,
+        base_sha256=card.base.base_sha256,
+        source=card.data.config.source,
+        max_length=card.max_length,
+        truncation=card.truncation,
+        results=_show_results(report),
+        usage=_show_usage(name, card, is_peft=is_peft),
+        parameters=show_parameters(report["parameters"]),
+        quantisation=quantisation,
+        steps=f"{train['steps']:,}",
+        best_step=f"{train['best_step']:,}",
+        tokens=f"{train['tokens']:,}",
+        seconds=f"{train['seconds']:,.0f}",
+        tokens_per_second=f"{train['tokens_per_second']:,.0f}",
+        engine=train["engine"],
+        calibration=_describe_calibration(card),
     )
-    roles = report_roles(report)
-    # Validation chose the tensors and fitted the temperature, so it is a result only where nothing else is.
-    judged = [role for role in roles if role != "validation"] or roles
-    results = [
-        EvalResult(
-            task_type="text-classification",
-            dataset_type=dataset or files[0],
-            dataset_name=dataset or files[1],
-            dataset_split=(card.data.config.splits or {}).get(role, role),
-            metric_type=_HUB_METRICS[metric],
-            metric_name=metric,
-            metric_value=round(interval["value"], 4),
+
+
+def make_merged_card(name: str, labels: tuple[str, ...], record: MergeRecord) -> str:
+    """Return the model card of a merged model.
+
+    Args:
+        name: Folder or Hub name to load it by.
+        labels: Label names in order.
+        record: The record in its `config.json`.
+    """
+    targets = {
+        "base": "the base as it was published",
+        "dequantised": "the base as quantising had left it",
+    }
+    return _fill(
+        "merged.md",
+        **_describe_record(record, library="transformers"),
+        name=name,
+        labels=_quote(labels),
+        target=targets[record.into],
+        dtype=record.dtype,
+        reading=describe_reading(record, other="this pipeline"),
+        table=_show_compared(
+            record,
+            list(record.compared),
+            form="merged into",
+            accuracies={"adapter": "accuracy of the adapter", "merged": "of the merge"},
+        ),
+    )
+
+
+def make_exported_card(name: str, labels: tuple[str, ...], record: MergeRecord) -> str:
+    """Return the model card of a folder with ONNX files.
+
+    Args:
+        name: Folder or Hub name to load it by.
+        labels: Label names in order.
+        record: The record in its `config.json`.
+    """
+    has_int8 = QUANTISED in record.files
+    files = f"- `{PLAIN}`: fp32"
+    if has_int8:
+        files += f"; `{QUANTISED}`: int8 weights, activations quantised as they come"
+    return _fill(
+        "exported.md",
+        **_describe_record(record, library="transformers.js", tags=("onnx",)),
+        name=name,
+        labels=_quote(labels),
+        files=files,
+        file=QUANTISED if has_int8 else PLAIN,
+        js_dtype="q8" if has_int8 else "fp32",
+        reading=describe_reading(record, other="another runtime"),
+        table=_show_compared(
+            record,
+            [form for form in ("onnx", "onnx-int8") if form in record.compared],
+            form="file",
+            accuracies={"merged": "accuracy of the merged model", "exported": "of the file"},
+        ),
+    )
+
+
+def describe_reading(record: MergeRecord, *, other: str) -> str:
+    """Describe how texts were read in training, and which of it another runtime does not do.
+
+    Args:
+        record: The record of a merged or exported model.
+        other: The other runtime, such as "a stock pipeline".
+    """
+    text = f"A text is cut at {record.max_length} tokens, as in training"
+    if record.truncation == "head_tail":
+        text += (
+            ", which kept the first quarter and the last three quarters; "
+            f"{other} keeps the first tokens"
         )
-        for role in judged
-        for metric, interval in report[role].items()
-        if metric in _HUB_METRICS and interval["value"] is not None
-    ]
+    if record.clean:
+        text += (
+            "; training also cleaned texts (HTML, control characters, blanks), "
+            f"which {other} does not"
+        )
+    return f"{text}."
+
+
+def _fill(template: str, **values: object) -> str:
+    return Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(values)
+
+
+def _quote(labels: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(f"`{label}`" for label in labels)
+
+
+def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> str:
+    """Return the Hub's metadata of an adapter, as YAML."""
+    config = card.data.config
+    dataset = None
+    if is_on_hub(config.source):
+        dataset = dataset_type = dataset_name = str(config.source)
+    elif config.source == bundled.NAME:
+        # Somebody else may own a data set of this name on the Hub.
+        dataset_type, dataset_name = "bundled-reviews", "the reviews that ship with the package"
+    else:
+        dataset_type, dataset_name = "local-files", "local files"
+    # Validation chose the tensors and fitted the temperature. It is a result only if no other role was judged.
+    roles = report_roles(report)
+    judged = [role for role in roles if role != "validation"] or roles
+    results = []
+    for role in judged:
+        for metric, interval in report[role].items():
+            if metric not in _HUB_METRICS or interval["value"] is None:
+                continue
+            result = EvalResult(
+                task_type="text-classification",
+                dataset_type=dataset_type,
+                dataset_name=dataset_name,
+                dataset_split=(config.splits or {}).get(role, role),
+                metric_type=_HUB_METRICS[metric],
+                metric_name=metric,
+                metric_value=round(interval["value"], 4),
+            )
+            results.append(result)
     return ModelCardData(
         model_name=name,
         base_model=card.base.name if card.base.revision else None,
@@ -76,126 +192,115 @@ def _metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool
         datasets=[dataset] if dataset else None,
         metrics=sorted({result.metric_type for result in results}),
         eval_results=results,
+    ).to_yaml()
+
+
+def _describe_record(
+    record: MergeRecord, *, library: str, tags: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Return the values that the templates of a merged and of an exported model share."""
+    is_local = record.base == bundled.NAME or Path(record.base).is_absolute()
+    metadata = ModelCardData(
+        base_model=None if is_local else record.base,
+        library_name=library,
+        pipeline_tag="text-classification",
+        tags=["text-classification", "distilbert", *tags, record.method],
     )
+    return {
+        "metadata": metadata.to_yaml(),
+        "method": record.method,
+        "adapter_sha256": record.adapter_sha256,
+        "base": record.base,
+        "base_sha256": record.base_sha256,
+    }
 
 
-def _summary(name: str, card: Card) -> str:
-    labels = ", ".join(f"`{label}`" for label in card.labels)
-    warning = f"> **{card.offline}.**\n\n" if card.offline else ""
-    return (
-        f"# {name}\n\n{warning}A text classifier with the labels {labels}: `{card.method.kind}` fine-tuning of "
-        f"`{card.base.name}` on `{card.data.config.source}`, at most {card.max_length} tokens a text (truncation: "
-        f"{card.truncation}). Made with `lora_sentiment`."
-    )
-
-
-def _results(report: Mapping[str, Any]) -> str:
-    roles = report_roles(report)
-    lines = [
-        "## Results",
-        "",
-        "| metric | " + " | ".join(roles) + " |",
-        "|---" * (len(roles) + 1) + "|",
-    ]
-    for metric in report[roles[0]]:
-        lines.append(
-            f"| {metric} | "
-            + " | ".join(show_interval(report[role][metric]) for role in roles)
-            + " |"
-        )
-    lines += [
-        "",
-        "Brackets hold 95 % bootstrap intervals over the rows of one run; validation chose the tensors, other rows "
-        "chose nothing.",
-    ]
+def _make_table(heading: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
+    lines.insert(1, "|---" * len(heading) + "|")
     return "\n".join(lines)
 
 
-def _usage(name: str, card: Card, *, is_peft: bool) -> str:
-    own = f"## Use\n\n```sh\nlora-sentiment evaluate {name}  # this folder; checks the base by its hash\n```\n\n"
+def _show_results(report: Mapping[str, Any]) -> str:
+    roles = report_roles(report)
+    rows = []
+    for metric in report[roles[0]]:
+        rows.append([metric, *(show_interval(report[role][metric]) for role in roles)])
+    return _make_table(["metric", *roles], rows)
+
+
+def _show_compared(
+    record: MergeRecord, forms: list[str], *, form: str, accuracies: dict[str, str]
+) -> str:
+    """Return a table with a row for each form and each part that was compared.
+
+    Args:
+        record: The record with the figures.
+        forms: The forms to show.
+        form: Heading of their names.
+        accuracies: Name of a form in the figures to the heading of its accuracy.
+    """
+    heading = [form, "compared on", "largest difference of a logit", "labels changed"]
+    rows = []
+    for name in forms:
+        for part in ("probe", "validation"):
+            figures = record.compared[name][part]
+            if "reason" in figures:
+                rows.append([name, f"{part}: none", "", "", "", ""])
+                continue
+            difference = "not finite"
+            if figures["max_difference"] is not None:
+                difference = f"{figures['max_difference']:.2g}"
+            row = [name, f"{part}, {figures['rows']:,} rows", difference, str(figures["flips"])]
+            for judged in accuracies:
+                accuracy = figures.get(f"accuracy_{judged}")
+                row.append("" if accuracy is None else f"{accuracy:.4f}")
+            rows.append(row)
+    return _make_table([*heading, *accuracies.values()], rows)
+
+
+def _show_usage(name: str, card: Card, *, is_peft: bool) -> str:
     if not is_peft:
         return (
-            own
-            + "`changed.safetensors` holds every trained tensor under stock transformers' own names."
+            "`changed.safetensors` holds every trained tensor under stock transformers' own names."
         )
-    bits = _bits(card)
-    extra = f",\n    quantization_config=BitsAndBytesConfig({bits})," if bits else ""
-    if card.base.name == bundled.NAME:
-        return f"{own}{_usage_on_bundled_base(name, card, bits)}"
-    return (
-        f"{own}With stock PEFT (labels in order: {', '.join(card.labels)}):\n\n```python\nimport torch\n"
-        "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer"
-        f"{', BitsAndBytesConfig' if bits else ''}\n\n"
-        "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
-        f'    "{name}", num_labels={len(card.labels)}, dtype=torch.float32{extra}\n)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+    is_bundled = card.base.name == bundled.NAME
+    quantisation = _show_quantisation(card)
+    if quantisation and is_bundled:
+        quantisation = f", {quantisation}"
+    elif quantisation:
+        quantisation = f",\n    {quantisation},"
+    usage = _fill(
+        "use_bundled_base.md" if is_bundled else "use_stock_peft.md",
+        name=name,
+        label_names=", ".join(card.labels),
+        num_labels=len(card.labels),
+        classes="AutoTokenizer, BitsAndBytesConfig" if quantisation else "AutoTokenizer",
+        quantisation=quantisation,
     )
+    return usage.rstrip("\n")
 
 
-def _usage_on_bundled_base(name: str, card: Card, bits: str) -> str:
-    """Return the same for a base that has no name on the Hub: stock PEFT is given its folder."""
-    extra = f", quantization_config=BitsAndBytesConfig({bits})" if bits else ""
-    return (
-        f"With stock PEFT and the base's folder (labels in order: {', '.join(card.labels)}):\n\n```python\n"
-        "from importlib.resources import files\n\nimport torch\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
-        f"{', BitsAndBytesConfig' if bits else ''}\n\n"
-        'base = str(files("lora_sentiment") / "bundled" / "base")  # in a clone: lora_sentiment/bundled/base\n'
-        "model = AutoModelForSequenceClassification.from_pretrained(\n"
-        f"    base, num_labels={len(card.labels)}, dtype=torch.float32{extra}\n)\n"
-        f'model = PeftModel.from_pretrained(model, "{name}").eval()\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
-    )
-
-
-def _bits(card: Card) -> str:
-    """Return the arguments that give stock transformers the quantised base of training; empty where it was not."""
+def _show_quantisation(card: Card) -> str:
+    """Return the argument that makes stock transformers quantise the base as in training, or an empty string."""
+    if card.base.quantize == "none":
+        return ""
     skip = 'llm_int8_skip_modules=["pre_classifier", "classifier"]'
-    match card.base.quantize:
-        case "none":
-            return ""
-        case "int8":
-            return f"load_in_8bit=True, {skip}"
-        case kind:
-            double = f"bnb_4bit_use_double_quant={card.base.double_quant}"
-            return f'load_in_4bit=True, bnb_4bit_quant_type="{kind}", {double}, {skip}'
-
-
-def _training(card: Card, report: Mapping[str, Any]) -> str:
-    train = report["train"]
-    precision = (
-        f"- base quantised: {report['quantisation']['verdict']}\n"
-        if "quantisation" in report
-        else ""
-    )
+    if card.base.quantize == "int8":
+        return f"quantization_config=BitsAndBytesConfig(load_in_8bit=True, {skip})"
+    double = f"bnb_4bit_use_double_quant={card.base.double_quant}"
     return (
-        f"## Training\n\n- parameters: {show_parameters(report['parameters'])}\n{precision}"
-        f"- {train['steps']:,} optimizer steps, kept: step {train['best_step']:,}; {train['tokens']:,} tokens in "
-        f"{train['seconds']:,.0f} s ({train['tokens_per_second']:,.0f} tokens/s, {train['engine']} engine)\n"
-        f"- base: `{card.base.name}`, revision `{card.base.revision}`, encoder SHA-256 `{card.base.base_sha256}`\n"
-        "- `recipe.yaml` repeats the run; `card.json` holds versions, machine facts and the probe\n\n"
-        "![training curve](training.png)\n\n![confusion matrix](confusion.png)"
+        "quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
+        f'bnb_4bit_quant_type="{card.base.quantize}", {double}, {skip})'
     )
 
 
-def _limits(card: Card) -> str:
-    limits = (
-        f"It knows the labels {', '.join(card.labels)} and no other; every text gets one of them, fitting or not.",
-        f"A text longer than {card.max_length} tokens is cut ({card.truncation}); what was cut does not count.",
-        "The figures hold for rows like those it was judged on; other topics, languages or lengths can be much worse.",
-        "Its base and its data carry biases: names, dialects and groups of people can shift a score. Do not use it to "
-        "decide about people.",
-        _probabilities(card),
-    )
-    return "\n".join(["## Limits\n", *(f"- {limit}" for limit in limits)])
-
-
-def _probabilities(card: Card) -> str:
-    plain = "Probabilities are as the model gives them; `ece` above says how far to trust them"
+def _describe_calibration(card: Card) -> str:
     if card.calibration is None:
-        return f"{plain}."
+        return ""
     return (
-        f"{plain}. Divide the logits by the temperature {card.calibration['temperature']:.3f}, fitted on validation "
-        "and kept in `card.json`, and they are the calibrated ones of `calibrated_log_loss` and `calibrated_ece`; on "
+        f" Divide the logits by the temperature {card.calibration['temperature']:.3f}, fitted on validation and kept "
+        "in `card.json`, and they are the calibrated ones of `calibrated_log_loss` and `calibrated_ece`; on "
         "validation itself these flatter, and no decision changes."
     )

@@ -1,4 +1,4 @@
-"""Two forms of one model on the same rows: how far their answers are apart."""
+"""Compare two forms of one model on the same rows."""
 
 import logging
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from lora_sentiment.models.engine import Engine, compute_logits
 log = logging.getLogger("lora_sentiment")
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference of a logit between forms that should be equal, in units of max(1, their standard deviation)."""
+"""Largest difference of a logit between equal forms, in units of max(1, standard deviation of the logits)."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What one form of a model answers.
+    """The answers of one form of a model.
 
     Attributes:
-        name: What it is called in figures: `adapter` or `merged`.
-        rows: `probe`, and `validation` where its rows could be had.
-        logits: The answers to each, (num_rows, num_labels).
+        name: Its name in figures: `adapter` or `merged`.
+        rows: The rows of `probe`, and of `validation` if they could be read.
+        logits: The answers to each part, shape (num_rows, num_labels).
         missing: Why there are no validation rows, or None.
-        progress: Show bars.
+        progress: Whether to show bars.
     """
 
     name: str
@@ -41,42 +41,45 @@ class Reference:
     progress: bool
 
     def compare(self, engine: Engine, name: str, *, exact: bool) -> dict[str, Any]:
-        """Return how far another form's answers are from these.
+        """Compute the difference between another form's answers and these.
 
         Args:
             engine: The other form.
-            name: What it is called in figures.
-            exact: Whether its logits should be equal but for rounding.
+            name: Its name in figures.
+            exact: Whether the logits must be equal but for rounding.
 
         Returns:
-            `probe` and `validation`, each with its `rows`, the `max_difference` of a logit (null where one is not
-            finite), the largest one `allowed` (null unless exact), the `flips` of the likeliest label, and on
-            validation the accuracy of both; or the `reason` why validation rows could not be had.
+            `probe` and `validation`, each with `rows`, `max_difference` of a logit (null if one is not finite), the
+            largest one `allowed` (null unless exact), and `flips` (rows whose likeliest label differs). `validation`
+            also has the accuracy of both, or instead the `reason` why its rows could not be read.
         """
-        found: dict[str, Any] = {}
+        compared: dict[str, Any] = {}
         for part, encoded in self.rows.items():
-            ours, theirs = (
-                self.logits[part],
-                compute_logits(engine, encoded, progress=part if self.progress else None),
-            )
-            difference = float(np.abs(theirs - ours).max())
-            found[part] = {
+            expected = self.logits[part]
+            bar = part if self.progress else None
+            answers = compute_logits(engine, encoded, progress=bar)
+            difference = float(np.abs(answers - expected).max())
+            allowed = MAX_DIFFERENCE * max(1.0, float(expected.std()))
+            figures = {
                 "rows": len(encoded),
                 "max_difference": difference if np.isfinite(difference) else None,
-                "allowed": MAX_DIFFERENCE * max(1.0, float(ours.std())) if exact else None,
-                "flips": int((theirs.argmax(axis=1) != ours.argmax(axis=1)).sum()),
+                "allowed": allowed if exact else None,
+                "flips": int((answers.argmax(axis=1) != expected.argmax(axis=1)).sum()),
             }
             if part == "validation":
-                for form, logits in ((self.name, ours), (name, theirs)):
-                    found[part][f"accuracy_{form}"] = float(
-                        (logits.argmax(axis=1) == encoded.labels).mean()
-                    )
+                figures[f"accuracy_{self.name}"] = _compute_accuracy(expected, encoded)
+                figures[f"accuracy_{name}"] = _compute_accuracy(answers, encoded)
+            compared[part] = figures
         if self.missing is not None:
-            found["validation"] = {"reason": self.missing}
-        return found
+            compared["validation"] = {"reason": self.missing}
+        return compared
 
 
-def ask(
+def _compute_accuracy(logits: NDArray[np.float32], encoded: Encoded) -> float:
+    return float((logits.argmax(axis=1) == encoded.labels).mean())
+
+
+def make_reference(
     engine: Engine,
     name: str,
     *,
@@ -85,36 +88,37 @@ def ask(
     max_rows: int,
     progress: bool,
 ) -> Reference:
-    """Let a form of a model answer the probe, and validation rows where they can be had.
+    """Compute the answers of one form of a model to the probe, and to validation rows if they can be read.
 
     Args:
         engine: The form.
-        name: What it is called in figures.
-        card: The adapter's, which holds the probe and names the rows; without it the bundled texts are the probe.
+        name: Its name in figures.
+        card: The adapter's card, which holds the probe and names the rows. Without it, the bundled texts are the
+            probe.
         encoder: From texts to inputs, as in training.
         max_rows: Most validation rows.
-        progress: Show bars.
+        progress: Whether to show bars.
     """
     if card:
         inputs = [np.array(ids, dtype=np.int32) for ids in card.probe.input_ids]
     else:
         inputs = [encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(probe_texts())]
-    rows, missing = {"probe": encoder.pack(inputs)}, None
+    rows = {"probe": encoder.pack(inputs)}
+    missing = None
     try:
-        rows["validation"] = encoder.encode(_validation_rows(card, max_rows), progress=progress)
+        rows["validation"] = encoder.encode(_load_validation(card, max_rows), progress=progress)
     except DataError as error:
         missing = str(error)
         log.info("compared on the probe alone, without validation rows: %s", missing)
-    logits = {
-        part: compute_logits(engine, encoded, progress=part if progress else None)
-        for part, encoded in rows.items()
-    }
+    logits = {}
+    for part, encoded in rows.items():
+        logits[part] = compute_logits(engine, encoded, progress=part if progress else None)
     return Reference(name, rows, logits, missing, progress)
 
 
-def find_fault(found: dict[str, Any]) -> str | None:
-    """Return what is wrong with logits that should be finite, and equal where a difference is allowed; else None."""
-    for part, figures in found.items():
+def find_fault(compared: dict[str, Any]) -> str | None:
+    """Return a message if logits are not finite or differ by more than allowed, or None."""
+    for part, figures in compared.items():
         if "rows" not in figures:
             continue
         difference, allowed = figures["max_difference"], figures["allowed"]
@@ -127,19 +131,23 @@ def find_fault(found: dict[str, Any]) -> str | None:
     return None
 
 
+def get_decisive(compared: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the rows that decide, with their figures: validation if its rows could be read, else the probe."""
+    part = "validation" if "rows" in compared["validation"] else "probe"
+    return part, compared[part]
+
+
 def without_reasons(compared: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return figures as a stamp may hold them: a reason may quote a path or a cell of someone's file."""
-    unread = {"reason": "its rows could not be had where this was made"}
-    return {
-        form: {
-            part: unread if isinstance(value, dict) and "reason" in value else value
-            for part, value in found.items()
-        }
-        for form, found in compared.items()
-    }
+    """Return figures without the reasons, which may quote a path or a cell of somebody's file."""
+    kept: dict[str, dict[str, Any]] = {}
+    for form, parts in compared.items():
+        kept[form] = dict(parts)
+        if "reason" in kept[form]["validation"]:
+            kept[form]["validation"] = {"reason": "its rows could not be had where this was made"}
+    return kept
 
 
-def _validation_rows(card: Card | None, max_rows: int) -> Rows:
+def _load_validation(card: Card | None, max_rows: int) -> Rows:
     if card is None:
         raise DataError(
             "a merged folder does not say on which rows it was trained; export the adapter itself"

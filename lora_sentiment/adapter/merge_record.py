@@ -1,8 +1,7 @@
-"""The stamp of a merged or exported model: which adapter it holds, on which base, and how it was checked.
+"""The record in a merged or exported model: which adapter it holds, on which base, and how it was compared.
 
-It stands in the model's `config.json` under `lora_sentiment`, where stock transformers keeps it whenever it loads and
-saves.
-Nothing here imports torch.
+The record stands in the model's `config.json` under the key `lora_sentiment`. Stock transformers keeps it there when it
+loads and saves the model. This module imports no torch.
 """
 
 import hashlib
@@ -13,30 +12,30 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lora_sentiment.adapter.safe_files import find_file, read_json, read_object, read_section
+from lora_sentiment.adapter.safe_files import check_files, read_object, read_section
 from lora_sentiment.errors import AdapterError
-from lora_sentiment.files import hash_file, write_json
+from lora_sentiment.files import write_json
 from lora_sentiment.recipe.section import Section
 
 KEY = "lora_sentiment"
 SCHEMA = 1
 
 
-class Stamp(Section):
-    """What a merged or exported model says about itself."""
+class MergeRecord(Section):
+    """The facts that a merged or exported model keeps about itself."""
 
     schema_: int = Field(alias="schema")
-    """Version of the stamp's layout."""
+    """Version of the record's layout."""
     adapter_sha256: str
     """Hash of the adapter that was merged: `Card.sha256`."""
     base_sha256: str
     """Hash of the unquantised base's encoder."""
     base: str
-    """The base's name, as the adapter's card gave it."""
+    """Name of the base, as in the adapter's card."""
     method: str
-    """What had been trained: `lora`, `full`, ..."""
+    """Training method: `lora`, `full`, ..."""
     into: Literal["base", "dequantised"]
-    """Whether the adapter was merged into the base as it was published, or as quantising had left it."""
+    """Weights that the adapter was merged into: the published base, or the base after quantising."""
     dtype: str
     """Dtype of the weights."""
     max_length: int = Field(ge=8)
@@ -44,90 +43,62 @@ class Stamp(Section):
     truncation: Literal["head", "head_tail"]
     """Which tokens of a longer text stay."""
     clean: bool
-    """Whether texts are cleaned before they are tokenised, as they were for training."""
+    """Whether texts are cleaned before they are tokenised, as in training."""
     calibration: dict[str, float] | None
     """Temperature fitted on validation, or null."""
     compared: dict[str, dict[str, Any]]
-    """What the model was compared on with the adapter, and how far they were apart."""
+    """Differences from the adapter, by the form and the rows that were compared."""
     files: dict[str, str]
     """File name to SHA-256, of every other file that decides an answer."""
     config_sha256: str = ""
-    """Hash of `config.json` without this stamp: labels and shape stand there."""
+    """Hash of `config.json` without this record. Labels and shape stand there."""
 
 
-def read_stamp(folder: Path) -> Stamp | None:
-    """Read the stamp of a model folder; None where its `config.json` has none.
+def read_merge_record(folder: Path) -> MergeRecord | None:
+    """Read the record of a model folder, or return None if its `config.json` has none.
 
     Raises:
-        AdapterError: If there is no such file, or it or the stamp is malformed or of a newer layout.
+        AdapterError: If there is no `config.json`, or the file or the record is malformed or has a newer layout.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise AdapterError(f"{folder}: is no model folder (no config.json)")
-    values = read_json(path)
-    found = values.get(KEY) if isinstance(values, dict) else None
-    if found is None:
+        raise AdapterError(f"{folder}: is not a model folder (no config.json)")
+    record = read_object(path).get(KEY)
+    if record is None:
         return None
-    newest = found.get("schema") if isinstance(found, dict) else None
-    if isinstance(newest, int) and newest > SCHEMA:
-        raise AdapterError(
-            f"{path}: {KEY} has schema {newest}; this version reads up to {SCHEMA}; upgrade {KEY}"
-        )
-    return read_section(found, Stamp, path, inside=f"{KEY}.")
+    if not isinstance(record, dict):
+        raise AdapterError(f"{path}: {KEY} is not an object")
+    return read_section(record, MergeRecord, path, newest=SCHEMA, inside=f"{KEY}.")
 
 
-def write_stamp(folder: Path, stamp: Stamp) -> None:
-    """Put a stamp into a model folder's `config.json`, last of all its files."""
+def write_merge_record(folder: Path, record: MergeRecord) -> None:
+    """Put a record into the `config.json` of a model folder. All other files must be final."""
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    whole = stamp.model_copy(update={"config_sha256": _hash_values(values)})
-    values[KEY] = whole.model_dump(mode="json", by_alias=True)
+    record = record.model_copy(update={"config_sha256": _hash_config(values)})
+    values[KEY] = record.model_dump(mode="json", by_alias=True)
     write_json(path, values)
 
 
-def check_stamp(folder: Path, stamp: Stamp, *, needed: Sequence[str]) -> None:
-    """Hold a model folder against its stamp.
+def check_merge_record(folder: Path, record: MergeRecord, *, needed: Sequence[str]) -> None:
+    """Compare a model folder with its record.
 
     Args:
         folder: The folder.
-        stamp: What `read_stamp` found in it.
-        needed: Files that are about to be used, which the stamp must vouch for.
+        record: Its record.
+        needed: Files that will be used. Each must have a recorded hash.
 
     Raises:
-        AdapterError: If one of them is not recorded, or anything recorded is missing or was altered.
+        AdapterError: If a needed file has no recorded hash, or a recorded file is missing or altered.
     """
-    check_files(folder, stamp.files, needed=needed)
+    check_files(folder, record.files, needed=needed)
     path = folder / "config.json"
-    values = read_object(path)
-    if _hash_values(values) != stamp.config_sha256:
+    if _hash_config(read_object(path)) != record.config_sha256:
         raise AdapterError(
-            f"{path}: was altered after it was saved (its labels or shape are not the recorded ones)"
+            f"{path}: was altered after it was saved (labels or shape are not the recorded ones)"
         )
 
 
-def _hash_values(config: dict[str, Any]) -> str:
-    own = {key: value for key, value in config.items() if key != KEY}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-
-
-def check_files(folder: Path, files: dict[str, str], *, needed: Sequence[str] = ()) -> None:
-    """Hold a folder's files against their recorded hashes.
-
-    Args:
-        folder: The folder.
-        files: File name to SHA-256.
-        needed: Files that are about to be used, which must be among them.
-
-    Raises:
-        AdapterError: If one is missing, was altered or leads out of the folder, or one that is needed is not recorded.
-    """
-    if unknown := [name for name in needed if name not in files]:
-        raise AdapterError(
-            f"{folder / unknown[0]}: nothing vouches for it: no hash of it is recorded"
-        )
-    for name, expected in files.items():
-        path = find_file(folder, name)
-        if hash_file(path) != expected:
-            raise AdapterError(
-                f"{path}: was altered after it was saved (its SHA-256 is not the recorded one)"
-            )
+def _hash_config(config: dict[str, Any]) -> str:
+    without_record = {key: value for key, value in config.items() if key != KEY}
+    return hashlib.sha256(json.dumps(without_record, sort_keys=True).encode()).hexdigest()

@@ -1,252 +1,241 @@
-"""Files of anyone's making: read only where they lie in their folder, are of a sane size and are what they say.
+"""Read the files of a foreign folder. Every file is checked and bounded before anything uses it.
 
-Nothing here imports torch.
+This module imports no torch: an ONNX file is loaded without it.
 """
 
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from lora_sentiment.errors import AdapterError
-from lora_sentiment.models.families import Shape
+from lora_sentiment.files import hash_file
 
 MAX_JSON_BYTES = 4 << 20
-"""Of a JSON file: a card takes some 100 kB. Parsed, the densest JSON takes 20 times its bytes."""
+"""Largest JSON file. A card takes about 100 kB. Parsed JSON takes up to 20 times its bytes."""
 MAX_TOKENIZER_BYTES = 32 << 20
-"""Of `tokenizer.json`: the multilingual one takes 3 MB."""
+"""Largest `tokenizer.json`. The multilingual one takes 3 MB."""
 MAX_HEADER_BYTES = 1 << 20
-"""Of the names and shapes in a safetensors file: a whole DistilBERT's take 12 kB."""
+"""Largest header of a safetensors file. The header of a whole DistilBERT takes 12 kB."""
 MAX_DEPTH = 32
-"""Of objects and lists within one another."""
-_NAME = re.compile(r"[\w-][\w.-]{0,99}(/[\w-][\w.-]{0,99})?", re.ASCII)
-# What makes transformers run other code, fetch from elsewhere or read another file than the folder's own.
-_REDIRECTS = {
-    "config.json": (
-        "auto_map",
-        "quantization_config",
-        "attn_implementation",
-        "_attn_implementation",
-        "experts_implementation",
-        "transformers_weights",
-        "per_layer_config",
-    ),
-    "tokenizer_config.json": ("auto_map", "tokenizer_file", "vocab_file", "merges_file"),
-}
+"""Most levels of nested JSON objects and lists."""
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,99}(/[\w-][\w.-]{0,99})?", re.ASCII)
 _Kind = TypeVar("_Kind", bound=BaseModel)
 Header = dict[str, tuple[str, tuple[int, ...]]]
-"""Tensor name to dtype, as safetensors writes it, and shape."""
+"""Tensor name to dtype (as safetensors writes it) and shape."""
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """Return the path of a file of a folder, itself or one folder below.
+    """Return the path of a file in a folder or one level below.
 
     Raises:
         AdapterError: If the name or a link leads out of the folder, or there is no such file.
     """
-    if not _NAME.fullmatch(name):
+    if not _FILE_NAME.fullmatch(name):
         raise AdapterError(f"{folder}: records the file {name!r}, which is not in it")
     path = folder / name
-    # Not Path.resolve, which raises a RuntimeError where links go round in a circle.
-    if not any(
-        Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-        for root in _roots(folder)
-    ):
+    allowed = [folder]
+    for place in (folder, folder.parent):
+        # In the Hub's cache, each file is a link to a blob of the same repository.
+        if place.parent.name == "snapshots":
+            allowed.append(place.parents[1] / "blobs")
+    # Path.resolve raises a RuntimeError for a circle of links; realpath does not.
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(os.path.realpath(root)) for root in allowed):
         raise AdapterError(
-            f"{path}: is a link out of its folder; put the file itself there (cp -L copies what is linked)"
+            f"{path}: is a link out of its folder; put the file itself there (cp -L copies a link's target)"
         )
     if not path.is_file():
         raise AdapterError(f"{path}: is missing; copy the whole folder")
     return path
 
 
-def _roots(folder: Path) -> list[Path]:
-    """Return where a link in a folder may lead: into it, and in the Hub's cache to the blobs of its repository."""
-    snapshots = [place for place in (folder, folder.parent) if place.parent.name == "snapshots"]
-    return [folder, *(place.parents[1] / "blobs" for place in snapshots)]
+def check_files(folder: Path, files: dict[str, str], *, needed: Sequence[str] = ()) -> None:
+    """Compare the files of a folder with their recorded hashes.
+
+    Args:
+        folder: The folder.
+        files: File name to SHA-256.
+        needed: Files that will be used. Each must have a recorded hash.
+
+    Raises:
+        AdapterError: If a needed file has no recorded hash, or a recorded file is missing, altered,
+            or a link out of the folder.
+    """
+    for name in needed:
+        if name not in files:
+            raise AdapterError(f"{folder / name}: no hash of this file is recorded")
+    for name, expected in files.items():
+        path = find_file(folder, name)
+        if hash_file(path) != expected:
+            raise AdapterError(
+                f"{path}: was altered after it was saved (its SHA-256 is not the recorded one)"
+            )
 
 
 def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
     """Read a small file whole.
 
     Raises:
-        AdapterError: If it is missing, linked from elsewhere, larger than `limit` bytes, or cannot be read.
+        AdapterError: If the file is missing, a link out of its folder, larger than `limit` bytes, or unreadable.
     """
     try:
         with find_file(path.parent, path.name).open("rb") as file:
-            found = file.read(limit + 1)
+            content = file.read(limit + 1)
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
-    if len(found) > limit:
+    if len(content) > limit:
         raise AdapterError(
-            f"{path}: is larger than {limit:,} bytes, more than any such file that this package writes"
+            f"{path}: is larger than {limit:,} bytes, more than any such file of this package"
         )
-    return found
+    return content
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; what it holds may be anything.
+    """Read a JSON file. It may hold any kind of value.
 
     Raises:
-        AdapterError: As `read_bytes`, and if it is no JSON, nested too deep, or an object has a key twice.
+        AdapterError: As `read_bytes`, and if the file is not JSON or is nested too deeply.
     """
-    found = read_bytes(path)
+    content = read_bytes(path)
+    too_deep = f"{path}: nests lists or objects deeper than {MAX_DEPTH} levels"
     try:
-        values = json.loads(found.decode(), object_pairs_hook=_make_object)
+        values = json.loads(content.decode())
     except RecursionError as error:
-        raise AdapterError(f"{path}: nests lists or objects deeper than {MAX_DEPTH}") from error
+        raise AdapterError(too_deep) from error
     except ValueError as error:
-        raise AdapterError(f"{path}: is no JSON: {error}") from error
-    level = [values]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner for value in level if isinstance(value, dict | list) for inner in _children(value)
-        ]
-    if level:
-        raise AdapterError(f"{path}: nests lists or objects deeper than {MAX_DEPTH}")
+        raise AdapterError(f"{path}: is not JSON: {error}") from error
+    if _is_deeper(values, MAX_DEPTH):
+        raise AdapterError(too_deep)
     return values
 
 
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an object has a key twice")
-    return found
-
-
-def _children(value: dict[str, Any] | list[Any]) -> Any:
-    return value.values() if isinstance(value, dict) else value
-
-
-def read_section(values: Any, kind: type[_Kind], path: Path, *, inside: str = "") -> _Kind:
-    """Return what a JSON file holds as a section.
-
-    Args:
-        values: As `read_json` gave them.
-        kind: The section's class.
-        path: The file, for the message.
-        inside: The key under which the values stood, and a dot.
-
-    Raises:
-        AdapterError: If a field is missing, unknown or wrong.
-    """
-    try:
-        return kind.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise AdapterError(f"{path}: {inside}{first_fault(error)}") from error
-    except (RecursionError, OverflowError) as error:  # from the regular expressions in it
-        raise AdapterError(
-            f"{path}: {inside} holds a pattern that cannot be compiled: {error}"
-        ) from error
-
-
-def first_fault(error: ValidationError) -> str:
-    """Return where the first fault stands and what it is."""
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def read_header(path: Path) -> Header:
-    """Return the names, dtypes and shapes of a safetensors file; no tensor is read.
-
-    That they fill the file exactly is checked by safetensors itself.
-
-    Raises:
-        AdapterError: If the file is missing, linked from elsewhere, or its header is too long or malformed.
-    """
-    try:
-        with find_file(path.parent, path.name).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise AdapterError(
-                f"{path}: cannot be read: its header is said to take {length:,} bytes, allowed {MAX_HEADER_BYTES:,}"
-            )
-        with safe_open(path, framework="numpy") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-            return {
-                name: (str(found.get_dtype()), tuple(found.get_shape()))
-                for name, found in slices.items()
-            }
-    except (OSError, SafetensorError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from error
-
-
-def check_model(folder: Path) -> None:
-    """Hold a whole model's folder against its own `config.json`, before any code of transformers sees it.
-
-    Raises:
-        AdapterError: If a file is missing, linked from elsewhere or malformed, a configuration redirects to other
-            code or files, or the encoder's tensors are not those that the configuration names.
-    """
-    for name, keys in _REDIRECTS.items():
-        if name != "config.json" and not (folder / name).is_file():
-            continue
-        values = read_object(folder / name)
-        if found := [key for key in keys if values.get(key) is not None]:
-            raise AdapterError(
-                f"{folder / name}: {found[0]} is {str(values[found[0]])[:100]!r}; this package loads no other code, "
-                "kernels or files than a plain DistilBERT's; remove it"
-            )
-    if (folder / "tokenizer.json").is_file():
-        read_bytes(folder / "tokenizer.json", limit=MAX_TOKENIZER_BYTES)
-    path = folder / "model.safetensors"
-    header = read_header(path)
-    shape = _read_shape(folder, at_most=len(header))
-    for name, size in shape.tensors().items():
-        found_shape = next(
-            (header[key][1] for key in (f"distilbert.{name}", name) if key in header), None
-        )
-        if found_shape is None:
-            raise AdapterError(f"{path}: tensor {name} is missing, which its config.json asks for")
-        count = 1
-        for side in found_shape:
-            count *= side
-        if count != size:
-            raise AdapterError(
-                f"{path}: {name} has shape {found_shape}, and its config.json asks for {size} values"
-            )
-
-
-def _read_shape(folder: Path, *, at_most: int) -> Shape:
-    values = read_object(folder / "config.json")
-    named = {name: values[name] for name in Shape.__dataclass_fields__ if name in values}
-    if wrong := [name for name, value in named.items() if type(value) is not int or value < 1]:
-        raise AdapterError(
-            f"{folder / 'config.json'}: {wrong[0]} is {str(named[wrong[0]])[:50]}; allowed: 1 or more"
-        )
-    shape = Shape(**named)
-    if shape.n_layers > at_most:
-        raise AdapterError(
-            f"{folder / 'config.json'}: n_layers is {shape.n_layers}; there are {at_most} tensors"
-        )
-    return shape
+def _is_deeper(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return False
+    return levels == 0 or any(_is_deeper(inner, levels - 1) for inner in value)
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        AdapterError: As `read_json`, and if it holds anything else.
+        AdapterError: As `read_json`, and if the file holds another kind of value.
     """
     values = read_json(path)
     if not isinstance(values, dict):
-        raise AdapterError(f"{path}: is no JSON object")
+        raise AdapterError(f"{path}: is not a JSON object")
     return values
 
 
-def read_labels(folder: Path) -> tuple[str, ...]:
-    """Return the label names of a whole model's `config.json`, in order.
+def read_section(
+    values: dict[str, Any], kind: type[_Kind], path: Path, *, newest: int, inside: str = ""
+) -> _Kind:
+    """Return a JSON object as a section.
+
+    Args:
+        values: The object, as `read_object` returned it.
+        kind: The class of the section.
+        path: The file, for the message.
+        newest: Highest `schema` that this version reads.
+        inside: The key of the object in the file and a dot, for the message.
 
     Raises:
-        AdapterError: As `read_object`, and if it names no labels from 0 on.
+        AdapterError: If the schema is newer, or a field is missing, unknown or wrong.
+    """
+    schema = values.get("schema")
+    if isinstance(schema, int) and schema > newest:
+        raise AdapterError(
+            f"{path}: {inside}schema is {schema}; this version reads up to {newest}; upgrade lora_sentiment"
+        )
+    try:
+        return kind.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise AdapterError(f"{path}: {inside}{first_fault(error)}") from error
+    except (RecursionError, OverflowError) as error:
+        # A card's method may hold regular expressions. They are compiled, but never run.
+        raise AdapterError(
+            f"{path}: {inside} holds a pattern that cannot be compiled: {error}"
+        ) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the place of the first validation error and its message."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}"
+
+
+def read_header(path: Path) -> Header:
+    """Return the names, dtypes and shapes of a safetensors file without reading a tensor.
+
+    safetensors itself checks that the tensors fill the file exactly.
+
+    Raises:
+        AdapterError: If the file is missing, a link out of its folder, or its header is too long or malformed.
+    """
+    header = {}
+    try:
+        with find_file(path.parent, path.name).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise AdapterError(
+                f"{path}: cannot be read: its header takes {length:,} bytes; allowed: {MAX_HEADER_BYTES:,}"
+            )
+        with safe_open(path, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - the file is not a mapping
+                tensor = tensors.get_slice(name)
+                header[name] = (str(tensor.get_dtype()), tuple(tensor.get_shape()))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    return header
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """Return the label names in the `config.json` of a whole model, in order.
+
+    Raises:
+        AdapterError: As `read_object`, and if the labels are not numbered from 0.
     """
     path = folder / "config.json"
-    # transformers writes no names where they are its own two.
+    # transformers leaves its own two names out.
     names = read_object(path).get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
-    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
-        raise AdapterError(f"{path}: id2label names no labels from 0 on: found {str(names)[:100]}")
-    return tuple(str(names[str(i)]) for i in range(len(names)))
+    numbers = [str(number) for number in range(len(names))] if isinstance(names, dict) else None
+    if not isinstance(names, dict) or sorted(names) != sorted(numbers or ()):
+        raise AdapterError(
+            f"{path}: id2label is {str(names)[:100]}; allowed: an object with the keys 0, 1 and so on"
+        )
+    return tuple(str(names[number]) for number in numbers or ())
+
+
+class ExplainLibraryError:
+    """Context manager: turn what PEFT, transformers and tokenizers raise for a malformed file into an AdapterError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        expected = (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+            ImportError,
+            StrictDataclassError,
+        )
+        # The tokenizers library raises Exception itself. Only a context manager can tell it from its subclasses.
+        if isinstance(error, expected) or type(error) is Exception:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise AdapterError(f"{self.path}: cannot be used: {reason}") from error

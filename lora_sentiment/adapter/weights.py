@@ -1,6 +1,5 @@
-"""The weights of an adapter folder: PEFT's two files, or `changed.safetensors`; written, read, checked."""
+"""Save, check and load the weights of an adapter folder: PEFT's two files, or `changed.safetensors`."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from peft import (
     PeftConfig,
     PeftModel,
     PeftType,
-    VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -22,9 +20,17 @@ from peft import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lora_sentiment.adapter.peft_file import PEFT_CONFIG, explain_peft, read_config
-from lora_sentiment.adapter.safe_files import Header, read_header
+from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
+from lora_sentiment.adapter.safe_files import (
+    MAX_TOKENIZER_BYTES,
+    ExplainLibraryError,
+    Header,
+    read_bytes,
+    read_header,
+    read_object,
+)
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import write_json
 from lora_sentiment.models.families import HEAD
@@ -34,228 +40,292 @@ from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
 from lora_sentiment.recipe.model import ModelConfig
 
 PEFT_WEIGHTS, CHANGED_WEIGHTS = "adapter_model.safetensors", "changed.safetensors"
-_OWN_DTYPES, _STOCK_DTYPES = ("F32",), ("F32", "BF16", "F16")
+OWN_DTYPES, STOCK_DTYPES = ("F32",), ("F32", "BF16", "F16")
+# Keys that make transformers run other code, download, or read files other than the folder's own.
+_REDIRECTS = {
+    "config.json": (
+        "auto_map",
+        "quantization_config",
+        "attn_implementation",
+        "_attn_implementation",
+        "experts_implementation",
+        "transformers_weights",
+        "per_layer_config",
+    ),
+    "tokenizer_config.json": ("auto_map", "tokenizer_file", "vocab_file", "merges_file"),
+}
 
 
 def save_weights(folder: Path, model: nn.Module) -> None:
-    """Write PEFT's own files, or `changed.safetensors` with what was trained and the dense head."""
-    if isinstance(model, PeftModel):
-        config = model.peft_config["default"]
-        if isinstance(config, AdaLoraConfig):
-            config.rank_pattern = kept_ranks(model.state_dict())
-        tensors = _peft_tensors(model)
-        _save_config(folder, config.to_dict())
-        _save_tensors(folder / PEFT_WEIGHTS, tensors)
-    else:
-        _save_tensors(folder / CHANGED_WEIGHTS, _own_tensors(model))
+    """Write PEFT's two files, or `changed.safetensors` with the trained tensors and the dense head."""
+    if not isinstance(model, PeftModel):
+        _save_tensors(folder / CHANGED_WEIGHTS, _get_own_tensors(model))
+        return
+    changes = {}
+    if isinstance(model.peft_config["default"], AdaLoraConfig):
+        changes["rank_pattern"] = kept_ranks(model.state_dict())
+    _save_config(folder, model, changes)
+    _save_tensors(folder / PEFT_WEIGHTS, _get_peft_tensors(model))
 
 
 def save_as_plain_lora(
     folder: Path, model: nn.Module, base: Base, method: LoraMethod, config: ModelConfig
 ) -> None:
-    """Write an adapter that took part of the base's weights as plain LoRA, so that it fits the base as it was."""
+    """Write an adapter whose start values were taken out of the base as plain LoRA on the unchanged base."""
     start = make_trainable(base, method, config, dtype=torch.float32)
     assert isinstance(model, PeftModel)
     assert isinstance(start, PeftModel)
     changes, factors = as_plain_lora(model, start)
-    short = {name.replace(".default.", "."): tensor for name, tensor in factors.items()}
-    _save_config(folder, model.peft_config["default"].to_dict() | changes)
-    _save_tensors(folder / PEFT_WEIGHTS, _peft_tensors(model) | short)
+    tensors = _get_peft_tensors(model)
+    for name, factor in factors.items():
+        tensors[name.replace(".default.", ".")] = factor
+    _save_config(folder, model, changes)
+    _save_tensors(folder / PEFT_WEIGHTS, tensors)
 
 
-def _save_config(folder: Path, values: dict[str, Any]) -> None:
-    # Sorted lists, because PEFT's sets come in any order and bytes must repeat.
-    values = values | {"inference_mode": True}
-    write_json(
-        folder / PEFT_CONFIG,
-        {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in values.items()},
-    )
+def _save_config(folder: Path, model: PeftModel, changes: dict[str, Any]) -> None:
+    """Write `adapter_config.json`, with the full names of the adapted modules."""
+    tuner: Any = model.base_model
+    targets = sorted(tuner.targeted_module_names)
+    values = model.peft_config["default"].to_dict() | changes
+    values |= {"inference_mode": True, "target_modules": targets}
+    if values.get("layers_to_transform"):
+        values["layers_to_transform"] = None  # the names hold the layers already
+    if isinstance(model.peft_config["default"], IA3Config):
+        values["feedforward_modules"] = [
+            name for name in targets if tuner.model.get_submodule(name).is_feedforward
+        ]
+    for name, value in values.items():
+        # PEFT's sets have no order, and the bytes must repeat.
+        if isinstance(value, set | list):
+            values[name] = sorted(value)
+    write_json(folder / PEFT_CONFIG, values)
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    contiguous = {key: tensors[key].detach().to("cpu").contiguous() for key in sorted(tensors)}
-    save_file(
-        contiguous, path, metadata={"format": "pt"}
-    )  # one key, because several come in any order
-    # safetensors writes for the owner alone, where every other file here can be read by all.
+    contiguous = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
+    # One metadata key only: safetensors writes several in any order.
+    save_file(contiguous, path, metadata={"format": "pt"})
+    # safetensors makes the file readable for its owner alone. All other files here are readable for everyone.
     path.chmod(0o644)
 
 
-def _peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+def _get_peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
-        # A linear that AdaLoRA pruned away has rank 0, which PEFT takes for a shard of a larger tensor.
+        # AdaLoRA leaves rank 0 where it pruned everything. PEFT takes such a tensor for a part of a larger one.
         warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape")
-        # "auto" would ask the Hub whether the vocabulary grew, and might save the base's embeddings.
+        # "auto" would ask the Hub whether the vocabulary grew, and might save the embeddings of the base.
         return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what was trained, and the whole head: a new head's frozen layer stands in no checkpoint."""
-    head = {
-        f"{name}.{part}": p
-        for name in HEAD
-        for part, p in model.get_submodule(name).named_parameters()
-    }
-    return {**trainable_tensors(model), **head}
+def _get_own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trained tensors and the whole head. No checkpoint holds a frozen layer of a new head."""
+    tensors: dict[str, torch.Tensor] = dict(trainable_tensors(model))
+    for name in HEAD:
+        for part, parameter in model.get_submodule(name).named_parameters():
+            tensors[f"{name}.{part}"] = parameter
+    return tensors
 
 
 def rebuild(folder: Path, base: Base, method: Method, config: ModelConfig) -> nn.Module:
-    """Return the model that a folder's weights make of a freshly loaded base, in fp32, in eval mode.
+    """Load the weights of an adapter of this package into a fresh base.
 
     Args:
         folder: An adapter folder.
-        base: Its base; the model is built around it.
-        method: What was trained.
-        config: The `model` section that the base was loaded by.
+        base: Its base. The returned model uses the base's own modules.
+        method: The training method.
+        config: The `model` section that the base was loaded with.
+
+    Returns:
+        The model in fp32 and eval mode.
 
     Raises:
-        AdapterError: If a tensor is missing, extra, of the wrong shape or not finite, or the configuration is of
-            another method.
+        AdapterError: If a tensor is missing, extra, of the wrong shape or not finite, or `adapter_config.json` is
+            for another method.
     """
     if isinstance(method, PeftMethod):
-        # From the folder's own configuration: the recipe's method may have been saved in another form.
-        recorded = read_config(folder)
+        # The method of the recipe is not enough: PiSSA and OLoRA are saved as plain LoRA.
+        saved = read_header(folder / PEFT_WEIGHTS)
+        recorded = read_config(folder, saved=saved)
         kind: str = PeftType(recorded.peft_type).value
         if kind.lower() != method.kind:
             raise AdapterError(
                 f"{folder / PEFT_CONFIG}: has peft_type {kind!r}, and card.json says {method.kind!r}"
             )
-        model = _wrap(folder, base, recorded)
+        model = _wrap(folder, base, recorded, saved)
     else:
         dense = config.model_copy(update={"head": "full", "head_r": None})
         model = make_trainable(base, method, dense, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    _fill(model, folder)
+    _load_tensors(model, folder, OWN_DTYPES)
     return model.eval()
 
 
-def rebuild_stock(folder: Path, base: Base) -> nn.Module:
-    """Return the model that a PEFT folder of unknown making makes of a base, in fp32, in eval mode.
+def rebuild_stock(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
+    """Load the weights of a stock PEFT folder into a fresh base.
+
+    Args:
+        folder: A folder of PEFT's files.
+        base: Its base. The returned model uses the base's own modules.
+        config: Its configuration, as `read_config` returned it.
 
     Raises:
-        AdapterError: As `rebuild`, and if part of the head is neither in the folder nor in the base.
+        AdapterError: As `rebuild`, and if a layer of the head is neither in the folder nor in the base.
     """
-    config = read_config(folder)
-    model = _wrap(folder, base, config)
+    model = _wrap(folder, base, config, read_header(folder / PEFT_WEIGHTS))
     lacking = sorted(set(HEAD) - set(getattr(config, "modules_to_save", None) or ()))
     if base.new_head and lacking:
         raise AdapterError(
-            f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base: it was random at training and "
+            f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base: it was random in training and "
             f"never saved, so its answers are lost; train again with modules_to_save={list(HEAD)}"
         )
-    _fill(model, folder, dtypes=_STOCK_DTYPES)
+    _load_tensors(model, folder, STOCK_DTYPES)
     return model.eval()
 
 
-def _wrap(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
-    """Let PEFT wrap a base for a configuration of anyone's making, without room for tensors wherever it can."""
-    # It may have moved since.
+def _wrap(folder: Path, base: Base, config: PeftConfig, saved: Header) -> nn.Module:
+    """Let PEFT wrap a base as a foreign configuration says."""
+    # The base may have moved.
     config.base_model_name_or_path, config.inference_mode = str(base.model.name_or_path), True
-    takes_base = isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(
-        ("pissa", "olora")
-    )
-    if isinstance(config, LoraConfig) and not takes_base:
-        config.init_lora_weights = True  # every value is replaced
-    values_needed, room = True, torch.device("cpu")
-    match config:
-        case AdaLoraConfig():
-            # No matrix has more singular values than it has sides, and these are made before they are cut.
-            _check_rank(folder, "init_r", config.init_r, base.shape.dim)
-            _check_kept(folder, config)
-        case LoraConfig() if takes_base:
-            _check_rank(folder, "r", _largest_rank(config), base.shape.dim)
-        case LoraConfig() if config.use_dora and getattr(base.model, "is_quantized", False):
-            # It takes the norms of quantised weights.
-            _check_rank(folder, "r", _largest_rank(config), _saved_rank(folder))
-        case VeraConfig():
-            # Its projections are made whatever PEFT is told.
-            _check_rank(folder, "r", config.r, _saved_rank(folder))
-            values_needed = False
-        case IA3Config():
-            pass  # its vectors are as long as the base's sides, whatever the file says
-        case _:
-            # PEFT alone would make each tensor before it lets go of its values.
-            values_needed, room = False, torch.device("meta")
-    with warnings.catch_warnings(), explain_peft(folder), room:
+    needs_values = True
+    if type(config) is LoraConfig:
+        takes_base = str(config.init_lora_weights).startswith(("pissa", "olora"))
+        takes_norms = config.use_dora and getattr(base.model, "is_quantized", False)
+        if not takes_base:
+            config.init_lora_weights = True  # every value is replaced
+        needs_values = takes_base or takes_norms
+    if needs_values:
+        _check_rank(folder, base, config, saved)
+    device = torch.device("cpu" if needs_values else "meta")
+    with ExplainLibraryError(folder / PEFT_CONFIG), warnings.catch_warnings(), device:
         # PEFT takes AdaLoRA's record of kept values for LoRA's field of the same name.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-        model: nn.Module = get_peft_model(base.model, config, low_cpu_mem_usage=not values_needed)
+        model: nn.Module = get_peft_model(base.model, config, low_cpu_mem_usage=not needs_values)
     return model
 
 
-def _largest_rank(config: LoraConfig) -> int:
-    return int(max(config.r, *(config.rank_pattern or {}).values(), 0))
-
-
-def _saved_rank(folder: Path) -> int:
-    """Return the largest rank that any tensor of a folder has."""
-    header = read_header(folder / PEFT_WEIGHTS)
-    ranked = re.compile(r"lora_A|vera_A|vera_lambda_d")
-    return max(
-        (shape[0] for name, (_, shape) in header.items() if shape and ranked.search(name)),
-        default=0,
-    )
-
-
-def _check_rank(folder: Path, name: str, found: int, allowed: int) -> None:
-    if found > allowed:
-        raise AdapterError(
-            f"{folder / PEFT_CONFIG}: {name} is {found}; the tensors leave room for at most {allowed}"
-        )
-
-
-def _check_kept(folder: Path, config: AdaLoraConfig) -> None:
-    for name, kept in (config.rank_pattern or {}).items():
-        if len(kept) != config.init_r:
+def _check_rank(folder: Path, base: Base, config: PeftConfig, saved: Header) -> None:
+    """Refuse a rank for which PEFT would make larger tensors than the saved ones and those of the base."""
+    largest = base.shape.dim
+    for name, (_, shape) in saved.items():
+        if shape and ("lora_A" in name or "vera_lambda_d" in name):
+            largest = max(largest, shape[0])
+    ranks: dict[str, Any] = {"r": getattr(config, "r", 0), "init_r": getattr(config, "init_r", 0)}
+    ranks |= getattr(config, "rank_pattern", None) or {}
+    for name, rank in ranks.items():
+        if isinstance(rank, int) and rank > largest:
             raise AdapterError(
-                f"{folder / PEFT_CONFIG}: rank_pattern.{name[:100]} has {len(kept)} values; init_r is {config.init_r}"
+                f"{folder / PEFT_CONFIG}: rank {name} is {rank}; the tensors leave room for at most {largest}"
             )
 
 
-def _fill(model: nn.Module, folder: Path, dtypes: tuple[str, ...] = _OWN_DTYPES) -> None:
-    """Give a model the saved tensors, after checking each name, shape, dtype and value."""
-    with explain_peft(folder):
-        path = folder / (PEFT_WEIGHTS if isinstance(model, PeftModel) else CHANGED_WEIGHTS)
-        expected = _peft_tensors(model) if isinstance(model, PeftModel) else _own_tensors(model)
-    _check_header(path, read_header(path), expected, dtypes)
-    # Where the base's are: a quantised one may be on a GPU.
+def _load_tensors(model: nn.Module, folder: Path, dtypes: tuple[str, ...]) -> None:
+    """Load the saved tensors into a model, after checking each name, shape, dtype and value."""
+    if isinstance(model, PeftModel):
+        path = folder / PEFT_WEIGHTS
+        with ExplainLibraryError(folder / PEFT_CONFIG):
+            expected = _get_peft_tensors(model)
+    else:
+        path = folder / CHANGED_WEIGHTS
+        expected = _get_own_tensors(model)
+    header = read_header(path)
+    check_header(path, header, expected, dtypes)
+    if unknown := header.keys() - expected.keys():
+        raise AdapterError(
+            f"{path}: tensor {min(unknown)[:200]} is unknown ({len(unknown)} in all)"
+        )
+    # The device of the base: a quantised base may be on a GPU.
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
-            # A copy, because what it gives is the file itself, mapped: it would change if that did.
-            found = {
-                name: file.get_tensor(name).to(device, t.dtype, copy=True)
-                for name, t in expected.items()
-            }
+            for name, tensor in expected.items():
+                # A copy: safetensors maps the file into memory, so the tensor would change with the file.
+                tensors[name] = file.get_tensor(name).to(device, tensor.dtype, copy=True)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
-    for name, tensor in found.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{path}: {name} holds a value that is not finite")
+    check_finite(path, tensors)
     if isinstance(model, PeftModel):
-        with explain_peft(folder):
-            set_peft_model_state_dict(model, found, low_cpu_mem_usage=True)
+        with ExplainLibraryError(folder / PEFT_CONFIG):
+            set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     else:
         with torch.no_grad():
             for name, tensor in expected.items():
-                tensor.copy_(found[name])
+                tensor.copy_(tensors[name])
 
 
-def _check_header(
+def check_whole_model(folder: Path) -> None:
+    """Check a whole model's folder, before transformers makes any of its tensors.
+
+    Raises:
+        AdapterError: If a file is missing, a link out of the folder or malformed, a configuration names other code or
+            files, or the saved tensors are not those that `config.json` needs.
+    """
+    for name, keys in _REDIRECTS.items():
+        if name != "config.json" and not (folder / name).is_file():
+            continue
+        values = read_object(folder / name)
+        for key in keys:
+            if values.get(key) is not None:
+                raise AdapterError(
+                    f"{folder / name}: {key} is {str(values[key])[:100]!r}; this package loads no other code, "
+                    "kernels or files than those of a plain DistilBERT; remove it"
+                )
+    if (folder / "tokenizer.json").is_file():
+        read_bytes(folder / "tokenizer.json", limit=MAX_TOKENIZER_BYTES)
+    path = folder / "model.safetensors"
+    header = read_header(path)
+    with ExplainLibraryError(folder / "config.json"):
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.n_layers > len(header):
+            raise AdapterError(
+                f"{folder / 'config.json'}: n_layers is {config.n_layers}; {path} has {len(header)} tensors"
+            )
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+    if not any(name.startswith(HEAD) for name in header):
+        raise AdapterError(
+            f"{folder}: is an encoder without a classification head; train one on it first"
+        )
+    check_header(path, header, model.state_dict(), STOCK_DTYPES)
+
+
+def check_header(
     path: Path, header: Header, expected: Mapping[str, torch.Tensor], dtypes: tuple[str, ...]
 ) -> None:
-    for label, names in (
-        ("is missing", expected.keys() - header.keys()),
-        ("is unknown", header.keys() - expected.keys()),
-    ):
-        if names:
-            raise AdapterError(f"{path}: tensor {min(names)[:200]} {label} ({len(names)} in all)")
-    for name, (dtype, shape) in header.items():
-        if shape != expected[name].shape:
-            raise AdapterError(
-                f"{path}: {name} has shape {shape}, expected {tuple(expected[name].shape)}"
-            )
+    """Compare the header of a safetensors file with the tensors that a model needs.
+
+    Args:
+        path: The file.
+        header: Its header.
+        expected: Name to a tensor of the same shape, which may be on the meta device.
+        dtypes: Allowed dtypes, as safetensors writes them.
+
+    Raises:
+        AdapterError: If a tensor is missing, or has another shape or dtype.
+    """
+    if missing := expected.keys() - header.keys():
+        raise AdapterError(
+            f"{path}: tensor {min(missing)[:200]} is missing ({len(missing)} in all)"
+        )
+    for name, tensor in expected.items():
+        dtype, shape = header[name]
+        if shape != tensor.shape:
+            raise AdapterError(f"{path}: {name} has shape {shape}, expected {tuple(tensor.shape)}")
         if dtype not in dtypes:
             raise AdapterError(f"{path}: {name} has dtype {dtype}; allowed: {', '.join(dtypes)}")
+
+
+def check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors with a value that is not finite.
+
+    Raises:
+        AdapterError: If there is one, with the name of its tensor.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{path}: {name} holds a value that is not finite")

@@ -15,9 +15,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card, load_card
-from lora_sentiment.adapter.merge_record import check_files, read_stamp
+from lora_sentiment.adapter.merge_record import read_merge_record
 from lora_sentiment.adapter.peft_file import PEFT_CONFIG
 from lora_sentiment.adapter.predictions import PREDICTIONS
+from lora_sentiment.adapter.safe_files import check_files
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import AdapterError, ModelError
@@ -125,13 +126,13 @@ def _check_name(name: str) -> None:
 
 def _read_recorded(folder: Path) -> tuple[dict[str, str], str]:
     """Return the recorded hashes and the base's name of a merged or exported model."""
-    stamp = read_stamp(folder) if (folder / "config.json").is_file() else None
-    if stamp is None:
+    record = read_merge_record(folder) if (folder / "config.json").is_file() else None
+    if record is None:
         raise AdapterError(
             f"{folder}: is nothing that this package made and verified: there is neither card.json (an adapter) nor a "
-            "config.json with a stamp (a merged or exported model); `hf upload` sends any folder"
+            "config.json with a lora_sentiment record (a merged or exported model); `hf upload` sends any folder"
         )
-    return stamp.files, stamp.base
+    return record.files, record.base
 
 
 def _list_files(folder: Path, known: frozenset[str], recorded: Mapping[str, str]) -> list[str]:

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from lora_sentiment.adapter import folder as folder_module
 from lora_sentiment.adapter.folder import load
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import hash_file
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.method import (
     AdaloraMethod,
@@ -32,11 +31,11 @@ from lora_sentiment.recipe.method import (
     VeraMethod,
 )
 from lora_sentiment.recipe.model import ModelConfig
-from tests.random_adapters import save_random
+from tests.random_adapters import reseal, save_random
 
 LABELS = ("no", "yes", "maybe")
 # As many texts as it takes to reach every unit: a card vouches for what its probe asks.
-IDS = [[2, *range(first, first + 5), 3] for first in range(5, 65, 5)]
+IDS = [[2, *range(first, first + 12), 3] for first in range(5, 65, 12)]
 METHODS = {
     "lora": LoraMethod(r=4, rank_pattern={"q_lin": 2}),
     "dora": LoraMethod(r=4, target_modules="all-linear", use_dora=True),
@@ -269,9 +268,7 @@ def mutate(rng, folder, outside):
         data = change_json(rng, json.loads(data), options)
     path.write_bytes(data)
     if path.name != "card.json" and rng.random() < 0.75:
-        card = json.loads((folder / "card.json").read_text())
-        card["files"][path.name] = hash_file(path)
-        (folder / "card.json").write_text(json.dumps(card))
+        reseal(folder)
 
 
 class Largest(TorchDispatchMode):
@@ -403,8 +400,8 @@ def find_problem(folder, original, tiny_base, *, traced):
 
 @pytest.mark.parametrize(
     "seeds",
-    [range(100), pytest.param(range(1000, 3000), marks=pytest.mark.slow)],
-    ids=["100", "2000"],
+    [range(60), pytest.param(range(1000, 3000), marks=pytest.mark.slow)],
+    ids=["60", "2000"],
 )
 def test_a_mutated_folder_answers_the_same_or_is_refused(
     originals, cached_base, tiny_base, tmp_path, seeds
@@ -413,7 +410,7 @@ def test_a_mutated_folder_answers_the_same_or_is_refused(
     outside.write_bytes(b"{}")
     for folder in originals.values():
         load(folder)  # what PEFT imports on first use
-    intact = {name: attempt(folder, traced=len(seeds) > 100) for name, folder in originals.items()}
+    intact = {name: attempt(folder, traced=len(seeds) > 60) for name, folder in originals.items()}
     problems, refusals = [], []
     for seed in seeds:
         rng = random.Random(seed)
@@ -422,7 +419,7 @@ def test_a_mutated_folder_answers_the_same_or_is_refused(
         shutil.copytree(originals[name], folder)
         mutate(rng, folder, outside)
         try:
-            traced = len(seeds) > 100 and seed % 5 == 0
+            traced = len(seeds) > 60 and seed % 5 == 0
             problem, answer = find_problem(folder, intact[name], tiny_base, traced=traced)
         except Exception as error:
             problem, answer = f"raised {error!r}", error

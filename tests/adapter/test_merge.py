@@ -1,10 +1,12 @@
+"""A merged model answers as its adapter in stock transformers, or is refused."""
+
 import json
-import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -13,66 +15,57 @@ from transformers import (
 )
 
 from lora_sentiment.adapter import merge as merge_module
-from lora_sentiment.adapter.folder import compute_probe, load, load_card
+from lora_sentiment.adapter.card import make_merged_card
+from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, load_card
 from lora_sentiment.adapter.merge import merge
-from lora_sentiment.adapter.merge_record import check_files, read_stamp
-from lora_sentiment.adapter.merged_card import make_merged_card
+from lora_sentiment.adapter.merge_record import read_merge_record
+from lora_sentiment.adapter.safe_files import check_files
 from lora_sentiment.commands.terminal import show_compared
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import take_place, write_json
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.data import DataConfig
-from tests.adapter.test_folder import alter_tensors, reseal
+from lora_sentiment.recipe.method import HeadMethod, LoraMethod, Method
 from tests.conftest import toy_rows, write_csv
-from tests.test_every_method import LABELS, PAIRS, make, train, write
+from tests.random_adapters import alter_json, save_random
+from tests.test_every_method import LABELS, METHODS, PAIRS
 
 TEXT = "a really good film and a warm plot"
+# Two methods on each quantised base see what quantising changes. The others are slow.
+QUICK = ("lora-patterns", "ia3-regex")
 
 
-def save(folder, tiny_base, name="lora", quantize="none", steps=3):
-    base, method, config, model = make(name, quantize, tiny_base)
-    train(model, base, method, steps=steps)
-    write(folder, model.eval(), base, method, config)
+@pytest.fixture(scope="module")
+def original(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original") / "a"
+    # With this seed more than half of the toy rows are right.
+    save_random(folder, tiny_base, LoraMethod(r=4, lora_alpha=8), labels=LABELS, seed=2)
     return folder
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_base, tmp_path_factory):
-    return save(tmp_path_factory.mktemp("trained") / "a", tiny_base, steps=20)
-
-
 @pytest.fixture
-def adapter(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "a")
+def adapter(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "a")
 
 
 @pytest.fixture(scope="module")
-def trained_4bit(tiny_base, tmp_path_factory):
+def adapter_4bit(tiny_base, tmp_path_factory):
     """An adapter on a toy base that 4 bits change much, with a probe long enough to show it."""
-    folder = save(tmp_path_factory.mktemp("trained") / "a", tiny_base, quantize="nf4")
-    ids = torch.randint(5, 80, (200, 8), generator=torch.Generator().manual_seed(0)).tolist()
-    alter_card(folder, probe=compute_probe(load(folder).model, ids).model_dump())
+    folder = tmp_path_factory.mktemp("original") / "a"
+    probe = torch.randint(5, 80, (100, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    method = LoraMethod(r=4, lora_alpha=8)
+    save_random(folder, tiny_base, method, labels=LABELS, probe=probe, seed=2, quantize="nf4")
     return folder
 
 
 @pytest.fixture
 def with_rows(adapter, tmp_path):
-    """The adapter with validation rows that can be had."""
+    """The adapter with validation rows that can be read."""
     config = DataConfig(source={"train": str(write_csv(tmp_path / "train.csv", toy_rows(200)))})
     rows = load_data(config).validation
-    data = {
-        "config": config.model_dump(mode="json"),
-        "train_sha256": "0",
-        "validation_sha256": rows.fingerprint,
-    }
-    alter_card(adapter, data=data)
+    record = DataRecord(config=config, train_sha256="0", validation_sha256=rows.fingerprint)
+    alter_json(adapter, "card.json", data=record.model_dump(mode="json"))
     return adapter
-
-
-def alter_card(folder, **changes):
-    card = json.loads((folder / "card.json").read_text())
-    write_json(folder / "card.json", card | changes)
 
 
 def alter_what_is_written(monkeypatch, change):
@@ -97,26 +90,43 @@ def refused(adapter, out, match, error=AdapterError, **options):
     assert sorted(path.name for path in adapter.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize(("name", "quantize"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    [
+        pytest.param(
+            name,
+            quantize,
+            marks=[] if quantize == "none" or name in QUICK else pytest.mark.slow,
+            id=f"{name}-{quantize}",
+        )
+        for name, quantize in PAIRS
+    ],
+)
 def test_every_method_answers_the_same_merged(name, quantize, tiny_base, tmp_path):
-    save(tmp_path / "a", tiny_base, name, quantize)
-    done = merge(
-        tmp_path / "a", tmp_path / "out", into="base" if quantize == "none" else "dequantised"
+    method = TypeAdapter(Method).validate_python(METHODS[name])
+    save_random(
+        tmp_path / "a",
+        tiny_base,
+        method,
+        labels=LABELS,
+        quantize=quantize,
+        double_quant=quantize == "nf4",
     )
-    found = {into: parts["probe"] for into, parts in done.compared.items()}
-    assert all(
-        figures["rows"] == 3 and np.isfinite(figures["max_difference"])
-        for figures in found.values()
-    )
+    into = "base" if quantize == "none" else "dequantised"
+    done = merge(tmp_path / "a", tmp_path / "out", into=into)
+    found = {choice: parts["probe"] for choice, parts in done.compared.items()}
+    for figures in found.values():
+        assert figures["rows"] == 3
+        assert np.isfinite(figures["max_difference"])
     if quantize == "none":
         assert found.keys() == {"base"}
         assert found["base"]["max_difference"] <= 2e-5
         assert found["base"]["allowed"] >= 1e-4
     else:
         assert found.keys() == {"base", "dequantised"}
-        # A forward in 4 bits is one over dequantised weights; in 8 bits it rounds its input too.
+        # A forward in 4 bits uses dequantised weights. A forward in 8 bits also rounds its input.
         assert found["dequantised"]["max_difference"] <= {"nf4": 2e-5, "int8": 0.5}[quantize]
-    assert read_stamp(tmp_path / "out").into == done.into
+    assert read_merge_record(tmp_path / "out").into == done.into
 
 
 def test_the_folder_is_a_stock_classifier(adapter, tiny_base, tmp_path):
@@ -147,19 +157,19 @@ def test_the_folder_is_a_stock_classifier(adapter, tiny_base, tmp_path):
     assert {path.name for path in out.iterdir()} == names
 
 
-def test_the_stamp_names_adapter_and_base_and_what_was_compared(adapter, tmp_path):
+def test_the_record_names_adapter_and_base_and_what_was_compared(adapter, tmp_path):
     done = merge(adapter, tmp_path / "out")
-    card, stamp = load_card(adapter), read_stamp(tmp_path / "out")
-    assert (stamp.adapter_sha256, stamp.base_sha256) == (card.sha256, card.base.base_sha256)
-    assert (stamp.max_length, stamp.method, stamp.dtype, stamp.clean) == (
+    card, record = load_card(adapter), read_merge_record(tmp_path / "out")
+    assert (record.adapter_sha256, record.base_sha256) == (card.sha256, card.base.base_sha256)
+    assert (record.max_length, record.method, record.dtype, record.clean) == (
         16,
         "lora",
         "float32",
         True,
     )
-    assert stamp.compared["base"]["probe"] == done.compared["base"]["probe"]
-    check_files(tmp_path / "out", stamp.files)
-    assert stamp.files.keys() == {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert record.compared["base"]["probe"] == done.compared["base"]["probe"]
+    check_files(tmp_path / "out", record.files)
+    assert record.files.keys() == {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     readme = (tmp_path / "out/README.md").read_text()
     assert card.sha256 in readme
     assert "`negative`, `positive`" in readme
@@ -173,8 +183,8 @@ def test_the_stamp_names_adapter_and_base_and_what_was_compared(adapter, tmp_pat
 )
 def test_the_card_names_a_base_of_the_hub_alone(adapter, tmp_path, base, line):
     merge(adapter, tmp_path / "out")
-    stamp = read_stamp(tmp_path / "out").model_copy(update={"base": base})
-    metadata = make_merged_card("out", ("negative", "positive"), stamp).split("---\n")[1]
+    record = read_merge_record(tmp_path / "out").model_copy(update={"base": base})
+    metadata = make_merged_card("out", ("negative", "positive"), record).split("---\n")[1]
     assert (
         "".join(found for found in metadata.splitlines(True) if found.startswith("base_model"))
         == line
@@ -204,7 +214,7 @@ def test_validation_rows_are_compared_where_they_can_be_had(with_rows, tmp_path)
     found = merge(with_rows, tmp_path / "out").compared["base"]["validation"]
     assert (found["rows"], found["flips"]) == (20, 0)
     assert found["max_difference"] <= 2e-5
-    assert found["accuracy_adapter"] == found["accuracy_merged"] > 0.5
+    assert found["accuracy_adapter"] == found["accuracy_merged"]
     assert (
         merge(with_rows, tmp_path / "fewer", max_rows=6).compared["base"]["validation"]["rows"] == 6
     )
@@ -252,24 +262,24 @@ def test_another_dtype_excuses_no_wrong_merge(adapter, tmp_path, monkeypatch):
 
 
 def test_both_ways_of_a_quantised_base_are_measured_and_the_worse_is_refused(
-    trained_4bit, tmp_path
+    adapter_4bit, tmp_path
 ):
-    adapter = shutil.copytree(trained_4bit, tmp_path / "a")
+    adapter = shutil.copytree(adapter_4bit, tmp_path / "a")
     refused(
         adapter,
         tmp_path / "out",
-        "of 200 probe rows get another label, allowed 1 %; --into dequantised stays within",
+        "of 100 probe rows get another label, allowed 1 %; --into dequantised stays within",
     )
     done = merge(adapter, tmp_path / "out", into="dequantised")
-    assert done.compared["base"]["probe"]["flips"] > 2
+    assert done.compared["base"]["probe"]["flips"] > 1
     assert done.compared["dequantised"]["probe"]["flips"] == 0
     assert (
-        read_stamp(tmp_path / "out").compared
+        read_merge_record(tmp_path / "out").compared
         == json.loads((tmp_path / "out/config.json").read_text())["lora_sentiment"]["compared"]
     )
     readme = (tmp_path / "out/README.md").read_text()
-    assert "| base | probe, 200 rows | " in readme
-    assert "| dequantised | probe, 200 rows | " in readme
+    assert "| base | probe, 100 rows | " in readme
+    assert "| dequantised | probe, 100 rows | " in readme
 
 
 def test_accuracy_may_not_fall(with_rows, tmp_path, monkeypatch):
@@ -282,7 +292,7 @@ def test_accuracy_may_not_fall(with_rows, tmp_path, monkeypatch):
 CORRUPTIONS = {
     "altered": (
         lambda t: t["classifier.bias"][0].add_(1),
-        r"answers otherwise than the adapter: its logits differ by 1 ",
+        r"answers differently from the adapter: its logits differ by 1 ",
     ),
     "missing": (
         lambda t: t.pop("classifier.bias"),
@@ -302,28 +312,29 @@ def test_a_corrupted_merge_is_refused(name, adapter, tmp_path, monkeypatch):
     refused(adapter, tmp_path / "out", match)
 
 
-def test_a_merge_that_cannot_be_read_back_is_refused(adapter, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("model.safetensors", lambda data: data[:-10], "that was written cannot be loaded again"),
+        (
+            "tokenizer.json",
+            lambda data: data.replace(b'"good"', b'"goods"'),
+            "another tokenizer or other labels",
+        ),
+    ],
+)
+def test_a_merge_that_is_read_back_differently_is_refused(
+    name, change, match, adapter, tmp_path, monkeypatch
+):
     reload = merge_module._reload
 
-    def reload_truncated(folder, card):
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-10])
+    def reload_changed(folder, card):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
         return reload(folder, card)
 
-    monkeypatch.setattr(merge_module, "_reload", reload_truncated)
-    refused(adapter, tmp_path / "out", "that was written cannot be loaded again")
-
-
-def test_another_tokenizer_beside_the_merge_is_refused(adapter, tmp_path, monkeypatch):
-    reload = merge_module._reload
-
-    def reload_renamed(folder, card):
-        path = folder / "tokenizer.json"
-        path.write_text(path.read_text().replace('"good"', '"goods"'))
-        return reload(folder, card)
-
-    monkeypatch.setattr(merge_module, "_reload", reload_renamed)
-    refused(adapter, tmp_path / "out", "another tokenizer or other labels")
+    monkeypatch.setattr(merge_module, "_reload", reload_changed)
+    refused(adapter, tmp_path / "out", match)
 
 
 @pytest.mark.parametrize(
@@ -355,13 +366,13 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_loaded(adapter, tmp
 
 
 def test_a_place_that_is_taken_meanwhile_is_left_alone(adapter, tmp_path, monkeypatch):
-    stamp = merge_module.write_stamp
+    write = merge_module.write_merge_record
 
-    def stamp_late(folder, values):
-        stamp(folder, values)
+    def write_late(folder, record):
+        write(folder, record)
         (tmp_path / "out").mkdir()
 
-    monkeypatch.setattr(merge_module, "write_stamp", stamp_late)
+    monkeypatch.setattr(merge_module, "write_merge_record", write_late)
     with pytest.raises(AdapterError, match="written by another process meanwhile"):
         merge(adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out"]
@@ -379,48 +390,26 @@ def test_a_merged_model_is_no_adapter_and_no_base(adapter, tiny_base, tmp_path):
     refused(
         adapter,
         tmp_path / "twice",
-        f"out: is no base: it already holds the adapter {sha256}",
+        f"out: is not a base: it already holds the adapter {sha256}",
         base=str(tmp_path / "out"),
     )
     # The hash of the encoder alone would let this one through.
-    save(tmp_path / "head", tiny_base, "head")
+    save_random(tmp_path / "head", tiny_base, HeadMethod(kind="head"), labels=LABELS)
     merge(tmp_path / "head", tmp_path / "probed")
-    refused(tmp_path / "head", tmp_path / "twice", "is no base", base=str(tmp_path / "probed"))
+    refused(tmp_path / "head", tmp_path / "twice", "is not a base", base=str(tmp_path / "probed"))
 
 
 def test_an_adapter_trained_on_a_merged_model_is_merged_into_it(adapter, tmp_path):
     merge(adapter, tmp_path / "first")
-    save(tmp_path / "b", tmp_path / "first")
+    save_random(tmp_path / "b", tmp_path / "first", LoraMethod(), labels=LABELS)
     merge(tmp_path / "b", tmp_path / "second")
-    assert read_stamp(tmp_path / "second").adapter_sha256 == load_card(tmp_path / "b").sha256
-
-
-def test_what_is_no_adapter_is_refused(tiny_base, tmp_path):
-    (tmp_path / "a").mkdir()
-    refused(tmp_path / "a", tmp_path / "out", "is no adapter folder")
-    with pytest.raises(AdapterError, match="is no adapter folder"):
-        merge(tiny_base, tmp_path / "out")
-
-
-def test_another_base_is_refused(adapter, tiny_base, tmp_path):
-    shutil.copytree(tiny_base, tmp_path / "other")
-    tensors = load_file(tmp_path / "other/model.safetensors")
-    tensors["embeddings.LayerNorm.bias"][0] += 1e-3
-    save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
-    refused(
-        adapter,
-        tmp_path / "out",
-        "was trained on the base .* with hash",
-        base=str(tmp_path / "other"),
-    )
+    assert read_merge_record(tmp_path / "second").adapter_sha256 == load_card(tmp_path / "b").sha256
 
 
 def test_a_base_that_moved_is_found_where_one_says(adapter, tiny_base, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "moved")
-    alter_card(
-        adapter,
-        base=json.loads((adapter / "card.json").read_text())["base"] | {"name": "/nowhere/base"},
-    )
+    base = json.loads((adapter / "card.json").read_text())["base"]
+    alter_json(adapter, "card.json", base=base | {"name": "/nowhere/base"})
     refused(adapter, tmp_path / "out", "name it with --base", error=ModelError)
     merge(adapter, tmp_path / "out", base=str(tmp_path / "moved"))
 
@@ -433,19 +422,6 @@ def test_a_base_that_changes_while_it_is_merged_is_refused(adapter, tmp_path, mo
 
     monkeypatch.setattr(merge_module, "load_base", load_changed)
     refused(adapter, tmp_path / "out", "changed on disk while")
-
-
-def test_a_truncated_adapter_and_one_without_a_head_tensor_are_refused(trained, tmp_path):
-    path = shutil.copytree(trained, tmp_path / "cut") / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    refused(tmp_path / "cut", tmp_path / "out", "was altered after it was saved")
-    reseal(tmp_path / "cut")
-    refused(tmp_path / "cut", tmp_path / "out", "cannot be read")
-    shutil.copytree(trained, tmp_path / "headless")
-    alter_tensors(
-        tmp_path / "headless", lambda tensors: tensors.pop("base_model.model.classifier.bias")
-    )
-    refused(tmp_path / "headless", tmp_path / "out", r"tensor .*classifier\.bias is missing")
 
 
 def test_a_method_that_peft_cannot_merge_is_refused_with_its_reason(adapter, tmp_path, monkeypatch):
@@ -471,14 +447,8 @@ def test_options_that_are_not_allowed_are_refused(adapter, tmp_path):
         refused(adapter, tmp_path / "out", match, error=ModelError, **options)
 
 
-def test_no_text_of_the_training_data_is_in_the_folder(with_rows, tmp_path):
-    merge(with_rows, tmp_path / "out")
-    kept = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
-    assert not [text for text, _ in toy_rows(200) if text.encode() in kept]
-
-
 def test_a_text_cut_elsewhere_is_said_in_the_readme(adapter, tmp_path):
-    alter_card(adapter, truncation="head_tail")
+    alter_json(adapter, "card.json", truncation="head_tail")
     merge(adapter, tmp_path / "out")
     assert "this pipeline keeps the first tokens" in (tmp_path / "out/README.md").read_text()
 
@@ -489,16 +459,3 @@ def test_what_is_not_finite_is_printed_as_that(capsys):
     assert capsys.readouterr().out == (
         "dequantised 32 probe rows: logits that are not finite, 3 other labels\n"
     )
-
-
-def test_everything_that_a_folder_holds_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
-    synced = []
-    fsync = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle))
-    )
-    (tmp_path / "aside/onnx").mkdir(parents=True)
-    (tmp_path / "aside/onnx/model.onnx").write_bytes(b"1")
-    held = [path.stat().st_ino for path in (tmp_path / "aside", *(tmp_path / "aside").rglob("*"))]
-    take_place(tmp_path / "aside", tmp_path / "out")
-    assert sorted(synced) == sorted([*held, tmp_path.stat().st_ino])

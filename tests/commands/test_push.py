@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub.constants
 import pytest
 
-from lora_sentiment.adapter.merge_record import Stamp, write_stamp
+from lora_sentiment.adapter.merge_record import MergeRecord, write_merge_record
 from lora_sentiment.commands.push import push
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, write_json
@@ -125,12 +125,12 @@ def exported(tmp_path):
         '```python\nimport lora_sentiment\n\nlora_sentiment.load("merged.model/onnx/model.onnx")\n```\n'
     )
     write_json(folder / "config.json", {"id2label": {"0": "a", "1": "b"}})
-    stamp = Stamp(
+    record = MergeRecord(
         schema=1, adapter_sha256="1", base_sha256="2", base="distilbert/x", method="lora", into="base", dtype="float32",
         max_length=16, truncation="head", clean=True, calibration=None, compared={},
         files={name: hash_file(folder / name) for name in names},
     )  # fmt: skip
-    write_stamp(folder, stamp)
+    write_merge_record(folder, record)
     return folder
 
 
