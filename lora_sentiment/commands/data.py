@@ -15,7 +15,7 @@ from lora_sentiment.training.offline import resolve_offline
 log = logging.getLogger("lora_sentiment")
 
 
-def survey(recipe: Recipe) -> DataReport:
+def describe_data(recipe: Recipe) -> DataReport:
     """Read every split of a recipe, what is judged too, and count what stands in it; no weights are loaded.
 
     Raises:
