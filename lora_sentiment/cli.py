@@ -1,4 +1,4 @@
-"""The command line: `lora-sentiment VERB`. Only it and `terminal` print."""
+"""The command line: `lora-sentiment VERB`. Only this module and `console` print."""
 
 import io
 import json
@@ -7,21 +7,15 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from lora_sentiment.commands.terminal import (
-    answer_lines,
-    answer_table,
-    explain_lines,
-    refuse_combinations,
-    show_compared,
-    show_scores,
-)
-from lora_sentiment.console import is_main, show_table
+from lora_sentiment.console import is_main, show_rich, show_table
 from lora_sentiment.errors import (
+    DataError,
     LoraSentimentError,
     ModelError,
     RecipeError,
@@ -32,22 +26,42 @@ from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.recipe.recipe import Recipe, make_schema
 from lora_sentiment.serve.config import make_config, show_limits
 
+if TYPE_CHECKING:
+    from lora_sentiment.classifier import Classifier
+
+# Every verb imports its own module when it runs: `--help`, `validate` and `schema` load no torch.
+
 app = typer.Typer(
     name="lora-sentiment",
-    help="Fine-tune DistilBERT classifiers with LoRA, judge them, and take them out.",
+    help="Fine-tune DistilBERT classifiers with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
 EXIT_STOPPED = 75
-"""Exit code of a run that was told to stop and is saved: sysexits.h's EX_TEMPFAIL, to be tried again."""
+"""Exit code of a run that a signal stopped after it was saved: EX_TEMPFAIL of sysexits.h, try again."""
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys, values in YAML."),
 ]
+AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")]
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="New folder. It appears when it is complete.")
+]
+BaseOption = Annotated[
+    str | None, typer.Option(help="Where the base is, if not where the card says.")
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
+]
+IntoOption = Annotated[
+    Literal["base", "dequantised"],
+    typer.Option(help="Merge into the published base, or into the dequantised one."),
+]
+RowsOption = Annotated[int, typer.Option(min=1, help="Most validation rows to compare on.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -57,22 +71,29 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the last checkpoint; means train.resume=always."),
+        typer.Option("--resume", help="Resume the last checkpoint: train.resume=always."),
     ] = False,
     allow_changes: Annotated[
         bool,
         typer.Option(
             "--allow-changes",
-            help="Go on although recipe, data, versions or machine are others now.",
+            help="Resume although recipe, data, versions or machine have changed.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe and save its adapter. Under a launcher: accelerate launch -m lora_sentiment.train RECIPE."""
-    loaded = Recipe.load(recipe, [*(overrides or ()), *(["train.resume=always"] if resume else ())])
+    """Train a recipe and save its adapter.
+
+    Under a launcher: accelerate launch -m lora_sentiment.train RECIPE.
+    """
+    overrides = list(overrides or ())
+    if resume:
+        overrides.append("train.resume=always")
+    loaded = Recipe.load(recipe, overrides)
     if allow_changes and loaded.train.resume == "never":
         raise RecipeError(
-            "train: --allow-changes is of a run that goes on, and train.resume is never; leave one out"
+            "train: --allow-changes needs a resumed run, but train.resume=never starts a new one; "
+            "remove one of the two"
         )
     from lora_sentiment.train import train as run_train
     from lora_sentiment.training.report import report_roles
@@ -92,57 +113,35 @@ def train(
         typer.echo(f"quantised   {run.report['quantisation']['verdict']}")
     for role in report_roles(run.report):
         typer.echo(f"{role} (95 % intervals)")
-        show_scores(run.report[role])
+        _show_scores(run.report[role])
 
 
 @app.command()
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    adapter: AdapterArgument,
     source: Annotated[
         str | None,
-        typer.Option(help="Judge on this file or Hub data set instead of the recorded one."),
+        typer.Option(help="Score on this file or Hub data set instead of the recorded one."),
     ] = None,
     split: Annotated[
         str,
-        typer.Option(
-            help="A judged role, such as test, or validation; of --source a split's own name."
-        ),
+        typer.Option(help="A scored role, such as test, or validation; or a split of --source."),
     ] = "test",
-    base: Annotated[
-        str | None, typer.Option(help="Where to find the base, if not where the card says.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
-    ] = "auto",
+    base: BaseOption = None,
+    dtype: DtypeOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score an adapter, rebuilt from its folder alone, its base checked by hash."""
+    """Score an adapter, rebuilt from its folder alone. The base is checked by its hash."""
     from lora_sentiment.commands.evaluate import evaluate as run_evaluate
 
-    found = run_evaluate(adapter, source=source, split=split, base=base, dtype=dtype)
+    evaluation = run_evaluate(adapter, source=source, split=split, base=base, dtype=dtype)
     if not is_main():
         return
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        typer.echo(json.dumps(evaluation.as_dict()))
         return
-    typer.echo(f"{found.split}: {found.num_rows:,} rows, 95 % intervals")
-    show_scores({name: interval.as_dict() for name, interval in found.scores.items()})
-
-
-AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")]
-OutArgument = Annotated[
-    Path, typer.Argument(metavar="OUT", help="New folder; it appears finished or not at all.")
-]
-BaseOption = Annotated[
-    str | None, typer.Option(help="Where to find the base, if not where the card says.")
-]
-IntoOption = Annotated[
-    Literal["base", "dequantised"],
-    typer.Option(
-        help="Merge into the base as it was published, or what quantising had left of it."
-    ),
-]
-RowsOption = Annotated[int, typer.Option(min=1, help="Most validation rows to compare on.")]
+    typer.echo(f"{evaluation.split}: {evaluation.num_rows:,} rows, 95 % intervals")
+    _show_scores({name: interval.as_dict() for name, interval in evaluation.scores.items()})
 
 
 @app.command()
@@ -157,7 +156,7 @@ def merge(
     max_rows: RowsOption = 500,
     as_json: Json = False,
 ) -> None:
-    """Merge an adapter into one stock model, reload that with plain transformers, and hold it to the adapter."""
+    """Merge an adapter into its base, load the result with transformers, and compare the two."""
     from lora_sentiment.adapter.merge import merge as run_merge
 
     done = run_merge(
@@ -185,12 +184,12 @@ def export(
     base: BaseOption = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Most points of accuracy (of 100) that int8 may cost; 0.5 by default."),
+        typer.Option(help="Most accuracy points (of 100) that int8 may cost; by default 0.5."),
     ] = None,
     max_rows: RowsOption = 500,
     as_json: Json = False,
 ) -> None:
-    """Export an adapter for other runtimes, open it there, and hold its answers to the merged model's."""
+    """Export an adapter for other runtimes, run it there, and compare it with the merged model."""
     from lora_sentiment.adapter.export import export as run_export
 
     done = run_export(
@@ -233,11 +232,11 @@ def predict(
         Path | None, typer.Option(help="Table to read: csv, tsv, jsonl, parquet, or .gz of these.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Table to write, its columns and the new ones.")
+        Path | None, typer.Option(help="Table to write: the input's columns and the new ones.")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of --input that is judged.")] = "text",
+    text_column: Annotated[str, typer.Option(help="Column of --input to answer.")] = "text",
     encoding: Annotated[str, typer.Option(help="Encoding of --input.")] = "utf-8",
-    prefix: Annotated[str, typer.Option(help="Begins the names of the new columns.")] = "",
+    prefix: Annotated[str, typer.Option(help="Start of the new columns' names.")] = "",
     all_scores: Annotated[
         bool, typer.Option("--all-scores", help="Give the probability of every label.")
     ] = False,
@@ -252,50 +251,68 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last whole part of a stopped run.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --output, or --html.")
+    ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show what each word does to the score.")
+        bool, typer.Option("--explain", help="Show the effect of each word on the score.")
     ] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write the explanations as a page; with --explain.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Of a stock PEFT folder: its labels in order, as a,b.")
+        str | None, typer.Option(help="Labels of a stock PEFT folder, in order, as a,b.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Of a stock folder: most tokens of a text.")
+        int | None, typer.Option(help="Most tokens of a text, for a stock folder.")
     ] = None,
     base: BaseOption = None,
-    dtype: Annotated[
-        str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Label texts, standard input, or a table however long."""
-    refuse_combinations(context)
+    """Label texts, standard input, or a table of any length."""
+    _refuse_ignored_options(context)
     from lora_sentiment.classifier import load
+    from lora_sentiment.commands.predict import (
+        predict_file,
+        predict_lines,
+        show_answer,
+        show_summary,
+    )
 
     names = [name.strip() for name in labels.split(",")] if labels else None
     classifier = load(model, labels=names, base=base, max_length=max_length, dtype=dtype)
-    for sentence in classifier.unverified if is_main() else ():
-        typer.echo(f"unverified: {sentence}", err=True)
-    reading: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
+    if is_main():
+        for sentence in classifier.unverified:
+            typer.echo(f"unverified: {sentence}", err=True)
     if input and output:
-        table = {
-            "text_column": text_column,
-            "encoding": encoding,
-            "prefix": prefix,
-            "all_scores": all_scores,
-        }
-        run = {"rows_per_part": rows_per_part, "resume": resume, "overwrite": overwrite}
-        answer_table(classifier, input, output, as_json=as_json, **reading, **table, **run)
-    elif explain and is_main():
-        lines = texts or filter(str.strip, sys.stdin)
-        explain_lines(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **reading)
-    elif is_main():
-        answer_lines(
-            classifier, texts or sys.stdin, all_scores=all_scores, as_json=as_json, **reading
+        summary = predict_file(
+            classifier,
+            input=input,
+            output=output,
+            text_column=text_column,
+            encoding=encoding,
+            prefix=prefix,
+            all_scores=all_scores,
+            stride=stride,
+            calibrated=calibrated,
+            rows_per_part=rows_per_part,
+            resume=resume,
+            overwrite=overwrite,
         )
+        if is_main():
+            typer.echo(json.dumps(vars(summary)) if as_json else show_summary(summary, output))
+        return
+    if not is_main():
+        return
+    if explain:
+        lines = texts or filter(str.strip, sys.stdin)
+        options: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
+        _explain(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **options)
+        return
+    answers = predict_lines(classifier, texts or sys.stdin, stride=stride, calibrated=calibrated)
+    for answer in answers:
+        typer.echo(show_answer(answer, all_scores=all_scores, as_json=as_json))
 
 
 @app.command()
@@ -306,20 +323,18 @@ def serve(
     ] = None,
     watch: Annotated[
         Path | None,
-        typer.Option(help="Serve the adapter folders in this one, as long as they are there."),
+        typer.Option(help="Serve the adapter folders in this folder, as they come and go."),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but loopback needs a key.")
+        str, typer.Option(help="Address to listen on. Any address but loopback needs a key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(
-            help="A file with the key that requests must bring: Authorization: Bearer KEY."
-        ),
+        typer.Option(help="File with the key for requests: Authorization: Bearer KEY."),
     ] = None,
     no_api_key: Annotated[
-        bool, typer.Option("--no-api-key", help="Listen anywhere without a key.")
+        bool, typer.Option("--no-api-key", help="Listen on any address without a key.")
     ] = False,
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help=show_limits())
@@ -328,20 +343,21 @@ def serve(
         bool, typer.Option(help="Log each request: method, route, status, time.")
     ] = True,
     base: BaseOption = None,
-    dtype: Annotated[
-        str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
-    """Answer over HTTP with any number of adapters on one base, and show a page, until told to stop."""
-    where: dict[str, Any] = {
-        "host": host,
-        "port": port,
-        "access_log": access_log,
-        "base": base,
-        "dtype": dtype,
-    }
-    key: dict[str, Any] = {"api_key_file": api_key_file, "no_api_key": no_api_key}
-    config = make_config(limit or [], adapters=tuple(adapters or ()), watch=watch, **where, **key)
+    """Serve any number of adapters of one base over HTTP, with a page, until a signal."""
+    config = make_config(
+        limit or [],
+        adapters=tuple(adapters or ()),
+        watch=watch,
+        host=host,
+        port=port,
+        access_log=access_log,
+        base=base,
+        dtype=dtype,
+        api_key_file=api_key_file,
+        no_api_key=no_api_key,
+    )
     try:
         from lora_sentiment.serve.run import serve as run_server
     except ModuleNotFoundError as error:
@@ -356,14 +372,14 @@ def push(
     folder: Annotated[Path, typer.Argument(help="Adapter, merged or exported folder.")],
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Refuse a repository that all can see.")
+        bool, typer.Option("--private", help="Refuse a public repository; make a private one.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Send nothing: list the files and show the card.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Send a folder to the Hub, after checking its hashes and that nothing else lies in it."""
+    """Send a folder to the Hub, after checking its hashes and that it holds no other files."""
     from lora_sentiment.commands.push import push as run_push
 
     done = run_push(folder, name, private=private, dry_run=dry_run)
@@ -388,13 +404,13 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json 
 
 @app.command()
 def data(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Read a recipe's rows, judged ones too, and show balance, lengths, duplicates, bad rows, and what leaks."""
+    """Read a recipe's rows; show balance, lengths, duplicates, bad rows and leaks."""
     loaded = Recipe.load(recipe, overrides or ())
-    from lora_sentiment.commands.data import survey
+    from lora_sentiment.commands.data import describe_data
 
-    found = survey(loaded)
+    report = describe_data(loaded)
     if is_main():
-        typer.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.to_lines()))
+        typer.echo(json.dumps(report.as_dict()) if as_json else "\n".join(report.to_lines()))
 
 
 @app.command()
@@ -412,10 +428,10 @@ def compare(
         ),
     ] = None,
 ) -> None:
-    """Set recipes and adapters side by side: what each trains, saves and holds, and, where it ran, what it gave.
+    """Compare recipes and adapters: what each trains, saves and holds, and its scores if it ran.
 
-    No weights and no data are read. A recipe's own output folder is looked at; the first row is what the others are
-    paired with, on the rows that both were judged on.
+    No weights and no data are read. The scores of a recipe are those in its output folder. The
+    other rows are paired with the first one, on the rows that both were scored on.
     """
     from lora_sentiment.commands import compare as comparison
 
@@ -440,12 +456,15 @@ def estimate(
     probe: Annotated[
         bool,
         typer.Option(
-            "--probe", help="Take two real steps in a fresh process, and show the estimate's error."
+            "--probe", help="Take two real steps in a new process, and show the estimate's error."
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Estimate a recipe's memory by length, and the largest micro-batch that fits a budget, without weights or data."""
+    """Estimate a recipe's memory by length, and the largest micro-batch within a budget.
+
+    No weights and no data are read.
+    """
     from lora_sentiment.commands import estimate as estimation
 
     loaded = Recipe.load(recipe, overrides or ())
@@ -484,7 +503,7 @@ def sweep(
     ],
     as_json: Json = False,
 ) -> None:
-    """Run every combination of some values one after another, choose on validation, and say how to train the best."""
+    """Train every combination of some values, choose on validation, and show the best command."""
     from lora_sentiment.commands import sweep as sweeping
 
     done = sweeping.sweep(recipe, assignments)
@@ -504,7 +523,7 @@ def doctor(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show versions, processor, memory, devices, Hub, and every known trap that this machine shows."""
+    """Show versions, processor, memory, devices and Hub, and the known traps of this machine."""
     from lora_sentiment.commands.doctor import examine
 
     found = examine(hub=hub)
@@ -513,12 +532,118 @@ def doctor(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, which editors use to complete and check."""
+    """Print the JSON schema of a recipe, with which editors complete and check it."""
     typer.echo(json.dumps(make_schema(), indent=2))
 
 
+def show_compared(compared: Mapping[str, Any]) -> None:
+    """Print the rows that a merge or export was compared on, and the differences."""
+    for form, blocks in compared.items():
+        for part, facts in blocks.items():
+            if not isinstance(facts, dict):
+                continue
+            if "reason" in facts:
+                typer.echo(f"{form:<11} not compared on {part}: {facts['reason']}")
+                continue
+            difference = "logits that are not finite"
+            if facts["max_difference"] is not None:
+                difference = f"logits differ by {facts['max_difference']:.2g} at most"
+            cells = [difference, f"{facts['flips']:,} other labels"]
+            for key, value in facts.items():
+                if key.startswith("accuracy"):
+                    cells.append(f"{key.replace('_', ' ')} {value:.4f}")
+            typer.echo(f"{form:<11} {facts['rows']:,} {part} rows: {', '.join(cells)}")
+
+
+def _show_scores(scores: Mapping[str, Any]) -> None:
+    """Print metrics with their intervals."""
+    from lora_sentiment.evaluation.statistics import show_interval
+
+    width = max(map(len, scores))
+    for metric, interval in scores.items():
+        typer.echo(f"  {metric:<{width}} {show_interval(interval)}")
+
+
+def _explain(
+    classifier: "Classifier",
+    texts: Iterable[str],
+    *,
+    html: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Print the effect of each word of some texts, and write it as a page.
+
+    Raises:
+        DataError: If a text cannot be explained, after all others, or the page cannot be written.
+    """
+    from lora_sentiment.commands.explain import explain, to_html, to_rich
+
+    if html and html.exists() and not overwrite:
+        raise DataError(f"{html}: exists already; give another name, or --overwrite")
+    explanations = []
+    num_faults = 0
+    for text in texts:
+        try:
+            explanation = explain(classifier, text, **options)
+        except DataError as error:
+            num_faults += 1
+            typer.echo(f"error: {error}", err=True)
+            continue
+        explanations.append(explanation)
+        if as_json:
+            typer.echo(json.dumps(explanation.as_dict()))
+        else:
+            show_rich(to_rich(explanation))
+    if html:
+        try:
+            html.write_text(to_html(explanations), encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{html}: cannot be written: {error.strerror or error}") from error
+    if num_faults:
+        num_texts = len(explanations) + num_faults
+        raise DataError(f"{num_faults} of {num_texts} texts could not be explained")
+
+
+def _refuse_ignored_options(context: typer.Context) -> None:
+    """Refuse options of `predict` that would be ignored.
+
+    Raises:
+        RecipeError: Naming them.
+    """
+    given = set()
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            given.add(name)
+    if ("input" in given) != ("output" in given):
+        raise RecipeError("predict: --input and --output go together")
+    if {"texts", "input"} <= given:
+        raise RecipeError("predict: found both texts and --input; give one of them")
+    if {"input", "explain"} <= given:
+        raise RecipeError("predict: --explain is for texts and standard input, not for --input")
+    if "html" in given and "explain" not in given:
+        raise RecipeError("predict: --html writes explanations; add --explain")
+    if {"explain", "all_scores"} <= given:
+        raise RecipeError(
+            "predict: --explain shows the likeliest label's score; leave out --all-scores"
+        )
+    if "input" in given:
+        return
+    of_tables = ["text_column", "encoding", "prefix", "rows_per_part", "resume"]
+    if "html" not in given:
+        of_tables.append("overwrite")
+    ignored = [f"--{name.replace('_', '-')}" for name in of_tables if name in given]
+    if ignored:
+        raise RecipeError(
+            f"predict: {', '.join(ignored)}: only with --input and --output; name both, or leave "
+            "it out"
+        )
+
+
 def _prepare_streams() -> None:
-    """Read and write any byte, and end lines at newlines alone, so that lines and answers can be paired."""
+    """Accept any byte, and end lines at newlines alone, so that lines and answers can be paired."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape", newline="\n")
     for stream in (sys.stdout, sys.stderr):
@@ -527,18 +652,19 @@ def _prepare_streams() -> None:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line; what this package raises on purpose is shown as a message, without a traceback."""
+    """Run the command line. An error of this package becomes a message without a traceback."""
     main_process = is_main()
     _prepare_streams()
-    # What is being written aside goes when the process is told to stop.
+    # An exception, so that unfinished files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # transformers' own deprecations are no news to a user of this package.
+    # Deprecations within transformers do not concern a user of this package.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # Not the root logger: the Hub client shows its own lines, which would then stand twice.
+    # Not the root logger: the Hub's client shows its own lines, which would appear twice.
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
-    logging.getLogger("lora_sentiment").handlers = [handler]
-    logging.getLogger("lora_sentiment").setLevel(logging.INFO if main_process else logging.WARNING)
+    log = logging.getLogger("lora_sentiment")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO if main_process else logging.WARNING)
     try:
         app(arguments)
     except StoppedError as error:

@@ -1,24 +1,28 @@
-"""What every verb prints: tables and progress bars, by one process."""
+"""Tables and progress bars, which one process of a launch prints."""
 
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from tqdm.auto import tqdm
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 LOG_SECONDS = 15.0
+"""Seconds between two lines of a progress bar in a log file."""
 
 
 def make_bar(total: int, *, desc: str, unit: str, show: bool) -> Any:
     """Return a tqdm bar on standard error.
 
     Args:
-        total: Units in all.
-        desc: What is going on.
-        unit: What is counted; tokens are shown in thousands.
-        show: False for processes that do not speak.
+        total: Number of units.
+        desc: The work that is going on.
+        unit: Name of a unit. Tokens (`tok`) are shown in thousands.
+        show: False for processes that print nothing.
     """
     interval = 0.2 if sys.stderr.isatty() else LOG_SECONDS
     return tqdm(
@@ -34,7 +38,13 @@ def make_bar(total: int, *, desc: str, unit: str, show: bool) -> Any:
 def show_table(
     columns: Mapping[str, list[str]], notes: list[str], *, left: tuple[str, ...]
 ) -> None:
-    """Print columns side by side, and notes below."""
+    """Print columns side by side, and notes below.
+
+    Args:
+        columns: Heading to cells.
+        notes: One sentence each.
+        left: Headings of the columns that are aligned to the left.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -43,13 +53,20 @@ def show_table(
         table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
-    # A pipe has no width: nothing is cut there.
+    # A pipe has no width, so nothing is cut there.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 400)
     console.print(table)
     for note in notes:
         typer.echo(f"* {note}")
 
 
+def show_rich(text: "Text") -> None:
+    """Print styled text."""
+    from rich.console import Console
+
+    Console(highlight=False).print(text)
+
+
 def is_main() -> bool:
-    """Return whether this is the process that speaks."""
+    """Return whether this is the process of a launch that prints."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import subprocess
 import sys
 
@@ -159,19 +158,13 @@ def test_a_text_that_cannot_be_explained_leaves_the_others_and_the_page(
     assert "exists already; give another name, or --overwrite" in err
 
 
-def test_bytes_that_are_no_text_are_an_error_of_their_line(toy_adapter):
-    command = [sys.executable, "-m", "lora_sentiment.cli", "predict", str(toy_adapter), "--json"]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        command,
-        input=b"good\rfilm\nb\xff\nbad\n",
-        capture_output=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
-    assert [row["text"] for row in rows] == ["good\rfilm", "b\udcff", "bad"]
+def test_bytes_that_are_no_text_are_an_error_of_their_line(capsys, toy_adapter, monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(b"good\rfilm\nb\xff\nbad\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", given)
+    code, out, _ = call(capsys, "predict", toy_adapter, "--json")
+    assert code == 0
+    texts = [json.loads(line)["text"] for line in out.splitlines()]
+    assert texts == ["good\rfilm", "b\udcff", "bad"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, load_
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.adapter.merge_record import read_merge_record
 from lora_sentiment.adapter.safe_files import check_files
-from lora_sentiment.commands.terminal import show_compared
+from lora_sentiment.cli import show_compared
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.models.load import load_base

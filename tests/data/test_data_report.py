@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from lora_sentiment.commands.data import survey
+from lora_sentiment.commands.data import describe_data
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.report import FIRST, DataReport, Found, describe_role
 from lora_sentiment.data.rows import Counts, Rows
@@ -107,7 +107,7 @@ def leaky(toy):
 
 
 def test_a_survey_finds_what_was_hidden_and_saves_no_text(leaky, toy_recipe):
-    found = survey(
+    found = describe_data(
         Recipe.load(toy_recipe, ["data.on_bad_row=drop", "data.labels=[negative, positive]"])
     )
     report = found.as_dict()
@@ -129,7 +129,7 @@ def test_a_survey_finds_what_was_hidden_and_saves_no_text(leaky, toy_recipe):
 
 def test_a_survey_counts_a_split_whose_labels_are_hidden(toy, toy_recipe):
     write_csv(toy / "test.csv", [("fine", "-1"), ("poor", "-1")])
-    found = survey(Recipe.load(toy_recipe))
+    found = describe_data(Recipe.load(toy_recipe))
     assert found.unlabelled == {"test": 2}
     assert found.as_dict()["test"] == {"read": 2, "rows": 0, "unlabelled": 2}
 
@@ -143,4 +143,4 @@ def test_a_survey_counts_a_split_whose_labels_are_hidden(toy, toy_recipe):
 )
 def test_a_survey_refuses_a_base_that_training_would(toy_recipe, override, message):
     with pytest.raises(ModelError, match=message):
-        survey(Recipe.load(toy_recipe, [override]))
+        describe_data(Recipe.load(toy_recipe, [override]))
