@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.batches import Encoded
-from lora_sentiment.data.rows import Counts, Data, Rows
+from lora_sentiment.data.rows import Counts, Data, Judged, Rows
 
 NUM_FIRST = 5
 """Row numbers that stand beside a count of rows."""
@@ -75,9 +75,16 @@ def describe_role(
     return block
 
 
-def describe_unlabelled(num_rows: int) -> dict[str, Any]:
-    """Return the block of a role whose labels are all hidden, so that it is not evaluated."""
-    return {"read": num_rows, "rows": 0, "unlabelled": num_rows}
+def describe_unlabelled(unlabelled: Mapping[str, int]) -> DataReport:
+    """Return the blocks of roles whose labels are all hidden, so that they are not evaluated.
+
+    Args:
+        unlabelled: Role to its number of rows.
+    """
+    return {
+        role: {"read": num_rows, "rows": 0, "unlabelled": num_rows}
+        for role, num_rows in unlabelled.items()
+    }
 
 
 def describe_seen(data: Data, encoded: Mapping[str, Encoded], *, max_length: int) -> DataReport:
@@ -105,6 +112,28 @@ def describe_seen(data: Data, encoded: Mapping[str, Encoded], *, max_length: int
             seen_texts=data.train.digests,
         ),
     }
+
+
+def describe_judged(
+    data: Data, judged: Judged, role: str, encoded: Encoded, *, max_length: int
+) -> dict[str, Any]:
+    """Count the rows of a role that is evaluated at the end.
+
+    Args:
+        data: The rows that training uses.
+        judged: The rows of all evaluated roles.
+        role: One of `judged.rows`.
+        encoded: Token ids of the role.
+        max_length: Most tokens of an input.
+    """
+    return describe_role(
+        judged.rows[role],
+        encoded,
+        names=data.labels,
+        max_length=max_length,
+        read=judged.counts.get(role),
+        seen_texts=data.seen_texts,
+    )
 
 
 def report_lines(report: DataReport, roles: Sequence[str] | None = None) -> list[str]:

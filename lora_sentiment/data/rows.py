@@ -187,6 +187,42 @@ def load_judged(
     return (None if counts.unlabelled else rows), counts
 
 
+@dataclass(frozen=True)
+class Judged:
+    """The rows that are evaluated at the end, by role.
+
+    Attributes:
+        rows: Rows with labels. Those of test may be carved out of train.
+        counts: Counts of the roles that were read.
+        unlabelled: Number of rows of each role whose labels are hidden.
+        faults: The error of each role whose rows cannot be used.
+    """
+
+    rows: dict[str, Rows] = field(default_factory=dict)
+    counts: dict[str, Counts] = field(default_factory=dict)
+    unlabelled: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, DataError] = field(default_factory=dict)
+
+
+def load_all_judged(config: DataConfig, data: Data) -> Judged:
+    """Read every role that is evaluated at the end. An error concerns only its own role."""
+    judged = Judged()
+    if data.carved_test:
+        judged.rows["test"] = data.carved_test
+    for role in data.judged:
+        try:
+            rows, counts = load_judged(config, role=role, labels=data.labels)
+        except DataError as error:
+            judged.faults[role] = error
+            continue
+        if rows is None:
+            judged.unlabelled[role] = counts.read
+        else:
+            judged.rows[role] = rows
+            judged.counts[role] = counts
+    return judged
+
+
 def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tuple[Rows, Counts]:
     """Read all rows of one split of a Hub data set by its own name, or of files.
 

@@ -65,7 +65,7 @@ def test_the_table_is_aligned_and_row_numbers_stand_below():
     report = {
         "train": describe("aa", [0, 1], read=read),
         "test": describe("ab", [0, 1], seen_texts=digests("b")),
-        "dev": describe_unlabelled(7),
+        **describe_unlabelled({"dev": 7}),
     }
     lines = report_lines(report)
     table = [line for line in lines if ":" not in line]
