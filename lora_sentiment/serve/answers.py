@@ -1,9 +1,8 @@
 """Answer requests: choose the adapter, tokenise the texts, queue them, and turn logits into labels and scores."""
 
 import asyncio
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_sentiment.classifier import tokenise
 from lora_sentiment.commands.explain import find_words, leave_each_out
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.cleaning import clean_text
-from lora_sentiment.serve.batching import STOPPED, Ids, Queue, call_in_thread
+from lora_sentiment.serve.batching import Ids, Queue, call_in_thread
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import (
     AnyRequest,
@@ -65,10 +65,12 @@ class Answerer:
     """Answers requests with the adapters of a pool."""
 
     def __init__(self, pool: "Pool", queue: Queue, *, limits: Limits, metrics: Metrics) -> None:
-        self._pool, self._queue, self._limits, self._metrics = pool, queue, limits, metrics
+        self._pool = pool
+        self._queue = queue
+        self._limits = limits
+        self._metrics = metrics
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenise")
         self._waiting_characters = 0
-        self._lock = threading.Lock()
 
     async def answer(self, request: AnyRequest) -> AnyResponse:
         """Answer a request of either form.
@@ -160,28 +162,21 @@ class Answerer:
                 "try again later",
                 headers={"Retry-After": str(self._queue.estimate_wait())},
             )
-        cancelled = threading.Event()
-        self._change_waiting(num_characters)
-        tokenise = partial(
+        work = partial(
             tokenise_texts,
             adapter,
             texts,
             max_words=limits.max_explained_words if explain else None,
             truncate=limits.on_long == "truncate" if truncate is None else truncate,
             direction=direction,
-            is_stopped=lambda: cancelled.is_set() or self._queue.abandoned,
         )
-        work = self._threads.submit(call_in_thread, tokenise)
-        # The thread may go on for a while after its request is cancelled. It counts until it ends.
-        work.add_done_callback(lambda _: self._change_waiting(-num_characters))
+        self._waiting_characters += num_characters
         try:
-            return await asyncio.wrap_future(work)
+            # If this is cancelled, work that has not begun never does.
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, call_in_thread, work)
         finally:
-            cancelled.set()
-
-    def _change_waiting(self, by: int) -> None:
-        with self._lock:
-            self._waiting_characters += by
+            self._waiting_characters -= num_characters
 
     async def _compute(
         self, adapter: "LoadedAdapter", texts: Sequence[TokenisedText]
@@ -226,9 +221,10 @@ def tokenise_texts(
     max_words: int | None = None,
     truncate: bool = True,
     direction: str | None = None,
-    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[TokenisedText]:
     """Clean, tokenise, truncate and frame texts as `Classifier.probabilities` does.
+
+    Texts are cleaned here, because the words of an explanation are those of the cleaned text.
 
     Args:
         adapter: The adapter that reads the texts.
@@ -236,18 +232,14 @@ def tokenise_texts(
         max_words: Make the inputs of explanations, for texts of at most so many words; None makes none.
         truncate: Whether a longer text is cut or refused.
         direction: `right` keeps the first tokens of a longer text, `left` the last; None cuts as in training.
-        is_stopped: Called before each text.
 
     Raises:
-        RefusalError: `TooLarge` for a text that is too long to be explained, or to be answered without truncation;
-            `Unhealthy` if `is_stopped` returns true.
+        RefusalError: For a text that is too long to be explained, or to be answered without truncation.
     """
     encoder = adapter.encoder
     tokenised = []
     num_characters = 0
     for place, text in enumerate(texts):
-        if is_stopped():
-            raise RefusalError("Unhealthy", STOPPED)
         if adapter.clean:
             text = clean_text(text, Counter())
         words = []
@@ -255,7 +247,8 @@ def tokenise_texts(
             words = find_words(text)
             num_characters += len(text) * (1 + len(words))
             _check_explained(place, len(words), max_words, num_characters)
-        token_ids = encoder.tokenise([text, *leave_each_out(text, words)])
+        variants = [text, *leave_each_out(text, words)]
+        token_ids = list(tokenise(encoder, variants, clean=False))
         truncated = len(token_ids[0]) > encoder.room
         if truncated and not truncate:
             raise RefusalError(

@@ -83,7 +83,9 @@ class Queue:
 
     def __init__(self, compute: Compute, *, limits: Limits, metrics: Metrics) -> None:
         self.closed = self.abandoned = False
-        self._compute, self._limits, self._metrics = compute, limits, metrics
+        self._compute = compute
+        self._limits = limits
+        self._metrics = metrics
         self._waiting: dict[PendingRequest, None] = {}
         self._computing: Batch = []
         self._changed = asyncio.Event()

@@ -45,9 +45,14 @@ class Middleware:
     def __init__(
         self, app: ASGIApp, *, config: ServeConfig, metrics: Metrics, paths: Collection[str]
     ) -> None:
-        self._app, self._limits, self._metrics = app, config.limits, metrics
-        self._paths, self._access_log = paths, config.access_log
-        self._key = config.api_key.get_secret_value().encode() if config.api_key else None
+        self._app = app
+        self._limits = config.limits
+        self._metrics = metrics
+        self._paths = paths
+        self._access_log = config.access_log
+        self._key = None
+        if config.api_key:
+            self._key = config.api_key.get_secret_value().encode()
         self._num_in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -22,15 +22,25 @@ from torch import nn
 from lora_sentiment.adapter.folder import PROBE_TOLERANCE, Card, Loaded, load, load_card
 from lora_sentiment.adapter.safe_files import read_header
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
-from lora_sentiment.classifier import prepare_engine
 from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad, take_rows
 from lora_sentiment.data.packing import cut_packed
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.fast.encoder import FastForward, has_packable_heads, why_not_on
-from lora_sentiment.fast.mixed import Parts, compute_mixed, compute_mixed_packed, read_parts
+from lora_sentiment.fast import (
+    FastForward,
+    Parts,
+    UnsupportedModelError,
+    compute_mixed,
+    compute_mixed_packed,
+    has_packable_heads,
+    read_parts,
+    why_not_on,
+)
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.engine import Engine
-from lora_sentiment.models.load import Base, load_base, resolve_dtype
+from lora_sentiment.models.inference import prepare_engine
+from lora_sentiment.models.load import Base, load_base
 from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.wrap import head_layers
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training.processes import join_launch
 from lora_sentiment.training.signals import is_out_of_memory
@@ -91,20 +101,24 @@ class Pool:
     """
 
     def __init__(self, base: Base, *, source: str | None, watch: Path | None, dtype: str) -> None:
-        self.base, self.base_sha256 = base.name, base.sha256
+        self.base = base.name
+        self.base_sha256 = base.sha256
         self.adapters: Mapping[str, LoadedAdapter] = {}
-        self._fresh, self._source = base, source
+        self._fresh = base
+        self._source = source
         self._watch = watch.resolve() if watch else None
         self._device = join_launch().device
-        self._dtype_name, self._dtype = dtype, resolve_dtype(dtype, self._device)
+        self._dtype_name = dtype
+        self._dtype = resolve_dtype(dtype, self._device)
         self._signatures: dict[Path, Signature | None] = {}
         self._trimmed = time.monotonic()
         base.model.requires_grad_(False).eval()
-        # On a CPU the forward pass shares the tensors of the base.
-        shared = _get_tensors(base.model) if self._device.type == "cpu" else {}
-        encoder: Any = copy.deepcopy(base.model, shared)
-        self._forward = FastForward(encoder.distilbert.to(self._device), self._dtype)
-        self._packs = self._device.type == "cuda" and has_packable_heads(encoder.distilbert)
+        encoder: Any = base.model.distilbert
+        if self._device.type != "cpu":
+            # The base stays on the CPU, where adapters are loaded.
+            encoder = copy.deepcopy(encoder).to(self._device)
+        self._packs = self._device.type == "cuda" and has_packable_heads(encoder)
+        self._forward = FastForward(encoder, self._dtype)
 
     def add(self, folders: Sequence[Path]) -> None:
         """Load adapters and serve them beside the others. If one is refused, none is added.
@@ -292,10 +306,13 @@ class Pool:
         if reason is None and shares:
             fresh = _copy_with_labels(self._fresh, card.labels)
             loaded = load(folder, base=self._source, fresh=fresh)
-            part = read_parts(loaded.model, dtype=self._dtype, device=self._device)
-            if isinstance(part, Parts):
-                return loaded, part
-            reason = part
+            head = list(head_layers(loaded.model).values())
+            try:
+                return loaded, read_parts(
+                    loaded.model, head=head, dtype=self._dtype, device=self._device
+                )
+            except UnsupportedModelError as error:
+                reason = error.reason
         if reason is not None:
             log.info("%r: served merged: %s", folder.name, reason)
         loaded = load(folder, base=self._source, device=self._device)
@@ -332,13 +349,18 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
     """
     if watch is not None and not watch.is_dir():
         raise AdapterError(f"--watch: {watch} is not a folder; make it first")
-    known = [*folders, *(_find_adapters(watch.resolve()) if watch else ())]
-    name, revision, max_length = base, None, 8
+    known = list(folders)
+    if watch is not None:
+        known += _find_adapters(watch.resolve())
+    name = base
+    revision = None
+    max_length = 8
     if known:
         card = load_card(known[0])
         max_length = card.max_length
         if base is None:
-            name, revision = card.base.name, card.base.revision
+            name = card.base.name
+            revision = card.base.revision
     if name is None:
         raise ModelError(
             "no adapter was given and none is in the watched folder: name the base with --base"
@@ -388,14 +410,16 @@ def _make_input(encoder: TextEncoder, length: int) -> NDArray[np.int32]:
     return encoder.frame([encoder.sep_token_id] * num_tokens)
 
 
-def _get_tensors(model: nn.Module) -> dict[int, Any]:
-    """Return a memo for `copy.deepcopy`, with which it copies the modules but shares the tensors."""
-    return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+def _copy_modules(model: nn.Module) -> Any:
+    """Copy the modules of a model. The copy shares the tensors."""
+    # The memo of `deepcopy` holds what is copied already.
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _copy_with_labels(base: Base, labels: Sequence[str]) -> Base:
     """Return a base with other labels and a head for them. It shares all other tensors."""
-    model: Any = copy.deepcopy(base.model, _get_tensors(base.model))
+    model = _copy_modules(base.model)
     model.config.num_labels = model.num_labels = len(labels)
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {name: i for i, name in enumerate(labels)}

@@ -105,7 +105,9 @@ class Server(uvicorn.Server):
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._pool = pool
         self._app: FastAPI = make_app(pool, config)
-        self._bound, self._limits, self._announce = bound, config.limits, announce
+        self._bound = bound
+        self._limits = config.limits
+        self._announce = announce
         self._stopped_at = 0.0
         # A body that is still arriving may use its own time before its request is refused.
         stop_seconds = math.ceil(max(self._limits.stop_seconds, self._limits.body_seconds)) + 1
@@ -145,6 +147,14 @@ class Server(uvicorn.Server):
         timer.cancel()
         log.info("stopped")
 
+    async def on_tick(self, counter: int) -> bool:
+        """Close idle connections. uvicorn calls this ten times a second."""
+        now = time.monotonic()
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, _LimitedProtocol)
+            connection.check_idle(now)
+        return await super().on_tick(counter)
+
     def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
         """Stop at the first signal. At a second one, refuse all requests that still wait.
 
@@ -152,7 +162,8 @@ class Server(uvicorn.Server):
         """
         now = time.monotonic()
         if not self.should_exit:
-            self.should_exit, self._stopped_at = True, now
+            self.should_exit = True
+            self._stopped_at = now
         elif now - self._stopped_at > SAME_SIGNAL_SECONDS:
             # A signal handler runs between any two lines of the loop's work, so the loop makes the call.
             self._loop.call_soon_threadsafe(self._app.state.queue.abandon)
@@ -171,62 +182,37 @@ class _LimitedProtocol(H11Protocol):
     def __init__(self, *arguments: Any, limits: Limits, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._limits = limits
-        self._timer: asyncio.TimerHandle | None = None
+        self._idle_cycle: object = None
+        self._idle_since = time.monotonic()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
             transport.abort()
-            return
-        self._start_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        self._stop_timer_if_busy()
-
-    def on_response_complete(self) -> None:
-        self._start_timer()
-        super().on_response_complete()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._start_timer()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._stop_timer_if_busy()
 
     def send_400_response(self, _: str) -> None:
         self._refuse("Malformed", "this is not an HTTP request, or its header is too long")
 
-    def _start_timer(self) -> None:
-        self._stop_timer()
-        self._timer = self.loop.call_later(self._limits.header_seconds, self._time_out)
+    def check_idle(self, now: float) -> None:
+        """Close the connection if it has waited too long for a request header, or for the client to read.
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _stop_timer_if_busy(self) -> None:
-        """Stop the timer while a request is answered to a client that reads. The app limits that time."""
+        The app limits the time from a request header to its answer.
+        """
+        # A cycle is one request and its answer.
         is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering and not self.flow.write_paused:
-            self._stop_timer()
-
-    def _time_out(self) -> None:
+        is_busy = is_answering and not self.flow.write_paused
+        if is_busy or self.cycle is not self._idle_cycle:
+            self._idle_cycle = self.cycle
+            self._idle_since = now
+            return
+        seconds = self._limits.header_seconds
+        if now - self._idle_since < seconds:
+            return
+        self._idle_since = now
         if self.transport.is_closing() or self.flow.write_paused:
             # The client does not read the rest of the answer.
             self.transport.abort()
-            return
-        self._start_timer()
-        has_part_of_header = self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]
-        if has_part_of_header:
-            seconds = self._limits.header_seconds
+        elif self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
             message = f"the header took longer to arrive than allowed: {seconds:g} seconds"
             self._refuse("Timeout", message)
         else:

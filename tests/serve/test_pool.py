@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from lora_sentiment.classifier import load
-from lora_sentiment.data.batches import Encoded
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.fast.kernels import FUSED_ATTENTION_FROM
 from lora_sentiment.recipe.method import FullMethod, HeadMethod, Ia3Method, LoraMethod
 from lora_sentiment.serve import pool as pool_module
 from lora_sentiment.serve.pool import load_pool
@@ -56,23 +54,28 @@ def make_pool(folders, **options):
     return load_pool(list(folders), **{"watch": None, "base": None, "dtype": "float32", **options})
 
 
-def read(served, text):
-    (ids,) = served.encoder.tokenise([text])
-    return served.encoder.frame(served.encoder.truncate(ids))
+@pytest.fixture(scope="module")
+def pool(folders):
+    """A pool of every adapter. Tests do not change it."""
+    return make_pool(folders.values())
 
 
-def answer(pool, pairs):
-    """Logits of (adapter, text) pairs, in one stream."""
-    served = [pool.adapters[name] for name, _ in pairs]
-    inputs = [read(own, text) for own, (_, text) in zip(served, pairs, strict=True)]
-    encoded: Encoded = served[0].encoder.pack(inputs)
-    return pool.compute(served, encoded)
+def tokenise(encoder, text):
+    (ids,) = encoder.tokenise([text])
+    return encoder.frame(encoder.truncate(ids))
 
 
-def alone(folder, text):
-    classifier = load(folder, dtype="float32")
-    ids = classifier.encoder.truncate(classifier.encoder.tokenise([text])[0])
-    return classifier.engine.compute(classifier.encoder.frame(ids)[None].astype(np.int64), None)[0]
+def compute(pool, pairs):
+    """Return the logits of (adapter, text) pairs, computed together."""
+    adapters = [pool.adapters[name] for name, _ in pairs]
+    inputs = [tokenise(pool.adapters[name].encoder, text) for name, text in pairs]
+    encoded = adapters[0].encoder.pack(inputs)
+    return pool.compute(adapters, encoded)
+
+
+def compute_alone(classifier, text):
+    ids = tokenise(classifier.encoder, text)[None].astype(np.int64)
+    return classifier.engine.compute(ids, None)[0]
 
 
 def shuffled(names):
@@ -80,112 +83,49 @@ def shuffled(names):
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
 
-def test_in_a_mixed_stream_every_adapter_answers_as_alone(folders):
-    pool = make_pool(folders.values())
+def test_in_a_mixed_stream_every_adapter_answers_as_alone(folders, pool):
     pairs = shuffled(folders)
-    found = answer(pool, pairs)
-    engines = {name: load(folder, dtype="float32") for name, folder in folders.items()}
-    for (name, text), logits in zip(pairs, found, strict=True):
-        own = engines[name]
-        ids = own.encoder.frame(own.encoder.truncate(own.encoder.tokenise([text])[0]))[None].astype(
-            np.int64
-        )
-        np.testing.assert_allclose(
-            logits, own.engine.compute(ids, None)[0], atol=1e-5, err_msg=name
-        )
-
-
-@pytest.fixture
-def packed(monkeypatch):
-    """Let rows lie one after another on the CPU, as they do on a GPU."""
-
-    def pack(pool):
-        monkeypatch.setattr(pool, "_packs", True)
-        return pool
-
-    return pack
+    classifiers = {name: load(folder, dtype="float32") for name, folder in folders.items()}
+    for (name, text), logits in zip(pairs, compute(pool, pairs), strict=True):
+        expected = compute_alone(classifiers[name], text)
+        np.testing.assert_allclose(logits, expected, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("max_tokens", [2**15, 100, 1])
-def test_packed_rows_of_many_adapters_answer_as_padded_ones(
-    folders, packed, monkeypatch, max_tokens
-):
+def test_packed_rows_of_many_adapters_answer_as_padded_ones(pool, monkeypatch, max_tokens):
     pairs = shuffled(MIX)
-    pool = make_pool([folders[name] for name in MIX])
-    padded = answer(pool, pairs)
+    padded = compute(pool, pairs)
+    # As on a GPU.
+    monkeypatch.setattr(pool, "_packs", True)
     monkeypatch.setattr(pool_module, "inference_tokens", lambda device_type: max_tokens)
-    for found, expected in zip(answer(packed(pool), pairs), padded, strict=True):
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_packed_rows_hold_no_padding_between_them(folders, packed, monkeypatch):
-    pool = packed(make_pool([folders[name] for name in MIX]))
-    given = []
-    encode = pool._forward.encode_packed
-
-    def encode_and_note(input_ids, *rest, **options):
-        given.append(len(input_ids))
-        return encode(input_ids, *rest, **options)
-
-    monkeypatch.setattr(pool._forward, "encode_packed", encode_and_note)
-    monkeypatch.setattr(pool_module, "inference_tokens", lambda device_type: 2**15)
-    pairs = shuffled(MIX)
-    answer(pool, pairs)
-    tokens = sum(len(read(pool.adapters[name], text)) for name, text in pairs)
-    assert len(given) == 1
-    assert tokens <= given[0] <= 1.125 * tokens + 8
-
-
-def test_one_text_of_one_adapter_is_packed_too(folders, packed):
-    pool = make_pool([folders["all-linear"]])
-    expected = answer(pool, [("all-linear", "good")])[0]
-    np.testing.assert_allclose(
-        answer(packed(pool), [("all-linear", "good")])[0], expected, atol=1e-5
-    )
-
-
-def test_a_cpu_is_not_warmed_up(folders, monkeypatch):
-    pool = make_pool([folders["qv"]])
-    monkeypatch.setattr(
-        pool, "compute", lambda served, encoded: pytest.fail("a CPU was given work")
-    )
-    pool.warm_up(batch_tokens=512)
+    for logits, expected in zip(compute(pool, pairs), padded, strict=True):
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def test_a_gpu_is_warmed_up_by_every_adapter_at_a_few_sizes_and_by_a_full_batch(
-    folders, monkeypatch, caplog
+    pool, monkeypatch, caplog
 ):
-    pool = make_pool([folders["qv"], folders["wide"], folders["dora"]])
-    given = []
-    compute = pool.compute
+    batches = []
 
-    def compute_and_note(served, encoded):
-        given.append(
-            [(own.name, int(length)) for own, length in zip(served, encoded.lengths, strict=True)]
-        )
-        return compute(served, encoded)
+    def note(adapters, encoded):
+        names = [adapter.name for adapter in adapters]
+        batches.append((names, encoded.lengths.tolist()))
 
-    monkeypatch.setattr(pool, "compute", compute_and_note)
+    monkeypatch.setattr(pool, "compute", note)
+    pool.warm_up(batch_tokens=1000)
+    assert batches == []
     monkeypatch.setattr(pool, "_device", torch.device("cuda"))
-    monkeypatch.setattr(
-        pool, "_compute_mixed", lambda parts, encoded, index: [np.zeros(2)] * len(index)
-    )
     with caplog.at_level("INFO", logger="lora_sentiment"):
-        pool.warm_up(batch_tokens=100)
+        pool.warm_up(batch_tokens=1000)
     names = list(pool.adapters)
-    longest = {name: own.encoder.max_length for name, own in pool.adapters.items()}
-    assert given[0] == [(name, 8) for name in names]
-    assert given[2] == [(name, min(512, longest[name])) for name in names]
-    most = max(longest.values())
-    assert len(given[-1]) == max(1, 100 // most)
+    assert batches[:3] == [(names, [length] * len(names)) for length in (8, 16, 16)]
+    assert len(batches[3][0]) == 1000 // 16
     assert "warmed up in" in caplog.text
 
 
-def test_memory_that_runs_out_while_warming_up_says_what_to_lower(folders, monkeypatch):
-    pool = make_pool([folders["qv"]])
-
-    def run_out(served, encoded):
+def test_memory_that_runs_out_while_warming_up_says_what_to_lower(pool, monkeypatch):
+    def run_out(adapters, encoded):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(pool, "compute", run_out)
@@ -199,77 +139,55 @@ def test_where_the_fast_forward_does_not_run_every_adapter_is_a_model_of_its_own
 ):
     monkeypatch.setattr(pool_module, "why_not_on", lambda device: "the device is mps")
     pool = make_pool([folders["qv"], folders["head"]])
-    assert {own.form for own in pool.adapters.values()} == {"merged"}
-    pairs = shuffled(["qv", "head"])[:6]
-    for (name, text), found in zip(pairs, answer(pool, pairs), strict=True):
-        np.testing.assert_allclose(found, alone(folders[name], text), atol=1e-5)
+    for name, adapter in pool.adapters.items():
+        assert adapter.form == "merged"
+        expected = compute_alone(load(folders[name], dtype="float32"), TEXTS[0])
+        np.testing.assert_allclose(compute(pool, [(name, TEXTS[0])])[0], expected, atol=1e-5)
 
 
-def test_what_changes_the_base_or_has_no_low_rank_form_is_served_apart(folders):
-    forms = {name: own.form for name, own in make_pool(folders.values()).adapters.items()}
-    assert {name for name, form in forms.items() if form == "low-rank"} == set(MIX)
+def test_what_changes_the_base_or_has_no_low_rank_form_is_served_apart(pool):
+    low_rank = [name for name, adapter in pool.adapters.items() if adapter.form == "low-rank"]
+    assert low_rank == list(MIX)
 
 
-def test_the_base_stays_as_it_was_whatever_is_loaded_beside_it(folders):
-    pool = make_pool([folders["qv"]])
-    before = answer(pool, [("qv", TEXTS[0])])[0]
-    pool.add([folders["dora"], folders["full"], folders["wide"], folders["ia3"]])
-    np.testing.assert_array_equal(answer(pool, [("qv", TEXTS[0])])[0], before)
+def test_the_base_stays_as_it_was_whatever_is_loaded_beside_it(folders, pool):
+    alone = make_pool([folders["qv"]])
+    pair = ("qv", TEXTS[0])
+    np.testing.assert_array_equal(compute(alone, [pair])[0], compute(pool, [pair])[0])
 
 
-def test_low_rank_adapters_share_the_bases_memory(folders):
-    pool = make_pool([folders["qv"], folders["wide"]])
-    base = pool._forward.encoder.embeddings.word_embeddings.weight
-    assert (
-        base.data_ptr() == pool._fresh.model.distilbert.embeddings.word_embeddings.weight.data_ptr()
-    )
+def test_low_rank_adapters_share_the_bases_memory(pool):
+    used = pool._forward.encoder.embeddings.word_embeddings.weight
+    fresh = pool._fresh.model.distilbert.embeddings.word_embeddings.weight
+    assert used.data_ptr() == fresh.data_ptr()
 
 
-def test_a_small_adapter_takes_no_more_memory_beside_a_large_one(folders):
-    pool = make_pool([folders["k-lin1"], folders["wide"], folders["all-linear"]])
-    saved = {name: own.num_parameters for name, own in pool.adapters.items()}
-    assert {name: own.part.num_bytes for name, own in pool.adapters.items()} == {
-        n: 4 * size for n, size in saved.items()
-    }
-    held = [
-        tensor.untyped_storage().nbytes()
-        for own in pool.adapters.values()
-        for pair in own.part.pairs.values()
-        for tensor in pair
-    ]
-    assert sum(held) <= 4 * sum(saved.values())
+@pytest.mark.parametrize("name", ["k-lin1", "wide", "all-linear"])
+def test_a_small_adapter_takes_no_more_memory_beside_a_large_one(pool, name):
+    adapter = pool.adapters[name]
+    saved_bytes = 4 * adapter.num_parameters
+    assert adapter.part.num_bytes == saved_bytes
+    tensors = [tensor for pair in adapter.part.pairs.values() for tensor in pair]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= saved_bytes
 
 
-def test_a_texts_answer_does_not_hang_on_its_neighbours(folders):
-    pool = make_pool([folders[name] for name in MIX])
-    pairs = [("qv", TEXTS[0]), ("wide", TEXTS[1])]
-    together = answer(pool, [*pairs, *shuffled(MIX)])[:2]
-    for pair, found in zip(pairs, together, strict=True):
-        np.testing.assert_allclose(found, answer(pool, [pair])[0], atol=1e-5)
+@pytest.fixture
+def copy(folders, tmp_path):
+    """A function that copies an adapter into the watched folder, `tmp_path`."""
+    return lambda name, to: shutil.copytree(folders[name], tmp_path / to)
 
 
-def test_a_dropped_adapter_answers_what_was_asked_before(folders, tmp_path):
-    for name in ("qv", "wide"):
-        shutil.copytree(folders[name], tmp_path / name)
-    pool = make_pool([], watch=tmp_path)
-    old = pool.adapters["qv"]
-    inputs = old.encoder.pack([read(old, TEXTS[0])])
-    before = pool.compute([old], inputs)[0]
-    shutil.rmtree(tmp_path / "qv")
-    pool.refresh()
-    assert set(pool.adapters) == {"wide"}
-    np.testing.assert_allclose(pool.compute([old], inputs)[0], before, atol=1e-6)
-
-
-def test_watching_picks_up_finished_folders_and_reloads_changed_ones(folders, tmp_path, caplog):
+def test_watching_picks_up_finished_folders_and_reloads_changed_ones(folders, tmp_path, copy):
     pool = make_pool([folders["qv"]], watch=tmp_path)
-    assert set(pool.adapters) == {"qv"}
     (tmp_path / "half.run").mkdir()
-    shutil.copytree(folders["wide"], tmp_path / "new")
+    copy("wide", "new")
+    # A look ends as soon as the server stops.
+    pool.refresh(lambda: True)
+    assert set(pool.adapters) == {"qv"}
     pool.refresh()
     assert set(pool.adapters) == {"qv", "new"}
     shutil.rmtree(tmp_path / "new")
-    shutil.copytree(folders["k-lin1"], tmp_path / "new")
+    copy("k-lin1", "new")
     pool.refresh()
     assert len(pool.adapters["new"].labels) == 5
     same = pool.adapters
@@ -277,70 +195,49 @@ def test_watching_picks_up_finished_folders_and_reloads_changed_ones(folders, tm
     assert pool.adapters is same
 
 
-def test_a_card_that_was_written_again_unchanged_does_no_harm_to_the_rest_of_a_look(
-    folders, tmp_path
-):
-    for name in ("qv", "wide"):
-        shutil.copytree(folders[name], tmp_path / name)
+def test_changes_of_other_files_do_no_harm(tmp_path, caplog, copy):
+    for name in ("qv", "wide", "head"):
+        copy(name, name)
     pool = make_pool([], watch=tmp_path)
     (tmp_path / "qv/card.json").touch()
     (tmp_path / "wide").rename(tmp_path / "other")
+    (tmp_path / "head/.#card.json").symlink_to("somebody@somewhere")
+    (tmp_path / "other/loop").symlink_to("loop")
     pool.refresh()
-    assert set(pool.adapters) == {"qv", "other"}
-
-
-def test_a_half_copied_folder_is_served_once_it_is_whole(folders, tmp_path):
-    pool = make_pool([folders["qv"]], watch=tmp_path)
-    (tmp_path / "new").mkdir()
-    shutil.copy2(folders["wide"] / "card.json", tmp_path / "new")
-    pool.refresh()
-    assert set(pool.adapters) == {"qv"}
-    shutil.copytree(folders["wide"], tmp_path / "new", dirs_exist_ok=True)
-    pool.refresh()
-    assert set(pool.adapters) == {"qv", "new"}
-
-
-def test_an_adapter_that_breaks_is_served_as_it_was(folders, tmp_path, caplog):
-    shutil.copytree(folders["wide"], tmp_path / "one")
-    pool = make_pool([], watch=tmp_path)
-    before = answer(pool, [("one", TEXTS[0])])[0]
-    (tmp_path / "one/card.json").write_text("{}")
-    pool.refresh()
-    np.testing.assert_array_equal(answer(pool, [("one", TEXTS[0])])[0], before)
-    assert "served as before its change" in caplog.text
+    assert set(pool.adapters) == {"qv", "head", "other"}
+    assert caplog.text == ""
 
 
 def test_a_folder_that_goes_while_it_is_loaded_is_not_served(
-    folders, tmp_path, caplog, monkeypatch
+    folders, tmp_path, caplog, monkeypatch, copy
 ):
     pool = make_pool([folders["qv"]], watch=tmp_path)
-    load_whole = pool._load_part
+    load_part = pool._load_part
 
-    def load_and_go(folder, card):
-        found = load_whole(folder, card)
+    def load_and_remove(folder, card):
+        loaded = load_part(folder, card)
         shutil.rmtree(folder)
-        return found
+        return loaded
 
-    monkeypatch.setattr(pool, "_load_part", load_and_go)
-    shutil.copytree(folders["wide"], tmp_path / "one")
-    shutil.copytree(folders["wide"], tmp_path / "two")
+    monkeypatch.setattr(pool, "_load_part", load_and_remove)
+    copy("wide", "one")
     pool.refresh()
     assert set(pool.adapters) == {"qv"}
-    assert all(f"{name}: was removed while it was loaded" in caplog.text for name in ("one", "two"))
+    assert "one: was removed while it was loaded" in caplog.text
 
 
 def test_a_folder_that_could_not_be_loaded_for_no_fault_of_its_own_is_tried_again(
-    folders, tmp_path, caplog, monkeypatch
+    folders, tmp_path, caplog, monkeypatch, copy
 ):
     pool = make_pool([folders["qv"]], watch=tmp_path)
-    for name in ("one", "two"):
-        shutil.copytree(folders["wide"], tmp_path / name)
-    load_whole, faults = pool._load, [torch.OutOfMemoryError("the device is full")]
+    copy("wide", "one")
+    copy("wide", "two")
+    load, errors = pool._load, [torch.OutOfMemoryError("the device is full")]
 
     def load_or_fail(folder):
-        if faults:
-            raise faults.pop()
-        return load_whole(folder)
+        if errors:
+            raise errors.pop()
+        return load(folder)
 
     monkeypatch.setattr(pool, "_load", load_or_fail)
     pool.refresh()
@@ -350,92 +247,72 @@ def test_a_folder_that_could_not_be_loaded_for_no_fault_of_its_own_is_tried_agai
     assert set(pool.adapters) == {"qv", "one", "two"}
 
 
-def test_an_adapter_that_is_named_and_watched_is_loaded_once_and_then_followed(
-    folders, tmp_path, monkeypatch
-):
-    place = shutil.copytree(folders["wide"], tmp_path / "one")
+def test_an_adapter_that_is_named_and_watched_is_loaded_once_and_then_followed(tmp_path, copy):
+    place = copy("wide", "one")
     pool = make_pool([place], watch=tmp_path)
     first = pool.adapters["one"]
     pool.refresh()
     assert pool.adapters["one"] is first
     shutil.rmtree(place)
-    shutil.copytree(folders["k-lin1"], place)
+    copy("k-lin1", "one")
     pool.refresh()
     assert len(pool.adapters["one"].labels) == 5
     shutil.rmtree(place)
     pool.refresh()
     assert not pool.adapters
-
-
-def test_a_file_that_goes_or_leads_nowhere_does_no_harm_to_its_adapter(folders, tmp_path, caplog):
-    shutil.copytree(folders["wide"], tmp_path / "one")
-    shutil.copytree(folders["qv"], tmp_path / "two")
-    pool = make_pool([], watch=tmp_path)
-    (tmp_path / "one/.#card.json").symlink_to("somebody@somewhere")
-    (tmp_path / "two/loop").symlink_to("loop")
-    pool.refresh()
-    assert set(pool.adapters) == {"one", "two"}
-    assert "gone" not in caplog.text
+    # What was asked before is still answered.
+    encoded = first.encoder.pack([tokenise(first.encoder, TEXTS[0])])
+    assert pool.compute([first], encoded)[0].shape == (20,)
 
 
 def test_labels_are_those_of_the_weights_when_a_folder_is_replaced_while_it_is_loaded(
-    folders, tmp_path, monkeypatch
+    folders, monkeypatch, copy
 ):
-    place = shutil.copytree(folders["qv"], tmp_path / "one")
+    place = copy("qv", "one")
     pool = make_pool([folders["wide"]], dtype="bfloat16")
-    load_whole = pool._load_part
+    load_part = pool._load_part
 
     def replace_and_load(folder, card):
-        found = json.loads((place / "card.json").read_text())
-        (place / "card.json").write_text(json.dumps({**found, "labels": found["labels"][::-1]}))
-        return load_whole(folder, card)
+        changed = json.loads((place / "card.json").read_text())
+        changed["labels"].reverse()
+        (place / "card.json").write_text(json.dumps(changed))
+        return load_part(folder, card)
 
     monkeypatch.setattr(pool, "_load_part", replace_and_load)
     pool.add([place])
     assert pool.adapters["one"].labels == name_labels(2)[::-1]
 
 
-def test_more_tokens_than_the_base_has_positions_are_refused_at_loading(folders, tmp_path):
-    place = shutil.copytree(folders["qv"], tmp_path / "one")
+def test_more_tokens_than_the_base_has_positions_are_refused_at_loading(folders, copy):
+    place = copy("qv", "one")
     card = json.loads((place / "card.json").read_text())
     (place / "card.json").write_text(json.dumps({**card, "max_length": 4096}))
     with pytest.raises(ModelError, match="4096 is more than the 64 positions"):
         make_pool([folders["wide"], place])
 
 
-def test_adapters_that_came_and_went_leave_nothing_behind(folders, tmp_path):
+def test_adapters_that_came_and_went_leave_nothing_behind(folders, tmp_path, copy):
     pool = make_pool([folders["qv"]], watch=tmp_path)
 
     def come_and_go():
         for name in ("wide", "dora"):
-            shutil.copytree(folders[name], tmp_path / name)
+            copy(name, name)
             pool.refresh()
-            answer(pool, [(name, TEXTS[0]), ("qv", TEXTS[1])])
+            compute(pool, [(name, TEXTS[0]), ("qv", TEXTS[1])])
             shutil.rmtree(tmp_path / name)
         pool.refresh()
         gc.collect()
         return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
 
     come_and_go()
-    first, second, third = (come_and_go() for _ in range(3))
-    assert first == second == third
-
-
-def test_a_look_ends_when_the_server_stops(folders, tmp_path):
-    pool = make_pool([folders["qv"]], watch=tmp_path)
-    shutil.copytree(folders["wide"], tmp_path / "one")
-    pool.refresh(lambda: True)
-    assert set(pool.adapters) == {"qv"}
-    pool.refresh()
-    assert set(pool.adapters) == {"qv", "one"}
+    assert come_and_go() == come_and_go()
 
 
 def test_a_watched_folder_that_cannot_be_served_is_logged_once_and_tried_again_when_it_changes(
-    folders, tmp_path, caplog
+    folders, tmp_path, caplog, copy
 ):
     pool = make_pool([folders["qv"]], watch=tmp_path)
-    shutil.copytree(folders["wide"], tmp_path / "broken")
-    weights = tmp_path / "broken/adapter_model.safetensors"
+    weights = copy("wide", "broken") / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     for _ in range(2):
@@ -445,17 +322,19 @@ def test_a_watched_folder_that_cannot_be_served_is_logged_once_and_tried_again_w
     weights.write_bytes(whole)
     (tmp_path / "broken/card.json").touch()
     pool.refresh()
-    assert set(pool.adapters) == {"qv", "broken"}
+    served = pool.adapters
+    assert set(served) == {"qv", "broken"}
+    # An adapter that breaks later is served as it was.
+    weights.write_bytes(whole[:-1])
+    pool.refresh()
+    assert pool.adapters is served
+    assert "served as before its change" in caplog.text
 
 
-def test_a_name_that_is_taken_is_refused(folders, tmp_path):
-    twin = shutil.copytree(folders["wide"], tmp_path / "qv")
+def test_a_name_that_is_taken_is_refused(folders, tmp_path, copy):
+    twin = copy("wide", "qv")
     with pytest.raises(AdapterError, match=r"name 'qv' is served already, from .*; rename one"):
         make_pool([folders["qv"], twin])
-
-
-def test_a_watched_twin_of_a_named_adapter_leaves_that_one_served(folders, tmp_path):
-    shutil.copytree(folders["wide"], tmp_path / "qv")
     pool = make_pool([folders["qv"]], watch=tmp_path)
     assert pool.adapters["qv"].folder == folders["qv"].resolve()
 
@@ -463,7 +342,6 @@ def test_a_watched_twin_of_a_named_adapter_leaves_that_one_served(folders, tmp_p
 def test_an_adapter_for_another_base_is_refused(folders, tiny_base, tmp_path):
     from transformers import DistilBertModel
 
-    torch.manual_seed(5)
     other = shutil.copytree(tiny_base, tmp_path / "other-base")
     model = DistilBertModel.from_pretrained(other)
     with torch.no_grad():
@@ -472,8 +350,7 @@ def test_an_adapter_for_another_base_is_refused(folders, tiny_base, tmp_path):
     stranger = tmp_path / "stranger"
     save_random(stranger, other, LoraMethod(r=4), labels=name_labels(2))
     with pytest.raises(
-        AdapterError,
-        match=r"stranger: is for the base .*this server has .*start another server for it",
+        AdapterError, match=r"stranger: is for the base .*this server has .*start another server"
     ):
         make_pool([folders["qv"], stranger])
 
@@ -484,38 +361,19 @@ def test_a_server_of_nothing_needs_to_know_its_base(tmp_path, tiny_base):
     assert make_pool([], watch=tmp_path, base=str(tiny_base)).adapters == {}
 
 
-def test_bfloat16_answers_nearly_alike(folders):
-    pool = make_pool([folders[name] for name in MIX], dtype="bfloat16")
-    exact = make_pool([folders[name] for name in MIX])
+def test_bfloat16_answers_nearly_alike(folders, pool):
+    short_pool = make_pool([folders[name] for name in MIX], dtype="bfloat16")
     pairs = shuffled(MIX)
-    for short, full in zip(answer(pool, pairs), answer(exact, pairs), strict=True):
+    for short, full in zip(compute(short_pool, pairs), compute(pool, pairs), strict=True):
         assert short.dtype == np.float32
         np.testing.assert_allclose(short, full, atol=0.1 * max(1, np.abs(full).max()))
 
 
-def test_longer_texts_take_fused_attention_and_answer_alike(tmp_path, tiny_base):
-    from transformers import DistilBertConfig, DistilBertModel
-
-    torch.manual_seed(0)
-    config = DistilBertConfig.from_pretrained(
-        tiny_base, max_position_embeddings=FUSED_ATTENTION_FROM + 8
-    )
-    base = shutil.copytree(tiny_base, tmp_path / "long-base")
-    DistilBertModel(config).save_pretrained(base)
-    folder = tmp_path / "long"
-    save_random(
-        folder, base, LoraMethod(r=4), labels=name_labels(2), max_length=FUSED_ATTENTION_FROM + 8
-    )
-    pool = make_pool([folder])
-    text = "so " * FUSED_ATTENTION_FROM
-    np.testing.assert_allclose(answer(pool, [("long", text)])[0], alone(folder, text), atol=1e-5)
-
-
-def test_free_memory_is_given_back_now_and_then(folders, monkeypatch):
-    pool, trims = make_pool([folders["qv"]]), []
+def test_free_memory_is_given_back_now_and_then(pool, monkeypatch):
+    trims = []
     monkeypatch.setattr(pool_module, "_malloc_trim", trims.append)
-    monkeypatch.setattr(pool, "_trimmed", float("-inf"))
     monkeypatch.setattr(pool_module, "TRIM_SECONDS", 3600.0)
+    monkeypatch.setattr(pool, "_trimmed", float("-inf"))
     for _ in range(3):
-        answer(pool, [("qv", TEXTS[0])])
+        compute(pool, [("qv", TEXTS[0])])
     assert trims == [0]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lora_sentiment.serve.batching import STOPPED, Queue
+from lora_sentiment.serve.batching import Queue
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import RefusalError
 from lora_sentiment.serve.metrics import Metrics
@@ -89,26 +89,6 @@ def test_a_full_batch_does_not_wait_for_more():
     in_line(ask, batch_tokens=16, batch_wait_ms=60_000.0)
 
 
-def test_what_does_not_fit_is_refused_with_a_time_and_what_never_fits_without():
-    async def ask(queue, pool):
-        first = await held_up(queue, pool)
-        second = asyncio.create_task(queue.ask(ONE, [TEXT] * 127))
-        await waits(queue, 508)
-        with pytest.raises(
-            RefusalError, match="508 tokens wait already and this request has at least 8"
-        ) as full:
-            await queue.ask(ONE, [TEXT] * 2)
-        assert (full.value.status, full.value.headers) == (429, {"Retry-After": "1"})
-        with pytest.raises(RefusalError, match="has 516 tokens; allowed: 512") as never:
-            await queue.ask(ONE, [TEXT] * 129)
-        assert (never.value.status, never.value.headers) == (413, {})
-        pool.gate.set()
-        assert len(await first) == 1
-        assert len(await second) == 127
-
-    in_line(ask, max_queue_tokens=512)
-
-
 def test_the_time_to_wait_follows_the_speed_seen(monkeypatch):
     clock = SimpleNamespace(
         perf_counter=itertools.count(0, 0.25).__next__
@@ -126,20 +106,6 @@ def test_the_time_to_wait_follows_the_speed_seen(monkeypatch):
         return found
 
     assert in_line(ask) == 3  # 40 tokens, in whole seconds
-
-
-def test_a_request_that_is_given_up_leaves_the_line():
-    async def ask(queue, pool):
-        first = await held_up(queue, pool)
-        second, third = (asyncio.create_task(queue.ask(ONE, [TEXT] * count)) for count in (5, 2))
-        await waits(queue, 28)
-        second.cancel()
-        await waits(queue, 8)
-        pool.gate.set()
-        await asyncio.gather(first, third)
-        return pool.batches
-
-    assert in_line(ask) == [1, 2]
 
 
 def test_a_batch_that_cannot_be_computed_is_refused_and_logged_and_the_next_one_is_answered(caplog):
@@ -178,33 +144,6 @@ def test_an_adapter_that_cannot_be_computed_leaves_the_others_of_its_batch_answe
         np.testing.assert_array_equal(found, answer(ONE, TEXT.tolist()))
 
 
-def test_a_batch_of_several_adapters_that_failed_is_counted_once_and_can_still_be_refused(caplog):
-    async def ask(queue, pool):
-        compute = queue._compute
-
-        def fail_together(served, encoded):
-            if len({own.name for own in served}) > 1:
-                pool.gate.clear()  # the first adapter alone is now held up
-                raise RuntimeError("no such kernel")
-            return compute(served, encoded)
-
-        queue._compute = fail_together
-        asked = [asyncio.create_task(queue.ask(own, [TEXT])) for own in (ONE, TWO)]
-        while pool.gate.is_set():
-            await asyncio.sleep(0.002)
-        queue.abandon()
-        async with asyncio.timeout(10):
-            found = await asyncio.gather(*asked, return_exceptions=True)
-        assert [str(error) for error in found] == [STOPPED] * 2
-        pool.gate.set()
-        while queue._computing:
-            await asyncio.sleep(0.002)
-        return queue._metrics.registry.get_sample_value("lora_sentiment_tokens_total")
-
-    assert in_line(ask) == 8
-    assert "a batch of 2 texts for 2 adapters could not be computed (RuntimeError)" in caplog.text
-
-
 def test_an_iterator_that_ends_early_in_the_thread_is_a_fault_like_any_other():
     async def ask(queue, pool):
         pool.fault = StopIteration()
@@ -241,19 +180,3 @@ def test_a_closed_line_takes_nothing_new_and_computes_what_waits_at_once():
         return len(await asyncio.wait_for(waiting, timeout=30)), len(await late)
 
     assert in_line(ask, batch_wait_ms=60_000.0) == (1, 1)
-
-
-def test_what_is_abandoned_is_refused():
-    async def ask(queue, pool):
-        first = await held_up(queue, pool)
-        second = asyncio.create_task(queue.ask(ONE, [TEXT]))
-        await waits(queue, 4)
-        queue.close()
-        queue.abandon()
-        for refused in (first, second, queue.ask(ONE, [TEXT])):
-            async with asyncio.timeout(10):
-                with pytest.raises(RefusalError, match="stopped before it answered"):
-                    await refused
-        pool.gate.set()
-
-    in_line(ask)
