@@ -23,7 +23,15 @@ class LoraSentimentError(Exception):
 
 
 class RecipeError(LoraSentimentError):
-    """A recipe file, an override or a launch setting is wrong."""
+    """A recipe file, an override or a launch setting is wrong.
+
+    Attributes:
+        faults: The mistakes, one line each. The message is all of them.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
 
 
 class DataError(LoraSentimentError):
