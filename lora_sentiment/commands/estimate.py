@@ -8,8 +8,9 @@ import torch
 from transformers import AutoConfig
 
 from lora_sentiment.errors import ModelError, RecipeError
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.families import DISTILBERT
-from lora_sentiment.models.load import find_config, resolve_dtype
+from lora_sentiment.models.load import find_local_config
 from lora_sentiment.models.memory import (
     CUDA_SHARE,
     GLIBC_KEEPS,
@@ -130,7 +131,7 @@ def find_base(model: ModelConfig, num_labels: int | None) -> tuple[Any, list[str
         ModelError: If the base is nowhere and no public one.
     """
     assumed = []
-    config = find_config(model)
+    config = find_local_config(model)
     if config is None:
         vocab_size = DISTILBERT.public_vocab_sizes.get(model.name.removeprefix("distilbert/"))
         if vocab_size is None:

@@ -18,12 +18,13 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from lora_sentiment.commands.estimate import cut_rows, plan_recipe
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.errors import ModelError
-from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
-from lora_sentiment.models.load import hash_tensors, load_base, resolve_dtype
+from lora_sentiment.fast import use_fast_encoder
+from lora_sentiment.models.dtype import resolve_dtype
+from lora_sentiment.models.load import hash_tensors, load_base
 from lora_sentiment.models.memory import Plan, estimate_memory
 from lora_sentiment.models.sizes import MANY_STEPS
 from lora_sentiment.models.token_limits import inference_tokens
-from lora_sentiment.models.wrap import frozen_tensors, make_trainable
+from lora_sentiment.models.wrap import checkpoint_activations, frozen_tensors, make_trainable
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train  # noqa: F401 - the baseline has all the imports of a run
 from lora_sentiment.training.loop import fit

@@ -20,15 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_sentiment.fast import fused
-from lora_sentiment.fast.encoder import (
-    checkpoint_activations,
-    takes_packed_rows,
-    use_fast_encoder,
-)
+from lora_sentiment.fast import takes_packed_rows, use_fast_encoder, why_not_fused
 from lora_sentiment.models.families import FP32
 from lora_sentiment.models.sizes import count_parameters, make_meta_model, weight_tensors
 from lora_sentiment.models.token_limits import inference_tokens
+from lora_sentiment.models.wrap import checkpoint_activations
 from lora_sentiment.recipe.method import Method, PeftMethod
 from lora_sentiment.recipe.model import ModelConfig
 
@@ -254,7 +250,7 @@ def _make_run(plan: Plan) -> _Run:
     model = make_meta_model(plan.config, plan.method, plan.model, dtype=plan.dtype)
     counts = count_parameters(model)
     if plan.device == "cuda":
-        fused.why_not_fused()  # tries the kernels on the card, once: they cannot run on fake tensors
+        why_not_fused()  # tries the kernels on the card, once: they cannot run on fake tensors
     with _FAKE:
         _make_fake(model, plan)
     if plan.checkpointing:

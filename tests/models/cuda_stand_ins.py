@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lora_sentiment.fast import fused
+from lora_sentiment.models import memory
 
 CUDA, META = 1, 14
 """Kinds of devices, as c10/core/DeviceType.h numbers them."""
@@ -38,6 +39,7 @@ def cuda_stand_ins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *options: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(fused, "why_not_fused", lambda: None)
+    monkeypatch.setattr(memory, "why_not_fused", lambda: None)
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
     name = "_ZN3c104impl26device_guard_impl_registryE"
     guards = (ctypes.c_void_p * 20).in_dll(library, name)
