@@ -523,7 +523,7 @@ def doctor(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show versions, processor, memory, devices and Hub, and the known traps of this machine."""
+    """Show versions, processor, memory, devices and Hub, with a note for each known problem."""
     from lora_sentiment.commands.doctor import examine
 
     found = examine(hub=hub)

@@ -1,4 +1,4 @@
-"""The whole walk, a recipe in, an adapter folder out.
+"""The training run, from a recipe to a verified adapter folder.
 
 accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 """
@@ -6,13 +6,13 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import nn
@@ -22,15 +22,15 @@ from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
-from lora_sentiment.data.report import DataReport, describe_role, describe_seen
-from lora_sentiment.data.rows import Counts, Data, Rows, load_data, load_judged
+from lora_sentiment.data.report import DataReport, describe_judged, describe_seen
+from lora_sentiment.data.rows import Data, Rows, load_all_judged, load_data
 from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.statistics import Interval, show_interval
-from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
-from lora_sentiment.fast.fused import why_not_fused
+from lora_sentiment.fast import use_fast_encoder, why_not_fused
 from lora_sentiment.files import publish, write_json
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import predict_logits
-from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
+from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base
 from lora_sentiment.models.memory import Plan
 from lora_sentiment.models.parameters import (
     ParameterCounts,
@@ -38,8 +38,14 @@ from lora_sentiment.models.parameters import (
     inference_tokens,
     micro_batch_tokens,
 )
-from lora_sentiment.models.quantisation import Cut, Quantisation, measure_quantisation
-from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
+from lora_sentiment.models.quantisation import Quantisation, measure_quantisation
+from lora_sentiment.models.wrap import (
+    checkpoint_activations,
+    frozen_tensors,
+    make_head_dense,
+    make_trainable,
+    refuse_unfit,
+)
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks.metrics import confusion_matrix, score_calibrated
@@ -81,9 +87,9 @@ class Run:
     """A finished run.
 
     Attributes:
-        adapter: The folder that was written.
+        adapter: The adapter folder.
         history: Every step and evaluation.
-        report: What report.json holds; empty on all processes but the main one.
+        report: The content of report.json; empty on all processes but the main one.
     """
 
     adapter: Path
@@ -91,9 +97,9 @@ class Run:
     report: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Setup:
-    """What a run trains on, and with."""
+    """The data and the model of a run."""
 
     data: Data
     base: Base
@@ -103,14 +109,13 @@ class _Setup:
     max_tokens: int
     quantisation: Quantisation | None
     loading_peak: int
-    offline: str | None
 
 
 @dataclass
-class _Verdict:
-    """What a trained model answers: everything by role."""
+class _Results:
+    """The rows, logits and scores of a trained model, each by role."""
 
-    data: DataReport
+    report: DataReport
     encoded: dict[str, Encoded]
     logits: dict[str, NDArray[np.float32]]
     fingerprints: dict[str, str]
@@ -119,186 +124,101 @@ class _Verdict:
 
 
 def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
-    """Walk a recipe from text to a saved, verified adapter.
+    """Train a recipe and write its adapter folder.
 
     Every process of a launch calls this; the main one writes.
 
     Args:
-        recipe: What to train, how, and whether to go on from the checkpoint of a run that was stopped.
-        allow_changes: Go on although the recipe, data, versions or machine are not those of the checkpoint.
+        recipe: The recipe. Its `train.resume` says whether a stopped run is resumed.
+        allow_changes: Resume although recipe, data, versions or machine differ from those of the
+            checkpoint.
 
     Raises:
-        LoraSentimentError: For anything about recipe, launch, data, base or run that a person can mend.
-        StoppedError: When SIGTERM or SIGINT came while it trained; it is saved.
+        LoraSentimentError: For a mistake in recipe, launch, data, base or run.
+        StoppedError: If SIGTERM or SIGINT stopped the training, after a checkpoint was saved.
     """
     state = join_launch()
     with explain_lost_process(state):
         recipe, offline = resolve_offline(recipe)
         with lock_run_folder(recipe) as run_folder, explain_full_disk(run_folder):
-            return _walk(recipe, state, run_folder, offline=offline, allow_changes=allow_changes)
+            accelerator = make_accelerator(
+                state,
+                recipe.model.dtype,
+                report_to=recipe.train.report_to,
+                run_folder=run_folder,
+            )
+            return _run(recipe, accelerator, run_folder, offline, allow_changes=allow_changes)
 
 
-def _walk(
+def _run(
     recipe: Recipe,
-    state: PartialState,
+    accelerator: Accelerator,
     run_folder: Path,
-    *,
     offline: str | None,
+    *,
     allow_changes: bool,
 ) -> Run:
-    """Train, save, judge, publish."""
-    accelerator = make_accelerator(
-        state, recipe.model.dtype, report_to=recipe.train.report_to, run_folder=run_folder
-    )
-    setup = _set_up(recipe, accelerator, offline)
+    """Load, train, save, evaluate and publish."""
+    dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
+    refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=accelerator.device)
+    data = _load_data(recipe)
+    setup = _load_model(recipe, data, dtype, accelerator)
     encoded = {
-        "train": _encode(setup.data.train, setup, recipe, accelerator),
-        "validation": _encode(setup.data.validation, setup, recipe, accelerator),
+        "train": _encode(data.train, setup, recipe, accelerator),
+        "validation": _encode(data.validation, setup, recipe, accelerator),
     }
-    described = _describe_seen(setup.data, encoded, recipe)
-    history = _train(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
-    setup = replace(setup, max_tokens=history.max_tokens)  # lower where memory ran out
-    aside = make_adapter_folder(run_folder) if accelerator.is_main_process else run_folder
+    data_report = describe_seen(data, encoded, max_length=recipe.model.max_length)
+    _log_lines(data_report.to_lines())
+
+    history = _fit(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
-    calibration = {"temperature": fit_temperature(logits, encoded["validation"].labels)}
+    temperature = fit_temperature(logits, encoded["validation"].labels)
+    lowest, highest = TEMPERATURE_BOUNDS
     log.info(
-        "temperature fitted on validation: %.3f, within %s to %s",
-        calibration["temperature"],
-        *TEMPERATURE_BOUNDS,
+        "temperature fitted on validation: %.3f, within %s to %s", temperature, lowest, highest
     )
-    # Saved before what is judged is read: a bad row there must not cost the run.
-    card = (
-        _save_adapter(recipe, setup, accelerator, aside, calibration)
-        if accelerator.is_main_process
-        else None
+    calibration = {"temperature": temperature}
+
+    # The adapter is saved before the judged rows are read: a bad row there must not cost the run.
+    folder, card = run_folder, None
+    if accelerator.is_main_process:
+        folder = make_adapter_folder(run_folder)
+        card = _save_adapter(recipe, setup, accelerator, folder, calibration, offline)
+    results = _Results(
+        data_report,
+        encoded,
+        {"validation": logits},
+        {"validation": data.validation.fingerprint},
     )
-    fingerprints = {"validation": setup.data.validation.fingerprint}
-    verdict = _Verdict(described, encoded, {"validation": logits}, fingerprints)
-    _judge(recipe, setup, verdict, accelerator, calibration)
+    _predict_judged(recipe, setup, results, accelerator)
+    for role, role_logits in results.logits.items():
+        labels = encoded[role].labels
+        results.scores[role] = score_calibrated(role_logits, labels, calibration=calibration)
+        accuracy = show_interval(results.scores[role]["accuracy"].as_dict())
+        log.info("%s: accuracy %s", role, accuracy)
+
     report: dict[str, Any] = {}
     if card is not None:
-        report = _save_report(recipe, setup, card, history, verdict, aside)
-        publish(aside, recipe.folder, overwrite=recipe.output.overwrite)
+        report = _save_report(recipe, setup, card, history, results, folder, offline)
+        publish(folder, recipe.folder, overwrite=recipe.output.overwrite)
         remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
     if offline:
         log.warning("%s", offline)
     accelerator.end_training()
-    _refuse_faults(verdict, recipe.folder)
+    _refuse_faults(results, recipe.folder)
     return Run(recipe.folder, history, report)
 
 
-def _train(
-    recipe: Recipe,
-    setup: _Setup,
-    encoded: Mapping[str, Encoded],
-    run_folder: Path,
-    accelerator: Accelerator,
-    *,
-    allow_changes: bool,
-) -> History:
-    """Leave the model with its best tensors and a dense head; nothing else of it may have changed."""
-    frozen = hash_tensors(frozen_tensors(setup.model).items())
-    settings = _settings(recipe, setup, frozen_sha256=frozen)
-    refuse_differences(settings)
-    # From here on the global generator draws dropout: other masks on every process, the same ones in every run.
-    torch.manual_seed(recipe.train.seed + accelerator.process_index)
-    history = fit(
-        setup.model,
-        train=encoded["train"],
-        validation=encoded["validation"],
-        numbers=setup.data.train.numbers,
-        config=recipe.train,
-        method=recipe.method,
-        accelerator=accelerator,
-        max_tokens=setup.max_tokens,
-        store=Store(
-            run_folder,
-            settings,
-            resume=recipe.train.resume,
-            allow_changes=allow_changes,
-            limit=recipe.train.save_total_limit,
-        ),
-    )
-    if hash_tensors(frozen_tensors(setup.model).items()) != frozen:
-        raise TrainingError(
-            "a frozen tensor of the base changed during training; nothing was saved; please report this"
-        )
-    make_head_dense(setup.model)
-    return history
-
-
-def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str, Any]:
-    found = {
-        "engine": setup.engine,
-        "num_steps": count_steps(len(setup.data.train), recipe.train),
-        "labels": list(setup.data.labels),
-        "train_sha256": setup.data.train.fingerprint,
-        "validation_sha256": setup.data.validation.fingerprint,
-        "base_sha256": setup.base.sha256,
-        "frozen_sha256": frozen_sha256,
-        "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
-    }
-    # A cut that was measured on a GPU is no setting. The checkpoint keeps it: other free memory must not stop a resume.
-    measured = (
-        next(setup.model.parameters()).device.type == "cuda"
-        and recipe.train.max_tokens_per_micro_batch is None
-    )
-    machine = describe_machine(setup.dtype, max_tokens=None if measured else setup.max_tokens)
-    config: Any = setup.base.model.config
-    return make_settings(recipe, found, machine=machine, base=config.to_dict())
-
-
-def _set_up(recipe: Recipe, accelerator: Accelerator, offline: str | None) -> _Setup:
-    """Load data and base, and make the base trainable on this process's device."""
-    device = accelerator.device
-    dtype = resolve_dtype(recipe.model.dtype, device)
-    refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=device)
-    data = _load_data(recipe)
-    set_seed(recipe.train.seed)
-    base = load_base(recipe.model, labels=data.labels, device=device)
-    log.info(
-        "base %s (%s): %s",
-        base.name,
-        "new head" if base.new_head else "its own head",
-        _counts(recipe, base, data),
-    )
-    loading_peak, quantisation = peak_memory(device), None
-    if recipe.model.quantize != "none":
-        quantisation = _measure(
-            recipe, base, data, dtype, device, num_processes=accelerator.num_processes
-        )
-        log.info("quantisation: %s", quantisation.verdict)
-        reset_peak_memory(
-            device
-        )  # the unquantised base beside it is the measurement's, not the run's
-    num_steps = count_steps(len(data.train), recipe.train)
-    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps).to(
-        device
-    )
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(model)
-    engine = _choose_engine(model, recipe.train.engine, dtype)
-    max_tokens = _max_tokens(recipe, base, dtype)
-    if device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None:
-        max_tokens = _measure_max_tokens(recipe, model, accelerator, num_steps)
-    log.info(
-        "%s on %s, %s engine, micro-batches of at most %s tokens",
-        dtype,
-        device,
-        engine,
-        f"{max_tokens:,}",
-    )
-    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak, offline)
+# Load
 
 
 def _load_data(recipe: Recipe) -> Data:
-    """Read train and validation and say what was found."""
     data = load_data(recipe.data)
     log.info(
-        "training on %s rows, choosing on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
+        "training on %s rows, validating on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
     )
-    # Before the base is loaded: a wrong number of weights should not cost that time.
+    # Before the base is loaded, which takes time that a wrong number of weights should not cost.
     weights = make_class_weights(
         recipe.train.class_weights, labels=data.train.labels, names=data.labels
     )
@@ -308,11 +228,47 @@ def _load_data(recipe: Recipe) -> Data:
     return data
 
 
-def _counts(recipe: Recipe, base: Base, data: Data) -> ParameterCounts:
+def _load_model(recipe: Recipe, data: Data, dtype: torch.dtype, accelerator: Accelerator) -> _Setup:
+    """Load the base and make it trainable on this process's device."""
+    device = accelerator.device
+    set_seed(recipe.train.seed)
+    base = load_base(recipe.model, labels=data.labels, device=device)
+    head = "new head" if base.new_head else "its own head"
+    log.info("base %s (%s): %s", base.name, head, _count_parameters(recipe, base, data))
+    loading_peak = peak_memory(device)
+    quantisation = None
+    if recipe.model.quantize != "none":
+        quantisation = _measure_quantisation(
+            recipe, base, data, dtype, device, num_processes=accelerator.num_processes
+        )
+        log.info("quantisation: %s", quantisation.verdict)
+        # The peak held an unquantised base for the measurement, which is not the run's.
+        reset_peak_memory(device)
+    num_steps = count_steps(len(data.train), recipe.train)
+    model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps)
+    model = model.to(device)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    engine = _choose_engine(model, recipe.train.engine, dtype)
+    if device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None:
+        max_tokens = _measure_max_tokens(recipe, model, accelerator, num_steps)
+    else:
+        max_tokens = _max_tokens(recipe, base, dtype)
+    log.info(
+        "%s on %s, %s engine, micro-batches of at most %s tokens",
+        dtype,
+        device,
+        engine,
+        f"{max_tokens:,}",
+    )
+    return _Setup(data, base, model, dtype, engine, max_tokens, quantisation, loading_peak)
+
+
+def _count_parameters(recipe: Recipe, base: Base, data: Data) -> ParameterCounts:
     return count_parameters(base.shape, recipe.method, recipe.model, num_labels=len(data.labels))
 
 
-def _measure(
+def _measure_quantisation(
     recipe: Recipe,
     base: Base,
     data: Data,
@@ -321,7 +277,7 @@ def _measure(
     *,
     num_processes: int,
 ) -> Quantisation:
-    """Hold a quantised base against the unquantised one before anything is wrapped around it."""
+    """Compare a quantised base with the unquantised one, before anything is wrapped around it."""
     plan = Plan(
         base.shape,
         recipe.method,
@@ -338,14 +294,16 @@ def _measure(
     length = recipe.model.max_length
     rows = min(max(1, _max_tokens(recipe, base, dtype) // length), recipe.train.batch_size)
     if device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None:
-        # A whole step, where memory allows: no more than an evaluation takes at once.
+        # A whole step where memory allows, but no more than one batch of an evaluation.
         most = max(1, inference_tokens(device.type) // length)
         rows = min(math.ceil(recipe.train.batch_size / num_processes), most)
     return measure_quantisation(
         base,
         plan,
         engine=recipe.train.engine,
-        cut=Cut(rows=rows, length=length, batch_size=recipe.train.batch_size),
+        rows=rows,
+        length=length,
+        batch_size=recipe.train.batch_size,
         input_ids=_probe_ids(base, length),
         dtype=dtype,
         device=device,
@@ -377,38 +335,105 @@ def _measure_max_tokens(
     return max_tokens
 
 
-def _choose_engine(model: nn.Module, wanted: str, dtype: torch.dtype) -> str:
-    """Put the fast encoder in place where it is exact; say why where it is not."""
-    if wanted == "stock":
+def _choose_engine(model: nn.Module, engine: str, dtype: torch.dtype) -> str:
+    """Use the fast encoder where it is exact; return the engine, and why it is not the fast one."""
+    if engine == "stock":
         return "stock"
     reason = use_fast_encoder(model, compute_dtype=dtype)
-    on_cuda = next(model.parameters()).device.type == "cuda"
-    if on_cuda and not reason and (unfused := why_not_fused()):
-        log.warning(
-            "dropout, residual and LayerNorm run as three operations instead of one kernel: %s",
-            unfused,
-        )
-    if reason and wanted == "fast":
+    if reason and engine == "fast":
         raise ModelError(f"train.engine=fast cannot run here: {reason}; set train.engine=auto")
-    return f"stock ({reason})" if reason else "fast"
+    if reason:
+        return f"stock ({reason})"
+    if next(model.parameters()).device.type == "cuda":
+        unfused = why_not_fused()
+        if unfused:
+            log.warning(
+                "dropout, residual and LayerNorm run as three operations instead of one kernel: %s",
+                unfused,
+            )
+    return "fast"
 
 
 def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator) -> Encoded:
-    model = recipe.model
     encoder = TextEncoder.of(
-        setup.base.tokenizer, max_length=model.max_length, truncation=model.truncation
+        setup.base.tokenizer,
+        max_length=recipe.model.max_length,
+        truncation=recipe.model.truncation,
     )
-    # The first process of a machine tokenises; the others then find the ids of many rows where it has kept them.
+    # The first process of a machine tokenises; the others read the ids that it kept.
     with accelerator.local_main_process_first():
         return encoder.encode(rows, progress=accelerator.is_main_process)
 
 
-def _describe_seen(data: Data, encoded: Mapping[str, Encoded], recipe: Recipe) -> DataReport:
-    """Say what train and validation look like; what is judged is read at the end, or by `lora-sentiment data`."""
-    described = describe_seen(data, encoded, max_length=recipe.model.max_length)
-    for line in described.to_lines():
-        log.info("%s", line)
-    return described
+# Train
+
+
+def _fit(
+    recipe: Recipe,
+    setup: _Setup,
+    encoded: Mapping[str, Encoded],
+    run_folder: Path,
+    accelerator: Accelerator,
+    *,
+    allow_changes: bool,
+) -> History:
+    """Train the model and leave it with its best tensors and a dense head."""
+    frozen = hash_tensors(frozen_tensors(setup.model).items())
+    settings = _settings(recipe, setup, frozen_sha256=frozen)
+    refuse_differences(settings)
+    # From here on the global generator draws dropout: each process has its own masks, and the same
+    # ones in each run.
+    torch.manual_seed(recipe.train.seed + accelerator.process_index)
+    history = fit(
+        setup.model,
+        train=encoded["train"],
+        validation=encoded["validation"],
+        numbers=setup.data.train.numbers,
+        config=recipe.train,
+        method=recipe.method,
+        accelerator=accelerator,
+        max_tokens=setup.max_tokens,
+        store=Store(
+            run_folder,
+            settings,
+            resume=recipe.train.resume,
+            allow_changes=allow_changes,
+            limit=recipe.train.save_total_limit,
+        ),
+    )
+    if hash_tensors(frozen_tensors(setup.model).items()) != frozen:
+        raise TrainingError(
+            "a frozen tensor of the base changed during training; nothing was saved; please report "
+            "this"
+        )
+    make_head_dense(setup.model)
+    setup.max_tokens = history.max_tokens  # lower where memory ran out
+    return history
+
+
+def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str, Any]:
+    """Return the values that must be equal to resume the run."""
+    facts = {
+        "engine": setup.engine,
+        "num_steps": count_steps(len(setup.data.train), recipe.train),
+        "labels": list(setup.data.labels),
+        "train_sha256": setup.data.train.fingerprint,
+        "validation_sha256": setup.data.validation.fingerprint,
+        "base_sha256": setup.base.sha256,
+        "frozen_sha256": frozen_sha256,
+        "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
+    }
+    max_tokens: int | None = setup.max_tokens
+    device = next(setup.model.parameters()).device
+    if device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None:
+        # Measured, so other free memory must not stop a resume. The checkpoint keeps the value.
+        max_tokens = None
+    machine = describe_machine(setup.dtype, max_tokens=max_tokens)
+    config: Any = setup.base.model.config
+    return make_settings(recipe, facts, machine=machine, base=config.to_dict())
+
+
+# Save and evaluate
 
 
 def _save_adapter(
@@ -417,8 +442,9 @@ def _save_adapter(
     accelerator: Accelerator,
     folder: Path,
     calibration: dict[str, float],
+    offline: str | None,
 ) -> adapter_folder.Card:
-    """Write weights, tokenizer and card, and hold the rebuilt model against the trained one."""
+    """Write weights, tokenizer and card, and compare the reloaded model with the trained one."""
     data = setup.data
     with accelerator.autocast():
         trained = adapter_folder.compute_probe(
@@ -439,120 +465,12 @@ def _save_adapter(
             carved_test_sha256=data.carved_test.fingerprint if data.carved_test else None,
         ),
         machine=describe_machine(setup.dtype, max_tokens=setup.max_tokens),
-        offline=setup.offline,
+        offline=offline,
         calibration=calibration,
         trained=trained,
-        # bf16 keeps eight bits of a value; the rebuilt model is fp32.
+        # The reloaded model is fp32. bf16 keeps eight bits of a value.
         tolerance=1e-4 if setup.dtype == torch.float32 else 0.1,
     )
-
-
-def _judge(
-    recipe: Recipe,
-    setup: _Setup,
-    verdict: _Verdict,
-    accelerator: Accelerator,
-    calibration: dict[str, float],
-) -> None:
-    """Score validation and every judged role; this is the one place where what is judged is read."""
-    data = setup.data
-    rows = {"test": data.carved_test} if data.carved_test else {}
-    reading: dict[str, Counts] = {}
-    for role in data.judged:
-        try:
-            found, reading[role] = load_judged(recipe.data, role=role, labels=data.labels)
-        except DataError as error:
-            verdict.faults[role] = error
-            continue
-        if found is None:
-            verdict.data.unlabelled[role] = reading[role].read
-            log.warning("%s", verdict.data.to_lines([role])[0])
-        else:
-            rows[role] = found
-    verdict.fingerprints |= {role: judged.fingerprint for role, judged in rows.items()}
-    # Row numbers alone: the messages name files, whose paths may differ between machines.
-    bad_rows = {role: fault.rows for role, fault in verdict.faults.items()}
-    refuse_differences(verdict.fingerprints | {"list of bad rows": bad_rows})
-    for role, judged in rows.items():
-        verdict.encoded[role] = _encode(judged, setup, recipe, accelerator)
-        verdict.data.roles[role] = describe_role(
-            judged,
-            verdict.encoded[role],
-            names=data.labels,
-            max_length=recipe.model.max_length,
-            read=reading.get(role),
-            seen_texts=data.seen_texts,
-        )
-        verdict.logits[role] = _predict(setup, verdict.encoded[role], role, accelerator)
-    for line in verdict.data.to_lines(list(rows)):
-        log.info("%s", line)
-    for role, logits in verdict.logits.items():
-        verdict.scores[role] = score_calibrated(
-            logits, verdict.encoded[role].labels, calibration=calibration
-        )
-        log.info("%s: accuracy %s", role, show_interval(verdict.scores[role]["accuracy"].as_dict()))
-
-
-def _refuse_faults(verdict: _Verdict, folder: Path) -> None:
-    """Say at the very end what could not be judged: the run itself is saved."""
-    if verdict.faults:
-        faults = "\n".join(map(str, verdict.faults.values()))
-        raise DataError(
-            f"{faults}\nthe adapter is saved in {folder}, judged on {', '.join(verdict.scores)} only; mend the rows, "
-            "or name others: lora-sentiment evaluate ADAPTER --source ROWS"
-        ) from next(iter(verdict.faults.values()))
-
-
-def _predict(
-    setup: _Setup, rows: Encoded, role: str, accelerator: Accelerator
-) -> NDArray[np.float32]:
-    bar = role if accelerator.is_main_process else None
-    return predict_logits(setup.model, rows, accelerator=accelerator, progress=bar)
-
-
-def _save_report(
-    recipe: Recipe,
-    setup: _Setup,
-    card: adapter_folder.Card,
-    history: History,
-    verdict: _Verdict,
-    folder: Path,
-) -> dict[str, Any]:
-    """Write report, model card and pictures beside the adapter; return the report."""
-    report = make_report(
-        scores=verdict.scores,
-        parameters=_counts(recipe, setup.base, setup.data),
-        adapter_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        history=history,
-        engine=setup.engine,
-        data=verdict.data,
-        quantisation=setup.quantisation,
-        offline=setup.offline,
-        peak_memory_bytes=max(
-            setup.loading_peak, peak_memory(next(setup.model.parameters()).device)
-        ),
-    )
-    if setup.quantisation:
-        log.info("quantisation: %s", report["quantisation"]["verdict"])
-    write_json(folder / "report.json", report)
-    found = {
-        role: Predictions(logits, verdict.encoded[role].labels, verdict.fingerprints[role])
-        for role, logits in verdict.logits.items()
-    }
-    save_predictions(folder, found)
-    is_peft = isinstance(recipe.method, PeftMethod)
-    (folder / "README.md").write_text(
-        make_model_card(recipe.name, card, report, is_peft=is_peft), encoding="utf-8"
-    )
-    plot_training(history, folder / "training.png", title=recipe.name)
-    # Validation stands first: without a role to judge it is the last.
-    role = "test" if "test" in verdict.logits else list(verdict.logits)[-1]
-    labels = setup.data.labels
-    matrix = confusion_matrix(
-        verdict.encoded[role].labels, verdict.logits[role].argmax(axis=1), len(labels)
-    )
-    plot_confusion(matrix, folder / "confusion.png", labels=labels, title=f"{recipe.name}: {role}")
-    return report
 
 
 def _probe_ids(base: Base, max_length: int) -> list[list[int]]:
@@ -561,6 +479,97 @@ def _probe_ids(base: Base, max_length: int) -> list[list[int]]:
     length = min(PROBE_TOKENS, max_length)
     encoded = TextEncoder.of(base.tokenizer, max_length=length, truncation="head").encode(rows)
     return [part.tolist() for part in np.split(encoded.input_ids, encoded.offsets[1:-1])]
+
+
+def _predict_judged(
+    recipe: Recipe, setup: _Setup, results: _Results, accelerator: Accelerator
+) -> None:
+    """Read the judged roles, which happens nowhere else in a run, and predict them."""
+    judged = load_all_judged(recipe.data, setup.data)
+    results.faults = judged.faults
+    results.report.unlabelled |= judged.unlabelled
+    for line in results.report.to_lines(list(judged.unlabelled)):
+        log.warning("%s", line)
+    for role, rows in judged.rows.items():
+        results.fingerprints[role] = rows.fingerprint
+    # Row numbers alone: the messages name files, whose paths may differ between machines.
+    bad_rows = {role: fault.rows for role, fault in judged.faults.items()}
+    refuse_differences(results.fingerprints | {"list of bad rows": bad_rows})
+    for role, rows in judged.rows.items():
+        encoded = _encode(rows, setup, recipe, accelerator)
+        results.encoded[role] = encoded
+        results.report.roles[role] = describe_judged(
+            setup.data, judged, role, encoded, max_length=recipe.model.max_length
+        )
+        results.logits[role] = _predict(setup, encoded, role, accelerator)
+    _log_lines(results.report.to_lines(list(judged.rows)))
+
+
+def _predict(
+    setup: _Setup, rows: Encoded, role: str, accelerator: Accelerator
+) -> NDArray[np.float32]:
+    progress = role if accelerator.is_main_process else None
+    return predict_logits(setup.model, rows, accelerator=accelerator, progress=progress)
+
+
+def _save_report(
+    recipe: Recipe,
+    setup: _Setup,
+    card: adapter_folder.Card,
+    history: History,
+    results: _Results,
+    folder: Path,
+    offline: str | None,
+) -> dict[str, Any]:
+    """Write report, predictions, model card and plots beside the adapter; return the report."""
+    device = next(setup.model.parameters()).device
+    report = make_report(
+        scores=results.scores,
+        parameters=_count_parameters(recipe, setup.base, setup.data),
+        adapter_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        history=history,
+        engine=setup.engine,
+        data=results.report,
+        quantisation=setup.quantisation,
+        offline=offline,
+        peak_memory_bytes=max(setup.loading_peak, peak_memory(device)),
+    )
+    if setup.quantisation:
+        log.info("quantisation: %s", report["quantisation"]["verdict"])
+    write_json(folder / "report.json", report)
+    predictions = {}
+    for role, logits in results.logits.items():
+        labels = results.encoded[role].labels
+        predictions[role] = Predictions(logits, labels, results.fingerprints[role])
+    save_predictions(folder, predictions)
+    is_peft = isinstance(recipe.method, PeftMethod)
+    model_card = make_model_card(recipe.name, card, report, is_peft=is_peft)
+    (folder / "README.md").write_text(model_card, encoding="utf-8")
+    plot_training(history, folder / "training.png", title=recipe.name)
+    # Validation comes first, so it is the last role if no other was judged.
+    role = "test" if "test" in results.logits else list(results.logits)[-1]
+    names = setup.data.labels
+    predicted = results.logits[role].argmax(axis=1)
+    matrix = confusion_matrix(results.encoded[role].labels, predicted, len(names))
+    plot_confusion(matrix, folder / "confusion.png", labels=names, title=f"{recipe.name}: {role}")
+    return report
+
+
+def _refuse_faults(results: _Results, folder: Path) -> None:
+    """Report the roles that could not be judged, after everything else was saved."""
+    if not results.faults:
+        return
+    faults = list(results.faults.values())
+    lines = "\n".join(map(str, faults))
+    raise DataError(
+        f"{lines}\nthe adapter is saved in {folder}, judged on {', '.join(results.scores)} only; "
+        "correct the rows, or name others: lora-sentiment evaluate ADAPTER --source ROWS"
+    ) from faults[0]
+
+
+def _log_lines(lines: list[str]) -> None:
+    for line in lines:
+        log.info("%s", line)
 
 
 if __name__ == "__main__":

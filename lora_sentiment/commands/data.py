@@ -6,8 +6,8 @@ import torch
 from accelerate import PartialState
 
 from lora_sentiment.data.batches import TextEncoder
-from lora_sentiment.data.report import DataReport, describe_role, describe_seen
-from lora_sentiment.data.rows import Rows, load_data, load_judged
+from lora_sentiment.data.report import DataReport, describe_judged, describe_seen
+from lora_sentiment.data.rows import load_all_judged, load_data
 from lora_sentiment.models.load import check_base, load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.training.offline import resolve_offline
@@ -31,23 +31,13 @@ def describe_data(recipe: Recipe) -> DataReport:
     encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
     encoded = {"train": encoder.encode(data.train), "validation": encoder.encode(data.validation)}
     found = describe_seen(data, encoded, max_length=max_length)
-    judged: dict[str, Rows] = {"test": data.carved_test} if data.carved_test else {}
-    reading = {}
-    for role in data.judged:
-        rows, reading[role] = load_judged(recipe.data, role=role, labels=data.labels)
-        if rows is None:
-            found.unlabelled[role] = reading[role].read
-        else:
-            judged[role] = rows
-    for role, rows in judged.items():
-        found.roles[role] = describe_role(
-            rows,
-            encoder.encode(rows),
-            names=data.labels,
-            max_length=max_length,
-            read=reading.get(role),
-            seen_texts=data.seen_texts,
-        )
+    judged = load_all_judged(recipe.data, data)
+    for fault in judged.faults.values():
+        raise fault
+    found.unlabelled |= judged.unlabelled
+    for role, rows in judged.rows.items():
+        encoded_rows = encoder.encode(rows)
+        found.roles[role] = describe_judged(data, judged, role, encoded_rows, max_length=max_length)
     if offline:
         log.warning("%s", offline)
     return found

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.batches import Encoded
-from lora_sentiment.data.rows import Counts, Data, Rows
+from lora_sentiment.data.rows import Counts, Data, Judged, Rows
 
 FIRST = 5
 """How many row numbers are given of all that a count is of."""
@@ -204,6 +204,28 @@ def describe_seen(data: Data, encoded: Mapping[str, Encoded], *, max_length: int
             )
             for role, (rows, texts) in seen.items()
         }
+    )
+
+
+def describe_judged(
+    data: Data, judged: Judged, role: str, encoded: Encoded, *, max_length: int
+) -> RoleReport:
+    """Count what stands in the rows of a judged role.
+
+    Args:
+        data: The rows that training has seen.
+        judged: The judged rows.
+        role: One of `judged.rows`.
+        encoded: Its token ids.
+        max_length: Most tokens of an input.
+    """
+    return describe_role(
+        judged.rows[role],
+        encoded,
+        names=data.labels,
+        max_length=max_length,
+        read=judged.counts.get(role),
+        seen_texts=data.seen_texts,
     )
 
 

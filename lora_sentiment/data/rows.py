@@ -175,6 +175,42 @@ def load_judged(
     return rows, counts
 
 
+@dataclass(frozen=True)
+class Judged:
+    """The rows that are judged at the end, by role.
+
+    Attributes:
+        rows: Rows with labels; they may be carved out of train.
+        counts: What reading did to the roles that were read.
+        unlabelled: Number of rows of a role whose labels are hidden.
+        faults: The error of a role whose rows cannot be used.
+    """
+
+    rows: dict[str, Rows] = field(default_factory=dict)
+    counts: dict[str, Counts] = field(default_factory=dict)
+    unlabelled: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, DataError] = field(default_factory=dict)
+
+
+def load_all_judged(config: DataConfig, data: Data) -> Judged:
+    """Read every role that is judged at the end. An error costs its own role alone."""
+    judged = Judged()
+    if data.carved_test:
+        judged.rows["test"] = data.carved_test
+    for role in data.judged:
+        try:
+            rows, counts = load_judged(config, role=role, labels=data.labels)
+        except DataError as error:
+            judged.faults[role] = error
+            continue
+        if rows is None:
+            judged.unlabelled[role] = counts.read
+        else:
+            judged.rows[role] = rows
+            judged.counts[role] = counts
+    return judged
+
+
 def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tuple[Rows, Counts]:
     """Read all rows of one split of a Hub data set, by its own name, or of files whatever they are called.
 

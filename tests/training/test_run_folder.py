@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora_sentiment import cli
-from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.commands import sweep as sweep_module
 from lora_sentiment.errors import RecipeError, StoppedError, TrainingError
 from lora_sentiment.files import hash_file, lock_file
@@ -76,7 +75,7 @@ def test_a_run_stopped_before_its_last_rename_writes_its_adapter_again(toy_recip
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_folder, "publish", interrupt)
+        patch.setattr("lora_sentiment.train.publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(toy_recipe)
     assert (toy_recipe.parent / "adapter.run/adapter/card.json").exists()
@@ -189,10 +188,16 @@ def full_in_rust(*_, **__):
     )
 
 
-@pytest.mark.parametrize(("place", "fails"), [("save", full_in_rust), ("publish", full)])
+@pytest.mark.parametrize(
+    ("place", "fails"),
+    [
+        ("lora_sentiment.adapter.folder.save", full_in_rust),
+        ("lora_sentiment.train.publish", full),
+    ],
+)
 def test_a_disk_too_full_for_the_adapter_costs_no_training(toy_recipe, monkeypatch, place, fails):
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_folder, place, fails)
+        patch.setattr(place, fails)
         told = (
             r"disk is full: .*No space left.* bytes are free in .*; make room, then the same "
             "command with --resume resumes from .*-00000007"
