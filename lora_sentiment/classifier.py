@@ -7,14 +7,13 @@ import late.
 
 import hashlib
 import json
-import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +35,6 @@ from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
 from lora_sentiment.tasks.single_label import softmax
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-log = logging.getLogger("lora_sentiment")
 
 WEIGHTS = "model.safetensors"
 TOKENISE_CHARACTERS = 2**16
@@ -269,6 +262,7 @@ def _refuse_options(path: Path, form: str, **options: object) -> None:
 
 def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     from lora_sentiment.adapter.folder import load as load_folder
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.training.processes import join_launch
 
     device = join_launch().device
@@ -288,6 +282,7 @@ def _load_whole(
     path: Path, labels: Sequence[str] | None, max_length: int | None, dtype: str
 ) -> Classifier:
     from lora_sentiment.adapter.weights import check_finite, check_whole_model
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
@@ -356,6 +351,7 @@ def _load_stock_peft(
     from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
     from lora_sentiment.adapter.weights import PEFT_WEIGHTS, rebuild_stock
     from lora_sentiment.hub import is_hub_name, prepare_hub
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
@@ -428,24 +424,6 @@ def _make_classifier(
     ]
     sha256 = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
-
-
-def prepare_engine(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
-    """Return a model's forward pass in a compute dtype, on the fast engine if that fits.
-
-    Raises:
-        ModelError: If there is no dtype of that name.
-    """
-    from lora_sentiment.fast.encoder import use_fast_encoder
-    from lora_sentiment.models.inference import make_engine
-    from lora_sentiment.models.load import cast_frozen, resolve_dtype
-
-    dtype = resolve_dtype(dtype_name, device)
-    model = cast_frozen(model, dtype=dtype, device=device).eval()
-    reason = use_fast_encoder(model, compute_dtype=dtype)
-    if reason:
-        log.info("stock engine: %s", reason)
-    return make_engine(model, autocast=dtype)
 
 
 def _find_max_length(folder: Path) -> int:

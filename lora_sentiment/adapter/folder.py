@@ -23,7 +23,7 @@ from lora_sentiment.adapter.weights import (
     save_weights,
 )
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.fast.attention import attention_backends
+from lora_sentiment.fast import attention_backends
 from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.hub import is_hub_name, prepare_hub
 from lora_sentiment.models.load import Base, check_length, hash_tokenizer, load_base

@@ -29,8 +29,9 @@ from lora_sentiment.adapter.weights import rebuild
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, write_aside
+from lora_sentiment.models.dtype import DTYPES
 from lora_sentiment.models.inference import make_engine
-from lora_sentiment.models.load import DTYPES, hash_tokenizer, load_base, quiet
+from lora_sentiment.models.load import hash_tokenizer, load_base, quiet
 from lora_sentiment.recipe.model import ModelConfig
 
 Into = Literal["base", "dequantised"]
