@@ -2,12 +2,16 @@ import pytest
 import torch
 
 from lora_sentiment.commands.doctor import examine
-from lora_sentiment.commands.estimate import _native_bytes
+from lora_sentiment.commands.estimate import plan_recipe
 from lora_sentiment.errors import ModelError
 from lora_sentiment.models import dtype as dtype_module
 from lora_sentiment.models.dtype import resolve_dtype
+from lora_sentiment.recipe.recipe import Recipe
 
 CPU = torch.device("cpu")
+RECIPE = Recipe.model_validate(
+    {"name": "any", "data": {"source": "x"}, "model": {"name": "distilbert-base-uncased"}}
+)
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def test_auto_is_bf16_only_if_the_cpu_multiplies_it_faster(
     cpu(capabilities, maker, proc=proc)
     assert resolve_dtype("auto", CPU) == expected
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
-    assert _native_bytes() == expected.itemsize
+    assert plan_recipe(RECIPE)[0].dtype == expected
     assert examine(hub=False).devices[-1]["auto"] == str(expected).removeprefix("torch.")
 
 
