@@ -131,7 +131,7 @@ def test_attention_by_explicit_products_has_exact_gradients(
         torch.manual_seed(3)
         return attention(qkv, mask, num_heads=3, dropout_p=p)
 
-    assert torch.autograd.gradcheck(run, (draw(3, 5, 18),))
+    assert torch.autograd.gradcheck(run, (draw(3, 5, 18),), fast_mode=True)
 
 
 @pytest.mark.parametrize("length", [33, 200, 512])
