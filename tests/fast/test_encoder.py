@@ -198,7 +198,7 @@ def check_bf16(model: nn.Module, packed: bool, device: str | torch.device = "cpu
     assert grads.keys() == exact.keys()
     assert all(grad.dtype == torch.float32 for grad in grads.values())
     assert (logits - stock_logits).norm() <= 0.04 * stock_logits.norm()
-    # Single tensors move by tens of percent in bf16, stock or not, when a unit of the head's ReLU flips.
+    # In bf16 single tensors move by tens of percent, stock or not: a unit of the head's ReLU flips.
     difference = torch.cat([(grads[name] - grad).flatten() for name, grad in exact.items()])
     assert difference.norm() <= 0.2 * torch.cat([grad.flatten() for grad in exact.values()]).norm()
 

@@ -76,7 +76,7 @@ def logits_and_grads(
         logits = packed_logits(model, input_ids, attention_mask)
     else:
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    # Of one label: with two, rows cancel in the gradient of the classifier's bias, down to rounding.
+    # Of one label: with two, rows cancel in the gradient of the classifier's bias.
     functional.cross_entropy(logits.float(), torch.ones_like(input_ids[:, 0])).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return logits.detach(), grads
@@ -88,7 +88,7 @@ def find_encoder(model: nn.Module) -> DistilBertModel:
 
 def largest_grad_distance(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
     assert expected.keys() == found.keys()
-    # With a single token softmax has no gradient, and never one for k's bias; what is left of q's and k's is rounding.
+    # Softmax has no gradient for k's bias, and none at all with a single token: only rounding.
     k_biases = [name for name in expected if "k_lin" in name and name.endswith("bias")]
     assert all(max(expected[name].norm(), found[name].norm()) < 1e-6 for name in k_biases)
     big = [name for name, grad in expected.items() if grad.norm() > 1e-6]
@@ -100,7 +100,7 @@ def largest_grad_distance(expected: dict[str, Tensor], found: dict[str, Tensor])
 
 
 def train(model: nn.Module, *names: str, only: bool = False) -> nn.Module:
-    """Makes the encoder's base tensors with one of `names` in their names trainable, and with `only` no others."""
+    """Train the encoder's base tensors with one of `names` in their names; with `only`, no others."""
     for name, parameter in find_encoder(model).named_parameters():
         chosen = any(part in name for part in names) and "lora_" not in name
         parameter.requires_grad_(chosen or (parameter.requires_grad and not only))
