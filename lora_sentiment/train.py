@@ -22,7 +22,13 @@ from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
-from lora_sentiment.data.report import DataReport, describe_judged, describe_seen
+from lora_sentiment.data.report import (
+    DataReport,
+    describe_judged,
+    describe_seen,
+    describe_unlabelled,
+    report_lines,
+)
 from lora_sentiment.data.rows import Data, Rows, load_all_judged, load_data
 from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.statistics import Interval, show_interval
@@ -168,7 +174,7 @@ def _run(
         "validation": _encode(data.validation, setup, recipe, accelerator),
     }
     data_report = describe_seen(data, encoded, max_length=recipe.model.max_length)
-    _log_lines(data_report.to_lines())
+    _log_lines(report_lines(data_report))
 
     history = _fit(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
@@ -487,8 +493,8 @@ def _predict_judged(
     """Read the judged roles, which happens nowhere else in a run, and predict them."""
     judged = load_all_judged(recipe.data, setup.data)
     results.faults = judged.faults
-    results.report.unlabelled |= judged.unlabelled
-    for line in results.report.to_lines(list(judged.unlabelled)):
+    results.report |= describe_unlabelled(judged.unlabelled)
+    for line in report_lines(results.report, list(judged.unlabelled)):
         log.warning("%s", line)
     for role, rows in judged.rows.items():
         results.fingerprints[role] = rows.fingerprint
@@ -498,11 +504,11 @@ def _predict_judged(
     for role, rows in judged.rows.items():
         encoded = _encode(rows, setup, recipe, accelerator)
         results.encoded[role] = encoded
-        results.report.roles[role] = describe_judged(
+        results.report[role] = describe_judged(
             setup.data, judged, role, encoded, max_length=recipe.model.max_length
         )
         results.logits[role] = _predict(setup, encoded, role, accelerator)
-    _log_lines(results.report.to_lines(list(judged.rows)))
+    _log_lines(report_lines(results.report, list(judged.rows)))
 
 
 def _predict(

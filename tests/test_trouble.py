@@ -106,7 +106,7 @@ RECIPES = {
         f"output.dir={'a' * 300}", "allowed: a name without NUL, of at most 200 bytes"
     ),
     "list of files": override(
-        "data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; several files are a glob"
+        "data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; name several files by a glob"
     ),
     "unknown section": recipe(RECIPE + "trian: {}\n", "trian: unknown key; did you mean 'train'?"),
     "unknown key": override("train.lr=1e-4", "train.lr: unknown key"),
@@ -214,7 +214,7 @@ FILES = {
     "gzip by another name": rows(gzip.compress(ROWS.encode()), "is gzip, which its name must tell; end it in .gz"),
     "cut gzip": rows(gzip.compress(ROWS.encode())[:-9], "is no gzip file, or a damaged one", name="rows.csv.gz"),
     "line without end": rows("text,label\n" + "x" * 10_000_001, "line 2 is longer than 10,000,000 characters; cut it"),
-    "empty text": rows(ROWS + ",good\n", "row 41: text is empty\nmend them, or set data.on_bad_row=drop"),
+    "empty text": rows(ROWS + ",good\n", "row 41: text is empty\ncorrect them, or set data.on_bad_row=drop"),
     "text of markup only": rows(ROWS + "<br />&nbsp;,good\n", "row 41: text is empty"),
     "missing label": rows(ROWS + "fine,\nfine too,\n", "row 41: label is missing (2 such rows)"),
     "unknown label": rows(ROWS + "so,so\n", "row 41: label 'so' is none of good, bad", "data.labels=[good, bad]"),
@@ -225,7 +225,7 @@ FILES = {
     "labels 1.0": rows(ROWS.replace("good", "1.0").replace("bad", "0.0"), "labels are decimal numbers, such as 0.0"),
     "scores": rows("text,label\na,0.25\nb,3\nc,4.5\n", "decimal numbers, such as 0.25; a class is an integer"),
     "ids for labels": rows(
-        "text,label\n" + "".join(f"a,x{i}\n" for i in range(300)), "holds 300 different values in 300 rows; is it one?"
+        "text,label\n" + "".join(f"a,x{i}\n" for i in range(300)), "holds 300 different values in 300 rows"
     ),
     "float label": rows(
         jsonl({"text": "a", "label": 1}, {"text": "b", "label": 0.5}, {"text": "c", "label": 0}),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import Encoded, cut, pad, take_rows
 from lora_sentiment.data.packing import cut_packed
-from lora_sentiment.data.texts import let_go
+from lora_sentiment.data.texts import release_pages
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Engine:
         if self.compute_rows is None:
             return self.compute(*pad(encoded, index))
         logits = self.compute_rows(take_rows(encoded, index))
-        let_go(encoded.input_ids.base)
+        release_pages(encoded.input_ids.base)
         return logits
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import Encoded, cut, make_batch, shard, take_rows
 from lora_sentiment.data.packing import cut_packed
-from lora_sentiment.data.texts import let_go
+from lora_sentiment.data.texts import release_pages
 from lora_sentiment.fast import (
     HostBuffers,
     attention_backends,
@@ -70,7 +70,7 @@ def predict_logits(
                     output = compute_packed(
                         model, rows, device=device, pad_token_id=encoded.pad_token_id, host=host
                     )
-                    let_go(encoded.input_ids.base)
+                    release_pages(encoded.input_ids.base)
                 else:
                     batch = make_batch(encoded, part, device=device)
                     output = _compute_padded(model, batch.input_ids, batch.attention_mask)

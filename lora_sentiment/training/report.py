@@ -67,7 +67,7 @@ def make_report(
         },
         **({"quantisation": quantisation.as_dict()} if quantisation else {}),
         **({"offline": offline} if offline else {}),
-        "data": data.as_dict(),
+        "data": data,
     }
 
 
