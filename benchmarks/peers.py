@@ -61,7 +61,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_sentiment.data.batches import Encoded, TextEncoder, plan_epoch
 from lora_sentiment.data.rows import load_data
-from lora_sentiment.models.load import load_tokenizer, resolve_dtype
+from lora_sentiment.models.dtype import resolve_dtype
+from lora_sentiment.models.load import load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

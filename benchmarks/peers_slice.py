@@ -36,7 +36,8 @@ from lora_sentiment.classifier import load
 from lora_sentiment.data import packing
 from lora_sentiment.data.batches import Encoded, cut
 from lora_sentiment.fast.encoder import use_fast_encoder, use_stock_encoder
-from lora_sentiment.models.load import load_base, resolve_dtype
+from lora_sentiment.models.dtype import resolve_dtype
+from lora_sentiment.models.load import load_base
 from lora_sentiment.models.parameters import micro_batch_tokens
 from lora_sentiment.models.wrap import make_trainable
 from lora_sentiment.recipe.method import LoraMethod

@@ -128,7 +128,7 @@ def run_trainer(recipe: Recipe, clock: Clock, folder: Path, variant: str) -> int
 
     from lora_sentiment.data.batches import TextEncoder
     from lora_sentiment.data.rows import load_data
-    from lora_sentiment.models.load import resolve_dtype
+    from lora_sentiment.models.dtype import resolve_dtype
     from lora_sentiment.recipe.method import LoraMethod
     from lora_sentiment.training.optimizer import count_steps
 

@@ -1,19 +1,19 @@
 """Load a model in any saved form, and answer texts: `load(path).predict(["A lovely film."])`.
 
-An adapter folder, a merged folder, an ONNX file and a stock PEFT folder all give a `Classifier`. This module and the
-loading of an ONNX file import no torch. So the functions for the other forms import late.
+An adapter folder, a merged folder, an ONNX file and a stock PEFT folder all give a `Classifier`.
+This module and the loading of an ONNX file import no torch. So the functions for the other forms
+import late.
 """
 
 import hashlib
 import json
-import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +35,6 @@ from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
 from lora_sentiment.tasks.single_label import softmax
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-log = logging.getLogger("lora_sentiment")
 
 WEIGHTS = "model.safetensors"
 TOKENISE_CHARACTERS = 2**16
@@ -98,8 +92,8 @@ class Classifier:
 
         Args:
             texts: A list of strings of any length.
-            stride: Read a longer text whole, in windows that share this many tokens, and average their probabilities.
-                None cuts a longer text as in training.
+            stride: Read a longer text whole, in windows that share this many tokens, and average
+                their probabilities. None cuts a longer text as in training.
             calibrated: Divide logits by the temperature that was fitted in training.
 
         Raises:
@@ -155,7 +149,8 @@ class Classifier:
             logits = compute_logits(self.engine, self.encoder.pack(inputs))
             if logits.shape[1:] != (len(self.labels),):
                 raise AdapterError(
-                    f"the model answers {logits.shape[1:]} values a text for the labels {self.labels}"
+                    f"the model answers {logits.shape[1:]} values a text for the labels "
+                    f"{self.labels}"
                 )
             scores = softmax(logits, temperature=temperature)
             num_windows = np.bincount(owners)[owners, None]
@@ -183,7 +178,8 @@ def tokenise(encoder: TextEncoder, texts: Iterable[str], *, clean: bool) -> Iter
             text = clean_text(text, Counter())
         if re.search("[\ud800-\udfff]", text):
             raise DataError(
-                "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it as UTF-8"
+                "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it "
+                "as UTF-8"
             )
         some.append(text)
         size += len(text)
@@ -215,16 +211,17 @@ def load(
     """Load a model that answers texts.
 
     Args:
-        path: An adapter folder, a merged or exported folder, an `.onnx` file in one, a stock transformers folder, or a
-            stock PEFT folder.
-        labels: Label names in order. A stock PEFT folder does not hold them, and those of a stock model may mean
-            nothing.
+        path: An adapter folder, a merged or exported folder, an `.onnx` file in one, a stock
+            transformers folder, or a stock PEFT folder.
+        labels: Label names in order. A stock PEFT folder does not hold them, and those of a stock
+            model may mean nothing.
         base: Place of an adapter's base, if it is not where the adapter says.
         max_length: Most tokens of a text. Only for stock folders, which do not hold it.
         dtype: Compute dtype: `auto`, `float32`, `bfloat16` or `float16`. An ONNX file has its own.
 
     Raises:
-        AdapterError: If the folder has none of these forms, is incomplete or altered, or has another base.
+        AdapterError: If the folder has none of these forms, is incomplete or altered, or has
+            another base.
         ModelError: If the base cannot be loaded, or an option does not fit the form.
     """
     if isinstance(labels, str):
@@ -250,7 +247,8 @@ def load(
     if not path.is_dir():
         raise AdapterError(f"{path}: no such folder or .onnx file")
     raise AdapterError(
-        f"{path}: holds no model; expected card.json (an adapter), adapter_config.json (a PEFT folder), "
+        f"{path}: holds no model; expected card.json (an adapter), adapter_config.json (a PEFT "
+        "folder), "
         f"{WEIGHTS} (a merged model) or {PLAIN}"
     )
 
@@ -264,6 +262,7 @@ def _refuse_options(path: Path, form: str, **options: object) -> None:
 
 def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     from lora_sentiment.adapter.folder import load as load_folder
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.training.processes import join_launch
 
     device = join_launch().device
@@ -283,6 +282,7 @@ def _load_whole(
     path: Path, labels: Sequence[str] | None, max_length: int | None, dtype: str
 ) -> Classifier:
     from lora_sentiment.adapter.weights import check_finite, check_whole_model
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
@@ -351,6 +351,7 @@ def _load_stock_peft(
     from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
     from lora_sentiment.adapter.weights import PEFT_WEIGHTS, rebuild_stock
     from lora_sentiment.hub import is_hub_name, prepare_hub
+    from lora_sentiment.models.inference import prepare_engine
     from lora_sentiment.models.load import load_base
     from lora_sentiment.recipe.model import ModelConfig
     from lora_sentiment.training.processes import join_launch
@@ -368,7 +369,8 @@ def _load_stock_peft(
         record = read_merge_record(Path(base))
         if record:
             raise AdapterError(
-                f"{base}: is not a base: it already holds the adapter {record.adapter_sha256[:12]}, merged into "
+                f"{base}: is not a base: it already holds the adapter "
+                f"{record.adapter_sha256[:12]}, merged into "
                 f"{record.base!r}"
             )
     revision = None if base else recorded.revision
@@ -424,26 +426,8 @@ def _make_classifier(
     return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
 
 
-def prepare_engine(model: "nn.Module", dtype_name: str, device: "torch.device") -> Engine:
-    """Return a model's forward pass in a compute dtype on a device, on the fast engine if that fits.
-
-    Raises:
-        ModelError: If there is no dtype of that name.
-    """
-    from lora_sentiment.fast.encoder import use_fast_encoder
-    from lora_sentiment.models.inference import make_engine
-    from lora_sentiment.models.load import cast_frozen, resolve_dtype
-
-    dtype = resolve_dtype(dtype_name, device)
-    model = cast_frozen(model, dtype=dtype, device=device).eval()
-    reason = use_fast_encoder(model, compute_dtype=dtype)
-    if reason:
-        log.info("stock engine: %s", reason)
-    return make_engine(model, autocast=dtype)
-
-
 def _find_max_length(folder: Path) -> int:
-    """Return the longest input of a whole model: that of its tokenizer, at most its number of positions."""
+    """Return the longest input of a whole model, from its positions and its tokenizer."""
     positions = read_object(folder / "config.json").get("max_position_embeddings", 512)
     longest = read_object(folder / "tokenizer_config.json").get("model_max_length")
     lengths = []
@@ -453,13 +437,14 @@ def _find_max_length(folder: Path) -> int:
             lengths.append(int(value))
     if not lengths:
         raise AdapterError(
-            f"{folder / 'config.json'}: max_position_embeddings is {positions!r}; allowed: 8 or more"
+            f"{folder / 'config.json'}: max_position_embeddings is {positions!r}; allowed: 8 or "
+            "more"
         )
     return min(lengths)
 
 
 def _read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, int, int]]:
-    """Read a tokenizer and the ids of its [CLS], [SEP] and [PAD]. transformers would import torch for that."""
+    """Read a tokenizer and its special tokens' ids, without transformers and so without torch."""
     path = folder / "tokenizer.json"
     text = read_bytes(path, limit=MAX_TOKENIZER_BYTES)
     with ExplainLibraryError(path):

@@ -407,10 +407,11 @@ def data(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
     """Read a recipe's rows; show balance, lengths, duplicates, bad rows and leaks."""
     loaded = Recipe.load(recipe, overrides or ())
     from lora_sentiment.commands.data import describe_data
+    from lora_sentiment.data.report import report_lines
 
     report = describe_data(loaded)
     if is_main():
-        typer.echo(json.dumps(report.as_dict()) if as_json else "\n".join(report.to_lines()))
+        typer.echo(json.dumps(report) if as_json else "\n".join(report_lines(report)))
 
 
 @app.command()
@@ -523,7 +524,7 @@ def doctor(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show versions, processor, memory, devices and Hub, and the known traps of this machine."""
+    """Show versions, processor, memory, devices and Hub, with a note for each known problem."""
     from lora_sentiment.commands.doctor import examine
 
     found = examine(hub=hub)

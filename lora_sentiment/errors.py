@@ -9,7 +9,8 @@
     │   └── StoppedError   a signal stopped the run after it saved a checkpoint
     └── AdapterError      a saved folder that is incomplete, altered or made for another base
 
-A message says what was found, where, what is allowed and what to do. The command line shows it without a traceback.
+A message says what was found, where, what is allowed and what to do. The command line shows it
+without a traceback.
 """
 
 from collections.abc import Iterable
@@ -18,11 +19,19 @@ from reprlib import Repr
 
 
 class LoraSentimentError(Exception):
-    """The root of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class RecipeError(LoraSentimentError):
-    """A recipe file, an override or a launch setting is wrong."""
+    """A recipe file, an override or a launch setting is wrong.
+
+    Attributes:
+        faults: The mistakes, one line each. The message is all of them.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
 
 
 class DataError(LoraSentimentError):
@@ -62,12 +71,14 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 _REPR.maxlevel = 3
 
 
-def show(found: object) -> str:
-    """Return the repr of what was found, cut in the middle where it is long, without making all of it first."""
-    return _REPR.repr(found)
+def show(value: object) -> str:
+    """Return the repr of a value. A long one is cut in the middle, and never made in full."""
+    return _REPR.repr(value)
 
 
-def did_you_mean(found: str, allowed: list[str]) -> str:
+def did_you_mean(name: str, allowed: list[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest allowed name, or an empty string."""
-    close = get_close_matches(found, allowed, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    if not close:
+        return ""
+    return f"; did you mean {close[0]!r}?"

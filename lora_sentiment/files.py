@@ -1,4 +1,4 @@
-"""Files whose bytes repeat, folders that appear whole, and locks."""
+"""Write repeatable JSON, hash files, replace files and folders atomically, lock files."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from lora_sentiment.errors import AdapterError
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON with sorted keys, so that bytes repeat."""
+    """Write JSON with sorted keys, so that equal values give equal bytes."""
     path.write_text(
         json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
@@ -29,25 +29,32 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def take_place(aside: Path, place: Path, *, replaced: Path | None = None) -> None:
-    """Sync a folder and all that it holds to disk, then rename it to its place.
+def replace_atomically(unfinished: Path, place: Path, *, replaced: Path | None = None) -> None:
+    """Sync a finished file or folder to disk, then rename it to its place.
 
     Args:
-        aside: The folder.
-        place: Its place.
-        replaced: What stands in the place is renamed to this in the moment before; without it nothing may stand there.
+        unfinished: The file or folder.
+        place: Its place. A file there is replaced.
+        replaced: A folder at the place is first renamed to this. If None, no folder may be there.
     """
-    for path in aside.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(aside)
+    for path in unfinished.rglob("*"):
+        sync(path)
+    sync(unfinished)
     if replaced and place.exists():
         place.rename(replaced)
-    aside.rename(place)
-    sync_folder(place.parent)
+    unfinished.replace(place)
+    sync(place.parent)
+
+
+def sync(path: Path) -> None:
+    """Sync a file, or the list of names of a folder, to disk. Only POSIX can sync a folder."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -57,7 +64,7 @@ def write_aside(out: Path) -> Iterator[Path]:
     If the block raises, nothing is left behind.
 
     Raises:
-        AdapterError: If `out` exists, or cannot be written.
+        AdapterError: `out` exists or cannot be written.
     """
     if out.exists() or out.is_symlink():
         raise AdapterError(f"{out}: exists; name another folder, or remove it first")
@@ -70,7 +77,7 @@ def write_aside(out: Path) -> Iterator[Path]:
             raise AdapterError(
                 f"{out}: was written by another process meanwhile; name another folder"
             )
-        take_place(aside, out)
+        replace_atomically(aside, out)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{out}: cannot be written: {error}") from error
     finally:
@@ -86,39 +93,34 @@ def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
 
     Args:
         aside: The finished folder, inside the folder of the run.
-        folder: The final place. A folder that exists there is moved beside `aside`, and deleted last.
+        folder: The final place. A folder that exists there is moved beside `aside`, and deleted
+            last.
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        AdapterError: If the folder exists and must not be replaced.
+        AdapterError: The folder exists and must not be replaced.
     """
     if folder.exists() and not overwrite:
         raise AdapterError(f"{folder}: exists; the finished adapter stays in {aside}; move it")
     replaced = aside.with_name("replaced")
-    take_place(aside, folder, replaced=replaced)
+    replace_atomically(aside, folder, replaced=replaced)
     if replaced.exists():
         shutil.rmtree(replaced)
 
 
-def sync_folder(folder: Path) -> None:
-    """Sync a folder's own list of names to disk, where a folder can be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 @contextmanager
-def lock_file(path: Path) -> Iterator[None]:
+def lock_file(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a file lock. The file is made for the lock and removed at the end.
 
+    Args:
+        path: The file.
+        wait: Whether to wait until no other process holds the lock.
+
     Raises:
-        Timeout: If another process holds the lock; this function does not wait.
-        OSError: If the file cannot be made.
+        Timeout: Another process holds the lock, and `wait` is False.
+        OSError: The file cannot be made.
     """
-    with FileLock(path, blocking=False):
+    with FileLock(path, blocking=wait):
         try:
             yield
         finally:

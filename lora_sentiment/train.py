@@ -22,15 +22,21 @@ from lora_sentiment.adapter.card import make_model_card
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
-from lora_sentiment.data.report import DataReport, describe_judged, describe_seen
+from lora_sentiment.data.report import (
+    DataReport,
+    describe_judged,
+    describe_seen,
+    describe_unlabelled,
+    report_lines,
+)
 from lora_sentiment.data.rows import Data, Rows, load_all_judged, load_data
 from lora_sentiment.errors import DataError, ModelError, TrainingError
 from lora_sentiment.evaluation.statistics import Interval, show_interval
-from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
-from lora_sentiment.fast.fused import why_not_fused
+from lora_sentiment.fast import use_fast_encoder, why_not_fused
 from lora_sentiment.files import publish, write_json
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import predict_logits
-from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base, resolve_dtype
+from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base
 from lora_sentiment.models.memory import Plan
 from lora_sentiment.models.parameters import (
     ParameterCounts,
@@ -38,8 +44,14 @@ from lora_sentiment.models.parameters import (
     inference_tokens,
     micro_batch_tokens,
 )
-from lora_sentiment.models.quantisation import Cut, Quantisation, measure_quantisation
-from lora_sentiment.models.wrap import frozen_tensors, make_head_dense, make_trainable, refuse_unfit
+from lora_sentiment.models.quantisation import Quantisation, measure_quantisation
+from lora_sentiment.models.wrap import (
+    checkpoint_activations,
+    frozen_tensors,
+    make_head_dense,
+    make_trainable,
+    refuse_unfit,
+)
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks.metrics import confusion_matrix, score_calibrated
@@ -162,7 +174,7 @@ def _run(
         "validation": _encode(data.validation, setup, recipe, accelerator),
     }
     data_report = describe_seen(data, encoded, max_length=recipe.model.max_length)
-    _log_lines(data_report.to_lines())
+    _log_lines(report_lines(data_report))
 
     history = _fit(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
@@ -295,7 +307,9 @@ def _measure_quantisation(
         base,
         plan,
         engine=recipe.train.engine,
-        cut=Cut(rows=rows, length=length, batch_size=recipe.train.batch_size),
+        rows=rows,
+        length=length,
+        batch_size=recipe.train.batch_size,
         input_ids=_probe_ids(base, length),
         dtype=dtype,
         device=device,
@@ -479,8 +493,8 @@ def _predict_judged(
     """Read the judged roles, which happens nowhere else in a run, and predict them."""
     judged = load_all_judged(recipe.data, setup.data)
     results.faults = judged.faults
-    results.report.unlabelled |= judged.unlabelled
-    for line in results.report.to_lines(list(judged.unlabelled)):
+    results.report |= describe_unlabelled(judged.unlabelled)
+    for line in report_lines(results.report, list(judged.unlabelled)):
         log.warning("%s", line)
     for role, rows in judged.rows.items():
         results.fingerprints[role] = rows.fingerprint
@@ -490,11 +504,11 @@ def _predict_judged(
     for role, rows in judged.rows.items():
         encoded = _encode(rows, setup, recipe, accelerator)
         results.encoded[role] = encoded
-        results.report.roles[role] = describe_judged(
+        results.report[role] = describe_judged(
             setup.data, judged, role, encoded, max_length=recipe.model.max_length
         )
         results.logits[role] = _predict(setup, encoded, role, accelerator)
-    _log_lines(results.report.to_lines(list(judged.rows)))
+    _log_lines(report_lines(results.report, list(judged.rows)))
 
 
 def _predict(

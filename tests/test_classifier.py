@@ -314,7 +314,8 @@ def test_importing_the_classifier_imports_no_torch():
 
 def test_the_package_itself_gives_load():
     code = (
-        "import sys, lora_sentiment; assert 'tokenizers' not in sys.modules; from lora_sentiment import load;"
+        "import sys, lora_sentiment; assert 'tokenizers' not in sys.modules; from lora_sentiment "
+        "import load;"
         "from lora_sentiment.classifier import load as same; assert load is same;"
         "assert not hasattr(lora_sentiment, 'nothing')"
     )

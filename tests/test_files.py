@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lora_sentiment.errors import AdapterError
-from lora_sentiment.files import publish, take_place
+from lora_sentiment.files import publish, replace_atomically
 
 
 def test_publishing_takes_a_free_place_or_replaces_when_told(tmp_path):
@@ -30,5 +30,5 @@ def test_everything_that_a_folder_holds_is_on_disk_before_it_is_renamed(tmp_path
     (tmp_path / "aside/onnx").mkdir(parents=True)
     (tmp_path / "aside/onnx/model.onnx").write_bytes(b"1")
     held = [path.stat().st_ino for path in (tmp_path / "aside", *(tmp_path / "aside").rglob("*"))]
-    take_place(tmp_path / "aside", tmp_path / "out")
+    replace_atomically(tmp_path / "aside", tmp_path / "out")
     assert sorted(synced) == sorted([*held, tmp_path.stat().st_ino])

@@ -22,14 +22,16 @@ NAMES = sorted(
     if path.is_dir() and path.name not in ("base", "__pycache__")
 )
 
-# Of a logit: this much, and this share of it. With the instructions of torch, oneDNN and MKL limited to AVX2 or SSE,
-# the largest difference was 6e-6.
+# Of a logit: this much, and this share of it. With the instructions of torch, oneDNN and MKL
+# limited to AVX2 or SSE, the largest difference was 6e-6.
 FP32_TOLERANCE = 1e-5
-# The 4-bit weights are multiplied in fp32, but rounding adds up to more: noise of 5e-7 in the embeddings, about twice
-# the rounding of another CPU, changed a logit by 2e-5. This is what `load` allows for the probe.
+# The 4-bit weights are multiplied in fp32, but rounding adds up to more: noise of 5e-7 in the
+# embeddings, about twice the rounding of another CPU, changed a logit by 2e-5. This is what `load`
+# allows for the probe.
 FOUR_BIT_TOLERANCE = 1e-4
-# Products in int8 round their input to 8 bits, so a tiny difference can move a value by a whole step. Noise of 1e-7 in
-# the embeddings changed a logit by 0.09, and other instructions changed one of the probe by 0.012.
+# Products in int8 round their input to 8 bits, so a tiny difference can move a value by a whole
+# step. Noise of 1e-7 in the embeddings changed a logit by 0.09, and other instructions changed one
+# of the probe by 0.012.
 INT8_TOLERANCE = 0.2
 TOLERANCES = {"int8": INT8_TOLERANCE, "nf4": FOUR_BIT_TOLERANCE, "fp4": FOUR_BIT_TOLERANCE}
 # What a run in bf16 is allowed when it is saved: a share of the largest logit.
@@ -38,7 +40,8 @@ BF16_TOLERANCE = 0.1
 
 @pytest.fixture(autouse=True)
 def one_core(one_thread, monkeypatch):
-    """Loading sets torch's threads to the usable cores, and for matrices this small threads only wait."""
+    """Loading sets torch's threads to the usable cores, and for matrices this small threads only
+    wait."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
 
 
@@ -65,7 +68,8 @@ def test_every_folder_has_its_answers():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_folder_answers_as_it_did(name, monkeypatch):
     if name == "int8":
-        # `load` refuses an int8 folder on a CPU whose instructions are not those of training: its probe differs.
+        # `load` refuses an int8 folder on a CPU whose instructions are not those of training: its
+        # probe differs.
         monkeypatch.setattr("lora_sentiment.adapter.folder.PROBE_TOLERANCE", INT8_TOLERANCE)
     check(open_saved(name, SAVED / name), name, TOLERANCES.get(name, FP32_TOLERANCE))
 

@@ -1,4 +1,5 @@
-"""What SECURITY.md promises: nothing that is loaded runs code, leads elsewhere, or takes what it likes."""
+"""What SECURITY.md promises: nothing that is loaded runs code, leads elsewhere, or takes what it
+likes."""
 
 import ast
 import json
@@ -139,6 +140,13 @@ def test_expressions_of_an_early_adapter_become_the_names_of_its_tensors(
     ids = torch.tensor(IDS)
     expected = load(originals / method).model(input_ids=ids).logits
     assert torch.equal(load(folder).model(input_ids=ids).logits, expected)
+
+
+def test_an_expression_for_lora_alpha_in_an_early_adapter_is_refused(folder):
+    """The tensors do not hold lora_alpha, and no expression is run."""
+    alter_json(folder, CONFIG, alpha_pattern={EXPRESSION: 4})
+    with pytest.raises(AdapterError, match=r"alpha_pattern.*list the names of the modules"):
+        load(folder)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "adalora", "vera"])

@@ -270,7 +270,7 @@ def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
 def test_hidden_labels_are_said_and_the_rest_is_judged(toy_recipe, three_roles, caplog):
     (toy_recipe.parent / "test.csv").write_text("text,label\nfine,-1\npoor,-1\n")
     found = run(toy_recipe, three_roles)
-    assert "test: 2 rows without labels (all are -1): not judged" in caplog.text
+    assert "test: 2 rows without labels (all are -1): not evaluated" in caplog.text
     assert "test" not in found.report
     assert found.report["data"]["test"]["unlabelled"] == 2
     assert "dev" in found.report

@@ -106,7 +106,7 @@ RECIPES = {
         f"output.dir={'a' * 300}", "allowed: a name without NUL, of at most 200 bytes"
     ),
     "list of files": override(
-        "data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; several files are a glob"
+        "data.source=[a.csv, b.csv]", "found ['a.csv', 'b.csv']; name several files by a glob"
     ),
     "unknown section": recipe(RECIPE + "trian: {}\n", "trian: unknown key; did you mean 'train'?"),
     "unknown key": override("train.lr=1e-4", "train.lr: unknown key"),
@@ -214,7 +214,7 @@ FILES = {
     "gzip by another name": rows(gzip.compress(ROWS.encode()), "is gzip, which its name must tell; end it in .gz"),
     "cut gzip": rows(gzip.compress(ROWS.encode())[:-9], "is no gzip file, or a damaged one", name="rows.csv.gz"),
     "line without end": rows("text,label\n" + "x" * 10_000_001, "line 2 is longer than 10,000,000 characters; cut it"),
-    "empty text": rows(ROWS + ",good\n", "row 41: text is empty\nmend them, or set data.on_bad_row=drop"),
+    "empty text": rows(ROWS + ",good\n", "row 41: text is empty\ncorrect them, or set data.on_bad_row=drop"),
     "text of markup only": rows(ROWS + "<br />&nbsp;,good\n", "row 41: text is empty"),
     "missing label": rows(ROWS + "fine,\nfine too,\n", "row 41: label is missing (2 such rows)"),
     "unknown label": rows(ROWS + "so,so\n", "row 41: label 'so' is none of good, bad", "data.labels=[good, bad]"),
@@ -225,7 +225,7 @@ FILES = {
     "labels 1.0": rows(ROWS.replace("good", "1.0").replace("bad", "0.0"), "labels are decimal numbers, such as 0.0"),
     "scores": rows("text,label\na,0.25\nb,3\nc,4.5\n", "decimal numbers, such as 0.25; a class is an integer"),
     "ids for labels": rows(
-        "text,label\n" + "".join(f"a,x{i}\n" for i in range(300)), "holds 300 different values in 300 rows; is it one?"
+        "text,label\n" + "".join(f"a,x{i}\n" for i in range(300)), "holds 300 different values in 300 rows"
     ),
     "float label": rows(
         jsonl({"text": "a", "label": 1}, {"text": "b", "label": 0.5}, {"text": "c", "label": 0}),
@@ -310,16 +310,16 @@ BASES = {
     "an adapter for a base": (_adapter, "is an adapter; name the base that it was trained on"),
     "another architecture": (_edit(model_type="bert"), "is a bert model; this package adapts distilbert checkpoints"),
     "an unknown architecture": (_edit(model_type="weird"), "is a weird model; this package adapts distilbert"),
-    "code in a base": (_edit(auto_map={"AutoModel": "code.Model"}), "asks for code of its own to be run (auto_map"),
+    "code in a base": (_edit(auto_map={"AutoModel": "code.Model"}), "asks to run its own code (auto_map"),
     "config that is no json": (_write("config.json", b"{"), "its config.json is no JSON"),
     "config that is a list": (_write("config.json", b"[]"), "its config.json names no model_type"),
     "config that is no shape": (_edit(dim="wide"), "Field 'dim' expected int, got str"),
     "no tokenizer": (_remove("tokenizer.json"), "has no tokenizer; it needs a tokenizer.json or a vocab.txt"),
     "tokenizer that is no json": (_write("tokenizer.json", b"{"), "could not be loaded"),
-    "tokenizer of another kind": (_write("tokenizer.json", b"{}"), "is none: 'added_tokens'; fetch it again"),
-    "weights in a pickle": (_pickle, "it has no model.safetensors, and pickled weights are never loaded; convert them"),
+    "tokenizer of another kind": (_write("tokenizer.json", b"{}"), "is not valid: 'added_tokens'; fetch it again"),
+    "weights in a pickle": (_pickle, "has no model.safetensors, and pickled weights are never loaded; convert them"),
     "weights cut short": (_cut, "could not be loaded: Error while deserializing header"),
-    "weights of another width": (_edit(dim=64, hidden_dim=128), "tensors unfilled, which it lacks or has in another"),
+    "weights of another width": (_edit(dim=64, hidden_dim=128), "tensors unfilled, which are missing or have another"),
     "another head": (_head, "has a head for 3 labels and the data has 2; name a base without a head"),
     "more length than positions": (
         _edit(max_position_embeddings=8), "model.max_length 16 is more than the 8 positions"
@@ -424,7 +424,7 @@ HUB = {
         "model.name=toy/bert",
         "'toy/bert' is a bert model; this package adapts distilbert checkpoints",
     ),
-    "code in a model": ("model.name=toy/code", "'toy/code' asks for code of its own to be run"),
+    "code in a model": ("model.name=toy/code", "'toy/code' asks to run its own code"),
     "no model": ("model.name=toy/nothing", "'toy/nothing' is no model: it has no config.json"),
     "model without words": ("model.name=toy/words", "'toy/words' has no tokenizer"),
 }

@@ -1,4 +1,4 @@
-"""The model cards: `README.md` of an adapter, a merged or an exported model. Their texts are in `templates/`."""
+"""Make the model cards of adapters, merged and exported models. Their texts are in `templates/`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -165,7 +165,8 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
         dataset_type, dataset_name = "bundled-reviews", "the reviews that ship with the package"
     else:
         dataset_type, dataset_name = "local-files", "local files"
-    # Validation chose the tensors and fitted the temperature. It is a result only if no other role was judged.
+    # Validation chose the tensors and fitted the temperature. It is a result only if no other role
+    # was judged.
     roles = report_roles(report)
     judged = [role for role in roles if role != "validation"] or roles
     results = []
@@ -283,7 +284,7 @@ def _show_usage(name: str, card: Card, *, is_peft: bool) -> str:
 
 
 def _show_quantisation(card: Card) -> str:
-    """Return the argument that makes stock transformers quantise the base as in training, or an empty string."""
+    """Return the argument that makes stock transformers quantise the base, or an empty string."""
     if card.base.quantize == "none":
         return ""
     skip = 'llm_int8_skip_modules=["pre_classifier", "classifier"]'
@@ -300,7 +301,9 @@ def _describe_calibration(card: Card) -> str:
     if card.calibration is None:
         return ""
     return (
-        f" Divide the logits by the temperature {card.calibration['temperature']:.3f}, fitted on validation and kept "
-        "in `card.json`, and they are the calibrated ones of `calibrated_log_loss` and `calibrated_ece`; on "
+        f" Divide the logits by the temperature {card.calibration['temperature']:.3f}, fitted on "
+        "validation and kept "
+        "in `card.json`, and they are the calibrated ones of `calibrated_log_loss` and "
+        "`calibrated_ece`; on "
         "validation itself these flatter, and no decision changes."
     )

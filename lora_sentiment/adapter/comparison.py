@@ -19,7 +19,8 @@ from lora_sentiment.models.engine import Engine, compute_logits
 log = logging.getLogger("lora_sentiment")
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference of a logit between equal forms, in units of max(1, standard deviation of the logits)."""
+"""Largest difference of a logit between equal forms, in units of max(1, standard deviation of the
+logits)."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Reference:
             exact: Whether the logits must be equal but for rounding.
 
         Returns:
-            `probe` and `validation`, each with `rows`, `max_difference` of a logit (null if one is not finite), the
-            largest one `allowed` (null unless exact), and `flips` (rows whose likeliest label differs). `validation`
-            also has the accuracy of both, or instead the `reason` why its rows could not be read.
+            `probe` and `validation`, each with `rows`, `max_difference` of a logit (null if one is
+            not finite), the largest one `allowed` (null unless exact), and `flips` (rows whose
+            likeliest label differs). `validation` also has the accuracy of both, or instead the
+            `reason` why its rows could not be read.
         """
         compared: dict[str, Any] = {}
         for part, encoded in self.rows.items():
@@ -88,13 +90,13 @@ def make_reference(
     max_rows: int,
     progress: bool,
 ) -> Reference:
-    """Compute the answers of one form of a model to the probe, and to validation rows if they can be read.
+    """Compute the answers of one form of a model to the probe and to readable validation rows.
 
     Args:
         engine: The form.
         name: Its name in figures.
-        card: The adapter's card, which holds the probe and names the rows. Without it, the bundled texts are the
-            probe.
+        card: The adapter's card, which holds the probe and names the rows. Without it, the bundled
+            texts are the probe.
         encoder: From texts to inputs, as in training.
         max_rows: Most validation rows.
         progress: Whether to show bars.
@@ -132,7 +134,7 @@ def find_fault(compared: dict[str, Any]) -> str | None:
 
 
 def get_decisive(compared: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the rows that decide, with their figures: validation if its rows could be read, else the probe."""
+    """Return `validation` if its rows could be read, else `probe`, with its figures."""
     part = "validation" if "rows" in compared["validation"] else "probe"
     return part, compared[part]
 

@@ -1,4 +1,4 @@
-"""Export an adapter for other runtimes: as a merged model, or as an ONNX file that answers as the merged model does."""
+"""Export an adapter for other runtimes, as a merged model or an ONNX file."""
 
 import shutil
 import time
@@ -56,10 +56,11 @@ class Export:
     Attributes:
         folder: Its folder.
         format: `safetensors`, `onnx` or `onnx-int8`.
-        compared: The differences of each step: of the merge from the adapter, as in `Merge`, and of `onnx` and
-            `onnx-int8` from the merged model. Each has `probe` and `validation`, as `Reference.compare` returns them.
-            `onnx-int8` also has `drop`, in points.
-        texts_per_second: File name to speed, measured in turns. Empty unless the format is `onnx-int8`.
+        compared: The differences of each step: of the merge from the adapter, as in `Merge`, and of
+            `onnx` and `onnx-int8` from the merged model. Each has `probe` and `validation`, as
+            `Reference.compare` returns them. `onnx-int8` also has `drop`, in points.
+        texts_per_second: File name to speed, measured in turns. Empty unless the format is
+            `onnx-int8`.
         bytes: File name to size, of the weights.
         reading: How texts were read in training, and which of it other runtimes do not do.
     """
@@ -89,25 +90,27 @@ def export(
 ) -> Export:
     """Write a model for other runtimes. Open it there and compare it with the merged model.
 
-    In fp32, every logit must be within MAX_DIFFERENCE times max(1, standard deviation of the logits). In int8, accuracy
-    on validation rows may be `max_drop` points lower. Without such rows, that share of the probe may get another label.
+    In fp32, every logit must be within MAX_DIFFERENCE times max(1, standard deviation of the
+    logits). In int8, accuracy on validation rows may be `max_drop` points lower. Without such rows,
+    that share of the probe may get another label.
 
     Args:
         adapter: An adapter folder, or for ONNX also a merged folder.
         out: The new folder. It appears when it is finished.
-        format: `safetensors` is `merge`. `onnx` writes `onnx/model.onnx` in fp32. `onnx-int8` also writes
-            `onnx/model_quantized.onnx`.
+        format: `safetensors` is `merge`. `onnx` writes `onnx/model.onnx` in fp32. `onnx-int8` also
+            writes `onnx/model_quantized.onnx`.
         into: The weights that an adapter is merged into, as in `merge`.
         base: Place of an adapter's base, if it is not where the adapter says.
-        max_drop: Most points of accuracy (of 100) that int8 may cost, MAX_DROP by default. Only for `onnx-int8`.
+        max_drop: Most points of accuracy (of 100) that int8 may cost, MAX_DROP by default. Only for
+            `onnx-int8`.
         max_rows: Most validation rows to compare on.
         progress: Whether to show bars.
 
     Raises:
-        AdapterError: If `out` exists, the folder is not the one that was saved, or an exported file answers
-            differently.
-        ModelError: If an option has a value that is not allowed, the ONNX packages are missing, or the base cannot be
-            loaded.
+        AdapterError: If `out` exists, the folder is not the one that was saved, or an exported file
+            answers differently.
+        ModelError: If an option has a value that is not allowed, the ONNX packages are missing, or
+            the base cannot be loaded.
     """
     if format not in get_args(Format):
         raise ModelError(f"format: found {format!r}; allowed: {', '.join(get_args(Format))}")
@@ -201,7 +204,8 @@ def _read_merged(folder: Path) -> MergeRecord:
     record = read_merge_record(folder)
     if record is None:
         raise AdapterError(
-            f"{folder}: is neither an adapter (no card.json) nor a merged model of this package (config.json has no "
+            f"{folder}: is neither an adapter (no card.json) nor a merged model of this package "
+            "(config.json has no "
             "lora_sentiment); merge the adapter first, or name its folder"
         )
     if WEIGHTS not in record.files:
@@ -216,7 +220,8 @@ def _compare_exact(reference: Reference, engine: Engine, out: Path) -> dict[str,
     fault = find_fault(compared)
     if fault:
         raise AdapterError(
-            f"{out}: not written, because the ONNX file answers differently from the merged model: {fault}"
+            f"{out}: not written, because the ONNX file answers differently from the merged "
+            f"model: {fault}"
         )
     return compared
 
@@ -224,7 +229,7 @@ def _compare_exact(reference: Reference, engine: Engine, out: Path) -> dict[str,
 def _compare_int8(
     reference: Reference, engine: Engine, out: Path, max_drop: float
 ) -> dict[str, Any]:
-    """Compare an int8 file with the merged model, add its `drop` in points, and refuse more than `max_drop`."""
+    """Compare an int8 file with the merged model, and refuse a `drop` of more than `max_drop`."""
     compared = reference.compare(engine, "exported", exact=False)
     fault = find_fault(compared)
     if fault:
@@ -246,7 +251,7 @@ def _compare_int8(
 
 
 def _measure_speed(engines: dict[str, Engine], rows: Encoded) -> dict[str, float]:
-    """Return each engine's texts per second: the median of SPEED_ROUNDS alternating rounds over a few rows."""
+    """Return each engine's texts per second: the median of alternating rounds over a few rows."""
     few = np.linspace(0, len(rows) - 1, min(SPEED_ROWS, len(rows))).astype(np.int64)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(SPEED_ROUNDS):

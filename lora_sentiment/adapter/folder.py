@@ -23,7 +23,7 @@ from lora_sentiment.adapter.weights import (
     save_weights,
 )
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.fast.attention import attention_backends
+from lora_sentiment.fast import attention_backends
 from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.hub import is_hub_name, prepare_hub
 from lora_sentiment.models.load import Base, check_length, hash_tokenizer, load_base
@@ -34,7 +34,8 @@ from lora_sentiment.recipe.section import Section
 
 SCHEMA = 1
 PROBE_TOLERANCE = 1e-4
-"""Largest difference in fp32 between a stored and a computed probe logit. Other CPUs add in another order."""
+"""Largest difference in fp32 between a stored and a computed probe logit. Other CPUs add in another
+order."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
@@ -103,7 +104,8 @@ class Card(Section):
     versions: dict[str, str]
     """Package to version, of the packages that fix the bytes."""
     machine: dict[str, Any]
-    """Facts of the machine and run that fix the bytes: threads, processes, dtype, size of micro-batches."""
+    """Facts of the machine and run that fix the bytes: threads, processes, dtype, size of
+    micro-batches."""
     probe: Probe
     """Answers of this adapter to texts of our own."""
 
@@ -125,7 +127,8 @@ class Loaded:
     """An adapter on its base, ready to answer.
 
     Attributes:
-        model: In fp32 on the CPU, in eval mode. The linears of a quantised base stay quantised, on their device.
+        model: In fp32 on the CPU, in eval mode. The linears of a quantised base stay quantised, on
+            their device.
         tokenizer: The base's tokenizer.
         card: The adapter's card.
     """
@@ -150,9 +153,10 @@ def save(
     calibration: dict[str, float] | None = None,
     offline: str | None = None,
 ) -> Card:
-    """Write weights, tokenizer and card. Rebuild the model from the files and compare it with the trained one.
+    """Write weights, tokenizer and card, and verify them.
 
-    The base's weights are not written.
+    The model is rebuilt from the files and compared with the trained one. The base's weights are
+    not written.
 
     Args:
         folder: Existing empty folder.
@@ -164,8 +168,8 @@ def save(
         data: The rows of training.
         machine: Facts that fix the bytes.
         trained: Answers of the trained model to texts of our own, in its compute dtype.
-        tolerance: Largest difference between a logit of the trained and of the rebuilt model, in units of
-            max(1, largest logit). It allows for rounding of the compute dtype.
+        tolerance: Largest difference between a logit of the trained and of the rebuilt model, in
+            units of max(1, largest logit). It allows for rounding of the compute dtype.
         calibration: Temperature fitted on validation, or None.
         offline: The sentence of `resolve_offline`, or None.
 
@@ -175,13 +179,15 @@ def save(
     Raises:
         AdapterError: If the rebuilt model answers differently from the trained one.
     """
-    # In fp32, as `load` will compute: the stored probe must not depend on the dtype of this machine.
+    # In fp32, as `load` will compute: the stored probe must not depend on the dtype of this
+    # machine.
     config = model_config.model_copy(update={"dtype": "float32"})
     device = next(model.parameters()).device
     fresh = load_base(config, labels=labels, device=device)
     if fresh.sha256 != base.sha256:
         raise AdapterError(
-            f"the base {base.name!r} changed on disk during training; its hash was {base.sha256[:12]}"
+            f"the base {base.name!r} changed on disk during training; its hash was "
+            f"{base.sha256[:12]}"
         )
     if isinstance(method, LoraMethod) and method.changes_base:
         save_as_plain_lora(folder, model, fresh, method, config)
@@ -189,7 +195,8 @@ def save(
         fresh = load_base(config, labels=labels, device=device)
     else:
         save_weights(folder, model)
-    # The settings of the tokenizer's last call must not be saved: other runtimes would cut every text there.
+    # The settings of the tokenizer's last call must not be saved: other runtimes would cut every
+    # text there.
     base.tokenizer.backend_tokenizer.no_truncation()
     base.tokenizer.backend_tokenizer.no_padding()
     base.tokenizer.save_pretrained(folder)
@@ -198,7 +205,8 @@ def save(
     difference = _largest_difference(probe.logits, trained.logits) / largest
     if not difference <= tolerance:
         raise AdapterError(
-            f"{folder}: the saved adapter answers differently from the trained model (by {difference:.2g})"
+            f"{folder}: the saved adapter answers differently from the trained model (by "
+            f"{difference:.2g})"
         )
     decisive = [
         path
@@ -244,12 +252,13 @@ def load(
         folder: An adapter folder.
         base: Place of the base, if it is not where the card says. It must have the same hash.
         device: Device of a quantised base. The CPU by default.
-        fresh: The base, if it is loaded already, with a head for the adapter's labels. The returned model uses its
-            modules.
+        fresh: The base, if it is loaded already, with a head for the adapter's labels. The returned
+            model uses its modules.
 
     Raises:
-        AdapterError: If a file is missing or altered, the base or tokenizer is another one, a tensor is missing,
-            extra, of the wrong shape or not finite, or the model answers its probe differently.
+        AdapterError: If a file is missing or altered, the base or tokenizer is another one, a
+            tensor is missing, extra, of the wrong shape or not finite, or the model answers its
+            probe differently.
         ModelError: If the base cannot be loaded, or has fewer positions than the card says.
     """
     card = load_card(folder)
@@ -271,12 +280,14 @@ def load(
         fresh = _load_recorded_base(config, card, device)
     if fresh.sha256 != card.base.base_sha256:
         raise AdapterError(
-            f"{folder}: was trained on the base {card.base.name!r} with hash {card.base.base_sha256[:12]}; "
+            f"{folder}: was trained on the base {card.base.name!r} with hash "
+            f"{card.base.base_sha256[:12]}; "
             f"{fresh.name!r} has {fresh.sha256[:12]}; name the right base with --base"
         )
     if hash_tokenizer(fresh.tokenizer) != card.tokenizer_sha256:
         raise AdapterError(
-            f"{folder}: was trained with another tokenizer than that of {fresh.name!r}; name the base of training "
+            f"{folder}: was trained with another tokenizer than that of {fresh.name!r}; name the "
+            "base of training "
             "with --base"
         )
     check_length(fresh.shape, config)
@@ -286,7 +297,8 @@ def load(
     difference = _largest_difference(answers.logits, card.probe.logits)
     if not difference <= PROBE_TOLERANCE:
         raise AdapterError(
-            f"{folder}: answers its probe differently than when it was saved (logits differ by {difference:.2g}, "
+            f"{folder}: answers its probe differently than when it was saved (logits differ by "
+            f"{difference:.2g}, "
             f"allowed {PROBE_TOLERANCE:g}); versions then: {card.versions}"
         )
     return Loaded(model=model, tokenizer=fresh.tokenizer, card=card)
@@ -314,7 +326,7 @@ def load_card(folder: Path) -> Card:
 
 
 def compute_probe(model: nn.Module, input_ids: list[list[int]]) -> Probe:
-    """Compute a model's logits for lists of token ids, one text at a time and so without padding."""
+    """Compute a model's logits for lists of token ids, one at a time and so without padding."""
     device = next(model.parameters()).device
     logits = []
     with torch.inference_mode(), attention_backends(device):

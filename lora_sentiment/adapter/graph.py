@@ -1,4 +1,4 @@
-"""The ONNX graph of a DistilBERT classifier: traced from the stock model, and its weights quantised."""
+"""Trace the ONNX graph of a DistilBERT classifier, and quantise its weights."""
 
 import logging
 import warnings
@@ -15,14 +15,14 @@ from lora_sentiment.adapter.onnx import INPUTS, OUTPUT
 from lora_sentiment.errors import ModelError
 
 OPSET = 18
-"""The one that torch writes without conversion; any ONNX Runtime since 1.14 reads it."""
+"""torch writes this version without conversion. Every ONNX Runtime since 1.14 reads it."""
 
 
 class FirstTokenBlock(nn.Module):
-    """The last block of an encoder, for [CLS] alone: all that the head reads.
+    """The last block of an encoder, computed for [CLS] alone, because the head reads nothing else.
 
-    The first token asks, every token answers, and one in `length` goes through the feed-forward. It saves about a
-    seventh of a six-layer model's time.
+    Only the first token has a query and goes through the feed-forward. Every token has a key and a
+    value. This saves about a seventh of a six-layer model's time.
     """
 
     def __init__(self, block: Any) -> None:
@@ -36,7 +36,8 @@ class FirstTokenBlock(nn.Module):
 
         Args:
             hidden_states: (batch, length, dim).
-            attention_mask: What to add to the scores: (batch, 1, length or 1, length), or None where nothing is padded.
+            attention_mask: Added to the scores, (batch, 1, length or 1, length), or None without
+                padding.
 
         Returns:
             (batch, 1, dim).
@@ -58,10 +59,10 @@ class FirstTokenBlock(nn.Module):
 
 
 def check_packages() -> None:
-    """Refuse to start what would end without the ONNX packages.
+    """Refuse an export to ONNX if a package for it is not installed.
 
     Raises:
-        ModelError: If one is not installed.
+        ModelError: Naming the packages.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
@@ -71,10 +72,11 @@ def check_packages() -> None:
 
 
 def write_graph(model: Any, path: Path) -> None:
-    """Write a classifier as one ONNX file with inputs of any batch size and length.
+    """Write a classifier as one ONNX file. Its inputs may have any batch size and length.
 
     Args:
-        model: A stock `DistilBertForSequenceClassification` in fp32 and eval mode; its last block is put back.
+        model: A stock `DistilBertForSequenceClassification` in fp32 and eval mode. It is left
+            unchanged.
         path: The new file.
 
     Raises:
@@ -84,13 +86,13 @@ def write_graph(model: Any, path: Path) -> None:
 
     layers = model.distilbert.transformer.layer
     last, attention = layers[-1], model.config._attn_implementation
-    # Example values; 1 would be taken for a constant.
+    # An axis of size 1 would become a constant.
     example = torch.ones(2, 16, dtype=torch.int64)
     mask = torch.ones_like(example)
     mask[1, 8:] = 0
     try:
         layers[-1] = FirstTokenBlock(last)
-        # Without the checks for rows that are wholly masked, which ONNX Runtime does not fuse away.
+        # SDPA adds checks for fully masked rows, which ONNX Runtime does not fuse away.
         model.set_attn_implementation("eager")
         with _quiet():
             program = torch.onnx.export(
@@ -110,15 +112,17 @@ def write_graph(model: Any, path: Path) -> None:
         model.set_attn_implementation(attention)
     assert program is not None
     graph = program.model_proto
-    _forget_origin(graph)
+    _remove_origins(graph)
     onnx.save(graph, path)
 
 
 def quantise_graph(path: Path, quantised: Path) -> None:
-    """Write an ONNX file again with int8 weights, one scale a column; activations are quantised as they come.
+    """Write an ONNX file again with int8 weights and dynamic quantisation.
 
-    Weights take 7 of the 8 bits: on CPUs without VNNI sums of 8-bit products saturate, and answers would hang on the
-    machine.
+    Each column of weights has its own scale.
+
+    Weights take 7 of the 8 bits. On CPUs without VNNI, sums of 8-bit products saturate, and the
+    answers would depend on the machine.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -128,10 +132,10 @@ def quantise_graph(path: Path, quantised: Path) -> None:
         )
 
 
-def _forget_origin(graph: Any) -> None:
-    """Drop what torch notes of where each node came from: paths of this machine, and shapes before folding.
+def _remove_origins(graph: Any) -> None:
+    """Remove torch's notes about each node: paths of this machine, and shapes from before folding.
 
-    The quantiser refuses those shapes, which no longer fit.
+    The quantiser refuses those shapes, because they no longer fit.
     """
     del graph.graph.value_info[:], graph.metadata_props[:], graph.graph.metadata_props[:]
     for item in (
@@ -146,7 +150,7 @@ def _forget_origin(graph: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter and the quantiser tell of their own insides."""
+    """Silence the log and the warnings of the exporter and the quantiser."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base: write a stock DistilBERT classifier that answers as the adapter does."""
+"""Merge an adapter into its base, as a stock DistilBERT classifier that answers alike."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ from lora_sentiment.adapter.weights import rebuild
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, write_aside
+from lora_sentiment.models.dtype import DTYPES
 from lora_sentiment.models.inference import make_engine
-from lora_sentiment.models.load import DTYPES, hash_tokenizer, load_base, quiet
+from lora_sentiment.models.load import hash_tokenizer, load_base, quiet
 from lora_sentiment.recipe.model import ModelConfig
 
 Into = Literal["base", "dequantised"]
@@ -49,8 +50,9 @@ class Merge:
         folder: Its folder.
         into: The weights that the adapter was merged into.
         dtype: Dtype of its weights.
-        compared: `base`, and for an adapter on a quantised base also `dequantised`: the differences from the adapter
-            when merged into these weights. Each has `probe` and `validation`, as `Reference.compare` returns them.
+        compared: `base`, and for an adapter on a quantised base also `dequantised`: the differences
+            from the adapter when merged into these weights. Each has `probe` and `validation`, as
+            `Reference.compare` returns them.
         reading: How texts were read in training, and which of it stock runtimes do not do.
     """
 
@@ -75,24 +77,26 @@ def merge(
     max_rows: int = 500,
     progress: bool = False,
 ) -> Merge:
-    """Write an adapter and its base as one stock model. Reload it with plain transformers and compare.
+    """Write an adapter and its base as one stock model.
 
-    In fp32 on an unquantised base, every logit must be within MAX_DIFFERENCE. Otherwise at most 1 % of the rows may get
-    another label, and accuracy may be at most 0.5 points lower, on validation rows, or on the probe without them.
+    The model is reloaded with plain transformers and compared with the adapter. In fp32 on an
+    unquantised base, every logit must be within MAX_DIFFERENCE. Otherwise at most 1 % of the rows
+    may get another label, and accuracy may be at most 0.5 points lower, on validation rows, or on
+    the probe without them.
 
     Args:
         adapter: An adapter folder.
         out: The new folder. It appears when it is finished.
         dtype: Dtype of the weights, cast at the end: `float32`, `bfloat16` or `float16`.
-        into: For an adapter on a quantised base, the weights to merge into: the published `base`, or the `dequantised`
-            one, which has the rounding of quantising. Both are compared.
+        into: For an adapter on a quantised base, the weights to merge into: the published `base`,
+            or the `dequantised` one, which has the rounding of quantising. Both are compared.
         base: Place of the base, if it is not where the adapter says.
         max_rows: Most validation rows to compare on.
         progress: Whether to show bars.
 
     Raises:
-        AdapterError: If `out` exists, the adapter or base is not the one that was saved or is merged already, or the
-            merged model answers differently.
+        AdapterError: If `out` exists, the adapter or base is not the one that was saved or is
+            merged already, or the merged model answers differently.
         ModelError: If an option has a value that is not allowed, or the base cannot be loaded.
     """
     if dtype not in DTYPES:
@@ -202,27 +206,31 @@ def merge_aside(
 
 
 def _check_source(adapter: Path, into: Into, base: str | None) -> Card:
-    """Return the adapter's card. Refuse a folder or base that holds a merged adapter. Nothing is loaded yet."""
+    """Return the adapter's card, and refuse a folder or base that holds a merged adapter."""
     if not (adapter / "card.json").is_file() and (adapter / "config.json").is_file():
         record = read_merge_record(adapter)
         if record:
             raise AdapterError(
-                f"{adapter}: already holds the adapter {record.adapter_sha256[:12]}, merged into {record.base!r}; "
+                f"{adapter}: already holds the adapter {record.adapter_sha256[:12]}, merged into "
+                f"{record.base!r}; "
                 "give the adapter's own folder"
             )
     card = load_card(adapter)
     if into == "dequantised" and card.base.quantize == "none":
         raise AdapterError(
-            f"{adapter}: was trained on an unquantised base, so nothing is dequantised; use --into base"
+            f"{adapter}: was trained on an unquantised base, so nothing is dequantised; use "
+            "--into base"
         )
     name = base or card.base.name
     record = read_merge_record(Path(name)) if Path(name, "config.json").is_file() else None
     if record:
-        # A merged model may be the base that the adapter was trained on. A merged model named now is a mistake.
+        # A merged model may be the base that the adapter was trained on. A merged model named now
+        # is a mistake.
         holds_this = record.adapter_sha256 == card.sha256
         if holds_this or (base and record.base_sha256 == card.base.base_sha256):
             raise AdapterError(
-                f"{name}: is not a base: it already holds the adapter {record.adapter_sha256[:12]}, merged into "
+                f"{name}: is not a base: it already holds the adapter "
+                f"{record.adapter_sha256[:12]}, merged into "
                 f"{record.base!r}; name that base with --base"
             )
     return card
@@ -270,9 +278,11 @@ def _save_model(folder: Path, model: nn.Module, loaded: Loaded) -> None:
     """Write the files that stock transformers reads."""
     with quiet():
         cast(Any, model).save_pretrained(folder)
-    # safetensors makes the file readable for its owner alone. All other files here are readable for everyone.
+    # safetensors makes the file readable for its owner alone. All other files here are readable for
+    # everyone.
     (folder / WEIGHTS).chmod(0o644)
-    # The settings of the tokenizer's last call must not be saved, but a stock pipeline must know where to cut.
+    # The settings of the tokenizer's last call must not be saved, but a stock pipeline must know
+    # where to cut.
     loaded.tokenizer.backend_tokenizer.no_truncation()
     loaded.tokenizer.backend_tokenizer.no_padding()
     loaded.tokenizer.model_max_length = loaded.card.max_length
@@ -296,12 +306,14 @@ def _reload(folder: Path, card: Card) -> nn.Module:
         wrong.update(map(str, report[key]))
     if wrong:
         raise AdapterError(
-            f"the merged model that was written lacks tensors or has others: {', '.join(sorted(wrong))}"
+            f"the merged model that was written lacks tensors or has others: "
+            f"{', '.join(sorted(wrong))}"
         )
     labels = dict(enumerate(card.labels))
     if hash_tokenizer(tokenizer) != card.tokenizer_sha256 or model.config.id2label != labels:
         raise AdapterError(
-            "the merged model that was written has another tokenizer or other labels than the adapter"
+            "the merged model that was written has another tokenizer or other labels than the "
+            "adapter"
         )
     return cast(nn.Module, model.eval())
 
@@ -328,7 +340,8 @@ def _check_compared(
         if _find_merge_fault(found) is None:
             advice = f"; --into {into} stays within"
     raise AdapterError(
-        f"{out}: not written, because the merged model answers differently from the adapter: {fault}{advice}"
+        f"{out}: not written, because the merged model answers differently from the adapter: "
+        f"{fault}{advice}"
     )
 
 

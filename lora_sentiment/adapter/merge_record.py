@@ -1,7 +1,7 @@
-"""The record in a merged or exported model: which adapter it holds, on which base, and how it was compared.
+"""The record in a merged or exported model of its adapter, its base and its comparison.
 
-The record stands in the model's `config.json` under the key `lora_sentiment`. Stock transformers keeps it there when it
-loads and saves the model. This module imports no torch.
+The record stands in the model's `config.json` under the key `lora_sentiment`. Stock transformers
+keeps it there when it loads and saves the model. This module imports no torch.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ class MergeRecord(Section):
     method: str
     """Training method: `lora`, `full`, ..."""
     into: Literal["base", "dequantised"]
-    """Weights that the adapter was merged into: the published base, or the base after quantising."""
+    """Weights that the adapter was merged into: the published base, or the base after
+    quantising."""
     dtype: str
     """Dtype of the weights."""
     max_length: int = Field(ge=8)
@@ -58,7 +59,8 @@ def read_merge_record(folder: Path) -> MergeRecord | None:
     """Read the record of a model folder, or return None if its `config.json` has none.
 
     Raises:
-        AdapterError: If there is no `config.json`, or the file or the record is malformed or has a newer layout.
+        AdapterError: If there is no `config.json`, or the file or the record is malformed or has a
+            newer layout.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -89,7 +91,8 @@ def check_merge_record(folder: Path, record: MergeRecord, *, needed: Sequence[st
         needed: Files that will be used. Each must have a recorded hash.
 
     Raises:
-        AdapterError: If a needed file has no recorded hash, or a recorded file is missing or altered.
+        AdapterError: If a needed file has no recorded hash, or a recorded file is missing or
+            altered.
     """
     check_files(folder, record.files, needed=needed)
     path = folder / "config.json"

@@ -1,7 +1,4 @@
-"""An ONNX file that answers token ids, by ONNX Runtime on the CPU.
-
-Nothing here imports torch.
-"""
+"""Compute logits with an ONNX file, by ONNX Runtime on the CPU. This module imports no torch."""
 
 import os
 from pathlib import Path
@@ -15,18 +12,19 @@ from lora_sentiment.models.engine import Engine
 from lora_sentiment.models.parameters import inference_tokens
 
 PLAIN, QUANTISED = "onnx/model.onnx", "onnx/model_quantized.onnx"
-"""Where text-embeddings-inference and transformers.js look; the second for transformers.js' dtype `q8`."""
+"""The paths in which text-embeddings-inference and transformers.js look. `q8` of transformers.js is
+the second."""
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
-"""Names of the graph's inputs and output, those that transformers.js and text-embeddings-inference feed and read."""
+"""The names of inputs and output that transformers.js and text-embeddings-inference use."""
 
 
 def open_session(path: Path) -> Engine:
     """Open an ONNX classifier.
 
-    It computes with one thread a usable core, or with as many as OMP_NUM_THREADS says.
+    It computes with one thread for each usable core, or with OMP_NUM_THREADS threads.
 
     Raises:
-        AdapterError: If the file is missing, cannot be read, or is no classifier of texts.
+        AdapterError: If the file is missing, cannot be read, or is not a classifier of texts.
         ModelError: If ONNX Runtime is not installed.
     """
     runtime, faults = _import_runtime()
@@ -36,20 +34,19 @@ def open_session(path: Path) -> Engine:
         )
     options = runtime.SessionOptions()
     options.intra_op_num_threads = count_threads()
-    options.log_severity_level = 3  # errors alone: they are raised too
+    options.log_severity_level = 3  # errors only; they are raised too
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except faults as error:
         raise AdapterError(
             f"{path}: ONNX Runtime cannot open it: {_first_line(error)}; export it again"
         ) from error
-    inputs, outputs = (
-        [i.name for i in session.get_inputs()],
-        [o.name for o in session.get_outputs()],
-    )
+    inputs = [tensor.name for tensor in session.get_inputs()]
+    outputs = [tensor.name for tensor in session.get_outputs()]
     if sorted(inputs) != sorted(INPUTS) or OUTPUT not in outputs:
         raise AdapterError(
-            f"{path}: has the inputs {', '.join(inputs)} and the outputs {', '.join(outputs)}; a classifier of this "
+            f"{path}: has the inputs {', '.join(inputs)} and the outputs {', '.join(outputs)}; a "
+            "classifier of this "
             f"package has {', '.join(INPUTS)} and {OUTPUT}"
         )
 
@@ -69,19 +66,18 @@ def open_session(path: Path) -> Engine:
 
 
 def count_threads() -> int:
-    """Return OMP_NUM_THREADS where it is set, as for torch, else how many cores this process may use."""
-    # A list is for nested parallel regions; the first is the outermost.
+    """Return OMP_NUM_THREADS if it is set, as torch does, else the number of usable cores."""
+    # A list has one number for each level of nested parallel regions. The first is the outermost.
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
-    usable = (
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
-    return len(usable)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _import_runtime() -> tuple[Any, tuple[type[Exception], ...]]:
-    """Return ONNX Runtime and what it raises, which has no common root below Exception."""
+    """Return ONNX Runtime and its exceptions, which have no common base class below Exception."""
     try:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -101,6 +97,5 @@ def _import_runtime() -> tuple[Any, tuple[type[Exception], ...]]:
 
 
 def _first_line(error: Exception) -> str:
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

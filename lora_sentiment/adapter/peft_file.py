@@ -1,7 +1,7 @@
 """Read `adapter_config.json`, check it, and return PEFT's own configuration object.
 
-PEFT's options can import modules, read files of any path, run regular expressions and change what is computed.
-Only the options in `_Options` may differ from PEFT's defaults.
+PEFT's options can import modules, read files of any path, run regular expressions and change what
+is computed. Only the options in `_Options` may differ from PEFT's defaults.
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ def _check_names(names: Any) -> Any:
     for name in [names] if isinstance(names, str) else names or ():
         if not _is_name(name):
             raise ValueError(
-                f"{name[:60]!r} is not a module name (letters, digits, _ and .); regular expressions in a folder "
+                f"{name[:60]!r} is not a module name (letters, digits, _ and .); regular "
+                "expressions in a folder "
                 "are never run; list the names of the modules"
             )
     return names
@@ -112,12 +113,12 @@ def read_config(folder: Path, *, saved: Header | None = None) -> PeftConfig:
 
     Args:
         folder: The folder.
-        saved: Header of the adapter's tensors, only for an adapter of this package. Its early versions saved regular
-            expressions, which are then replaced by names.
+        saved: Header of the adapter's tensors, only for an adapter of this package. Its early
+            versions saved regular expressions, which are then replaced by names.
 
     Raises:
-        AdapterError: If the file is missing or malformed, or has a kind or an option that this package does not
-            compute.
+        AdapterError: If the file is missing or malformed, or has a kind or an option that this
+            package does not compute.
     """
     path = folder / PEFT_CONFIG
     values = read_object(path)
@@ -141,7 +142,8 @@ def read_config(folder: Path, *, saved: Header | None = None) -> PeftConfig:
             allowed = name in _Options.model_fields or value == defaults[name]
         if not allowed:
             raise AdapterError(
-                f"{path}: {name} is {str(value)[:100]!r}; this package leaves it at PEFT's default: other values "
+                f"{path}: {name} is {str(value)[:100]!r}; this package leaves it at PEFT's "
+                "default: other values "
                 "could import code, read other files, or change the answers"
             )
     with ExplainLibraryError(path):
@@ -162,8 +164,8 @@ def _get_defaults(kind: type[Any]) -> dict[str, Any]:
 def _replace_expressions(values: dict[str, Any], saved: Header) -> dict[str, Any]:
     """Replace the regular expressions of an early version by the names that the saved tensors have.
 
-    No expression is run. The tensors say which linears have an adapter, and of which rank. They do not hold
-    `lora_alpha`, so an expression in `alpha_pattern` stays, and is refused.
+    No expression is run. The tensors say which linears have an adapter, and of which rank. They do
+    not hold `lora_alpha`, so an expression in `alpha_pattern` stays, and is refused.
     """
     sizes = {}
     for name, (_, shape) in saved.items():
@@ -175,7 +177,8 @@ def _replace_expressions(values: dict[str, Any], saved: Header) -> dict[str, Any
     if isinstance(targets, str) and not _is_name(targets):
         replaced["target_modules"] = sorted(sizes)
         if values["peft_type"] == "IA3":
-            # The scale of an input has shape (1, in_features), the scale of an output (out_features, 1).
+            # The scale of an input has shape (1, in_features), the scale of an output
+            # (out_features, 1).
             inputs = sorted(name for name, size in sizes.items() if size == 1)
             replaced["feedforward_modules"] = inputs
     ranks = values.get("rank_pattern")

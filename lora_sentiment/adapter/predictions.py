@@ -1,6 +1,6 @@
-"""`predictions.safetensors` of an adapter folder: the logits of what was judged, so that runs can be paired.
+"""Save and load `predictions.safetensors`, the logits for all judged rows.
 
-No text is in it, and nothing here imports torch.
+`compare` pairs runs by it. The file holds no text. This module imports no torch.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ PREDICTIONS = "predictions.safetensors"
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run answered for one judged role.
+    """The answers of a run to the rows of one judged role.
 
     Attributes:
         logits: Shape (num_rows, num_labels).
         labels: Shape (num_rows,).
-        fingerprint: SHA-256 of the rows' texts and labels: only equal rows can be paired.
+        fingerprint: SHA-256 of the rows' texts and labels. Only equal rows can be paired.
     """
 
     logits: NDArray[np.float32]
@@ -40,19 +40,20 @@ class Predictions:
 def save_predictions(folder: Path, predictions: Mapping[str, Predictions]) -> None:
     """Write the predictions of every role."""
     tensors: dict[str, NDArray[np.generic]] = {}
-    for role, found in predictions.items():
-        tensors |= {f"{role}.logits": found.logits, f"{role}.labels": found.labels.astype(np.int64)}
-        # As bytes and not as metadata, whose keys come in any order, where the bytes of equal runs should be equal.
-        tensors[f"{role}.rows_sha256"] = np.frombuffer(
-            bytes.fromhex(found.fingerprint), dtype=np.uint8
-        )
+    for role, own in predictions.items():
+        tensors[f"{role}.logits"] = own.logits
+        tensors[f"{role}.labels"] = own.labels.astype(np.int64)
+        # Not as metadata: safetensors writes its keys in any order, and the bytes must repeat.
+        fingerprint = bytes.fromhex(own.fingerprint)
+        tensors[f"{role}.rows_sha256"] = np.frombuffer(fingerprint, dtype=np.uint8)
     save_file(tensors, folder / PREDICTIONS)
-    # safetensors writes for the owner alone, where every other file here can be read by all.
+    # safetensors makes the file readable for its owner alone. All other files here are readable
+    # for everyone.
     (folder / PREDICTIONS).chmod(0o644)
 
 
 def load_predictions(folder: Path) -> dict[str, Predictions]:
-    """Read the predictions of every role; none where the folder has no such file.
+    """Read the predictions of every role. A folder without the file has none.
 
     Raises:
         AdapterError: If the file is malformed.
@@ -60,17 +61,17 @@ def load_predictions(folder: Path) -> dict[str, Predictions]:
     path = folder / PREDICTIONS
     if not path.is_file():
         return {}
+    predictions = {}
     try:
         with safe_open(path, framework="numpy") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        roles = [name.removesuffix(".logits") for name in found if name.endswith(".logits")]
-        return {
-            role: Predictions(
-                found[f"{role}.logits"],
-                found[f"{role}.labels"],
-                found[f"{role}.rows_sha256"].tobytes().hex(),
-            )
-            for role in roles
-        }
-    except (OSError, SafetensorError, KeyError) as error:
+            names = [name for name in file.keys() if name.endswith(".logits")]  # noqa: SIM118
+            for name in names:
+                role = name.removesuffix(".logits")
+                predictions[role] = Predictions(
+                    file.get_tensor(name),
+                    file.get_tensor(f"{role}.labels"),
+                    file.get_tensor(f"{role}.rows_sha256").tobytes().hex(),
+                )
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
+    return predictions

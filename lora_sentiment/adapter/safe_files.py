@@ -49,7 +49,8 @@ def find_file(folder: Path, name: str) -> Path:
     target = Path(os.path.realpath(path))
     if not any(target.is_relative_to(os.path.realpath(root)) for root in allowed):
         raise AdapterError(
-            f"{path}: is a link out of its folder; put the file itself there (cp -L copies a link's target)"
+            f"{path}: is a link out of its folder; put the file itself there (cp -L copies a "
+            "link's target)"
         )
     if not path.is_file():
         raise AdapterError(f"{path}: is missing; copy the whole folder")
@@ -83,7 +84,8 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
     """Read a small file whole.
 
     Raises:
-        AdapterError: If the file is missing, a link out of its folder, larger than `limit` bytes, or unreadable.
+        AdapterError: If the file is missing, a link out of its folder, larger than `limit` bytes,
+            or unreadable.
     """
     try:
         with find_file(path.parent, path.name).open("rb") as file:
@@ -154,7 +156,8 @@ def read_section(
     schema = values.get("schema")
     if isinstance(schema, int) and schema > newest:
         raise AdapterError(
-            f"{path}: {inside}schema is {schema}; this version reads up to {newest}; upgrade lora_sentiment"
+            f"{path}: {inside}schema is {schema}; this version reads up to {newest}; upgrade "
+            "lora_sentiment"
         )
     try:
         return kind.model_validate_json(json.dumps(values))
@@ -180,7 +183,8 @@ def read_header(path: Path) -> Header:
     safetensors itself checks that the tensors fill the file exactly.
 
     Raises:
-        AdapterError: If the file is missing, a link out of its folder, or its header is too long or malformed.
+        AdapterError: If the file is missing, a link out of its folder, or its header is too long or
+            malformed.
     """
     header = {}
     try:
@@ -188,7 +192,8 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise AdapterError(
-                f"{path}: cannot be read: its header takes {length:,} bytes; allowed: {MAX_HEADER_BYTES:,}"
+                f"{path}: cannot be read: its header takes {length:,} bytes; allowed: "
+                f"{MAX_HEADER_BYTES:,}"
             )
         with safe_open(path, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - the file is not a mapping
@@ -211,13 +216,14 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     numbers = [str(number) for number in range(len(names))] if isinstance(names, dict) else None
     if not isinstance(names, dict) or sorted(names) != sorted(numbers or ()):
         raise AdapterError(
-            f"{path}: id2label is {str(names)[:100]}; allowed: an object with the keys 0, 1 and so on"
+            f"{path}: id2label is {str(names)[:100]}; allowed: an object with the keys 0, 1 and "
+            "so on"
         )
     return tuple(str(names[number]) for number in numbers or ())
 
 
 class ExplainLibraryError:
-    """Context manager: turn what PEFT, transformers and tokenizers raise for a malformed file into an AdapterError."""
+    """Context manager that turns the errors of other libraries for a file into AdapterError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -235,7 +241,8 @@ class ExplainLibraryError:
             ImportError,
             StrictDataclassError,
         )
-        # The tokenizers library raises Exception itself. Only a context manager can tell it from its subclasses.
+        # The tokenizers library raises Exception itself. Only a context manager can tell it from
+        # its subclasses.
         if isinstance(error, expected) or type(error) is Exception:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise AdapterError(f"{self.path}: cannot be used: {reason}") from error

@@ -1,4 +1,4 @@
-"""Save, check and load the weights of an adapter folder: PEFT's two files, or `changed.safetensors`."""
+"""Save, check and load the weights of an adapter folder."""
 
 import warnings
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ _REDIRECTS = {
 
 
 def save_weights(folder: Path, model: nn.Module) -> None:
-    """Write PEFT's two files, or `changed.safetensors` with the trained tensors and the dense head."""
+    """Write PEFT's two files, or `changed.safetensors`."""
     if not isinstance(model, PeftModel):
         _save_tensors(folder / CHANGED_WEIGHTS, _get_own_tensors(model))
         return
@@ -71,7 +71,7 @@ def save_weights(folder: Path, model: nn.Module) -> None:
 def save_as_plain_lora(
     folder: Path, model: nn.Module, base: Base, method: LoraMethod, config: ModelConfig
 ) -> None:
-    """Write an adapter whose start values were taken out of the base as plain LoRA on the unchanged base."""
+    """Write an adapter whose start values came from the base as LoRA on the unchanged base."""
     start = make_trainable(base, method, config, dtype=torch.float32)
     assert isinstance(model, PeftModel)
     assert isinstance(start, PeftModel)
@@ -106,20 +106,23 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     contiguous = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
     # One metadata key only: safetensors writes several in any order.
     save_file(contiguous, path, metadata={"format": "pt"})
-    # safetensors makes the file readable for its owner alone. All other files here are readable for everyone.
+    # safetensors makes the file readable for its owner alone. All other files here are readable for
+    # everyone.
     path.chmod(0o644)
 
 
 def _get_peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
-        # AdaLoRA leaves rank 0 where it pruned everything. PEFT takes such a tensor for a part of a larger one.
+        # AdaLoRA leaves rank 0 where it pruned everything. PEFT takes such a tensor for a part of a
+        # larger one.
         warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape")
-        # "auto" would ask the Hub whether the vocabulary grew, and might save the embeddings of the base.
+        # "auto" would ask the Hub whether the vocabulary grew, and might save the embeddings of the
+        # base.
         return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def _get_own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trained tensors and the whole head. No checkpoint holds a frozen layer of a new head."""
+    """Return the trained tensors and the whole head, because no checkpoint holds a new head."""
     tensors: dict[str, torch.Tensor] = dict(trainable_tensors(model))
     for name in HEAD:
         for part, parameter in model.get_submodule(name).named_parameters():
@@ -140,8 +143,8 @@ def rebuild(folder: Path, base: Base, method: Method, config: ModelConfig) -> nn
         The model in fp32 and eval mode.
 
     Raises:
-        AdapterError: If a tensor is missing, extra, of the wrong shape or not finite, or `adapter_config.json` is
-            for another method.
+        AdapterError: If a tensor is missing, extra, of the wrong shape or not finite, or
+            `adapter_config.json` is for another method.
     """
     if isinstance(method, PeftMethod):
         # The method of the recipe is not enough: PiSSA and OLoRA are saved as plain LoRA.
@@ -150,7 +153,8 @@ def rebuild(folder: Path, base: Base, method: Method, config: ModelConfig) -> nn
         kind: str = PeftType(recorded.peft_type).value
         if kind.lower() != method.kind:
             raise AdapterError(
-                f"{folder / PEFT_CONFIG}: has peft_type {kind!r}, and card.json says {method.kind!r}"
+                f"{folder / PEFT_CONFIG}: has peft_type {kind!r}, and card.json says "
+                f"{method.kind!r}"
             )
         model = _wrap(folder, base, recorded, saved)
     else:
@@ -172,13 +176,15 @@ def rebuild_stock(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
         config: Its configuration, as `read_config` returned it.
 
     Raises:
-        AdapterError: As `rebuild`, and if a layer of the head is neither in the folder nor in the base.
+        AdapterError: As `rebuild`, and if a layer of the head is neither in the folder nor in the
+            base.
     """
     model = _wrap(folder, base, config, read_header(folder / PEFT_WEIGHTS))
     lacking = sorted(set(HEAD) - set(getattr(config, "modules_to_save", None) or ()))
     if base.new_head and lacking:
         raise AdapterError(
-            f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base: it was random in training and "
+            f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base: it was "
+            "random in training and "
             f"never saved, so its answers are lost; train again with modules_to_save={list(HEAD)}"
         )
     _load_tensors(model, folder, STOCK_DTYPES)
@@ -207,7 +213,7 @@ def _wrap(folder: Path, base: Base, config: PeftConfig, saved: Header) -> nn.Mod
 
 
 def _check_rank(folder: Path, base: Base, config: PeftConfig, saved: Header) -> None:
-    """Refuse a rank for which PEFT would make larger tensors than the saved ones and those of the base."""
+    """Refuse a rank that is larger than every saved rank and the base's hidden size."""
     largest = base.shape.dim
     for name, (_, shape) in saved.items():
         if shape and ("lora_A" in name or "vera_lambda_d" in name):
@@ -217,7 +223,8 @@ def _check_rank(folder: Path, base: Base, config: PeftConfig, saved: Header) -> 
     for name, rank in ranks.items():
         if isinstance(rank, int) and rank > largest:
             raise AdapterError(
-                f"{folder / PEFT_CONFIG}: rank {name} is {rank}; the tensors leave room for at most {largest}"
+                f"{folder / PEFT_CONFIG}: rank {name} is {rank}; the tensors leave room for at "
+                f"most {largest}"
             )
 
 
@@ -242,7 +249,8 @@ def _load_tensors(model: nn.Module, folder: Path, dtypes: tuple[str, ...]) -> No
     try:
         with safe_open(path, framework="pt") as file:
             for name, tensor in expected.items():
-                # A copy: safetensors maps the file into memory, so the tensor would change with the file.
+                # A copy: safetensors maps the file into memory, so the tensor would change with the
+                # file.
                 tensors[name] = file.get_tensor(name).to(device, tensor.dtype, copy=True)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
@@ -260,8 +268,8 @@ def check_whole_model(folder: Path) -> None:
     """Check a whole model's folder, before transformers makes any of its tensors.
 
     Raises:
-        AdapterError: If a file is missing, a link out of the folder or malformed, a configuration names other code or
-            files, or the saved tensors are not those that `config.json` needs.
+        AdapterError: If a file is missing, a link out of the folder or malformed, a configuration
+            names other code or files, or the saved tensors are not those that `config.json` needs.
     """
     for name, keys in _REDIRECTS.items():
         if name != "config.json" and not (folder / name).is_file():
@@ -270,7 +278,8 @@ def check_whole_model(folder: Path) -> None:
         for key in keys:
             if values.get(key) is not None:
                 raise AdapterError(
-                    f"{folder / name}: {key} is {str(values[key])[:100]!r}; this package loads no other code, "
+                    f"{folder / name}: {key} is {str(values[key])[:100]!r}; this package loads no "
+                    "other code, "
                     "kernels or files than those of a plain DistilBERT; remove it"
                 )
     if (folder / "tokenizer.json").is_file():
@@ -281,7 +290,8 @@ def check_whole_model(folder: Path) -> None:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.n_layers > len(header):
             raise AdapterError(
-                f"{folder / 'config.json'}: n_layers is {config.n_layers}; {path} has {len(header)} tensors"
+                f"{folder / 'config.json'}: n_layers is {config.n_layers}; {path} has "
+                f"{len(header)} tensors"
             )
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]

@@ -6,7 +6,12 @@ import torch
 from accelerate import PartialState
 
 from lora_sentiment.data.batches import TextEncoder
-from lora_sentiment.data.report import DataReport, describe_judged, describe_seen
+from lora_sentiment.data.report import (
+    DataReport,
+    describe_judged,
+    describe_seen,
+    describe_unlabelled,
+)
 from lora_sentiment.data.rows import load_all_judged, load_data
 from lora_sentiment.models.load import check_base, load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
@@ -34,10 +39,10 @@ def describe_data(recipe: Recipe) -> DataReport:
     judged = load_all_judged(recipe.data, data)
     for fault in judged.faults.values():
         raise fault
-    found.unlabelled |= judged.unlabelled
+    found |= describe_unlabelled(judged.unlabelled)
     for role, rows in judged.rows.items():
         encoded_rows = encoder.encode(rows)
-        found.roles[role] = describe_judged(data, judged, role, encoded_rows, max_length=max_length)
+        found[role] = describe_judged(data, judged, role, encoded_rows, max_length=max_length)
     if offline:
         log.warning("%s", offline)
     return found

@@ -459,10 +459,11 @@ def _has_gpu() -> bool:
 
 
 def _native_bytes() -> int:
-    """Return the bytes of the dtype that `auto` takes on this machine, as `resolve_dtype` decides it, without torch."""
+    """Return the bytes of the dtype that `model.dtype: auto` means on this machine."""
+    import torch
+
+    from lora_sentiment.models.dtype import resolve_dtype
+
     if _has_gpu():
         return 2
-    flags = (
-        Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    )
-    return 2 if "amx_bf16" in flags else 4
+    return resolve_dtype("auto", torch.device("cpu")).itemsize

@@ -11,10 +11,9 @@ from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub
 from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.statistics import Interval
-from lora_sentiment.fast.encoder import use_fast_encoder
 from lora_sentiment.hub import prepare_hub
-from lora_sentiment.models.inference import predict_logits
-from lora_sentiment.models.load import cast_frozen, resolve_dtype
+from lora_sentiment.models.dtype import resolve_dtype
+from lora_sentiment.models.inference import make_fast, predict_logits
 from lora_sentiment.tasks.metrics import score_calibrated
 from lora_sentiment.training.processes import explain_lost_process, join_launch, make_accelerator
 
@@ -65,9 +64,7 @@ def evaluate(
     loaded = load(folder, base=base, device=accelerator.device)
     card = loaded.card
     compute_dtype = resolve_dtype(dtype, accelerator.device)
-    model = cast_frozen(loaded.model, dtype=compute_dtype, device=accelerator.device)
-    if reason := use_fast_encoder(model, compute_dtype=compute_dtype):
-        log.info("stock engine: %s", reason)
+    model = make_fast(loaded.model, dtype=compute_dtype, device=accelerator.device)
     rows = _read(card, source, split)
     main = accelerator.is_main_process
     encoder = TextEncoder.of(

@@ -29,7 +29,7 @@ from lora_sentiment.classifier import Classifier, Prediction
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import TOKENISE_ROWS
 from lora_sentiment.data.cleaning import clean_text
-from lora_sentiment.data.lines import Batch
+from lora_sentiment.data.lines import ColumnBatch
 from lora_sentiment.data.tables import TableWriter, read_table, table_columns, table_types
 from lora_sentiment.errors import DataError, did_you_mean
 from lora_sentiment.files import hash_file, lock_file, write_json
@@ -208,7 +208,7 @@ def predict_file(
         _start_parts(folder, facts, resume=resume)
         return types, num_rows, sha256
 
-    def read_batches() -> Iterator[tuple[Path, Batch]]:
+    def read_batches() -> Iterator[tuple[Path, ColumnBatch]]:
         batches = read_table(input, encoding=encoding, rows_per_batch=rows_per_part)
         for number, batch in enumerate(batches):
             if num_rows:
@@ -244,7 +244,7 @@ def predict_file(
                 if not is_own or path.is_file():
                     bar.update(len(texts))
                     continue
-                answers: Batch = {name: [] for name in new}
+                answers: ColumnBatch = {name: [] for name in new}
                 for first in range(0, len(texts), TOKENISE_ROWS):
                     few = texts[first : first + TOKENISE_ROWS]
                     for answer in _answer(classifier, few, stride=stride, calibrated=calibrated):
@@ -310,7 +310,7 @@ def _new_columns(labels: Sequence[str], *, prefix: str, all_scores: bool) -> dic
     return {f"{prefix}{name}": kind for name, kind in types.items()}
 
 
-def _append(answer: Answer, columns: Batch, *, all_scores: bool) -> None:
+def _append(answer: Answer, columns: ColumnBatch, *, all_scores: bool) -> None:
     """Append an answer to the new columns."""
     prediction = answer.prediction
     values: list[Any] = [None] * (len(columns) - 1)
@@ -401,9 +401,9 @@ def _try_output(
     labels: Sequence[str],
 ) -> int:
     """Return the number of rows. Refuse names and values that the output cannot hold."""
-    sample: Batch = {name: [0.5] * len(labels) for name in new}
+    sample: ColumnBatch = {name: [0.5] * len(labels) for name in new}
     # The widest values that a row may get, because the length of a line is limited.
-    widest: Batch = {name: [1 / 3e-300] for name in new}
+    widest: ColumnBatch = {name: [1 / 3e-300] for name in new}
     for name, kind in new.items():
         if kind == pa.string():
             sample[name] = list(labels)

@@ -91,7 +91,7 @@ def run_probe(recipe_path: str, found_path: str, num_labels: str) -> None:
     import psutil
     import torch
 
-    from lora_sentiment.models.load import resolve_dtype
+    from lora_sentiment.models.dtype import resolve_dtype
     from lora_sentiment.train import train  # noqa: F401 - the baseline is a run's, with all that it imports
     from lora_sentiment.training.loop import fit
     from lora_sentiment.training.processes import join_launch, make_accelerator
@@ -146,9 +146,10 @@ def as_it_ran(plan: Plan, *, device: str, element_bytes: int) -> Plan:
 
 def _make_model(recipe: Recipe, plan: Plan, labels: list[str], device: Any) -> Any:
     """Load and wrap the base as training does."""
-    from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
-    from lora_sentiment.models.load import hash_tensors, load_base, resolve_dtype
-    from lora_sentiment.models.wrap import frozen_tensors, make_trainable
+    from lora_sentiment.fast import use_fast_encoder
+    from lora_sentiment.models.dtype import resolve_dtype
+    from lora_sentiment.models.load import hash_tensors, load_base
+    from lora_sentiment.models.wrap import checkpoint_activations, frozen_tensors, make_trainable
 
     base = load_base(recipe.model, labels=tuple(labels), device=device)
     dtype = resolve_dtype(recipe.model.dtype, device)

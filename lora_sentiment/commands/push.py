@@ -1,4 +1,4 @@
-"""From a folder to the Hub: only files that this package wrote, verified, under a model card that names the Hub."""
+"""Send a folder to the Hub: only verified files that this package wrote, and the model card."""
 
 import re
 from collections.abc import Mapping
@@ -6,11 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-# What the HTTP client below the Hub's raises without a network, whichever client that is.
-from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lora_sentiment import bundled
@@ -41,10 +39,12 @@ MODEL_FILES = SHARED_FILES | {
     "onnx/model.onnx",
     "onnx/model_quantized.onnx",
 }
+_FOLDERS = {"onnx"}
 _CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _ADVICE = {
     401: "sign in with `hf auth login`, or set HF_TOKEN, with a token that may write",
-    403: "the token may not write there; use one with write access to that owner, and check the owner's name",
+    403: "the token may not write there; use one with write access to that owner, and check the "
+    "owner's name",
     404: "there is no such owner, or the token may not see the repository",
     413: "a file is larger than the Hub takes",
     429: "asked too often; wait a few minutes and push again",
@@ -53,13 +53,13 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was sent to the Hub, or would have been.
+    """A folder that was sent to the Hub, or would be sent without `dry_run`.
 
     Attributes:
-        files: Name and size in bytes of each.
-        card: The model card, which goes as README.md.
-        url: Where it stands.
-        notes: What whoever sends it should know, one sentence each.
+        files: Name and size in bytes of each file.
+        card: The model card, which becomes README.md.
+        url: Address of the repository.
+        notes: What the sender should know, one sentence each.
     """
 
     files: list[tuple[str, int]]
@@ -83,32 +83,39 @@ def push(
     """Send an adapter, a merged or an exported model to the Hub, in one commit.
 
     Args:
-        folder: One that this package wrote; a file in it that the package does not know is refused, so that no text
-            of anyone leaves by accident.
-        name: OWNER/NAME on the Hub; the repository is made where there is none.
-        private: Refuse a repository that all can see, and make a new one private; otherwise a new one is what its
-            owner's settings say, public by default.
-        dry_run: Do everything but ask the Hub.
-        token: Instead of the one that `hf auth login` stored.
+        folder: A folder that this package wrote. An unknown file in it is refused, so that no text
+            of a person leaves by accident.
+        name: OWNER/NAME on the Hub. A new repository is made if there is none.
+        private: Refuse a public repository, and make a new one private. Otherwise its owner's
+            settings decide on a new one; the default is public.
+        dry_run: Do everything, but do not ask the Hub.
+        token: A token in place of the one that `hf auth login` stored.
 
     Raises:
         AdapterError: If the folder is none of these, holds other files, or was altered.
-        ModelError: If the name is none, or the Hub refuses or cannot be reached.
+        ModelError: If the name is not valid, or the Hub refuses or cannot be reached.
     """
     _check_name(name)
     card = load_card(folder) if (folder / "card.json").is_file() else None
-    recorded, base = (card.files, card.base.name) if card else _read_recorded(folder)
-    files = _list_files(folder, ADAPTER_FILES if card else MODEL_FILES, recorded)
+    if card:
+        recorded, base, known = card.files, card.base.name, ADAPTER_FILES
+    else:
+        recorded, base = _read_recorded(folder)
+        known = MODEL_FILES
+    files = _list_files(folder, known, recorded)
     check_files(folder, recorded)
     readme = _make_readme(folder, name)
-    contents = {file: folder / file for file in files} | {"README.md": readme.encode()}
+    contents: dict[str, Path | bytes] = {file: folder / file for file in files}
+    contents["README.md"] = readme.encode()
     api = HfApi(token=token)
     if not dry_run:
         _send(api, name, contents, private=private)
-    sizes = [
-        (file, len(c) if isinstance(c, bytes) else c.stat().st_size) for file, c in contents.items()
-    ]
-    return Pushed(sizes, readme, f"{api.endpoint}/{name}", _make_notes(name, card, base, readme))
+    sizes = []
+    for file, content in contents.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        sizes.append((file, size))
+    notes = _make_notes(name, card, base, readme)
+    return Pushed(sizes, readme, f"{api.endpoint}/{name}", notes)
 
 
 def _check_name(name: str) -> None:
@@ -120,7 +127,7 @@ def _check_name(name: str) -> None:
         ) from error
     if "/" not in name:
         raise ModelError(
-            f"{name!r} names no owner; give OWNER/NAME, OWNER being you or an organisation"
+            f"{name!r} names no owner; give OWNER/NAME, with your name or an organisation's"
         )
 
 
@@ -129,43 +136,54 @@ def _read_recorded(folder: Path) -> tuple[dict[str, str], str]:
     record = read_merge_record(folder) if (folder / "config.json").is_file() else None
     if record is None:
         raise AdapterError(
-            f"{folder}: is nothing that this package made and verified: there is neither card.json (an adapter) nor a "
-            "config.json with a lora_sentiment record (a merged or exported model); `hf upload` sends any folder"
+            f"{folder}: is nothing that this package made and verified: there is neither card.json "
+            "(an adapter) nor a "
+            "config.json with a lora_sentiment record (a merged or exported model); `hf upload` "
+            "sends any folder"
         )
     return record.files, record.base
 
 
 def _list_files(folder: Path, known: frozenset[str], recorded: Mapping[str, str]) -> list[str]:
-    """Return the names of a folder's files, all of them known and all that decide an answer recorded."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    # A folder is sent by its files; one that is linked to is not walked, so it is refused by its own name.
-    folders = {str(parent) for name in known for parent in Path(name).parents} - {"."}
-    names = [
-        name
-        for name, path in paths.items()
-        if not (name in folders and path.is_dir() and not path.is_symlink())
-    ]
-    if unknown := [name for name in names if name not in known or not paths[name].is_file()]:
+    """Return the names of a folder's files.
+
+    Raises:
+        AdapterError: If a file is unknown, or decides an answer and has no recorded hash.
+    """
+    names, unknown = [], []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # A linked folder is not walked, so it is refused by its own name.
+        if name in _FOLDERS and path.is_dir() and not path.is_symlink():
+            continue
+        if name in known and path.is_file():
+            names.append(name)
+        else:
+            unknown.append(name)
+    if unknown:
         raise AdapterError(
-            f"{folder}: holds {', '.join(unknown)}, which this package did not write and so does not send; move "
-            f"{'it' if len(unknown) == 1 else 'them'} elsewhere"
+            f"{folder}: holds {', '.join(unknown)}, which this package did not write and so does "
+            "not send; move it elsewhere"
         )
-    decisive = [
+    loose = [
         name
         for name in names
-        if name.endswith((".safetensors", ".onnx")) or name == "tokenizer.json"
+        if name.endswith((".safetensors", ".onnx", "tokenizer.json"))
+        and name not in recorded
+        and name != PREDICTIONS
     ]
-    if loose := [name for name in decisive if name not in recorded and name != PREDICTIONS]:
+    if loose:
         raise AdapterError(
-            f"{folder}: {', '.join(loose)} was put in after it was saved (no hash of it is recorded)"
+            f"{folder}: {', '.join(loose)} was put in after it was saved (no hash of it is "
+            "recorded)"
         )
     return names
 
 
 def _make_readme(folder: Path, name: str) -> str:
-    """Return the folder's model card with its name on the Hub wherever code loads the model; the rest stays.
+    """Return the folder's model card, whose code loads the model by its name on the Hub.
 
-    It is not rendered anew: what was written into it by hand would be lost.
+    The card is not rendered anew, because a person may have edited it.
     """
     path = folder / "README.md"
     if not path.is_file():
@@ -175,19 +193,17 @@ def _make_readme(folder: Path, name: str) -> str:
     except UnicodeDecodeError as error:
         raise AdapterError(f"{path}: is no text in UTF-8: {error}") from error
     heading = re.search(r"^# (.+)$", text, re.MULTILINE)
-    own = {folder.resolve().name, str(folder), *([heading[1]] if heading else [])}
+    own = {folder.resolve().name, str(folder)}
+    if heading:
+        own.add(heading[1])
     names = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
     use = re.compile(rf"""(?P<before>["']|lora-sentiment \w+ )(?:{names})(?=["'\s/])""")
     text = _CODE.sub(lambda block: use.sub(lambda found: found["before"] + name, block[0]), text)
-    # This package itself loads folders.
-    for fence, own_use, comment in (
-        ("```sh\n", "lora-sentiment", ""),
-        ("```python\n", "import lora_sentiment", "# "),
-    ):
-        text = text.replace(
-            fence + own_use, f"{fence}{comment}hf download {name} --local-dir {name}\n{own_use}"
-        )
-    return text
+    # This package loads folders, so its examples download one first.
+    download = f"hf download {name} --local-dir {name}"
+    text = text.replace("```sh\nlora-sentiment", f"```sh\n{download}\nlora-sentiment")
+    python = "```python\nimport lora_sentiment"
+    return text.replace(python, f"```python\n# {download}\nimport lora_sentiment")
 
 
 def _make_notes(name: str, card: Card | None, base: str, readme: str) -> list[str]:
@@ -196,50 +212,55 @@ def _make_notes(name: str, card: Card | None, base: str, readme: str) -> list[st
         notes.append(f"README.md has no code that uses the model as {name}")
     if Path(base).is_absolute():
         who = "whoever loads the adapter names theirs with --base; " if card else ""
-        notes.append(f"the base was a folder of this machine: {who}its path {base} is told")
-    source = card.data.config.source if card else ""
-    if card and source != bundled.NAME and not is_on_hub(source):
+        notes.append(f"the base was a folder of this machine: {who}its path {base} is in the files")
+    source = card.data.config.source if card else bundled.NAME
+    if source != bundled.NAME and not is_on_hub(source):
         notes.append(
-            f"the data were files of this machine: their paths {source} are told, none of their text"
+            f"the data were files of this machine: their paths {source} are in the files, but none "
+            "of their text"
         )
     return notes
 
 
 def _send(api: HfApi, name: str, contents: Mapping[str, Path | bytes], *, private: bool) -> None:
-    """Make the repository where there is none, look at what it holds, and send everything in one commit."""
+    """Make the repository if there is none, check its files, and send everything in one commit."""
     try:
         api.create_repo(name, private=private or None, exist_ok=True)
-        found = api.model_info(name)
-        if private and not found.private:
+        repository = api.model_info(name)
+        if private and not repository.private:
             raise ModelError(
-                f"{name} is on the Hub already and all can see it, but private was asked; nothing was sent: make it "
-                "private in its settings, or give another name"
+                f"{name} is on the Hub already and is public, but --private was given; nothing was "
+                "sent: make it private in its settings, or give another name"
             )
-        held = {file.rfilename for file in found.siblings or ()}
-        if stale := sorted((held & (ADAPTER_FILES | MODEL_FILES)) - set(contents)):
+        held = {file.rfilename for file in repository.siblings or ()}
+        stale = sorted((held & (ADAPTER_FILES | MODEL_FILES)) - set(contents))
+        if stale:
             raise ModelError(
-                f"{name} holds {', '.join(stale)} of another model, which would stay beside this one; nothing was "
-                "sent: delete them there, or give another name"
+                f"{name} holds {', '.join(stale)} of another model, which would stay beside this "
+                "one; nothing was sent: delete them there, or give another name"
             )
-        # Not upload_folder: that may send a folder in several commits, and takes names for patterns.
+        # `upload_folder` may send several commits, and cannot send the changed README.md with them.
         operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
         api.create_commit(
-            name, operations, commit_message="Push from lora_sentiment", parent_commit=found.sha
+            name,
+            operations,
+            commit_message="Push from lora_sentiment",
+            parent_commit=repository.sha,
         )
     except HfHubHTTPError as error:
         status = error.response.status_code
-        advice = _ADVICE.get(
-            status,
-            "push again later" if status >= 500 else _one_line(error.server_message or error),
-        )
+        advice = _ADVICE.get(status) or _one_line(error.server_message or error)
+        if status >= 500:
+            advice = "push again later"
         raise ModelError(
             f"{name}: the Hub ({api.endpoint}) refused with status {status}: {advice}"
         ) from error
     except OfflineModeIsEnabled as error:
         raise ModelError(f"{name}: offline mode is on; unset HF_HUB_OFFLINE to push") from error
-    except NetworkError as error:
+    except httpx2.HTTPError as error:
         raise ModelError(
-            f"{name}: cannot reach {api.endpoint} ({_one_line(error)}); check the network, then push again"
+            f"{name}: cannot reach {api.endpoint} ({_one_line(error)}); check the network, then "
+            "push again"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""A grid of runs, one after another: chosen on validation, resumable, built on the same `train`."""
+"""Train a grid of recipes one after another, and choose the best on validation. Resumable."""
 
 import gc
 import hashlib
@@ -28,9 +28,9 @@ from lora_sentiment.recipe.yaml_reader import Dumper, parse_yaml
 log = logging.getLogger("lora_sentiment")
 
 MAX_RUNS = 1000
-"""Runs of one grid; a longer one is a slip of the pen."""
+"""Most runs of one grid. A longer grid is taken for a mistake."""
 LEFT = ("best", "note")
-"""Columns of words."""
+"""Columns of the table that are aligned to the left."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Trial:
     """One combination of the grid.
 
     Attributes:
-        values: Axis to its value here.
-        overrides: The assignments as a recipe takes them, in the order given.
-        recipe: What the recipe file and they make.
-        run: What is run instead: nothing judged at the end is in it, and its folder is its own.
+        values: Axis to its value.
+        overrides: The overrides of the recipe, in the order given.
+        recipe: The recipe with these overrides.
+        run: The recipe that is trained: without rows to judge at the end, in a folder of its own.
     """
 
     values: Mapping[str, Any]
@@ -55,16 +55,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """What one run gave; all but the first two and the last are None where it diverged.
+    """The result of one run. For a run that diverged, the scores are None.
 
     Attributes:
         values: Axis to its value.
         folder: The run's adapter folder.
-        validation: Metric to value and 95 % interval, as report.json holds them.
-        validation_sha256: Fingerprint of the rows that they are of.
+        validation: Metric to value and 95 % interval, as in report.json.
+        validation_sha256: Fingerprint of the validation rows.
         best_step: The optimizer step whose tensors were kept.
         seconds: Time of training.
-        diverged: Where loss, gradient or logits stopped being finite; None where they did not.
+        diverged: Where loss, gradient or logits stopped being finite, or None.
         earlier: Whether an earlier sweep ran it.
     """
 
@@ -83,11 +83,11 @@ class Sweep:
     """A finished sweep.
 
     Attributes:
-        axes: Keys that take several values, in the order given.
-        metric: Validation metric that decides: the recipe's train.metric_for_best_model.
+        axes: Keys with several values, in the order given.
+        metric: The deciding metric: the recipe's train.metric_for_best_model on validation.
         rows: Every run in the order of the grid, the last axis fastest.
-        best: Position of the best in `rows`; None where all diverged.
-        command: What trains the best once more and judges it; None where all diverged.
+        best: Position of the best in `rows`, or None if all diverged.
+        command: The command that trains the best again and judges it, or None.
         notes: What a reader of the rows must know.
     """
 
@@ -100,40 +100,38 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
-        return {
-            **asdict(self),
-            "rows": [{**asdict(row), "folder": str(row.folder)} for row in self.rows],
-        }
+        rows = [asdict(row) | {"folder": str(row.folder)} for row in self.rows]
+        return asdict(self) | {"rows": rows}
 
 
 def sweep(recipe_path: Path, assignments: Sequence[str]) -> Sweep:
-    """Run every combination of a grid, one after another, and choose the best on validation.
+    """Train every combination of a grid, one after another, and choose the best on validation.
 
-    Each run stands in a folder of its own under `<output.dir>.sweep`. One that finished or diverged there is not run
-    again, so a stopped sweep goes on where it was.
+    Each run has a folder of its own under `<output.dir>.sweep`. A run that finished or diverged
+    there is not run again, so a stopped sweep goes on where it was.
 
     Args:
         recipe_path: Recipe file.
-        assignments: `key=value` as overrides are, or `key=[a, b]`, an axis of the grid. Where the key takes a list
-            itself, a list of lists is an axis.
+        assignments: `key=value` is an override. `key=[a, b]` is an axis of the grid. For a key that
+            takes a list, a list of lists is an axis.
 
     Raises:
-        LoraSentimentError: For every fault of the grid at once, before anything runs; then for whatever stops a run,
-            but for a loss that is not finite.
+        LoraSentimentError: For all mistakes of the grid at once, before anything runs. Later for
+            any error of a run but divergence.
     """
-    if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
-        # `train` ends with Accelerate's end_training, which leaves the process group for good.
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched != "1":
+        # `train` ends the process group.
         raise RecipeError(
             f"sweep: found {launched} processes; it runs in one: start it without a launcher"
         )
     trials = make_trials(recipe_path, assignments)
-    # All of them first: what stands in the way of the last run must not show after the others.
+    # All folders first: a fault of the last one must not show after the other runs.
     earlier = [_has_ended(trial.run) for trial in trials]
     rows = []
     for number, (trial, ended) in enumerate(zip(trials, earlier, strict=True), start=1):
-        log.info(
-            "run %d of %d: %s%s", number, len(trials), trial, " (ran earlier)" if ended else ""
-        )
+        suffix = " (ran earlier)" if ended else ""
+        log.info("run %d of %d: %s%s", number, len(trials), trial, suffix)
         if not ended:
             _run(trial.run)
         rows.append(_read_row(trial, earlier=ended))
@@ -150,10 +148,10 @@ def sweep(recipe_path: Path, assignments: Sequence[str]) -> Sweep:
 def make_trials(recipe_path: Path, assignments: Sequence[str]) -> list[Trial]:
     """Return every combination of a grid, the last axis fastest, without running anything.
 
-    A Hub data set is asked for the names of its splits; no row is read.
+    A Hub data set is asked for the names of its splits. No row is read.
 
     Raises:
-        RecipeError: For all faults of recipe, assignments and combinations, each with where it holds.
+        RecipeError: For all mistakes of recipe, assignments and combinations.
         DataError: If a data source cannot be found.
     """
     choices = _read_choices(assignments)
@@ -163,31 +161,33 @@ def make_trials(recipe_path: Path, assignments: Sequence[str]) -> list[Trial]:
     num_runs = math.prod(len(choice.values) for choice in choices)
     if num_runs > MAX_RUNS:
         raise RecipeError(
-            f"the grid has {num_runs:,} combinations; at most {MAX_RUNS:,} are run; leave values out"
+            f"the grid has {num_runs:,} combinations; at most {MAX_RUNS:,} are run; leave values "
+            "out"
         )
     faults: dict[str, list[str]] = {}
     trials = []
     for picked in itertools.product(*(range(len(choice.values)) for choice in choices)):
-        pairs = list(zip(choices, picked, strict=True))
-        values = {choice.key: choice.values[i] for choice, i in pairs if len(choice.values) > 1}
-        # In the order given: `method={..}` before `method.r=[4, 8]` is not what it is after it.
-        overrides = tuple(choice.texts[i] for choice, i in pairs)
+        values = {}
+        overrides = []  # in the order given: `method={..}` before `method.r=4` differs from after
+        for choice, position in zip(choices, picked, strict=True):
+            overrides.append(choice.texts[position])
+            if len(choice.values) > 1:
+                values[choice.key] = choice.values[position]
         try:
             recipe = Recipe.load(recipe_path, overrides)
-            trials.append(Trial(values, overrides, recipe, run=recipe))
         except RecipeError as error:
-            for fault in str(error).splitlines():
+            for fault in error.faults:
                 faults.setdefault(fault, []).append(_show_all(values))
+        else:
+            trials.append(Trial(values, tuple(overrides), recipe, run=recipe))
     if faults:
-        raise RecipeError(
-            "\n".join(_place(fault, where, num_runs) for fault, where in faults.items())
-        )
+        raise RecipeError(*(_place(fault, where, num_runs) for fault, where in faults.items()))
     _refuse_unlike([trial.recipe for trial in trials])
     return _make_runs(trials)
 
 
 class _Choice(NamedTuple):
-    """One assignment: its key, its values, and each as an override."""
+    """One assignment: its key, its values, and each value as an override."""
 
     key: str
     values: list[Any]
@@ -201,19 +201,15 @@ def _read_choices(assignments: Sequence[str]) -> list[_Choice]:
         RecipeError: If a key stands twice or a list is empty.
     """
     choices, faults = [], []
+    keys: Counter[str] = Counter()
     for text in assignments:
         key, _, written = text.partition("=")
+        keys[key] += 1
         try:
             value = parse_yaml(written, key)
         except RecipeError:
-            value = None  # loading the recipe tells, with every other fault
-        # No list of a recipe holds lists or nulls, so one that does holds values of the key.
-        is_own = (
-            isinstance(value, list)
-            and not any(v is None or isinstance(v, list) for v in value)
-            and _takes_list(key)
-        )
-        if is_own or not isinstance(value, list):
+            value = None  # loading the recipe reports it, with every other mistake
+        if not isinstance(value, list) or _is_one_value(key, value):
             choices.append(_Choice(key, [value], [text]))
         elif value:
             choices.append(_Choice(key, value, [f"{key}={_show(item)}" for item in value]))
@@ -221,15 +217,20 @@ def _read_choices(assignments: Sequence[str]) -> list[_Choice]:
             faults.append(
                 f"{key}: found an empty list; give it two values or more, or leave it out"
             )
-    keys = [text.partition("=")[0] for text in assignments]
-    faults += [
-        f"{key}: stands {count} times; give it once"
-        for key, count in Counter(keys).items()
-        if count > 1
-    ]
+    for key, count in keys.items():
+        if count > 1:
+            faults.append(f"{key}: stands {count} times; give it once")
     if faults:
-        raise RecipeError("\n".join(faults))
+        raise RecipeError(*faults)
     return choices
+
+
+def _is_one_value(key: str, items: Sequence[Any]) -> bool:
+    """Return whether a list is one value of a key, not several values."""
+    # No list of a recipe holds lists or nulls, so a list that does holds values of the key.
+    if any(item is None or isinstance(item, list) for item in items):
+        return False
+    return _takes_list(key)
 
 
 def _takes_list(key: str) -> bool:
@@ -243,7 +244,7 @@ def _takes_list(key: str) -> bool:
 
 
 def _alternatives(nodes: Sequence[Any], schema: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what a JSON schema's references and alternatives come down to."""
+    """Yield the plain schemas behind a JSON schema's references and alternatives."""
     for node in nodes:
         inner = [*node.get("anyOf", ()), *node.get("oneOf", ())]
         if "$ref" in node:
@@ -255,17 +256,20 @@ def _alternatives(nodes: Sequence[Any], schema: Mapping[str, Any]) -> Iterator[d
 
 
 def _no_axis(path: Path, choices: Sequence[_Choice]) -> str:
+    hint = ""
     lists = [choice.key for choice in choices if isinstance(choice.values[0], list)]
-    hint = (
-        f"; to vary {', '.join(lists)}, which takes a list, give a list of lists: [[..], [..]]"
-        if lists
-        else ""
+    if lists:
+        hint = (
+            f"; to vary {', '.join(lists)}, which takes a list, give a list of lists: [[..], [..]]"
+        )
+    return (
+        f"{path}: no key has several values; give one a list, such as "
+        f"'train.learning_rate=[1e-4, 5e-4]'{hint}"
     )
-    return f"{path}: no key has several values; give one a list, such as 'train.learning_rate=[1e-4, 5e-4]'{hint}"
 
 
 def _place(fault: str, where: list[str], num_runs: int) -> str:
-    """Say in which combinations a fault is, unless it is in all."""
+    """Say in which combinations a mistake is, unless it is in all."""
     if len(where) == num_runs:
         return fault
     more = f" and {len(where) - 1} more of {num_runs} combinations" if len(where) > 1 else ""
@@ -273,10 +277,11 @@ def _place(fault: str, where: list[str], num_runs: int) -> str:
 
 
 def _refuse_unlike(recipes: Sequence[Recipe]) -> None:
-    """Refuse axes that a choice cannot be made over."""
+    """Refuse axes that leave no choice between the runs."""
     if len({recipe.train.metric_for_best_model for recipe in recipes}) > 1:
         raise RecipeError(
-            "train.metric_for_best_model: is no axis; one metric decides which run is best: choose it"
+            "train.metric_for_best_model: is no axis; one metric decides which run is best: choose "
+            "it"
         )
     if len({(recipe.name, recipe.output.model_dump_json()) for recipe in recipes}) > 1:
         raise RecipeError(
@@ -285,42 +290,37 @@ def _refuse_unlike(recipes: Sequence[Recipe]) -> None:
 
 
 def _make_runs(trials: Sequence[Trial]) -> list[Trial]:
-    """Give every trial its run: without what is judged, in a folder named by values and hash."""
-    known: dict[str, DataConfig] = {}
+    """Give every trial its run: without rows to judge, in a folder named by values and hash."""
+    data: dict[str, DataConfig] = {}
     made: dict[str, Trial] = {}
     faults = []
     for trial in trials:
-        asked = trial.recipe.data.model_dump_json()
-        if asked not in known:
-            known[asked] = _leave_out_judged(trial.recipe.data, where=str(trial))
-        run = trial.recipe.model_copy(update={"data": known[asked]})
+        key = trial.recipe.data.model_dump_json()
+        if key not in data:
+            data[key] = _leave_out_judged(trial.recipe.data, where=str(trial))
+        run = trial.recipe.model_copy(update={"data": data[key]})
         facts = json.dumps(run.model_dump(mode="json", exclude={"name", "output"}), sort_keys=True)
         digest = hashlib.sha256(facts.encode()).hexdigest()
-        words = "-".join(
-            f"{key.rsplit('.', 1)[-1]}-{_show(value)}" for key, value in trial.values.items()
-        )
-        name = (
-            re.sub(r"[^A-Za-z0-9._]+", "-", words.replace("+", ""))[:60].strip("-._")
-            + "-"
-            + digest[:8]
-        )
-        folder = trial.recipe.folder.with_name(trial.recipe.folder.name + ".sweep") / name
-        run = run.model_copy(update={"name": name, "output": OutputConfig(dir=str(folder))})
         if digest in made:
             faults.append(f"{made[digest]} and {trial} are the same run; leave one of them out")
+        words = [f"{key.rsplit('.', 1)[-1]}-{_show(value)}" for key, value in trial.values.items()]
+        safe = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words).replace("+", ""))
+        name = f"{safe[:60].strip('-._')}-{digest[:8]}"
+        folder = trial.recipe.folder.with_name(trial.recipe.folder.name + ".sweep") / name
+        run = run.model_copy(update={"name": name, "output": OutputConfig(dir=str(folder))})
         made[digest] = replace(trial, run=run)
     if faults:
-        raise RecipeError("\n".join(faults))
+        raise RecipeError(*faults)
     return list(made.values())
 
 
 def _leave_out_judged(config: DataConfig, *, where: str) -> DataConfig:
-    """Return a `data` section that gives the same train and validation, and nothing to judge."""
+    """Return a `data` section with the same train and validation rows, and none to judge."""
     from lora_sentiment.data.sources import find_source, is_on_hub
     from lora_sentiment.hub import prepare_hub
 
     if is_on_hub(config.source):
-        prepare_hub()  # as each run does before its own clients ask
+        prepare_hub()
     try:
         source = find_source(config)
     except DataError as error:
@@ -328,19 +328,19 @@ def _leave_out_judged(config: DataConfig, *, where: str) -> DataConfig:
     if not source.judged:
         return config
     kept = [role for role in source.roles if role not in source.judged]
-    # Without a role to judge, test_fraction would now carve a test out of train.
+    # Without a judged role, test_fraction would now carve a test split out of train.
     update: dict[str, Any] = {"test_fraction": 0.0, "max_test_rows": None}
     if source.hub:
         update["splits"] = {role: source.hub_splits[role] for role in kept}
     elif isinstance(config.source, dict):
         update["source"] = {role: config.source[role] for role in kept}
-    else:  # what ships: one name for a file of each role
+    else:  # the bundled reviews: one name for a file of each role
         update["source"] = {role: str(source.files[role][0]) for role in kept}
     return config.model_copy(update=update)
 
 
 def _has_ended(run: Recipe) -> bool:
-    """Return whether a run finished or diverged earlier; refuse a folder of something else."""
+    """Return whether a run finished or diverged earlier. Refuse a folder of something else."""
     if not run.folder.exists():
         return _diverged_file(run).is_file()
     if (run.folder / "report.json").is_file() and (run.folder / "recipe.yaml").is_file():
@@ -357,54 +357,46 @@ def _diverged_file(run: Recipe) -> Path:
 
 
 def _run(recipe: Recipe) -> None:
-    """Train one run; leave its adapter folder, or a line beside it that says where it diverged."""
+    """Train one run. It leaves its adapter folder, or a file that says where it diverged."""
+    # Late, because a mistake in the grid must not wait for torch.
     from lora_sentiment.train import train
     from lora_sentiment.training.checkpoint import list_checkpoints
     from lora_sentiment.training.processes import join_launch
     from lora_sentiment.training.report import reset_peak_memory
     from lora_sentiment.training.run_folder import name_run_folder
 
-    left = name_run_folder(recipe)
-    if left.exists() and not list_checkpoints(left):
-        # Without a checkpoint to go on from, `train` would not go over what may be a finished adapter.
-        shutil.rmtree(left)
-    reset_peak_memory(
-        join_launch().device
-    )  # else every report would hold the peak of the runs before it
+    run_folder = name_run_folder(recipe)
+    if run_folder.exists() and not list_checkpoints(run_folder):
+        # `train` refuses such a folder, because it may hold a finished adapter.
+        shutil.rmtree(run_folder)
+    reset_peak_memory(join_launch().device)
     try:
-        # A choice made on rows that stood in would be one for other data.
+        # Bundled data must not decide on a recipe for other data.
         train(recipe.model_copy(update={"offline": "error"}))
     except DivergedError as error:
         log.warning("diverged: %s", error)
         _diverged_file(recipe).write_text(f"{error}\n", encoding="utf-8")
-    gc.collect()  # a model holds itself in cycles; the next one needs the room
+    gc.collect()  # a model is in reference cycles, and the next one needs its memory
 
 
 def _read_row(trial: Trial, *, earlier: bool) -> Row:
-    """Read what a run that ended left."""
+    """Read the result of a run that ended."""
     folder = trial.run.folder
     if not folder.exists():
         reason = _diverged_file(trial.run).read_text(encoding="utf-8").strip()
         return Row(trial.values, folder, None, None, None, None, reason, earlier)
     try:
-        report, card = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in ("report.json", "card.json")
-        )
-        scores, hashed, train = (
-            report["validation"],
-            card["data"]["validation_sha256"],
-            report["train"],
-        )
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         return Row(
             trial.values,
             folder,
-            scores,
-            hashed,
-            train["best_step"],
-            train["seconds"],
-            None,
-            earlier,
+            validation=report["validation"],
+            validation_sha256=card["data"]["validation_sha256"],
+            best_step=report["train"]["best_step"],
+            seconds=report["train"]["seconds"],
+            diverged=None,
+            earlier=earlier,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
@@ -418,59 +410,72 @@ def _choose(rows: Sequence[Row], metric: str) -> int | None:
     from lora_sentiment.tasks.metrics import METRICS
 
     sign = 1 if METRICS[metric].greater_is_better else -1
-    ranks = {
-        position: (sign * row.validation[metric]["value"], -row.validation["log_loss"]["value"])
-        for position, row in enumerate(rows)
-        if row.validation
-    }
-    return max(ranks, key=ranks.__getitem__, default=None)
+    best, best_rank = None, (-math.inf, -math.inf)
+    for position, row in enumerate(rows):
+        if not row.validation:
+            continue
+        log_loss = row.validation["log_loss"]["value"]
+        rank = (sign * row.validation[metric]["value"], -log_loss)
+        if rank > best_rank:
+            best, best_rank = position, rank
+    return best
 
 
 def _make_notes(rows: Sequence[Row], best: int | None, trial: Trial) -> tuple[str, ...]:
-    """Return what a reader must know of rows and best, whose trial this is."""
+    """Return what a reader must know of the rows.
+
+    Args:
+        rows: Every run.
+        best: Position of the best, or None.
+        trial: The trial of the best, or any.
+    """
     recipe = trial.recipe
-    notes = []
-    how = f"best: by {recipe.train.metric_for_best_model} on validation, ties by log_loss; being chosen flatters it"
-    all_diverged = "every run diverged; lower train.learning_rate, or set model.dtype=float32"
-    notes.append(all_diverged if best is None else how)
+    notes = ["every run diverged; lower train.learning_rate, or set model.dtype=float32"]
+    if best is not None:
+        metric = recipe.train.metric_for_best_model
+        notes = [
+            f"best: by {metric} on validation, ties by log_loss; being chosen flatters its score"
+        ]
     if any(row.diverged for row in rows):
         notes.append(
-            f"a run that diverged is not run again unless {rows[0].folder.parent}/*.diverged.txt is deleted"
+            f"{rows[0].folder.parent}/*.diverged.txt say where a run diverged; delete such a file "
+            "to run it again"
         )
     if len({row.validation_sha256 for row in rows if row.validation_sha256}) > 1:
         notes.append(
-            "the runs were not judged on the same validation rows, so their figures are only roughly alike"
+            "the runs were not judged on the same validation rows, so their figures are only "
+            "roughly alike"
         )
     if trial.run.data.test_fraction:
         notes.append(
-            "data.test_fraction: no run trained on the test it carves, nor did the choice look at it"
+            "data.test_fraction: no run trained on the test split, nor did the choice look at it"
         )
     if best is not None and recipe.folder.exists() and not recipe.output.overwrite:
         notes.append(f"{recipe.folder} exists: set output.overwrite=true or another output.dir")
     return tuple(notes)
 
 
-def make_columns(found: Sweep) -> dict[str, list[str]]:
-    """Return the table by column: heading to cells; columns that say nothing of any row are left out."""
+def make_columns(done: Sweep) -> dict[str, list[str]]:
+    """Return the table, heading to cells, without columns whose cells are all empty."""
     # Loads numpy, which a grid with a fault in it need not wait for.
     from lora_sentiment.evaluation.statistics import show_interval
 
-    rows = found.rows
-    columns = {"best": ["*" if position == found.best else "" for position in range(len(rows))]}
-    columns |= {axis: [_show(row.values[axis]) for row in rows] for axis in found.axes}
-    for metric in dict.fromkeys([found.metric, "accuracy", "macro_f1", "log_loss"]):
-        columns[metric] = [
-            show_interval(row.validation[metric]) if row.validation else "" for row in rows
-        ]
-    columns["best step"] = [
-        f"{row.best_step:,}" if row.best_step is not None else "" for row in rows
-    ]
-    columns["time"] = [f"{row.seconds:,.0f} s" if row.seconds is not None else "" for row in rows]
-    # Up to the row numbers and the advice, which the log and the file hold.
-    reasons = [
-        re.split(r" on the step|; ", row.diverged)[0] if row.diverged else "" for row in rows
-    ]
-    columns["note"] = [f"diverged: {reason}" if reason else "" for reason in reasons]
+    metrics = dict.fromkeys([done.metric, "accuracy", "macro_f1", "log_loss"])
+    headings = ["best", *done.axes, *metrics, "best step", "time", "note"]
+    columns: dict[str, list[str]] = {heading: [] for heading in headings}
+    for position, row in enumerate(done.rows):
+        cells = {"best": "*"} if position == done.best else {}
+        for axis in done.axes:
+            cells[axis] = _show(row.values[axis])
+        if row.validation is None:
+            cells["note"] = "diverged"
+        else:
+            for metric in metrics:
+                cells[metric] = show_interval(row.validation[metric])
+            cells["best step"] = f"{row.best_step:,}"
+            cells["time"] = f"{row.seconds:,.0f} s"
+        for heading in headings:
+            columns[heading].append(cells.get(heading, ""))
     return {heading: cells for heading, cells in columns.items() if any(cells)}
 
 

@@ -1,6 +1,6 @@
-"""From texts to padded batches: encode, truncate, bucket by length, cut into micro-batches.
+"""Turn texts into token ids and padded micro-batches: tokenise, truncate, bucket by length, cut.
 
-Importing this imports no torch: an ONNX file answers without.
+Importing this module does not import torch: a classifier saved as ONNX answers without torch.
 """
 
 import hashlib
@@ -18,35 +18,44 @@ from tokenizers import Tokenizer
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.cache import Part, keep_ids
 from lora_sentiment.data.rows import Rows
-from lora_sentiment.data.texts import let_go
+from lora_sentiment.data.texts import hash_texts, release_pages
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
 BUCKET_STEPS = 100
-"""Optimizer steps whose rows are sorted together: enough to pad little, few enough to keep the order random."""
+"""Optimizer steps whose rows are sorted by length together.
+
+More steps need less padding; fewer keep the order more random.
+"""
 TOKENISE_ROWS = 1000
-"""Texts that the tokenizer is given at once; its own threads share them, unless TOKENIZERS_PARALLELISM=false."""
+"""Texts per call of the tokenizer.
+
+Its threads share them, unless TOKENIZERS_PARALLELISM=false.
+"""
 CACHED_ROWS = 5000
-"""Rows from which on token ids are kept on disk and mapped; fewer are tokenised again in no time."""
+"""From this number of rows on, token ids are kept on disk. Fewer rows are tokenised again."""
 LAYOUT = 1
-"""Part of the key of kept ids: raise it whenever other ids or lengths are made of the same texts, tokenizer and
-settings (`tokenise`, `truncate`, `frame`, `_encode_parts`), or are written otherwise; else old ones are taken."""
+"""Part of the hash of kept ids.
+
+Raise it whenever the same texts, tokenizer and settings give other ids or lengths, or another file
+format. Otherwise old ids are used.
+"""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of many texts, compact: one flat array and where each row starts.
+    """Token ids of many texts in one flat array.
 
     Attributes:
-        input_ids: All rows' ids one after another, [CLS] and [SEP] included, shape (num_tokens,).
+        input_ids: All rows one after another, [CLS] and [SEP] included, shape (num_tokens,).
         offsets: Row i is `input_ids[offsets[i]:offsets[i + 1]]`, shape (num_rows + 1,).
         labels: Shape (num_rows,).
-        truncated: How many texts were longer than max_length.
-        pad_token_id: Fills a batch's shorter rows.
-        whole_lengths: Tokens of each text before it was truncated, [CLS] and [SEP] included, shape (num_rows,); None
-            where that is not known.
+        truncated: Number of texts longer than max_length.
+        pad_token_id: Fills the shorter rows of a batch.
+        whole_lengths: Tokens of each text before truncation, [CLS] and [SEP] included, shape
+            (num_rows,). None if unknown.
     """
 
     input_ids: NDArray[np.int32]
@@ -71,10 +80,10 @@ class Batch:
 
     Attributes:
         input_ids: Shape (num_rows, longest).
-        attention_mask: Ones over real tokens, same shape; None where no row is padded.
+        attention_mask: 1 for tokens and 0 for padding, same shape. None if no row is padded.
         labels: Shape (num_rows,).
-        index: The rows' positions in their `Encoded`, shape (num_rows,).
-        num_tokens: Real tokens, padding left out.
+        index: Positions of the rows in their `Encoded`, shape (num_rows,).
+        num_tokens: Tokens without padding.
     """
 
     input_ids: "torch.Tensor"
@@ -86,16 +95,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """From a text to what the model reads of it.
+    """Turns texts into the token ids that the model reads.
 
     Attributes:
-        tokenizer: The base's tokenizer, which neither truncates nor pads.
+        tokenizer: The tokenizer of the base, without truncation and padding.
         cls_token_id: First id of every input.
         sep_token_id: Last id of every input.
-        pad_token_id: Fills a batch's shorter rows.
+        pad_token_id: Fills the shorter rows of a batch.
         max_length: Most tokens of an input, [CLS] and [SEP] included.
-        truncation: `head` keeps the first tokens of a longer text; `head_tail` its first quarter and last three
-            quarters (after Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.1).
+        truncation: `head` keeps the first tokens of a longer text. `head_tail` keeps its first
+            quarter and last three quarters (after Sun et al. 2019, "How to Fine-Tune BERT for Text
+            Classification?", section 5.3.1).
     """
 
     tokenizer: Tokenizer
@@ -113,98 +123,110 @@ class TextEncoder:
         max_length: int,
         truncation: Literal["head", "head_tail"],
     ) -> "TextEncoder":
-        """Return the encoder that a transformers tokenizer makes, whose last call's truncation and padding end."""
+        """Return the encoder of a transformers tokenizer, after removing its own truncation."""
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        special = (
-            int(tokenizer.cls_token_id),
-            int(tokenizer.sep_token_id),
-            int(tokenizer.pad_token_id),
+        return cls(
+            backend,
+            cls_token_id=int(tokenizer.cls_token_id),
+            sep_token_id=int(tokenizer.sep_token_id),
+            pad_token_id=int(tokenizer.pad_token_id),
+            max_length=max_length,
+            truncation=truncation,
         )
-        return cls(backend, *special, max_length, truncation)
 
     @property
     def room(self) -> int:
-        """Tokens of a text that one input holds."""
+        """Tokens of an input without [CLS] and [SEP]."""
         return self.max_length - 2
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return every id of each text, without [CLS] and [SEP]."""
-        return [
-            found.ids
-            for found in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        """Return all ids of each text, without [CLS] and [SEP]."""
+        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def truncate(self, ids: list[int]) -> list[int]:
         """Return the ids of a text that fit into one input."""
         if len(ids) <= self.room:
             return ids
-        front = self.room if self.truncation == "head" else self.room // 4
-        return ids[:front] + ids[len(ids) - (self.room - front) :]
+        num_first = self.room if self.truncation == "head" else self.room // 4
+        num_last = self.room - num_first
+        return ids[:num_first] + ids[len(ids) - num_last :]
 
     def windows(self, ids: list[int], *, stride: int) -> list[list[int]]:
-        """Return a text's ids in windows that each fit into one input, neighbours sharing `stride` tokens.
+        """Cut the ids of a text into windows that each fit into one input.
 
-        The last window ends with the text and so may share more.
+        Neighbouring windows share `stride` tokens. The last window ends with the text and may share
+        more.
         """
-        step = self.room - stride
-        last = max(0, len(ids) - self.room)
-        starts = [*range(0, last, step), last]
+        last_start = max(0, len(ids) - self.room)
+        starts = [*range(0, last_start, self.room - stride), last_start]
         return [ids[start : start + self.room] for start in starts]
 
-    def encode(self, rows: Rows, *, progress: bool = False) -> Encoded:
-        """Return the truncated inputs of rows, with their labels, and a bar meanwhile if asked for.
+    def frame(self, ids: list[int]) -> NDArray[np.int32]:
+        """Put [CLS] and [SEP] around the ids of one input."""
+        return np.array([self.cls_token_id, *ids, self.sep_token_id], dtype=np.int32)
 
-        Those of many rows are kept on disk under a hash of texts, tokenizer and settings, and mapped.
+    def encode(self, rows: Rows, *, progress: bool = False) -> Encoded:
+        """Return the truncated token ids of rows, with their labels.
+
+        The ids of CACHED_ROWS rows or more are kept on disk and mapped into memory.
+
+        Args:
+            rows: The rows.
+            progress: Whether to show a progress bar.
         """
-        kept = None
+        ids = None
         if len(rows) >= CACHED_ROWS:
-            kept = keep_ids(self._key(rows), lambda: self._encode_parts(rows, progress=progress))
-        if kept is None:
+            ids = keep_ids(self._key(rows), lambda: self._encode_parts(rows, progress=progress))
+        if ids is None:
             parts = list(self._encode_parts(rows, progress=progress))
-            kept = (
-                np.concatenate([ids for ids, _ in parts]),
-                np.concatenate([whole for _, whole in parts]),
+            ids = (
+                np.concatenate([input_ids for input_ids, _ in parts]),
+                np.concatenate([whole_lengths for _, whole_lengths in parts]),
             )
-        input_ids, whole = kept
-        offsets = np.concatenate([[0], np.minimum(whole, self.max_length).cumsum()])
-        truncated = int((whole > self.max_length).sum())
-        return Encoded(input_ids, offsets, rows.labels, truncated, self.pad_token_id, whole)
+        input_ids, whole_lengths = ids
+        ends = np.minimum(whole_lengths, self.max_length).cumsum()
+        return Encoded(
+            input_ids,
+            offsets=np.concatenate([[0], ends]),
+            labels=rows.labels,
+            truncated=int((whole_lengths > self.max_length).sum()),
+            pad_token_id=self.pad_token_id,
+            whole_lengths=whole_lengths,
+        )
 
     def _encode_parts(self, rows: Rows, *, progress: bool) -> Iterator[Part]:
         with make_bar(len(rows), desc="tokenising", unit="rows", show=progress) as bar:
             for start in range(0, len(rows), TOKENISE_ROWS):
-                found = self.tokenise(rows.texts[start : start + TOKENISE_ROWS])
-                ids = np.concatenate([self.frame(self.truncate(ids)) for ids in found])
-                yield ids, np.array([len(ids) + 2 for ids in found], dtype=np.int64)
-                bar.update(len(found))
+                texts = self.tokenise(rows.texts[start : start + TOKENISE_ROWS])
+                inputs = [self.frame(self.truncate(ids)) for ids in texts]
+                whole_lengths = [len(ids) + 2 for ids in texts]
+                yield np.concatenate(inputs), np.array(whole_lengths, dtype=np.int64)
+                bar.update(len(texts))
 
     def _key(self, rows: Rows) -> str:
-        """Return a hash (SHA-256) of all that decides the ids of rows, which their labels do not."""
+        """Return a hash (SHA-256) of everything that decides the ids of rows. Labels do not."""
         settings = [
+            LAYOUT,
+            self.tokenizer.to_str(),
             self.cls_token_id,
             self.sep_token_id,
             self.max_length,
             self.truncation,
             version("tokenizers"),
         ]
-        digest = hashlib.sha256(json.dumps([LAYOUT, self.tokenizer.to_str(), *settings]).encode())
-        for text in rows.texts:
-            digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
-
-    def frame(self, ids: list[int]) -> NDArray[np.int32]:
-        """Put [CLS] and [SEP] around the ids of one input."""
-        return np.array([self.cls_token_id, *ids, self.sep_token_id], dtype=np.int32)
+        return hash_texts(hashlib.sha256(json.dumps(settings).encode()), rows.texts)
 
     def pack(
         self, inputs: Sequence[NDArray[np.int32]], *, labels: NDArray[np.int64] | None = None
     ) -> Encoded:
-        """Lay framed inputs out one after another; without labels theirs are -1."""
+        """Put framed inputs into one flat array. Without labels each label is -1."""
         offsets = np.cumsum([0, *map(len, inputs)], dtype=np.int64)
-        found = np.full(len(inputs), -1, dtype=np.int64) if labels is None else labels
-        return Encoded(np.concatenate(inputs), offsets, found, 0, self.pad_token_id)
+        if labels is None:
+            labels = np.full(len(inputs), -1, dtype=np.int64)
+        return Encoded(np.concatenate(inputs), offsets, labels, 0, self.pad_token_id)
 
 
 def plan_epoch(
@@ -212,14 +234,15 @@ def plan_epoch(
 ) -> list[NDArray[np.int64]]:
     """Return the rows of each optimizer step of one epoch, every row once.
 
-    Rows are shuffled, sorted by length within windows of BUCKET_STEPS steps, cut into steps, and the steps shuffled:
-    the rows of a step are of like length, so little is padded, and no step is seen in order of length.
+    Rows are shuffled, sorted by length within windows of BUCKET_STEPS steps and cut into steps.
+    Then the steps are shuffled. The rows of a step have similar lengths and need little padding.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
     steps: list[NDArray[np.int64]] = []
-    for start in range(0, len(order), batch_size * BUCKET_STEPS):
-        window = order[start : start + batch_size * BUCKET_STEPS]
+    window_size = batch_size * BUCKET_STEPS
+    for start in range(0, len(order), window_size):
+        window = order[start : start + window_size]
         window = window[np.argsort(lengths[window], kind="stable")]
         steps += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
     return [steps[i] for i in generator.permutation(len(steps))]
@@ -235,21 +258,21 @@ def cut(
     index = index[np.argsort(-lengths[index], kind="stable")]
     parts = []
     while len(index):
-        fitting = max(1, max_tokens // int(lengths[index[0]]))
-        parts.append(index[:fitting])
-        index = index[fitting:]
+        num_rows = max(1, max_tokens // int(lengths[index[0]]))
+        parts.append(index[:num_rows])
+        index = index[num_rows:]
     return parts
 
 
 def shard(
     index: NDArray[np.int64], lengths: NDArray[np.int64], *, rank: int, num_processes: int
 ) -> NDArray[np.int64]:
-    """Return one process's share of rows: dealt in order of length, so that all get like work."""
+    """Return the share of one process. Rows are dealt in order of length for similar work."""
     return index[np.argsort(lengths[index], kind="stable")][rank::num_processes]
 
 
 def take_rows(encoded: Encoded, index: NDArray[np.int64]) -> list[NDArray[np.int32]]:
-    """Return the token ids of rows, as views; call `let_go` on their base once they were copied."""
+    """Return the token ids of rows as views. Release the pages of their base after copying."""
     starts = encoded.offsets[index].tolist()
     ends = encoded.offsets[index + 1].tolist()
     return [encoded.input_ids[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -258,27 +281,24 @@ def take_rows(encoded: Encoded, index: NDArray[np.int64]) -> list[NDArray[np.int
 def pad(
     encoded: Encoded, index: NDArray[np.int64], *, to: Sequence[int] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """Pad rows to the longest among them, or to the next of the lengths `to`, ascending.
+    """Pad rows to the longest among them, or to the next of the ascending lengths `to`.
 
     Returns:
-        (input_ids, attention_mask), both (num_rows, longest); the mask is None where no row is padded.
+        (input_ids, attention_mask), both (num_rows, longest). The mask is None if no row is padded.
     """
     lengths = encoded.lengths[index]
     longest = int(lengths.max())
-    if to is not None:
-        longest = next((length for length in to if length >= longest), longest)
+    for length in to or ():
+        if length >= longest:
+            longest = length
+            break
     input_ids = np.full((len(index), longest), encoded.pad_token_id, dtype=np.int64)
-    for row, i in enumerate(index):
-        input_ids[row, : lengths[row]] = encoded.input_ids[
-            encoded.offsets[i] : encoded.offsets[i + 1]
-        ]
-    let_go(encoded.input_ids.base)
-    mask = (
-        (np.arange(longest) < lengths[:, None]).astype(np.int64)
-        if lengths.min() < longest
-        else None
-    )
-    return input_ids, mask
+    for padded, ids in zip(input_ids, take_rows(encoded, index), strict=True):
+        padded[: len(ids)] = ids
+    release_pages(encoded.input_ids.base)
+    if lengths.min() == longest:
+        return input_ids, None
+    return input_ids, (np.arange(longest) < lengths[:, None]).astype(np.int64)
 
 
 def make_batch(
@@ -288,15 +308,15 @@ def make_batch(
     device: "torch.device",
     lengths: Sequence[int] | None = None,
 ) -> Batch:
-    """Pad rows to the longest among them, or to the next of `lengths`, and move them to a device."""
+    """Pad rows as `pad` does, to the next of `lengths`, and move them to a device."""
     import torch
 
     def move(values: NDArray[np.int64]) -> torch.Tensor:
         tensor = torch.from_numpy(values)
-        # From other memory a copy to a GPU may wait for all that the GPU was given before.
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(
-            device, non_blocking=True
-        )
+        if device.type == "cuda":
+            # A copy from other memory may wait for all earlier work of the GPU.
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
     input_ids, mask = pad(encoded, index, to=lengths)
     return Batch(

@@ -1,4 +1,4 @@
-"""Clean texts: what training, `predict` and the server all do alike before they tokenise."""
+"""Clean texts before they are tokenised, in training, `predict` and the server alike."""
 
 import html
 import re
@@ -10,31 +10,34 @@ _CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2060\ufeff\ufffe\uffff\ud800-\udfff]"
 )
 
-_MARKS = 30
-"""Most combining marks in a row: no script needs more (UAX #15, "Stream-Safe Text Format"), and the time to normalise a
-run grows with the square of its length."""
-_LONG_RUN = re.compile(rf"[^\w\s\x00-\x7f]{{{_MARKS + 1},}}")
-"""What may hold such a run: marks are neither letters nor blanks."""
+_MAX_COMBINING = 30
+"""Most combining marks in a row.
+
+No script needs more (UAX #15, "Stream-Safe Text Format"), and the time to normalise a run grows
+with the square of its length.
+"""
+_LONG_RUN = re.compile(rf"[^\w\s\x00-\x7f]{{{_MAX_COMBINING + 1},}}")
+"""A run that may have more marks. Marks are neither letters nor blanks."""
 
 
 def _break_marks(run: re.Match[str]) -> str:
-    """Leave out of a run of combining marks what comes after the first so many."""
-    kept, marks = [], 0
+    """Remove the combining marks after the first _MAX_COMBINING in a row."""
+    kept = []
+    num_marks = 0
     for character in run.group():
-        # Three Tibetan vowel signs are made of marks without being one.
-        marks = (
-            marks + 1
-            if unicodedata.combining(character) or character in "\u0f73\u0f75\u0f81"
-            else 0
-        )
-        if marks <= _MARKS:
+        # Three Tibetan vowel signs decompose into marks without being marks.
+        if unicodedata.combining(character) or character in "\u0f73\u0f75\u0f81":
+            num_marks += 1
+        else:
+            num_marks = 0
+        if num_marks <= _MAX_COMBINING:
             kept.append(character)
     return "".join(kept)
 
 
 _RULES: dict[str, Callable[[str], str]] = {
     "html line breaks": lambda text: re.sub(r"<br\s*/?>", " ", text, flags=re.IGNORECASE),
-    # A number of so many digits is no character, and Python refuses to read one of more than 4,300.
+    # A number with 1,000 digits is no character, and Python refuses to read more than 4,300 digits.
     "html entities": lambda text: html.unescape(
         re.sub(r"&#[0-9]{1000,};?", "\N{REPLACEMENT CHARACTER}", text)
     ),
@@ -49,10 +52,11 @@ _RULES: dict[str, Callable[[str], str]] = {
 def clean_text(text: str, counts: Counter[str]) -> str:
     """Clean one text and count the rules that changed it.
 
-    HTML line breaks become blanks, HTML entities their characters, control and zero-width characters go, the rest is
-    normalised to NFC, and runs of blanks become one.
+    HTML line breaks become blanks and HTML entities their characters. Control and zero-width
+    characters are removed. The text is normalised to NFC. Repeated blanks become one.
     """
     for name, rule in _RULES.items():
-        before, text = text, rule(text)
-        counts[name] += text != before
+        cleaned = rule(text)
+        counts[name] += cleaned != text
+        text = cleaned
     return text

@@ -1,4 +1,4 @@
-"""Formats of lines: csv, tsv and jsonl, decoded, parsed and written row by row; `tables.py` says what each promises."""
+"""Read and write csv, tsv and jsonl row by row. `tables.py` describes each format."""
 
 import codecs
 import csv
@@ -10,50 +10,53 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_sentiment.errors import DataError, show
 
-Batch = dict[str, list[Any]]
+ColumnBatch = dict[str, list[Any]]
 """Rows as whole columns: name to values."""
-MAX_CHARACTERS = (
-    10_000_000  # of a line and of a csv field: else one unclosed quote swallows a file whole
-)
-ENCODINGS = (
-    "utf-8",
-    "utf-16",
-    "cp1252",
-    "latin-1",
-)  # the likeliest first; latin-1 decodes every file
+MAX_CHARACTERS = 10_000_000
+"""Most characters of a line and of a csv field. Without it an unclosed quote reads a whole file."""
+ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1")
+"""Encodings that a message may suggest, the most likely first. latin-1 decodes every file."""
 _ENCODING_KEYS = "(data.encoding, or --encoding of predict)"
 
 _CSV_FAULTS = {
     "unexpected end of data": "a quote opened in this row is never closed; close it",
-    "larger than": f"a field is longer than {MAX_CHARACTERS:,} characters; close its quote, or shorten it",
+    "larger than": (
+        f"a field is longer than {MAX_CHARACTERS:,} characters; close its quote, or shorten it"
+    ),
     "new-line character": "a carriage return stands alone outside quotes; end rows in LF or CRLF",
-    "expected after": "text follows a closing quote; write a quote inside a quoted field as two quotes",
+    "expected after": (
+        "text follows a closing quote; write a quote inside a quoted field as two quotes"
+    ),
 }
 
 
-_HALF = re.compile("[\ud800-\udfff]")
-"""What some of Python's encodings decode to, raw_unicode_escape for one."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair. Some encodings of Python, such as raw_unicode_escape, decode to it."""
 
 
 def check_columns(columns: Sequence[str], path: Path) -> None:
-    """Refuses names that a caller could not tell apart, or that a file would not give back."""
+    """Refuse column names that are missing, equal, or not readable again."""
     if not columns:
         raise DataError(f"{path}: the table has no columns; it needs at least one, such as 'text'")
     for number, name in enumerate(columns, 1):
+        first = columns.index(name) + 1
         if not name:
-            fault = "has no name; name it or remove it (pandas writes an index so, unless to_csv(index=False))"
+            fault = (
+                "has no name; name it or remove it (pandas writes an index so, unless "
+                "to_csv(index=False))"
+            )
         elif name.startswith("\ufeff"):
             fault = (
                 "begins with a stray byte order mark; remove it, or set the encoding "
                 f"{_ENCODING_KEYS} to utf-16 if the file is that"
             )
-        elif (first := columns.index(name) + 1) != number:
+        elif first != number:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
         else:
             continue
@@ -61,54 +64,62 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
 
 
 class _Lines:
-    """The lines of an open file, each with its line end; `number` is that of the last one, from 1."""
+    """The lines of an open file, with their line ends. `number` is that of the last one read."""
 
     def __init__(self, file: io.TextIOWrapper, path: Path) -> None:
-        self.file, self.path, self.number = file, path, 0
+        self.file = file
+        self.path = path
+        self.number = 0
 
     def __iter__(self) -> Iterator[str]:
         while line := self.file.readline(MAX_CHARACTERS + 1):
             self.number += 1
+            fault = None
             if len(line) > MAX_CHARACTERS:
-                raise DataError(
-                    f"{self.path}: line {self.number} is longer than {MAX_CHARACTERS:,} characters; cut it"
-                )
-            if "\0" in line:
+                fault = f"is longer than {MAX_CHARACTERS:,} characters; cut it"
+            elif "\0" in line:
                 fault = (
                     f"holds a NUL character; remove it, or set the encoding {_ENCODING_KEYS} to "
                     "utf-16-le or utf-16-be if it is that"
                 )
-                raise DataError(f"{self.path}: line {self.number} {fault}")
-            if not line.isascii() and _HALF.search(line):
-                fault = "holds half of a surrogate pair, which no tokenizer takes; save the file as UTF-8"
+            elif not line.isascii() and _SURROGATE.search(line):
+                fault = (
+                    "holds half of a surrogate pair, which no tokenizer takes; save the file as "
+                    "UTF-8"
+                )
+            if fault:
                 raise DataError(f"{self.path}: line {self.number} {fault}")
             yield line
 
     def fault(self, row: int, text: str, *, line: int | None = None) -> DataError:
-        """Returns the error of a row, 0 being the header, that begins at `line`, by default the last one read."""
-        return DataError(
-            f"{self.path}: {f'row {row}' if row else 'the header'} (line {line or self.number}): {text}"
-        )
+        """Return the error of a row.
+
+        Args:
+            row: Number of the row; 0 is the header.
+            text: The fault.
+            line: First line of the row, by default the last line read.
+        """
+        place = f"row {row}" if row else "the header"
+        return DataError(f"{self.path}: {place} (line {line or self.number}): {text}")
 
 
 def _delimited_rows(
     lines: _Lines, records: Iterator[list[str]], advice: str
 ) -> Iterator[list[Any]]:
     columns: list[str] = []
-    row = -1  # so that the header is row 0
+    row = -1  # the header becomes row 0
     while True:
         line = lines.number + 1
         try:
             fields = next(records, None)
         except csv.Error as error:
-            fault = next(
-                (text for key, text in _CSV_FAULTS.items() if key in str(error)), str(error)
-            )
-            fault += (
-                ""
-                if columns
-                else "; or separate fields by commas, if semicolons or tabs do it here"
-            )
+            fault = str(error)
+            for part, text in _CSV_FAULTS.items():
+                if part in fault:
+                    fault = text
+                    break
+            if not columns:
+                fault += "; or separate fields by commas, if semicolons or tabs do it here"
             raise lines.fault(row + 1, fault, line=line) from error
         if fields is None:
             return
@@ -120,13 +131,16 @@ def _delimited_rows(
             columns = fields
             check_columns(columns, lines.path)
         if len(fields) != len(columns):
-            fault = f"found {len(fields)} field(s), expected {len(columns)}, as in the header: {show(columns)}"
-            raise lines.fault(row, f"{fault}; {advice}", line=line)
+            fault = (
+                f"found {len(fields)} field(s), expected {len(columns)}, as in the header: "
+                f"{show(columns)}; {advice}"
+            )
+            raise lines.fault(row, fault, line=line)
         yield fields
 
 
 def csv_rows(lines: _Lines) -> Iterator[list[Any]]:
-    """Yields the columns and then each row, by RFC 4180."""
+    """Yield the columns and then each row, by RFC 4180."""
     csv.field_size_limit(MAX_CHARACTERS)  # the csv module has one limit for the whole process
     return _delimited_rows(
         lines, csv.reader(lines, strict=True), "quote a field that holds a comma or a newline"
@@ -134,11 +148,11 @@ def csv_rows(lines: _Lines) -> Iterator[list[Any]]:
 
 
 def tsv_rows(lines: _Lines) -> Iterator[list[Any]]:
-    """Yields the columns and then each row; a quote is a character like any other."""
+    """Yield the columns and then each row. A quote is an ordinary character."""
     texts = (line.removesuffix("\n").removesuffix("\r") for line in lines)
     records = (text.split("\t") if text else [] for text in texts)
     return _delimited_rows(
-        lines, records, "a tab always ends a field, quoted or not: make one inside a text a space"
+        lines, records, "a tab always ends a field, quoted or not: replace tabs in texts by spaces"
     )
 
 
@@ -150,7 +164,7 @@ def _make_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
-    """Yields the keys of the first object and then each object's values."""
+    """Yield the keys of the first object and then the values of each object."""
     columns: list[str] = []
     row = 0
     for line in lines:
@@ -161,9 +175,8 @@ def jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
             record = json.loads(line.rstrip("\r\n"), object_pairs_hook=_make_record)
             if not isinstance(record, dict):
                 raise ValueError(f"found a {type(record).__name__}")
-            if (
-                "\\u" in line
-            ):  # an escape can name half of a surrogate pair, which no tokenizer and no file takes
+            if "\\u" in line:
+                # An escape can name half of a surrogate pair, which no tokenizer and no file takes.
                 json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             fault = f"no JSON object: {error}".replace(": line 1 column", " at column")
@@ -174,9 +187,13 @@ def jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
             columns = list(record)
             check_columns(columns, lines.path)
             yield columns
-        if unknown := [name for name in record if name not in columns]:
-            fault = f"found the key {show(unknown[0])}, but the first line names {show(columns)}; add it there"
-            raise lines.fault(row, fault)
+        for name in record:
+            if name not in columns:
+                raise lines.fault(
+                    row,
+                    f"found the key {show(name)}, but the first line names {show(columns)}; add "
+                    "the key there",
+                )
         yield [record.get(name) for name in columns]
 
 
@@ -186,8 +203,9 @@ def _as_text(value: object, forbidden: str = "") -> str:
     if not isinstance(value, str | int | float | Decimal | None):
         raise TypeError(f"a {type(value).__name__}")
     text = "" if value is None else str(value)
-    if found := [character for character in forbidden if character in text]:
-        raise ValueError(repr(found[0]))
+    for character in forbidden:
+        if character in text:
+            raise ValueError(repr(character))
     return text
 
 
@@ -204,22 +222,24 @@ def _fields(
 
 
 def csv_line(values: Sequence[Any], columns: Sequence[str]) -> str:
-    """Returns a row as csv; raises ValueError where a value cannot be written."""
+    """Return a row as csv; raise ValueError if a value cannot be written."""
     fields = _fields(values, columns, partial(_as_text, forbidden="\0"))
-    quoted = [
-        '"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text
-        for text in fields
-    ]
-    return (",".join(quoted) or '""') + "\n"  # other readers skip a blank line
+    quoted = []
+    for text in fields:
+        if re.search('[,"\r\n]', text):
+            text = '"' + text.replace('"', '""') + '"'
+        quoted.append(text)
+    # Other readers skip a blank line.
+    return (",".join(quoted) or '""') + "\n"
 
 
 def tsv_line(values: Sequence[Any], columns: Sequence[str]) -> str:
-    """Returns a row as tsv; raises ValueError where a value cannot be written."""
+    """Return a row as tsv; raise ValueError if a value cannot be written."""
     return "\t".join(_fields(values, columns, partial(_as_text, forbidden="\0\t\n\r"))) + "\n"
 
 
 def jsonl_line(values: Sequence[Any], columns: Sequence[str]) -> str:
-    """Returns a row as one JSON object; raises ValueError where a value cannot be written."""
+    """Return a row as one JSON object; raise ValueError if a value cannot be written."""
     encode = partial(json.dumps, ensure_ascii=False, default=_as_text)
     fields = zip(map(encode, columns), _fields(values, columns, encode), strict=True)
     return "{" + ", ".join(f"{name}: {value}" for name, value in fields) + "}\n"
@@ -236,11 +256,13 @@ def _decode(
         raise DataError(f"{path}: is gzip, which its name must tell; end it in .gz")
     if file.peek(4)[:4] == b"PK\x03\x04":
         raise DataError(
-            f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV UTF-8"
+            f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV "
+            f"UTF-8"
         )
     try:
         codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-        # Only "\n" ends a line here: Python's other line ends, such as U+0085, are characters of real texts.
+        # Only "\n" ends a line here: Python's other line ends, such as U+0085, are characters of
+        # real texts.
         return io.TextIOWrapper(file, encoding=codec, newline="\n")
     except (LookupError, ValueError) as error:
         fault = (
@@ -251,11 +273,11 @@ def _decode(
 
 
 def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
-    """Describes the first byte that does not decode; empty if the whole file does."""
+    """Describe the first byte that does not decode; return an empty text if there is none."""
     decoder = codecs.getincrementaldecoder(encoding)()
     end, line, chunk = 0, 1, b"-"
     with _open(path, gzipped=gzipped) as file:
-        # Without its mark, nearly every file of even length decodes as UTF-16, into nonsense.
+        # Without the mark, nearly every file of even length decodes as UTF-16 into nonsense.
         if encoding == "utf-16" and file.peek(2)[:2] not in (
             codecs.BOM_UTF16_LE,
             codecs.BOM_UTF16_BE,
@@ -267,9 +289,8 @@ def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                start = (
-                    end - len(error.object) + error.start
-                )  # the object may begin with bytes of the chunk before
+                # The object may begin with bytes of the previous chunk.
+                start = end - len(error.object) + error.start
                 line += error.object[: error.start].count(b"\n")
                 return f"byte 0x{error.object[error.start]:02x} at offset {start} (line {line})"
             except UnicodeError as error:
@@ -278,16 +299,20 @@ def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
     return ""
 
 
+def _make_batch(columns: list[str], rows: list[list[Any]]) -> ColumnBatch:
+    return {name: [row[place] for row in rows] for place, name in enumerate(columns)}
+
+
 class TextFormat(NamedTuple):
-    """A format of lines: `parse` yields the columns and then each row, `make_line` writes a row."""
+    """A text format. `parse` yields the columns and then each row; `make_line` writes a row."""
 
     parse: Callable[[_Lines], Iterator[list[Any]]]
     make_line: Callable[[Sequence[Any], Sequence[str]], str]
     has_header: bool
     gzipped: bool = False
 
-    def read(self, path: Path, encoding: str, rows_per_batch: int) -> Iterator[Batch]:
-        """Yields the batches of a file; raises DataError for what it cannot hold."""
+    def read(self, path: Path, encoding: str, rows_per_batch: int) -> Iterator[ColumnBatch]:
+        """Yield the batches of a file. Raise DataError if the format does not allow its content."""
         try:
             with (
                 _open(path, gzipped=self.gzipped) as file,
@@ -299,18 +324,18 @@ class TextFormat(NamedTuple):
                     raise DataError(
                         f"{path}: is empty; a table needs a header (csv, tsv) or a row (jsonl)"
                     )
-                chunks = iter(lambda: list(islice(rows, rows_per_batch)), [])
-                for chunk in chain([next(chunks, [])], chunks):
-                    yield {
-                        name: [row[place] for row in chunk] for place, name in enumerate(columns)
-                    }
+                chunk = list(islice(rows, rows_per_batch))
+                yield _make_batch(columns, chunk)
+                while len(chunk) == rows_per_batch:
+                    chunk = list(islice(rows, rows_per_batch))
+                    if chunk:
+                        yield _make_batch(columns, chunk)
         except UnicodeError as error:
             bad = _bad_byte(path, encoding=encoding, gzipped=self.gzipped)
-            fits = [
-                name
-                for name in ENCODINGS
-                if not _bad_byte(path, encoding=name, gzipped=self.gzipped)
-            ]
+            fits = []
+            for name in ENCODINGS:
+                if not _bad_byte(path, encoding=name, gzipped=self.gzipped):
+                    fits.append(name)
             raise DataError(
                 f"{path}: is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}: set "
                 f"the encoding to {fits[0]} {_ENCODING_KEYS}"

@@ -1,7 +1,7 @@
-"""Pack rows one after another without padding, into arrays of few sizes. Importing this imports no torch.
+"""Pack rows one after another, without padding between them, into arrays of few sizes.
 
-Each new size costs time on a GPU: a CUDA graph is captured for it. So a run uses at most `MAX_SIZES` sizes. They are
-chosen from the run's own steps.
+On a GPU a CUDA graph is captured for each size, so a run uses at most `MAX_SIZES` sizes, chosen
+from its own steps. Importing this module does not import torch.
 """
 
 import math
@@ -12,30 +12,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.batches import Encoded, plan_epoch, shard, take_rows
-from lora_sentiment.data.texts import let_go
+from lora_sentiment.data.texts import release_pages
 
 MAX_SIZES = 20
 """Most sizes of a run."""
 CANDIDATES = 256
-"""Sizes are chosen among this many values. Rounding to them adds at most 0.4 % to the largest step."""
+"""Sizes are chosen among this many values. Rounding to them adds at most 0.4 % to the largest
+step."""
 PLANNED_EPOCHS = 3
-"""Epochs whose steps are looked at when sizes are chosen."""
+"""Epochs whose steps decide the sizes."""
 NO_LABEL = -100
-"""Label of a missing row. torch's `cross_entropy` ignores it."""
+"""Label of a missing row, which torch's `cross_entropy` ignores."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows one after another, then padding, as arrays of a fixed size.
+    """Rows one after another in arrays of a fixed size, then padding.
 
-    The padding consists of sequences of its own, so that no row attends to it.
+    The padding forms sequences of its own, so no row attends to it.
 
     Attributes:
         input_ids: Token ids, shape (size,).
-        position_ids: Place of each token in its sequence, shape (size,).
-        cu_seq_lens: Where each sequence starts, and the end of the last one, shape (num_sequences + 1,). The first
-            `num_rows` sequences are rows.
-        labels: Shape (num_rows,); NO_LABEL where there is no row.
+        position_ids: Position of each token in its sequence, shape (size,).
+        cu_seq_lens: Start of each sequence, then the end of the last one, shape (num_sequences +
+            1,). The first `num_rows` sequences are rows.
+        labels: Shape (num_rows,). A missing row has NO_LABEL.
     """
 
     input_ids: NDArray[np.int32]
@@ -49,9 +50,9 @@ class PackPlan:
     """The sizes into which a run packs its micro-batches.
 
     Attributes:
-        sizes: Tokens of an array, ascending.
-        num_rows: Rows of an array; fewer are filled up with sequences of one padding token.
-        num_spare: Sequences that hold the padding.
+        sizes: Numbers of tokens of an array, ascending.
+        num_rows: Rows of an array. A missing row is a sequence of one padding token.
+        num_spare: Sequences that hold the other padding.
         max_length: Most tokens of a sequence.
     """
 
@@ -61,10 +62,10 @@ class PackPlan:
     max_length: int
 
     def size_for(self, num_tokens: int, num_rows: int) -> int:
-        """Return the smallest size that holds rows with this many tokens together.
+        """Return the smallest size that holds rows with this total number of tokens.
 
         Raises:
-            ValueError: If none does.
+            ValueError: No size holds them.
         """
         needed = num_tokens + self.num_rows - num_rows
         for size in self.sizes:
@@ -76,22 +77,23 @@ class PackPlan:
 def choose_sizes(
     needed: NDArray[np.int64], *, limit: int = MAX_SIZES, multiple: int = 8
 ) -> tuple[int, ...]:
-    """Return at most `limit` sizes, ascending, such that rounding up to them adds the fewest tokens in total.
+    """Return the sizes for which rounding up adds the fewest tokens in total, ascending.
 
     Args:
-        needed: How many tokens each array has to hold, shape (num_arrays,).
+        needed: Number of tokens that each array has to hold, shape (num_arrays,).
         limit: Most sizes.
-        multiple: What each size is a multiple of.
+        multiple: Each size is a multiple of this.
     """
     step = multiple * math.ceil(int(needed.max()) / (multiple * CANDIDATES))
     values, counts = np.unique(-(-needed // step) * step, return_counts=True)
-    # Dynamic programming: best[j] is the fewest tokens for the arrays of the first j values.
+    # Dynamic programming: best[j] is the smallest total of tokens for the arrays of the first j
+    # values.
     below = np.concatenate([[0], np.cumsum(counts)])
     best = np.full(len(values) + 1, np.inf)
     best[0] = 0
     choices = []
     for _ in range(min(limit, len(values))):
-        # cost[i, j]: the arrays of values i to j - 1 take the size of value j - 1.
+        # cost[i, j]: the total if the arrays of values i to j have the size of value j.
         cost = best[:-1, None] + (below[None, 1:] - below[:-1, None]) * values[None, :]
         cost = np.where(np.tri(len(values), k=-1, dtype=bool), np.inf, cost)
         choices.append(cost.argmin(axis=0))
@@ -124,9 +126,9 @@ def plan_packing(
         batch_size: Rows of an optimizer step over all processes.
         max_tokens: Most tokens of a micro-batch.
         max_length: Most tokens of a row.
-        seed: The recipe's `train.seed`, which orders the rows.
+        seed: The recipe's `train.seed`.
         num_epochs: Passes over the rows.
-        rank: Number of this process.
+        rank: Index of this process.
         num_processes: Number of processes.
     """
     num_rows = math.ceil(min(batch_size, len(lengths)) / num_processes)
@@ -136,20 +138,21 @@ def plan_packing(
             own = shard(step, lengths, rank=rank, num_processes=num_processes)
             for part in cut_packed(own, lengths, max_tokens=max_tokens):
                 needed.append(int(lengths[part].sum()) + num_rows - len(part))
-    # No micro-batch needs more than this, in whatever epoch.
-    together = int(np.sort(lengths)[-num_rows:].sum())
-    most = min(together, max(max_tokens, int(lengths.max()))) + num_rows
+    # No micro-batch of any epoch needs more than this.
+    longest_rows = int(np.sort(lengths)[-num_rows:].sum())
+    most = min(longest_rows, max(max_tokens, int(lengths.max()))) + num_rows
     sizes = choose_sizes(np.array(needed or [most]), limit=MAX_SIZES - 1)
     if sizes[-1] < most:
         sizes = (*sizes, 8 * math.ceil(most / 8))
-    gaps = np.diff([0, *sizes])
-    return PackPlan(sizes, num_rows, max(1, math.ceil(int(gaps.max()) / max_length)), max_length)
+    largest_gap = int(np.diff([0, *sizes]).max())
+    num_spare = max(1, math.ceil(largest_gap / max_length))
+    return PackPlan(sizes, num_rows, num_spare, max_length)
 
 
 def cut_packed(
     index: NDArray[np.int64], lengths: NDArray[np.int64], *, max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Cut rows into few micro-batches of at most `max_tokens` tokens that keep their order, of like size.
+    """Cut rows into few micro-batches of at most `max_tokens` tokens, of similar size, in order.
 
     A single row longer than that is a micro-batch of its own.
     """
@@ -171,12 +174,12 @@ def pack(encoded: Encoded, index: NDArray[np.int64], *, plan: PackPlan) -> Packe
     """Pack rows into the smallest array of a plan that holds them.
 
     Args:
-        encoded: Where the rows are.
-        index: The rows, at most `plan.num_rows`.
+        encoded: All rows.
+        index: Positions of the rows to pack, at most `plan.num_rows`.
         plan: The sizes.
 
     Raises:
-        ValueError: If no size holds them.
+        ValueError: No size holds them.
     """
     lengths = encoded.lengths[index]
     rows = take_rows(encoded, index)
@@ -190,7 +193,7 @@ def pack(encoded: Encoded, index: NDArray[np.int64], *, plan: PackPlan) -> Packe
         pad_token_id=encoded.pad_token_id,
     )
     packed.labels[: len(index)] = encoded.labels[index]
-    let_go(encoded.input_ids.base)
+    release_pages(encoded.input_ids.base)
     return packed
 
 
@@ -203,18 +206,18 @@ def pack_rows(
     max_length: int,
     pad_token_id: int,
 ) -> Packed:
-    """Lay rows out one after another in an array of a given size; every label is NO_LABEL.
+    """Put rows one after another into an array of a given size. Every label is NO_LABEL.
 
     Args:
         rows: Token ids of each row.
         size: Tokens of the array.
-        num_rows: Rows of the array; missing ones become sequences of one padding token.
-        num_spare: Sequences for the padding that is left then.
+        num_rows: Rows of the array. A missing row becomes a sequence of one padding token.
+        num_spare: Sequences for the other padding.
         max_length: Most tokens of a sequence.
         pad_token_id: Fills the padding.
 
     Raises:
-        ValueError: If the rows, or the padding, do not fit.
+        ValueError: The rows or the padding do not fit.
     """
     missing = num_rows - len(rows)
     num_tokens = sum(len(row) for row in rows)

@@ -1,7 +1,6 @@
-"""What the data looks like: counts and row numbers, never text, for the log, report.json and `lora-sentiment data`."""
+"""The `data` block of report.json: counts and row numbers of each role, never a text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,130 +9,14 @@ from numpy.typing import NDArray
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.rows import Counts, Data, Judged, Rows
 
-FIRST = 5
-"""How many row numbers are given of all that a count is of."""
+NUM_FIRST = 5
+"""Row numbers that stand beside a count of rows."""
 QUANTILES = (0.5, 0.9, 0.99)
 SHOWN_LABELS = 8
-"""Labels that have a line of their own; more would bury the rest."""
+"""Labels that have a line of their own in the table."""
 
-
-@dataclass(frozen=True)
-class Found:
-    """Some rows of a split.
-
-    Attributes:
-        rows: How many.
-        first: Where the first few stand in their source, counted from 1; the files of a glob count as one.
-    """
-
-    rows: int
-    first: tuple[int, ...]
-
-    @classmethod
-    def of(cls, numbers: Sequence[int] | NDArray[np.int64]) -> "Found":
-        """Return the account of these row numbers."""
-        return cls(len(numbers), tuple(int(number) for number in numbers[:FIRST]))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the account for JSON."""
-        return {"rows": self.rows, "first": list(self.first)}
-
-    def __str__(self) -> str:
-        rows = f"{self.rows:,} row{'s' * (self.rows != 1)}"
-        numbers = ", ".join(f"{number:,}" for number in self.first)
-        return f"{rows}: {numbers}{', ...' if self.rows > len(self.first) else ''}"
-
-
-@dataclass(frozen=True)
-class RoleReport:
-    """What the rows of one role look like as they are used, and what reading them did.
-
-    Attributes:
-        rows: Rows that are used: without what was dropped, sampled away, or carved out for another role.
-        labels: Label name to number of those rows.
-        read: What reading the role's own split did; None where its rows were carved out of train.
-        same_label: Rows whose text stands earlier in the role, under the same label.
-        other_label: Rows whose text stands earlier in the role, under another label.
-        seen: Rows whose text training has seen: in train, or for what is judged, in validation too. None for train.
-        max_length: Most tokens of an input.
-        lengths: Name of a quantile, or `longest`, to tokens of a whole text, [CLS] and [SEP] included.
-        tokens: Tokens of all inputs, as cut.
-        truncated: Texts that are longer than an input.
-    """
-
-    rows: int
-    labels: dict[str, int]
-    read: Counts | None
-    same_label: Found
-    other_label: Found
-    seen: Found | None
-    max_length: int
-    lengths: dict[str, int]
-    tokens: int
-    truncated: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counts as report.json holds them."""
-        reading: dict[str, Any] = (
-            {"carved_from": "train"} if self.read is None else _reading(self.read)
-        )
-        return {
-            **reading,
-            "rows": self.rows,
-            "labels": self.labels,
-            "duplicates": {
-                "same_label": self.same_label.as_dict(),
-                "other_label": self.other_label.as_dict(),
-            },
-            **({} if self.seen is None else {"seen": self.seen.as_dict()}),
-            "tokens": {
-                "tokens": self.tokens,
-                "max_length": self.max_length,
-                "truncated": self.truncated,
-                "lengths": self.lengths,
-            },
-        }
-
-
-@dataclass
-class DataReport:
-    """What the data of a recipe looks like.
-
-    Attributes:
-        roles: Role to its report, in the order that they were read.
-        unlabelled: Role to its number of rows, where all labels are hidden, so that it is not judged.
-    """
-
-    roles: dict[str, RoleReport] = field(default_factory=dict)
-    unlabelled: dict[str, int] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counts as report.json holds them, by role."""
-        hidden = {
-            role: {"read": rows, "rows": 0, "unlabelled": rows}
-            for role, rows in self.unlabelled.items()
-        }
-        return {role: found.as_dict() for role, found in self.roles.items()} | hidden
-
-    def to_lines(self, roles: Sequence[str] | None = None) -> list[str]:
-        """Return a short aligned table, a column for each role, and below it what has row numbers.
-
-        Args:
-            roles: Which roles; all by default.
-        """
-        shown = {
-            role: found for role, found in self.roles.items() if roles is None or role in roles
-        }
-        lines = _table(shown) if shown else []
-        for role, found in shown.items():
-            lines += [f"{role}: {note}" for note in _notes(found)]
-        hidden = {
-            role: rows for role, rows in self.unlabelled.items() if roles is None or role in roles
-        }
-        return lines + [
-            f"{role}: {rows:,} rows without labels (all are -1): not judged"
-            for role, rows in hidden.items()
-        ]
+DataReport = dict[str, dict[str, Any]]
+"""Role to its counts, as `describe_role` makes them."""
 
 
 def describe_role(
@@ -144,79 +27,103 @@ def describe_role(
     max_length: int,
     read: Counts | None,
     seen_texts: NDArray[np.uint64] | None = None,
-) -> RoleReport:
-    """Count what stands in the rows of one role.
+) -> dict[str, Any]:
+    """Count the rows of one role as they are used, and what reading them did.
 
     Args:
-        rows: The rows as they are used.
+        rows: The rows.
         encoded: Their token ids, with the lengths of whole texts.
         names: Label names.
         max_length: Most tokens of an input.
-        read: What reading them did; None where they were carved out of train.
-        seen_texts: Digests of the texts that training has seen, as `Rows` makes them; None for train itself.
+        read: Counts of reading them, or None if they were carved out of train.
+        seen_texts: Digests of the texts that training uses, as `Rows.digests`. None for train.
+
+    Returns:
+        `read`, `kept`, `cleaned` and `dropped`, or `carved_from`; then `rows`, `labels`,
+        `duplicates` (rows whose text stands earlier in the role), `seen` (rows whose text training
+        uses) and `tokens` (with the lengths of whole texts, [CLS] and [SEP] included).
     """
-    first = rows.first_equal()
-    again, alike = first != np.arange(len(rows)), rows.labels[first] == rows.labels
-    seen = None if seen_texts is None else Found.of(rows.numbers[np.isin(rows.digests, seen_texts)])
+    block: dict[str, Any] = {"carved_from": "train"}
+    if read is not None:
+        dropped = {kind: _count_rows(numbers) for kind, numbers in read.dropped.items()}
+        cleaned = {rule: count for rule, count in read.cleaned.items() if count}
+        block = {"read": read.read, "kept": read.kept, "cleaned": cleaned, "dropped": dropped}
+    block["rows"] = len(rows)
+    block["labels"] = {name: int((rows.labels == i).sum()) for i, name in enumerate(names)}
+    first = rows.find_first_equal()
+    is_repeated = first != np.arange(len(rows))
+    has_same_label = rows.labels[first] == rows.labels
+    block["duplicates"] = {
+        "same_label": _count_rows(rows.numbers[is_repeated & has_same_label]),
+        "other_label": _count_rows(rows.numbers[is_repeated & ~has_same_label]),
+    }
+    if seen_texts is not None:
+        block["seen"] = _count_rows(rows.numbers[np.isin(rows.digests, seen_texts)])
     lengths = encoded.lengths if encoded.whole_lengths is None else encoded.whole_lengths
-    quantiles = np.quantile(lengths, QUANTILES, method="inverted_cdf").tolist()
-    return RoleReport(
-        rows=len(rows),
-        labels={name: int((rows.labels == i).sum()) for i, name in enumerate(names)},
-        read=read,
-        same_label=Found.of(rows.numbers[again & alike]),
-        other_label=Found.of(rows.numbers[again & ~alike]),
-        seen=seen,
-        max_length=max_length,
-        lengths={
-            **{
-                f"{share:.0%}": int(length)
-                for share, length in zip(QUANTILES, quantiles, strict=True)
-            },
-            "longest": int(lengths.max()),
-        },
-        tokens=int(encoded.offsets[-1]),
-        truncated=encoded.truncated,
-    )
+    shown_lengths = {}
+    for share, length in zip(
+        QUANTILES, np.quantile(lengths, QUANTILES, method="inverted_cdf"), strict=True
+    ):
+        shown_lengths[f"{share:.0%}"] = int(length)
+    shown_lengths["longest"] = int(lengths.max())
+    block["tokens"] = {
+        "tokens": int(encoded.offsets[-1]),
+        "max_length": max_length,
+        "truncated": encoded.truncated,
+        "lengths": shown_lengths,
+    }
+    return block
+
+
+def describe_unlabelled(unlabelled: Mapping[str, int]) -> DataReport:
+    """Return the blocks of roles whose labels are all hidden, so that they are not evaluated.
+
+    Args:
+        unlabelled: Role to its number of rows.
+    """
+    return {
+        role: {"read": num_rows, "rows": 0, "unlabelled": num_rows}
+        for role, num_rows in unlabelled.items()
+    }
 
 
 def describe_seen(data: Data, encoded: Mapping[str, Encoded], *, max_length: int) -> DataReport:
-    """Count what stands in train and validation.
+    """Count the rows of train and validation.
 
     Args:
-        data: Both, as training has them.
+        data: The rows.
         encoded: Their token ids, by role.
         max_length: Most tokens of an input.
     """
-    seen: dict[str, tuple[Rows, NDArray[np.uint64] | None]] = {
-        "train": (data.train, None),
-        "validation": (data.validation, data.train.digests),
+    return {
+        "train": describe_role(
+            data.train,
+            encoded["train"],
+            names=data.labels,
+            max_length=max_length,
+            read=data.counts["train"],
+        ),
+        "validation": describe_role(
+            data.validation,
+            encoded["validation"],
+            names=data.labels,
+            max_length=max_length,
+            read=data.counts.get("validation"),
+            seen_texts=data.train.digests,
+        ),
     }
-    return DataReport(
-        {
-            role: describe_role(
-                rows,
-                encoded[role],
-                names=data.labels,
-                max_length=max_length,
-                read=data.counts.get(role),
-                seen_texts=texts,
-            )
-            for role, (rows, texts) in seen.items()
-        }
-    )
 
 
 def describe_judged(
     data: Data, judged: Judged, role: str, encoded: Encoded, *, max_length: int
-) -> RoleReport:
-    """Count what stands in the rows of a judged role.
+) -> dict[str, Any]:
+    """Count the rows of a role that is evaluated at the end.
 
     Args:
-        data: The rows that training has seen.
-        judged: The judged rows.
+        data: The rows that training uses.
+        judged: The rows of all evaluated roles.
         role: One of `judged.rows`.
-        encoded: Its token ids.
+        encoded: Token ids of the role.
         max_length: Most tokens of an input.
     """
     return describe_role(
@@ -229,59 +136,83 @@ def describe_judged(
     )
 
 
-def _reading(read: Counts) -> dict[str, Any]:
-    return {
-        "read": read.read,
-        "kept": read.kept,
-        "cleaned": {rule: count for rule, count in read.cleaned.items() if count},
-        "dropped": {kind: Found.of(numbers).as_dict() for kind, numbers in read.dropped.items()},
-    }
+def report_lines(report: DataReport, roles: Sequence[str] | None = None) -> list[str]:
+    """Return an aligned table with a column for each role, and notes with row numbers below.
+
+    Args:
+        report: The counts.
+        roles: Which roles; all by default.
+    """
+    shown = {role: report[role] for role in (report if roles is None else roles)}
+    labelled = {role: block for role, block in shown.items() if "unlabelled" not in block}
+    lines = _format_table(labelled) if labelled else []
+    for role, block in labelled.items():
+        lines += [f"{role}: {note}" for note in _make_notes(block)]
+    for role, block in shown.items():
+        if "unlabelled" in block:
+            num_rows = block["unlabelled"]
+            lines.append(f"{role}: {num_rows:,} rows without labels (all are -1): not evaluated")
+    return lines
 
 
-def _table(roles: Mapping[str, RoleReport]) -> list[str]:
-    """Lay roles out side by side."""
-    found = list(roles.values())
-    names = list(found[0].labels)
-    lines = {"": list(roles), "rows": [f"{role.rows:,}" for role in found]}
-    for name in names[:SHOWN_LABELS]:
-        lines[f"  {name}"] = [f"{role.labels[name]:,}" for role in found]
-    if len(names) > SHOWN_LABELS:
-        counts = [[role.labels[name] for name in names[SHOWN_LABELS:]] for role in found]
-        lines[f"  {len(names) - SHOWN_LABELS} more, each"] = [
-            f"{min(own):,} to {max(own):,}" for own in counts
-        ]
-    for quantile in found[0].lengths:
-        lines[f"tokens, {quantile}"] = [f"{role.lengths[quantile]:,}" for role in found]
-    lines[f"cut at {found[0].max_length} tokens"] = [
-        f"{role.truncated / role.rows:.1%}" for role in found
-    ]
-    lines["twice, same label"] = [f"{role.same_label.rows:,}" for role in found]
-    lines["twice, other label"] = [f"{role.other_label.rows:,}" for role in found]
-    lines["text seen in training"] = [
-        "-" if role.seen is None else f"{role.seen.rows:,}" for role in found
-    ]
-    left, width = max(map(len, lines)), max(len(cell) for cells in lines.values() for cell in cells)
-    return [
-        f"{heading:<{left}}" + "".join(f"  {cell:>{width}}" for cell in cells)
-        for heading, cells in lines.items()
-    ]
+def _count_rows(numbers: Sequence[int] | NDArray[np.int64]) -> dict[str, Any]:
+    """Return how many rows these are, and the first row numbers, counted from 1."""
+    return {"rows": len(numbers), "first": [int(number) for number in numbers[:NUM_FIRST]]}
 
 
-def _notes(role: RoleReport) -> list[str]:
-    """Say of one role what a table of counts cannot."""
+def _show_rows(counted: Mapping[str, Any]) -> str:
+    """Return `7 rows: 1, 2, 3, 4, 5, ...` for the result of `_count_rows`."""
+    num_rows = counted["rows"]
+    numbers = [f"{number:,}" for number in counted["first"]]
+    if num_rows > len(numbers):
+        numbers.append("...")
+    return f"{num_rows:,} row{'' if num_rows == 1 else 's'}: {', '.join(numbers)}"
+
+
+def _format_table(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a table with a column for each role."""
+    columns = [_make_column(role, block) for role, block in blocks.items()]
+    headings = list(columns[0])
+    heading_width = max(len(heading) for heading in headings)
+    width = max(len(cell) for column in columns for cell in column.values())
+    lines = []
+    for heading in headings:
+        cells = [f"  {column[heading]:>{width}}" for column in columns]
+        lines.append(f"{heading:<{heading_width}}" + "".join(cells))
+    return lines
+
+
+def _make_column(role: str, block: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells of a role by the heading of their line."""
+    column = {"": role, "rows": f"{block['rows']:,}"}
+    counts = list(block["labels"].items())
+    for name, count in counts[:SHOWN_LABELS]:
+        column[f"  {name}"] = f"{count:,}"
+    others = [count for _, count in counts[SHOWN_LABELS:]]
+    if others:
+        column[f"  {len(others)} more, each"] = f"{min(others):,} to {max(others):,}"
+    tokens = block["tokens"]
+    for quantile, length in tokens["lengths"].items():
+        column[f"tokens, {quantile}"] = f"{length:,}"
+    share = tokens["truncated"] / block["rows"]
+    column[f"cut at {tokens['max_length']} tokens"] = f"{share:.1%}"
+    column["twice, same label"] = f"{block['duplicates']['same_label']['rows']:,}"
+    column["twice, other label"] = f"{block['duplicates']['other_label']['rows']:,}"
+    column["text seen in training"] = f"{block['seen']['rows']:,}" if "seen" in block else "-"
+    return column
+
+
+def _make_notes(block: Mapping[str, Any]) -> list[str]:
+    """Return the notes of a role: what was dropped or cleaned, and texts that occur twice."""
     notes = []
-    if role.read:
-        notes += [
-            f"{kind}, DROPPED: {Found.of(numbers)}" for kind, numbers in role.read.dropped.items()
-        ]
-        cleaned = [f"{count:,} {rule}" for rule, count in role.read.cleaned.items() if count]
-        notes += (
-            [f"rows read {role.read.read:,}, of which cleaned: {', '.join(cleaned)}"]
-            if cleaned
-            else []
-        )
-    if role.other_label.rows:
-        notes.append(f"text stands earlier under another label: {role.other_label}")
-    if role.seen and role.seen.rows:
-        notes.append(f"text was seen in training: {role.seen}")
+    for kind, counted in block.get("dropped", {}).items():
+        notes.append(f"{kind}, DROPPED: {_show_rows(counted)}")
+    if block.get("cleaned"):
+        cleaned = [f"{count:,} {rule}" for rule, count in block["cleaned"].items()]
+        notes.append(f"rows read {block['read']:,}, of which cleaned: {', '.join(cleaned)}")
+    if block["duplicates"]["other_label"]["rows"]:
+        counted = _show_rows(block["duplicates"]["other_label"])
+        notes.append(f"text stands earlier under another label: {counted}")
+    if block.get("seen", {}).get("rows"):
+        notes.append(f"text was seen in training: {_show_rows(block['seen'])}")
     return notes

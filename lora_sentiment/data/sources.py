@@ -1,8 +1,9 @@
-"""Where the rows are: files or a Hub data set, their splits, and their two columns."""
+"""Find the rows of a recipe: files or a Hub data set, their splits, and their two columns."""
 
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -14,14 +15,25 @@ from lora_sentiment.errors import DataError, did_you_mean, show
 from lora_sentiment.hub import explain_refusal, innermost
 from lora_sentiment.recipe.data import SPLITS, DataConfig
 
+Columns = Iterator[tuple[list[Any], list[Any]]]
+"""Texts and label values, some rows at a time."""
+HUB_CHUNK = 10_000
+"""Rows of a Hub data set that are in memory at a time."""
+HUB_PAGE = re.compile(
+    r"(?:hf://|(?:https?://)?huggingface\.co/)datasets/"
+    r"([\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)\b)[\w.-]+)?)"
+)
+"""Beginning of the address of a Hub data set. The group is its name."""
+OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
 
 @dataclass(frozen=True)
 class Source:
-    """Where the columns of each role come from.
+    """Where the rows of each role are.
 
     Attributes:
-        files: Role to its files; empty where the Hub has them.
-        hub_splits: Role to the name of its split on the Hub; empty where there are files.
+        files: Role to its files; empty for a Hub data set.
+        hub_splits: Role to the name of its split on the Hub; empty for files.
         hub: Name of the Hub data set, or None.
     """
 
@@ -31,75 +43,100 @@ class Source:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """All roles, in the order that the recipe gives them."""
+        """All roles, in the order of the recipe."""
         return tuple(self.files or self.hub_splits)
 
     @property
     def judged(self) -> tuple[str, ...]:
-        """The roles that are judged once, at the end: all but train and validation."""
+        """The roles that are evaluated at the end: all but train and validation."""
         return tuple(role for role in self.roles if role not in ("train", "validation"))
 
     def where(self, role: str) -> str:
-        """Return what messages call the rows of a role: the data set and split, or the files."""
-        return (
-            f"{self.hub} [{self.hub_splits[role]}]"
-            if self.hub
-            else ", ".join(map(str, self.files[role]))
-        )
+        """Return the files of a role, or its data set and split, for messages."""
+        if self.hub:
+            return f"{self.hub} [{self.hub_splits[role]}]"
+        return ", ".join(str(path) for path in self.files[role])
 
 
 def find_source(config: DataConfig) -> Source:
     """Resolve `data.source` to roles without reading a row.
 
     Raises:
-        DataError: If there is no such file, data set or split, or files are given a Hub data set's options.
+        DataError: There is no such file, data set or split, or an option of Hub data sets is set
+            for files.
     """
-    if is_on_hub(config.source):
-        return Source({}, _hub_splits(config), hub=str(config.source))
+    source = config.source
+    if is_on_hub(source):
+        return Source({}, _hub_splits(config), hub=str(source))
     for key in ("splits", "config", "revision"):
-        if getattr(config, key) is not None:
-            instead = (
-                "; files by role are data.source={train: .., test: ..}" if key == "splits" else ""
-            )
-            raise DataError(
-                f"data.{key}: found {getattr(config, key)!r}, but {config.source!r} are files{instead}"
-            )
-    if isinstance(config.source, dict):
-        return Source({role: _files(pattern) for role, pattern in config.source.items()}, {})
-    if config.source == bundled.NAME:
+        value = getattr(config, key)
+        if value is not None:
+            hint = ""
+            if key == "splits":
+                hint = "; name files by role: data.source={train: .., test: ..}"
+            raise DataError(f"data.{key}: found {value!r}, but {source!r} are files{hint}")
+    if isinstance(source, dict):
+        return Source({role: _find_files(pattern) for role, pattern in source.items()}, {})
+    if source == bundled.NAME:
         return Source({role: [bundled.REVIEWS / f"{role}.jsonl"] for role in SPLITS}, {})
-    return Source({"train": _files(config.source)}, {})
+    return Source({"train": _find_files(source)}, {})
 
 
 def is_on_hub(source: str | dict[str, str]) -> bool:
-    """Return whether `data.source` names a Hub data set rather than files here."""
-    return isinstance(source, str) and not looks_like_files(source)
+    """Return whether `data.source` names a Hub data set, not files."""
+    if not isinstance(source, str) or source == bundled.NAME:
+        return False
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
+    return bool(is_hub_name) and not source.endswith(tuple(FORMATS)) and not Path(source).exists()
 
 
-def looks_like_files(source: str) -> bool:
-    """Return whether a source that is no dict names files here rather than a Hub data set."""
-    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.endswith(tuple(FORMATS))
-    return not hub_name or source.startswith(".") or source == bundled.NAME or Path(source).exists()
+def check_files(config: DataConfig, source: Source) -> None:
+    """Refuse files without the recipe's columns before training starts."""
+    for paths in source.files.values():
+        for path in paths:
+            _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
 
 
-_HUB_PAGE = re.compile(
-    r"(?:hf://|(?:https?://)?huggingface\.co/)datasets/([\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)\b)[\w.-]+)?)"
-)
-"""What begins with the address of a data set, whose name ends before a revision (@) or the pages of its files."""
+def read_columns(
+    config: DataConfig, source: Source, role: str
+) -> tuple[Columns, tuple[str, ...] | None]:
+    """Return the text and label columns of a role, and the label names of the source or None."""
+    if source.hub is None:
+        return _read_files(config, source.files[role]), None
+    from datasets import ClassLabel, load_dataset
+
+    split = source.hub_splits[role]
+    with _explain_hub(config):
+        table = load_dataset(source.hub, config.config, split=split, revision=config.revision)
+    _check_columns(config, table.column_names, source.where(role))
+    feature = table.features[config.label_column]
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
+    return _read_hub(config, table), names
 
 
-def _files(pattern: str) -> list[Path]:
+def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
+    for path in paths:
+        for batch in read_table(path, encoding=config.encoding):
+            yield batch[config.text_column], batch[config.label_column]
+
+
+def _read_hub(config: DataConfig, table: Any) -> Columns:
+    columns = [config.text_column, config.label_column]
+    with _explain_hub(config):
+        for batch in table.select_columns(columns).with_format("arrow").iter(HUB_CHUNK):
+            yield batch[columns[0]].to_pylist(), batch[columns[1]].to_pylist()
+
+
+def _find_files(pattern: str) -> list[Path]:
     if re.match(r"[A-Za-z][\w+.-]*://|huggingface\.co/", pattern):
-        page = _HUB_PAGE.match(pattern)
-        instead = (
-            f"name the data set: data.source={page[1]}"
-            if page
-            else "download the file and name it here"
-        )
-        raise DataError(f"data.source {show(pattern)}: addresses are not read; {instead}")
-    pattern = os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises where there is no such user
-    # Not Path.glob, which refuses absolute patterns.
-    paths = [Path(p) for p in sorted(glob(pattern, recursive=True))]  # noqa: PTH207
+        page = HUB_PAGE.match(pattern)
+        hint = "download the file and name it here"
+        if page:
+            hint = f"name the data set: data.source={page[1]}"
+        raise DataError(f"data.source {show(pattern)}: addresses are not read; {hint}")
+    pattern = os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises for an unknown user
+    # Path.glob refuses absolute patterns.
+    paths = [Path(path) for path in sorted(glob(pattern, recursive=True))]  # noqa: PTH207
     if not paths and not has_magic(pattern):
         paths = [Path(pattern)]
     if not paths:
@@ -107,130 +144,85 @@ def _files(pattern: str) -> list[Path]:
     return paths
 
 
-def check_files(config: DataConfig, source: Source) -> None:
-    """Look at the header of every file, test included: a missing column must not show after an hour of training."""
-    for path in [path for paths in source.files.values() for path in paths]:
-        _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
-
-
 def _hub_splits(config: DataConfig) -> dict[str, str]:
     """Return role to name of a split of the Hub data set, in the order of `data.splits`."""
     from datasets import get_dataset_split_names
 
-    with _ExplainHub(config):
-        found = [
-            str(name)
-            for name in get_dataset_split_names(
-                config.source, config.config, revision=config.revision
-            )
-        ]
-    if config.splits is None and "train" not in found:
-        raise DataError(
-            f"data.source {config.source!r} has the splits {', '.join(found)}; training needs 'train', or name it: "
-            "data.splits={train: ..}"
-        )
-    splits = config.splits or {split: split for split in SPLITS if split in found}
-    for role, name in splits.items():
-        if name not in found:
-            key = "data.source" if role == name else f"data.splits.{role}"
+    source = config.source
+    with _explain_hub(config):
+        splits = get_dataset_split_names(source, config.config, revision=config.revision)
+    existing = [str(split) for split in splits]
+    shown = ", ".join(existing)
+    if config.splits is None:
+        if "train" not in existing:
             raise DataError(
-                f"{key}: {config.source!r} has no split {name!r}; it has {', '.join(found)}{did_you_mean(name, found)}"
+                f"data.source {source!r} has the splits {shown}; training needs 'train', or name "
+                f"another split: "
+                "data.splits={train: ..}"
             )
-    return splits
+        return {split: split for split in SPLITS if split in existing}
+    for role, split in config.splits.items():
+        if split not in existing:
+            key = "data.source" if role == split else f"data.splits.{role}"
+            hint = did_you_mean(split, existing)
+            raise DataError(f"{key}: {source!r} has no split {split!r}; it has {shown}{hint}")
+    return config.splits
 
 
-class _ExplainHub:
-    """Turn what the Hub client and `datasets` raise for a data set into one line."""
+@contextmanager
+def _explain_hub(config: DataConfig) -> Iterator[None]:
+    """Turn the errors of the Hub client and of `datasets` into one `DataError`."""
+    from datasets.exceptions import DatasetsError
+    from httpx2 import HTTPError
+    from yaml import YAMLError
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from datasets.exceptions import DatasetsError
-        from httpx2 import HTTPError
-        from yaml import YAMLError
-
-        if isinstance(
-            error, (OSError, ValueError, HTTPError, DatasetsError, RuntimeError, YAMLError)
-        ):
-            name = str(self.config.source)
-            refusal = explain_refusal(
-                key="data.source", name=name, kind="dataset", revision=self.config.revision
-            )
-            raise DataError(refusal or f"data.source {name!r}: {_describe(error)}") from error
+    try:
+        yield
+    except (OSError, ValueError, HTTPError, DatasetsError, RuntimeError, YAMLError) as error:
+        name = str(config.source)
+        refusal = explain_refusal(
+            key="data.source", name=name, kind="dataset", revision=config.revision
+        )
+        raise DataError(refusal or f"data.source {name!r}: {_describe(error)}") from error
 
 
 def _describe(error: BaseException) -> str:
-    """Say what is wrong with a data set that the Hub does give."""
-    said = " ".join(str(error).split())
-    if "scripts are no longer supported" in said:
+    """Return what is wrong with a data set that the Hub has."""
+    message = " ".join(str(error).split())
+    if "scripts are no longer supported" in message:
+        script = message.rpartition(" ")[2]
         return (
-            f"is made by a script ({said.rpartition(' ')[2]}), and code from the Hub is never run; name a data set of "
-            "parquet, csv or json files, or convert it to such files yourself"
+            f"is made by a script ({script}), and code from the Hub is never run; name a data set "
+            f"of parquet, csv or "
+            "json files, or convert it to such files yourself"
         )
-    if "Config name is missing" in said or "BuilderConfig" in said:
-        return f"{said}; set data.config"
-    if "doesn't contain any data files" in said:
-        return "holds no data files; name one that does, or name files"
-    return f"the Hub has it, but it cannot be read ({innermost(error)}); name another, a data.revision, or files"
-
-
-_HUB_ROWS = 10_000
-"""Rows that are taken at a time from the memory-mapped file where `datasets` keeps a split."""
-Columns = Iterator[tuple[list[Any], list[Any]]]
-"""Texts and label values, some rows at a time."""
-
-
-def read_columns(
-    config: DataConfig, source: Source, role: str
-) -> tuple[Columns, tuple[str, ...] | None]:
-    """Return the text and label columns of a role's rows, and the label names that the source itself states."""
-    if source.hub:
-        return _read_hub(config, source.hub_splits[role])
-    batches = (
-        batch for path in source.files[role] for batch in read_table(path, encoding=config.encoding)
-    )
-    return ((batch[config.text_column], batch[config.label_column]) for batch in batches), None
-
-
-def _read_hub(config: DataConfig, split: str) -> tuple[Columns, tuple[str, ...] | None]:
-    from datasets import ClassLabel, load_dataset
-
-    with _ExplainHub(config):
-        table = load_dataset(config.source, config.config, split=split, revision=config.revision)
-    _check_columns(config, table.column_names, f"{config.source} [{split}]")
-    feature = table.features[config.label_column]
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    columns = [config.text_column, config.label_column]
-    batches = table.select_columns(columns).with_format("arrow").iter(_HUB_ROWS)
+    if "Config name is missing" in message or "BuilderConfig" in message:
+        return f"{message}; set data.config"
+    if "doesn't contain any data files" in message:
+        return "holds no data files; name another data set, or files"
     return (
-        (batch[columns[0]].to_pylist(), batch[columns[1]].to_pylist()) for batch in batches
-    ), names
-
-
-_MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-"""What else may separate fields, where a whole header is one column."""
+        f"the Hub has it, but it cannot be read ({innermost(error)}); name another data set, a "
+        f"data.revision, or files"
+    )
 
 
 def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> None:
     for key in ("text_column", "label_column"):
-        wanted = getattr(config, key)
-        if wanted not in columns:
-            hint = did_you_mean(wanted, list(columns))
-            # Without a header, the first row of texts stands where the names should.
-            shown = ", ".join(
-                name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20]
-            )
-            headed = "" if hint else ", or give the file a first row of names if it has none"
-            if len(columns) == 1 and (
-                mark := next((mark for mark in _MARKS if mark in columns[0]), None)
-            ):
-                raise DataError(
-                    f"{where}: no column {wanted!r}; its one column is {shown}; if {_MARKS[mark]} separate its fields, "
-                    f"save it again: a .csv has commas, a .tsv tabs; else set data.{key}"
-                )
-            raise DataError(
-                f"{where}: no column {wanted!r}; the columns are {shown}{hint}; set data.{key}{headed}"
-            )
+        column = getattr(config, key)
+        if column in columns:
+            continue
+        # In a file without a header, a row of texts stands where the names should be.
+        shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
+        if len(columns) == 1:
+            for separator, noun in OTHER_SEPARATORS.items():
+                if separator in columns[0]:
+                    raise DataError(
+                        f"{where}: no column {column!r}; its one column is {shown}; if {noun} "
+                        f"separate its fields, "
+                        f"save it again: a .csv has commas, a .tsv tabs; otherwise set data.{key}"
+                    )
+        hint = did_you_mean(column, list(columns))
+        header = "" if hint else ", or give the file a first row of names if it has none"
+        raise DataError(
+            f"{where}: no column {column!r}; the columns are {shown}{hint}; set data.{key}{header}"
+        )

@@ -1,19 +1,24 @@
 """Tables as streams: csv, tsv, jsonl and parquet, in and out.
 
-A table is read and written in batches of whole columns, `{"text": [...], "label": [...]}`, so memory is bounded by one
-batch. Rows are counted from 1 for the first data row. Every fault of a file is a `DataError`.
+A table is read and written in batches of whole columns, `{"text": [...], "label": [...]}`, so one
+batch bounds the memory. Rows are counted from 1, without the header. Every fault of a file is a
+`DataError`.
 
-- csv follows RFC 4180: a quoted field may hold commas, newlines and doubled quotes. Rows end in LF or CRLF.
-- tsv has no quoting, for GLUE's files hold unbalanced quotes: no field can hold a tab, newline or carriage return.
-- Fields of csv and tsv are always strings: "NA", "007", "1.0" and "" stay what they are. None is written as "".
-- A blank line of csv or tsv is one empty field: a row of a table with one column, and nothing in a wider table.
-- jsonl (and .json, read the same way) holds one object per line; values keep their JSON types, NaN included. The first
-  line names the columns: a key that a later line lacks is None there, and a key that only a later line has is refused.
+- csv follows RFC 4180: a quoted field may hold commas, newlines and doubled quotes. Rows end in LF
+  or CRLF.
+- tsv has no quoting, because GLUE's files hold unbalanced quotes. No field can hold a tab, newline
+  or carriage return.
+- Fields of csv and tsv are strings: "NA", "007", "1.0" and "" are not converted. None is written
+  as "".
+- A blank line of csv or tsv is one empty field: a row of a table with one column, and nothing in a
+  wider table.
+- jsonl holds one object per line; .json is read the same way. Values keep their JSON types, NaN
+  included. The first line names the columns. A key that a later line lacks is None there; a key
+  that only a later line has is refused.
 - parquet keeps its own types. Dates, times and decimals are written to the other formats as text.
 """
 
 import gzip
-import os
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +32,7 @@ import pyarrow.parquet as pq
 
 from lora_sentiment.data.lines import (
     MAX_CHARACTERS,
-    Batch,
+    ColumnBatch,
     TextFormat,
     check_columns,
     csv_line,
@@ -38,9 +43,10 @@ from lora_sentiment.data.lines import (
     tsv_rows,
 )
 from lora_sentiment.errors import DataError, did_you_mean
+from lora_sentiment.files import replace_atomically
 
 _BUFFER_BYTES = 1 << 16
-# Arrow's own, and those of turning its values into Python's and back: a date after 9999, bytes that are no UTF-8.
+# The last three come from converting values, such as a date after 9999 or bytes that are no UTF-8.
 _ARROW_FAULTS = (pa.ArrowException, ValueError, TypeError, OverflowError)
 
 
@@ -49,17 +55,20 @@ def _file_faults(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        fault = f"is no gzip file, or a damaged one ({error}); make or copy it again, or drop .gz from its name"
-        raise DataError(f"{path}: {fault}") from error
+        raise DataError(
+            f"{path}: is no gzip file, or a damaged one ({error}); make or copy it again, or "
+            f"remove "
+            ".gz from its name"
+        ) from error
     except OSError as error:
         raise DataError(
             f"{path}: cannot be {verb}: {error.strerror or error}; check its folder and disk"
         ) from error
 
 
-def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[Batch]:
+def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[ColumnBatch]:
     try:
-        # Read as it is needed: by default a whole row group is held, which for most writers is the file.
+        # Read in small pieces. By default a whole row group is in memory, often the whole file.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             columns = file.schema_arrow.names
             check_columns(columns, path)
@@ -68,8 +77,11 @@ def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[Batch]:
             for batch in file.iter_batches(rows_per_batch):
                 yield batch.to_pydict()
     except (*_ARROW_FAULTS, OSError) as error:
-        fault = f"cannot be read as parquet ({' '.join(str(error).split())}); if it is parquet, make or copy it again"
-        raise DataError(f"{path}: {fault}") from error
+        message = " ".join(str(error).split())
+        raise DataError(
+            f"{path}: cannot be read as parquet ({message}); if it is parquet, make or copy it "
+            f"again"
+        ) from error
 
 
 _TEXTS = {
@@ -80,7 +92,7 @@ _TEXTS = {
 }
 _ZIPPED = {f"{suffix}.gz": form._replace(gzipped=True) for suffix, form in _TEXTS.items()}
 FORMATS: dict[str, TextFormat | Literal["parquet"]] = {**_TEXTS, **_ZIPPED, ".parquet": "parquet"}
-"""Suffix in lower case -> format: the one place that names what is supported."""
+"""Suffix in lower case to format: every supported format."""
 
 
 def _find_format(path: Path) -> TextFormat | Literal["parquet"]:
@@ -104,41 +116,43 @@ def _check_file(path: Path) -> None:
 
 def read_table(
     path: Path, *, encoding: str = "utf-8", rows_per_batch: int = 10_000
-) -> Iterator[Batch]:
-    """Yields a table in batches of whole columns, `{name: values}` in the file's order.
+) -> Iterator[ColumnBatch]:
+    """Yield a table in batches of whole columns, `{name: values}` in the order of the file.
 
-    A table without rows gives one batch of empty columns, so the first batch always tells the columns.
+    A table without rows gives one batch of empty columns, so the first batch always names the
+    columns.
 
     Args:
         path: A file whose name ends in one of `FORMATS`.
-        encoding: Of a text format, by Python's name; a UTF-8 byte order mark is dropped. Parquet states its own.
-        rows_per_batch: The most rows of a batch.
+        encoding: Python's name of a text format's encoding. A UTF-8 byte order mark is removed.
+            Parquet has its own encoding.
+        rows_per_batch: Most rows of a batch.
 
     Raises:
-        DataError: The file is missing, damaged, in another format or encoding, or a row does not fit the columns.
+        DataError: The file is missing, damaged or in another format or encoding, or a row does not
+            fit the columns.
     """
     with _file_faults(path, "read"):
         _check_file(path)
         form = _find_format(path)
-        yield from (
-            _read_parquet(path, rows_per_batch)
-            if form == "parquet"
-            else form.read(path, encoding, rows_per_batch)
-        )
+        if form == "parquet":
+            yield from _read_parquet(path, rows_per_batch)
+        else:
+            yield from form.read(path, encoding, rows_per_batch)
 
 
 def table_columns(path: Path, *, encoding: str = "utf-8") -> list[str]:
-    """Returns the column names, having read no more than the first row; raises as `read_table` does."""
+    """Return the column names after reading at most one row; raise as `read_table` does."""
     return list(next(read_table(path, encoding=encoding, rows_per_batch=1)))
 
 
 def table_types(path: Path, *, encoding: str = "utf-8") -> dict[str, pa.DataType]:
-    """Returns the Arrow type of each column: parquet's own, else one that fits all its values.
+    """Return the Arrow type of each column: that of parquet, or one that fits all values.
 
-    A text format is read whole for that; a column of None is a string's.
+    A text format is read to its end for this. A column of None has the type string.
 
     Raises:
-        DataError: As `read_table` does, or the values of a column fit no one type.
+        DataError: As `read_table`, or the values of a column do not fit one type.
     """
     columns = table_columns(path, encoding=encoding)
     if _find_format(path) == "parquet":
@@ -147,31 +161,37 @@ def table_types(path: Path, *, encoding: str = "utf-8") -> dict[str, pa.DataType
     for batch in read_table(path, encoding=encoding):
         for name, values in batch.items():
             try:
-                found = [pa.schema([(name, kind)]) for kind in (types[name], pa.array(values).type)]
-                types[name] = pa.unify_schemas(found, promote_options="permissive").field(name).type
+                known = pa.schema([(name, types[name])])
+                added = pa.schema([(name, pa.array(values).type)])
+                unified = pa.unify_schemas([known, added], promote_options="permissive")
+                types[name] = unified.field(name).type
             except _ARROW_FAULTS as error:
-                fault = f"column {name!r} fits no type of parquet ({' '.join(str(error).split())}); write .jsonl"
+                message = " ".join(str(error).split())
                 raise DataError(
-                    f"{path}: {fault}, or give all its rows one type of value"
+                    f"{path}: column {name!r} fits no type of parquet ({message}); write .jsonl, "
+                    f"or "
+                    "give all its rows one type of value"
                 ) from error
     return {name: pa.string() if kind == pa.null() else kind for name, kind in types.items()}
 
 
 class TableWriter:
-    """Writes a table batch by batch, in UTF-8; the file appears whole when the `with` block ends, or not at all.
+    """Writes a table batch by batch in UTF-8. The file appears at the end of the `with` block.
 
-    An existing file is replaced. In parquet each batch becomes a row group, and the first one fixes the types that
-    `types` leaves open; a column of None is a string's. A .jsonl without rows is an empty file, which states no
-    columns: `read_table` refuses it.
+    If the block raises, no file appears. An existing file is replaced. In parquet each batch
+    becomes a row group, and the first one decides the types that `types` does not name; a column of
+    None has the type string. A .jsonl without rows is an empty file without columns, which
+    `read_table` refuses.
 
     Args:
         path: A file whose name ends in one of `FORMATS`.
-        columns: Names in the file's order.
-        types: Arrow types of parquet's columns, by name; other formats have none.
-        dry: Refuse what would be refused, and write nothing.
+        columns: Names in the order of the file.
+        types: Arrow types of parquet's columns, by name. Other formats have none.
+        dry: Check names and values as if they were written, and write nothing.
 
     Raises:
-        DataError: The format cannot hold a name or a value, a batch has other columns, or the disk refuses.
+        DataError: The format does not allow a name or a value, a batch has other columns, or the
+            file cannot be written.
     """
 
     def __init__(
@@ -183,34 +203,31 @@ class TableWriter:
         dry: bool = False,
     ) -> None:
         check_columns(columns, path)
-        self._path, self._columns, self._form, self._types = (
-            path,
-            list(columns),
-            _find_format(path),
-            types or {},
-        )
-        self._aside = path.with_name(f".{secrets.token_hex(8)}.tmp")
-        self._row, self._dry = 0, dry  # row 0 is the header
+        self._path = path
+        self._columns = list(columns)
+        self._form = _find_format(path)
+        self._types = types or {}
+        self._dry = dry
+        self._unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        self._row = 0  # the header
         self._parquet: Any = None
 
     def __enter__(self) -> Self:
         with _file_faults(self._path, "written"):
-            self._file: Any = pa.MockOutputStream() if self._dry else self._aside.open("xb")
-        # Neither a name nor a time goes into the gzip header, so that equal rows are equal bytes.
-        zipped = self._form != "parquet" and self._form.gzipped and not self._dry
-        self._zip = (
-            gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._file, mtime=0)
-            if zipped
-            else None
-        )
+            self._file: Any = pa.MockOutputStream() if self._dry else self._unfinished.open("xb")
+        # The gzip header gets no name and no time, so equal rows give equal bytes.
+        self._zip: gzip.GzipFile | None = None
+        if self._form != "parquet" and self._form.gzipped and not self._dry:
+            self._zip = gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._file, mtime=0)
         return self
 
-    def write(self, batch: Batch) -> None:
-        """Appends rows; every column must be there, all of one length."""
+    def write(self, batch: ColumnBatch) -> None:
+        """Append rows. The batch must hold every column, all of one length."""
         if batch.keys() != set(self._columns) or len(set(map(len, batch.values()))) > 1:
-            found = {name: len(values) for name, values in batch.items()}
+            lengths = {name: len(values) for name, values in batch.items()}
             raise DataError(
-                f"{self._path}: a batch has {found} rows; all of {self._columns} must have as many"
+                f"{self._path}: a batch has {lengths} rows; all of {self._columns} must have as "
+                f"many"
             )
         with _file_faults(self._path, "written"):
             if self._form == "parquet":
@@ -218,7 +235,7 @@ class TableWriter:
             else:
                 self._write_lines(batch, self._form)
 
-    def _write_lines(self, batch: Batch, form: TextFormat) -> None:
+    def _write_lines(self, batch: ColumnBatch, form: TextFormat) -> None:
         rows = zip(*(batch[name] for name in self._columns), strict=True)
         for values in rows if self._row else chain([self._columns], rows):
             try:
@@ -228,34 +245,37 @@ class TableWriter:
                 (self._zip or self._file).write(line.encode())
             except (ValueError, TypeError, RecursionError) as error:
                 place = f"row {self._row}" if self._row else "the header"
-                fault = f"cannot be written: {error}; change it, or write {'.jsonl or ' * form.has_header}.parquet"
-                raise DataError(f"{self._path}: {place} {fault}") from error
+                formats = ".jsonl or .parquet" if form.has_header else ".parquet"
+                raise DataError(
+                    f"{self._path}: {place} cannot be written: {error}; change it, or write "
+                    f"{formats}"
+                ) from error
             self._row += 1
 
-    def _write_row_group(self, batch: Batch) -> None:
+    def _write_row_group(self, batch: ColumnBatch) -> None:
         arrays: dict[str, pa.Array] = {}
         try:
             for name in self._columns:
-                known = (
-                    self._parquet.schema.field(name).type
-                    if self._parquet
-                    else self._types.get(name)
-                )
-                inferred = (
-                    pa.string()
-                    if pa.infer_type(batch[name]) == pa.null()
-                    else pa.infer_type(batch[name])
-                )
-                arrays[name] = pa.array(batch[name], inferred if known is None else known)
+                if self._parquet:
+                    kind = self._parquet.schema.field(name).type
+                elif name in self._types:
+                    kind = self._types[name]
+                else:
+                    kind = pa.infer_type(batch[name])
+                    if kind == pa.null():
+                        kind = pa.string()
+                arrays[name] = pa.array(batch[name], kind)
             table = pa.table(arrays)
             self._parquet = self._parquet or pq.ParquetWriter(self._file, table.schema)
             self._parquet.write_table(table)
         except _ARROW_FAULTS as error:
-            place = next(
-                (f"column {name!r}" for name in self._columns if name not in arrays), "a column"
-            )
-            fault = f"{place} cannot be written: {' '.join(str(error).split())}; give all its rows one type of value"
-            raise DataError(f"{self._path}: {fault}") from error
+            missing = [name for name in self._columns if name not in arrays]
+            place = f"column {missing[0]!r}" if missing else "a column"
+            message = " ".join(str(error).split())
+            raise DataError(
+                f"{self._path}: {place} cannot be written: {message}; give all its rows one type "
+                f"of value"
+            ) from error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._dry:
@@ -267,9 +287,7 @@ class TableWriter:
                         self.write({name: [] for name in self._columns})  # a table without rows
                     for layer in filter(None, (self._parquet, self._zip)):
                         layer.close()
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
                 if kind is None:
-                    self._aside.replace(self._path)
+                    replace_atomically(self._unfinished, self._path)
             finally:
-                self._aside.unlink(missing_ok=True)
+                self._unfinished.unlink(missing_ok=True)

@@ -1,24 +1,37 @@
-"""Texts outside memory: one unnamed file, mapped, and where each text lies in it."""
+"""Texts on disk: one unnamed, memory-mapped file, and where each text lies in it."""
 
 import mmap
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.errors import DataError
 
-_AT_ONCE = 1000
-"""Texts that a pass over all of them holds at a time."""
+_CHUNK = 1000
+"""Texts that an iteration holds in memory at a time."""
 
 
-def let_go(mapped: object) -> None:
-    """Give the pages of a mapped file that were read back to the system; what is no mapping is left alone.
+def encode_text(text: str) -> bytes:
+    """Return a text in UTF-8. Lone surrogates are kept."""
+    return text.encode("utf-8", "surrogatepass")
 
-    They count as this process's memory until another needs the room, so a pass over a whole file would show as a peak.
+
+def hash_texts(digest: Any, texts: Iterable[str]) -> str:
+    """Add texts to a hash and return its hexadecimal digest."""
+    for text in texts:
+        digest.update(encode_text(f"{len(text)}:{text}"))
+    return str(digest.hexdigest())
+
+
+def release_pages(mapped: object) -> None:
+    """Give the pages of a memory-mapped file back to the system. Other objects are ignored.
+
+    Pages that were read count as memory of this process until another process needs the room, so a
+    pass over a whole file would show as a peak.
     """
     owner = mapped.obj if isinstance(mapped, memoryview) else mapped
     if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -26,86 +39,67 @@ def let_go(mapped: object) -> None:
 
 
 class Texts(Sequence[str]):
-    """A sequence of texts that lie in a mapped file; what is taken from it shares that file.
+    """A sequence of texts in a memory-mapped file. Subsets share the file.
 
     Args:
-        mapped: The file's bytes, texts in UTF-8.
-        starts: Where each text begins in it, shape (num_texts,).
+        mapped: The bytes of the file, texts in UTF-8.
+        starts: Where each text begins, shape (num_texts,).
         ends: Where each text ends, same shape.
     """
 
     def __init__(
         self, mapped: mmap.mmap, starts: NDArray[np.int64], ends: NDArray[np.int64]
     ) -> None:
-        self._mapped, self._starts, self._ends = mapped, starts, ends
+        self._mapped = mapped
+        self._starts = starts
+        self._ends = ends
 
     def __len__(self) -> int:
         return len(self._starts)
 
     @overload
-    def __getitem__(self, at: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, at: slice) -> list[str]: ...
-    def __getitem__(self, at: int | slice) -> str | list[str]:
-        if isinstance(at, slice):
-            found = [self[i] for i in range(*at.indices(len(self)))]
-            let_go(self._mapped)
-            return found
-        return self._mapped[self._starts[at] : self._ends[at]].decode("utf-8", "surrogatepass")
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            texts = [self[i] for i in range(*index.indices(len(self)))]
+            release_pages(self._mapped)
+            return texts
+        content = self._mapped[self._starts[index] : self._ends[index]]
+        return content.decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), _AT_ONCE):
-            yield from self[start : start + _AT_ONCE]
+        for start in range(0, len(self), _CHUNK):
+            yield from self[start : start + _CHUNK]
 
     def take(self, index: NDArray[np.int64]) -> "Texts":
         """Return the texts at these positions, in this order."""
         return Texts(self._mapped, self._starts[index], self._ends[index])
 
 
-class TextsWriter:
-    """Writes texts to a file without a name, which is gone with the last of its `Texts`, however the process ends."""
+def store_texts(texts: Iterable[str]) -> Texts:
+    """Write texts to a file without a name. The system deletes it with the last of its `Texts`.
 
-    def __init__(self) -> None:
-        self._ends = array("q", [1])
-        try:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the texts do
-            self._file.write(b"\n")  # an empty file cannot be mapped
-        except OSError as error:
-            raise self._fault(error) from error
-
-    def write(self, text: str) -> None:
-        """Add a text.
-
-        Raises:
-            DataError: If there is no room.
-        """
-        content = text.encode("utf-8", "surrogatepass")
-        try:
-            self._file.write(content)
-        except OSError as error:
-            raise self._fault(error) from error
-        self._ends.append(self._ends[-1] + len(content))
-
-    def finish(self) -> Texts:
-        """Return all that was written; nothing can be added then.
-
-        Raises:
-            DataError: If there is no room.
-        """
-        try:
-            with self._file:  # closing writes too, and fails where writing did
-                self._file.flush()
-                mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise self._fault(error) from error
-        ends = np.array(self._ends, dtype=np.int64)
-        return Texts(mapped, ends[:-1], ends[1:])
-
-    @staticmethod
-    def _fault(error: OSError) -> DataError:
-        # gettempdir raises where there is no such folder, which is what may have to be said here.
+    Raises:
+        DataError: The file cannot be written.
+    """
+    # One byte, because an empty file cannot be mapped.
+    boundaries = array("q", [1])
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(b"\n")
+            for text in texts:
+                length = file.write(encode_text(text))
+                boundaries.append(boundaries[-1] + length)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        # tempfile.gettempdir() raises if there is no temporary folder, which may be the fault.
         where = f"{tempfile.tempdir}: " if tempfile.tempdir else ""
-        return DataError(
-            f"{where}the texts that were read cannot be put into a temporary file: {error.strerror or error}; free "
-            "some room, or set TMPDIR to another folder"
-        )
+        raise DataError(
+            f"{where}the texts cannot be written to a temporary file: {error.strerror or error}; "
+            "free some room, or set TMPDIR to another folder"
+        ) from error
+    ends = np.array(boundaries, dtype=np.int64)
+    return Texts(mapped, ends[:-1], ends[1:])

@@ -1,4 +1,4 @@
-"""Which attention kernels run on a GPU, and attention over packed rows."""
+"""The attention kernels of a GPU, and attention over packed rows."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,11 +8,12 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""What `scaled_dot_product_attention` may use on a GPU: all but cuDNN, which takes 0.1 to 1 s for each new shape."""
+"""Backends of `scaled_dot_product_attention` on a GPU: all but cuDNN. It needs 0.1 to 1 s for each new
+shape."""
 
 
 def attention_backends(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which attention on a GPU does not go to cuDNN; elsewhere it changes nothing."""
+    """Return a context without cuDNN's attention on a GPU. On other devices it changes nothing."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel(BACKENDS)
@@ -29,17 +30,19 @@ def packed_attention(
     max_length_k: int,
     dropout_p: float,
 ) -> Tensor:
-    """Multi-head attention within each of the sequences that lie one after another.
+    """Multi-head attention within each of several packed sequences.
 
-    A GPU runs flash attention (Dao 2023) in a 16-bit dtype from compute capability 8.0 on, and the memory-efficient
-    kernel otherwise. On other devices the mask is written out: that is the definition, which tests compare with.
+    In a 16-bit dtype, a GPU of compute capability 8.0 or more runs flash attention (Dao 2023). Other
+    GPUs and dtypes take the memory-efficient kernel. Other devices take a mask over all tokens,
+    which is the definition that tests compare with.
 
     Args:
         q: Queries, shape (num_queries, num_heads, head_dim).
         k: Keys, shape (num_tokens, num_heads, head_dim).
         v: Values, same shape as k.
-        cu_seq_lens_q: Where the queries of each sequence start, and the end, int32, shape (num_sequences + 1,).
-        cu_seq_lens_k: The same of keys and values.
+        cu_seq_lens_q: Where the queries of each sequence start, and the end, int32, shape
+            (num_sequences + 1,).
+        cu_seq_lens_k: The same for keys and values.
         max_length_q: Most queries of a sequence.
         max_length_k: Most keys of a sequence.
         dropout_p: Probability of dropping an attention weight.
@@ -63,7 +66,7 @@ def packed_attention(
             False,
         )[0]
         return y
-    found: Tensor = torch.ops.aten._efficient_attention_forward(
+    packed: Tensor = torch.ops.aten._efficient_attention_forward(
         q[None],
         k[None],
         v[None],
@@ -76,13 +79,13 @@ def packed_attention(
         0,
         torch.is_grad_enabled(),
     )[0]
-    return found[0]
+    return packed[0]
 
 
 def _masked_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, dropout_p: float
 ) -> Tensor:
-    """Attention of all queries to all keys, with a mask that leaves those of the same sequence."""
+    """Attention of all queries to all keys, with a mask that keeps the keys of the same sequence."""
     sequence_of_q = _sequence_numbers(cu_seq_lens_q)
     sequence_of_k = _sequence_numbers(cu_seq_lens_k)
     mask = sequence_of_q[:, None] == sequence_of_k[None, :]

@@ -1,9 +1,9 @@
 """Dropout, residual and LayerNorm in one kernel.
 
 A post-LayerNorm block ends each half with LayerNorm(dropout(x) + residual). Plain torch reads and
-writes the activations once for each of the three, and keeps a mask. Here one kernel does all of it:
-each activation is read once and written once. The keep mask is never stored. It is a function of a
-seed and of the position, so the backward pass draws it again.
+writes the activations once for each of the three, and keeps a mask. One kernel reads and writes
+each activation once. The mask is never stored: it is a function of a seed and of the position, so
+the backward pass draws it again.
 """
 
 from functools import cache
@@ -16,8 +16,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Programs of the backward pass where a weight is trained: four on each of an H100's 132
-# multiprocessors. Each of them adds up its own rows.
+# Programs of the backward pass if a weight is trained: four on each of the 132 multiprocessors of an
+# H100. Each program sums its own rows.
 NUM_PROGRAMS = 528
 
 
@@ -30,10 +30,10 @@ def dropout_add_norm(
     p: float,
     eps: float,
 ) -> Tensor:
-    """Returns LayerNorm(dropout(x, p) + residual) * weight + bias.
+    """Return LayerNorm(dropout(x, p) + residual) * weight + bias.
 
-    LayerNorm is that of Ba et al. 2016, dropout that of Srivastava et al. 2014. CUDA tensors take
-    the fused kernels where Triton works. Everything else takes the plain formula.
+    LayerNorm: Ba et al. 2016, dropout: Srivastava et al. 2014. CUDA tensors take the fused kernels
+    if Triton works. Other tensors take the plain formula.
 
     Args:
         x: (num_tokens, dim), contiguous, in float32, bfloat16 or float16.
@@ -41,7 +41,7 @@ def dropout_add_norm(
         weight: (dim,), contiguous, in any floating dtype, frozen or trained.
         bias: (dim,), contiguous, in any floating dtype, frozen or trained.
         p: Probability of dropping an entry of x, at least 0 and below 1; 0 outside training.
-        eps: What is added to the variance.
+        eps: Added to the variance.
 
     Returns:
         (num_tokens, dim), in the dtype of x.
@@ -53,23 +53,20 @@ def dropout_add_norm(
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Return whether Triton can be imported."""
     return _kernels() is not None
 
 
 @cache
 def why_not_fused() -> str | None:
-    """Why CUDA tensors take the plain formula, or None where they take the fused kernels."""
+    """Return why CUDA tensors take the plain formula, or None if they take the fused kernels."""
     if not has_triton():
         return "Triton is not installed"
     x = torch.ones(1, 16, device="cuda")
     try:
         triton_dropout_add_norm(x, x, x[0], x[0], p=0.0, eps=1e-5)
-    except (
-        RuntimeError,
-        OSError,
-        CalledProcessError,
-    ) as error:  # no C compiler, no Python.h, no driver
+    except (RuntimeError, OSError, CalledProcessError) as error:
+        # No C compiler, no Python.h or no driver.
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return f"Triton cannot compile: {first_line}"
     return None
@@ -84,7 +81,7 @@ def plain_dropout_add_norm(
     p: float,
     eps: float,
 ) -> Tensor:
-    """`dropout_add_norm` by torch's own operations, on any device."""
+    """Compute `dropout_add_norm` with torch's operations, on any device."""
     dropped = functional.dropout(x, p) if p else x
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     return functional.layer_norm(dropped + residual, weight.shape, weight, bias, eps)
@@ -99,12 +96,12 @@ def triton_dropout_add_norm(
     p: float,
     eps: float,
 ) -> Tensor:
-    """`dropout_add_norm` by the fused kernels, for CUDA tensors of at least one token.
+    """Compute `dropout_add_norm` with the fused kernels, for CUDA tensors of at least one token.
 
     All arithmetic is in fp32. The seed comes from torch's CUDA generator: `torch.manual_seed`
-    repeats it, and every replay of a CUDA graph draws another one. Where a gradient is wanted,
-    the sum dropout(x) + residual is kept, rounded to the dtype of x. The forward pass normalises
-    the sum before it is rounded. The backward pass uses the rounded one.
+    repeats it, and every replay of a CUDA graph draws another one. If a gradient is wanted, the
+    sum dropout(x) + residual is kept, rounded to the dtype of x. The forward pass normalises the
+    sum before it is rounded. The backward pass uses the rounded sum.
     """
     inputs = (x, residual, weight, bias)
     assert all(tensor.is_contiguous() for tensor in inputs)
@@ -118,7 +115,7 @@ def triton_dropout_add_norm(
 
 @cache
 def _kernels() -> Any:
-    """The module of the Triton kernels; None where Triton is not installed."""
+    """Return the module of the Triton kernels, or None if Triton is not installed."""
     try:
         from lora_sentiment.fast import fused_kernels
     except ImportError:
@@ -151,12 +148,13 @@ class _DropoutAddNorm(Function):
         programs = num_tokens
         if needs_weight or needs_bias:
             programs = min(num_tokens, NUM_PROGRAMS)
-        # One row of sums a program. They are added up in a fixed order, so that results repeat.
+        # One row of sums for each program. They are added in a fixed order, so that results repeat.
         weight_sums = z.new_empty(programs, dim, dtype=torch.float32) if needs_weight else None
         bias_sums = z.new_empty(programs, dim, dtype=torch.float32) if needs_bias else None
         grad_residual = torch.empty_like(z)
         # Without dropout both gradients are equal, and one tensor is returned twice. That is safe:
-        # torch's own addition does it too, and autograd adds in place only to what nobody else has.
+        # torch's addition does so too, and autograd adds in place only to tensors without another
+        # reference.
         grad_x = None if seed is None else torch.empty_like(z)
         _kernels().backward_kernel[(programs,)](
             grads[0].contiguous(),
@@ -194,15 +192,15 @@ def _run_forward(
     *,
     keeps: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Returns y, the seed, z, the mean and 1 / deviation of each row; None for what is not kept."""
+    """Return y, the seed, z, and the mean and 1 / deviation of each row; None if not kept."""
     num_tokens, dim = x.shape
     y = torch.empty_like(x)
     z = torch.empty_like(x) if keeps else None
     mean = x.new_empty(num_tokens, dtype=torch.float32) if keeps else None
     rstd = x.new_empty(num_tokens, dtype=torch.float32) if keeps else None
-    # Triton launches on the current device, which need not be that of x.
+    # Triton launches on the current device, which may be another one than that of x.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        # The seed stays on the device, where the replay of a graph draws it anew.
+        # The seed stays on the device, where each replay of a graph draws another one.
         seed = torch.randint(2**62, (1,), device=x.device) if p else None
         _kernels().forward_kernel[(num_tokens,)](
             x,

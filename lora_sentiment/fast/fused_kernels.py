@@ -1,7 +1,7 @@
 """The Triton kernels of `fused.py`; importing this module needs Triton.
 
-One row of activations is one token. A pointer that is None switches off what it is for, when the
-kernel is compiled. The number of tokens is never compiled in, so that a new one costs nothing.
+One row of activations is one token. A pointer that is None switches its part of a kernel off when
+the kernel is compiled. The number of tokens is never compiled in, so a new one costs nothing.
 """
 
 import triton
@@ -9,17 +9,17 @@ import triton.language as tl
 
 
 def sizes(dim: int) -> dict[str, int]:
-    """What a kernel is compiled for: dim, the power of 2 that holds a row, and the warps for it."""
+    """Return the constants of a kernel: dim, the power of 2 that holds a row, and its warps."""
     block = max(triton.next_power_of_2(dim), 4)
     return {"dim": dim, "block": block, "num_warps": min(max(block // 256, 4), 16)}
 
 
 @triton.jit
 def _is_kept(seed_ptr, row, p, block: tl.constexpr):
-    """The keep mask of one row: (block,).
+    """Return the keep mask of one row: (block,).
 
-    Philox (Salmon et al. 2011) gives four numbers at once, so that one call serves four entries.
-    Both passes get the same mask, whatever their grids are.
+    Philox (Salmon et al. 2011) gives four numbers at once, so one call serves four entries. Both
+    passes get the same mask, even with different grids.
     """
     fours = row * (block // 4) + tl.arange(0, block // 4)
     a, b, c, d = tl.rand4x(tl.load(seed_ptr), fours)
@@ -43,11 +43,11 @@ def forward_kernel(
     dim: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Normalises one row; one program a row.
+    """Normalise one row for each program.
 
     Without seed_ptr nothing is dropped. Without z_ptr, mean_ptr and rstd_ptr nothing is kept.
     """
-    # Rows times dim may be more than 32 bits hold.
+    # The product of row and dim may need more than 32 bits.
     row = tl.program_id(0).to(tl.int64)
     start = row * dim
     columns = tl.arange(0, block)
@@ -86,11 +86,11 @@ def backward_kernel(
     dim: tl.constexpr,
     block: tl.constexpr,
 ):
-    """The gradients of `forward_kernel`; each program walks over its share of the rows.
+    """Compute the gradients of `forward_kernel`. Each program takes its share of the rows.
 
     With n = (z - mean) * rstd and g = grad * weight, the gradient of z is
     rstd * (g - mean(g) - n * mean(g * n)). Without weight_sums_ptr or bias_sums_ptr that gradient
-    is left out. Without seed_ptr there is no grad_x_ptr: it would equal grad_residual.
+    is not computed. Without seed_ptr there is no grad_x_ptr: it would equal grad_residual.
     """
     columns = tl.arange(0, block)
     inside = columns < dim

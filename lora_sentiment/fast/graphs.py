@@ -1,4 +1,4 @@
-"""CUDA graphs: a function's kernels recorded once and launched together from then on."""
+"""CUDA graphs: the kernels of a function, recorded once and then launched together."""
 
 from collections.abc import Callable, Hashable
 
@@ -8,13 +8,14 @@ Body = Callable[[], None]
 
 
 class GraphRunner:
-    """Runs functions, and replays each as a graph from its second call on.
+    """Runs functions, and replays each one as a graph from its second call on.
 
-    The first call of a key runs eagerly: libraries set themselves up in it. The second call is captured and replayed.
-    A function reads and writes tensors that stay where they are, and waits for nothing on the host.
+    The first call of a key runs eagerly: libraries set themselves up in it. The second call is
+    captured and replayed. The tensors that a function reads and writes must stay at their
+    addresses, and the function must not wait on the host.
 
     Attributes:
-        capture: Records a function without running it, and returns what replays it.
+        capture: Records a function without running it, and returns a function that replays it.
     """
 
     def __init__(self, capture: Callable[[Body], Body] | None = None) -> None:
@@ -24,15 +25,15 @@ class GraphRunner:
 
     @property
     def num_graphs(self) -> int:
-        """How many functions were captured."""
+        """Number of captured functions."""
         return len(self._replays)
 
     def run(self, key: Hashable, body: Body) -> None:
         """Run a function, or its graph.
 
         Args:
-            key: What tells functions apart, such as the size of their input.
-            body: The function; the one of the second call of its key is kept.
+            key: Identifies the function, such as the size of its input.
+            body: The function. That of the second call of a key is kept.
         """
         if key not in self._seen:
             self._seen.add(key)
@@ -43,7 +44,7 @@ class GraphRunner:
         self._replays[key]()
 
     def clear(self) -> None:
-        """Forget every graph, and free the memory that they held."""
+        """Drop every graph, and free the memory of the graphs."""
         self._seen.clear()
         self._replays.clear()
 
@@ -51,18 +52,19 @@ class GraphRunner:
 class CudaCapture:
     """Captures CUDA graphs that share their memory.
 
-    What one graph leaves in the shared memory is overwritten by the next: results must be copied to tensors that were
-    made outside of a capture. The current stream must not be the default one.
+    Each graph overwrites the results of the one before it in the shared memory. Results must be
+    copied to tensors that were made outside of a capture. The current stream must not be the
+    default one.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, body: Body) -> Body:
-        """Record the kernels that a function launches, and return what launches them again."""
+        """Record the kernels of a function, and return a function that launches them again."""
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
-        # Other threads, such as NCCL's, may meanwhile ask the driver for what a capture forbids.
+        # Meanwhile other threads, such as NCCL's, may make calls that a capture forbids.
         with torch.cuda.graph(
             graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
         ):

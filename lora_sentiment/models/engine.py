@@ -1,4 +1,4 @@
-"""A forward as numpy sees it, whatever computes it: token ids in, logits out. Importing this imports no torch."""
+"""An interface of numpy to a forward pass: token ids in, logits out. This module imports no torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import Encoded, cut, pad, take_rows
 from lora_sentiment.data.packing import cut_packed
-from lora_sentiment.data.texts import let_go
+from lora_sentiment.data.texts import release_pages
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What computes, and how much it should be given at once.
+    """A forward pass, and the size of its batches.
 
     Attributes:
-        compute: From input_ids and attention_mask (or None where no row is padded), both (num_rows, length), to
-            logits: (num_rows, num_labels).
-        max_tokens: Tokens of one call, padding included, where a row alone is not longer; more is computed too, but
-            slower.
-        compute_rows: From the token ids of each row to logits, without padding between rows; None where rows have to
-            be padded.
+        compute: Returns logits of shape (num_rows, num_labels) for input_ids and attention_mask,
+            both of shape (num_rows, length). The mask is None if no row is padded.
+        max_tokens: Most tokens of one call, padding included, unless one row is longer. Larger
+            batches work, but are slower.
+        compute_rows: Returns logits for the token ids of each row, without padding between rows.
+            None if rows must be padded.
     """
 
     compute: Callable[[NDArray[np.int64], NDArray[np.int64] | None], NDArray[np.float32]]
@@ -41,28 +41,29 @@ class Engine:
         if self.compute_rows is None:
             return self.compute(*pad(encoded, index))
         logits = self.compute_rows(take_rows(encoded, index))
-        let_go(encoded.input_ids.base)
+        release_pages(encoded.input_ids.base)
         return logits
 
 
 def compute_logits(
     engine: Engine, encoded: Encoded, *, progress: str | None = None
 ) -> NDArray[np.float32]:
-    """Compute the logits of rows in order of length, so that little is padded, and return them in the rows' order.
+    """Compute the logits of rows. Rows of like length share a batch, so that little is padded.
 
     Args:
-        engine: What computes.
+        engine: The forward pass.
         encoded: At least one row.
-        progress: What to write before a progress bar; None for no bar.
+        progress: Text before a progress bar; None for no bar.
 
     Returns:
-        Logits of shape (num_rows, num_labels).
+        Logits in the order of the rows, shape (num_rows, num_labels).
     """
-    parts, order = [], engine.cut(np.arange(len(encoded)), encoded.lengths)
-    with make_bar(
-        int(encoded.lengths.sum()), desc=progress or "", unit="tok", show=progress is not None
-    ) as bar:
-        for index in order:
-            parts.append(engine.answer(encoded, index))
+    parts = engine.cut(np.arange(len(encoded)), encoded.lengths)
+    num_tokens = int(encoded.lengths.sum())
+    logits = []
+    with make_bar(num_tokens, desc=progress or "", unit="tok", show=progress is not None) as bar:
+        for index in parts:
+            logits.append(engine.answer(encoded, index))
             bar.update(int(encoded.lengths[index].sum()))
-    return np.asarray(np.concatenate(parts)[np.argsort(np.concatenate(order))], dtype=np.float32)
+    order = np.argsort(np.concatenate(parts))
+    return np.asarray(np.concatenate(logits)[order], dtype=np.float32)

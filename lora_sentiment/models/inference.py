@@ -1,9 +1,8 @@
 """Logits by torch: of many rows, sharded over processes, or of one batch as an engine."""
 
-import math
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,25 +12,33 @@ from torch import Tensor, nn
 
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import Encoded, cut, make_batch, shard, take_rows
-from lora_sentiment.data.packing import cut_packed, pack_rows
-from lora_sentiment.data.texts import let_go
-from lora_sentiment.fast.attention import attention_backends
-from lora_sentiment.fast.encoder import takes_packed_rows
-from lora_sentiment.fast.transfer import HostBuffers
+from lora_sentiment.data.packing import cut_packed
+from lora_sentiment.data.texts import release_pages
+from lora_sentiment.fast import (
+    HostBuffers,
+    attention_backends,
+    pack_on_device,
+    takes_packed_rows,
+    use_fast_encoder,
+)
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.engine import Engine
+from lora_sentiment.models.load import cast_frozen
 from lora_sentiment.models.parameters import inference_tokens
+
+log = logging.getLogger("lora_sentiment")
 
 
 def predict_logits(
     model: nn.Module, encoded: Encoded, *, accelerator: Accelerator, progress: str | None = None
 ) -> NDArray[np.float32]:
-    """Compute the logits of every row, dropout off, each process its share.
+    """Compute the logits of every row without dropout. Each process computes its share.
 
     Args:
-        model: A sequence classifier on the accelerator's device; its training mode is put back afterwards.
+        model: A sequence classifier on the accelerator's device. Its training mode is restored.
         encoded: The rows.
-        accelerator: Says which share is this process's, and carries the logits to all of them.
-        progress: What to write before a progress bar; None for no bar.
+        accelerator: Gives this process its share, and every process the logits.
+        progress: Text before a progress bar; None for no bar.
 
     Returns:
         Logits of shape (num_rows, num_labels), the same on every process.
@@ -45,39 +52,36 @@ def predict_logits(
         num_processes=accelerator.num_processes,
     )
     packs = packs_rows(model, device)
-    max_tokens = inference_tokens(device.type)
-    parts = (cut_packed if packs else cut)(own, lengths, max_tokens=max_tokens)
+    cut_rows = cut_packed if packs else cut
+    parts = cut_rows(own, lengths, max_tokens=inference_tokens(device.type))
     num_labels = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     logits = torch.zeros(len(encoded), num_labels, device=device)
     host = HostBuffers(device)
-    found = []
+    outputs = []
     was_training = model.training
     model.eval()
-    bar = make_bar(
-        int(lengths[own].sum()), desc=progress or "", unit="tok", show=progress is not None
-    )
+    num_tokens = int(lengths[own].sum())
+    bar = make_bar(num_tokens, desc=progress or "", unit="tok", show=progress is not None)
     with torch.inference_mode(), bar:
         for part in parts:
             with accelerator.autocast():
                 if packs:
                     rows = take_rows(encoded, part)
-                    own_logits = compute_packed(
+                    output = compute_packed(
                         model, rows, device=device, pad_token_id=encoded.pad_token_id, host=host
                     )
-                    let_go(encoded.input_ids.base)
+                    release_pages(encoded.input_ids.base)
                 else:
                     batch = make_batch(encoded, part, device=device)
-                    with attention_backends(device):
-                        own_logits = model(
-                            input_ids=batch.input_ids, attention_mask=batch.attention_mask
-                        ).logits
-            found.append(own_logits.float())
+                    output = _compute_padded(model, batch.input_ids, batch.attention_mask)
+            outputs.append(output.float())
             bar.update(int(lengths[part].sum()))
         if parts:
-            # Once, after all parts: moving the order to a GPU waits for what the GPU was given before.
+            # After all parts: moving the order to a GPU waits for all earlier work of the GPU.
             order = torch.from_numpy(np.concatenate(parts)).to(device)
-            logits[order] = torch.cat(found)
-        # Every process filled its own rows and left zeros elsewhere: the sum is exact on sizes that do not divide.
+            logits[order] = torch.cat(outputs)
+        # Each process filled its own rows and left zeros elsewhere, so the sum is exact. It works
+        # for shares of different sizes.
         summed = accelerator.reduce(logits, reduction="sum")
     model.train(was_training)
     return np.asarray(summed.cpu().numpy(), dtype=np.float32)
@@ -86,54 +90,6 @@ def predict_logits(
 def packs_rows(model: nn.Module, device: torch.device) -> bool:
     """Return whether a model takes packed rows on a device: a GPU with the fast forward pass."""
     return device.type == "cuda" and takes_packed_rows(model)
-
-
-class PackedRows(NamedTuple):
-    """Rows one after another on a device, as `FastForward.encode_packed` takes them.
-
-    Attributes:
-        input_ids: Token ids, int32, shape (num_tokens,).
-        position_ids: Place of each token in its row, same shape.
-        cu_seq_lens: Where each row starts, then where the padding's sequences start, and the end.
-        max_length: Tokens of the longest row.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    cu_seq_lens: Tensor
-    max_length: int
-
-
-def pack_on_device(
-    rows: Sequence[NDArray[np.int32]],
-    *,
-    device: torch.device,
-    pad_token_id: int,
-    host: HostBuffers | None = None,
-) -> PackedRows:
-    """Pack rows and copy them to a device with one asynchronous copy.
-
-    Args:
-        rows: Token ids of each row.
-        device: Where to.
-        pad_token_id: Fills the few tokens by which the rows fall short of a round number.
-        host: Memory to copy from, for many calls in a row; by default some for this call.
-    """
-    lengths = [len(row) for row in rows]
-    longest = max(lengths)
-    size = round_size(sum(lengths))
-    packed = pack_rows(
-        rows,
-        size=size,
-        num_rows=len(rows),
-        num_spare=math.ceil(size / longest),
-        max_length=longest,
-        pad_token_id=pad_token_id,
-    )
-    arrays = (packed.input_ids, packed.position_ids, packed.cu_seq_lens)
-    there = (host or HostBuffers(device)).send(arrays)
-    input_ids, position_ids, cu_seq_lens = there.split_with_sizes([len(each) for each in arrays])
-    return PackedRows(input_ids, position_ids, cu_seq_lens, longest)
 
 
 def compute_packed(
@@ -147,11 +103,11 @@ def compute_packed(
     """Compute the logits of rows in one forward pass without padding between them.
 
     Args:
-        model: Takes packed rows.
+        model: A model that takes packed rows.
         rows: Token ids of each row.
-        device: Where the model is.
-        pad_token_id: Fills the few tokens by which the rows fall short of a round number.
-        host: Memory to copy from, for many calls in a row; by default some for this call.
+        device: The model's device.
+        pad_token_id: Fills up to a round number of tokens.
+        host: Buffers for many calls in a row; by default new ones.
 
     Returns:
         Logits on the device, shape (num_rows, num_labels).
@@ -166,26 +122,46 @@ def compute_packed(
     return logits[: len(rows)]
 
 
-def round_size(num_tokens: int) -> int:
-    """Round up to a multiple of an eighth of a power of two, and of 8. This adds at most 12.5 % from 64 tokens on."""
-    step = max(8, (1 << (num_tokens - 1).bit_length()) // 16)
-    return math.ceil(num_tokens / step) * step
+def _compute_padded(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    with attention_backends(input_ids.device):
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return logits
+
+
+def make_fast(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Freeze a model in a compute dtype on a device, with the fast forward pass if it fits."""
+    model = cast_frozen(model, dtype=dtype, device=device)
+    reason = use_fast_encoder(model, compute_dtype=dtype)
+    if reason is not None:
+        log.info("stock engine: %s", reason)
+    return model
+
+
+def prepare_engine(model: nn.Module, dtype_name: str, device: torch.device) -> Engine:
+    """Return the forward pass of a model in a compute dtype on a device, the fast one if it fits.
+
+    Raises:
+        ModelError: If there is no dtype of that name, or the device does not compute in it.
+    """
+    dtype = resolve_dtype(dtype_name, device)
+    return make_engine(make_fast(model, dtype=dtype, device=device).eval(), autocast=dtype)
 
 
 def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> Engine:
-    """Return the forward of a model on the device where it is.
+    """Return the forward pass of a model on its device.
 
     Args:
         model: A sequence classifier in eval mode.
-        autocast: Compute dtype of what is not in one dtype throughout; float32 leaves all as it is.
+        autocast: Compute dtype of modules that have several dtypes; float32 changes nothing.
     """
     device = next(model.parameters()).device
 
     @contextmanager
     def computing() -> Iterator[None]:
+        is_short = autocast != torch.float32
         with (
             torch.inference_mode(),
-            torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32),
+            torch.autocast(device.type, dtype=autocast, enabled=is_short),
         ):
             yield
 
@@ -193,10 +169,8 @@ def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> E
         input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None
     ) -> NDArray[np.float32]:
         mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
-        with computing(), attention_backends(device):
-            logits = model(
-                input_ids=torch.from_numpy(input_ids).to(device), attention_mask=mask
-            ).logits
+        with computing():
+            logits = _compute_padded(model, torch.from_numpy(input_ids).to(device), mask)
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
     def compute_rows(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:

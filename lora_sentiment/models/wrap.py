@@ -1,4 +1,4 @@
-"""What is trained: each method of the recipe's union, applied to a base."""
+"""Apply a method of the recipe to a base: choose the trained tensors, and freeze the others."""
 
 import math
 from collections.abc import Mapping
@@ -42,19 +42,19 @@ from lora_sentiment.recipe.model import DEFAULT_HEAD_R, ModelConfig
 def make_trainable(
     base: Base, method: Method, config: ModelConfig, *, dtype: torch.dtype, num_steps: int = 1
 ) -> nn.Module:
-    """Wrap a base with its method: what is trained in fp32, all else frozen in `dtype`.
+    """Wrap a base with its method: trained tensors in fp32, the others frozen in `dtype`.
 
-    The base's own model is used, not copied. Initial values come from torch's global generator.
+    The base's own model is used, not a copy. Initial values come from torch's global generator.
 
     Args:
         base: A freshly loaded base.
         method: The recipe's `method` section.
-        config: The recipe's `model` section, which says what of the head is trained.
-        dtype: Compute dtype that the frozen tensors are cast to, once.
+        config: The recipe's `model` section, which says how the head is trained.
+        dtype: Compute dtype of the frozen tensors.
         num_steps: Optimizer steps of the run, over which AdaLoRA spreads its pruning.
 
     Returns:
-        A `PeftModel` for methods that PEFT knows, else the base's model itself.
+        A `PeftModel` for PEFT's methods, else the base's model itself.
 
     Raises:
         ModelError: If the method does not fit the base or its precision.
@@ -72,15 +72,14 @@ def make_trainable(
         case _:
             model = _wrap(base, method, num_steps)
     _choose_head(model, config, new_head=base.new_head)
-    head = {
-        id(parameter) for layer in head_layers(model).values() for parameter in layer.parameters()
-    }
+    head = [parameter for layer in head_layers(model).values() for parameter in layer.parameters()]
+    head_ids = {id(parameter) for parameter in head}
     for parameter in model.parameters():
-        # Half-precision trainable tensors train badly (peft#341): small updates round away. A frozen head layer is
-        # saved with the rest. Quantised tensors stay.
+        # Trained tensors in half precision train badly (peft#341): small updates round away. A
+        # frozen head layer is saved with the trained tensors. Quantised tensors keep their dtype.
         if parameter.is_floating_point():
-            wide = parameter.requires_grad or id(parameter) in head
-            parameter.data = parameter.data.to(torch.float32 if wide else dtype)
+            is_wide = parameter.requires_grad or id(parameter) in head_ids
+            parameter.data = parameter.data.to(torch.float32 if is_wide else dtype)
     return model
 
 
@@ -90,18 +89,16 @@ def refuse_unfit(
     """Refuse a method that cannot be trained in this precision, before anything is loaded.
 
     Raises:
-        ModelError: With the reason and what to do.
+        ModelError: With the reason and the remedy.
     """
     refuse_unquantisable(config, device)
-    if config.quantize != "none" and (reason := why_not_quantised(method)):
+    reason = why_not_quantised(method)
+    if config.quantize != "none" and reason:
         raise ModelError(f"model.quantize={config.quantize}: {reason}; set model.quantize=none")
-    if (
-        config.quantize == "int8"
-        and isinstance(method, LoraMethod)
-        and method.use_dora
-        and device.type == "cpu"
-    ):
-        # peft 0.21 moves the weight "back to the CPU" after each look at its norm; bitsandbytes then drops its scales.
+    uses_dora = isinstance(method, LoraMethod) and method.use_dora
+    if config.quantize == "int8" and uses_dora and device.type == "cpu":
+        # peft 0.21 moves the weight "back to the CPU" after it reads its norm. bitsandbytes then
+        # drops the scales.
         raise ModelError(
             "model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use nf4 or fp4"
         )
@@ -156,6 +153,13 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
             return VeraConfig(**common, **fields)
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let each block keep its input only, and compute the rest again in the backward pass."""
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # PEFT adds a hook for the gradient of frozen embeddings, which only reentrant checkpoints need.
+    model.disable_input_require_grads()  # type: ignore[operator]
+
+
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name, sorted."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
@@ -167,24 +171,22 @@ def frozen_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def head_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the head layers that answer, whatever PEFT put around them."""
-    inner = model.base_model.model if isinstance(model, PeftModel) else model
-    found: dict[str, nn.Linear] = {}
-    for name in HEAD:
-        layer: Any = getattr(inner, name)
-        found[name] = layer.modules_to_save["default"] if isinstance(model, PeftModel) else layer
-    return found
+    """Return the active head layers by name, with or without PEFT around them."""
+    if isinstance(model, PeftModel):
+        inner: Any = model.base_model.model
+        return {name: getattr(inner, name).modules_to_save["default"] for name in HEAD}
+    return {name: getattr(model, name) for name in HEAD}
 
 
 def make_head_dense(model: nn.Module) -> None:
-    """Turn a low-rank head into the dense one that it amounts to; the answers stay, but for rounding."""
+    """Turn a low-rank head into its dense form; answers change by rounding only."""
     layer = head_layers(model)["pre_classifier"]
     if parametrize.is_parametrized(layer, "weight"):
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
 def learning_rate_ratios(model: nn.Module, method: Method) -> dict[str, float]:
-    """Return the trainable tensors that take another rate than the rest, and how many times it.
+    """Return the factor of the learning rate for each trained tensor whose factor is not 1.
 
     LoRA+ (Hayou et al. 2024) trains every B faster than its A.
     """
@@ -196,9 +198,10 @@ def learning_rate_ratios(model: nn.Module, method: Method) -> dict[str, float]:
 
 
 def penalty(model: nn.Module, method: Method) -> torch.Tensor | None:
-    """Return what a method adds to the loss of every optimizer step, or None.
+    """Return the term that a method adds to the loss of every optimizer step, or None.
 
-    AdaLoRA keeps both factors orthogonal: the mean of ||P P^T - I|| over them (Zhang et al. 2023, equation 4).
+    AdaLoRA keeps both factors orthogonal. Its term is the mean of ||P P^T - I|| over them (Zhang et
+    al. 2023, equation 4).
     """
     if not isinstance(method, AdaloraMethod) or not method.orth_reg_weight:
         return None
@@ -206,36 +209,42 @@ def penalty(model: nn.Module, method: Method) -> torch.Tensor | None:
     for name, factor in trainable_tensors(model).items():
         if ".lora_A." in name or ".lora_B." in name:
             square = factor @ factor.T if ".lora_A." in name else factor.T @ factor
-            norms.append(
-                torch.linalg.matrix_norm(square - torch.eye(len(square), device=square.device))
-            )
+            identity = torch.eye(len(square), device=square.device)
+            norms.append(torch.linalg.matrix_norm(square - identity))
     return method.orth_reg_weight * torch.stack(norms).mean()
 
 
 def after_step(model: nn.Module, method: Method, *, step: int) -> None:
-    """Do what a method wants between an optimizer step, counted from 1, and the gradients' end: AdaLoRA prunes."""
+    """Run the method's own part of an optimizer step: AdaLoRA prunes. Call it before gradients are zeroed.
+
+    Args:
+        model: The trained model.
+        method: The recipe's `method` section.
+        step: Number of the step, from 1.
+    """
     if isinstance(method, AdaloraMethod):
         model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
 
 
 def is_settled(method: Method, *, step: int, num_steps: int) -> bool:
-    """Return whether tensors after this step may be kept: AdaLoRA's are pruned to their target only at the end."""
+    """Return whether the tensors after this step may be kept: AdaLoRA reaches its target rank late."""
     return not isinstance(method, AdaloraMethod) or step >= num_steps - method.tfinal
 
 
 def as_plain_lora(
     trained: PeftModel, start: PeftModel
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return an adapter that took part of the base's weights as plain LoRA on the base as it was.
+    """Convert an adapter that changed its base, such as PiSSA, to plain LoRA on the unchanged base.
 
     It trained W - s B0 A0 + s B A. On W that is an update of twice the rank: s [B, -B0] [A; A0].
 
     Args:
         trained: The trained model.
-        start: The same method freshly applied to the same base: A0 and B0 come from the weights alone.
+        start: The same method applied to the same base. A0 and B0 depend on the base alone.
 
     Returns:
-        What changes in PEFT's configuration, and the factors by their names in `trained`; the scale is in B.
+        The changes of PEFT's configuration, and the factors by their names in `trained`. The scale
+        is in B.
     """
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -264,9 +273,9 @@ def as_plain_lora(
 
 
 def kept_ranks(state: Mapping[str, torch.Tensor]) -> dict[str, list[bool]]:
-    """Return which of AdaLoRA's singular values are left, by the name of their module in PEFT's state.
+    """Return for each module of PEFT's state which of AdaLoRA's singular values are not pruned.
 
-    PEFT's own record is of the last step; the tensors kept may be those of an earlier one.
+    PEFT's own record is that of the last step. The kept tensors may be those of an earlier step.
     """
     return {
         name.removeprefix("base_model.model."): (value != 0).flatten().tolist()
@@ -292,7 +301,7 @@ def _wrap(base: Base, method: PeftMethod, num_steps: int) -> PeftModel:
 
 
 class _LowRankUpdate(nn.Module):
-    """A weight as what it was plus B A; A: (r, in_features), B: (out_features, r), B zero at the start."""
+    """A weight plus a low-rank update B A; A: (r, in_features), B: (out_features, r), zero at first."""
 
     def __init__(self, weight: torch.Tensor, r: int) -> None:
         super().__init__()
@@ -305,9 +314,9 @@ class _LowRankUpdate(nn.Module):
 
 
 def _choose_head(model: nn.Module, config: ModelConfig, *, new_head: bool) -> None:
-    """Freeze what of the head is not trained.
+    """Freeze the part of the head that is not trained.
 
-    A frozen layer of random values would throw the encoder's features about; a new one starts as the identity.
+    A new frozen layer is the identity: random values would mix the encoder's features.
     """
     layers = head_layers(model)
     for layer in layers.values():

@@ -73,7 +73,7 @@ class Recipe(Section):
             faults += [f"{path}: {fault}" for fault in _explain_faults(error, values)]
         faults += [f"{path}: {fault}" for fault in _find_conflicts(values)]
         if recipe is None or faults:
-            raise RecipeError("\n".join(faults))
+            raise RecipeError(*faults)
         return recipe
 
     @property

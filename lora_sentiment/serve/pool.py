@@ -22,15 +22,25 @@ from torch import nn
 from lora_sentiment.adapter.folder import PROBE_TOLERANCE, Card, Loaded, load, load_card
 from lora_sentiment.adapter.safe_files import read_header
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
-from lora_sentiment.classifier import prepare_engine
 from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad, take_rows
 from lora_sentiment.data.packing import cut_packed
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.fast.encoder import FastForward, has_packable_heads, why_not_on
-from lora_sentiment.fast.mixed import Parts, compute_mixed, compute_mixed_packed, read_parts
+from lora_sentiment.fast import (
+    FastForward,
+    Parts,
+    UnsupportedModelError,
+    compute_mixed,
+    compute_mixed_packed,
+    has_packable_heads,
+    read_parts,
+    why_not_on,
+)
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.engine import Engine
-from lora_sentiment.models.load import Base, load_base, resolve_dtype
+from lora_sentiment.models.inference import prepare_engine
+from lora_sentiment.models.load import Base, load_base
 from lora_sentiment.models.parameters import inference_tokens
+from lora_sentiment.models.wrap import head_layers
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training.processes import join_launch
 from lora_sentiment.training.signals import is_out_of_memory
@@ -296,10 +306,13 @@ class Pool:
         if reason is None and shares:
             fresh = _copy_with_labels(self._fresh, card.labels)
             loaded = load(folder, base=self._source, fresh=fresh)
-            part = read_parts(loaded.model, dtype=self._dtype, device=self._device)
-            if isinstance(part, Parts):
-                return loaded, part
-            reason = part
+            head = list(head_layers(loaded.model).values())
+            try:
+                return loaded, read_parts(
+                    loaded.model, head=head, dtype=self._dtype, device=self._device
+                )
+            except UnsupportedModelError as error:
+                reason = error.reason
         if reason is not None:
             log.info("%r: served merged: %s", folder.name, reason)
         loaded = load(folder, base=self._source, device=self._device)

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from lora_sentiment.data.batches import Encoded, cut, make_batch
 from lora_sentiment.data.packing import Packed, PackPlan, cut_packed, pack
-from lora_sentiment.fast.attention import attention_backends
-from lora_sentiment.fast.graphs import GraphRunner
-from lora_sentiment.fast.transfer import HostBuffers
+from lora_sentiment.fast import GraphRunner, HostBuffers, attention_backends
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 """From logits (num_rows, num_labels) and labels (num_rows,) to the loss summed over rows."""

@@ -26,7 +26,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
 
 from lora_sentiment.errors import TrainingError
-from lora_sentiment.files import sync_folder, take_place
+from lora_sentiment.files import replace_atomically, sync
 from lora_sentiment.training.history import History
 
 log = logging.getLogger("lora_sentiment")
@@ -160,14 +160,14 @@ def save_checkpoint(store: Store, progress: Progress, tensors: Mapping[str, torc
     try:
         if not store.folder.exists():
             store.folder.mkdir()
-            sync_folder(store.run_folder)
+            sync(store.run_folder)
         remove(aside)
         aside.mkdir()
         for name, content in files.items():
             _write(aside / name, content)
         # A damaged one stands here if the run was resumed from an older one.
         remove(place)
-        take_place(aside, place)
+        replace_atomically(aside, place)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         num_bytes = sum(map(len, files.values()))

@@ -20,8 +20,7 @@ from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import Encoded, plan_epoch, shard
 from lora_sentiment.data.packing import choose_sizes, plan_packing
 from lora_sentiment.errors import DivergedError, StoppedError, TrainingError
-from lora_sentiment.fast.encoder import takes_packed_rows
-from lora_sentiment.fast.graphs import GraphRunner
+from lora_sentiment.fast import GraphRunner, takes_packed_rows
 from lora_sentiment.models.inference import packs_rows, predict_logits
 from lora_sentiment.models.wrap import (
     after_step,

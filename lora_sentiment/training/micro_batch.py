@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_sentiment.errors import TrainingError
-from lora_sentiment.fast.attention import attention_backends
+from lora_sentiment.fast import attention_backends
 from lora_sentiment.models.inference import compute_packed, packs_rows
 from lora_sentiment.models.parameters import inference_tokens
 from lora_sentiment.training.signals import is_out_of_memory

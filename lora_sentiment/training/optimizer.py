@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from lora_sentiment.fast.graphs import GraphRunner
+from lora_sentiment.fast import GraphRunner
 from lora_sentiment.recipe.train import TrainConfig
 
 

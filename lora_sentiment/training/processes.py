@@ -25,7 +25,7 @@ from lora_sentiment.errors import (
     RecipeError,
     TrainingError,
 )
-from lora_sentiment.models.load import resolve_dtype
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.training.signals import SIGNALS
 
 log = logging.getLogger("lora_sentiment")

@@ -66,7 +66,7 @@ def make_report(
         report["quantisation"] = quantisation.as_dict()
     if offline:
         report["offline"] = offline
-    report["data"] = data.as_dict()
+    report["data"] = data
     return report
 
 

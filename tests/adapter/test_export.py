@@ -1,4 +1,5 @@
-"""Exports answer as the merged model does, in another runtime, and are not handed out where they don't."""
+"""Exports answer as the merged model does, in another runtime, and are not handed out where they
+don't."""
 
 import json
 import shutil
@@ -87,7 +88,8 @@ def exported(adapter, tmp_path_factory):
 
 @pytest.fixture
 def traced(exported, monkeypatch) -> None:
-    """Take the graph that was traced before: tracing takes seconds, and most tests are not about it."""
+    """Take the graph that was traced before: tracing takes seconds, and most tests are not about
+    it."""
     monkeypatch.setattr(
         export_module, "write_graph", lambda model, path: shutil.copyfile(exported[0] / PLAIN, path)
     )

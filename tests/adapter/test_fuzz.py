@@ -1,4 +1,5 @@
-"""Adapter folders that anyone may have altered: each loads to the same logits, or is refused in one line."""
+"""Adapter folders that anyone may have altered: each loads to the same logits, or is refused in one
+line."""
 
 import contextlib
 import copy
@@ -187,7 +188,8 @@ def change_json(rng, values, options):
 
 
 def change_bytes(rng, data):
-    """Flip, cut, insert or overwrite somewhere; the header of a safetensors file more often than its tensors."""
+    """Flip, cut, insert or overwrite somewhere; the header of a safetensors file more often than
+    its tensors."""
     place = rng.randrange(min(len(data), rng.choice([8, 200, 2000, len(data)])))
     run = rng.choice([1, 2, 8, 100])
     match rng.choice(["flip", "flip", "truncate", "insert", "cut", "repeat", "number", "grow"]):
@@ -247,7 +249,8 @@ def change_kind(rng, path, outside):
 
 
 def mutate(rng, folder, outside):
-    """Change one file of a folder; three times in four, make card.json agree, as someone would who takes care."""
+    """Change one file of a folder; three times in four, make card.json agree, as someone would who
+    takes care."""
     shares = {"card.json": 3, "adapter_config.json": 5, "tokenizer.json": 1} | dict.fromkeys(
         WEIGHTS, 3
     )
@@ -285,7 +288,8 @@ class Largest(TorchDispatchMode):
 
 
 class Watch:
-    """Notes what is opened, started or imported while `inside` names the folders that may be read."""
+    """Notes what is opened, started or imported while `inside` names the folders that may be
+    read."""
 
     def __init__(self):
         self.inside, self.found = (), []
@@ -358,7 +362,8 @@ def at_most_seconds(seconds):
 
 
 def attempt(folder, *, traced):
-    """Load a folder and ask it; return the logits or the refusal, torch's largest tensor and Python's peak in bytes.
+    """Load a folder and ask it; return the logits or the refusal, torch's largest tensor and
+    Python's peak in bytes.
 
     Tracing makes this five times slower.
     """

@@ -88,7 +88,8 @@ def test_threads_are_those_asked_for_or_all_usable_cores(value, expected, monkey
 def test_opening_a_file_imports_no_torch(tmp_path):
     path = write_graph(tmp_path / "a.onnx")
     code = (
-        "import sys; from pathlib import Path; from lora_sentiment.adapter.onnx import open_session; "
+        "import sys; from pathlib import Path; from lora_sentiment.adapter.onnx import "
+        "open_session; "
         f"open_session(Path({str(path)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

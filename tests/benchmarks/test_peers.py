@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_sentiment.fast.encoder import use_stock_encoder
-from lora_sentiment.models.load import resolve_dtype
+from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.training import loop
 from tests.conftest import FILLERS, toy_rows, write_csv
 

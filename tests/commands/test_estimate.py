@@ -1,10 +1,8 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 import lora_sentiment.commands.estimate as estimate_module
 from lora_sentiment.commands.estimate import (
@@ -19,7 +17,6 @@ from lora_sentiment.commands.estimate import (
 )
 from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.models.families import Shape
-from lora_sentiment.models.load import resolve_dtype
 from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.parameters import inference_tokens, micro_batch_tokens
 from lora_sentiment.recipe.model import ModelConfig
@@ -249,20 +246,3 @@ def test_estimate_imports_nothing_heavy(toy_recipe):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "[]"
     assert "fits: " in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("flags", "size"), [("avx2", 4), ("avx512f avx512_bf16", 4), ("avx512_bf16 amx_bf16", 2)]
-)
-def test_the_estimate_takes_auto_for_the_dtype_that_training_does(monkeypatch, flags, size):
-    read = Path.read_text
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda self, **how: flags if self.name == "cpuinfo" else read(self, **how),
-    )
-    monkeypatch.setattr(Path, "is_file", lambda self: True)
-    monkeypatch.setattr(estimate_module, "_has_gpu", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags.split(), True))
-    assert estimate_module._native_bytes() == size
-    assert resolve_dtype("auto", torch.device("cpu")).itemsize == size

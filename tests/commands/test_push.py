@@ -283,7 +283,7 @@ def test_private_makes_a_private_repository_and_refuses_a_public_one(exported, h
         hub.answer,
     )
     hub.private = False
-    with pytest.raises(ModelError, match="all can see it, but private was asked"):
+    with pytest.raises(ModelError, match="is public, but --private was given"):
         push(exported, NAME, private=True)
     assert hub.files is None
     push(exported, NAME)

@@ -164,48 +164,28 @@ def test_ids_that_were_half_written_are_made_again(folder, encoder, in_memory, m
     assert same(encoder.encode(rows_of()), in_memory)
 
 
-def test_two_runs_at_once_do_not_disturb_each_other(folder, encoder, in_memory, monkeypatch):
-    take_place, both, found = cache.take_place, threading.Barrier(2), []
+def test_a_second_run_waits_for_the_ids_of_the_first(folder, encoder, in_memory, monkeypatch):
+    started = threading.Event()
+    tokenise = TextEncoder.tokenise
+    calls = []
 
-    def together(aside, place):
-        both.wait(60)  # both have written all of it, and neither has given it its name
-        take_place(aside, place)
+    def slowly(self, texts):
+        calls.append(len(texts))
+        started.set()
+        time.sleep(0.2)
+        return tokenise(self, texts)
 
-    monkeypatch.setattr(cache, "take_place", together)
-    runs = [
-        threading.Thread(target=lambda: found.append(encoder.encode(rows_of()))) for _ in range(2)
-    ]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(120)
-    assert len(found) == 2
+    monkeypatch.setattr(TextEncoder, "tokenise", slowly)
+    found = []
+    first = threading.Thread(target=lambda: found.append(encoder.encode(rows_of())))
+    first.start()
+    assert started.wait(60)
+    found.append(encoder.encode(rows_of()))
+    first.join(60)
     assert all(same(own, in_memory) for own in found)
+    assert len(found) == 2
+    assert sum(calls) == len(TEXTS)
     assert len(list(folder.iterdir())) == 1
-
-
-@pytest.mark.parametrize("damaged", [True, False])
-def test_what_another_run_made_whole_meanwhile_stays(
-    folder, encoder, in_memory, monkeypatch, damaged
-):
-    """Both found it damaged, or not there: the second to finish leaves the first one's, which may be in use."""
-    if damaged:
-        encoder.encode(rows_of())
-        next(folder.glob("*/card.json")).write_text("{}")
-    opened, first = cache._open, []
-
-    def overtaken(place):
-        found = opened(place)
-        if not first:
-            first.append(None)
-            encoder.encode(rows_of())
-            (place / "of the first").touch()
-        return found
-
-    monkeypatch.setattr(cache, "_open", overtaken)
-    assert same(encoder.encode(rows_of()), in_memory)
-    (place,) = folder.iterdir()
-    assert (place / "of the first").exists()
 
 
 def test_names_that_go_while_old_ones_are_looked_for_are_no_matter(
@@ -215,7 +195,7 @@ def test_names_that_go_while_old_ones_are_looked_for_are_no_matter(
     (folder / "nowhere").symlink_to(folder / "no such")
     listed = Path.iterdir
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "iterdir", lambda self: [*listed(self), self / ".renamed"])
+        patch.setattr(Path, "iterdir", lambda self: [*listed(self), self / ".removed"])
         assert same(encoder.encode(rows_of()), in_memory)
     assert caplog.text == ""
     assert len(list(folder.iterdir())) == 2

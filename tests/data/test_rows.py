@@ -336,7 +336,8 @@ def test_some_hidden_labels_are_bad_rows_and_minus_one_can_be_a_label(toy):
 
 def test_files_have_no_splits_to_name(toy):
     with pytest.raises(
-        DataError, match=r"data\.splits: found .* but .* are files; files by role are data\.source="
+        DataError,
+        match=r"data\.splits: found .* but .* are files; name files by role: data\.source=",
     ):
         load_data(DataConfig(source=str(toy / "train.csv"), splits={"train": "train"}))
 

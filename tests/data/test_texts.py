@@ -12,29 +12,22 @@ from hypothesis import strategies as st
 from lora_sentiment.data import batches
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.rows import Rows, load_data
-from lora_sentiment.data.texts import Texts, TextsWriter
+from lora_sentiment.data.texts import Texts, store_texts
 from lora_sentiment.errors import DataError
 from lora_sentiment.recipe.data import DataConfig
-
-
-def write(texts):
-    writer = TextsWriter()
-    for text in texts:
-        writer.write(text)
-    return writer.finish()
 
 
 @given(st.lists(st.text(max_size=30)))
 @example(["half a pair: \udcff", ""])
 def test_texts_come_back_as_they_were_written(texts):
-    found = write(texts)
+    found = store_texts(texts)
     assert len(found) == len(texts)
     assert list(found) == found[:] == texts
     assert [found[i] for i in range(-len(texts), len(texts))] == texts * 2
 
 
 def test_what_is_taken_keeps_its_order_and_can_be_taken_from_again():
-    found = write(map(str, range(2500))).take(np.arange(2499, -1, -1))
+    found = store_texts(map(str, range(2500))).take(np.arange(2499, -1, -1))
     assert list(found) == [str(i) for i in range(2499, -1, -1)]
     assert found[1:9:3] == ["2498", "2495", "2492"]
     assert list(found.take(np.array([2, 0]))) == ["2497", "2499"]
@@ -53,18 +46,22 @@ def test_rows_of_a_source_lie_outside_memory_and_count_as_those_in_it(toy):
 
 def test_no_name_holds_a_text(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    writer = TextsWriter()
-    writer.write("secret")
-    assert list(tmp_path.iterdir()) == []
-    assert writer.finish()[0] == "secret"
+    listed = []
+
+    def texts():
+        yield "secret"
+        listed.extend(tmp_path.iterdir())
+
+    assert store_texts(texts())[0] == "secret"
+    assert listed == []
 
 
 def test_no_room_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(
-        DataError, match=r"none: the texts that were read cannot be put into .*No such file.*TMPDIR"
+        DataError, match=r"none: the texts cannot be written to .*No such file.*TMPDIR"
     ):
-        write(["a"])
+        store_texts(["a"])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device without room is Linux's")
@@ -75,18 +72,18 @@ def test_room_that_ends_at_the_last_byte_is_the_same_message(tmp_path, monkeypat
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))  # noqa: SIM115
     with pytest.raises(
         DataError,
-        match=rf"{tmp_path}: the texts that were read .*No space left on device; free some",
+        match=rf"{tmp_path}: the texts .*No space left on device; free some",
     ):
-        write([text])
+        store_texts([text])
 
 
 def test_no_temporary_folder_at_all_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
     with pytest.raises(
-        DataError, match=r"^the texts that were read .*: No usable temporary directory .*set TMPDIR"
+        DataError, match=r"^the texts .*: No usable temporary directory .*set TMPDIR"
     ):
-        write(["a"])
+        store_texts(["a"])
 
 
 class Counting(mmap.mmap):

@@ -18,7 +18,7 @@ from lora_sentiment.fast.encoder import use_fast_encoder
 from lora_sentiment.models.inference import make_engine, predict_logits
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.memory import Plan
-from lora_sentiment.models.quantisation import Cut, measure_quantisation
+from lora_sentiment.models.quantisation import measure_quantisation
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.tasks.single_label import loss_sum
@@ -121,7 +121,9 @@ def test_measuring_quantisation_runs_without_cudnn(base, tiny_base, backends):
         base,
         plan,
         engine="stock",
-        cut=Cut(rows=2, length=16, batch_size=2),
+        rows=2,
+        length=16,
+        batch_size=2,
         input_ids=[[2, 5, 6, 3], [2, 9, 3]],
         dtype=torch.float32,
         device=CPU,

@@ -17,12 +17,11 @@ from transformers.models.distilbert.modeling_distilbert import DistilBertModel
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.fast.encoder import (
-    LowRank,
-    checkpoint_activations,
     low_rank,
     use_fast_encoder,
     use_stock_encoder,
 )
+from lora_sentiment.models.wrap import checkpoint_activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
@@ -516,12 +515,10 @@ def test_arguments_it_cannot_honour_are_refused(changes: dict[str, Any]) -> None
 
 def test_low_rank_reads_one_linear_by_reference() -> None:
     attention_module = find_encoder(make_lora(use_rslora=True)).transformer.layer[0].attention
-    answer = low_rank(attention_module.q_lin)
-    assert isinstance(answer, LowRank)
+    answer = low_rank(attention_module.q_lin, "q_lin")
     assert answer.A is attention_module.q_lin.lora_A["default"].weight
     assert answer.scale == 8 / 4**0.5
-    plain = low_rank(attention_module.k_lin)
-    assert isinstance(plain, LowRank)
+    plain = low_rank(attention_module.k_lin, "k_lin")
     assert plain.weight is attention_module.k_lin.weight
     assert plain.A is None
 

@@ -11,21 +11,21 @@ from torch.nn import functional
 from lora_sentiment.data.batches import Encoded, pad
 from lora_sentiment.data.packing import pack_rows
 from lora_sentiment.fast.encoder import (
-    checkpoint_activations,
     takes_packed_rows,
     use_fast_encoder,
     use_stock_encoder,
 )
 from lora_sentiment.fast.kernels import Adapter, Linear, cast_adapters, linear
+from lora_sentiment.fast.transfer import round_size
 from lora_sentiment.models import inference
 from lora_sentiment.models.inference import (
     compute_packed,
     make_engine,
     packs_rows,
     predict_logits,
-    round_size,
 )
 from lora_sentiment.models.load import load_base
+from lora_sentiment.models.wrap import checkpoint_activations
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training.processes import make_accelerator
 from tests.fast.test_encoder import (

@@ -73,7 +73,7 @@ def test_activations_and_peak_are_what_the_code_holds(shape, method, options, mo
         saved, peak = run(model, monkeypatch, rows=ROWS, length=length, **how)
         found = estimate_memory(plan, rows=ROWS, length=length, batch_size=ROWS)
         assert found.activations == pytest.approx(saved, rel=0.05, abs=2**20)
-        assert found.activations + found.workspace == pytest.approx(peak, rel=0.05)
+        assert found.activations + found.workspace == pytest.approx(peak, rel=0.06)
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)

@@ -7,7 +7,6 @@ from transformers import AutoTokenizer, BertConfig, BertModel, DistilBertForSequ
 
 from lora_sentiment.commands.estimate import look_up
 from lora_sentiment.errors import ModelError
-from lora_sentiment.models import load as base_module
 from lora_sentiment.models.load import (
     check_base,
     encoder_tensors,
@@ -15,7 +14,6 @@ from lora_sentiment.models.load import (
     hash_tokenizer,
     load_base,
     refuse_unquantisable,
-    resolve_dtype,
 )
 from lora_sentiment.models.wrap import make_trainable
 from lora_sentiment.recipe.method import LoraMethod
@@ -159,43 +157,6 @@ def test_a_base_in_ones_home_is_found(tiny_base, monkeypatch):
         check_base(config("~/nothing"))
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": True}, torch.float32),
-        ({"avx2": True}, torch.float32),
-    ],
-)
-def test_auto_takes_bf16_only_where_the_cpu_multiplies_it_faster(
-    monkeypatch, capabilities, expected
-):
-    monkeypatch.setattr(base_module.torch.cpu, "get_capabilities", lambda: capabilities)
-    assert resolve_dtype("auto", torch.device("cpu")) == expected
-    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("capability", "expected"), [((8, 0), torch.bfloat16), ((7, 5), torch.float16)]
-)
-def test_auto_takes_fp16_on_older_cards(monkeypatch, capability, expected):
-    monkeypatch.setattr(base_module.torch.cuda, "get_device_capability", lambda device: capability)
-    assert resolve_dtype("auto", torch.device("cuda")) == expected
-
-
-@pytest.mark.parametrize("kind", ["mps", "xpu"])
-def test_other_devices_compute_in_float32_alone(monkeypatch, kind):
-    monkeypatch.setattr(base_module.torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    device = torch.device(kind)
-    assert resolve_dtype("auto", device) == torch.float32
-    assert resolve_dtype("float32", device) == torch.float32
-    for name in ("bfloat16", "float16"):
-        with pytest.raises(
-            ModelError, match=f"found '{name}'; on {kind} only float32 was made to work; set auto"
-        ):
-            resolve_dtype(name, device)
-
-
 def test_a_base_is_not_quantised_where_bitsandbytes_may_run_fetched_code(tiny_base):
     quantised = config(tiny_base, quantize="nf4")
     for kind in ("cpu", "cuda", "xpu"):
@@ -228,9 +189,9 @@ def test_a_head_whose_labels_stand_in_another_order_is_refused(tiny_base, tmp_pa
     [
         (
             {"_attn_implementation": "someone/kernel"},
-            "asks for the kernel 'someone/kernel' to be fetched and run",
+            "asks to fetch and run the kernel 'someone/kernel'",
         ),
-        ({"attn_implementation": "someone/kernel"}, "asks for the kernel"),
+        ({"attn_implementation": "someone/kernel"}, "asks to fetch and run the kernel"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes"}},
             "is quantised already; name the checkpoint",

@@ -6,7 +6,7 @@ from transformers import DistilBertConfig, DistilBertModel
 
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.memory import Plan
-from lora_sentiment.models.quantisation import Cut, Quantisation, _fill_batch, measure_quantisation
+from lora_sentiment.models.quantisation import Quantisation, _fill_batch, measure_quantisation
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.model import ModelConfig
 
@@ -33,7 +33,9 @@ def test_a_quantised_base_is_smaller_and_near(wide_base, quantize, most):
         base,
         plan,
         engine="auto",
-        cut=Cut(rows=1000, length=16, batch_size=2000),
+        rows=1000,
+        length=16,
+        batch_size=2000,
         input_ids=IDS,
         dtype=torch.float32,
         device=torch.device("cpu"),
@@ -94,7 +96,7 @@ def test_the_verdict_says_plainly_when_it_did_not_help(peak, helped):
 
 
 def test_a_batch_to_time_has_the_shape_of_a_micro_batch():
-    assert _fill_batch(IDS, Cut(rows=2, length=5, batch_size=2)).tolist() == [
+    assert _fill_batch(IDS, rows=2, length=5).tolist() == [
         [2, 5, 6, 3, 2],
         [9, 3, 2, 5, 6],
     ]

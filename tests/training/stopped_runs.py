@@ -181,7 +181,7 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
 def watch_saves(reach: Callable[[str], None]) -> None:
     """Call `reach` before and in the middle of every write, rename and removal of a save in this process."""
     save, write, take, remove = (
-        checkpoint.save_checkpoint, checkpoint._write, checkpoint.take_place, checkpoint.remove,
+        checkpoint.save_checkpoint, checkpoint._write, checkpoint.replace_atomically, checkpoint.remove,
     )  # fmt: skip
 
     def watched_write(path: Path, content: bytes) -> None:
@@ -208,7 +208,7 @@ def watch_saves(reach: Callable[[str], None]) -> None:
         reach("end")
         return found
 
-    checkpoint._write, checkpoint.take_place, checkpoint.remove = (
+    checkpoint._write, checkpoint.replace_atomically, checkpoint.remove = (
         watched_write,
         watched_take,
         watched_remove,

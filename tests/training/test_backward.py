@@ -18,10 +18,10 @@ from torch import nn
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import StoppedError, TrainingError
-from lora_sentiment.fast.encoder import checkpoint_activations, use_fast_encoder
+from lora_sentiment.fast.encoder import use_fast_encoder
 from lora_sentiment.fast.graphs import GraphRunner
 from lora_sentiment.models.load import load_base
-from lora_sentiment.models.wrap import make_trainable, trainable_tensors
+from lora_sentiment.models.wrap import checkpoint_activations, make_trainable, trainable_tensors
 from lora_sentiment.recipe.method import (
     FullMethod,
     HeadMethod,

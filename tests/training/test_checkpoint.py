@@ -159,7 +159,7 @@ def refuse_call(monkeypatch, number: int) -> list[str]:
     calls = [
         (os, "fsync"),
         (Path, "mkdir"),
-        (Path, "rename"),
+        (Path, "replace"),
         (checkpoint, "_write"),
         (checkpoint.shutil, "rmtree"),
     ]
@@ -204,7 +204,7 @@ def test_whichever_call_of_a_save_finds_the_disk_full_a_whole_one_stays(
         "mkdir",
         *["_write"] * 3,
         *["fsync"] * 4,
-        "rename",
+        "replace",
         "fsync",
         "rmtree",
     ]
@@ -252,7 +252,7 @@ def test_a_rename_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     def fail(aside, place):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "take_place", fail)
+    monkeypatch.setattr(checkpoint, "replace_atomically", fail)
     with pytest.raises(
         TrainingError, match="step-00000006: the checkpoint cannot be written: Input/output error"
     ):
