@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 
 EXIT_STOPPED = 75
-"""Exit code of a run that a signal stopped after it was saved: EX_TEMPFAIL of sysexits.h, try again."""
+"""Exit code of a run that was saved when a signal stopped it: EX_TEMPFAIL of sysexits.h."""
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
@@ -480,16 +480,7 @@ def estimate(
         return
     notes = estimation.make_notes(found)
     if probed:
-        beyond = (
-            f" beyond the {probed.baseline / 2**20:,.0f} MiB of its imports"
-            if probed.baseline
-            else ""
-        )
-        notes.append(
-            f"probe: {probed.rows} rows of {probed.length} tokens held {probed.measured / 2**20:,.0f} MiB{beyond}; "
-            f"estimated {probed.estimated / 2**20:,.0f} MiB "
-            f"({probed.error:+.1%})"
-        )
+        notes.append(str(probed))
     show_table(estimation.make_columns(found), notes, left=())
 
 

@@ -1,4 +1,4 @@
-"""A recipe's data, read and counted before anything is trained."""
+"""Read and count a recipe's data before anything is trained."""
 
 import logging
 
@@ -21,11 +21,11 @@ log = logging.getLogger("lora_sentiment")
 
 
 def describe_data(recipe: Recipe) -> DataReport:
-    """Read every split of a recipe, what is judged too, and count what stands in it; no weights are loaded.
+    """Read every split of a recipe, judged ones too, and count its rows. No weights are loaded.
 
     Raises:
-        DataError: For a source, column, label or row that cannot be used.
-        ModelError: If the base's tokenizer, which decides the lengths, cannot be had, or the base is refused already.
+        DataError: If a source, column, label or row cannot be used.
+        ModelError: If the base is refused, or its tokenizer, which decides the lengths, is missing.
     """
     PartialState(cpu=not torch.accelerator.is_available())
     recipe, offline = resolve_offline(recipe)
@@ -35,14 +35,14 @@ def describe_data(recipe: Recipe) -> DataReport:
     max_length, truncation = recipe.model.max_length, recipe.model.truncation
     encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
     encoded = {"train": encoder.encode(data.train), "validation": encoder.encode(data.validation)}
-    found = describe_seen(data, encoded, max_length=max_length)
+    report = describe_seen(data, encoded, max_length=max_length)
     judged = load_all_judged(recipe.data, data)
     for fault in judged.faults.values():
         raise fault
-    found |= describe_unlabelled(judged.unlabelled)
+    report |= describe_unlabelled(judged.unlabelled)
     for role, rows in judged.rows.items():
         encoded_rows = encoder.encode(rows)
-        found[role] = describe_judged(data, judged, role, encoded_rows, max_length=max_length)
+        report[role] = describe_judged(data, judged, role, encoded_rows, max_length=max_length)
     if offline:
         log.warning("%s", offline)
-    return found
+    return report

@@ -1,4 +1,4 @@
-"""Judge a saved adapter: everything is rebuilt from its folder alone."""
+"""Score a saved adapter, rebuilt from its folder alone."""
 
 import logging
 from dataclasses import dataclass
@@ -30,11 +30,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
-        return {
-            "split": self.split,
-            "num_rows": self.num_rows,
-            **{k: v.as_dict() for k, v in self.scores.items()},
-        }
+        scores = {name: interval.as_dict() for name, interval in self.scores.items()}
+        return {"split": self.split, "num_rows": self.num_rows, **scores}
 
 
 def evaluate(
@@ -48,10 +45,11 @@ def evaluate(
     """Score an adapter folder.
 
     Args:
-        folder: An adapter folder; its base is found where the card says and its hash checked.
-        source: Rows to judge on instead of the recorded source: a file or Hub data set, read with the recorded columns.
-        split: A judged role, such as `test`, or `validation` as training had it; of a source given now, the name of
-            its split.
+        folder: An adapter folder. Its base is found where the card says, and checked by its hash.
+        source: Rows to score on instead of the recorded source: a file or a Hub data set with the
+            recorded columns.
+        split: A judged role, such as `test`, or `validation` as training had it. Of `source`, the
+            name of its split.
         base: Where to find the base, if not where the card says.
         dtype: Compute dtype, as `model.dtype` of a recipe.
 
@@ -66,28 +64,27 @@ def evaluate(
     compute_dtype = resolve_dtype(dtype, accelerator.device)
     model = make_fast(loaded.model, dtype=compute_dtype, device=accelerator.device)
     rows = _read(card, source, split)
-    main = accelerator.is_main_process
+    is_main = accelerator.is_main_process
     encoder = TextEncoder.of(
         loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
     )
-    encoded = encoder.encode(rows, progress=main)
+    encoded = encoder.encode(rows, progress=is_main)
     with explain_lost_process(state):
         logits = predict_logits(
-            model, encoded, accelerator=accelerator, progress=split if main else None
+            model, encoded, accelerator=accelerator, progress=split if is_main else None
         )
-    found = score_calibrated(logits, encoded.labels, calibration=card.calibration)
-    return Evaluation(split=split, num_rows=len(rows), scores=found)
+    scores = score_calibrated(logits, encoded.labels, calibration=card.calibration)
+    return Evaluation(split=split, num_rows=len(rows), scores=scores)
 
 
 def _read(card: Card, source: str | None, split: str) -> Rows:
-    """Return the rows of a split: of a source given now, or of the recorded one."""
-    config, labels = card.data.config, tuple(card.labels)
+    """Return the rows of a split of `source`, or of the recorded source."""
+    config = card.data.config
     if is_on_hub(source or config.source):
         prepare_hub()
     if source is not None:
-        # A lone file is what to judge on, whatever split its maker called it.
         given = config.model_copy(update={"source": source, "config": None, "revision": None})
-        return load_rows(given, split=split, labels=labels)[0]
+        return load_rows(given, split=split, labels=tuple(card.labels))[0]
     try:
         return _read_recorded(card, split)
     except DataError as error:
@@ -95,7 +92,7 @@ def _read(card: Card, source: str | None, split: str) -> Rows:
 
 
 def _read_recorded(card: Card, role: str) -> Rows:
-    """Return the rows that training judged or chose on, by their role."""
+    """Return the rows of a role that training judged, or of validation."""
     config = card.data.config
     judged = find_source(config).judged
     if role in judged:
@@ -116,7 +113,7 @@ def _read_recorded(card: Card, role: str) -> Rows:
         carved, recorded = data.carved_test, card.data.carved_test_sha256
     if carved.fingerprint != recorded:
         raise AdapterError(
-            f"{config.source}: changed since training, so its {role} rows are other ones and may have been trained "
-            "on; name rows with --source"
+            f"{config.source}: changed since training, so its {role} rows are other ones and may "
+            "have been trained on; name rows with --source"
         )
     return carved

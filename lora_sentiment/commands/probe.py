@@ -49,6 +49,16 @@ class Probe:
         """Return the figures for JSON."""
         return {**vars(self), "error": self.error}
 
+    def __str__(self) -> str:
+        mib = 2**20
+        held = f"{self.measured / mib:,.0f} MiB"
+        if self.baseline:
+            held += f" beyond the {self.baseline / mib:,.0f} MiB of its imports"
+        return (
+            f"probe: {self.rows} rows of {self.length} tokens held {held}; estimated "
+            f"{self.estimated / mib:,.0f} MiB ({self.error:+.1%})"
+        )
+
 
 def probe(recipe: Recipe, *, in_use: bool = True) -> Probe:
     """Run two real optimizer steps at the longest length in a fresh process, and hold the estimate against them.

@@ -3,8 +3,6 @@
 import json
 import logging
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import try_to_load_from_cache
 
 from lora_sentiment import bundled
@@ -14,6 +12,7 @@ from lora_sentiment.hub import Answer, ask_hub, is_hub_name, use_cache_only
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.training.processes import run_on_main
 
 log = logging.getLogger("lora_sentiment")
 _KEPT = {"source", "clean", "split_seed"}
@@ -37,11 +36,7 @@ def resolve_offline(recipe: Recipe) -> tuple[Recipe, str | None]:
     names = _list_hub_names(recipe)
     if not names:
         return recipe, None
-    state = PartialState()
-    facts: list[tuple[Answer, list[str]] | None] = [None]
-    if state.is_main_process:
-        facts = [_look(recipe, names)]
-    answer, missing = broadcast_object_list(facts)[0]
+    answer, missing = run_on_main(lambda: _look(recipe, names))
     if answer.status is not None:
         return recipe, None
     use_cache_only(answer)

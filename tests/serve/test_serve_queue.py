@@ -180,3 +180,14 @@ def test_a_closed_line_takes_nothing_new_and_computes_what_waits_at_once():
         return len(await asyncio.wait_for(waiting, timeout=30)), len(await late)
 
     assert in_line(ask, batch_wait_ms=60_000.0) == (1, 1)
+
+
+def test_a_request_is_computed_no_further_after_one_of_its_batches_failed():
+    async def ask(queue, pool):
+        pool.fault = RuntimeError("no such kernel")
+        with pytest.raises(RefusalError, match="could not be computed"):
+            await queue.ask(ONE, [TEXT] * 3)
+        await queue.ask(TWO, [TEXT])
+        return pool.batches
+
+    assert in_line(ask, batch_tokens=4) == [1, 1]
