@@ -16,7 +16,7 @@ from lora_sentiment.adapter.comparison import (
     make_reference,
     without_reasons,
 )
-from lora_sentiment.adapter.folder import load_card
+from lora_sentiment.adapter.folder import Card, load_card
 from lora_sentiment.adapter.graph import check_packages, quantise_graph, write_graph
 from lora_sentiment.adapter.merge import (
     TOKENIZER,
@@ -148,25 +148,11 @@ def export(
         labels = read_labels(merged)
         for name in COPIED:
             shutil.copyfile(merged / name, aside / name)
-        # In fp32, whatever the dtype of the merged model is.
-        config = ModelConfig(
-            name=str(merged.resolve()), max_length=record.max_length, dtype="float32"
-        )
-        model = load_base(config, labels=labels)
-        model.model.eval()
-        encoder = TextEncoder.of(
-            model.tokenizer, max_length=record.max_length, truncation=record.truncation
-        )
-        reference = make_reference(
-            make_engine(model.model),
-            "merged",
-            card=card,
-            encoder=encoder,
-            max_rows=max_rows,
-            progress=progress,
+        model, reference = _load_merged(
+            merged, record, labels, card, max_rows=max_rows, progress=progress
         )
         (aside / "onnx").mkdir()
-        write_graph(model.model, aside / PLAIN)
+        write_graph(model, aside / PLAIN)
         engines = {PLAIN: open_session(aside / PLAIN)}
         compared = {"onnx": _compare_exact(reference, engines[PLAIN], out)}
         speed: dict[str, float] = {}
@@ -212,6 +198,33 @@ def _read_merged(folder: Path) -> MergeRecord:
         raise AdapterError(f"{folder}: was exported before; name the adapter, or the merged folder")
     check_merge_record(folder, record, needed=(WEIGHTS, *TOKENIZER))
     return record
+
+
+def _load_merged(
+    folder: Path,
+    record: MergeRecord,
+    labels: tuple[str, ...],
+    card: Card | None,
+    *,
+    max_rows: int,
+    progress: bool,
+) -> tuple[Any, Reference]:
+    """Load a merged model in fp32, whatever its dtype, and compute its answers to compare with."""
+    config = ModelConfig(name=str(folder.resolve()), max_length=record.max_length, dtype="float32")
+    base = load_base(config, labels=labels)
+    base.model.eval()
+    encoder = TextEncoder.of(
+        base.tokenizer, max_length=record.max_length, truncation=record.truncation
+    )
+    reference = make_reference(
+        make_engine(base.model),
+        "merged",
+        card=card,
+        encoder=encoder,
+        max_rows=max_rows,
+        progress=progress,
+    )
+    return base.model, reference
 
 
 def _compare_exact(reference: Reference, engine: Engine, out: Path) -> dict[str, Any]:

@@ -61,11 +61,14 @@ def save_weights(folder: Path, model: nn.Module) -> None:
     if not isinstance(model, PeftModel):
         _save_tensors(folder / CHANGED_WEIGHTS, _get_own_tensors(model))
         return
-    changes = {}
-    if isinstance(model.peft_config["default"], AdaLoraConfig):
-        changes["rank_pattern"] = kept_ranks(model.state_dict())
-    _save_config(folder, model, changes)
-    _save_tensors(folder / PEFT_WEIGHTS, _get_peft_tensors(model))
+    config = model.peft_config["default"]
+    if isinstance(config, AdaLoraConfig):
+        # PEFT cuts the tensors by this record, and renames its keys. Its own record is of the last
+        # step, and the best tensors may be those of an earlier step.
+        config.rank_pattern = kept_ranks(model.state_dict())
+    tensors = _get_peft_tensors(model)
+    _save_config(folder, model, {})
+    _save_tensors(folder / PEFT_WEIGHTS, tensors)
 
 
 def save_as_plain_lora(

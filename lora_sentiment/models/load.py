@@ -273,7 +273,8 @@ def _quantise(
             "bnb_4bit_use_double_quant": config.double_quant,
             "bnb_4bit_compute_dtype": resolve_dtype(config.dtype, device),
         }
-    quantization_config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=list(HEAD))  # type: ignore[no-untyped-call]
+    bits["llm_int8_skip_modules"] = list(HEAD)
+    quantization_config = BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
     # At every layer and call, bitsandbytes warns that int8 products round their input to fp16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with quiet(), _ExplainFailure(config), torch.random.fork_rng(devices=[]):
@@ -307,7 +308,7 @@ def cast_frozen(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -
 
 
 def encoder_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the base encoder's (name, tensor) under the checkpoint's names, with or without PEFT."""
+    """Yield (name, tensor) of the base encoder by the checkpoint's names, with or without PEFT."""
     for name, tensor in model.named_parameters():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if name.startswith("distilbert.") and not re.search(r"\.(lora|ia3|vera)_", name):

@@ -153,12 +153,6 @@ def test_an_altered_file_is_refused_by_its_hash(saved):
         load(saved)
 
 
-def test_a_missing_file_is_refused(saved):
-    (saved / "tokenizer.json").unlink()
-    with pytest.raises(AdapterError, match=r"tokenizer\.json: is missing"):
-        load(saved)
-
-
 def test_a_truncated_file_is_refused(saved):
     path = saved / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
