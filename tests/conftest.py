@@ -182,18 +182,16 @@ def write_csv(
     return path
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    """A folder with train.csv (120 rows) and test.csv (41 rows)."""
+def write_toy(folder: Path) -> Path:
+    """Write train.csv (120 rows) and test.csv (41 rows) into a folder."""
     rows = toy_rows(161)
-    write_csv(tmp_path / "train.csv", rows[:120])
-    write_csv(tmp_path / "test.csv", rows[120:])
-    return tmp_path
+    write_csv(folder / "train.csv", rows[:120])
+    write_csv(folder / "test.csv", rows[120:])
+    return folder
 
 
-@pytest.fixture
-def toy_recipe(toy: Path, tiny_base: Path) -> Path:
-    """A recipe that trains the tiny base on the toy data for a few steps."""
+def write_toy_recipe(toy: Path, tiny_base: Path) -> Path:
+    """Write a recipe that trains the tiny base on the toy data for seven steps."""
     path = toy / "toy.yaml"
     path.write_text(
         f"""\
@@ -207,6 +205,18 @@ output: {{dir: {toy}/adapter}}
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder with train.csv (120 rows) and test.csv (41 rows)."""
+    return write_toy(tmp_path)
+
+
+@pytest.fixture
+def toy_recipe(toy: Path, tiny_base: Path) -> Path:
+    """A recipe that trains the tiny base on the toy data for seven steps."""
+    return write_toy_recipe(toy, tiny_base)
 
 
 @pytest.fixture(scope="session")

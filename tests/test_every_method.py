@@ -86,7 +86,7 @@ REFUSED = {
     "vera": "no VeRA for quantised",
     "lora-pissa": "changes the base's weights",
     "lora-olora": "changes the base's weights",
-    "lora-orthogonal": "in the dtype of the weights",
+    "lora-orthogonal": "have the dtype of the weights",
 }
 PAIRS = [
     pair

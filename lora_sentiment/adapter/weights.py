@@ -61,13 +61,6 @@ def save_weights(folder: Path, model: nn.Module) -> None:
     if not isinstance(model, PeftModel):
         _save_tensors(folder / CHANGED_WEIGHTS, get_saved_tensors(model))
         return
-<<<<<<< HEAD
-    changes = {}
-    if isinstance(model.peft_config["default"], AdaLoraConfig):
-        changes["rank_pattern"] = kept_ranks(model.state_dict())
-    _save_config(folder, model, changes)
-    _save_tensors(folder / PEFT_WEIGHTS, get_saved_tensors(model))
-=======
     config = model.peft_config["default"]
     if isinstance(config, AdaLoraConfig):
         # PEFT cuts the tensors by this record, and renames its keys. Its own record is of the last
@@ -76,7 +69,6 @@ def save_weights(folder: Path, model: nn.Module) -> None:
     tensors = _get_peft_tensors(model)
     _save_config(folder, model, {})
     _save_tensors(folder / PEFT_WEIGHTS, tensors)
->>>>>>> house
 
 
 def save_as_plain_lora(

@@ -1,4 +1,4 @@
-"""Versions, processor, memory, devices and Hub of this machine, with a note for each known problem."""
+"""Versions, processor, memory, devices and Hub of this machine, and its known problems."""
 
 import os
 import platform

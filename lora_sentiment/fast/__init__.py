@@ -1,4 +1,4 @@
-"""A faster forward pass of DistilBERT, and its parts for GPUs. Other packages import them from here.
+"""A faster forward pass of DistilBERT, and its parts for GPUs. Other packages import from here.
 
 It is optional: with `train.engine=stock`, transformers' own forward pass computes everything.
 """

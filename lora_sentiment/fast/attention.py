@@ -8,8 +8,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Backends of `scaled_dot_product_attention` on a GPU: all but cuDNN. It needs 0.1 to 1 s for each new
-shape."""
+"""Backends of `scaled_dot_product_attention` on a GPU: all but cuDNN, which needs 0.1 to 1 s for
+each new shape."""
 
 
 def attention_backends(device: torch.device) -> AbstractContextManager[None]:
@@ -32,9 +32,9 @@ def packed_attention(
 ) -> Tensor:
     """Multi-head attention within each of several packed sequences.
 
-    In a 16-bit dtype, a GPU of compute capability 8.0 or more runs flash attention (Dao 2023). Other
-    GPUs and dtypes take the memory-efficient kernel. Other devices take a mask over all tokens,
-    which is the definition that tests compare with.
+    In a 16-bit dtype, a GPU of compute capability 8.0 or more runs flash attention (Dao 2023).
+    Other GPUs and dtypes take the memory-efficient kernel. Other devices take a mask over all
+    tokens, which is the definition that tests compare with.
 
     Args:
         q: Queries, shape (num_queries, num_heads, head_dim).
@@ -85,7 +85,7 @@ def packed_attention(
 def _masked_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, dropout_p: float
 ) -> Tensor:
-    """Attention of all queries to all keys, with a mask that keeps the keys of the same sequence."""
+    """Attention of all queries to all keys, with a mask for the keys of the same sequence."""
     sequence_of_q = _sequence_numbers(cu_seq_lens_q)
     sequence_of_k = _sequence_numbers(cu_seq_lens_k)
     mask = sequence_of_q[:, None] == sequence_of_k[None, :]

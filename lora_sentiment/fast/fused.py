@@ -17,8 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Programs of the backward pass if a weight is trained: four on each of the 132 multiprocessors of an
-# H100. Each program sums its own rows.
+# Programs of the backward pass if a weight is trained: four on each of the 132 multiprocessors of
+# an H100. Each program sums its own rows.
 NUM_PROGRAMS = 528
 
 

@@ -22,7 +22,7 @@ FUSED_ATTENTION_FROM = 192
 
 # Attention weights of one chunk: 2 MiB in fp32 stay in a core's cache between the passes over them.
 # On two AVX-512 cores (fp32, dropout, forward and backward) a chunk of this size took 0.79 to 1.06
-# times as long as one of four times the size (64 to 512 tokens, 12 heads of 32 or 64, best of four).
+# times as long as one of four times the size (64 to 512 tokens, 12 heads of 32 or 64, best of 4).
 CHUNK_ELEMENTS = 2**19
 
 
@@ -82,8 +82,9 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
         return _stacked_linear(x, layer, layer.stack)
     kept = tuple(adapter for adapter in layer.adapters if not adapter.dropout)
     plain = layer._replace(adapters=kept)
-    if kept and _wants_grad(*_trained(plain)):
-        y: Tensor = _Linear.apply(x, plain, False, *_trained(plain))  # type: ignore[no-untyped-call]
+    trained = _trained(plain)
+    if kept and _wants_grad(*trained):
+        y: Tensor = _Linear.apply(x, plain, False, *trained)  # type: ignore[no-untyped-call]
     else:
         # Without adapters, autograd's own linear keeps x only if the weight is trained.
         y = functional.linear(x, _effective_weight(plain, x.dtype), plain.bias)
@@ -219,7 +220,8 @@ def cast_adapters(layers: Sequence[Linear], dtype: torch.dtype) -> list[Linear]:
             masters += [adapter.A, adapter.B]
             scales += [1.0, adapter.scale]
     counts = [len(group) for group in adapters]
-    tensors = iter(_CastAdapters.apply(dtype, counts, scales, *masters))  # type: ignore[no-untyped-call]
+    outputs = _CastAdapters.apply(dtype, counts, scales, *masters)  # type: ignore[no-untyped-call]
+    tensors = iter(outputs)
     cast = []
     for layer in layers:
         if not layer.adapters:
@@ -287,7 +289,8 @@ def _stacked_linear(x: Tensor, layer: Linear, stack: Tensor) -> Tensor:
     spans = [(adapter.start, adapter.stop, len(adapter.A)) for adapter in layer.adapters]
     ups = [adapter.B for adapter in layer.adapters]
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _StackedLinear.apply(rows, layer.weight, layer.bias, stack, spans, *ups)  # type: ignore[no-untyped-call]
+    tensors = (rows, layer.weight, layer.bias, stack)
+    y: Tensor = _StackedLinear.apply(*tensors, spans, *ups)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 

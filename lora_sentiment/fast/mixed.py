@@ -1,6 +1,6 @@
 """Many adapters in one pass: the base is computed once, and each text gets its own pairs and head.
 
-The idea is that of Punica (Chen et al. 2023). Products over segments of a batch are plain ones here.
+The idea is that of Punica (Chen et al. 2023). The products over segments of a batch are plain.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The compute dtype: the one rule for `model.dtype` in training, estimates, `doctor` and serving."""
+"""The compute dtype: one rule for `model.dtype` in training, estimates, `doctor` and serving."""
 
 import platform
 from pathlib import Path

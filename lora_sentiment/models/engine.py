@@ -1,4 +1,4 @@
-"""An interface of numpy to a forward pass: token ids in, logits out. This module imports no torch."""
+"""A forward pass behind numpy arrays: token ids in, logits out. This module imports no torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -104,11 +104,13 @@ def refuse_unfit(
         # peft 0.21 moves the weight "back to the CPU" after it reads its norm. bitsandbytes then
         # drops the scales.
         raise ModelError(
-            "model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use nf4 or fp4"
+            "model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use "
+            "nf4 or fp4"
         )
     if isinstance(method, AdaloraMethod) and dtype == torch.float16:
         raise ModelError(
-            "method adalora: fp16's loss scaling skips steps that its pruning counts; set model.dtype=float32"
+            "method adalora: fp16's loss scaling skips steps that its pruning counts; set "
+            "model.dtype=float32"
         )
 
 
@@ -223,7 +225,7 @@ def penalty(model: nn.Module, method: Method) -> torch.Tensor | None:
 
 
 def after_step(model: nn.Module, method: Method, *, step: int) -> None:
-    """Run the method's own part of an optimizer step: AdaLoRA prunes. Call it before gradients are zeroed.
+    """Run the method's own part of an optimizer step, before gradients are zeroed: AdaLoRA prunes.
 
     Args:
         model: The trained model.
@@ -235,7 +237,7 @@ def after_step(model: nn.Module, method: Method, *, step: int) -> None:
 
 
 def is_settled(method: Method, *, step: int, num_steps: int) -> bool:
-    """Return whether the tensors after this step may be kept: AdaLoRA reaches its target rank late."""
+    """Return whether the tensors of this step may be kept: AdaLoRA reaches its rank late."""
     return not isinstance(method, AdaloraMethod) or step >= num_steps - method.tfinal
 
 
@@ -309,7 +311,7 @@ def _wrap(base: Base, method: PeftMethod, num_steps: int) -> PeftModel:
 
 
 class _LowRankUpdate(nn.Module):
-    """A weight plus a low-rank update B A; A: (r, in_features), B: (out_features, r), zero at first."""
+    """A weight plus a low-rank update B A; A: (r, in_features), B: (out_features, r), first zero."""
 
     def __init__(self, weight: torch.Tensor, r: int) -> None:
         super().__init__()

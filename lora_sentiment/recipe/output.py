@@ -9,20 +9,19 @@ from lora_sentiment.recipe.section import Section
 
 
 class OutputConfig(Section):
-    """The folder that a run writes."""
+    """The output folder of a run."""
 
     dir: str | None = None
-    """Adapter folder to write; by default adapters/<name>."""
+    """Adapter folder to write. Default: adapters/<name>."""
 
     @field_validator("dir")
     @classmethod
     def _dir_has_a_name(cls, folder: str | None) -> str | None:
         if folder is not None and Path(folder).name in ("", ".."):
             raise ValueError(
-                f"found {show(folder)}; allowed: a folder with a name of its own, such as "
-                f"adapters/mine"
+                f"found {show(folder)}; allowed: a folder with a name, such as adapters/mine"
             )
-        # A run appends to the last name, and most file systems end at 255 bytes.
+        # A run appends to the last name, and most file systems allow 255 bytes.
         if folder is not None and ("\0" in folder or len(Path(folder).name.encode()) > 200):
             raise ValueError(
                 f"found {show(folder)}; allowed: a name without NUL, of at most 200 bytes"
@@ -30,4 +29,4 @@ class OutputConfig(Section):
         return folder
 
     overwrite: bool = False
-    """Replace an existing adapter folder; otherwise it is refused before anything is loaded."""
+    """Replace an existing adapter folder. If false, it is refused before anything is loaded."""

@@ -1,4 +1,4 @@
-"""The recipe's `train` section; the names are those of transformers' TrainingArguments."""
+"""The recipe's `train` section. Names are those of transformers' TrainingArguments."""
 
 import math
 from typing import Annotated, Any, Literal, Self
@@ -23,21 +23,20 @@ TRACKERS = (
 ClassWeights = Annotated[
     tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=2)
 ]
-"""A YAML list of positive numbers, one a label."""
+"""A YAML list of positive numbers, one for each label."""
 
 
 class TrainConfig(Section):
-    """How the trainable tensors are optimised, and when they are judged."""
+    """Optimizer, schedule, evaluations and checkpoints of a training run."""
 
     num_train_epochs: float = Field(3, gt=0)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; overrides num_train_epochs."""
     batch_size: int = Field(32, ge=1)
-    """Examples per optimizer step over all processes, however they are cut into micro-batches."""
+    """Examples of one optimizer step over all processes, whatever the micro-batches are."""
     max_tokens_per_micro_batch: int | None = Field(None, ge=8)
-    """Tokens that one micro-batch may hold; by default from a memory formula, on a GPU from its
-    free memory."""
+    """Most tokens of a micro-batch. Default: from a memory formula, on a GPU from its free memory."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -47,52 +46,51 @@ class TrainConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of matrices; biases and norms get none."""
+    """Decoupled weight decay of matrices. Biases and norms are not decayed."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Clip the global gradient norm at this value; 0 means no clipping."""
+    """Global gradient norm to clip to; 0 means no clipping."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Schedule of the learning rate over the optimizer steps."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    """Share of the steps over which the rate rises from 0."""
+    """Share of the steps in which the rate rises from 0."""
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the training loss (Szegedy et al. 2016)."""
     class_weights: Literal["balanced"] | ClassWeights | None = None
     """Weight of each label in the training loss: balanced (rows / (labels * rows of the label)), or
-    a list of them."""
+    a list."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the head's and the adapter's initial values, the order of rows, and dropout."""
     eval_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between evaluations on validation; by default once an epoch."""
+    """Optimizer steps between evaluations on validation. Default: once an epoch."""
     metric_for_best_model: Literal["accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"] = (
         "accuracy"
     )
-    """Validation metric that decides which tensors are kept."""
+    """Validation metric that chooses the tensors to keep."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better one."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: slower, less memory."""
+    """Recompute activations in the backward pass, which is slower and needs less memory."""
     save_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints; by default once an epoch. The last step and a signal to
-    stop save, too."""
+    """Optimizer steps between checkpoints. Default: once an epoch. The last step and a signal to
+    stop also save one."""
     save_total_limit: int = Field(2, ge=1)
-    """Checkpoints that are kept; all are removed when the run has finished."""
+    """Checkpoints to keep. All are removed when the run has finished."""
     resume: Literal["auto", "never", "always"] = "auto"
-    """Go on from a checkpoint: auto where there is one, never starts anew, always refuses to start
-    anew."""
+    """auto resumes from a checkpoint if there is one, never starts anew, always needs a checkpoint."""
     engine: Literal["auto", "fast", "stock"] = "auto"
-    """Encoder forward: auto takes the fast exact one where it can and says so; fast raises where it
-    cannot."""
+    """Forward pass of the encoder. auto uses the fast one where it is exact; fast refuses to run
+    elsewhere."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """Record the kernels of a step once and launch them together: auto does so on a CUDA device
+    """Record the kernels of a step once and launch them together. auto does so on a CUDA device
     where it can."""
     report_to: Names = ()
-    """Accelerate trackers beside metrics.csv, which is always written."""
+    """Accelerate trackers. metrics.csv is always written."""
 
     @model_validator(mode="after")
     def _warmup_is_honoured(self) -> Self:
         if self.warmup_ratio and self.lr_scheduler_type == "constant":
             raise ValueError(
-                "warmup_ratio does nothing with lr_scheduler_type constant; use "
+                "warmup_ratio has no effect with lr_scheduler_type constant; use "
                 "constant_with_warmup"
             )
         return self
@@ -100,20 +98,17 @@ class TrainConfig(Section):
     @field_validator("class_weights", mode="before")
     @classmethod
     def _weights_are_positive(cls, weights: Any) -> Any:
-        # Before the union, which would tell what is wrong with the value as each of its members.
-        are_numbers = isinstance(weights, (list, tuple)) and all(
-            isinstance(weight, (int, float))
-            and not isinstance(weight, bool)
-            and 0 < weight < math.inf
-            for weight in weights
+        # Checked before pydantic's union, which reports one error for each of its members.
+        if weights is None or weights == "balanced":
+            return weights
+        is_list = isinstance(weights, (list, tuple)) and len(weights) > 1
+        if is_list and all(map(_is_positive_number, weights)):
+            return weights
+        hint = did_you_mean(weights, ["balanced"]) if isinstance(weights, str) else ""
+        raise ValueError(
+            f"found {weights!r}; allowed: balanced, or a list of positive numbers, one for each "
+            f"label{hint}"
         )
-        if weights not in (None, "balanced") and not (are_numbers and len(weights) > 1):
-            hint = did_you_mean(weights, ["balanced"]) if isinstance(weights, str) else ""
-            raise ValueError(
-                f"found {weights!r}; allowed: balanced, or a list of positive numbers, one a "
-                f"label{hint}"
-            )
-        return weights
 
     @field_validator("report_to")
     @classmethod
@@ -125,3 +120,8 @@ class TrainConfig(Section):
                     f"found {name!r}; allowed: {allowed}{did_you_mean(name, list(TRACKERS))}"
                 )
         return names
+
+
+def _is_positive_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf

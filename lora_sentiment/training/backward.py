@@ -1,8 +1,8 @@
-"""Gradients of one micro-batch. Rows are padded, or packed and replayed as CUDA graphs."""
+"""Gradients of one micro-batch, whose rows are padded to equal length, or packed."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,32 +18,12 @@ LossSum = Callable[[Tensor, Tensor], Tensor]
 """From logits (num_rows, num_labels) and labels (num_rows,) to the loss summed over rows."""
 
 
-class Backward(Protocol):
-    """Cuts the rows of a step into micro-batches, and adds the gradients of each."""
-
-    def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
-        """Cut rows into micro-batches of at most `max_tokens` tokens."""
-        ...
-
-    def count_tokens(self, part: NDArray[np.int64]) -> int:
-        """Count the tokens of a micro-batch as `cut` does."""
-        ...
-
-    def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
-        """Add the gradients of a micro-batch to the parameters' own, and return its loss.
-
-        Args:
-            part: The rows of the micro-batch.
-            total: What the loss summed over rows is divided by.
-        """
-        ...
-
-
 class PaddedBackward:
-    """Micro-batches of rows that are padded to equal length.
+    """Gradients of micro-batches whose rows are padded to equal length.
 
     Attributes:
-        lengths: Lengths that rows are padded up to, ascending; None to pad to the longest row of a micro-batch.
+        lengths: Lengths that rows are padded to, ascending. None pads to the longest row of each
+            micro-batch.
     """
 
     def __init__(
@@ -64,15 +44,16 @@ class PaddedBackward:
     def cut(self, index: NDArray[np.int64], *, max_tokens: int) -> list[NDArray[np.int64]]:
         """Cut rows into micro-batches of at most `max_tokens` tokens, padding included.
 
-        Where lengths are few, so are the numbers of rows: a step is cut into equal parts.
+        With a few fixed lengths, a step is cut into parts of equally many rows, so that shapes are
+        few too.
         """
         if self.lengths is None:
             return cut(index, self.encoded.lengths, max_tokens=max_tokens)
         longest_first = index[np.argsort(-self.encoded.lengths[index], kind="stable")]
         if not len(index):
             return []
-        fitting = max(1, max_tokens // self._padded_length(longest_first))
-        return np.array_split(longest_first, math.ceil(len(index) / fitting))
+        num_fitting = max(1, max_tokens // self._padded_length(longest_first))
+        return np.array_split(longest_first, math.ceil(len(index) / num_fitting))
 
     def _padded_length(self, part: NDArray[np.int64]) -> int:
         """Return the length that the rows of a micro-batch are padded to."""
@@ -84,7 +65,12 @@ class PaddedBackward:
         return len(part) * self._padded_length(part)
 
     def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
-        """Add the gradients of a micro-batch to the parameters' own, and return its loss."""
+        """Add the gradients of a micro-batch to those of the parameters, and return its loss.
+
+        Args:
+            part: The rows of the micro-batch.
+            total: The loss summed over rows is divided by this value.
+        """
         device = self.accelerator.device
         batch = make_batch(self.encoded, part, device=device, lengths=self.lengths)
         with self.accelerator.autocast(), attention_backends(device):
@@ -97,7 +83,7 @@ class PaddedBackward:
 
 
 class _Inputs(NamedTuple):
-    """The static input of one size: all fields are views of `buffer`, int32, which one copy fills."""
+    """The static input of one size. All fields are views of the int32 `buffer`, filled by one copy."""
 
     buffer: Tensor
     input_ids: Tensor
@@ -108,11 +94,11 @@ class _Inputs(NamedTuple):
 
 
 class PackedBackward:
-    """Micro-batches of rows that lie one after another, in arrays of few sizes.
+    """Gradients of micro-batches whose rows lie one after another, in arrays of a few sizes.
 
     Attributes:
         plan: The sizes.
-        graphs: Replays forward and backward of each size; None to run them eagerly.
+        graphs: Replays forward and backward pass of each size; None runs them eagerly.
     """
 
     def __init__(
@@ -141,13 +127,18 @@ class PackedBackward:
         return cut_packed(index, self.encoded.lengths, max_tokens=max_tokens)
 
     def count_tokens(self, part: NDArray[np.int64]) -> int:
-        """Count the tokens of a micro-batch; the padding behind them is left out."""
+        """Count the tokens of a micro-batch, without the padding after them."""
         return int(self.encoded.lengths[part].sum())
 
     def add_gradients(self, part: NDArray[np.int64], *, total: float) -> Tensor:
-        """Add the gradients of a micro-batch to the parameters' own, and return its loss.
+        """Add the gradients of a micro-batch to those of the parameters, and return its loss.
 
-        The loss is valid until the next call.
+        Args:
+            part: The rows of the micro-batch.
+            total: The loss summed over rows is divided by this value.
+
+        Returns:
+            The loss, valid until the next call.
         """
         inputs = self._fill(pack(self.encoded, part, plan=self.plan), total)
         if self.graphs is None:
@@ -167,21 +158,20 @@ class PackedBackward:
         labels = inputs.labels.long()
         loss = self.loss_sum(logits[: len(labels)], labels) / inputs.total
         scaler = self.accelerator.scaler
-        # One operation adds all gradients, where `backward` would launch a kernel for each.
-        grads = torch.autograd.grad(
-            loss if scaler is None else scaler.scale(loss), self._parameters
-        )
+        scaled = loss if scaler is None else scaler.scale(loss)
+        # One operation adds all gradients; `backward` would launch a kernel for each.
+        grads = torch.autograd.grad(scaled, self._parameters)
         torch._foreach_add_(self._gradients(), list(grads))
         self._loss.copy_(loss.detach())
 
     def _gradients(self) -> list[Tensor]:
-        """The parameters' own gradients, zero where there were none."""
-        found = []
+        """Return the parameters' gradients, zero where there were none."""
+        gradients = []
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            found.append(parameter.grad)
-        return found
+            gradients.append(parameter.grad)
+        return gradients
 
     def _fill(self, packed: Packed, total: float) -> _Inputs:
         """Copy a micro-batch to the static input of its size."""
@@ -194,14 +184,15 @@ class PackedBackward:
         ]
         size = len(packed.input_ids)
         if size not in self._inputs:
-            num_values = sum(len(field) for field in fields)
-            buffer = torch.empty(num_values, dtype=torch.int32, device=self.accelerator.device)
-            ids, positions, starts, labels, number = buffer.split_with_sizes(
-                [len(field) for field in fields]
-            )
+            sizes = [len(field) for field in fields]
+            buffer = torch.empty(sum(sizes), dtype=torch.int32, device=self.accelerator.device)
+            ids, positions, starts, labels, number = buffer.split_with_sizes(sizes)
             self._inputs[size] = _Inputs(
                 buffer, ids, positions, starts, labels, number.view(torch.float32)[0]
             )
         inputs = self._inputs[size]
         self._host.send(fields, inputs.buffer)
         return inputs
+
+
+Backward = PaddedBackward | PackedBackward

@@ -1,4 +1,4 @@
-"""How large a micro-batch may be on a GPU, from its free memory and the measured bytes of a token."""
+"""The size of a micro-batch on a GPU, from its free memory and the measured bytes of a token."""
 
 import logging
 import math
@@ -18,20 +18,23 @@ from lora_sentiment.training.signals import is_out_of_memory
 log = logging.getLogger("lora_sentiment")
 
 SHARE = 0.92
-"""Share of the free memory that a run uses. The allocator rounds sizes and leaves gaps."""
+"""Share of the free memory that a run may use. The allocator rounds sizes and leaves gaps."""
 ROUND = 1024
-"""A cut that memory limits is a multiple of this number of tokens. A small change of memory does not change it."""
+"""A size that memory limits is a multiple of this number of tokens.
+
+A small change of the free memory then does not change the size.
+"""
 TRAINED_BYTES = 16
-"""Bytes that a trained parameter needs beside its value: gradient, two moments and the best copy, in fp32."""
+"""Bytes of a trained parameter beside its value: gradient, two moments and best copy, in fp32."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What forward and backward passes hold on a device, in bytes.
+    """Measured memory of a device, in bytes.
 
     Attributes:
-        per_token: Of each token of a micro-batch.
-        fixed: Beside them, whatever the size of the micro-batch.
+        per_token: Memory of each token of a micro-batch in forward and backward pass.
+        fixed: Memory of these passes that does not depend on the size of the micro-batch.
         evaluation: Peak of a forward pass without gradients over a full batch.
         free: Memory that is not in use.
     """
@@ -48,12 +51,12 @@ def fit_micro_batch(
     """Return the most tokens that a micro-batch may have.
 
     Args:
-        measured: What was measured.
-        num_trained: Trained parameters.
-        most: Tokens of the largest step: no micro-batch is larger.
-        least: Tokens of the longest row: no micro-batch needs to be smaller.
-        graphs: Whether steps are replayed as CUDA graphs. These hold their memory for as long as the run lasts, and
-            the first step of a size runs beside them.
+        measured: The measured memory.
+        num_trained: Number of trained parameters.
+        most: Tokens of the largest step; no micro-batch is larger.
+        least: Tokens of the longest row; no micro-batch needs to be smaller.
+        graphs: Whether steps are replayed as CUDA graphs. Graphs hold their memory until the run
+            ends, and the first step of each size runs beside them.
     """
     copies = 2 if graphs else 1
     left = SHARE * measured.free - measured.evaluation - TRAINED_BYTES * num_trained
@@ -66,7 +69,9 @@ def fit_micro_batch(
 def choose_max_tokens(
     model: nn.Module, *, accelerator: Accelerator, max_length: int, batch_size: int, graphs: bool
 ) -> int:
-    """Return the most tokens of a micro-batch on a CUDA device: those of a whole step where its memory allows.
+    """Measure a CUDA device and return the most tokens of a micro-batch.
+
+    These are the tokens of a whole step where the memory allows that.
 
     Args:
         model: On the accelerator's device, with its forward pass in place.
@@ -93,20 +98,24 @@ def choose_max_tokens(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory of a CUDA device that this process may still take, what its allocator keeps unused included."""
+    """Return the memory of a CUDA device that this process may still take, in bytes.
+
+    Memory that the allocator keeps unused is included.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
     reserved = torch.cuda.memory_reserved(index)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index)) - reserved
+    fraction = torch.cuda.get_per_process_memory_fraction(index)
+    allowed = int(total * fraction) - reserved
     return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
 def measure_micro_batch(
     model: nn.Module, *, accelerator: Accelerator, max_length: int, batch_size: int
 ) -> Measured:
-    """Run forward and backward passes over rows of the longest length, and measure what they hold.
+    """Run forward and backward passes over rows of the longest length, and measure their memory.
 
-    Gradients are dropped, generators are put back, and no weight changes.
+    Gradients are removed, generators are reset, and no weight changes.
 
     Args:
         model: On the accelerator's CUDA device, with its forward pass in place.
@@ -123,9 +132,8 @@ def measure_micro_batch(
     try:
         with torch.random.fork_rng(devices=[device]):
             model.train()
-            _peak(
-                model, accelerator, few, max_length
-            )  # libraries take memory of their own in a first pass
+            # Libraries take memory of their own in a first pass.
+            _peak(model, accelerator, few, max_length)
             peaks = [_peak(model, accelerator, rows, max_length) for rows in (few, many)]
             model.eval()
             rows = max(1, inference_tokens(device.type) // max_length)
@@ -135,9 +143,10 @@ def measure_micro_batch(
         if not is_out_of_memory(error):
             raise
         raise TrainingError(
-            f"memory of the GPU ran out while the bytes of a token were measured, with at most {many} rows of "
-            f"{max_length} tokens and an evaluation of {inference_tokens(device.type):,} tokens; set "
-            "train.max_tokens_per_micro_batch yourself, lower model.max_length, or free memory: "
+            "the GPU's memory ran out while the bytes of a token were measured, with at most "
+            f"{many} rows of {max_length} tokens and an evaluation of "
+            f"{inference_tokens(device.type):,} tokens; set train.max_tokens_per_micro_batch "
+            "yourself, lower model.max_length, or free memory: "
             f"{str(error).splitlines()[0]}"
         ) from error
     model.train(was_training)
@@ -147,7 +156,7 @@ def measure_micro_batch(
 
 
 def _peak(model: nn.Module, accelerator: Accelerator, rows: int, length: int) -> int:
-    """Return the bytes that one pass over `rows` rows takes beyond what is held before it."""
+    """Return the peak bytes of one pass over `rows` rows, without those held before it."""
     device = accelerator.device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

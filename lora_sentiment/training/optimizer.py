@@ -1,4 +1,4 @@
-"""AdamW as a recipe sets it: what is decayed, what takes a rate of its own, how rates go over the steps."""
+"""The optimizer of a recipe: AdamW, its parameter groups and its learning rate schedule."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,33 +13,33 @@ from lora_sentiment.recipe.train import TrainConfig
 
 def count_steps(num_rows: int, config: TrainConfig) -> int:
     """Return the optimizer steps of a run over this many training rows."""
-    return config.max_steps or math.ceil(
-        config.num_train_epochs * math.ceil(num_rows / config.batch_size)
-    )
+    steps_per_epoch = math.ceil(num_rows / config.batch_size)
+    return config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
 
 
 def make_optimizer(
     parameters: dict[str, nn.Parameter], config: TrainConfig, *, ratios: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """Return fused AdamW (Loshchilov & Hutter 2019); biases and norms (one axis) are not decayed.
+    """Make fused AdamW (Loshchilov & Hutter 2019). Biases and norms (one axis) are not decayed.
 
     Args:
-        parameters: What is trained, by name.
+        parameters: The trained parameters by name.
         config: The recipe's `train` section.
-        ratios: Names of the tensors that take another rate than the rest, and how many times it.
+        ratios: Learning rate, as a multiple of the recipe's, of tensors that have their own.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((ratios.get(name, 1.0), decay), []).append(parameter)
-    # The first group is one at the plain rate: that is the rate which is logged.
+    # A group at the recipe's rate comes first, because the rate of the first group is logged.
     ordered = sorted(groups.items(), key=lambda group: group[0][0] != 1.0)
+    options = []
+    for (ratio, decay), members in ordered:
+        rate = config.learning_rate * ratio
+        options.append({"params": members, "lr": rate, "weight_decay": decay})
     on_cuda = any(parameter.device.type == "cuda" for parameter in parameters.values())
     return torch.optim.AdamW(
-        [
-            {"params": members, "lr": config.learning_rate * ratio, "weight_decay": decay}
-            for (ratio, decay), members in ordered
-        ],
+        options,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -51,7 +51,7 @@ def make_optimizer(
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, *, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the schedule of the learning rates over a run's steps, by transformers' names."""
+    """Make transformers' schedule of the learning rate over a run's steps."""
     warmup = math.ceil(num_steps * config.warmup_ratio)
     schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
         config.lr_scheduler_type, optimizer, warmup, num_steps
@@ -60,12 +60,12 @@ def make_schedule(
 
 
 class GraphedUpdate:
-    """Clips gradients, steps AdamW and sets the gradients to zero, as one graph.
+    """Clip gradients, step AdamW and set the gradients to zero, as one graph.
 
     Args:
         optimizer: AdamW whose step can be captured.
-        parameters: What it trains; each gets a gradient of zeros that stays where it is.
-        max_norm: The global norm that gradients are clipped at; infinity for none.
+        parameters: Its parameters. Each gets a gradient of zeros that keeps its place in memory.
+        max_norm: The global norm that gradients are clipped to; infinity for no clipping.
         graphs: Replays the update.
     """
 

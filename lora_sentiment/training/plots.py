@@ -1,4 +1,4 @@
-"""Pictures: the training curve and the confusion matrix of a run, and several runs side by side."""
+"""Plots: training curve and confusion matrix of a run, and several runs compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ BLUE, ORANGE, GREY = "#2a6f97", "#e07a1f", "#9aa5b1"
 
 
 def plot_training(history: History, path: Path, *, title: str) -> None:
-    """Draw the loss of every optimizer step, its running mean, and accuracy on validation."""
+    """Draw the loss of each step, its running mean, and log-loss and accuracy on validation."""
     steps = np.array([point.step for point in history.steps])
     losses = np.array([point.loss for point in history.steps])
     window = max(1, len(losses) // 30)
@@ -22,16 +22,11 @@ def plot_training(history: History, path: Path, *, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color=GREY, linewidth=0.6, alpha=0.6)
-    axes.plot(
-        steps[window - 1 :], smooth, color=BLUE, label=f"training loss (mean of {window} steps)"
-    )
-    axes.plot(
-        [p.step for p in history.evaluations],
-        [p.log_loss for p in history.evaluations],
-        "o--",
-        color=ORANGE,
-        label="validation log-loss",
-    )
+    label = f"training loss (mean of {window} steps)"
+    axes.plot(steps[window - 1 :], smooth, color=BLUE, label=label)
+    evaluated = [point.step for point in history.evaluations]
+    log_losses = [point.log_loss for point in history.evaluations]
+    axes.plot(evaluated, log_losses, "o--", color=ORANGE, label="validation log-loss")
     for point in history.evaluations:
         axes.annotate(
             f"{point.accuracy:.1%}",
@@ -40,15 +35,10 @@ def plot_training(history: History, path: Path, *, title: str) -> None:
             xytext=(0, 7),
             ha="right",
         )
-    axes.axvline(
-        history.best_step, color=GREY, linestyle=":", label=f"kept: step {history.best_step}"
-    )
-    axes.set(
-        xlabel="optimizer step",
-        ylabel="loss",
-        title=f"{title} (labels: validation accuracy)",
-        ylim=(0, None),
-    )
+    best = history.best_step
+    axes.axvline(best, color=GREY, linestyle=":", label=f"kept: step {best}")
+    title = f"{title} (labels: validation accuracy)"
+    axes.set(xlabel="optimizer step", ylabel="loss", title=title, ylim=(0, None))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
@@ -57,13 +47,13 @@ def plot_training(history: History, path: Path, *, title: str) -> None:
 def plot_confusion(
     matrix: NDArray[np.int64], path: Path, *, labels: Sequence[str], title: str
 ) -> None:
-    """Draw true labels (rows) against predictions (columns), counts and the share of each true label.
+    """Draw true labels (rows) against predictions (columns): counts, and shares of the true label.
 
     Args:
         matrix: Counts of shape (num_labels, num_labels).
         path: PNG file.
         labels: Label names in order.
-        title: Written above.
+        title: Title.
     """
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     size = 3 + 0.8 * len(labels)
@@ -83,15 +73,15 @@ def plot_confusion(
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """One run in the picture of what is trained against what it gives.
+    """One run in a plot of accuracy against trained parameters.
 
     Attributes:
-        name: Written beside the point.
-        trainable: Trained parameters.
-        accuracy: Value, with the ends of its interval `low` and `high`.
-        low: Lower end.
-        high: Upper end.
-        memory_bytes: Peak memory, which sizes the point.
+        name: Label of the point.
+        trainable: Number of trained parameters.
+        accuracy: Accuracy.
+        low: Lower end of its interval.
+        high: Upper end of its interval.
+        memory_bytes: Peak memory, which is the area of the point.
     """
 
     name: str
@@ -103,37 +93,31 @@ class ParetoPoint:
 
 
 def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> None:
-    """Draw accuracy with its interval against trained parameters; a point's area is its peak memory.
+    """Draw accuracy with its interval against trained parameters.
 
-    The line joins the runs that no other beats with fewer trained parameters.
+    The area of a point is its peak memory. The line joins the runs that no run with as few trained
+    parameters beats.
     """
     largest = max(point.memory_bytes for point in points)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    front = []
     for point in points:
+        percent = 100 * point.accuracy
         ends = [[100 * (point.accuracy - point.low)], [100 * (point.high - point.accuracy)]]
-        axes.errorbar(
-            point.trainable, 100 * point.accuracy, yerr=ends, color=GREY, capsize=3, zorder=1
-        )
+        axes.errorbar(point.trainable, percent, yerr=ends, color=GREY, capsize=3, zorder=1)
         label = f"{point.name} ({point.memory_bytes / 2**30:.1f} GiB)"
-        place = (point.trainable, 100 * point.accuracy)
+        place = (point.trainable, percent)
         axes.annotate(label, place, textcoords="offset points", xytext=(7, 5), fontsize=8)
-    sizes = [300 * point.memory_bytes / largest for point in points]
-    xs, ys = [point.trainable for point in points], [100 * point.accuracy for point in points]
-    axes.scatter(xs, ys, s=sizes, color=BLUE, alpha=0.8, zorder=2)
-    front = [
-        p
-        for p in points
-        if not any(q.trainable <= p.trainable and q.accuracy > p.accuracy for q in points)
-    ]
+        size = 300 * point.memory_bytes / largest
+        axes.scatter([point.trainable], [percent], s=[size], color=BLUE, alpha=0.8, zorder=2)
+        rivals = [other for other in points if other.trainable <= point.trainable]
+        if all(other.accuracy <= point.accuracy for other in rivals):
+            front.append(point)
     front.sort(key=lambda point: point.trainable)
-    axes.plot(
-        [p.trainable for p in front],
-        [100 * p.accuracy for p in front],
-        "--",
-        color=ORANGE,
-        zorder=0,
-    )
+    xs = [point.trainable for point in front]
+    ys = [100 * point.accuracy for point in front]
+    axes.plot(xs, ys, "--", color=ORANGE, zorder=0)
     axes.set(
         xscale="log",
         xlabel="trained parameters",
@@ -146,5 +130,5 @@ def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> Non
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # The default metadata names the drawing library's version: pictures of equal runs should be equal.
+    # The default metadata names matplotlib's version. Plots of equal runs should be equal.
     figure.savefig(path, dpi=120, metadata={"Software": ""})

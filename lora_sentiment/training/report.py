@@ -1,4 +1,4 @@
-"""`report.json`: the figures of a run, each with its interval, and what they cost."""
+"""`report.json`: the metrics of a run with their intervals, and its costs."""
 
 import sys
 from collections.abc import Mapping
@@ -31,44 +31,43 @@ def make_report(
     offline: str | None,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
-    """Return the report of a finished run.
+    """Make the report of a finished run.
 
     Args:
         scores: Role to metric to value and interval.
-        parameters: What was trained.
+        parameters: Counts of the trained parameters.
         adapter_bytes: Size of the saved tensors on disk.
         history: Steps and evaluations.
         engine: `fast`, or `stock` with the reason.
-        data: What the rows of every role look like.
-        quantisation: What quantising the base saved and cost, where it was quantised.
+        data: The data report of every role.
+        quantisation: Savings and costs of a quantised base; None without one.
         offline: The sentence of `resolve_offline`, or None.
-        peak_memory_bytes: Most memory held, in bytes.
+        peak_memory_bytes: Peak memory, in bytes.
     """
-    return {
-        "schema": SCHEMA,
-        **{
-            split: {name: interval.as_dict() for name, interval in found.items()}
-            for split, found in scores.items()
-        },
-        "parameters": {**parameters.as_dict(), "adapter_bytes": adapter_bytes},
-        "train": {
-            "seconds": round(history.seconds, 3),
-            "steps": len(history.steps),
-            "best_step": history.best_step,
-            "stopped_early": history.stopped_early,
-            "resumed": history.resumed,
-            "changes": history.changes,
-            "cuts": [list(cut) for cut in history.cuts],
-            "tokens": history.tokens,
-            "tokens_per_second": round(history.tokens / history.seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes,
-            "engine": engine,
-            "evaluations": [_describe_evaluation(point) for point in history.evaluations],
-        },
-        **({"quantisation": quantisation.as_dict()} if quantisation else {}),
-        **({"offline": offline} if offline else {}),
-        "data": data,
+    report: dict[str, Any] = {"schema": SCHEMA}
+    for role, metrics in scores.items():
+        report[role] = {name: interval.as_dict() for name, interval in metrics.items()}
+    report["parameters"] = {**parameters.as_dict(), "adapter_bytes": adapter_bytes}
+    report["train"] = {
+        "seconds": round(history.seconds, 3),
+        "steps": len(history.steps),
+        "best_step": history.best_step,
+        "stopped_early": history.stopped_early,
+        "resumed": history.resumed,
+        "changes": history.changes,
+        "cuts": [list(cut) for cut in history.cuts],
+        "tokens": history.tokens,
+        "tokens_per_second": round(history.tokens / history.seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes,
+        "engine": engine,
+        "evaluations": [_describe_evaluation(point) for point in history.evaluations],
     }
+    if quantisation:
+        report["quantisation"] = quantisation.as_dict()
+    if offline:
+        report["offline"] = offline
+    report["data"] = data
+    return report
 
 
 def _describe_evaluation(point: "EvalPoint") -> dict[str, Any]:
@@ -89,14 +88,14 @@ def report_roles(report: Mapping[str, Any]) -> list[str]:
 
 
 def peak_memory(device: "torch.device") -> int:
-    """Return the most bytes held so far: allocated on a CUDA device, resident in this process elsewhere."""
+    """Return the peak memory in bytes: allocated on a CUDA device, resident memory elsewhere."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
-        # Not getrusage, which on Linux starts from the peak of the process that started this one.
+        # On Linux, getrusage starts from the peak of the parent process.
         return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
     if sys.platform == "win32":
         import psutil
@@ -108,7 +107,7 @@ def peak_memory(device: "torch.device") -> int:
 
 
 def reset_peak_memory(device: "torch.device") -> None:
-    """Let the peak start anew from what is held now, on CUDA and Linux; elsewhere no system call does that."""
+    """Reset the peak to the memory held now, on CUDA and Linux. Other systems have no call for it."""
     if device.type == "cuda":
         import torch
 

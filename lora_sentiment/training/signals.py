@@ -1,4 +1,4 @@
-"""What comes from outside in the middle of a run: signals to stop, and memory that runs out."""
+"""Signals that stop a run, and errors that mean memory ran out."""
 
 import signal
 import threading
@@ -10,7 +10,10 @@ import torch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_SECONDS = 1.0
-"""Signals this close are one: a terminal's Ctrl-C reaches every process, and a launcher passes it on once more."""
+"""Signals within this time count as one.
+
+A terminal's Ctrl-C reaches every process, and a launcher then passes it on again.
+"""
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "not enough memory",
@@ -18,18 +21,18 @@ _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""How it is worded: by torch's allocators on the CPU on Linux and macOS, on Windows and on Apple's GPU; by CUDA's
-driver, such as where a graph is made; by cuBLAS."""
+"""Messages of torch's allocators on Linux and macOS, on Windows and on Apple's GPU, of CUDA's driver,
+for example where a graph is made, and of cuBLAS."""
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM instead of obeying it; the second is obeyed as it would have been before.
+    """A context that records the first SIGINT or SIGTERM, and passes the second to the old handler.
 
-    A context manager; the handlers before it are put back at its end. Outside the main thread, where Python installs no
-    handler, it notes nothing, and a signal that is ignored (as under nohup) stays so.
+    The old handlers are set again at its end. Outside the main thread, where Python can set no
+    handler, nothing is recorded. An ignored signal (as under nohup) stays ignored.
 
     Attributes:
-        name: Of the signal that came, such as SIGTERM; None before it.
+        name: The name of the recorded signal, such as SIGTERM; None before it.
     """
 
     def __init__(self) -> None:
@@ -55,7 +58,7 @@ class StopSignals:
         self._previous = {}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        # Nothing is logged here: a handler may run in the middle of another line's writing.
+        # Nothing is logged here: a handler may run while another line is being written.
         if self.name is None:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._since > SAME_SECONDS:
@@ -64,7 +67,7 @@ class StopSignals:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error of torch says that memory ran out, on a device or on the CPU."""
+    """Return whether an error of torch means that memory ran out, on a device or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in _OUT_OF_MEMORY
     )

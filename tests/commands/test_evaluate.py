@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -6,11 +8,50 @@ from lora_sentiment.commands.evaluate import evaluate
 from lora_sentiment.errors import AdapterError, DataError, ModelError
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
+from tests.conftest import toy_rows, write_csv
 
 
-@pytest.fixture
-def trained(toy_recipe):
-    return train(Recipe.load(toy_recipe, ["train.num_train_epochs=2"]))
+@pytest.fixture(scope="module")
+def runs(tiny_base, tmp_path_factory):
+    """A function that trains on the toy rows, with a source of one's own if given."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    rows = toy_rows(161)
+    write_csv(folder / "train.csv", rows[:120])
+    write_csv(folder / "test.csv", rows[120:])
+    write_csv(folder / "dev.csv", rows[120:141])
+    (folder / "toy.yaml").write_text(
+        f"data: {{source: {folder}/train.csv}}\n"
+        f"model: {{name: {tiny_base}, max_length: 16, dtype: float32}}\n"
+        "train: {max_steps: 8, batch_size: 16, learning_rate: 1e-2}\n",
+        encoding="utf-8",
+    )
+
+    def run(name, *overrides, **files):
+        source = [f"{role}: {folder}/{file}" for role, file in files.items()]
+        more = [f"data.source={{{', '.join(source)}}}"] if files else []
+        overrides = [f"output.dir={folder}/{name}", *more, *overrides]
+        return train(Recipe.load(folder / "toy.yaml", overrides))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(runs):
+    return runs("trained", train="train.csv", test="test.csv")
+
+
+@pytest.fixture(scope="module")
+def with_dev(runs):
+    return runs("with_dev", train="train.csv", dev="dev.csv")
+
+
+def copy_with(run, folder, change):
+    """Return a copy of an adapter whose card a function changed."""
+    copy = Path(shutil.copytree(run.adapter, folder / "copy"))
+    card = json.loads((copy / "card.json").read_text(encoding="utf-8"))
+    change(card)
+    (copy / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    return copy
 
 
 def test_the_folder_alone_gives_the_reports_figures(trained):
@@ -22,14 +63,14 @@ def test_the_folder_alone_gives_the_reports_figures(trained):
             ), name
 
 
-def test_another_file_can_be_judged(trained, toy):
-    found = evaluate(trained.adapter, source=str(toy / "train.csv"))
+def test_another_file_can_be_judged(trained):
+    found = evaluate(trained.adapter, source=str(trained.adapter.parent / "train.csv"))
     assert found.num_rows == 120
     assert found.as_dict()["accuracy"]["value"] == found.scores["accuracy"].value
 
 
-def test_a_source_without_the_split_says_what_to_do(toy_recipe, toy):
-    run = train(Recipe.load(toy_recipe, [f"data.source={toy}/train.csv"]))
+def test_a_source_without_the_split_says_what_to_do(runs):
+    run = runs("no_test")
     assert "test" not in run.report
     with pytest.raises(
         DataError, match="use --split validation; other rows can be named with --source"
@@ -37,11 +78,15 @@ def test_a_source_without_the_split_says_what_to_do(toy_recipe, toy):
         evaluate(run.adapter)
 
 
-def test_rows_that_changed_since_training_are_refused(trained, toy):
-    with (toy / "train.csv").open("a") as file:
-        file.write("another,positive\n")
+def test_rows_that_changed_since_training_are_refused(trained, tmp_path):
+    text = (trained.adapter.parent / "train.csv").read_text() + "another,positive\n"
+    (tmp_path / "train.csv").write_text(text)
+
+    def change(card):
+        card["data"]["config"]["source"]["train"] = str(tmp_path / "train.csv")
+
     with pytest.raises(AdapterError, match="changed since training"):
-        evaluate(trained.adapter, split="validation")
+        evaluate(copy_with(trained, tmp_path, change), split="validation")
 
 
 def test_an_unknown_split_or_dtype_is_refused(trained):
@@ -51,21 +96,12 @@ def test_an_unknown_split_or_dtype_is_refused(trained):
         evaluate(trained.adapter, dtype="bf16")
 
 
-def test_a_carved_test_split_is_carved_again(toy_recipe, toy):
-    run = train(Recipe.load(toy_recipe, [f"data.source={toy}/train.csv", "data.test_fraction=0.2"]))
+def test_a_carved_test_split_is_carved_again(runs):
+    run = runs("carved", "data.test_fraction=0.2")
     found = evaluate(run.adapter, dtype="float32")
     assert found.num_rows == 24
     assert found.scores["log_loss"].value == pytest.approx(
         run.report["test"]["log_loss"]["value"], abs=1e-5
-    )
-
-
-@pytest.fixture
-def with_dev(toy_recipe, toy):
-    lines = (toy / "test.csv").read_text().splitlines(keepends=True)
-    (toy / "dev.csv").write_text("".join(lines[:22]))
-    return train(
-        Recipe.load(toy_recipe, [f"data.source={{train: {toy}/train.csv, dev: {toy}/dev.csv}}"])
     )
 
 
@@ -89,31 +125,36 @@ def test_a_role_that_was_not_judged_is_refused_with_those_that_were(with_dev):
         evaluate(with_dev.adapter)
 
 
-def test_hidden_labels_cannot_be_judged_again(with_dev, toy):
-    (toy / "dev.csv").write_text("text,label\nfine,-1\n")
+def test_hidden_labels_cannot_be_judged_again(with_dev, tmp_path):
+    (tmp_path / "dev.csv").write_text("text,label\nfine,-1\n")
+
+    def change(card):
+        card["data"]["config"]["source"]["dev"] = str(tmp_path / "dev.csv")
+
     with pytest.raises(DataError, match=r"the 1 rows of dev have no labels \(all are -1\)"):
-        evaluate(with_dev.adapter, split="dev")
+        evaluate(copy_with(with_dev, tmp_path, change), split="dev")
 
 
-def test_an_adapter_without_a_temperature_is_judged_without(trained):
-    path = trained.adapter / "card.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "calibration": None}))
-    assert set(trained.report["test"]) - set(evaluate(trained.adapter).scores) == {
+def test_an_adapter_without_a_temperature_is_judged_without(trained, tmp_path):
+    copy = copy_with(trained, tmp_path, lambda card: card.update(calibration=None))
+    assert set(trained.report["test"]) - set(evaluate(copy).scores) == {
         "calibrated_log_loss",
         "calibrated_ece",
     }
 
 
-@pytest.mark.parametrize("method", ["{kind: head}", "{kind: lora}"])
-@pytest.mark.parametrize(("quantize", "dtype"), [("nf4", "bfloat16"), ("int8", "float32")])
-def test_a_quantised_adapter_is_rebuilt_and_judged(toy_recipe, method, quantize, dtype):
+@pytest.mark.parametrize(
+    ("method", "quantize", "dtype"),
+    [("lora", "nf4", "bfloat16"), ("lora", "int8", "float32"), ("head", "nf4", "bfloat16")],
+)
+def test_a_quantised_adapter_is_rebuilt_and_judged(runs, method, quantize, dtype):
     overrides = [
-        f"method={method}",
+        f"method.kind={method}",
         f"model.quantize={quantize}",
         f"model.dtype={dtype}",
         "train.max_steps=2",
     ]
-    run = train(Recipe.load(toy_recipe, overrides))
+    run = runs(f"{method}-{quantize}", *overrides, train="train.csv", test="test.csv")
     found = evaluate(run.adapter, dtype=dtype)
     tolerance = 1e-4 if dtype == "float32" else 0.02
     assert found.scores["log_loss"].value == pytest.approx(

@@ -257,9 +257,9 @@ def test_on_a_gpu_a_query_of_an_empty_sequence_disturbs_no_other(gpu, dtype, bou
     check_empty(gpu, dtype, bound)
 
 
-def check_dropout(device, dtype, p=0.1):
+def check_dropout(device, dtype, length=256, p=0.1):
     """Equal scores and values of one: an output is the kept share over 1 - p."""
-    lengths = [256] * 16
+    lengths = [length] * 16
     (_, _, _), ends = make_inputs(lengths, device=device)
     shape = (sum(lengths), NUM_HEADS, HEAD_DIM)
     q = torch.zeros(shape, device=device, dtype=dtype)
@@ -267,16 +267,16 @@ def check_dropout(device, dtype, p=0.1):
     settings = {
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
-        "max_length_q": 256,
-        "max_length_k": 256,
+        "max_length_q": length,
+        "max_length_k": length,
         "dropout_p": p,
     }
     found = packed_attention(q, q, v, **settings)
     other = packed_attention(q, q, v, **settings)
     assert not torch.equal(found, other)
     each = found[..., 0].detach().float()
-    # A weight is dropped or not: of 256 the mean has this deviation.
-    deviation = (p / (1 - p) / 256) ** 0.5
+    # A weight is dropped or not. The mean of one row has this deviation.
+    deviation = (p / (1 - p) / length) ** 0.5
     assert abs(float(each.mean()) - 1) < 5 * deviation / each.numel() ** 0.5 + 2e-3
     assert float(each.std()) == pytest.approx(deviation, rel=0.1)
     # Backward takes the same mask: attention is linear in v.
@@ -286,7 +286,7 @@ def check_dropout(device, dtype, p=0.1):
 
 def test_weights_are_dropped_with_the_probability_asked_for():
     torch.manual_seed(0)
-    check_dropout(CPU, torch.float32)
+    check_dropout(CPU, torch.float32, length=64)
 
 
 @pytest.mark.gpu

@@ -6,14 +6,11 @@ import torch
 from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional
 
 from lora_sentiment.data.batches import Encoded, pad
-from lora_sentiment.data.packing import pack_rows
 from lora_sentiment.fast.encoder import (
     takes_packed_rows,
     use_fast_encoder,
-    use_stock_encoder,
 )
 from lora_sentiment.fast.kernels import Adapter, Linear, cast_adapters, linear
 from lora_sentiment.fast.transfer import round_size
@@ -25,205 +22,12 @@ from lora_sentiment.models.inference import (
     predict_logits,
 )
 from lora_sentiment.models.load import load_base
-from lora_sentiment.models.wrap import checkpoint_activations
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.training.processes import make_accelerator
-from tests.fast.test_encoder import (
-    ALL_LINEARS,
-    find_encoder,
-    largest_grad_distance,
-    logits_and_grads,
-    make_batch,
-    make_classifier,
-    make_lora,
-    train,
-)
+from tests.fast.toy_encoder import find_encoder, make_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-
-
-def packed_logits(model, input_ids, attention_mask):
-    """Logits of the rows of a padded batch, packed with an absent row and padding."""
-    lengths = attention_mask.sum(dim=1).tolist()
-    ids = input_ids.cpu().numpy().astype(np.int32)
-    rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-    longest = max(lengths)
-    packed = pack_rows(
-        rows,
-        size=sum(lengths) + 1 + longest + 1,
-        num_rows=len(rows) + 1,
-        num_spare=4,
-        max_length=longest,
-        pad_token_id=0,
-    )
-    device = input_ids.device
-    arrays = (packed.input_ids, packed.position_ids, packed.cu_seq_lens)
-    flat, positions, ends = (torch.from_numpy(each).to(device) for each in arrays)
-    assert ends[-1] == ends[-2]
-    logits = model(
-        input_ids=flat[None],
-        position_ids=positions[None],
-        cu_seq_lens_q=ends,
-        max_length_q=longest,
-    ).logits
-    assert len(logits) == len(rows) + 5
-    return logits[: len(rows)]
-
-
-def packed_logits_and_grads(model, input_ids, attention_mask):
-    model.zero_grad()
-    logits = packed_logits(model, input_ids, attention_mask)
-    labels = torch.ones(len(input_ids), dtype=torch.int64, device=input_ids.device)
-    functional.cross_entropy(logits.float(), labels).backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), grads
-
-
-def assert_exact(model, input_ids, attention_mask, *, bound=1e-5):
-    use_stock_encoder(model)
-    logits, grads = logits_and_grads(model, input_ids, attention_mask)
-    assert use_fast_encoder(model, compute_dtype=torch.float32) is None
-    found, found_grads = packed_logits_and_grads(model, input_ids, attention_mask)
-    torch.testing.assert_close(found, logits, rtol=0, atol=bound)
-    assert largest_grad_distance(grads, found_grads) <= 10 * bound
-
-
-@pytest.mark.parametrize("length", [1, 7, 33, 200])
-@pytest.mark.parametrize(
-    "target_modules", [["q_lin", "v_lin"], ["q_lin"], ["k_lin", "out_lin"], ALL_LINEARS]
-)
-def test_logits_and_gradients_are_those_of_the_stock_encoder(target_modules, length):
-    assert_exact(make_lora(target_modules), *make_batch(length))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"use_rslora": True},
-        {"rank_pattern": {"layer.1.attention.q_lin": 7}},
-        {"layers_to_transform": [1]},
-        {"lora_alpha": 7, "r": 3},
-    ],
-    ids=str,
-)
-def test_every_kind_of_plain_lora_is_exact(changes):
-    assert_exact(make_lora(ALL_LINEARS, **changes), *make_batch(9))
-
-
-def test_a_model_without_adapters_is_exact():
-    model = make_classifier()
-    find_encoder(model).requires_grad_(False)
-    assert_exact(model, *make_batch(9))
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        [""],
-        ["layer.1.", "layer.2."],
-        ["layer.2.", "layer.0.attention.q_lin.bias"],
-        ["layer.0."],
-        ["bias"],
-        ["norm.", "LayerNorm."],
-        ["embeddings."],
-        ["q_lin.weight"],
-        ["v_lin", "lin1.weight"],
-        ["layer.1.ffn.lin2.bias"],
-    ],
-    ids=str,
-)
-def test_trained_base_tensors_get_the_gradients_of_the_stock_encoder(names):
-    assert_exact(train(make_classifier(), *names, only=True), *make_batch(33))
-
-
-def test_the_padding_token_is_embedded_and_not_trained():
-    model = train(make_classifier(), "word_embeddings")
-    input_ids, attention_mask = make_batch(9)
-    padding = find_encoder(model).embeddings.word_embeddings.padding_idx
-    input_ids[:, 4:6] = padding
-    assert_exact(model, input_ids, attention_mask)
-    gradient = find_encoder(model).embeddings.word_embeddings.weight.grad
-    assert not gradient[padding].any()
-    assert gradient[input_ids[0, 1]].any()
-
-
-@pytest.mark.parametrize("target_modules", [["q_lin", "v_lin"], ALL_LINEARS])
-@pytest.mark.parametrize("names", [[""], ["norm.", "embeddings."]], ids=str)
-def test_lora_and_trained_base_tensors_mix(names, target_modules):
-    assert_exact(train(make_lora(target_modules), *names), *make_batch(9))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("length", [1, 7, 33, 200])
-def test_a_gpu_gives_the_numbers_of_the_stock_encoder_there(gpu, length):
-    batch = (each.to(gpu) for each in make_batch(length))
-    # What is promised on a GPU in fp32.
-    assert_exact(make_lora(ALL_LINEARS).to(gpu), *batch, bound=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: make_lora(p=p),
-        lambda p: make_lora(ALL_LINEARS, p=p, lora_dropout=p),
-        lambda p: train(make_classifier(p=p), ""),
-    ],
-    ids=["q_lin and v_lin", "all linears", "full"],
-)
-def test_checkpointing_gives_the_same_bits(make, p, dtype):
-    model = make(p)
-    assert use_fast_encoder(model, compute_dtype=dtype) is None
-    torch.manual_seed(3)
-    logits, grads = packed_logits_and_grads(model, *make_batch(33))
-    checkpoint_activations(model)
-    assert use_fast_encoder(model, compute_dtype=dtype) is None
-    torch.manual_seed(3)
-    logits_again, grads_again = packed_logits_and_grads(model, *make_batch(33))
-    assert torch.equal(logits_again, logits)
-    assert grads_again.keys() == grads.keys()
-    assert all(torch.equal(grads_again[name], grads[name]) for name in grads)
-
-
-def check_short(make, device="cpu"):
-    model = make().to(device)
-    batch = [each.to(device) for each in make_batch(33)]
-    _, exact = logits_and_grads(model, *batch)
-    with torch.autocast(batch[0].device.type, dtype=torch.bfloat16):
-        stock_logits, _ = logits_and_grads(model, *batch)
-    assert use_fast_encoder(model, compute_dtype=torch.bfloat16) is None
-    logits, grads = packed_logits_and_grads(model, *batch)
-    assert all(grad.dtype == torch.float32 for grad in grads.values())
-    assert grads.keys() == exact.keys()
-    assert (logits - stock_logits).norm() <= 0.04 * stock_logits.norm()
-    difference = torch.cat([(grads[name] - grad).flatten() for name, grad in exact.items()])
-    assert difference.norm() <= 0.2 * torch.cat([g.flatten() for g in exact.values()]).norm()
-
-
-MODELS = {
-    "lora": make_lora,
-    "lora everywhere": lambda: make_lora(ALL_LINEARS),
-    "scale of 7/3": lambda: make_lora(ALL_LINEARS, r=3, lora_alpha=7),
-    "several scales": lambda: make_lora(
-        ALL_LINEARS,
-        rank_pattern={"layer.1.attention.q_lin": 7},
-        alpha_pattern={"layer.1.ffn.lin1": 13},
-    ),
-    "full": lambda: make_classifier().train(),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_bf16_is_close_to_stock_bf16_and_its_gradients_are_fp32(name):
-    check_short(MODELS[name])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", MODELS)
-def test_on_a_gpu_bf16_is_close_to_stock_bf16(gpu, name):
-    check_short(MODELS[name], gpu)
 
 
 def make_linear(*adapters, outputs=9):

@@ -15,7 +15,7 @@ IDS = [[2, 5, 6, 3], [2, 9, 3]]
 
 @pytest.fixture(scope="module")
 def wide_base(tiny_base, tmp_path_factory):
-    """As wide as a block of weights with one scale: of narrower rows bitsandbytes 0.50 mixes them up on AVX-512."""
+    """As wide as a block with one scale: bitsandbytes 0.50 mixes up narrower rows on AVX-512."""
     folder = shutil.copytree(tiny_base, tmp_path_factory.mktemp("wide") / "base")
     torch.manual_seed(0)
     DistilBertModel(
@@ -52,7 +52,7 @@ def test_a_quantised_base_is_smaller_and_near(wide_base, quantize, most):
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp4"])
 def test_4_bit_weights_stay_what_they_are_on_every_cpu(tiny_base, monkeypatch, quantize):
-    """With avx512_bf16 bitsandbytes would pack them anew at the first answer, and no step could follow."""
+    """With avx512_bf16, bitsandbytes would pack them again at the first answer. Training would fail."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     config = ModelConfig(
         name=str(tiny_base), max_length=16, quantize=quantize, double_quant=True, dtype="float32"

@@ -88,7 +88,7 @@ def test_yaml_1_2_not_1_1(write):
         (MINIMAL + "train: {seed: 4294967296}", "train.seed: found 4294967296"),
         (
             MINIMAL + "train: {warmup_ratio: 0.1, lr_scheduler_type: constant}",
-            "train: warmup_ratio does nothing with",
+            "train: warmup_ratio has no effect with",
         ),
         (
             MINIMAL + "train: {engine: fast}\nmethod: {kind: ia3}",

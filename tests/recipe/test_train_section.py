@@ -16,7 +16,8 @@ def test_class_weights_are_balanced_or_positive_numbers(weights):
 )
 def test_other_class_weights_are_refused_in_one_message(weights):
     with pytest.raises(
-        ValidationError, match="allowed: balanced, or a list of positive numbers, one a label"
+        ValidationError,
+        match="allowed: balanced, or a list of positive numbers, one for each label",
     ) as raised:
         TrainConfig(class_weights=weights)
     assert raised.value.error_count() == 1

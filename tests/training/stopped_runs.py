@@ -216,8 +216,8 @@ def watch_saves(reach: Callable[[str], None]) -> None:
     loop.save_checkpoint = watched_save
 
 
-SHORT = {"max_steps": 8, "save_steps": 3, "save_total_limit": 1}
-"""Saves after 3, 6 and 8 steps."""
+SHORT = {"max_steps": 4, "save_steps": 1, "eval_steps": 3, "save_total_limit": 1}
+"""Saves after each step; the second one is watched."""
 
 
 def kill_at_every_point(toy: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -451,13 +451,24 @@ def stop_and_go_on(
     return fit_here(name, **values)
 
 
+NINE_STEPS = {"num_train_epochs": 1.5, "save_steps": 100}
+
+
+@pytest.fixture(scope="module")
+def nine_steps(base, tmp_path_factory):
+    """The folder and the history of an unbroken run."""
+    folder = tmp_path_factory.mktemp("nine_steps")
+    return folder, fit_toy(folder, make_toy(base), **NINE_STEPS)
+
+
 @pytest.mark.parametrize("step", [1, 4, 5, 6, 7, 9])
-def test_going_on_is_bit_identical_to_never_having_stopped(fit_here, monkeypatch, tmp_path, step):
+def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(
+    fit_here, nine_steps, monkeypatch, tmp_path, step
+):
     """Dropout on; six steps an epoch, every fourth evaluated."""
-    values = {"num_train_epochs": 1.5, "save_steps": 100}
-    whole = fit_here("whole", **values)
-    history = stop_and_go_on(fit_here, monkeypatch, "stopped", step, **values)
-    assert outcome(tmp_path / "stopped", tmp_path / "whole") == [True, True]
+    folder, whole = nine_steps
+    history = stop_and_go_on(fit_here, monkeypatch, "stopped", step, **NINE_STEPS)
+    assert outcome(tmp_path / "stopped", folder) == [True, True]
     assert history.steps == whole.steps
     assert history.evaluations == whole.evaluations
     assert (history.resumed, whole.resumed) == ([step], [])

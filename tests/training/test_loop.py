@@ -306,9 +306,8 @@ def test_biases_and_norms_are_not_decayed():
     assert groups[0]["fused"]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_weighted_loss_does_not_depend_on_the_cut(run, smoothing):
-    values = {"class_weights": (0.2, 3.0), "label_smoothing_factor": smoothing, "num_rows": 50}
+def test_the_weighted_loss_does_not_depend_on_the_cut(run):
+    values = {"class_weights": (0.2, 3.0), "label_smoothing_factor": 0.1, "num_rows": 50}
     losses = [
         [point.loss for point in run(max_tokens=cut, **values)[1].steps] for cut in (10_000, 45, 1)
     ]

@@ -36,7 +36,7 @@ from lora_sentiment.training.micro_batch import (
     measure_micro_batch,
 )
 from lora_sentiment.training.processes import make_accelerator
-from tests.fast.test_encoder import find_encoder, make_lora
+from tests.fast.toy_encoder import find_encoder, make_lora
 
 MIB, GIB = 2**20, 2**30
 

@@ -266,7 +266,7 @@ def test_what_is_no_folder_in_the_place_of_the_adapter_is_told_before_training(t
         ),
         (
             "~no such user/mine",
-            "output.dir: found '~no such user/mine'; there is no such user's home here",
+            "output.dir: found '~no such user/mine'; this machine has no home folder of that user",
         ),
     ],
 )
@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_be_is_told_before_training(toy_recipe, folder, mes
 def test_changes_are_not_allowed_of_a_run_that_starts_anew(toy_recipe, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", str(toy_recipe), "train.resume=never", "--allow-changes"])
-    assert "--allow-changes is of a run that goes on" in capsys.readouterr().err
+    assert "--allow-changes needs a resumed run, but train.resume=never" in capsys.readouterr().err
 
 
 def test_a_sweep_is_stopped_with_its_run_and_goes_on_in_it(toy_recipe, monkeypatch):

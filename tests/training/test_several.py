@@ -16,10 +16,9 @@ from lora_sentiment.files import hash_file
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
 from tests.conftest import free_port, toy_rows, write_csv
+from tests.training.two_processes import WEIGHED
 
 ROOT = Path(__file__).parents[2]
-PLAIN = ("model.dropout=0", "model.attention_dropout=0", "model.seq_classif_dropout=0")
-WEIGHED = (*PLAIN, "train.class_weights=[1, 3]", "train.label_smoothing_factor=0.1")
 COUNTED = ("accuracy", "macro_f1", "mcc")
 """Metrics of labels alone: equal to the last bit, unless two logits of a row are closer than rounding."""
 CORES = sorted(os.sched_getaffinity(0))
@@ -102,20 +101,20 @@ def start_two_machines(recipe: Path, *overrides: str, **values):
 
 
 @pytest.fixture(scope="module")
-def two(recipe) -> tuple[Path, str]:
-    """The adapter of two processes of one machine, and what they wrote to standard error."""
-    torchrun = ("--standalone", "--nproc_per_node", "2")
-    launcher = start(
-        recipe, *WEIGHED, f"output.dir={recipe.parent}/two", torchrun=torchrun, cores=CORES[:2]
+def launched(recipe) -> dict[str, dict]:
+    """The results of launches of two processes, by name."""
+    command = [sys.executable, "-m", "tests.training.two_processes", str(recipe)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600
     )
-    _, errors = launcher.communicate(timeout=300)
-    assert launcher.returncode == 0, errors
-    return recipe.parent / "two", errors
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
 
 
-def test_two_processes_train_as_one(recipe, two):
-    """What rows are batched together differs, and with it the last bits of a logit, step for step: fp32 has 24."""
-    folder, errors = two
+def test_two_processes_train_as_one(recipe, launched):
+    """Other rows are batched together, so the last bits of a logit differ: fp32 has 24."""
+    assert launched["two"]["codes"] == [0, 0], launched["two"]["text"]
+    folder = recipe.parent / "two"
     one = train(Recipe.load(recipe, [*WEIGHED, f"output.dir={recipe.parent}/one"]))
     with (recipe.parent / "two.run/metrics.csv").open(newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
@@ -136,69 +135,34 @@ def test_two_processes_train_as_one(recipe, two):
                     else pytest.approx(own[key], abs=tolerance, rel=0)
                 )
                 assert same, (role, metric, key)
-    assert errors.count("saved and verified") == 1
+    assert launched["two"]["text"].count("saved and verified") == 1
 
 
-def test_two_processes_add_up_to_the_gradients_of_the_stock_encoder(recipe):
-    """At the first step, tensor by tensor; with orthogonal starts, for B = 0 gives A no gradient."""
-    settings = (
-        *WEIGHED,
-        "train.max_steps=1",
-        "method.init_lora_weights=orthogonal",
-        "method.target_modules=all-linear",
-    )
-    found = {}
-    for engine, processes in (("stock", "1"), ("fast", "2")):
-        path = recipe.parent / f"{engine}.safetensors"
-        own = (
-            *settings,
-            f"train.engine={engine}",
-            f"output.dir={recipe.parent}/gradients-{engine}",
-            str(path),
-        )
-        script, torchrun = (
-            ("-m", "tests.training.reduced_gradients"),
-            ("--standalone", "--nproc_per_node", processes),
-        )
-        launcher = start(recipe, *own, torchrun=torchrun, cores=CORES[:2], script=script)
-        _, errors = launcher.communicate(timeout=300)
-        assert launcher.returncode == 0, errors
-        found[engine] = load_file(path)
-    assert found["stock"].keys() == found["fast"].keys()
-    assert sum("lora_A" in name for name in found["stock"]) == 12
-    for name, expected in found["stock"].items():
-        assert (found["fast"][name] - expected).norm() <= 1e-4 * expected.norm(), name
+def test_two_processes_add_up_to_the_gradients_of_the_stock_encoder(recipe, launched):
+    """At the first step, tensor by tensor."""
+    stock = load_file(recipe.parent / "stock.safetensors")
+    fast = load_file(recipe.parent / "fast.safetensors")
+    assert stock.keys() == fast.keys()
+    assert sum("lora_A" in name for name in stock) == 12
+    for name, expected in stock.items():
+        assert (fast[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
-def test_two_machines_train_as_two_processes(recipe, two):
-    """Without a common disk, that is: only the first one's main process reads and writes the run's folder."""
+def test_two_machines_train_as_two_processes(recipe, launched):
+    """Without a common disk: only the first machine's main process uses the run's folder."""
     folder = recipe.parent / "machines"
     launchers = start_two_machines(recipe, *WEIGHED, f"output.dir={folder}")
     (first, errors), (second, no_errors) = [
         launcher.communicate(timeout=300) for launcher in launchers
     ]
     assert [launcher.returncode for launcher in launchers] == [0, 0], errors + no_errors
-    assert hash_file(folder / "adapter_model.safetensors") == hash_file(
-        two[0] / "adapter_model.safetensors"
-    )
-    assert (folder / "predictions.safetensors").read_bytes() == (
-        two[0] / "predictions.safetensors"
-    ).read_bytes()
+    two = recipe.parent / "two"
+    for name in ("adapter_model.safetensors", "predictions.safetensors"):
+        assert hash_file(folder / name) == hash_file(two / name), name
     assert "test (95 % intervals)" in first
     assert second == ""
     assert errors.count("saved and verified") == 1
     assert "saved" not in no_errors
-
-
-@pytest.fixture(scope="module")
-def failed(recipe) -> dict[str, dict]:
-    """What came of launches of which the second process fails, by how it does."""
-    command = [sys.executable, "-m", "tests.training.failing_runs", str(recipe)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
 
 
 LOST = "error: another process of this launch ended, so this one ends too"
@@ -217,9 +181,9 @@ LOST = "error: another process of this launch ended, so this one ends too"
         ),
     ],
 )
-def test_one_process_that_fails_ends_the_other_with_the_reason(failed, how, code, said):
+def test_one_process_that_fails_ends_the_other_with_the_reason(launched, how, code, said):
     """The connection breaks with the process, so no patience of a collective is waited for."""
-    found = failed[how]
+    found = launched[how]
     assert found["codes"] == [1, code], found["text"]
     assert found["seconds"] < SECONDS_TO_END
     assert found["text"].count(said) == found["text"].count(LOST) == 1
@@ -229,8 +193,8 @@ def test_one_process_that_fails_ends_the_other_with_the_reason(failed, how, code
 @pytest.mark.parametrize(
     ("how", "what"), [("other train rows", "train_sha256"), ("other test rows", "test")]
 )
-def test_machines_that_read_other_rows_are_refused_by_all_alike(failed, how, what):
-    found = failed[how]
+def test_machines_that_read_other_rows_are_refused_by_all_alike(launched, how, what):
+    found = launched[how]
     assert found["codes"] == [1, 1], found["text"]
     assert found["text"].count("process 1 has another ") == 2
     assert (
@@ -239,12 +203,14 @@ def test_machines_that_read_other_rows_are_refused_by_all_alike(failed, how, wha
     )
 
 
-def test_what_lies_where_another_machine_writes_nothing_is_no_matter(failed):
-    assert failed["a folder of its own"]["codes"] == [0, 0], failed["a folder of its own"]["text"]
+def test_what_lies_where_another_machine_writes_nothing_is_no_matter(launched):
+    assert launched["a folder of its own"]["codes"] == [0, 0], launched["a folder of its own"][
+        "text"
+    ]
 
 
-def test_the_same_bad_row_in_files_of_other_names_does_not_cost_the_adapter(failed):
-    found = failed["the same bad row in files of their own"]
+def test_the_same_bad_row_in_files_of_other_names_does_not_cost_the_adapter(launched):
+    found = launched["the same bad row in files of their own"]
     assert found["codes"] == [1, 1], found["text"]
     assert found["text"].count(": row 20: label 'neither'") == 2
     assert found["text"].count("the adapter is saved in") == 2
@@ -257,7 +223,7 @@ def test_a_process_killed_on_one_machine_ends_the_other(recipe, tmp_path):
     script.write_text(
         "import os, sys\n"
         "from lora_sentiment import cli\n"
-        "from tests.training.failing_runs import fail_in_step, kill\n"
+        "from tests.training.two_processes import fail_in_step, kill\n"
         "if os.environ['RANK'] == '1':\n    fail_in_step(kill)\n"
         "cli.main(['train', *sys.argv[1:]])\n"
     )

@@ -24,7 +24,7 @@ from lora_sentiment.fast.encoder import use_fast_encoder, use_stock_encoder
 from lora_sentiment.models.token_limits import micro_batch_tokens
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
-from tests.fast.test_encoder import (
+from tests.fast.toy_encoder import (
     ALL_LINEARS,
     DIM,
     HIDDEN_DIM,
