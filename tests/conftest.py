@@ -97,6 +97,16 @@ def signals_of_a_terminal():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def loggers_of_a_library():
+    """The logger's own level and handlers: the command line sets both, in the test's process too."""
+    logger = logging.getLogger("lora_sentiment")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+
+
 @pytest.fixture
 def one_thread():
     """Threads that wait for each other at every tiny operation take most of the time on a busy machine."""
