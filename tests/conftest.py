@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import logging
 import os
 import random
 import re
