@@ -293,8 +293,9 @@ def load(
     check_length(fresh.config, config)
     _check_probe(folder, card, fresh)
     model = rebuild(folder, fresh, card.method, config)
-    answers = compute_probe(model, card.probe.input_ids)
-    difference = _largest_difference(answers.logits, card.probe.logits)
+    # Not as a Probe, which refuses logits that are not finite.
+    answers = _answer(model, card.probe.input_ids)
+    difference = _largest_difference(answers, card.probe.logits)
     if not difference <= PROBE_TOLERANCE:
         raise AdapterError(
             f"{folder}: answers its probe differently than when it was saved (logits differ by "
@@ -327,13 +328,17 @@ def load_card(folder: Path) -> Card:
 
 def compute_probe(model: nn.Module, input_ids: list[list[int]]) -> Probe:
     """Compute a model's logits for lists of token ids, one at a time and so without padding."""
+    return Probe(input_ids=input_ids, logits=_answer(model, input_ids))
+
+
+def _answer(model: nn.Module, input_ids: list[list[int]]) -> list[list[float]]:
     device = next(model.parameters()).device
     logits = []
     with torch.inference_mode(), attention_backends(device):
         for ids in input_ids:
             answer = model(input_ids=torch.tensor([ids], device=device))
             logits.append(answer.logits[0].tolist())
-    return Probe(input_ids=input_ids, logits=logits)
+    return logits
 
 
 def _largest_difference(one: list[list[float]], other: list[list[float]]) -> float:

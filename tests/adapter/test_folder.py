@@ -128,6 +128,7 @@ def test_a_moved_base_is_found_where_one_says(saved, tiny_base, tmp_path):
 
 
 HEAD = "base_model.model.classifier.bias"
+HEAD_WEIGHT = "base_model.model.classifier.weight"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,8 @@ HEAD = "base_model.model.classifier.bias"
         (lambda t: t.update({HEAD: torch.zeros(5)}), r"has shape \(5,\), expected \(3,\)"),
         (lambda t: t[HEAD].fill_(float("nan")), "not finite"),
         (lambda t: t[HEAD].add_(1), "answers its probe differently"),
+        # Each value is finite, and the logits are not.
+        (lambda t: t[HEAD_WEIGHT].fill_(3e38), "answers its probe differently"),
     ],
 )
 def test_altered_tensors_are_refused(saved, change, message):
