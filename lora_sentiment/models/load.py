@@ -309,7 +309,8 @@ def bitsandbytes_config(config: ModelConfig, *, dtype: torch.dtype) -> BitsAndBy
             "bnb_4bit_use_double_quant": config.double_quant,
             "bnb_4bit_compute_dtype": dtype,
         }
-    return BitsAndBytesConfig(**bits, llm_int8_skip_modules=list(HEAD))  # type: ignore[no-untyped-call]
+    bits["llm_int8_skip_modules"] = list(HEAD)
+    return BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
 
 
 def _quantise(
@@ -323,23 +324,7 @@ def _quantise(
         source: Arguments of `from_pretrained` that loaded `plain`.
         device: Device of the quantised linears.
     """
-<<<<<<< HEAD
     quantization_config = bitsandbytes_config(config, dtype=resolve_dtype(config.dtype, device))
-=======
-    if config.quantize == "int8":
-        bits: dict[str, Any] = {"load_in_8bit": True}
-    else:
-        bits = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": config.quantize,
-            "bnb_4bit_use_double_quant": config.double_quant,
-            "bnb_4bit_compute_dtype": resolve_dtype(config.dtype, device),
-        }
-    bits["llm_int8_skip_modules"] = list(HEAD)
-    quantization_config = BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
-    # At every layer and call, bitsandbytes warns that int8 products round their input to fp16.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
->>>>>>> house
     with quiet(), _ExplainFailure(config), torch.random.fork_rng(devices=[]):
         model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
             **source, quantization_config=quantization_config, device_map={"": str(device)}
