@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import logging
 import os
 import random
 import re
@@ -95,6 +96,16 @@ def signals_of_a_terminal():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def loggers_of_a_library():
+    """The logger's own level and handlers: the command line sets both, in the test's process too."""
+    logger = logging.getLogger("lora_sentiment")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture
