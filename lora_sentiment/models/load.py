@@ -309,7 +309,8 @@ def bitsandbytes_config(config: ModelConfig, *, dtype: torch.dtype) -> BitsAndBy
             "bnb_4bit_use_double_quant": config.double_quant,
             "bnb_4bit_compute_dtype": dtype,
         }
-    return BitsAndBytesConfig(**bits, llm_int8_skip_modules=list(HEAD))  # type: ignore[no-untyped-call]
+    bits["llm_int8_skip_modules"] = list(HEAD)
+    return BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
 
 
 def _quantise(
