@@ -1,4 +1,8 @@
-"""The estimate of a GPU beside figures of the real code, which was run with stand-ins for a GPU's kernels."""
+"""The estimate for a GPU, held against recorded figures.
+
+cuda_memory.json holds the outputs of the formulas that this estimate replaced. A test held those formulas against the real
+code, run with stand-ins for a GPU's kernels.
+"""
 
 import json
 from dataclasses import replace
