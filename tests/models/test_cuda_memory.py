@@ -1,7 +1,7 @@
 """The estimate for a GPU, held against recorded figures.
 
-cuda_memory.json holds the outputs of the formulas that this estimate replaced. A test held those formulas against the real
-code, run with stand-ins for a GPU's kernels.
+cuda_memory.json holds outputs of the formulas that this estimate replaced. A test held those
+formulas against the real code, run with stand-ins for a GPU's kernels.
 """
 
 import json
