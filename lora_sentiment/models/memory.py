@@ -20,9 +20,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_sentiment.fast import takes_packed_rows, use_fast_encoder, why_not_fused
+from lora_sentiment.fast import (
+    attention_backends,
+    takes_packed_rows,
+    use_fast_encoder,
+    why_not_fused,
+)
 from lora_sentiment.models.families import FP32
-from lora_sentiment.models.sizes import count_parameters, make_meta_model, weight_tensors
+from lora_sentiment.models.sizes import (
+    count_parameters,
+    is_quantised_dora,
+    make_meta_model,
+    weight_tensors,
+)
 from lora_sentiment.models.token_limits import inference_tokens
 from lora_sentiment.models.wrap import checkpoint_activations
 from lora_sentiment.recipe.method import Method, PeftMethod
@@ -247,6 +257,8 @@ class _Run(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _make_run(plan: Plan) -> _Run:
+    if is_quantised_dora(plan.method, plan.model):
+        return _make_dora_run(plan)
     model = make_meta_model(plan.config, plan.method, plan.model, dtype=plan.dtype)
     counts = count_parameters(model)
     if plan.device == "cuda":
@@ -269,6 +281,19 @@ def _make_run(plan: Plan) -> _Run:
     weights = sum(_storages(own).values())
     loading = _loading(plan, model, weights, counts.base)
     return _Run(model, fast, own, counts.trainable, weights, loading, live.peak)
+
+
+def _make_dora_run(plan: Plan) -> _Run:
+    """Return a run of DoRA on a quantised base, whose packed weights no fake tensor stands for.
+
+    Its passes are those of the unpacked base. Its weights and loading are those of LoRA on the
+    quantised base, and the magnitudes.
+    """
+    unpacked = {"quantize": "none", "double_quant": False}
+    run = _make_run(replace(plan, model=plan.model.model_copy(update=unpacked)))
+    lora = _make_run(replace(plan, method=plan.method.model_copy(update={"use_dora": False})))
+    magnitudes = 4 * (run.num_trained - lora.num_trained)
+    return run._replace(weights=lora.weights + magnitudes, loading=lora.loading + magnitudes)
 
 
 def _loading(plan: Plan, model: nn.Module, weights: int, num_base: int) -> int:
@@ -349,7 +374,8 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 def _watch(plan: Plan, own: list[Tensor]) -> Iterator[_LiveBytes]:
     """Run what is inside on fake tensors in the run's dtype, and count the bytes of new tensors."""
     autocast = torch.autocast(plan.device, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
-    with warnings.catch_warnings(), _FAKE, _LiveBytes(own) as live, autocast:
+    backends = attention_backends(torch.device(plan.device))
+    with warnings.catch_warnings(), _FAKE, _LiveBytes(own) as live, autocast, backends:
         # The fast engine tells frozen weights by their address, which is 0 for all fake tensors.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield live

@@ -29,7 +29,8 @@ def make_meta_model(
         config: The base's config; its `num_labels` sizes the head.
         method: The recipe's `method` section.
         model: The recipe's `model` section. Quantised linears are bitsandbytes' modules, whose weights still have
-            the shape and dtype of unquantised ones.
+            the shape and dtype of unquantised ones. With DoRA they are plain linears: DoRA unpacks the
+            weights when it wraps them, and these have no values.
         dtype: Compute dtype.
 
     Raises:
@@ -39,7 +40,7 @@ def make_meta_model(
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         plain: Any = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
         plain.name_or_path = model.name
-        if model.quantize != "none":
+        if model.quantize != "none" and not is_quantised_dora(method, model):
             # bitsandbytes is not on every system, and takes time to import.
             from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
@@ -54,6 +55,11 @@ def make_meta_model(
         base = Base(plain, tokenizer, model.name, model.revision, sha256="", new_head=False)
         unquantised = model.model_copy(update={"quantize": "none", "double_quant": False})
         return make_trainable(base, method, unquantised, dtype=dtype, num_steps=MANY_STEPS)
+
+
+def is_quantised_dora(method: Method, model: ModelConfig) -> bool:
+    """Return whether DoRA adapts quantised linears."""
+    return model.quantize != "none" and getattr(method, "use_dora", False)
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
