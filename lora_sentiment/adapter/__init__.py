@@ -1,1 +1,1 @@
-"""The folder that leaves a run."""
+"""The adapter folder: save, load, verify, merge, export, and model cards."""

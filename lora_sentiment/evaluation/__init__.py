@@ -1,1 +1,1 @@
-"""Metrics, and how sure they are."""
+"""Confidence intervals and paired tests."""

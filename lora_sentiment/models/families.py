@@ -1,4 +1,4 @@
-"""What is known of an encoder family by name. No other file of `models/` names its modules."""
+"""What is known of an encoder family by name: today DistilBERT alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -13,8 +13,7 @@ class Section(BaseModel):
     """One section of a recipe: frozen, without unknown keys, strict about types.
 
     Strict: `"8"` is no integer and `true` is no number. The docstring under each field becomes its
-        description in the
-    JSON schema.
+    description in the JSON schema.
     """
 
     model_config = ConfigDict(

@@ -39,7 +39,7 @@ class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate h
     `{"accuracy": ...}`.
 
     Attributes:
-        name: Its key in `report.json` and its value for `train.metric_for_best_model`.
+        name: Its key in `report.json`. `train.metric_for_best_model` lists the names it takes.
         values: The formula.
         greater_is_better: Whether the best checkpoint has the highest value.
         undefined_if: When the formula gives nan, in words for the report.
