@@ -89,8 +89,8 @@ class Memory:
         workspace: The most that the passes hold beside the activations at once.
         loading: Peak while the base is loaded, hashed and wrapped.
         evaluating: Peak of an evaluation between steps.
-        second: Size of a step's second micro-batch over that of its first; 0 where there is one. 1 where CUDA graphs
-            run: their gradients lie there all the time.
+        second: Size of a step's second micro-batch, as a share of the first. It is 0 if a step has one
+            micro-batch. It is 1 with CUDA graphs, which keep their gradients between steps.
         fixed: What libraries hold for as long as a run lasts.
         pool: Memory of CUDA graphs, which nothing else can use. None of it is allocated, all of it is reserved.
         device: What the run is on.

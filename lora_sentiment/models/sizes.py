@@ -86,8 +86,8 @@ def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yield all parameters of a model, and the scales that bitsandbytes keeps beside its weights."""
     yield from model.parameters()
     for module in model.modules():
-        # 8 bits: the scales are in the module's state once it ran, before in the weight. 4 bits: in the weight's state,
-        # which has a state of its own where the scales are quantised too.
+        # 8 bits: the weight holds the scales, and after the first forward pass the module's state.
+        # 4 bits: the weight's state holds them. Double quantisation adds a second state.
         weight = getattr(module, "weight", None)
         scales = [
             getattr(getattr(module, "state", None), "SCB", None),

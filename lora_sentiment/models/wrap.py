@@ -295,7 +295,7 @@ def kept_ranks(state: Mapping[str, torch.Tensor]) -> dict[str, list[bool]]:
 
 
 def _wrap(base: Base, method: PeftMethod, num_steps: int) -> PeftModel:
-    """Let PEFT wrap the base, and hold the linears that it adapted against those that the recipe named."""
+    """Wrap the base with PEFT, and check that it adapted the linears that the recipe names."""
     wanted = set(find_targets(base.model, method))
     model = get_peft_model(base.model, peft_config(base, method, num_steps=num_steps))
     assert isinstance(model, PeftModel)

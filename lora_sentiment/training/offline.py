@@ -119,10 +119,9 @@ def _describe_replacement(recipe: Recipe, names: dict[str, str], reason: str) ->
         asked.append(f"data.{key} {text}")
     return (
         f"NOT what the recipe asks for ({', '.join(asked)}): no Hub answered ({reason}), so the "
-        "small base and the "
-        "short reviews of the package replaced them; no figure here is of the data that the recipe "
-        "names, and a few "
-        "hundred reviews teach little: adapters/imdb_small is an adapter that works"
+        "small base and the short reviews of the package replaced them; no figure here is of the "
+        "data that the recipe names, and a few hundred reviews teach little: adapters/imdb_small "
+        "is an adapter that works"
     )
 
 
