@@ -114,11 +114,11 @@ def read_columns(
         paths = source.files[role]
         pattern = config.source if isinstance(config.source, str) else config.source[role]
         if has_magic(pattern) and paths != [Path(pattern)]:
-            names = [str(path) for path in paths[:SHOWN_FILES]]
+            shown = [str(path) for path in paths[:SHOWN_FILES]]
             if len(paths) > SHOWN_FILES:
-                names.append("...")
+                shown.append("...")
             noun = "file" if len(paths) == 1 else "files"
-            log.info("%s: %r matches %d %s: %s", role, pattern, len(paths), noun, ", ".join(names))
+            log.info("%s: %r matches %d %s: %s", role, pattern, len(paths), noun, ", ".join(shown))
         return _read_files(config, paths), None
     from datasets import ClassLabel, load_dataset
 
