@@ -251,7 +251,7 @@ def _decode(
 ) -> io.TextIOWrapper:
     if file.peek(2)[:2] == b"\x1f\x8b":
         raise DataError(f"{path}: is gzip, which its name must tell; end it in .gz")
-    if file.peek(4)[:4] == b"PK\x03\x04":
+    if file.peek(4)[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):
         raise DataError(
             f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV "
             f"UTF-8"

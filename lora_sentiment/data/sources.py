@@ -1,5 +1,6 @@
 """Find the rows of a recipe: files or a Hub data set, their splits, and their two columns."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -10,20 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment import bundled
-from lora_sentiment.data.tables import FORMATS, read_table, table_columns
+from lora_sentiment.data.tables import FORMATS, SPREADSHEETS, read_table, table_columns
 from lora_sentiment.errors import DataError, did_you_mean, show
 from lora_sentiment.hub import explain_refusal, innermost
 from lora_sentiment.recipe.data import SPLITS, DataConfig
+
+log = logging.getLogger("lora_sentiment")
 
 Columns = Iterator[tuple[list[Any], list[Any]]]
 """Texts and label values, some rows at a time."""
 HUB_CHUNK = 10_000
 """Rows of a Hub data set that are in memory at a time."""
+SHOWN_FILES = 5
+"""Files of a pattern that the log names."""
 HUB_PAGE = re.compile(
     r"(?:hf://|(?:https?://)?huggingface\.co/)datasets/"
     r"([\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)\b)[\w.-]+)?)"
 )
 """Beginning of the address of a Hub data set. The group is its name."""
+OTHER_FILES = (*SPREADSHEETS, ".txt", ".zip", ".gz", ".tab", ".xml", ".arrow")
+"""Ends of names that are files and no data sets of the Hub, beside those that are read."""
 OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -86,8 +93,10 @@ def is_on_hub(source: str | dict[str, str]) -> bool:
     """Return whether `data.source` names a Hub data set, not files."""
     if not isinstance(source, str) or source == bundled.NAME:
         return False
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
-    return bool(is_hub_name) and not source.endswith(tuple(FORMATS)) and not Path(source).exists()
+    # A name without an owner, such as `imdb`, has no dot.
+    is_hub_name = re.fullmatch(r"[\w-]+|[\w-][\w.-]*/[\w.-]+", source)
+    is_file_name = source.lower().endswith((*FORMATS, *OTHER_FILES))
+    return bool(is_hub_name) and not is_file_name and not _exists(Path(source))
 
 
 def check_files(config: DataConfig, source: Source) -> None:
@@ -102,7 +111,15 @@ def read_columns(
 ) -> tuple[Columns, tuple[str, ...] | None]:
     """Return the text and label columns of a role, and the label names of the source or None."""
     if source.hub is None:
-        return _read_files(config, source.files[role]), None
+        paths = source.files[role]
+        pattern = config.source if isinstance(config.source, str) else config.source[role]
+        if has_magic(pattern) and paths != [Path(pattern)]:
+            shown = [str(path) for path in paths[:SHOWN_FILES]]
+            if len(paths) > SHOWN_FILES:
+                shown.append("...")
+            noun = "file" if len(paths) == 1 else "files"
+            log.info("%s: %r matches %d %s: %s", role, pattern, len(paths), noun, ", ".join(shown))
+        return _read_files(config, paths), None
     from datasets import ClassLabel, load_dataset
 
     split = source.hub_splits[role]
@@ -135,14 +152,27 @@ def _find_files(pattern: str) -> list[Path]:
         raise DataError(
             f"{show(pattern)}: addresses are not read{hint}", key="data.source", advice=advice
         )
-    pattern = os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises for an unknown user
-    # Path.glob refuses absolute patterns.
-    paths = [Path(path) for path in sorted(glob(pattern, recursive=True))]  # noqa: PTH207
-    if not paths and not has_magic(pattern):
-        paths = [Path(pattern)]
+    path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's raises for an unknown user
+    # A path that exists is no pattern, and neither are the folders of a pattern that exist.
+    folder = path
+    while not _exists(folder):
+        folder = folder.parent
+    if folder == path and path.is_dir():
+        raise DataError(
+            f"{path}: is a folder; name a file in it, or a pattern such as {path / '*.csv'}"
+        )
+    rest = str(path.relative_to(folder))
+    if folder == path or not has_magic(rest):
+        return [path]
+    # Path.glob does not follow links.
+    paths = [folder / name for name in sorted(glob(rest, root_dir=folder, recursive=True))]  # noqa: PTH207
     if not paths:
-        raise DataError(f"{pattern!r} matches no file", key="data.source")
+        raise DataError(f"{pattern!r} matches no file in {folder.absolute()}", key="data.source")
     return paths
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - Path's raises for a name that is too long
 
 
 def _hub_splits(config: DataConfig) -> dict[str, str]:

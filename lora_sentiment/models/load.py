@@ -29,6 +29,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lora_sentiment import bundled
 from lora_sentiment.errors import ModelError
+from lora_sentiment.files import LFS_FAULT, is_lfs_pointer
 from lora_sentiment.hub import explain_refusal, is_hub_name
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.families import DISTILBERT, HEAD
@@ -270,6 +271,8 @@ def _has_file(place: str, names: tuple[str, ...], revision: str | None) -> bool:
         path = cached_file(
             place, name, revision=revision, _raise_exceptions_for_missing_entries=False
         )
+        if path is not None and is_lfs_pointer(Path(path)):
+            raise ModelError(f"{path}: {LFS_FAULT}")
         if path is not None:
             return True
     return False
