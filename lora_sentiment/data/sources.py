@@ -147,10 +147,11 @@ def _read_hub(config: DataConfig, table: Any) -> Columns:
 def _find_files(pattern: str) -> list[Path]:
     if re.match(r"[A-Za-z][\w+.-]*://|huggingface\.co/", pattern):
         page = HUB_PAGE.match(pattern)
-        hint = "download the file and name it here"
-        if page:
-            hint = f"name the data set: data.source={page[1]}"
-        raise DataError(f"data.source {show(pattern)}: addresses are not read; {hint}")
+        advice = {"data.source": f"; name the data set: {{}}={page[1]}"} if page else {}
+        hint = "" if page else "; download the file and name it here"
+        raise DataError(
+            f"{show(pattern)}: addresses are not read{hint}", key="data.source", advice=advice
+        )
     path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's raises for an unknown user
     # A path that exists is no pattern, and neither are the folders of a pattern that exist.
     folder = path
@@ -166,7 +167,7 @@ def _find_files(pattern: str) -> list[Path]:
     # Path.glob does not follow links.
     paths = [folder / name for name in sorted(glob(rest, root_dir=folder, recursive=True))]  # noqa: PTH207
     if not paths:
-        raise DataError(f"data.source {pattern!r} matches no file in {folder.absolute()}")
+        raise DataError(f"{pattern!r} matches no file in {folder.absolute()}", key="data.source")
     return paths
 
 
@@ -186,16 +187,16 @@ def _hub_splits(config: DataConfig) -> dict[str, str]:
     if config.splits is None:
         if "train" not in existing:
             raise DataError(
-                f"data.source {source!r} has the splits {shown}; training needs 'train', or name "
-                f"another split: "
-                "data.splits={train: ..}"
+                f"{source!r} has the splits {shown}; training needs 'train'",
+                key="data.source",
+                advice={"data.splits": ", or name another split: {}={train: ..}"},
             )
         return {split: split for split in SPLITS if split in existing}
     for role, split in config.splits.items():
         if split not in existing:
             key = "data.source" if role == split else f"data.splits.{role}"
             hint = did_you_mean(split, existing)
-            raise DataError(f"{key}: {source!r} has no split {split!r}; it has {shown}{hint}")
+            raise DataError(f"{source!r} has no split {split!r}; it has {shown}{hint}", key=key)
     return config.splits
 
 
@@ -213,7 +214,17 @@ def _explain_hub(config: DataConfig) -> Iterator[None]:
         refusal = explain_refusal(
             key="data.source", name=name, kind="dataset", revision=config.revision
         )
-        raise DataError(refusal or f"data.source {name!r}: {_describe(error)}") from error
+        advice = {}
+        if refusal is None and _lacks_config(error):
+            advice["data.config"] = "; set {}"
+        raise DataError(
+            refusal or f"{name!r}: {_describe(error)}", key="data.source", advice=advice
+        ) from error
+
+
+def _lacks_config(error: BaseException) -> bool:
+    """Return whether a data set has several configurations, and not the one that was asked for."""
+    return "Config name is missing" in str(error) or "BuilderConfig" in str(error)
 
 
 def _describe(error: BaseException) -> str:
@@ -226,13 +237,13 @@ def _describe(error: BaseException) -> str:
             f"of parquet, csv or "
             "json files, or convert it to such files yourself"
         )
-    if "Config name is missing" in message or "BuilderConfig" in message:
-        return f"{message}; set data.config"
+    if _lacks_config(error):
+        return message
     if "doesn't contain any data files" in message:
         return "holds no data files; name another data set, or files"
     return (
-        f"the Hub has it, but it cannot be read ({innermost(error)}); name another data set, a "
-        f"data.revision, or files"
+        f"the Hub has it, but it cannot be read ({innermost(error)}); name another data set, or "
+        "files"
     )
 
 
@@ -248,11 +259,14 @@ def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> No
                 if separator in columns[0]:
                     raise DataError(
                         f"{where}: no column {column!r}; its one column is {shown}; if {noun} "
-                        f"separate its fields, "
-                        f"save it again: a .csv has commas, a .tsv tabs; otherwise set data.{key}"
+                        "separate its fields, save it again: a .csv has commas, a .tsv tabs",
+                        advice={f"data.{key}": ", or set {}"},
                     )
         hint = did_you_mean(column, list(columns))
-        header = "" if hint else ", or give the file a first row of names if it has none"
+        advice = (
+            "correct the header" if hint else "give the file a first row of names if it has none"
+        )
         raise DataError(
-            f"{where}: no column {column!r}; the columns are {shown}{hint}; set data.{key}{header}"
+            f"{where}: no column {column!r}; the columns are {shown}{hint}; {advice}",
+            advice={f"data.{key}": ", or set {}"},
         )

@@ -156,13 +156,13 @@ def test_formats_name_every_suffix():
         ("a.csv", ",text\n0,x\n", "column 1 of 2 has no name; name it or remove it (pandas writes an index so"),
         ("a.csv", "\ufeff\ufefftext\nx\n", "column 1 of 1 begins with a stray byte order mark"),
         ("a.csv", "a\ncaf\xe9\n".encode("cp1252"), "is not utf-8: byte 0xe9 at offset 5 (line 2); all of it decodes as "
-         "cp1252, latin-1: set the encoding to cp1252 (data.encoding"),
-        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1: set"),
+         "cp1252, latin-1; save it as UTF-8, or set data.encoding=cp1252"),
+        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1; save"),
         ("a.tsv.gz", b"a\n\xe9\n", "byte 0xe9 at offset 2 (line 2); all of it decodes as cp1252"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "byte 0xe9 at offset 7 (line 1)"),
         ("a.csv", "a\nx\n".encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it decodes as utf-16, "),
-        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set the "
-         "encoding (data.encoding, or --encoding of predict) to utf-16"),
+        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set "
+         "data.encoding=utf-16-le"),
         ("a.csv", "a\nx\ny\0z\n", "line 3 holds a NUL character"),
         # Without the clock, which would name the test otherwise in every process that collects it.
         ("a.csv", gzip.compress(b"a\nx\n", mtime=0), "is gzip, which its name must tell; end it in .gz"),
