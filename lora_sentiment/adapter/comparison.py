@@ -121,7 +121,7 @@ def make_reference(
         for part, found in parts.items():
             rows[part] = encoder.encode(found, progress=progress)
     except DataError as error:
-        missing = str(error)
+        missing = error.message
         log.info("compared on the probe alone, without validation rows: %s", missing)
     logits = {}
     for part, encoded in rows.items():

@@ -369,9 +369,8 @@ def _load_split(
         raise _bad_rows(where, faults)
     if len(faults) == len(values):
         raise DataError(
-            f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}; "
-            f"data.on_bad_row=error says "
-            "which rows and why"
+            f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}",
+            advice={"data.on_bad_row": "; {}=error says which rows and why"},
         )
     rows = Rows(texts, index, np.arange(1, len(values) + 1))
     if faults:
@@ -511,5 +510,9 @@ def _bad_rows(where: str, faults: dict[int, Fault]) -> DataError:
         lines.append(f"{where}: row {rows[0]}: {message}{more}")
     if len(numbers) > SHOWN_FAULTS:
         lines.append(f"... and {len(numbers) - SHOWN_FAULTS} more kinds")
-    lines.append("correct them, or set data.on_bad_row=drop")
-    return DataError("\n".join(lines), rows=[rows[0] for rows in numbers.values()])
+    lines.append("correct them")
+    return DataError(
+        "\n".join(lines),
+        rows=[rows[0] for rows in numbers.values()],
+        advice={"data.on_bad_row": ", or set {}=drop"},
+    )

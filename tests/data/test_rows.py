@@ -393,7 +393,7 @@ def test_without_roles_a_hub_data_sets_splits_are_what_they_are_called(hub_set):
 def test_a_misspelt_split_names_the_ones_there(hub_set):
     wrong = hub_set.model_copy(update={"splits": {"train": "train", "dev": "validaton"}})
     message = (
-        r"data\.splits\.dev: 'own/sst2' has no split 'validaton'; it has train, validation, test; "
+        r"data\.splits\.dev 'own/sst2' has no split 'validaton'; it has train, validation, test; "
         "did you mean 'valid"
     )
     with pytest.raises(DataError, match=message):
