@@ -157,7 +157,7 @@ def _load_validation(card: Card | None, max_rows: int) -> Rows:
     config = card.data.config
     if is_on_hub(config.source):
         prepare_hub()
-    rows = load_data(config).validation
+    rows = load_data(config, labels=tuple(card.labels)).validation
     if rows.fingerprint != card.data.validation_sha256:
         raise DataError(
             f"{config.source}: changed since training, so its validation rows are other ones"

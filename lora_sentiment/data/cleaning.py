@@ -10,6 +10,9 @@ _CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2060\ufeff\ufffe\uffff\ud800-\udfff]"
 )
 
+_BLANKS = "".join(c for c in map(chr, range(0x3001)) if c.isspace() or _CONTROL.match(c)) + "\ufeff"
+"""Characters that leave no mark at the ends of a label or of a column name."""
+
 _MAX_COMBINING = 30
 """Most combining marks in a row.
 
@@ -60,3 +63,14 @@ def clean_text(text: str, counts: Counter[str]) -> str:
         counts[name] += cleaned != text
         text = cleaned
     return text
+
+
+def strip_blanks(name: str) -> str:
+    """Remove blanks, control and zero-width characters around a label or a column name."""
+    return name.strip(_BLANKS)
+
+
+def fold_name(name: str) -> str:
+    """Return what is left of a label without case, blanks and Unicode's forms of a character."""
+    cleaned = clean_text(name, Counter())
+    return "".join(unicodedata.normalize("NFKC", cleaned).casefold().split())

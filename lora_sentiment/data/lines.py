@@ -51,11 +51,6 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
                 "has no name; name it or remove it (pandas writes an index so, unless "
                 "to_csv(index=False))"
             )
-        elif name.startswith("\ufeff"):
-            fault = (
-                "begins with a stray byte order mark; remove it, or set the encoding "
-                f"{_ENCODING_KEYS} to utf-16 if the file is that"
-            )
         elif first != number:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
         else:

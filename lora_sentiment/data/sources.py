@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment import bundled
-from lora_sentiment.data.tables import FORMATS, read_table, table_columns
+from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.data.tables import FORMATS, find_column, read_table, table_columns
 from lora_sentiment.errors import DataError, did_you_mean, show
 from lora_sentiment.hub import explain_refusal, innermost
 from lora_sentiment.recipe.data import SPLITS, DataConfig
@@ -94,7 +95,7 @@ def check_files(config: DataConfig, source: Source) -> None:
     """Refuse files without the recipe's columns before training starts."""
     for paths in source.files.values():
         for path in paths:
-            _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
+            _find_columns(config, table_columns(path, encoding=config.encoding), str(path))
 
 
 def read_columns(
@@ -108,20 +109,22 @@ def read_columns(
     split = source.hub_splits[role]
     with _explain_hub(config):
         table = load_dataset(source.hub, config.config, split=split, revision=config.revision)
-    _check_columns(config, table.column_names, source.where(role))
-    feature = table.features[config.label_column]
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    return _read_hub(config, table), names
+    columns = _find_columns(config, table.column_names, source.where(role))
+    feature = table.features[columns[1]]
+    names = None
+    if isinstance(feature, ClassLabel):
+        names = tuple(strip_blanks(name) for name in feature.names)
+    return _read_hub(config, table, columns), names
 
 
 def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
     for path in paths:
         for batch in read_table(path, encoding=config.encoding):
-            yield batch[config.text_column], batch[config.label_column]
+            text, label = _find_columns(config, list(batch), str(path))
+            yield batch[text], batch[label]
 
 
-def _read_hub(config: DataConfig, table: Any) -> Columns:
-    columns = [config.text_column, config.label_column]
+def _read_hub(config: DataConfig, table: Any, columns: list[str]) -> Columns:
     with _explain_hub(config):
         for batch in table.select_columns(columns).with_format("arrow").iter(HUB_CHUNK):
             yield batch[columns[0]].to_pylist(), batch[columns[1]].to_pylist()
@@ -206,10 +209,14 @@ def _describe(error: BaseException) -> str:
     )
 
 
-def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> None:
+def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> list[str]:
+    """Return the names of the text and the label column as the source spells them."""
+    found = []
     for key in ("text_column", "label_column"):
         column = getattr(config, key)
-        if column in columns:
+        spelling = find_column(columns, column)
+        if spelling is not None:
+            found.append(spelling)
             continue
         # In a file without a header, a row of texts stands where the names should be.
         shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
@@ -226,3 +233,4 @@ def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> No
         raise DataError(
             f"{where}: no column {column!r}; the columns are {shown}{hint}; set data.{key}{header}"
         )
+    return found

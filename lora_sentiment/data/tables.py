@@ -30,6 +30,7 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lora_sentiment.data.cleaning import strip_blanks
 from lora_sentiment.data.lines import (
     MAX_CHARACTERS,
     ColumnBatch,
@@ -144,6 +145,14 @@ def read_table(
 def table_columns(path: Path, *, encoding: str = "utf-8") -> list[str]:
     """Return the column names after reading at most one row; raise as `read_table` does."""
     return list(next(read_table(path, encoding=encoding, rows_per_batch=1)))
+
+
+def find_column(columns: Sequence[str], name: str) -> str | None:
+    """Return the column of a name. Blanks around a name count only where both spellings occur."""
+    if name in columns:
+        return name
+    found = [column for column in columns if strip_blanks(column) == strip_blanks(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def table_types(path: Path, *, encoding: str = "utf-8") -> dict[str, pa.DataType]:
