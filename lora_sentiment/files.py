@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 
 from lora_sentiment.errors import AdapterError
 
+LFS_FAULT = "is a Git LFS pointer, not the file itself; fetch the file, as by git lfs pull"
+"""The fault of a file for which `is_lfs_pointer` is true."""
+
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON with sorted keys, so that equal values give equal bytes."""
@@ -27,6 +30,12 @@ def hash_file(path: Path) -> str:
     """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is the pointer that git leaves where Git LFS is not installed."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def replace_atomically(unfinished: Path, place: Path, *, replaced: Path | None = None) -> None:

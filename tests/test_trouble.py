@@ -169,7 +169,7 @@ RECIPES = {
 TWO = 'text,label\nfine,good\n"poor, really",bad\n' * 1
 FILES = {
     "no such file": override("data.source=row.csv", "row.csv: no such file; did you mean 'rows.csv'?"),
-    "no such folder": override("data.source=nowhere/rows.csv", "nowhere/rows.csv: cannot be read: No such file"),
+    "no such folder": override("data.source=nowhere/rows.csv", "nowhere/rows.csv: no such file in "),
     "glob of nothing": override("data.source=x*.csv", "data.source 'x*.csv' matches no file"),
     "a folder": override("data.source=.", ".: is a folder; name a file in it, or a pattern"),
     "format unknown": rows(ROWS, "its name tells no known format; it must end in one of .csv", name="./rows.txt"),
@@ -190,7 +190,7 @@ FILES = {
     "address of a data set": override(
         "data.source=hf://datasets/a/b@main/c.csv", "are not read; name the data set: data.source=a/b",
     ),
-    "file at home": override("data.source=~/nowhere/a.csv", f"{Path.home()}/nowhere/a.csv: cannot be read"),
+    "file at home": override("data.source=~/nowhere/a.csv", f"{Path.home()}/nowhere/a.csv: no such file"),
     "half a character by encoding": rows(
         ROWS + "a \\ud800,good\n", "line 42 holds half of a surrogate pair", "data.encoding=raw_unicode_escape",
         "data.clean=false",

@@ -110,7 +110,7 @@ def make_reference(
     try:
         rows["validation"] = encoder.encode(_load_validation(card, max_rows), progress=progress)
     except DataError as error:
-        missing = str(error)
+        missing = error.message
         log.info("compared on the probe alone, without validation rows: %s", missing)
     logits = {}
     for part, encoded in rows.items():

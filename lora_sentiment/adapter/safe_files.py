@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from lora_sentiment.errors import AdapterError
-from lora_sentiment.files import hash_file
+from lora_sentiment.files import LFS_FAULT, hash_file, is_lfs_pointer
 
 MAX_JSON_BYTES = 4 << 20
 """Largest JSON file. A card takes about 100 kB. Parsed JSON takes up to 20 times its bytes."""
@@ -54,6 +54,8 @@ def find_file(folder: Path, name: str) -> Path:
         )
     if not path.is_file():
         raise AdapterError(f"{path}: is missing; copy the whole folder")
+    if is_lfs_pointer(path):
+        raise AdapterError(f"{path}: {LFS_FAULT}")
     return path
 
 

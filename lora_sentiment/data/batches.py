@@ -330,7 +330,7 @@ def make_batch(
     lengths: Sequence[int] | None = None,
 ) -> Batch:
     """Pad rows as `pad` does, to the next of `lengths`, and move them to a device."""
-    import torch
+    import torch  # late: texts are tokenised without torch
 
     def move(values: NDArray[np.int64]) -> torch.Tensor:
         tensor = torch.from_numpy(values)

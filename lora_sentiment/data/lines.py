@@ -22,7 +22,6 @@ MAX_CHARACTERS = 10_000_000
 """Most characters of a line and of a csv field. Without it an unclosed quote reads a whole file."""
 ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1")
 """Encodings that a message may suggest, the most likely first. latin-1 decodes every file."""
-_ENCODING_KEYS = "(data.encoding, or --encoding of predict)"
 
 _CSV_FAULTS = {
     "unexpected end of data": "a quote opened in this row is never closed; close it",
@@ -46,6 +45,7 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
         raise DataError(f"{path}: the table has no columns; it needs at least one, such as 'text'")
     for number, name in enumerate(columns, 1):
         first = columns.index(name) + 1
+        advice: dict[str, str] = {}
         if not name:
             fault = (
                 "has no name; name it or remove it (pandas writes an index so, unless "
@@ -55,7 +55,7 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
         else:
             continue
-        raise DataError(f"{path}: column {number} of {len(columns)} {fault}")
+        raise DataError(f"{path}: column {number} of {len(columns)} {fault}", advice=advice)
 
 
 class _Lines:
@@ -70,20 +70,19 @@ class _Lines:
         while line := self.file.readline(MAX_CHARACTERS + 1):
             self.number += 1
             fault = None
+            advice: dict[str, str] = {}
             if len(line) > MAX_CHARACTERS:
                 fault = f"is longer than {MAX_CHARACTERS:,} characters; cut it"
             elif "\0" in line:
-                fault = (
-                    f"holds a NUL character; remove it, or set the encoding {_ENCODING_KEYS} to "
-                    "utf-16-le or utf-16-be if it is that"
-                )
+                fault = "holds a NUL character; remove it"
+                advice = {"data.encoding": ", or set {}=utf-16-le"}
             elif not line.isascii() and _SURROGATE.search(line):
                 fault = (
                     "holds half of a surrogate pair, which no tokenizer takes; save the file as "
                     "UTF-8"
                 )
             if fault:
-                raise DataError(f"{self.path}: line {self.number} {fault}")
+                raise DataError(f"{self.path}: line {self.number} {fault}", advice=advice)
             yield line
 
     def fault(self, row: int, text: str, *, line: int | None = None) -> DataError:
@@ -249,7 +248,7 @@ def _decode(
 ) -> io.TextIOWrapper:
     if file.peek(2)[:2] == b"\x1f\x8b":
         raise DataError(f"{path}: is gzip, which its name must tell; end it in .gz")
-    if file.peek(4)[:4] == b"PK\x03\x04":
+    if file.peek(4)[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):
         raise DataError(
             f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV "
             f"UTF-8"
@@ -260,11 +259,10 @@ def _decode(
         # real texts.
         return io.TextIOWrapper(file, encoding=codec, newline="\n")
     except (LookupError, ValueError) as error:
-        fault = (
-            f"{encoding!r} is no text encoding of Python's; set one such as "
-            f"{', '.join(ENCODINGS)} {_ENCODING_KEYS}"
-        )
-        raise DataError(f"{path}: {fault}") from error
+        raise DataError(
+            f"{path}: {encoding!r} is no text encoding of Python's; set one such as "
+            f"{', '.join(ENCODINGS)}"
+        ) from error
 
 
 def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
@@ -332,6 +330,7 @@ class TextFormat(NamedTuple):
                 if not _bad_byte(path, encoding=name, gzipped=self.gzipped):
                     fits.append(name)
             raise DataError(
-                f"{path}: is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}: set "
-                f"the encoding to {fits[0]} {_ENCODING_KEYS}"
+                f"{path}: is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}; save "
+                "it as UTF-8",
+                advice={"data.encoding": f", or set {{}}={fits[0]}"},
             ) from error

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -318,8 +319,8 @@ def carve(
     emptied = np.setdiff1d(rows.labels, rows.labels[~is_carved])
     if len(emptied):
         lines = _show_rare_labels(rows, names, emptied, fraction)
-        lines.append(f"lower {key}, or add rows with these labels")
-        raise DataError("\n".join(lines))
+        lines.append("add rows with these labels")
+        raise DataError("\n".join(lines), advice={key: ", or lower {}"})
     return rows.take(np.flatnonzero(~is_carved)), rows.take(np.flatnonzero(is_carved))
 
 
@@ -343,19 +344,20 @@ def _refuse_rare_labels(
         return
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
     lines = _show_rare_labels(rows, names, rare, sum(fractions[role] for role in roles))
+    lines.append("add rows with these labels")
     key = "data.splits" if source.hub else "data.source"
     named = ", ".join(f"{role}: .." for role in ("train", *roles))
-    lines.append(
-        f"add rows with these labels, or name rows for {' and '.join(roles)}, which need not hold "
-        f"every label: {key}={{{named}}}"
-    )
-    settings = {}
+    advice = {
+        key: f", or name rows for {' and '.join(roles)}, which need not hold every label: "
+        f"{{}}={{{named}}}"
+    }
     others = np.setdiff1d(present, rare)
     # Integers that stand for names would stand for other names if one were left out.
     if config.labels is None and len(others) >= 2:
         kept = json.dumps([names[label] for label in others], ensure_ascii=False)
-        settings = {"data.labels": kept, "data.on_bad_row": "drop"}
-    raise DataError("\n".join(lines), settings=settings)
+        advice["data.labels"] = f", or leave these labels out: {shlex.quote(f'{{}}={kept}')}"
+        advice["data.on_bad_row"] = " {}=drop"
+    raise DataError("\n".join(lines), advice=advice)
 
 
 def _show_rare_labels(
@@ -440,15 +442,14 @@ def _load_split(
         raise _bad_rows(where, faults, may_drop=may_drop)
     if len(faults) == len(values):
         raise DataError(
-            f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}; "
-            f"data.on_bad_row=error says "
-            "which rows and why"
+            f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}",
+            advice={"data.on_bad_row": "; {}=error says which rows and why"},
         )
     if faults and len(lost):
         raise DataError(
             f"{where}: no row is left for {_list([names[i] for i in lost])} after dropping "
             f"{len(faults):,} rows: {', '.join(counts.dropped)}; correct these rows",
-            settings={"data.on_bad_row": "error"},
+            advice={"data.on_bad_row": "; {}=error says which rows and why"},
         )
     rows = Rows(texts, index, np.arange(1, len(values) + 1))
     if faults:
@@ -539,8 +540,11 @@ def _find_names(values: list[Any], where: str) -> tuple[str, ...]:
         raise DataError(
             f"{where}: some labels are the integers {_list(integers)}, others the names "
             f"{_list(words)}; which integer stands for which name is not known: write the names in "
-            "every row, or, if the integers are labels of their own, state all labels in "
-            "data.labels"
+            "every row",
+            advice={
+                "data.labels": ", or, if the integers are labels of their own, state all labels "
+                "in {}"
+            },
         )
     return tuple(names)
 
@@ -552,8 +556,9 @@ def _declared_names(config: DataConfig) -> tuple[str, ...] | None:
     names = tuple(strip_blanks(name) for name in config.labels)
     if len(set(names)) < len(names) or "" in names:
         raise DataError(
-            f"data.labels: found {list(config.labels)}; blanks around a name do not count: each "
-            "name must differ from the others in more, and hold another character"
+            f"found {list(config.labels)}; blanks around a name do not count: each name must "
+            "differ from the others in more, and hold another character",
+            key="data.labels",
         )
     return names
 
@@ -691,5 +696,5 @@ def _bad_rows(where: str, faults: dict[int, Fault], *, may_drop: bool) -> DataEr
     return DataError(
         "\n".join(lines),
         rows=[rows[0] for rows in numbers.values()],
-        settings={"data.on_bad_row": "drop"} if may_drop else {},
+        advice={"data.on_bad_row": ", or set {}=drop"} if may_drop else {},
     )

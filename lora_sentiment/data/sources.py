@@ -1,5 +1,6 @@
 """Find the rows of a recipe: files or a Hub data set, their splits, and their two columns."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,20 +12,32 @@ from typing import Any
 
 from lora_sentiment import bundled
 from lora_sentiment.data.cleaning import strip_blanks
-from lora_sentiment.data.tables import FORMATS, find_column, read_table, table_columns
+from lora_sentiment.data.tables import (
+    FORMATS,
+    SPREADSHEETS,
+    find_column,
+    read_table,
+    table_columns,
+)
 from lora_sentiment.errors import DataError, did_you_mean, show
 from lora_sentiment.hub import explain_refusal, innermost
 from lora_sentiment.recipe.data import SPLITS, DataConfig
+
+log = logging.getLogger("lora_sentiment")
 
 Columns = Iterator[tuple[list[Any], list[Any]]]
 """Texts and label values, some rows at a time."""
 HUB_CHUNK = 10_000
 """Rows of a Hub data set that are in memory at a time."""
+SHOWN_FILES = 5
+"""Files of a pattern that the log names."""
 HUB_PAGE = re.compile(
     r"(?:hf://|(?:https?://)?huggingface\.co/)datasets/"
     r"([\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)\b)[\w.-]+)?)"
 )
 """Beginning of the address of a Hub data set. The group is its name."""
+OTHER_FILES = (*SPREADSHEETS, ".txt", ".zip", ".gz", ".tab", ".xml", ".arrow")
+"""Ends of names that are files and no data sets of the Hub, beside those that are read."""
 OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -87,8 +100,10 @@ def is_on_hub(source: str | dict[str, str]) -> bool:
     """Return whether `data.source` names a Hub data set, not files."""
     if not isinstance(source, str) or source == bundled.NAME:
         return False
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
-    return bool(is_hub_name) and not source.endswith(tuple(FORMATS)) and not Path(source).exists()
+    # A name without an owner, such as `imdb`, has no dot.
+    is_hub_name = re.fullmatch(r"[\w-]+|[\w-][\w.-]*/[\w.-]+", source)
+    is_file_name = source.lower().endswith((*FORMATS, *OTHER_FILES))
+    return bool(is_hub_name) and not is_file_name and not _exists(Path(source))
 
 
 def check_files(config: DataConfig, source: Source) -> None:
@@ -103,7 +118,15 @@ def read_columns(
 ) -> tuple[Columns, tuple[str, ...] | None]:
     """Return the text and label columns of a role, and the label names of the source or None."""
     if source.hub is None:
-        return _read_files(config, source.files[role]), None
+        paths = source.files[role]
+        pattern = config.source if isinstance(config.source, str) else config.source[role]
+        if has_magic(pattern) and paths != [Path(pattern)]:
+            shown = [str(path) for path in paths[:SHOWN_FILES]]
+            if len(paths) > SHOWN_FILES:
+                shown.append("...")
+            noun = "file" if len(paths) == 1 else "files"
+            log.info("%s: %r matches %d %s: %s", role, pattern, len(paths), noun, ", ".join(shown))
+        return _read_files(config, paths), None
     from datasets import ClassLabel, load_dataset
 
     split = source.hub_splits[role]
@@ -133,18 +156,32 @@ def _read_hub(config: DataConfig, table: Any, columns: list[str]) -> Columns:
 def _find_files(pattern: str) -> list[Path]:
     if re.match(r"[A-Za-z][\w+.-]*://|huggingface\.co/", pattern):
         page = HUB_PAGE.match(pattern)
-        hint = "download the file and name it here"
-        if page:
-            hint = f"name the data set: data.source={page[1]}"
-        raise DataError(f"data.source {show(pattern)}: addresses are not read; {hint}")
-    pattern = os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises for an unknown user
-    # Path.glob refuses absolute patterns.
-    paths = [Path(path) for path in sorted(glob(pattern, recursive=True))]  # noqa: PTH207
-    if not paths and not has_magic(pattern):
-        paths = [Path(pattern)]
+        advice = {"data.source": f"; name the data set: {{}}={page[1]}"} if page else {}
+        hint = "" if page else "; download the file and name it here"
+        raise DataError(
+            f"{show(pattern)}: addresses are not read{hint}", key="data.source", advice=advice
+        )
+    path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's raises for an unknown user
+    # A path that exists is no pattern, and neither are the folders of a pattern that exist.
+    folder = path
+    while not _exists(folder):
+        folder = folder.parent
+    if folder == path and path.is_dir():
+        raise DataError(
+            f"{path}: is a folder; name a file in it, or a pattern such as {path / '*.csv'}"
+        )
+    rest = str(path.relative_to(folder))
+    if folder == path or not has_magic(rest):
+        return [path]
+    # Path.glob does not follow links.
+    paths = [folder / name for name in sorted(glob(rest, root_dir=folder, recursive=True))]  # noqa: PTH207
     if not paths:
-        raise DataError(f"data.source {pattern!r} matches no file")
+        raise DataError(f"{pattern!r} matches no file in {folder.absolute()}", key="data.source")
     return paths
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - Path's raises for a name that is too long
 
 
 def _hub_splits(config: DataConfig) -> dict[str, str]:
@@ -159,16 +196,16 @@ def _hub_splits(config: DataConfig) -> dict[str, str]:
     if config.splits is None:
         if "train" not in existing:
             raise DataError(
-                f"data.source {source!r} has the splits {shown}; training needs 'train', or name "
-                f"another split: "
-                "data.splits={train: ..}"
+                f"{source!r} has the splits {shown}; training needs 'train'",
+                key="data.source",
+                advice={"data.splits": ", or name another split: {}={train: ..}"},
             )
         return {split: split for split in SPLITS if split in existing}
     for role, split in config.splits.items():
         if split not in existing:
             key = "data.source" if role == split else f"data.splits.{role}"
             hint = did_you_mean(split, existing)
-            raise DataError(f"{key}: {source!r} has no split {split!r}; it has {shown}{hint}")
+            raise DataError(f"{source!r} has no split {split!r}; it has {shown}{hint}", key=key)
     return config.splits
 
 
@@ -186,7 +223,17 @@ def _explain_hub(config: DataConfig) -> Iterator[None]:
         refusal = explain_refusal(
             key="data.source", name=name, kind="dataset", revision=config.revision
         )
-        raise DataError(refusal or f"data.source {name!r}: {_describe(error)}") from error
+        advice = {}
+        if refusal is None and _lacks_config(error):
+            advice["data.config"] = "; set {}"
+        raise DataError(
+            refusal or f"{name!r}: {_describe(error)}", key="data.source", advice=advice
+        ) from error
+
+
+def _lacks_config(error: BaseException) -> bool:
+    """Return whether a data set has several configurations, and not the one that was asked for."""
+    return "Config name is missing" in str(error) or "BuilderConfig" in str(error)
 
 
 def _describe(error: BaseException) -> str:
@@ -199,13 +246,13 @@ def _describe(error: BaseException) -> str:
             f"of parquet, csv or "
             "json files, or convert it to such files yourself"
         )
-    if "Config name is missing" in message or "BuilderConfig" in message:
-        return f"{message}; set data.config"
+    if _lacks_config(error):
+        return message
     if "doesn't contain any data files" in message:
         return "holds no data files; name another data set, or files"
     return (
-        f"the Hub has it, but it cannot be read ({innermost(error)}); name another data set, a "
-        f"data.revision, or files"
+        f"the Hub has it, but it cannot be read ({innermost(error)}); name another data set, or "
+        "files"
     )
 
 
@@ -225,12 +272,15 @@ def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> lis
                 if separator in columns[0]:
                     raise DataError(
                         f"{where}: no column {column!r}; its one column is {shown}; if {noun} "
-                        f"separate its fields, "
-                        f"save it again: a .csv has commas, a .tsv tabs; otherwise set data.{key}"
+                        "separate its fields, save it again: a .csv has commas, a .tsv tabs",
+                        advice={f"data.{key}": ", or set {}"},
                     )
         hint = did_you_mean(column, list(columns))
-        header = "" if hint else ", or give the file a first row of names if it has none"
+        advice = (
+            "correct the header" if hint else "give the file a first row of names if it has none"
+        )
         raise DataError(
-            f"{where}: no column {column!r}; the columns are {shown}{hint}; set data.{key}{header}"
+            f"{where}: no column {column!r}; the columns are {shown}{hint}; {advice}",
+            advice={f"data.{key}": ", or set {}"},
         )
     return found

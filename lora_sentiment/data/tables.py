@@ -44,7 +44,7 @@ from lora_sentiment.data.lines import (
     tsv_rows,
 )
 from lora_sentiment.errors import DataError, did_you_mean
-from lora_sentiment.files import replace_atomically
+from lora_sentiment.files import LFS_FAULT, is_lfs_pointer, replace_atomically
 
 _BUFFER_BYTES = 1 << 16
 # The last three come from converting values, such as a date after 9999 or bytes that are no UTF-8.
@@ -96,23 +96,39 @@ FORMATS: dict[str, TextFormat | Literal["parquet"]] = {**_TEXTS, **_ZIPPED, ".pa
 """Suffix in lower case to format: every supported format."""
 
 
+SPREADSHEETS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
+
+
 def _find_format(path: Path) -> TextFormat | Literal["parquet"]:
     for suffix, form in FORMATS.items():
         if path.name.lower().endswith(suffix):
             return form
     raise DataError(
         f"{path}: its name tells no known format; it must end in one of {', '.join(FORMATS)}"
+        f"{_spreadsheet_hint(path)}"
     )
 
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise DataError(
-            f"{path}: is a folder; name a file in it, or a pattern such as {path / '*.csv'}"
-        )
+        raise DataError(f"{path}: is a folder; name a file in it")
     if not path.is_file():
-        hint = did_you_mean(path.name, sorted(other.name for other in path.parent.iterdir()))
-        raise DataError(f"{path}: no such file{hint or '; check the path'}")
+        hint = ""
+        if path.parent.is_dir():
+            hint = did_you_mean(path.name, sorted(other.name for other in path.parent.iterdir()))
+        if not hint and not path.is_absolute():
+            hint = f" in {Path.cwd()}, the current folder"
+        raise DataError(
+            f"{path}: no such file{hint or '; check the path'}{_spreadsheet_hint(path)}"
+        )
+    if is_lfs_pointer(path):
+        raise DataError(f"{path}: {LFS_FAULT}")
+
+
+def _spreadsheet_hint(path: Path) -> str:
+    if not path.name.lower().endswith(SPREADSHEETS):
+        return ""
+    return "; spreadsheets are not read: save the sheet as CSV UTF-8, and name that file"
 
 
 def read_table(

@@ -1,12 +1,13 @@
 """Read a YAML file and `key=value` overrides into a recipe, with every fault in one report."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from lora_sentiment.errors import RecipeError, did_you_mean, show
@@ -22,8 +23,9 @@ from lora_sentiment.recipe.yaml_reader import Dumper, parse_yaml
 class Recipe(Section):
     """One experiment: data, base, method, training and output."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run; by default the recipe file's stem."""
+    name: str
+    """Name of the run: letters, digits, `.`, `_` and `-`, of which the first is a letter or digit. By
+    default it is made from the recipe file's name."""
     offline: Literal["error", "bundled"] = "error"
     """If no Hub answers and the cache lacks the files: `error` stops; `bundled` runs on the base
     and reviews that ship and writes to `<output.dir>-offline`."""
@@ -37,6 +39,17 @@ class Recipe(Section):
     """How it is trained."""
     output: OutputConfig = OutputConfig()
     """Where the adapter goes."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        if not name[:1].isalnum() or name != _make_name(name):
+            hint = _make_name(name) or "my-recipe"
+            raise ValueError(
+                f"found {show(name)}; a name has letters, digits, '.', '_' and '-', and begins with "
+                f"a letter or digit; write name: {hint}"
+            )
+        return name
 
     @model_validator(mode="before")
     @classmethod
@@ -59,7 +72,7 @@ class Recipe(Section):
                 allowed values.
         """
         path = Path(path)
-        values = {"name": path.stem, **_read_yaml(path)}
+        values = {"name": _make_name(path.stem), **_read_yaml(path)}
         faults = []
         for override in overrides:
             try:
@@ -92,6 +105,16 @@ class Recipe(Section):
         """Return the resolved recipe, defaults included, as YAML that `load` reads back equal."""
         values = self.model_dump(mode="json")
         return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _make_name(text: str) -> str:
+    """Return a text as the name of a run: `my recipe (2)` becomes `my-recipe-2`."""
+    characters = []
+    for character in unicodedata.normalize("NFC", text):
+        # An identifier may hold the letters, marks and digits of every script.
+        is_allowed = character in ".-" or f"_{character}".isidentifier()
+        characters.append(character if is_allowed else " ")
+    return "-".join("".join(characters).split()).lstrip("._-")
 
 
 def make_schema() -> dict[str, Any]:

@@ -322,7 +322,8 @@ def check_metric(name: str, *, labels: Integers, names: Sequence[str]) -> None:
     raise DataError(
         f"validation: all {len(labels):,} rows have the label {show(names[present[0]])}, none has "
         f"{', '.join(missing)}, so {name} cannot choose the best model; add validation rows with "
-        f"another label, or set train.metric_for_best_model to {', '.join(usable)}"
+        "another label",
+        advice={"train.metric_for_best_model": f", or set {{}} to {', '.join(usable)}"},
     )
 
 

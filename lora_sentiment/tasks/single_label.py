@@ -39,7 +39,7 @@ def loss_sum(
         label_smoothing: Share of the target that is spread over all labels, each part weighted by
             its own label.
     """
-    from torch.nn import functional as F
+    from torch.nn import functional as F  # late: labels are read without torch
 
     return F.cross_entropy(
         logits.float(),

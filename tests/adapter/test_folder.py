@@ -156,6 +156,13 @@ def test_an_altered_file_is_refused_by_its_hash(saved):
         load(saved)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json", "card.json"])
+def test_a_pointer_of_git_lfs_is_named_as_one(saved, name):
+    (saved / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(AdapterError, match=f"{name}: is a Git LFS pointer, .* git lfs pull"):
+        load(saved)
+
+
 def test_a_truncated_file_is_refused(saved):
     path = saved / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])

@@ -1,4 +1,5 @@
 import json
+import shlex
 from collections import Counter
 
 import numpy as np
@@ -267,7 +268,7 @@ def test_labels_that_count_from_another_number_are_told_so(tmp_path, names, valu
     stated = DataConfig(source=str(path), labels=names, on_bad_row=drop)
     with pytest.raises(DataError, match=message) as caught:
         load_data(stated)
-    assert not caught.value.settings
+    assert not caught.value.advice
     with pytest.raises(DataError, match=message):
         load_rows(stated, split="test", labels=names)
 
@@ -303,7 +304,7 @@ def test_dropping_never_costs_training_a_label(tmp_path, names, values, lost):
     stated = DataConfig(source=str(path), labels=names)
     with pytest.raises(DataError, match="correct them") as caught:
         load_data(stated)
-    assert not caught.value.settings
+    assert not caught.value.advice
     with pytest.raises(DataError, match=f"no row is left for {lost} after dropping 4 rows"):
         load_data(stated.model_copy(update={"on_bad_row": "drop"}))
 
@@ -312,7 +313,7 @@ def test_dropping_is_advised_where_it_helps(tmp_path):
     path = write_labels(tmp_path / "a.csv", ["bad", "good", ""] * 4)
     with pytest.raises(DataError, match="label is missing") as caught:
         load_data(DataConfig(source=str(path)))
-    assert caught.value.settings == {"data.on_bad_row": "drop"}
+    assert str(caught.value).endswith("correct them, or set data.on_bad_row=drop")
 
 
 BLANKS = [" ", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u200e", "\r\n", " \u2060 "]
@@ -487,7 +488,7 @@ def test_a_carve_is_stratified_and_its_seed_decides():
 def test_a_carve_that_would_empty_a_label_is_refused():
     with pytest.raises(
         DataError,
-        match=r"label 'good' has too few distinct texts to carve 30% out of its rows \(2\)\nlower k, or",
+        match=r"label 'good' has too few distinct texts to carve 30% out of its rows \(2\)\n.* or lower k$",
     ):
         carve(
             make_rows(["a", "b", "c", "d", "d"], [0, 0, 0, 1, 1]),
@@ -518,14 +519,14 @@ def test_all_labels_too_rare_to_carve_are_named_with_a_way_out(tmp_path, counts,
         f"({count})" for count in rare.values()
     ]
     assert [line.split("'")[1] for line in lines[:-1]] == list(rare)
-    assert "less" not in lines[-1]
     assert "lower" not in lines[-1]
     kept = [name for name in counts if name not in rare]
     if len(kept) < 2:
-        assert not caught.value.settings
+        assert "data.labels" not in lines[-1]
         return
-    assert caught.value.settings["data.on_bad_row"] == "drop"
-    assert json.loads(caught.value.settings["data.labels"]) == kept
+    stated, drop = shlex.split(lines[-1])[-2:]
+    assert drop == "data.on_bad_row=drop"
+    assert json.loads(stated.removeprefix("data.labels=")) == kept
     mended = sparse.model_copy(update={"labels": tuple(kept), "on_bad_row": "drop"})
     assert load_data(mended).counts["train"].kept == 18
     validation = write_csv(tmp_path / "v.csv", [("v", kept[0])])
@@ -539,7 +540,7 @@ def test_a_label_of_repeated_texts_is_rare_and_stated_names_of_integers_stay(tmp
     with pytest.raises(DataError, match=r"label 'c' has too few .* rows \(5\)") as caught:
         load_data(DataConfig(source=str(path), labels=["c", "a", "b"]))
     # Without c the integers would stand for other names.
-    assert not caught.value.settings
+    assert "data.labels" not in str(caught.value)
 
 
 @given(st.integers(10, 200), st.integers(1, 10), st.integers(0, 5))
@@ -657,7 +658,7 @@ def test_without_roles_a_hub_data_sets_splits_are_what_they_are_called(hub_set):
 def test_a_misspelt_split_names_the_ones_there(hub_set):
     wrong = hub_set.model_copy(update={"splits": {"train": "train", "dev": "validaton"}})
     message = (
-        r"data\.splits\.dev: 'own/sst2' has no split 'validaton'; it has train, validation, test; "
+        r"data\.splits\.dev 'own/sst2' has no split 'validaton'; it has train, validation, test; "
         "did you mean 'valid"
     )
     with pytest.raises(DataError, match=message):

@@ -17,6 +17,8 @@ from lora_sentiment.errors import DataError
 
 MESSY = Path(__file__).resolve().parents[3] / "shared" / "data" / "messy"
 
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+
 few = settings(max_examples=60, deadline=None)
 
 
@@ -153,13 +155,13 @@ def test_formats_name_every_suffix():
         ("a.csv", "text,label,text\n", "column 3 of 3 has the name of column 1, 'text'; rename or remove one"),
         ("a.csv", ",text\n0,x\n", "column 1 of 2 has no name; name it or remove it (pandas writes an index so"),
         ("a.csv", "a\ncaf\xe9\n".encode("cp1252"), "is not utf-8: byte 0xe9 at offset 5 (line 2); all of it decodes as "
-         "cp1252, latin-1: set the encoding to cp1252 (data.encoding"),
-        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1: set"),
+         "cp1252, latin-1; save it as UTF-8, or set data.encoding=cp1252"),
+        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1; save"),
         ("a.tsv.gz", b"a\n\xe9\n", "byte 0xe9 at offset 2 (line 2); all of it decodes as cp1252"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "byte 0xe9 at offset 7 (line 1)"),
         ("a.csv", "a\nx\n".encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it decodes as utf-16, "),
-        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set the "
-         "encoding (data.encoding, or --encoding of predict) to utf-16"),
+        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set "
+         "data.encoding=utf-16-le"),
         ("a.csv", "a\nx\ny\0z\n", "line 3 holds a NUL character"),
         # Without the clock, which would name the test otherwise in every process that collects it.
         ("a.csv", gzip.compress(b"a\nx\n", mtime=0), "is gzip, which its name must tell; end it in .gz"),
@@ -198,17 +200,49 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path):
         read(tmp_path / "tarin.csv")
     with pytest.raises(DataError, match=r"no such file; check the path$"):
         read(tmp_path / "zzz.parquet")
-    with pytest.raises(
-        DataError, match=r"cannot be read: No such file or directory; check its folder and disk$"
-    ):
+    with pytest.raises(DataError, match=r"nowhere/train.csv: no such file; check the path$"):
         read(tmp_path / "nowhere" / "train.csv")
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(
-        DataError, match=r"is a folder; name a file in it, or a pattern such as .*\*\.csv"
-    ):
+    with pytest.raises(DataError, match=r"is a folder; name a file in it$"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["reviews.xlsx", "data/Reviews.XLS", "../reviews.ods", "/no/x.numbers"]
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_spreadsheet_is_named_as_one(tmp_path, monkeypatch, name, exists):
+    path = tmp_path / "here" / name
+    monkeypatch.chdir(tmp_path)
+    if exists:
+        path = tmp_path / "here" / Path(name).name
+        path.parent.mkdir()
+        path.write_bytes(b"PK\x03\x04")
+    fault = "its name tells no known format" if exists else "no such file"
+    with pytest.raises(DataError, match=f"{fault}.*: save the sheet as CSV UTF-8, and name that"):
+        read(path)
+
+
+def test_an_old_workbook_by_another_name_is_named_as_one(tmp_path):
+    path = save(tmp_path, "a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
+    with pytest.raises(DataError, match="an Excel workbook; unpack it, or save the sheet as CSV"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.jsonl", "a.json", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path, name):
+    (tmp_path / name).write_text(LFS_POINTER)
+    with pytest.raises(DataError, match=r"is a Git LFS pointer, .*; fetch the file, as by git lfs"):
+        read(tmp_path / name)
+
+
+def test_a_relative_path_is_told_with_the_folder_it_starts_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("reviews.csv", "data/reviews.csv", "../data/reviews.parquet"):
+        with pytest.raises(DataError, match=f"no such file in {tmp_path}, the current folder$"):
+            read(Path(name))
 
 
 @pytest.mark.parametrize("encoding", ["utf9", "base64", "no\0name"])

@@ -131,6 +131,14 @@ def test_a_checkpoint_with_half_a_head_is_refused(tiny_base, tmp_path):
         load_base(config(tmp_path / "b"), labels=LABELS)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path, tiny_base, name):
+    shutil.copytree(tiny_base, tmp_path / "b")
+    (tmp_path / "b" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ModelError, match=f"{name}: is a Git LFS pointer, .* git lfs pull"):
+        load_base(config(tmp_path / "b"), labels=LABELS)
+
+
 def test_a_name_that_is_nowhere_is_one_line(tmp_path):
     with pytest.raises(ModelError, match="no Hub answers") as raised:
         load_base(config("nothing/here"), labels=LABELS)

@@ -37,6 +37,47 @@ def test_defaults_and_name_from_the_file(write):
     assert recipe.train.learning_rate == 5e-4
 
 
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("my recipe", "my-recipe"),
+        ("отзывы", "отзывы"),
+        ("recipe (2) – final", "recipe-2-final"),
+        ("_draft", "draft"),
+        ("a+b=c", "a-b-c"),
+        ("imdb_lora.v2-", "imdb_lora.v2-"),
+        ("cafe\u0301", "café"),
+        ("हिन्दी 評価", "हिन्दी-評価"),
+        ("2024.01", "2024.01"),
+    ],
+)
+def test_a_file_of_any_name_names_its_run(tmp_path, stem, name):
+    path = tmp_path / f"{stem}.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    recipe = Recipe.load(path)
+    assert recipe.name == name
+    assert recipe.folder == Path("adapters") / name
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load(path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("found", "hint"),
+    [("my run", "my-run"), ("a/b", "a-b"), ("..", "my-recipe"), ("-x", "x"), ("😀", "my-recipe")],
+)
+def test_a_name_that_is_no_file_name_is_told_in_words(write, found, hint):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(write(MINIMAL), [f"name='{found}'"])
+    assert f"name: found '{found}'; a name has letters, digits," in str(caught.value)
+    assert str(caught.value).endswith(f"; write name: {hint}")
+
+
+def test_a_file_name_without_a_letter_asks_for_a_name(tmp_path):
+    (tmp_path / "😀.yaml").write_text(MINIMAL)
+    with pytest.raises(RecipeError, match=r"name: found ''; a name has .*; write name: my-recipe$"):
+        Recipe.load(tmp_path / "😀.yaml")
+
+
 def test_overrides_take_dotted_keys_and_yaml_values(write):
     recipe = Recipe.load(
         write(MINIMAL),

@@ -1,0 +1,106 @@
+"""Which files a source names."""
+
+import logging
+
+import pytest
+
+from lora_sentiment.data.rows import load_data
+from lora_sentiment.data.sources import find_source, is_on_hub
+from lora_sentiment.data.tables import read_table
+from lora_sentiment.errors import DataError
+from lora_sentiment.recipe.data import DataConfig
+
+RIGHT = "text,label\n" + "".join(f"right {i},{'ab'[i % 2]}\n" for i in range(40))
+WRONG = "text,label\n" + "".join(f"wrong {i},{'xy'[i % 2]}\n" for i in range(40))
+
+
+def put(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern_matches"),
+    [
+        ("reviews[1].csv", "reviews1.csv"),
+        ("reviews*.csv", "reviews-old.csv"),
+        ("rev?ews.csv", "reviews.csv"),
+        ("[2024] survey/a.csv", "2 survey/a.csv"),
+        ("all*/of [it]/r[0-9].csv", "allthat/of i/r7.csv"),
+        ("**.csv", "other.csv"),
+    ],
+)
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("by_role", [False, True])
+def test_a_path_that_exists_is_no_pattern(here, name, pattern_matches, absolute, by_role, caplog):
+    caplog.set_level(logging.INFO)
+    put(here, name, RIGHT)
+    put(here, pattern_matches, WRONG)
+    source = str(here / name) if absolute else name
+    data = load_data(DataConfig(source={"train": source} if by_role else source))
+    assert data.labels == ("a", "b")
+    assert "matches" not in caplog.text
+
+
+def test_the_folders_of_a_pattern_that_exist_are_no_patterns(here):
+    for name in ("[2024] survey/a.csv", "[2024] survey/b.csv", "2 survey/c.csv"):
+        put(here, name, RIGHT)
+    for pattern in ("[2024] survey/*.csv", str(here / "[2024] survey" / "?.csv")):
+        found = find_source(DataConfig(source=pattern)).files["train"]
+        assert [path.name for path in found] == ["a.csv", "b.csv"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("r?.csv", "train: 'r?.csv' matches 7 files: r0.csv, r1.csv, r2.csv, r3.csv, r4.csv, ..."),
+        ("r[12].csv", "train: 'r[12].csv' matches 2 files: r1.csv, r2.csv"),
+        ("**/r1.csv", "train: '**/r1.csv' matches 1 file: r1.csv"),
+        ("r1.csv", None),
+    ],
+)
+def test_the_log_names_the_files_of_a_pattern(here, pattern, message, caplog):
+    caplog.set_level(logging.INFO)
+    for number in range(7):
+        put(here, f"r{number}.csv", RIGHT)
+    load_data(DataConfig(source={"train": pattern}))
+    assert [record.getMessage() for record in caplog.records] == ([message] if message else [])
+
+
+@pytest.mark.parametrize("folder", ["data", "[2024] survey", "*"])
+def test_a_folder_is_no_pattern(here, folder):
+    put(here, f"{folder}/a.csv", RIGHT)
+    with pytest.raises(DataError) as caught:
+        find_source(DataConfig(source=folder))
+    assert f"is a folder; name a file in it, or a pattern such as {folder}/*.csv" in str(
+        caught.value
+    )
+    assert find_source(DataConfig(source=f"{folder}/*.csv")).files["train"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["reviews.xlsx", "Reviews.CSV", "data/reviews.xls", "my.data/rows.txt", "x.y", "rows.JSONL.GZ"],
+)
+def test_the_name_of_a_file_is_not_looked_up_on_the_hub(name):
+    assert not is_on_hub(name)
+    (path,) = find_source(DataConfig(source=name)).files["train"]
+    with pytest.raises(DataError, match="no such file in "):
+        next(read_table(path))
+
+
+@pytest.mark.parametrize("name", ["imdb", "stanfordnlp/imdb", "a/b-2.5", "a.b/c.v1", "ag_news"])
+def test_the_name_of_a_data_set_is_one_of_the_hub(name):
+    assert is_on_hub(name)
+
+
+def test_a_name_that_no_file_can_have_is_one_message():
+    with pytest.raises(DataError, match="File name too long"):
+        load_data(DataConfig(source="a" * 300 + ".csv"))
