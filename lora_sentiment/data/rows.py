@@ -283,6 +283,26 @@ def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tup
     return rows, counts
 
 
+def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[str]:
+    """Return the texts of rows as they stand in their source, before cleaning.
+
+    Args:
+        config: The recipe's `data` section.
+        rows: Rows of one role.
+        role: The role in the source. That of rows carved out of train is train.
+    """
+    columns, _ = read_columns(config, find_source(config), role)
+    wanted = set(rows.numbers.tolist())
+    raw = {}
+    number = 0
+    for texts, _ in columns:
+        for text in texts:
+            number += 1
+            if number in wanted:
+                raw[number] = text
+    return [raw[number] for number in rows.numbers.tolist()]
+
+
 def carve(
     rows: Rows, names: Sequence[str], *, fraction: float, seed: int, key: str
 ) -> tuple[Rows, Rows]:
