@@ -42,6 +42,18 @@ app = typer.Typer(
 EXIT_STOPPED = 75
 """Exit code of a run that was saved when a signal stopped it: EX_TEMPFAIL of sysexits.h."""
 
+OPTIONS = {
+    "data.source": "source",
+    "data.text_column": "text_column",
+    "data.label_column": "label_column",
+    "data.encoding": "encoding",
+    "data.on_bad_row": "on_bad_row",
+    "model.name": "base",
+    "model.dtype": "dtype",
+    "model.max_length": "max_length",
+}
+"""Recipe key to the parameter by which a verb without recipe sets it, if the verb has it."""
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None,
@@ -58,10 +70,19 @@ DtypeOption = Annotated[
     str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
 ]
 IntoOption = Annotated[
-    Literal["base", "dequantised"],
-    typer.Option(help="Merge into the published base, or into the dequantised one."),
+    Literal["base", "dequantised"] | None,
+    typer.Option(
+        help="Merge into the published base, or into the dequantised one. By default the first "
+        "that stays within the limits."
+    ),
 ]
-RowsOption = Annotated[int, typer.Option(min=1, help="Most validation rows to compare on.")]
+RowsOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Most validation rows to compare on; 500 for a quantised base or another dtype.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -127,6 +148,17 @@ def evaluate(
         str,
         typer.Option(help="A scored role, such as test, or validation; or a split of --source."),
     ] = "test",
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of --source with the text.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of --source with the label.")
+    ] = None,
+    encoding: Annotated[str | None, typer.Option(help="Encoding of --source.")] = None,
+    on_bad_row: Annotated[
+        Literal["error", "drop"] | None,
+        typer.Option(help="What to do with an empty text or an unknown label of --source."),
+    ] = None,
     base: BaseOption = None,
     dtype: DtypeOption = "auto",
     as_json: Json = False,
@@ -134,7 +166,17 @@ def evaluate(
     """Score an adapter, rebuilt from its folder alone. The base is checked by its hash."""
     from lora_sentiment.commands.evaluate import evaluate as run_evaluate
 
-    evaluation = run_evaluate(adapter, source=source, split=split, base=base, dtype=dtype)
+    evaluation = run_evaluate(
+        adapter,
+        source=source,
+        split=split,
+        text_column=text_column,
+        label_column=label_column,
+        encoding=encoding,
+        on_bad_row=on_bad_row,
+        base=base,
+        dtype=dtype,
+    )
     if not is_main():
         return
     if as_json:
@@ -151,8 +193,15 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")
     ] = "float32",
-    into: IntoOption = "base",
+    into: IntoOption = None,
     base: BaseOption = None,
+    truncation: Annotated[
+        Literal["head"] | None,
+        typer.Option(
+            help="Let the merged model read the first tokens, as stock runtimes do, and measure "
+            "what that costs. By default as in training."
+        ),
+    ] = None,
     max_rows: RowsOption = 500,
     as_json: Json = False,
 ) -> None:
@@ -160,7 +209,14 @@ def merge(
     from lora_sentiment.adapter.merge import merge as run_merge
 
     done = run_merge(
-        adapter, out, dtype=dtype, into=into, base=base, max_rows=max_rows, progress=True
+        adapter,
+        out,
+        dtype=dtype,
+        into=into,
+        base=base,
+        truncation=truncation,
+        max_rows=max_rows,
+        progress=True,
     )
     if as_json:
         typer.echo(json.dumps(done.as_dict()))
@@ -180,7 +236,7 @@ def export(
     format: Annotated[
         Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")
     ] = "onnx",
-    into: IntoOption = "base",
+    into: IntoOption = None,
     base: BaseOption = None,
     max_drop: Annotated[
         float | None,
@@ -634,6 +690,18 @@ def _refuse_ignored_options(context: typer.Context) -> None:
         )
 
 
+def _tell(error: LoraSentimentError, arguments: list[str] | None) -> str:
+    """Return an error's message, which names settings as the verb at hand takes them."""
+    verb = (sys.argv[1:] if arguments is None else arguments)[0]
+    command = typer.main.get_group(app).commands[verb]
+    taken = {parameter.name for parameter in command.params}
+    if "recipe" in taken:
+        return str(error)
+    return error.tell(
+        {key: f"--{name.replace('_', '-')}" for key, name in OPTIONS.items() if name in taken}
+    )
+
+
 def _prepare_streams() -> None:
     """Accept any byte, and end lines at newlines alone, so that lines and answers can be paired."""
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -665,7 +733,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(EXIT_STOPPED)
     except LoraSentimentError as error:
         who = "" if main_process else f" (process {os.environ['RANK']})"
-        typer.echo(f"error{who}: {error}", err=True)
+        typer.echo(f"error{who}: {_tell(error, arguments)}", err=True)
         sys.exit(1)
     sys.exit(0)
 

@@ -3,13 +3,13 @@
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tqdm.auto import tqdm
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 LOG_SECONDS = 15.0
 """Seconds between two lines of a progress bar in a log file."""
@@ -45,9 +45,6 @@ def show_table(
         notes: One sentence each.
         left: Headings of the columns that are aligned to the left.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False)
     for heading in columns:
         table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
@@ -60,10 +57,8 @@ def show_table(
         typer.echo(f"* {note}")
 
 
-def show_rich(text: "Text") -> None:
+def show_rich(text: Text) -> None:
     """Print styled text."""
-    from rich.console import Console
-
     Console(highlight=False).print(text)
 
 

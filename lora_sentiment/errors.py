@@ -13,13 +13,53 @@ A message says what was found, where, what is allowed and what to do. The comman
 without a traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from reprlib import Repr
 
 
 class LoraSentimentError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    A recipe key has its name in a recipe, and another one, or none, as an option of a command. So
+    the message names no key that some command cannot set. It is complete with `tell`, or as `str`
+    with the names of a recipe.
+
+    Attributes:
+        message: What was found, where, what is allowed and what to do.
+        key: The recipe key of the value that the message begins with, or None.
+        advice: Recipe key to what follows the message where that key can be set. `{}` stands for
+            its name, as in `, or set {}=drop`.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        key: str | None = None,
+        advice: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.key = key
+        self.advice = dict(advice or {})
+
+    def __str__(self) -> str:
+        return self.tell({key: key for key in (self.key, *self.advice) if key})
+
+    def tell(self, names: Mapping[str, str]) -> str:
+        """Return the message with the names of the keys that a command can set.
+
+        Args:
+            names: Recipe key to its name in the command.
+        """
+        text = self.message
+        if self.key is not None and self.key in names:
+            text = f"{names[self.key]} {text}"
+        for key, phrase in self.advice.items():
+            if key in names:
+                text += phrase.replace("{}", names[key])
+        return text
 
 
 class RecipeError(LoraSentimentError):
@@ -41,8 +81,15 @@ class DataError(LoraSentimentError):
         rows: The first row of each kind of fault; empty where no row is wrong.
     """
 
-    def __init__(self, message: str, *, rows: Iterable[int] = ()) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        *,
+        rows: Iterable[int] = (),
+        key: str | None = None,
+        advice: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, key=key, advice=advice)
         self.rows = list(rows)
 
 

@@ -129,7 +129,7 @@ def explain_refusal(*, key: str, name: str, kind: Kind, revision: str | None) ->
         revision: Branch, tag or commit; None for the newest.
 
     Returns:
-        One line, or None if the Hub gives the repository.
+        One line that begins with the name, or None if the Hub gives the repository.
     """
     address = without_login(constants.ENDPOINT)
     try:
@@ -142,21 +142,21 @@ def explain_refusal(*, key: str, name: str, kind: Kind, revision: str | None) ->
         if error.server_message:
             status += f" ({' '.join(error.server_message.split())})"
         advice = _advise(error, key=key, name=name, kind=kind, revision=revision)
-        return f"{key} {name!r}: {address} answered {status}: {advice}"
+        return f"{name!r}: {address} answered {status}: {advice}"
     except _NO_ANSWER as error:
         # In offline mode the error is a sentence of the client, or of `use_cache_only`.
         offline = isinstance(error, OfflineModeIsEnabled)
         reason = ask_hub().text if offline else without_login(f"{type(error).__name__}: {error}")
         instead = "name a folder" if kind == "model" else "name files"
         return (
-            f"{key} {name!r}: no Hub answers at {address} ({reason}), and it is "
+            f"{name!r}: no Hub answers at {address} ({reason}), and it is "
             "not in the cache; "
             f"connect, set HF_ENDPOINT to a mirror, or {instead}{_suggest_cached(name, kind)}"
         )
     if commit:
         return None
     return (
-        f"{key} {name!r}: {address} answered, but not as the Hub does: a network's login page, a "
+        f"{name!r}: {address} answered, but not as the Hub does: a network's login page, a "
         "proxy or another "
         "server stands there; log in to the network, or correct HF_ENDPOINT"
     )

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -189,6 +190,67 @@ def test_options_of_predict_that_would_be_ignored_are_refused(
     code, _, err = call(capsys, "predict", toy_adapter, *options)
     assert code == 1
     assert message in err
+
+
+GOOD_CSV = "text,label\na good film,positive\na bad film,negative\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "options"),
+    [
+        ("review,label\nx,positive\n", "set --text-column", ["--text-column=review"]),
+        ("text,mood\nx,positive\n", "set --label-column", ["--label-column=mood"]),
+        (GOOD_CSV + ",positive\n", "set --on-bad-row=drop", ["--on-bad-row=drop"]),
+        (GOOD_CSV + "x,other\n", "set --on-bad-row=drop", ["--on-bad-row=drop"]),
+        (GOOD_CSV + "caf\xe9,positive\n", "set --encoding to the", ["--encoding=cp1252"]),
+    ],
+)
+def test_evaluate_takes_the_options_that_its_messages_name(
+    capsys, toy_adapter, tmp_path, content, message, options
+):
+    rows = tmp_path / "rows.csv"
+    rows.write_text(content, encoding="latin-1")
+    code, _, err = call(capsys, "evaluate", toy_adapter, "--source", rows)
+    assert code == 1
+    assert message in err
+    assert "data." not in err
+    assert call(capsys, "evaluate", toy_adapter, "--source", rows, *options)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--source", "gone.csv"],
+        ["evaluate", "--source", "broken.csv", "--on-bad-row=drop"],
+        ["evaluate", "--encoding", "utf-8"],
+        ["evaluate", "--base", "./gone"],
+        ["evaluate", "--dtype", "float16"],
+        ["evaluate", "--split", "gone"],
+        ["predict", "--base", "./gone", "a text"],
+        ["predict", "--dtype", "half", "a text"],
+        ["predict", "--input", "broken.csv", "--output", "out.csv"],
+        ["predict", "--input", "nul.csv", "--output", "out.csv"],
+        ["predict", "--input", "broken.csv", "--output", "out.csv", "--encoding", "utf9"],
+        ["merge", "out", "--base", "./gone"],
+        ["export", "out", "--base", "./gone"],
+        ["serve", "--base", "./gone", "--port", "0"],
+    ],
+)
+def test_messages_name_only_options_that_the_verb_takes(
+    capsys, toy_adapter, tmp_path, monkeypatch, arguments
+):
+    (tmp_path / "broken.csv").write_bytes(b"text,label\ncaf\xe9,other\n")
+    (tmp_path / "nul.csv").write_bytes("text\nx\n".encode("utf-16-le"))
+    monkeypatch.chdir(tmp_path)
+    verb, *options = arguments
+    code, _, err = call(capsys, verb, toy_adapter, *options)
+    assert code == 1
+    help_text = call(capsys, verb, "--help")[1]
+    message = err[err.index("error: ") :]
+    assert set(re.findall(r"--[a-z][a-z-]+", message)) <= set(
+        re.findall(r"--[a-z][a-z-]+", help_text)
+    )
+    assert not re.search(r"\b(data|model|train|method|output)\.[a-z_]+\b", message)
 
 
 def test_merge_then_predict_and_push(capsys, toy_adapter, tmp_path):

@@ -178,7 +178,7 @@ FILES = {
     "only a header": rows("text,label\n", "rows.csv: has no rows"),
     "missing text column": rows(ROWS.replace("text,", "texte,"), "no column 'text'; the columns are texte, label; did"),
     "missing label column": rows(ROWS.replace("label", "class"), "no column 'label'; the columns are text, class"),
-    "tabs in a csv": rows(ROWS.replace(",", "\t").replace("text", "body"), "the columns are body, label; set"),
+    "tabs in a csv": rows(ROWS.replace(",", "\t").replace("text", "body"), "the columns are body, label; give"),
     "semicolons in a csv": rows(ROWS.replace(",", ";").replace("label", "x"), "no column 'label'; the columns"),
     "quotes and semicolons": rows('"text";"x"\n"a";"b"\n', "no column 'label'; the columns are text, x"),
     "zip or xlsx by another name": rows(b"PK\x03\x04\x14\x00", "rows.csv: is a zip archive or an Excel workbook"),

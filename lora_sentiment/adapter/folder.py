@@ -311,7 +311,9 @@ def _load_recorded_base(config: ModelConfig, card: Card, device: torch.device | 
     try:
         return load_base(config, labels=tuple(card.labels), device=device)
     except ModelError as error:
-        raise ModelError(f"{error}; if the base is elsewhere now, name it with --base") from error
+        raise ModelError(
+            f"{error.message}; if the base is elsewhere now, name it with --base", key=error.key
+        ) from error
 
 
 def load_card(folder: Path) -> Card:

@@ -82,7 +82,7 @@ def write_graph(model: Any, path: Path) -> None:
     Raises:
         ModelError: If torch cannot trace it.
     """
-    import onnx
+    import onnx  # late: of the extra `onnx`
 
     layers = model.distilbert.transformer.layer
     last, attention = layers[-1], model.config._attn_implementation
@@ -124,7 +124,7 @@ def quantise_graph(path: Path, quantised: Path) -> None:
     Weights take 7 of the 8 bits. On CPUs without VNNI, sums of 8-bit products saturate, and the
     answers would depend on the machine.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # late: as `onnx`
 
     with _quiet():
         quantize_dynamic(

@@ -194,9 +194,9 @@ def rebuild_stock(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
     lacking = sorted(set(HEAD) - set(getattr(config, "modules_to_save", None) or ()))
     if base.new_head and lacking:
         raise AdapterError(
-            f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base: it was "
-            "random in training and "
-            f"never saved, so its answers are lost; train again with modules_to_save={list(HEAD)}"
+            f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base. Training "
+            "began with a random head and did not save it, so its answers are lost. Train again "
+            f"with modules_to_save={list(HEAD)}"
         )
     _load_tensors(model, folder, STOCK_DTYPES)
     return model.eval()

@@ -11,7 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+import psutil
+import torch
+from huggingface_hub import constants, get_token
+
 from lora_sentiment.hub import ask_hub, without_login
+from lora_sentiment.models.dtype import resolve_dtype
 
 LOW_MEMORY = 2 * 2**30
 """Bytes: `recipes/imdb_lora.yaml` needs 1.8e9 on a CPU in float32."""
@@ -102,8 +107,6 @@ def examine(*, hub: bool = True, timeout: float = 5.0) -> Diagnosis:
         hub: Whether to ask the Hub for an answer.
         timeout: Seconds for each of connecting and answering.
     """
-    import psutil
-
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {name: _find_version(name) for name in PACKAGES}
     cpu = _examine_cpu()
@@ -130,8 +133,6 @@ def _find_version(package: str) -> str | None:
 
 
 def _examine_cpu() -> dict[str, Any]:
-    import torch
-
     capabilities = torch.cpu.get_capabilities()
     build = "cpu"
     for name in ("hip", "cuda"):
@@ -153,10 +154,6 @@ def _examine_cpu() -> dict[str, Any]:
 
 
 def _examine_devices() -> tuple[dict[str, Any], ...]:
-    import torch
-
-    from lora_sentiment.models.dtype import resolve_dtype
-
     devices: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         capability = torch.cuda.get_device_capability(index)
@@ -198,8 +195,6 @@ def _count_free_bytes(folder: Path) -> int:
 
 def _examine_hub(timeout: float | None) -> dict[str, Any]:
     """Return the settings of the Hub's client, and the Hub's answer; None asks for no answer."""
-    from huggingface_hub import constants, get_token
-
     reachable, text = None, "not asked"
     if constants.is_offline_mode():
         text = "not asked: offline"

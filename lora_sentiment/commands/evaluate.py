@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lora_sentiment.adapter.folder import Card, load
+from lora_sentiment.adapter.safe_files import first_fault
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub
@@ -14,6 +17,7 @@ from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import make_fast, predict_logits
+from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.tasks.metrics import score_calibrated
 from lora_sentiment.training.processes import explain_lost_process, join_launch, make_accelerator
 
@@ -39,6 +43,10 @@ def evaluate(
     *,
     source: str | None = None,
     split: str = "test",
+    text_column: str | None = None,
+    label_column: str | None = None,
+    encoding: str | None = None,
+    on_bad_row: str | None = None,
     base: str | None = None,
     dtype: str = "auto",
 ) -> Evaluation:
@@ -46,10 +54,13 @@ def evaluate(
 
     Args:
         folder: An adapter folder. Its base is found where the card says, and checked by its hash.
-        source: Rows to score on instead of the recorded source: a file or a Hub data set with the
-            recorded columns.
+        source: Rows to score on instead of the recorded source: a file or a Hub data set.
         split: A judged role, such as `test`, or `validation` as training had it. Of `source`, the
             name of its split.
+        text_column: Column of `source` with the text, if it is not the recorded one.
+        label_column: Column of `source` with the label, if it is not the recorded one.
+        encoding: Encoding of `source`, if it is not the recorded one.
+        on_bad_row: `error` or `drop`, for bad rows of `source`; by default as recorded.
         base: Where to find the base, if not where the card says.
         dtype: Compute dtype, as `model.dtype` of a recipe.
 
@@ -57,13 +68,28 @@ def evaluate(
         AdapterError: If the folder, base or tokenizer is not the one that was saved.
         DataError: If the rows cannot be read, or there is no such split.
     """
+    reading = {
+        "text_column": text_column,
+        "label_column": label_column,
+        "encoding": encoding,
+        "on_bad_row": on_bad_row,
+    }
+    given = {name: value for name, value in reading.items() if value is not None}
+    if given and source is None:
+        names = ", ".join(name.replace("_", " ") for name in given)
+        raise DataError(
+            f"evaluate: found {names} without a source; the recorded rows are read as in training: "
+            "name a source, or leave it out"
+        )
     state = join_launch()
     accelerator = make_accelerator(state, dtype)
     loaded = load(folder, base=base, device=accelerator.device)
     card = loaded.card
     compute_dtype = resolve_dtype(dtype, accelerator.device)
     model = make_fast(loaded.model, dtype=compute_dtype, device=accelerator.device)
-    rows = _read(card, source, split)
+    rows = (
+        _read_recorded(card, split) if source is None else _read_given(card, source, split, given)
+    )
     is_main = accelerator.is_main_process
     encoder = TextEncoder.of(
         loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
@@ -77,22 +103,38 @@ def evaluate(
     return Evaluation(split=split, num_rows=len(rows), scores=scores)
 
 
-def _read(card: Card, source: str | None, split: str) -> Rows:
-    """Return the rows of a split of `source`, or of the recorded source."""
-    config = card.data.config
-    if is_on_hub(source or config.source):
+def _read_given(card: Card, source: str, split: str, given: dict[str, str]) -> Rows:
+    """Return the rows of a split of another source than the recorded one."""
+    if is_on_hub(source):
         prepare_hub()
-    if source is not None:
-        given = config.model_copy(update={"source": source, "config": None, "revision": None})
-        return load_rows(given, split=split, labels=tuple(card.labels))[0]
+    recorded = card.data.config.model_dump()
+    other = {"source": source, "splits": None, "config": None, "revision": None}
     try:
-        return _read_recorded(card, split)
-    except DataError as error:
-        raise DataError(f"{error}; other rows can be named with --source") from error
+        config = DataConfig.model_validate(recorded | other | given)
+    except ValidationError as error:
+        raise DataError(f"evaluate: {first_fault(error)}") from error
+    rows, counts = load_rows(config, split=split, labels=tuple(card.labels))
+    for fault, numbers in counts.dropped.items():
+        log.warning(
+            "%s: %s, DROPPED: %s rows, the first is row %s",
+            source, fault, f"{len(numbers):,}", f"{numbers[0]:,}",
+        )  # fmt: skip
+    return rows
 
 
 def _read_recorded(card: Card, role: str) -> Rows:
     """Return the rows of a role that training judged, or of validation."""
+    if is_on_hub(card.data.config.source):
+        prepare_hub()
+    try:
+        return _find_recorded(card, role)
+    except DataError as error:
+        # No option sets how these rows are read.
+        raise DataError(f"{error.message}; other rows can be named with --source") from error
+
+
+def _find_recorded(card: Card, role: str) -> Rows:
+    """Read the rows of a role from where training found them."""
     config = card.data.config
     judged = find_source(config).judged
     if role in judged:
@@ -105,7 +147,7 @@ def _read_recorded(card: Card, role: str) -> Rows:
     allowed = [*(judged or ["test"]), "validation"]
     if role not in allowed:
         raise DataError(f"split: found {role!r}; allowed: {', '.join(allowed)}")
-    data = load_data(config)
+    data = load_data(config, labels=tuple(card.labels))
     carved, recorded = data.validation, card.data.validation_sha256
     if role != "validation":
         if data.carved_test is None or card.data.carved_test_sha256 is None:

@@ -29,7 +29,7 @@ from lora_sentiment.classifier import Classifier, Prediction
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import TOKENISE_ROWS
 from lora_sentiment.data.cleaning import clean_text
-from lora_sentiment.data.lines import ColumnBatch
+from lora_sentiment.data.lines import ColumnBatch, find_column
 from lora_sentiment.data.tables import (
     TableWriter,
     describe_delimiter,
@@ -246,7 +246,7 @@ def predict_file(
         show = progress and rank == 0
         with make_bar(num_rows, desc="predicting", unit="rows", show=show) as bar:
             for path, batch in read_batches():
-                texts = batch[text_column]
+                texts = batch[find_column(list(batch), text_column) or text_column]
                 is_own = num_parts % num_processes == rank
                 num_parts += 1
                 if not is_own or path.is_file():
@@ -386,7 +386,7 @@ def _plan_columns(
         DataError: If the input has no text column, or has a new column's name.
     """
     columns = table_columns(input, encoding=encoding, needed=[text_column])
-    if text_column not in columns:
+    if find_column(columns, text_column) is None:
         hint = did_you_mean(text_column, columns) or "; name one of them"
         raise DataError(f"{input}: has no column {text_column!r}; found {columns}{hint}")
     note = describe_delimiter(input, encoding=encoding, needed=[text_column])

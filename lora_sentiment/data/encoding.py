@@ -56,20 +56,17 @@ def find_bad_byte(open_file: Open, encoding: str) -> str:
     return ""
 
 
-def advise_encoding(open_file: Open) -> tuple[str, str | None]:
-    """Say which encodings may be the file's.
+def describe_likely_encodings(open_file: Open) -> tuple[str, dict[str, str]]:
+    """Say which encodings the file may be in, and what a line reads in each.
 
     Returns:
-        (advice, encoding). The encoding is None if only the user can know it.
+        (finding, advice), as of a `DataError`.
     """
-    certain = _find_certain(open_file)
-    if certain:
-        return f"all of it is {certain}", certain
     number, sample = _take_lines(open_file)
     text = b"".join(sample).decode("utf-8", "replace")
     num_bad = text.count("\ufffd")
     if sum(not character.isascii() for character in text) > 5 * num_bad:
-        return "nearly all of it is utf-8; correct the others", None
+        return "nearly all of it is utf-8; correct the other characters", {}
     readings: list[str] = []
     for match in from_bytes(b"".join(sample), cp_isolation=list(LIKELY), threshold=0.4):
         name = min((match.encoding, *match.could_be_from_charset), key=_rank)
@@ -78,15 +75,18 @@ def advise_encoding(open_file: Open) -> tuple[str, str | None]:
         if is_new and len(readings) < _NUM_SHOWN and not find_bad_byte(open_file, name):
             readings.append(f"{reading} as {name}")
     if not readings:
-        return "no common encoding fits all of it, so it is damaged or no text", None
-    return f"line {number} reads {', '.join(readings)}; take the one that reads right", None
+        return "no common encoding fits all of it: it is damaged, or no text", {}
+    return (
+        f"line {number} reads {', '.join(readings)}; save it as UTF-8",
+        {"data.encoding": ", or set {} to the encoding that reads right"},
+    )
 
 
 def _rank(name: str) -> int:
     return LIKELY.index(name) if name in LIKELY else len(LIKELY)
 
 
-def _find_certain(open_file: Open) -> str | None:
+def find_certain_encoding(open_file: Open) -> str | None:
     """Return an encoding that bytes of another one would hardly fit."""
     with open_file() as file:
         head = file.read(_SAMPLE_BYTES)

@@ -16,14 +16,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_sentiment.data.encoding import advise_encoding, find_bad_byte
+from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.data.encoding import (
+    describe_likely_encodings,
+    find_bad_byte,
+    find_certain_encoding,
+)
 from lora_sentiment.errors import DataError, show
 
 ColumnBatch = dict[str, list[Any]]
 """Rows as whole columns: name to values."""
 MAX_CHARACTERS = 10_000_000
 """Most characters of a line and of a csv field. Without it an unclosed quote reads a whole file."""
-_ENCODING_KEYS = "(data.encoding, or --encoding of predict)"
 
 _CSV_FAULTS = {
     "unexpected end of data": "a quote opened in this row is never closed; close it",
@@ -65,21 +69,30 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
         raise DataError(f"{path}: the table has no columns; it needs at least one, such as 'text'")
     for number, name in enumerate(columns, 1):
         first = columns.index(name) + 1
+        advice: dict[str, str] = {}
         if not name:
             fault = (
                 "has no name; name it or remove it (pandas writes an index so, unless "
                 "to_csv(index=False))"
             )
-        elif name.startswith("\ufeff"):
-            fault = (
-                "begins with a stray byte order mark; remove it, or set the encoding "
-                f"{_ENCODING_KEYS} to utf-16 if the file is that"
-            )
         elif first != number:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
         else:
             continue
-        raise DataError(f"{path}: column {number} of {len(columns)} {fault}")
+        raise DataError(f"{path}: column {number} of {len(columns)} {fault}", advice=advice)
+
+
+def find_column(columns: Sequence[str], name: str) -> str | None:
+    """Return the column of a name. Blanks around a name count only where both spellings occur."""
+    if name in columns:
+        return name
+    found = [column for column in columns if strip_blanks(column) == strip_blanks(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def has_columns(columns: Sequence[str], names: Sequence[str]) -> bool:
+    """Return whether every name has a column."""
+    return all(find_column(columns, name) is not None for name in names)
 
 
 class _Lines:
@@ -98,6 +111,7 @@ class _Lines:
         while line := self.file.readline(MAX_CHARACTERS + 1):
             self.number += 1
             fault = None
+            advice: dict[str, str] = {}
             if len(line) > MAX_CHARACTERS:
                 fault = f"is longer than {MAX_CHARACTERS:,} characters; cut it"
             elif "\0" in line:
@@ -109,7 +123,7 @@ class _Lines:
                     "UTF-8"
                 )
             if fault:
-                raise DataError(f"{self.path}: line {self.number} {fault}")
+                raise DataError(f"{self.path}: line {self.number} {fault}", advice=advice)
             yield line
 
     def fault(self, row: int, text: str, *, line: int | None = None) -> DataError:
@@ -153,7 +167,7 @@ def _find_delimiter(header: str, own: str, needed: Sequence[str]) -> str:
     """Return the first delimiter, the format's own before others, that gives the needed columns."""
     columns = {delimiter: _split(header, delimiter) for delimiter in (own, *DELIMITERS)}
     for delimiter, names in columns.items():
-        if set(needed) <= {name.strip() for name in names}:
+        if has_columns(names, needed):
             return delimiter
     # The needed columns are missing, so the file will be refused. The message shows the columns.
     is_whole = header.count('"') % 2 == 0
@@ -281,7 +295,7 @@ def jsonl_rows(lines: _Lines, needed: Sequence[str], *, others: bool) -> Iterato
                 "to_json(orient='records', lines=True)",
             )
         keys.update(dict.fromkeys(record))
-        if not others and set(needed) <= {key.strip() for key in keys}:
+        if not others and has_columns(list(keys), needed):
             break
     if not row:
         return
@@ -412,11 +426,10 @@ def _decode(
         # real texts.
         return io.TextIOWrapper(file, encoding=codec, newline="\n")
     except (LookupError, ValueError) as error:
-        fault = (
-            f"{encoding!r} is no text encoding of Python's; set one such as utf-8, utf-16, cp1252 "
-            f"{_ENCODING_KEYS}"
-        )
-        raise DataError(f"{path}: {fault}") from error
+        raise DataError(
+            f"{path}: {encoding!r} is no text encoding of Python's; set one such as utf-8, utf-16, "
+            "cp1252"
+        ) from error
 
 
 def _make_batch(columns: list[str], rows: list[list[Any]]) -> ColumnBatch:
@@ -448,12 +461,16 @@ class TextFormat(NamedTuple):
         except UnicodeError as error:
             reopen = partial(_open, path, gzipped=self.gzipped)
             bad = find_bad_byte(reopen, encoding)
-            advice, certain = advise_encoding(reopen)
-            fault = f"is not {encoding}: {bad}" if bad else str(error)
+            certain = find_certain_encoding(reopen)
             if not bad and certain not in ("utf-16-le", "utf-16-be"):
-                raise DataError(f"{path}: {fault}; remove it") from error
-            setting = f"set the encoding to {certain}" if certain else "set the encoding"
-            raise DataError(f"{path}: {fault}; {advice}: {setting} {_ENCODING_KEYS}") from error
+                raise DataError(f"{path}: {error}; remove it") from error
+            fault = f"is not {encoding}: {bad}" if bad else str(error)
+            if certain:
+                finding = f"all of it is {certain}; save it as UTF-8"
+                advice = {"data.encoding": f", or set {{}}={certain}"}
+            else:
+                finding, advice = describe_likely_encodings(reopen)
+            raise DataError(f"{path}: {fault}; {finding}", advice=advice) from error
 
     def describe(self, path: Path, encoding: str, needed: Sequence[str]) -> str | None:
         """Say how the fields of a file are separated, if it is not as its name says."""

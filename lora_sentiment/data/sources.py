@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment import bundled
+from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.data.lines import find_column
 from lora_sentiment.data.tables import (
     FORMATS,
     SPREADSHEETS,
@@ -110,8 +112,7 @@ def check_files(config: DataConfig, source: Source) -> None:
     """Refuse files without the recipe's columns before training starts."""
     for paths in source.files.values():
         for path in paths:
-            columns = table_columns(path, **_reading(config))
-            _check_columns(config, columns, str(path))
+            _find_columns(config, table_columns(path, **_reading(config)), str(path))
 
 
 def read_columns(
@@ -133,10 +134,12 @@ def read_columns(
     split = source.hub_splits[role]
     with _explain_hub(config):
         table = load_dataset(source.hub, config.config, split=split, revision=config.revision)
-    _check_columns(config, table.column_names, source.where(role))
-    feature = table.features[config.label_column]
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    return _read_hub(config, table), names
+    columns = _find_columns(config, table.column_names, source.where(role))
+    feature = table.features[columns[1]]
+    names = None
+    if isinstance(feature, ClassLabel):
+        names = tuple(strip_blanks(name) for name in feature.names)
+    return _read_hub(config, table, columns), names
 
 
 def _reading(config: DataConfig) -> dict[str, Any]:
@@ -153,8 +156,9 @@ def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
             log.info("%s: %s", path, note)
         num_rows = num_quoted = num_doubled = 0
         for batch in read_table(path, **_reading(config)):
-            texts = batch[config.text_column]
-            yield texts, [_as_csv_writes(value) for value in batch[config.label_column]]
+            text_column, label_column = _find_columns(config, list(batch), str(path))
+            texts = batch[text_column]
+            yield texts, [_as_csv_writes(value) for value in batch[label_column]]
             if note or not path.name.lower().endswith((".tsv", ".tsv.gz")):
                 continue
             quoted = [text for text in texts if QUOTED.fullmatch(text)]
@@ -178,8 +182,7 @@ def _as_csv_writes(value: Any) -> Any:
     return str(value) if is_word else value
 
 
-def _read_hub(config: DataConfig, table: Any) -> Columns:
-    columns = [config.text_column, config.label_column]
+def _read_hub(config: DataConfig, table: Any, columns: list[str]) -> Columns:
     with _explain_hub(config):
         for batch in table.select_columns(columns).with_format("arrow").iter(HUB_CHUNK):
             values = batch[columns[1]].to_pylist()
@@ -189,10 +192,11 @@ def _read_hub(config: DataConfig, table: Any) -> Columns:
 def _find_files(pattern: str) -> list[Path]:
     if re.match(r"[A-Za-z][\w+.-]*://|huggingface\.co/", pattern):
         page = HUB_PAGE.match(pattern)
-        hint = "download the file and name it here"
-        if page:
-            hint = f"name the data set: data.source={page[1]}"
-        raise DataError(f"data.source {show(pattern)}: addresses are not read; {hint}")
+        advice = {"data.source": f"; name the data set: {{}}={page[1]}"} if page else {}
+        hint = "" if page else "; download the file and name it here"
+        raise DataError(
+            f"{show(pattern)}: addresses are not read{hint}", key="data.source", advice=advice
+        )
     path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's raises for an unknown user
     # A path that exists is no pattern, and neither are the folders of a pattern that exist.
     folder = path
@@ -208,7 +212,7 @@ def _find_files(pattern: str) -> list[Path]:
     # Path.glob does not follow links.
     paths = [folder / name for name in sorted(glob(rest, root_dir=folder, recursive=True))]  # noqa: PTH207
     if not paths:
-        raise DataError(f"data.source {pattern!r} matches no file in {folder.absolute()}")
+        raise DataError(f"{pattern!r} matches no file in {folder.absolute()}", key="data.source")
     return paths
 
 
@@ -228,16 +232,16 @@ def _hub_splits(config: DataConfig) -> dict[str, str]:
     if config.splits is None:
         if "train" not in existing:
             raise DataError(
-                f"data.source {source!r} has the splits {shown}; training needs 'train', or name "
-                f"another split: "
-                "data.splits={train: ..}"
+                f"{source!r} has the splits {shown}; training needs 'train'",
+                key="data.source",
+                advice={"data.splits": ", or name another split: {}={train: ..}"},
             )
         return {split: split for split in SPLITS if split in existing}
     for role, split in config.splits.items():
         if split not in existing:
             key = "data.source" if role == split else f"data.splits.{role}"
             hint = did_you_mean(split, existing)
-            raise DataError(f"{key}: {source!r} has no split {split!r}; it has {shown}{hint}")
+            raise DataError(f"{source!r} has no split {split!r}; it has {shown}{hint}", key=key)
     return config.splits
 
 
@@ -255,7 +259,17 @@ def _explain_hub(config: DataConfig) -> Iterator[None]:
         refusal = explain_refusal(
             key="data.source", name=name, kind="dataset", revision=config.revision
         )
-        raise DataError(refusal or f"data.source {name!r}: {_describe(error)}") from error
+        advice = {}
+        if refusal is None and _lacks_config(error):
+            advice["data.config"] = "; set {}"
+        raise DataError(
+            refusal or f"{name!r}: {_describe(error)}", key="data.source", advice=advice
+        ) from error
+
+
+def _lacks_config(error: BaseException) -> bool:
+    """Return whether a data set has several configurations, and not the one that was asked for."""
+    return "Config name is missing" in str(error) or "BuilderConfig" in str(error)
 
 
 def _describe(error: BaseException) -> str:
@@ -268,25 +282,33 @@ def _describe(error: BaseException) -> str:
             f"of parquet, csv or "
             "json files, or convert it to such files yourself"
         )
-    if "Config name is missing" in message or "BuilderConfig" in message:
-        return f"{message}; set data.config"
+    if _lacks_config(error):
+        return message
     if "doesn't contain any data files" in message:
         return "holds no data files; name another data set, or files"
     return (
-        f"the Hub has it, but it cannot be read ({innermost(error)}); name another data set, a "
-        f"data.revision, or files"
+        f"the Hub has it, but it cannot be read ({innermost(error)}); name another data set, or "
+        "files"
     )
 
 
-def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> None:
+def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> list[str]:
+    """Return the names of the text and the label column as the source spells them."""
+    found = []
     for key in ("text_column", "label_column"):
         column = getattr(config, key)
-        if column in columns:
+        spelling = find_column(columns, column)
+        if spelling is not None:
+            found.append(spelling)
             continue
         # In a file without a header, a row of texts stands where the names should be.
         shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
         hint = did_you_mean(column, list(columns))
-        header = "" if hint else ", or give the file a first row of names if it has none"
-        raise DataError(
-            f"{where}: no column {column!r}; the columns are {shown}{hint}; set data.{key}{header}"
+        advice = (
+            "correct the header" if hint else "give the file a first row of names if it has none"
         )
+        raise DataError(
+            f"{where}: no column {column!r}; the columns are {shown}{hint}; {advice}",
+            advice={f"data.{key}": ", or set {}"},
+        )
+    return found

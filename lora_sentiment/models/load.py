@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,8 +111,9 @@ def load_base(
         _check_own_labels(own_labels, labels, config.name)
     if len(tokenizer) > hf_config.vocab_size:
         raise ModelError(
-            f"the tokenizer of model.name {config.name!r} has {len(tokenizer)} tokens and the "
-            f"model {hf_config.vocab_size}; name a checkpoint with its own tokenizer"
+            f"{config.name!r} has a tokenizer with {len(tokenizer)} tokens and a model with "
+            f"{hf_config.vocab_size}; name a checkpoint with its own tokenizer",
+            key="model.name",
         )
     sha256 = hash_tensors(encoder_tensors(model))
     if config.quantize != "none":
@@ -155,11 +157,11 @@ def _find_config(config: ModelConfig) -> tuple[Any, str | None]:
     """
     is_folder = Path(config.place).is_dir()
     if config.place.startswith((".", "/", "~")) and not is_folder:
-        raise ModelError(f"model.name {config.name!r}: no such folder")
+        raise ModelError(f"{config.name!r}: no such folder", key="model.name")
     if config.revision and is_folder:
         raise ModelError(
-            f"model.revision {config.revision!r}: {config.name!r} is a folder, which has no "
-            "revisions; remove model.revision"
+            f"{config.revision!r}: {config.name!r} is a folder, which has no revisions; remove it",
+            key="model.revision",
         )
     # Resolve the revision once: a Hub name could move between one file and the next.
     path = cached_file(config.place, "config.json", revision=config.revision)
@@ -190,7 +192,7 @@ def find_local_config(config: ModelConfig) -> Any | None:
             cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
         except ValueError as error:
             raise ModelError(
-                f"model.name {config.name!r}: no such folder, and no name of the Hub"
+                f"{config.name!r}: no such folder, and no name of the Hub", key="model.name"
             ) from error
         if not isinstance(cached, str):
             return None
@@ -228,7 +230,8 @@ def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTr
         # Without these files transformers makes a tokenizer that knows no word.
         if not has_tokenizer(config.place, revision=revision):
             raise ModelError(
-                f"model.name {name!r} has no tokenizer; it needs a tokenizer.json or a vocab.txt"
+                f"{name!r} has no tokenizer; it needs a tokenizer.json or a vocab.txt",
+                key="model.name",
             )
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -236,15 +239,19 @@ def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTr
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"the tokenizer.json of model.name {name!r} is not valid: {error}; fetch it again"
+                f"{name!r}: its tokenizer.json is not valid: {error}; fetch it again",
+                key="model.name",
             ) from error
     if not tokenizer.is_fast:
-        raise ModelError(f"model.name {name!r} has no fast tokenizer; it needs a tokenizer.json")
+        raise ModelError(
+            f"{name!r} has no fast tokenizer; it needs a tokenizer.json", key="model.name"
+        )
     for role in ("cls_token", "sep_token", "pad_token"):
         if getattr(tokenizer, role) is None:
             raise ModelError(
-                f"the tokenizer of model.name {name!r} has no {role}, which DistilBERT needs; name "
-                "a checkpoint with its own tokenizer"
+                f"{name!r}: its tokenizer has no {role}, which DistilBERT needs; name a checkpoint "
+                "with its own tokenizer",
+                key="model.name",
             )
     return cast(PreTrainedTokenizerFast, tokenizer)
 
@@ -276,8 +283,9 @@ def _check_weights(config: ModelConfig, revision: str | None) -> None:
     names = ("model.safetensors", "model.safetensors.index.json")
     if not _has_file(config.place, names, revision or config.revision):
         raise ModelError(
-            f"model.name {config.name!r} has no model.safetensors, and pickled weights are never "
-            "loaded; convert them, or name another checkpoint"
+            f"{config.name!r} has no model.safetensors, and pickled weights are never loaded; "
+            "convert them, or name another checkpoint",
+            key="model.name",
         )
 
 
@@ -289,8 +297,9 @@ def refuse_unquantisable(config: ModelConfig, device: torch.device) -> None:
     """
     if config.quantize != "none" and device.type not in QUANTISING_DEVICES:
         raise ModelError(
-            f"model.quantize={config.quantize}: the device is {device.type}, and a base is "
-            f"quantised on {', '.join(QUANTISING_DEVICES)} only; set model.quantize=none"
+            f"quantize={config.quantize}: the device is {device.type}, and a base is quantised on "
+            f"{', '.join(QUANTISING_DEVICES)} only",
+            advice={"model.quantize": "; set {}=none"},
         )
 
 
@@ -396,36 +405,37 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
         path: Its config.json, or None if it has none.
         config: The recipe's `model` section.
     """
-    base = f"model.name {config.name!r}"
+    refuse = partial(ModelError, key="model.name")
+    base = repr(config.name)
     if path is None:
         if any(Path(config.place, file).is_file() for file in ("adapter_config.json", "card.json")):
-            raise ModelError(f"{base} is an adapter; name the base that it was trained on")
-        raise ModelError(f"{base} is no model: it has no config.json; name a DistilBERT checkpoint")
+            raise refuse(f"{base} is an adapter; name the base that it was trained on")
+        raise refuse(f"{base} is no model: it has no config.json; name a DistilBERT checkpoint")
     try:
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{base}: its config.json is no JSON ({error}); fetch it again") from error
+        raise refuse(f"{base}: its config.json is no JSON ({error}); fetch it again") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
-        raise ModelError(f"{base}: its config.json names no model_type; it must be distilbert")
+        raise refuse(f"{base}: its config.json names no model_type; it must be distilbert")
     if "auto_map" in facts:
-        raise ModelError(
+        raise refuse(
             f"{base} asks to run its own code (auto_map in its config.json), which this package "
             "never does; name a plain DistilBERT checkpoint"
         )
     for key in ("attn_implementation", "_attn_implementation"):
         kernel = str(facts.get(key) or "")
         if "/" in kernel:
-            raise ModelError(
+            raise refuse(
                 f"{base} asks to fetch and run the kernel {kernel!r} ({key} in its config.json), "
                 "which this package never does; name a plain DistilBERT checkpoint"
             )
     if "quantization_config" in facts:
-        raise ModelError(
-            f"{base} is quantised already; name the checkpoint it was made from, and set "
-            "model.quantize"
+        raise refuse(
+            f"{base} is quantised already; name the checkpoint it was made from, and let "
+            "this package quantise it"
         )
     if facts["model_type"] != "distilbert":
-        raise ModelError(
+        raise refuse(
             f"{base} is a {facts['model_type']} model; this package adapts distilbert checkpoints"
         )
 
@@ -443,8 +453,9 @@ def check_length(shape: Any, config: ModelConfig) -> None:
     positions = shape.max_position_embeddings
     if config.max_length > positions:
         raise ModelError(
-            f"model.max_length {config.max_length} is more than the {positions} positions of "
-            f"{config.name!r}; set model.max_length={positions} or less"
+            f"{config.max_length} is more than the {positions} positions of {config.name!r}; allowed: "
+            f"{positions} or less",
+            key="model.max_length",
         )
 
 
@@ -465,16 +476,18 @@ def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
     head_sizes = [shape[0] for key, shape in wrong_shapes.items() if key.startswith("classifier")]
     if head_sizes and all(key.startswith(HEAD) for key in unfilled):
         raise ModelError(
-            f"model.name {name!r} has a head for {head_sizes[0]} labels and the data has "
-            f"{num_labels}; name a base without a head, or data with the same labels"
+            f"{name!r} has a head for {head_sizes[0]} labels and the data has {num_labels}; name a "
+            "base without a head, or data with the same labels",
+            key="model.name",
         )
     if unfilled:
         listed = ", ".join(unfilled[:4])
         if len(unfilled) > 4:
             listed += ", ..."
         raise ModelError(
-            f"model.name {name!r} leaves {len(unfilled)} tensors unfilled, which are missing or "
-            f"have another shape: {listed}; name a whole checkpoint"
+            f"{name!r} leaves {len(unfilled)} tensors unfilled, which are missing or have another "
+            f"shape: {listed}; name a whole checkpoint",
+            key="model.name",
         )
     return any(key.startswith(HEAD) for key in report["missing_keys"])
 
@@ -486,8 +499,9 @@ def _check_own_labels(own: list[str], labels: tuple[str, ...], name: str) -> Non
     if ours != theirs and sorted(ours) == sorted(theirs):
         in_order = sorted(labels, key=lambda label: theirs.index(label.lower()))
         raise ModelError(
-            f"model.name {name!r} has a head for the labels {', '.join(own)}, in this order; set "
-            f"data.labels=[{', '.join(in_order)}]"
+            f"{name!r} has a head for the labels {', '.join(own)}, in this order",
+            key="model.name",
+            advice={"data.labels": f"; set {{}}=[{', '.join(in_order)}]"},
         )
 
 
@@ -525,6 +539,6 @@ class _ExplainFailure:
                 key="model.name", name=name, kind="model", revision=self.config.revision
             )
             if refusal is not None:
-                raise ModelError(refusal) from error
+                raise ModelError(refusal, key="model.name") from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"base {name!r} could not be loaded: {reason}") from error
+        raise ModelError(f"{name!r} could not be loaded: {reason}", key="model.name") from error

@@ -444,7 +444,7 @@ def _quantise_8bit(linear: Any, device: str) -> None:
 
 
 def _quantise_4bit(linear: Any, plan: Plan) -> None:
-    from bitsandbytes.functional import QuantState
+    from bitsandbytes.functional import QuantState  # late: as in `_quantise`
 
     num_values = linear.out_features * linear.in_features
     num_scales = -(-num_values // QUANTISED_BLOCK)

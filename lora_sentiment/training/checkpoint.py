@@ -345,7 +345,7 @@ def _compare_settings(folder: Path, settings: Mapping[str, Any], store: Store) -
     if not refuses_all:
         remedy += ", or give --allow-changes to resume, though not bit for bit"
     differences = "\n".join(lines)
-    raise TrainingError(f"{folder}: is of a run that differs in:\n{differences}\n{remedy}")
+    raise TrainingError(f"{folder}: comes from a run with other settings:\n{differences}\n{remedy}")
 
 
 def _check_tensors(

@@ -252,15 +252,15 @@ def make_accelerator(
     dtype = resolve_dtype(dtype_name, state.device)
     if dtype == torch.float16 and state.device.type == "cpu":
         raise ModelError(
-            "model.dtype=float16 needs a GPU; on this CPU use auto, float32 or bfloat16"
+            "float16 needs a GPU; on this CPU use auto, float32 or bfloat16", key="model.dtype"
         )
     precision = _PRECISIONS[dtype]
     # The launcher says "no" when nobody asked for a precision.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         raise RecipeError(
-            f"accelerate launch was told --mixed_precision {launched}, and the recipe's model.dtype "
-            f"means {precision!r}; remove the option and set model.dtype"
+            f"accelerate launch was told --mixed_precision {launched}, but the dtype is "
+            f"{precision!r}; remove the option of the launcher"
         )
     trackers = list(report_to) if run_folder is not None else []
     _check_trackers(trackers)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
 
@@ -12,6 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/inference.py"
 FORMS = ["adapter", "merged", "ONNX", "ONNX int8", "stock pipeline"]
 
 
+@pytest.mark.slow  # more than a minute
 def test_every_form_answers_every_row_and_a_stopped_script_goes_on(toy_recipe, tmp_path):
     adapter = train(Recipe.load(toy_recipe, ["train.num_train_epochs=2"])).adapter
     out = tmp_path / "out"

@@ -242,6 +242,7 @@ def test_a_row_that_no_table_has_is_refused(arguments, capsys):
     assert "'ours, fp16'" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a server of its own, which imports everything
 def test_a_slice_is_forked_from_a_server_that_has_imported(tmp_path):
     """The server of processes does not look into the script's folder by itself (Python 3.11)."""
     loaded = "'gpu_check' in __import__('sys').modules"

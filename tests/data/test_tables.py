@@ -165,14 +165,13 @@ def test_formats_name_every_suffix():
         ("a.tsv", "a\tb\nx\ty\t1\n", "row 1 (line 2): found 3 field(s), expected 2, as in the header: ['a', 'b']"),
         ("a.csv", "text,label,text\n", "column 3 of 3 has the name of column 1, 'text'; rename or remove one"),
         ("a.csv", ",text\n0,x\n", "column 1 of 2 has no name; name it or remove it (pandas writes an index so"),
-        ("a.csv", "\ufeff\ufefftext\nx\n", "column 1 of 1 begins with a stray byte order mark"),
         ("a.csv", "a\ncaf\xe9\n".encode("cp1252"), "not utf-8: byte 0xe9 at offset 5 (line 2); line 2 reads 'café' as"),
         ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); line 2 reads "),
         ("a.tsv.gz", b"a\n\xe9\n", "byte 0xe9 at offset 2 (line 2); line 2 reads 'é' as"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "byte 0xe9 at offset 7 (line 1)"),
-        ("a.csv", "a\nx\n".encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it is utf-16: set the "),
-        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; all of it is utf-16-le: "
-         "set the encoding to utf-16-le (data.encoding"),
+        ("a.csv", "a\nx\n".encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it is utf-16; save it"),
+        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; all of it is utf-16-le; "
+         "save it as UTF-8, or set data.encoding=utf-16-le"),
         ("a.csv", "a\nx\ny\0z\n", "line 3 holds a NUL character"),
         # Without the clock, which would name the test otherwise in every process that collects it.
         ("a.csv", gzip.compress(b"a\nx\n", mtime=0), "is gzip, which its name must tell; end it in .gz"),
@@ -264,7 +263,7 @@ def test_an_unknown_encoding_is_refused(tmp_path, encoding):
 def test_an_encoding_that_fails_in_its_own_way_is_refused(tmp_path):
     path = save(tmp_path, "a.csv", "a\nx\n")
     with pytest.raises(
-        DataError, match="is not undefined: undefined encoding; all of it is utf-8: set"
+        DataError, match="is not undefined: undefined encoding; all of it is utf-8; save"
     ):
         read(path, encoding="undefined")
 
@@ -612,7 +611,7 @@ def test_real_ugly_files(tmp_path):
         "label": 872, "content": 872}  # fmt: skip
     path = save(tmp_path, "a.tsv", b"text\n" + (MESSY / "mr_negative_cp1252.txt").read_bytes())
     with pytest.raises(
-        DataError, match=r"is not utf-8: byte 0xe9 at .* as cp1252.*take the one that reads right"
+        DataError, match=r"is not utf-8: byte 0xe9 at .* as cp1252.*set data.encoding to the"
     ):
         read(path)
     assert len(read(path, encoding="cp1252")["text"]) == 5331
@@ -745,7 +744,7 @@ def test_the_likely_encodings_are_named_with_what_a_line_reads(tmp_path, encodin
     assert message.startswith(f"{path}: is not utf-8: byte 0x")
     assert f"{show(line)} as {encoding}" in message
     assert message.endswith(
-        "take the one that reads right: set the encoding (data.encoding, or --encoding of predict)"
+        "; save it as UTF-8, or set data.encoding to the encoding that reads right"
     )
 
 
@@ -755,7 +754,8 @@ def test_unicode_in_another_form_is_named_for_certain(tmp_path, encoding, langua
     line = ",".join(TEXTS[language])
     path = save(tmp_path, "a.csv", f"text,label\n{line}\n{line}\n".encode(encoding))
     with pytest.raises(
-        DataError, match=f"all of it is {encoding}: set the encoding to {encoding} "
+        DataError,
+        match=f"all of it is {encoding}; save it as UTF-8, or set data.encoding={encoding}$",
     ):
         read(path)
 
@@ -763,7 +763,7 @@ def test_unicode_in_another_form_is_named_for_certain(tmp_path, encoding, langua
 def test_text_in_utf_8_with_a_few_other_bytes_is_told_as_that(tmp_path):
     path = save(tmp_path, "a.csv", b"text\n" + "déjà vu ça\n".encode() * 50 + b"d\xe9j\xe0\n")
     with pytest.raises(
-        DataError, match=r"\(line 52\); nearly all of it is utf-8; correct the others"
+        DataError, match=r"\(line 52\); nearly all of it is utf-8; correct the other"
     ):
         read(path)
 
