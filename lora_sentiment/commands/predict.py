@@ -29,10 +29,10 @@ from lora_sentiment.classifier import Classifier, Prediction
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import TOKENISE_ROWS
 from lora_sentiment.data.cleaning import clean_text
-from lora_sentiment.data.lines import ColumnBatch
+from lora_sentiment.data.lines import ColumnBatch, find_column
 from lora_sentiment.data.tables import (
     TableWriter,
-    find_column,
+    describe_delimiter,
     read_table,
     table_columns,
     table_types,
@@ -196,7 +196,7 @@ def predict_file(
             raise DataError(f"another run is writing {output}; wait until it ends") from error
         _check_paths(input, output, resume=resume, overwrite=overwrite)
         types = _plan_columns(input, output, encoding, text_column, new)
-        num_rows = _try_output(input, output, encoding, types, new, classifier.labels)
+        num_rows = _try_output(input, output, encoding, text_column, types, new, classifier.labels)
         sha256 = hash_file(input)
         facts = {
             "input": input.name.encode(errors="backslashreplace").decode(),
@@ -215,7 +215,9 @@ def predict_file(
         return types, num_rows, sha256
 
     def read_batches() -> Iterator[tuple[Path, ColumnBatch]]:
-        batches = read_table(input, encoding=encoding, rows_per_batch=rows_per_part)
+        batches = read_table(
+            input, encoding=encoding, rows_per_batch=rows_per_part, needed=[text_column]
+        )
         for number, batch in enumerate(batches):
             if num_rows:
                 yield folder / f"part-{number:05d}.parquet", batch
@@ -383,10 +385,13 @@ def _plan_columns(
     Raises:
         DataError: If the input has no text column, or has a new column's name.
     """
-    columns = table_columns(input, encoding=encoding)
+    columns = table_columns(input, encoding=encoding, needed=[text_column])
     if find_column(columns, text_column) is None:
         hint = did_you_mean(text_column, columns) or "; name one of them"
         raise DataError(f"{input}: has no column {text_column!r}; found {columns}{hint}")
+    note = describe_delimiter(input, encoding=encoding, needed=[text_column])
+    if note:
+        log.info("%s: %s", input, note)
     taken = [repr(name) for name in new if name in columns]
     if taken:
         raise DataError(
@@ -394,7 +399,7 @@ def _plan_columns(
             "such as predicted_, for the new ones"
         )
     if output.name.lower().endswith(".parquet"):
-        return {**table_types(input, encoding=encoding), **new}
+        return {**table_types(input, encoding=encoding, needed=[text_column]), **new}
     return {**dict.fromkeys(columns, pa.string()), **new}
 
 
@@ -402,6 +407,7 @@ def _try_output(
     input: Path,
     output: Path,
     encoding: str,
+    text_column: str,
     types: Mapping[str, pa.DataType],
     new: Mapping[str, pa.DataType],
     labels: Sequence[str],
@@ -422,7 +428,7 @@ def _try_output(
             raise DataError(f"{fault} {error}") from error
     num_rows = 0
     with TableWriter(output, columns=list(types), types=types, dry=True) as trial:
-        for batch in read_table(input, encoding=encoding):
+        for batch in read_table(input, encoding=encoding, needed=[text_column]):
             count = len(next(iter(batch.values())))
             num_rows += count
             filled = {name: values * count for name, values in widest.items()}

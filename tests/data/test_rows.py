@@ -68,10 +68,10 @@ def test_a_test_file_that_is_missing_or_lacks_a_column_shows_at_the_start(toy):
         load_data(config(toy))
 
 
-def test_labels_that_are_neither_text_nor_integers_are_refused(tmp_path):
+def test_decimal_labels_are_refused_in_jsonl_as_in_csv(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": 0.5}\n{"text": "b", "label": 1.0}\n')
-    with pytest.raises(DataError, match=r"neither text nor integers; its first value is 0\.5"):
+    with pytest.raises(DataError, match=r"labels are decimal numbers, such as 0\.5"):
         load_data(DataConfig(source=str(path)))
 
 
@@ -137,7 +137,7 @@ def test_a_missing_number_is_a_missing_label(tmp_path):
         pa.table({"text": list("ab"), "label": [float("nan"), 1.0]}), tmp_path / "a.parquet"
     )
     with pytest.raises(
-        DataError, match=r"row 1: label is missing\n.*row 2: label 1\.0 is none of 0, 1"
+        DataError, match=r"row 1: label is missing\n.*row 2: label '1\.0' is none of 0, 1"
     ):
         load_rows(DataConfig(source=str(tmp_path / "a.parquet")), split="test", labels=("0", "1"))
 
