@@ -208,7 +208,7 @@ def _load_labelled(
     config = card.data.config
     if is_on_hub(config.source):
         prepare_hub()
-    data = load_data(config)
+    data = load_data(config, labels=tuple(card.labels))
     if data.validation.fingerprint != card.data.validation_sha256:
         raise DataError(
             f"{config.source}: changed since training, so its validation rows are other ones"

@@ -30,6 +30,9 @@ _ENTITIES = [
 ]
 """Characters whose entities a tokenizer with `add_cleaning` decodes."""
 
+_AROUND = re.sub(f"(?!{_BLANK}|{_CONTROL}).", "", "".join(map(chr, range(0x3001)))) + "\ufeff"
+"""Characters that leave no mark at the ends of a label or of a column name."""
+
 _MAX_COMBINING = 30
 """Most combining marks in a row.
 
@@ -80,6 +83,22 @@ def clean_text(text: str, counts: Counter[str]) -> str:
         counts[name] += cleaned != text
         text = cleaned
     return text
+
+
+def strip_blanks(name: str) -> str:
+    """Remove blanks, control and zero-width characters around a label or a column name."""
+    return name.strip(_AROUND)
+
+
+def fold_name(name: str) -> str:
+    """Return what is left of a label without case, blanks and Unicode's forms of a character."""
+    folded = unicodedata.normalize("NFKC", clean_text(name, Counter())).casefold()
+    return "".join(c for c in folded if not (c.isspace() or _is_invisible(c)))
+
+
+def _is_invisible(character: str) -> bool:
+    """Return whether a character only changes how its neighbours look, as a variation selector."""
+    return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
 
 
 def add_cleaning(tokenizer: Tokenizer) -> int:
