@@ -9,8 +9,9 @@ from lora_sentiment.adapter.file_size import adapter_bytes
 from lora_sentiment.adapter.predictions import load_predictions
 from lora_sentiment.adapter.safe_files import read_object
 from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, plan_recipe
-from lora_sentiment.errors import AdapterError, RecipeError
+from lora_sentiment.errors import DRAWING_FAULTS, AdapterError, RecipeError, one_line
 from lora_sentiment.evaluation.statistics import mcnemar, paired_bootstrap
+from lora_sentiment.files import write_file_aside
 from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.sizes import count_parameters, make_meta_model
@@ -69,8 +70,23 @@ def compare(paths: Sequence[Path]) -> list[Row]:
     Raises:
         LoraSentimentError: If one is neither, or its base's shape is not known.
     """
-    rows = [_make_row(path) for path in paths]
+    rows = _name_apart([_make_row(path) for path in paths], paths)
     return [*rows[:1], *(_pair(row, rows[0]) for row in rows[1:])]
+
+
+def _name_apart(rows: list[Row], paths: Sequence[Path]) -> list[Row]:
+    """Name rows of equal names by their paths: by the last parts that tell them apart."""
+    names = [row.name for row in rows]
+    parts = [path.resolve().parts for path in paths]
+    named = []
+    for row, own in zip(rows, parts, strict=True):
+        rivals = [other for other, name in zip(parts, names, strict=True) if name == row.name]
+        depth = 1
+        while any(other != own and other[-depth:] == own[-depth:] for other in rivals):
+            depth += 1
+        name = row.name if len(rivals) == 1 else str(Path(*own[-depth:]))
+        named.append(replace(row, name=name))
+    return named
 
 
 def _make_row(path: Path) -> Row:
@@ -88,7 +104,7 @@ def _make_row(path: Path) -> Row:
     if Path(base).is_absolute():
         base = Path(base).name
     return Row(
-        name=recipe.name,
+        name=one_line(recipe.name),
         folder=folder if finished else None,
         base=base,
         method=describe(recipe.method, recipe.model.head),
@@ -295,16 +311,23 @@ def to_markdown(rows: Sequence[Row]) -> str:
     lines = [
         "| " + " | ".join(columns) + " |",
         "|" + "|".join("---" if heading in LEFT else "---:" for heading in columns) + "|",
-        *("| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)),
+        *(
+            "| " + " | ".join(map(_escape, cells)) + " |"
+            for cells in zip(*columns.values(), strict=True)
+        ),
     ]
     return "\n".join([*lines, "", *(f"- {note}" for note in make_notes(rows))])
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw trained parameters against accuracy, a point for each row that ran, sized by the memory it held.
 
     Raises:
-        RecipeError: If none ran.
+        RecipeError: If none ran, or the plot cannot be drawn or written.
     """
     # matplotlib, only where there is something to draw.
     from lora_sentiment.training.plots import ParetoPoint, plot_pareto
@@ -327,7 +350,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             "--plot: none of these has a report.json, so there is no accuracy to draw; train one first"
         )
     title = f"Trained parameters and accuracy on {_measured_roles(rows)} (area: peak memory)"
-    plot_pareto(points, path, title=title)
+    try:
+        with write_file_aside(path) as aside:
+            plot_pareto(points, aside, title=title)
+    except DRAWING_FAULTS as error:
+        raise RecipeError(f"--plot: {path} cannot be drawn: {one_line(str(error))}") from error
 
 
 def _count(count: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.text import Text
 
-from lora_sentiment.classifier import Classifier
+from lora_sentiment.classifier import EMPTY_TEXT, Classifier
 from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.errors import DataError
 
@@ -79,12 +79,14 @@ def explain(
         calibrated: As in `Classifier.predict`.
 
     Raises:
-        DataError: If the text has no word or too many.
+        DataError: If the text has no token, no word or too many words.
         ModelError: As `Classifier.predict`.
     """
     if classifier.clean:
         # Only once: cleaning undoes escaped entities, and a second time could undo more.
         text, classifier = clean_text(text, Counter()), replace(classifier, clean=False)
+    if classifier.predict([text])[0].error:
+        raise DataError(f"explain: {EMPTY_TEXT}")
     words = find_words(text)
     if not 0 < len(words) <= max_words:
         raise DataError(

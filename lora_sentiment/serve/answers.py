@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.classifier import tokenise
+from lora_sentiment.classifier import EMPTY_TEXT, tokenise
 from lora_sentiment.commands.explain import find_words, leave_each_out
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.cleaning import clean_text
@@ -21,10 +21,12 @@ from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import (
     AnyRequest,
     AnyResponse,
+    NoLabel,
     Prediction,
     PredictResponse,
     RefusalError,
     Score,
+    Scores,
     TeiRequest,
 )
 from lora_sentiment.serve.metrics import Metrics
@@ -53,11 +55,13 @@ class TokenisedText:
     Attributes:
         inputs: Its token ids. With an explanation, then those of the text without its first word, its second, ...
         truncated: Whether it was cut.
+        is_empty: Whether it has no token. It is computed like any other, but gets no label.
         words: Its words, or None without an explanation.
     """
 
     inputs: list[Ids]
     truncated: bool
+    is_empty: bool
     words: list[str] | None
 
 
@@ -83,8 +87,11 @@ class Answerer:
         self._check_num_texts("texts", request.texts)
         adapter = choose_adapter(self._pool.adapters, request.adapter)
         texts = await self._tokenise(adapter, request.texts, explain=request.explain)
-        predictions = []
+        predictions: list[Prediction | NoLabel] = []
         for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
+            if text.is_empty:
+                predictions.append(NoLabel(error=EMPTY_TEXT))
+                continue
             scores = softmax(logits)
             ranked = _rank(adapter.labels, scores[0])[: request.top_k]
             effects = None
@@ -103,7 +110,7 @@ class Answerer:
             )
         return PredictResponse(adapter=adapter.name, predictions=predictions)
 
-    async def _answer_tei(self, request: TeiRequest) -> list[Score] | list[list[Score]]:
+    async def _answer_tei(self, request: TeiRequest) -> Scores | list[Scores]:
         """Answer one input, or a batch of inputs, with every label, best first."""
         rows = request.inputs if isinstance(request.inputs, list) else [request.inputs]
         self._check_num_texts("inputs", rows)
@@ -116,8 +123,11 @@ class Answerer:
             truncate=request.truncate,
             direction=direction and direction.lower(),
         )
-        answers = []
-        for logits in await self._compute(adapter, tokenised):
+        answers: list[Scores] = []
+        for text, logits in zip(tokenised, await self._compute(adapter, tokenised), strict=True):
+            if text.is_empty:
+                answers.append([NoLabel(error=EMPTY_TEXT)])
+                continue
             scores = logits if request.raw_scores else softmax(logits)
             answers.append(_rank(adapter.labels, scores[0]))
         return answers if isinstance(rows[0], list) else answers[0]
@@ -259,6 +269,7 @@ def tokenise_texts(
             TokenisedText(
                 inputs=[encoder.frame(_truncate(encoder, ids, direction)) for ids in token_ids],
                 truncated=truncated,
+                is_empty=encoder.is_empty(token_ids[0]),
                 words=None if max_words is None else [word.group() for word in words],
             )
         )

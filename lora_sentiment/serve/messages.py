@@ -198,6 +198,17 @@ class Score(Section):
     """Its probability, or its logit with `raw_scores`."""
 
 
+class NoLabel(Section):
+    """The answer for a text without tokens."""
+
+    label: None = None
+    """Always null."""
+    score: None = None
+    """Always null."""
+    error: str = Field(examples=["text is empty"])
+    """Why there is no label: the tokenizer leaves no token of the text."""
+
+
 class Prediction(Section):
     """The answer for one text."""
 
@@ -220,12 +231,14 @@ class PredictResponse(Section):
 
     adapter: str = Field(examples=["imdb_small"])
     """Name of the adapter that answered."""
-    predictions: list[Prediction]
-    """One for each text."""
+    predictions: list[Prediction | NoLabel]
+    """One for each text. A text without tokens, such as blanks, has no label."""
 
 
-AnyResponse = PredictResponse | list[Score] | list[list[Score]]
-"""For `texts`; for one TEI input: every label, best first; for a TEI batch: such a list for each text."""
+Scores = list[Score] | list[NoLabel]
+"""Every label, best first; for a text without tokens, one entry without a label."""
+AnyResponse = PredictResponse | Scores | list[Scores]
+"""For `texts`; for one TEI input; for a TEI batch: a list for each text."""
 
 
 class BaseFacts(Section):
