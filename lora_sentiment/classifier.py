@@ -31,7 +31,7 @@ from lora_sentiment.adapter.safe_files import (
     refuse_other_task,
 )
 from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
-from lora_sentiment.data.cleaning import clean_text
+from lora_sentiment.data.cleaning import clean_text, remove_cleaning
 from lora_sentiment.errors import AdapterError, DataError, ModelError, show, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
@@ -320,6 +320,8 @@ def _load_whole(
     config = ModelConfig(name=str(path), max_length=length, dtype="float32")
     with ExplainLibraryError(path):
         base = load_base(config, labels=names)
+        if record and record.cleaning_steps:
+            remove_cleaning(base.tokenizer.backend_tokenizer, record.cleaning_steps)
     check_finite(path / WEIGHTS, dict(base.model.named_parameters()))
     return _make_classifier(
         names,
@@ -345,6 +347,9 @@ def _load_onnx(path: Path, max_length: int | None) -> Classifier:
         _refuse_options(path, "a file that knows it", max_length=max_length)
         check_merge_record(folder, record, needed=(name, "tokenizer.json", "tokenizer_config.json"))
     tokenizer, special = _read_tokenizer(folder)
+    if record and record.cleaning_steps:
+        with ExplainLibraryError(folder / "tokenizer.json"):
+            remove_cleaning(tokenizer, record.cleaning_steps)
     longest = _find_max_length(folder)
     if max_length and max_length > longest:
         raise ModelError(f"max_length: found {max_length}; {path} reads at most {longest} tokens")

@@ -87,10 +87,19 @@ DtypeOption = Annotated[
     str, typer.Option(help="Compute dtype: auto, float32, bfloat16 or float16.")
 ]
 IntoOption = Annotated[
-    Literal["base", "dequantised"],
-    typer.Option(help="Merge into the published base, or into the dequantised one."),
+    Literal["base", "dequantised"] | None,
+    typer.Option(
+        help="Merge into the published base, or into the dequantised one. By default the first "
+        "that stays within the limits."
+    ),
 ]
-RowsOption = Annotated[int, typer.Option(min=1, help="Most validation rows to compare on.")]
+RowsOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Most validation rows to compare on; 500 for a quantised base or another dtype.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -201,8 +210,15 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")
     ] = "float32",
-    into: IntoOption = "base",
+    into: IntoOption = None,
     base: BaseOption = None,
+    truncation: Annotated[
+        Literal["head"] | None,
+        typer.Option(
+            help="Let the merged model read the first tokens, as stock runtimes do, and measure "
+            "what that costs. By default as in training."
+        ),
+    ] = None,
     max_rows: RowsOption = 500,
     as_json: Json = False,
 ) -> None:
@@ -210,7 +226,14 @@ def merge(
     from lora_sentiment.adapter.merge import merge as run_merge
 
     done = run_merge(
-        adapter, out, dtype=dtype, into=into, base=base, max_rows=max_rows, progress=True
+        adapter,
+        out,
+        dtype=dtype,
+        into=into,
+        base=base,
+        truncation=truncation,
+        max_rows=max_rows,
+        progress=True,
     )
     if as_json:
         typer.echo(json.dumps(done.as_dict()))
@@ -230,7 +253,7 @@ def export(
     format: Annotated[
         Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")
     ] = "onnx",
-    into: IntoOption = "base",
+    into: IntoOption = None,
     base: BaseOption = None,
     max_drop: Annotated[
         float | None,

@@ -27,6 +27,7 @@ from lora_sentiment.data.report import (
     describe_judged,
     describe_seen,
     describe_unlabelled,
+    log_warnings,
     report_lines,
 )
 from lora_sentiment.data.rows import Data, Rows, load_all_judged, load_data
@@ -58,7 +59,7 @@ from lora_sentiment.models.wrap import (
 )
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks.metrics import confusion_matrix, score_calibrated
+from lora_sentiment.tasks.metrics import check_metric, confusion_matrix, score_calibrated
 from lora_sentiment.tasks.single_label import (
     TEMPERATURE_BOUNDS,
     fit_temperature,
@@ -179,6 +180,7 @@ def _run(
     }
     data_report = describe_seen(data, encoded, max_length=recipe.model.max_length)
     _log_lines(report_lines(data_report))
+    log_warnings(data_report)
 
     history = _fit(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
@@ -229,7 +231,10 @@ def _load_data(recipe: Recipe) -> Data:
     log.info(
         "training on %s rows, validating on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
     )
-    # Before the base is loaded, which takes time that a wrong number of weights should not cost.
+    # Before the base is loaded, which takes time that a wrong setting should not cost.
+    check_metric(
+        recipe.train.metric_for_best_model, labels=data.validation.labels, names=data.labels
+    )
     weights = make_class_weights(
         recipe.train.class_weights, labels=data.train.labels, names=data.labels
     )
@@ -464,7 +469,7 @@ def _save_adapter(
         model_config=recipe.model,
         method=recipe.method,
         data=adapter_folder.DataRecord(
-            config=recipe.data,
+            config=data.config,
             train_sha256=data.train.fingerprint,
             validation_sha256=data.validation.fingerprint,
             carved_test_sha256=data.carved_test.fingerprint if data.carved_test else None,
@@ -508,6 +513,7 @@ def _predict_judged(
         )
         results.logits[role] = _predict(setup, encoded, role, accelerator)
     _log_lines(report_lines(results.report, list(judged.rows)))
+    log_warnings(results.report, list(judged.rows))
 
 
 def _predict(

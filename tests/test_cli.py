@@ -204,7 +204,7 @@ GOOD_CSV = "text,label\na good film,positive\na bad film,negative\n"
         ("text,mood\nx,positive\n", "set --label-column", ["--label-column=mood"]),
         (GOOD_CSV + ",positive\n", "set --on-bad-row=drop", ["--on-bad-row=drop"]),
         (GOOD_CSV + "x,other\n", "set --on-bad-row=drop", ["--on-bad-row=drop"]),
-        (GOOD_CSV + "caf\xe9,positive\n", "set --encoding=cp1252", ["--encoding=cp1252"]),
+        (GOOD_CSV + "caf\xe9,positive\n", "set --encoding to the", ["--encoding=cp1252"]),
     ],
 )
 def test_evaluate_takes_the_options_that_its_messages_name(

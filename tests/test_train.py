@@ -27,7 +27,7 @@ from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks.metrics import score
 from lora_sentiment.train import _choose_engine, _draw, train
 from lora_sentiment.training.history import History
-from tests.conftest import write_toy, write_toy_recipe
+from tests.conftest import toy_rows, write_csv, write_toy, write_toy_recipe
 
 FILES = {
     "README.md",
@@ -332,6 +332,32 @@ def test_the_temperature_lowers_the_log_loss_of_validation(finished):
 def test_a_wrong_number_of_class_weights_is_refused_before_the_base_is_loaded(toy_recipe):
     with pytest.raises(RecipeError, match=r"found 3 weights; .* in this order: negative, positive"):
         run(toy_recipe, "train.class_weights=[1, 2, 3]", "model.name=./nowhere")
+
+
+@pytest.mark.parametrize("setting", ["metric_for_best_model=auroc", "metric_for_best_model=mcc"])
+@pytest.mark.parametrize("patience", ["null", "2"])
+def test_a_metric_that_validation_cannot_serve_is_refused_before_the_base_is_loaded(
+    toy_recipe, setting, patience
+):
+    toy = toy_recipe.parent
+    rows = [(text, label) for text, label in toy_rows(20) if label == "positive"]
+    write_csv(toy / "one.csv", rows)
+    roles = f"data.source={{train: {toy}/train.csv, validation: {toy}/one.csv}}"
+    stopping = f"train.early_stopping_patience={patience}"
+    with pytest.raises(DataError, match=r"validation: all 10 rows .* none has 'negative'"):
+        run(toy_recipe, roles, f"train.{setting}", stopping, "model.name=./nowhere")
+
+
+def test_training_warns_of_unknown_tokens_and_of_labels_that_may_be_one(toy_recipe, caplog):
+    toy = toy_recipe.parent
+    rows = [("好评 差评", label) for label in ("positive", "Positive", "negative")]
+    write_csv(toy / "validation.csv", rows)
+    write_csv(toy / "train.csv", [*toy_rows(20), ("a film", "Positive")])
+    roles = f"data.source={{train: {toy}/train.csv, validation: {toy}/validation.csv}}"
+    run(toy_recipe, roles, "train.max_steps=1")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "validation: 100.0% of the tokens are [UNK]" in warnings[1]
+    assert "'Positive' (1 rows), 'positive' (10 rows)" in warnings[0]
 
 
 def test_class_weights_are_logged_by_name_and_trained_with(toy_recipe, caplog):

@@ -178,9 +178,9 @@ FILES = {
     "only a header": rows("text,label\n", "rows.csv: has no rows"),
     "missing text column": rows(ROWS.replace("text,", "texte,"), "no column 'text'; the columns are texte, label; did"),
     "missing label column": rows(ROWS.replace("label", "class"), "no column 'label'; the columns are text, class"),
-    "tabs in a csv": rows(ROWS.replace(",", "\t"), "its one column is text\tlabel; if tabs separate its fields"),
-    "semicolons in a csv": rows(ROWS.replace(",", ";"), "its one column is text;label; if semicolons separate"),
-    "quotes and semicolons": rows('"text";"label"\n"a";"b"\n', "or separate fields by commas, if semicolons or tabs"),
+    "tabs in a csv": rows(ROWS.replace(",", "\t").replace("text", "body"), "the columns are body, label; give"),
+    "semicolons in a csv": rows(ROWS.replace(",", ";").replace("label", "x"), "no column 'label'; the columns"),
+    "quotes and semicolons": rows('"text";"x"\n"a";"b"\n', "no column 'label'; the columns are text, x"),
     "zip or xlsx by another name": rows(b"PK\x03\x04\x14\x00", "rows.csv: is a zip archive or an Excel workbook"),
     "address": override("data.source=https://example.org/a.csv", "addresses are not read; download the file"),
     "page of a data set": override(
@@ -205,9 +205,9 @@ FILES = {
     "rows end in CR": rows(ROWS.replace("\n", "\r"), "a carriage return stands alone outside quotes; end rows in LF"),
     "NUL": rows(ROWS + "fi\0ne,good\n", "line 42 holds a NUL character"),
     "cp1252 as utf-8": rows(
-        ROWS.encode() + b"caf\xe9,good\n", "(line 42); all of it decodes as cp1252"
+        ROWS.encode() + b"caf\xe9,good\n", "(line 42); line 42 reads 'café,good' as cp1252, "
     ),
-    "utf-16 as utf-8": rows(ROWS.encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it decodes as utf-16"),
+    "utf-16 as utf-8": rows(ROWS.encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it is utf-16"),
     "latin-1 as cp1252": rows(
         ROWS.encode() + b"\x81,good\n", "is not cp1252: byte 0x81", "data.encoding=cp1252"
     ),
@@ -229,12 +229,12 @@ FILES = {
     ),
     "float label": rows(
         jsonl({"text": "a", "label": 1}, {"text": "b", "label": 0.5}, {"text": "c", "label": 0}),
-        "row 2: label 0.5 is none of 0, 1", name="rows.jsonl",
+        "the labels are decimal numbers, such as 0.5; a class is", name="rows.jsonl",
     ),
     "floats only": rows(
-        jsonl({"text": "a", "label": 0.5}), "neither text nor integers; its first value is 0.5", name="rows.jsonl"
+        jsonl({"text": "a", "label": 0.5}), "the labels are decimal numbers, such as 0.5", name="rows.jsonl"
     ),
-    "truth values": rows(jsonl({"text": "a", "label": True}), "neither text nor integers", name="rows.jsonl"),
+    "truth values": rows(jsonl({"text": "a", "label": True}), "every row has the label 'True'", name="rows.jsonl"),
     "text is null": rows(jsonl({"text": None, "label": 1}), "row 1: text is missing", name="rows.jsonl"),
     "text is a number": rows(jsonl({"text": 5, "label": 1}), "row 1: text is int, not a string", name="rows.jsonl"),
     "text is a list": rows(jsonl({"text": ["a"], "label": 1}), "row 1: text is list, not", name="rows.jsonl"),
@@ -242,14 +242,14 @@ FILES = {
     "broken json": rows('{"text": "a"\n', "row 1 (line 1): no JSON object: Expecting ','", name="rows.jsonl"),
     "json key twice": rows('{"text": "a", "text": "b"}\n', "a key stands twice among", name="rows.jsonl"),
     "json key that comes late": rows(
-        jsonl({"text": "a", "label": 1}, {"id": 2}), "row 2 (line 2): found the key 'id'", name="rows.jsonl"
+        jsonl({"text": "a", "label": 1}, {"id": 2}), "row 2: text is missing", name="rows.jsonl"
     ),
     "half a character": rows('{"text": "\\ud800", "label": 1}\n', "no JSON object: 'utf-8'", name="rows.jsonl"),
     "cut parquet": rows(parquet({"text": ["a"], "label": [1]})[:-5], "cannot be read as parquet", name="rows.parquet"),
     "csv called parquet": rows(ROWS, "cannot be read as parquet (Parquet magic bytes", name="rows.parquet"),
     "parquet of lists": rows(parquet({"text": [["a"]], "label": [1]}), "text is list, not", name="rows.parquet"),
     "parquet without a label": rows(
-        parquet({"text": ["a", "b", "c"], "label": [1.0, float("nan"), 0.0]}), "neither text nor integers; its first",
+        parquet({"text": ["a", "b", "c"], "label": [1.0, float("nan"), 0.0]}), "the labels are decimal numbers, such",
         name="rows.parquet",
     ),
     "test lacks a column": Trouble(

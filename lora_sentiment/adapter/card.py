@@ -136,18 +136,40 @@ def describe_reading(record: MergeRecord, *, other: str) -> str:
         record: The record of a merged or exported model.
         other: The other runtime, such as "a stock pipeline".
     """
-    text = f"A text is cut at {record.max_length} tokens, as in training"
-    if record.truncation == "head_tail":
+    text = f"A text is cut at {record.max_length} tokens"
+    if "head" in record.readings:
         text += (
-            ", which kept the first quarter and the last three quarters; "
-            f"{other} keeps the first tokens"
+            ", its first ones stay. Training kept the first quarter and the last three quarters: "
+            f"{show_cost(record.readings['head'])}."
         )
-    if record.clean:
+    elif record.truncation == "head_tail":
         text += (
-            "; training also cleaned texts (HTML, control characters, blanks), "
-            f"which {other} does not"
+            ", as in training, which kept the first quarter and the last three quarters; "
+            f"{other} keeps the first tokens."
         )
-    return f"{text}."
+    else:
+        text += ", as in training."
+    if record.cleaning_steps:
+        text += " tokenizer.json cleans texts as training did, but for rare entities."
+    elif record.clean:
+        text += (
+            " Training also cleaned texts (HTML, control characters, blanks), "
+            f"which {other} does not."
+        )
+    if "stock" in record.readings:
+        text += f" The cost of {other} on raw texts: {show_cost(record.readings['stock'])}."
+    return text
+
+
+def show_cost(cost: Mapping[str, Any]) -> str:
+    """Show what another way of reading costs, as `compare_readings` returns it, or the reason."""
+    if "reason" in cost:
+        return str(cost["reason"])
+    return (
+        f"{cost['changed']:,} of {cost['rows']:,} validation texts are read differently, "
+        f"{cost['flips']:,} labels change, and accuracy changes by "
+        f"{100 * cost['accuracy_change']:.2f} points"
+    )
 
 
 def _fill(template: str, **values: object) -> str:
@@ -260,8 +282,9 @@ def _show_compared(
     heading = [form, "compared on", "largest difference of a logit", "labels changed"]
     rows = []
     for name in forms:
-        for part in ("probe", "validation"):
-            figures = record.compared[name][part]
+        for part, figures in record.compared[name].items():
+            if not isinstance(figures, Mapping):
+                continue
             if "reason" in figures:
                 rows.append([name, f"{part}: none", "", "", "", ""])
                 continue

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lora_sentiment.adapter.folder import Card
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
-from lora_sentiment.data.rows import Rows, load_data, sample
+from lora_sentiment.data.rows import Rows, load_data, load_raw_texts, sample
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import DataError
 from lora_sentiment.hub import prepare_hub
@@ -29,8 +29,11 @@ class Reference:
 
     Attributes:
         name: Its name in figures: `adapter` or `merged`.
-        rows: The rows of `probe`, and of `validation` if they could be read.
+        rows: The rows of `probe`, of `validation` if they could be read, and of `train` where
+            validation has too few.
         logits: The answers to each part, shape (num_rows, num_labels).
+        validation: The validation rows as texts, or None.
+        raw_texts: The same texts as they stand in their source, before cleaning.
         missing: Why there are no validation rows, or None.
         progress: Whether to show bars.
     """
@@ -38,6 +41,8 @@ class Reference:
     name: str
     rows: dict[str, Encoded]
     logits: dict[str, NDArray[np.float32]]
+    validation: Rows | None
+    raw_texts: list[str]
     missing: str | None
     progress: bool
 
@@ -50,10 +55,10 @@ class Reference:
             exact: Whether the logits must be equal but for rounding.
 
         Returns:
-            `probe` and `validation`, each with `rows`, `max_difference` of a logit (null if one is
+            The parts of `rows`, each with `rows`, `max_difference` of a logit (null if one is
             not finite), the largest one `allowed` (null unless exact), and `flips` (rows whose
-            likeliest label differs). `validation` also has the accuracy of both, or instead the
-            `reason` why its rows could not be read.
+            likeliest label differs). Parts with labels also have the accuracy of both. If no
+            validation rows could be read, `validation` has the `reason` instead.
         """
         compared: dict[str, Any] = {}
         for part, encoded in self.rows.items():
@@ -68,7 +73,7 @@ class Reference:
                 "allowed": allowed if exact else None,
                 "flips": int((answers.argmax(axis=1) != expected.argmax(axis=1)).sum()),
             }
-            if part == "validation":
+            if part != "probe":
                 figures[f"accuracy_{self.name}"] = _compute_accuracy(expected, encoded)
                 figures[f"accuracy_{name}"] = _compute_accuracy(answers, encoded)
             compared[part] = figures
@@ -88,6 +93,7 @@ def make_reference(
     card: Card | None,
     encoder: TextEncoder,
     max_rows: int,
+    min_rows: int = 0,
     progress: bool,
 ) -> Reference:
     """Compute the answers of one form of a model to the probe and to readable validation rows.
@@ -99,6 +105,7 @@ def make_reference(
             texts are the probe.
         encoder: From texts to inputs, as in training.
         max_rows: Most validation rows.
+        min_rows: Rows to take if there are as many: those of validation, then those of train.
         progress: Whether to show bars.
     """
     if card:
@@ -106,16 +113,57 @@ def make_reference(
     else:
         inputs = [encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(probe_texts())]
     rows = {"probe": encoder.pack(inputs)}
+    parts: dict[str, Rows] = {}
+    raw_texts: list[str] = []
     missing = None
     try:
-        rows["validation"] = encoder.encode(_load_validation(card, max_rows), progress=progress)
+        parts, raw_texts = _load_labelled(card, max_rows, min_rows)
+        for part, found in parts.items():
+            rows[part] = encoder.encode(found, progress=progress)
     except DataError as error:
         missing = error.message
         log.info("compared on the probe alone, without validation rows: %s", missing)
     logits = {}
     for part, encoded in rows.items():
         logits[part] = compute_logits(engine, encoded, progress=part if progress else None)
-    return Reference(name, rows, logits, missing, progress)
+    return Reference(name, rows, logits, parts.get("validation"), raw_texts, missing, progress)
+
+
+def compare_readings(
+    engine: Engine,
+    encoder: TextEncoder,
+    one: list[NDArray[np.int32]],
+    other: list[NDArray[np.int32]],
+    labels: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Compute what reading the same texts in another way costs.
+
+    Args:
+        engine: The model.
+        encoder: Puts inputs together.
+        one: The input of each text, read in one way.
+        other: The input of each text, read in the other way.
+        labels: The label of each text, shape (num_texts,).
+
+    Returns:
+        `rows`, `changed` (texts that are read differently), `flips` (texts that get another label)
+        and `accuracy_change`.
+    """
+    changed = []
+    for position, (input_ids, other_ids) in enumerate(zip(one, other, strict=True)):
+        if not np.array_equal(input_ids, other_ids):
+            changed.append(position)
+    figures = {"rows": len(one), "changed": len(changed), "flips": 0, "accuracy_change": 0.0}
+    if changed:
+        chosen = []
+        for inputs in (one, other):
+            packed = encoder.pack([inputs[position] for position in changed])
+            chosen.append(compute_logits(engine, packed).argmax(axis=1))
+        before, after = chosen
+        gained = (after == labels[changed]).sum() - (before == labels[changed]).sum()
+        figures["flips"] = int((before != after).sum())
+        figures["accuracy_change"] = float(gained / len(one))
+    return figures
 
 
 def find_fault(compared: dict[str, Any]) -> str | None:
@@ -149,7 +197,10 @@ def without_reasons(compared: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     return kept
 
 
-def _load_validation(card: Card | None, max_rows: int) -> Rows:
+def _load_labelled(
+    card: Card | None, max_rows: int, min_rows: int
+) -> tuple[dict[str, Rows], list[str]]:
+    """Return the rows of `validation`, and of `train` if needed, and the raw validation texts."""
     if card is None:
         raise DataError(
             "a merged folder does not say on which rows it was trained; export the adapter itself"
@@ -157,9 +208,18 @@ def _load_validation(card: Card | None, max_rows: int) -> Rows:
     config = card.data.config
     if is_on_hub(config.source):
         prepare_hub()
-    rows = load_data(config).validation
-    if rows.fingerprint != card.data.validation_sha256:
+    data = load_data(config, labels=tuple(card.labels))
+    if data.validation.fingerprint != card.data.validation_sha256:
         raise DataError(
             f"{config.source}: changed since training, so its validation rows are other ones"
         )
-    return sample(rows, num_rows=max_rows, seed=config.split_seed)
+    rows = sample(data.validation, num_rows=max(max_rows, min_rows), seed=config.split_seed)
+    parts = {"validation": rows}
+    num_lacking = min_rows - len(rows)
+    if num_lacking > 0 and data.train.fingerprint == card.data.train_sha256:
+        parts["train"] = sample(data.train, num_rows=num_lacking, seed=config.split_seed)
+    raw_texts = list(rows.texts)
+    if config.clean:
+        role = "validation" if "validation" in data.counts else "train"
+        raw_texts = load_raw_texts(config, rows, role=role)
+    return parts, raw_texts

@@ -33,8 +33,9 @@ from lora_sentiment.adapter.merge_record import (
     write_merge_record,
 )
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
-from lora_sentiment.adapter.safe_files import read_labels
+from lora_sentiment.adapter.safe_files import ExplainLibraryError, read_labels
 from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
+from lora_sentiment.data.cleaning import remove_cleaning
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, write_aside
 from lora_sentiment.models.engine import Engine
@@ -62,6 +63,7 @@ class Export:
         texts_per_second: File name to speed, measured in turns. Empty unless the format is
             `onnx-int8`.
         bytes: File name to size, of the weights.
+        readings: As in `Merge`, of the merged model.
         reading: How texts were read in training, and which of it other runtimes do not do.
     """
 
@@ -70,6 +72,7 @@ class Export:
     compared: dict[str, dict[str, Any]]
     texts_per_second: dict[str, float]
     bytes: dict[str, int]
+    readings: dict[str, dict[str, Any]]
     reading: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def export(
     out: Path,
     *,
     format: Format,
-    into: Into = "base",
+    into: Into | None = None,
     base: str | None = None,
     max_drop: float | None = None,
     max_rows: int = 500,
@@ -122,7 +125,7 @@ def export(
     if format == "safetensors":
         done = merge(adapter, out, into=into, base=base, max_rows=max_rows, progress=progress)
         sizes = {WEIGHTS: (out / WEIGHTS).stat().st_size}
-        return Export(out, format, done.compared, {}, sizes, done.reading)
+        return Export(out, format, done.compared, {}, sizes, done.readings, done.reading)
     check_packages()
     with write_aside(out) as aside:
         card = load_card(adapter) if (adapter / "card.json").is_file() else None
@@ -140,7 +143,7 @@ def export(
                 max_rows=max_rows,
                 progress=progress,
             )
-        elif base is not None or into != "base":
+        elif base is not None or into is not None:
             raise ModelError(
                 f"{adapter}: is not an adapter, so nothing is merged; leave out --base and --into"
             )
@@ -181,6 +184,7 @@ def export(
         {**record.compared, **compared},
         speed,
         {name: (out / name).stat().st_size for name in engines},
+        record.readings,
         describe_reading(record, other="another runtime"),
     )
 
@@ -213,6 +217,9 @@ def _load_merged(
     config = ModelConfig(name=str(folder.resolve()), max_length=record.max_length, dtype="float32")
     base = load_base(config, labels=labels)
     base.model.eval()
+    if record.cleaning_steps:
+        with ExplainLibraryError(folder / "tokenizer.json"):
+            remove_cleaning(base.tokenizer.backend_tokenizer, record.cleaning_steps)
     encoder = TextEncoder.of(
         base.tokenizer, max_length=record.max_length, truncation=record.truncation
     )

@@ -1,20 +1,25 @@
 """Merge an adapter into its base, as a stock DistilBERT classifier that answers alike."""
 
-from dataclasses import dataclass
+import hashlib
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_sentiment.adapter.card import describe_reading, make_merged_card
+from lora_sentiment.adapter.card import describe_reading, make_merged_card, show_cost
 from lora_sentiment.adapter.comparison import (
+    Reference,
+    compare_readings,
     find_fault,
-    get_decisive,
     make_reference,
     without_reasons,
 )
@@ -26,13 +31,17 @@ from lora_sentiment.adapter.merge_record import (
     write_merge_record,
 )
 from lora_sentiment.adapter.weights import rebuild
-from lora_sentiment.data.batches import TextEncoder
+from lora_sentiment.data.batches import TextEncoder, take_rows
+from lora_sentiment.data.cleaning import add_cleaning
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import hash_file, write_aside
+from lora_sentiment.files import hash_file, write_aside, write_json
 from lora_sentiment.models.dtype import DTYPES
+from lora_sentiment.models.engine import Engine
 from lora_sentiment.models.inference import make_engine
 from lora_sentiment.models.load import hash_tokenizer, load_base, quiet
 from lora_sentiment.recipe.model import ModelConfig
+
+log = logging.getLogger("lora_sentiment")
 
 Into = Literal["base", "dequantised"]
 WEIGHTS, TOKENIZER = "model.safetensors", ("tokenizer.json", "tokenizer_config.json")
@@ -40,6 +49,8 @@ ROWS_PER_FLIP = 100
 """On a quantised base, or in another dtype, one row in this many may get another label."""
 ROWS_PER_LOSS = 200
 """On a quantised base, or in another dtype, one row in this many may be lost to accuracy."""
+JUDGED_ROWS = 500
+"""Fewest rows to judge these shares on, if validation and train have as many."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,9 @@ class Merge:
         into: The weights that the adapter was merged into.
         dtype: Dtype of its weights.
         compared: `base`, and for an adapter on a quantised base also `dequantised`: the differences
-            from the adapter when merged into these weights. Each has `probe` and `validation`, as
-            `Reference.compare` returns them.
+            from the adapter when merged into these weights, as `Reference.compare` returns them.
+        readings: What a stock pipeline on raw texts costs, and head truncation if it was asked for.
+            See `MergeRecord`.
         reading: How texts were read in training, and which of it stock runtimes do not do.
     """
 
@@ -60,6 +72,7 @@ class Merge:
     into: Into
     dtype: str
     compared: dict[str, dict[str, Any]]
+    readings: dict[str, dict[str, Any]]
     reading: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,8 +85,9 @@ def merge(
     out: Path,
     *,
     dtype: str = "float32",
-    into: Into = "base",
+    into: Into | None = None,
     base: str | None = None,
+    truncation: Literal["head"] | None = None,
     max_rows: int = 500,
     progress: bool = False,
 ) -> Merge:
@@ -81,17 +95,20 @@ def merge(
 
     The model is reloaded with plain transformers and compared with the adapter. In fp32 on an
     unquantised base, every logit must be within MAX_DIFFERENCE. Otherwise at most 1 % of the rows
-    may get another label, and accuracy may be at most 0.5 points lower, on validation rows, or on
-    the probe without them.
+    may get another label, and accuracy may be at most 0.5 points lower, on JUDGED_ROWS rows of
+    validation and train, or on the probe without them.
 
     Args:
         adapter: An adapter folder.
         out: The new folder. It appears when it is finished.
         dtype: Dtype of the weights, cast at the end: `float32`, `bfloat16` or `float16`.
         into: For an adapter on a quantised base, the weights to merge into: the published `base`,
-            or the `dequantised` one, which has the rounding of quantising. Both are compared.
+            or the `dequantised` one, which has the rounding of quantising. Both are compared. By
+            default the first of the two that stays within the limits.
         base: Place of the base, if it is not where the adapter says.
-        max_rows: Most validation rows to compare on.
+        truncation: `head` lets the merged model read the first tokens of a longer text, as stock
+            runtimes do, and measures what that costs. By default it reads as in training.
+        max_rows: Most validation rows to compare on, or JUDGED_ROWS if labels may change.
         progress: Whether to show bars.
 
     Raises:
@@ -101,8 +118,10 @@ def merge(
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype: found {dtype!r}; allowed: {', '.join(DTYPES)}")
-    if into not in get_args(Into):
+    if into not in (None, *get_args(Into)):
         raise ModelError(f"into: found {into!r}; allowed: {', '.join(get_args(Into))}")
+    if truncation not in (None, "head"):
+        raise ModelError(f"truncation: found {truncation!r}; allowed: head")
     check_max_rows(max_rows)
     with write_aside(out) as aside:
         return merge_aside(
@@ -112,6 +131,7 @@ def merge(
             dtype=dtype,
             into=into,
             base=base,
+            truncation=truncation,
             max_rows=max_rows,
             progress=progress,
         )
@@ -133,8 +153,9 @@ def merge_aside(
     out: Path,
     *,
     dtype: str,
-    into: Into,
+    into: Into | None,
     base: str | None,
+    truncation: Literal["head"] | None = None,
     max_rows: int,
     progress: bool,
 ) -> Merge:
@@ -147,6 +168,7 @@ def merge_aside(
         dtype: As in `merge`.
         into: As in `merge`.
         base: As in `merge`.
+        truncation: As in `merge`.
         max_rows: As in `merge`.
         progress: As in `merge`.
 
@@ -160,30 +182,39 @@ def merge_aside(
     encoder = TextEncoder.of(
         loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
     )
+    exact = not quantised and dtype == "float32"
     reference = make_reference(
         make_engine(loaded.model),
         "adapter",
         card=card,
         encoder=encoder,
         max_rows=max_rows,
+        min_rows=0 if exact else JUDGED_ROWS,
         progress=progress,
     )
-    others: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     if quantised:
-        other: Into = "dequantised" if into == "base" else "base"
-        model = _make_merged(adapter, loaded, into=other, base=base).to(DTYPES[dtype])
-        others[other] = reference.compare(make_engine(model), "merged", exact=False)
+        for choice in get_args(Into):
+            if choice != into:
+                model = _make_merged(adapter, loaded, into=choice, base=base).to(DTYPES[dtype])
+                measured[choice] = reference.compare(make_engine(model), "merged", exact=False)
+    if into is None:
+        into = _choose_weights(measured)
+    others = {choice: found for choice, found in measured.items() if choice != into}
     model = _make_merged(adapter, loaded, into=into, base=base)
     if dtype != "float32":
         # First in fp32: rounding to another dtype must not hide a wrong merge.
         unrounded = reference.compare(make_engine(model), "merged", exact=not quantised)
         _check_compared(out, unrounded, others, dtype="float32")
-    _save_model(aside, model.to(DTYPES[dtype]), loaded)
-    exact = not quantised and dtype == "float32"
-    found = reference.compare(make_engine(_reload(aside, card)), "merged", exact=exact)
+    tokenizer_sha256, cleaning_steps = _save_model(aside, model.to(DTYPES[dtype]), loaded)
+    reloaded, tokenizer = _reload(aside, card, tokenizer_sha256)
+    engine = make_engine(reloaded)
+    found = reference.compare(engine, "merged", exact=exact)
     _check_compared(out, found, others, dtype=dtype)
-    measured = {**others, into: found}
+    measured[into] = found
     compared = {choice: measured[choice] for choice in get_args(Into) if choice in measured}
+    own_encoder = replace(encoder, truncation=truncation or card.truncation)
+    readings = _measure_readings(reference, engine, encoder, own_encoder, tokenizer)
     record = MergeRecord(
         schema=SCHEMA,
         adapter_sha256=card.sha256,
@@ -193,19 +224,23 @@ def merge_aside(
         into=into,
         dtype=dtype,
         max_length=card.max_length,
-        truncation=card.truncation,
+        truncation=own_encoder.truncation,
         clean=card.data.config.clean,
+        cleaning_steps=cleaning_steps,
         calibration=card.calibration,
         compared=without_reasons(compared),
+        readings=readings,
         files={name: hash_file(aside / name) for name in (WEIGHTS, *TOKENIZER)},
     )
     readme = make_merged_card(out.name, tuple(card.labels), record)
     (aside / "README.md").write_text(readme, encoding="utf-8")
     write_merge_record(aside, record)
-    return Merge(out, into, dtype, compared, describe_reading(record, other="a stock pipeline"))
+    reading = describe_reading(record, other="a stock pipeline")
+    log.info("a stock pipeline on raw texts: %s", show_cost(readings["stock"]))
+    return Merge(out, into, dtype, compared, readings, reading)
 
 
-def _check_source(adapter: Path, into: Into, base: str | None) -> Card:
+def _check_source(adapter: Path, into: Into | None, base: str | None) -> Card:
     """Return the adapter's card, and refuse a folder or base that holds a merged adapter."""
     if not (adapter / "card.json").is_file() and (adapter / "config.json").is_file():
         record = read_merge_record(adapter)
@@ -274,23 +309,89 @@ def _dequantise(quantised: nn.Module, plain: nn.Module) -> None:
                 plain.get_parameter(f"{own}.weight").copy_(dequantize_module_weight(module))
 
 
-def _save_model(folder: Path, model: nn.Module, loaded: Loaded) -> None:
-    """Write the files that stock transformers reads."""
+def _choose_weights(measured: dict[str, dict[str, Any]]) -> Into:
+    """Return the weights to merge into: the first ones that stay within the limits."""
+    for into in get_args(Into):
+        if into in measured and _find_merge_fault(measured[into]) is None:
+            if into == "dequantised":
+                log.info(
+                    "merged into the dequantised base, which stays within the limits: into the "
+                    "published base %s",
+                    _find_merge_fault(measured["base"]),
+                )
+            return cast(Into, into)
+    return "base"
+
+
+def _measure_readings(
+    reference: Reference,
+    engine: Engine,
+    trained: TextEncoder,
+    own: TextEncoder,
+    tokenizer: Any,
+) -> dict[str, dict[str, Any]]:
+    """Measure what other ways of reading the validation rows cost.
+
+    Args:
+        reference: The rows.
+        engine: The merged model.
+        trained: From texts to inputs, as in training.
+        own: From texts to inputs, as this package will for the merged model.
+        tokenizer: The merged model's tokenizer, as a stock pipeline loads it.
+
+    Returns:
+        As `MergeRecord.readings`.
+    """
+    rows = reference.validation
+    measures_head = own.truncation != trained.truncation
+    if rows is None:
+        unknown = {"reason": "not measured, because the validation rows could not be read"}
+        return {"stock": unknown, "head": unknown} if measures_head else {"stock": unknown}
+    # Files of JSON can hold half of a surrogate pair, which a stock tokenizer refuses.
+    texts = [text.encode("utf-8", "replace").decode() for text in reference.raw_texts]
+    raw = [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, truncation=True)["input_ids"]]
+    every = np.arange(len(rows))
+    cleaned = take_rows(own.encode(rows), every)
+    readings = {"stock": compare_readings(engine, own, cleaned, raw, rows.labels)}
+    if measures_head:
+        before = take_rows(reference.rows["validation"], every)
+        readings["head"] = compare_readings(engine, own, before, cleaned, rows.labels)
+    return readings
+
+
+def _save_model(folder: Path, model: nn.Module, loaded: Loaded) -> tuple[str, int]:
+    """Write the files that stock transformers reads.
+
+    Returns:
+        The hash of the tokenizer, and the number of its steps that clean texts.
+    """
     with quiet():
         cast(Any, model).save_pretrained(folder)
     # safetensors makes the file readable for its owner alone. All other files here are readable for
     # everyone.
     (folder / WEIGHTS).chmod(0o644)
-    # The settings of the tokenizer's last call must not be saved, but a stock pipeline must know
-    # where to cut.
-    loaded.tokenizer.backend_tokenizer.no_truncation()
-    loaded.tokenizer.backend_tokenizer.no_padding()
-    loaded.tokenizer.model_max_length = loaded.card.max_length
-    loaded.tokenizer.save_pretrained(folder)
+    tokenizer = Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())
+    # The settings of the tokenizer's last call must not be saved.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    cleaning_steps = add_cleaning(tokenizer) if loaded.card.data.config.clean else 0
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # With BertTokenizer or DistilBertTokenizer here, transformers 5 makes a normalizer of its own,
+    # and transformers 4 makes token types, which DistilBERT does not take.
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": loaded.card.max_length,
+            **loaded.tokenizer.special_tokens_map,
+        },
+    )
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest(), cleaning_steps
 
 
-def _reload(folder: Path, card: Card) -> nn.Module:
-    """Load the written model with plain transformers."""
+def _reload(folder: Path, card: Card, tokenizer_sha256: str) -> tuple[nn.Module, Any]:
+    """Load the written model and tokenizer with plain transformers."""
     try:
         with quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -310,12 +411,12 @@ def _reload(folder: Path, card: Card) -> nn.Module:
             f"{', '.join(sorted(wrong))}"
         )
     labels = dict(enumerate(card.labels))
-    if hash_tokenizer(tokenizer) != card.tokenizer_sha256 or model.config.id2label != labels:
+    if hash_tokenizer(tokenizer) != tokenizer_sha256 or model.config.id2label != labels:
         raise AdapterError(
             "the merged model that was written has another tokenizer or other labels than the "
             "adapter"
         )
-    return cast(nn.Module, model.eval())
+    return cast(nn.Module, model.eval()), tokenizer
 
 
 def _check_compared(
@@ -337,8 +438,11 @@ def _check_compared(
         return
     advice = "" if dtype == "float32" else "; --dtype float32 stays within"
     for into, found in others.items():
-        if _find_merge_fault(found) is None:
+        other_fault = _find_merge_fault(found)
+        if other_fault is None:
             advice = f"; --into {into} stays within"
+        else:
+            advice += f"; with --into {into}, {other_fault}"
     raise AdapterError(
         f"{out}: not written, because the merged model answers differently from the adapter: "
         f"{fault}{advice}"
@@ -348,14 +452,20 @@ def _check_compared(
 def _find_merge_fault(compared: dict[str, Any]) -> str | None:
     """Return a message if a merged model is too far from the adapter, or None."""
     fault = find_fault(compared)
-    part, figures = get_decisive(compared)
-    if fault or figures["allowed"] is not None:
+    parts = [part for part in ("validation", "train") if "rows" in compared.get(part, {})]
+    judged = [compared[part] for part in parts or ["probe"]]
+    if fault or judged[0]["allowed"] is not None:
         return fault
-    rows, flips = figures["rows"], figures["flips"]
+    rows = sum(figures["rows"] for figures in judged)
+    flips = sum(figures["flips"] for figures in judged)
+    name = " and ".join(parts) or "probe"
     if flips * ROWS_PER_FLIP > rows:
-        return f"{flips} of {rows} {part} rows get another label, allowed 1 %"
-    if part == "validation":
-        lost = round((figures["accuracy_adapter"] - figures["accuracy_merged"]) * rows)
+        return f"{flips} of {rows} {name} rows get another label, allowed 1 %"
+    if parts:
+        lost = 0
+        for figures in judged:
+            fall = figures["accuracy_adapter"] - figures["accuracy_merged"]
+            lost += round(fall * figures["rows"])
         if lost * ROWS_PER_LOSS > rows:
-            return f"accuracy on {rows} {part} rows falls by {lost / rows:.2%}, allowed 0.5 points"
+            return f"accuracy on {rows} {name} rows falls by {lost / rows:.2%}, allowed 0.5 points"
     return None

@@ -45,10 +45,17 @@ class MergeRecord(Section):
     """Which tokens of a longer text stay."""
     clean: bool
     """Whether texts are cleaned before they are tokenised, as in training."""
+    cleaning_steps: int = Field(0, ge=0)
+    """Number of steps of the normalizer in `tokenizer.json` that clean texts, for other programs.
+    This package removes them and cleans by itself, which leaves nothing out."""
     calibration: dict[str, float] | None
     """Temperature fitted on validation, or null."""
     compared: dict[str, dict[str, Any]]
     """Differences from the adapter, by the form and the rows that were compared."""
+    readings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What other ways of reading the validation rows cost, as `compare_readings` returns it, or
+    the `reason` why it is not known. `stock` is a stock pipeline on raw texts. `head` is head
+    truncation, if training had another."""
     files: dict[str, str]
     """File name to SHA-256, of every other file that decides an answer."""
     config_sha256: str = ""

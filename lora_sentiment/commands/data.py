@@ -11,6 +11,7 @@ from lora_sentiment.data.report import (
     describe_judged,
     describe_seen,
     describe_unlabelled,
+    log_warnings,
 )
 from lora_sentiment.data.rows import load_all_judged, load_data
 from lora_sentiment.models.load import check_base, load_tokenizer
@@ -43,6 +44,7 @@ def describe_data(recipe: Recipe) -> DataReport:
     for role, rows in judged.rows.items():
         encoded_rows = encoder.encode(rows)
         report[role] = describe_judged(data, judged, role, encoded_rows, max_length=max_length)
+    log_warnings(report)
     if offline:
         log.warning("%s", offline)
     return report

@@ -147,7 +147,7 @@ def _find_recorded(card: Card, role: str) -> Rows:
     allowed = [*(judged or ["test"]), "validation"]
     if role not in allowed:
         raise DataError(f"split: found {role!r}; allowed: {', '.join(allowed)}")
-    data = load_data(config)
+    data = load_data(config, labels=tuple(card.labels))
     carved, recorded = data.validation, card.data.validation_sha256
     if role != "validation":
         if data.carved_test is None or card.data.carved_test_sha256 is None:

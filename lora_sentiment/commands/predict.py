@@ -28,8 +28,14 @@ from filelock import Timeout
 from lora_sentiment.classifier import Classifier, Prediction
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import TOKENISE_ROWS
-from lora_sentiment.data.lines import ColumnBatch
-from lora_sentiment.data.tables import TableWriter, read_table, table_columns, table_types
+from lora_sentiment.data.lines import ColumnBatch, find_column
+from lora_sentiment.data.tables import (
+    TableWriter,
+    describe_delimiter,
+    read_table,
+    table_columns,
+    table_types,
+)
 from lora_sentiment.errors import DataError, did_you_mean, one_line
 from lora_sentiment.files import hash_file, lock_file, write_json
 
@@ -202,7 +208,7 @@ def predict_file(
             raise DataError(f"another run is writing {output}; wait until it ends") from error
         _check_paths(input, output, resume=resume, overwrite=overwrite)
         types = _plan_columns(input, output, encoding, text_column, new)
-        num_rows = _try_output(input, output, encoding, types, new, classifier.labels)
+        num_rows = _try_output(input, output, encoding, text_column, types, new, classifier.labels)
         sha256 = hash_file(input)
         facts = {
             "input": input.name.encode(errors="backslashreplace").decode(),
@@ -221,7 +227,9 @@ def predict_file(
         return types, num_rows, sha256
 
     def read_batches() -> Iterator[tuple[Path, ColumnBatch]]:
-        batches = read_table(input, encoding=encoding, rows_per_batch=rows_per_part)
+        batches = read_table(
+            input, encoding=encoding, rows_per_batch=rows_per_part, needed=[text_column]
+        )
         for number, batch in enumerate(batches):
             if num_rows:
                 yield folder / f"part-{number:05d}.parquet", batch
@@ -250,7 +258,7 @@ def predict_file(
         show = progress and rank == 0
         with make_bar(num_rows, desc="predicting", unit="rows", show=show) as bar:
             for path, batch in read_batches():
-                texts = batch[text_column]
+                texts = batch[find_column(list(batch), text_column) or text_column]
                 is_own = num_parts % num_processes == rank
                 num_parts += 1
                 if not is_own or path.is_file():
@@ -389,10 +397,13 @@ def _plan_columns(
     Raises:
         DataError: If the input has no text column, or has a new column's name.
     """
-    columns = table_columns(input, encoding=encoding)
-    if text_column not in columns:
+    columns = table_columns(input, encoding=encoding, needed=[text_column])
+    if find_column(columns, text_column) is None:
         hint = did_you_mean(text_column, columns) or "; name one of them"
         raise DataError(f"{input}: has no column {text_column!r}; found {columns}{hint}")
+    note = describe_delimiter(input, encoding=encoding, needed=[text_column])
+    if note:
+        log.info("%s: %s", input, note)
     taken = [repr(name) for name in new if name in columns]
     if taken:
         raise DataError(
@@ -400,7 +411,7 @@ def _plan_columns(
             "such as predicted_, for the new ones"
         )
     if output.name.lower().endswith(".parquet"):
-        return {**table_types(input, encoding=encoding), **new}
+        return {**table_types(input, encoding=encoding, needed=[text_column]), **new}
     return {**dict.fromkeys(columns, pa.string()), **new}
 
 
@@ -408,6 +419,7 @@ def _try_output(
     input: Path,
     output: Path,
     encoding: str,
+    text_column: str,
     types: Mapping[str, pa.DataType],
     new: Mapping[str, pa.DataType],
     labels: Sequence[str],
@@ -428,7 +440,7 @@ def _try_output(
             raise DataError(f"{fault} {error}") from error
     num_rows = 0
     with TableWriter(output, columns=list(types), types=types, dry=True) as trial:
-        for batch in read_table(input, encoding=encoding):
+        for batch in read_table(input, encoding=encoding, needed=[text_column]):
             count = len(next(iter(batch.values())))
             num_rows += count
             filled = {name: values * count for name, values in widest.items()}

@@ -36,6 +36,8 @@ Its threads share them, unless TOKENIZERS_PARALLELISM=false.
 """
 CACHED_ROWS = 5000
 """From this number of rows on, token ids are kept on disk. Fewer rows are tokenised again."""
+COUNTED_IDS = 1_000_000
+"""Token ids that are counted at a time, which bounds the memory."""
 LAYOUT = 1
 """Part of the hash of kept ids.
 
@@ -56,6 +58,7 @@ class Encoded:
         pad_token_id: Fills the shorter rows of a batch.
         whole_lengths: Tokens of each text before truncation, [CLS] and [SEP] included, shape
             (num_rows,). None if unknown.
+        unk_token_id: Stands for characters that the tokenizer does not know. None if it knows all.
     """
 
     input_ids: NDArray[np.int32]
@@ -64,6 +67,7 @@ class Encoded:
     truncated: int
     pad_token_id: int
     whole_lengths: NDArray[np.int64] | None = None
+    unk_token_id: int | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -72,6 +76,18 @@ class Encoded:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row, shape (num_rows,)."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def num_unknown(self) -> int:
+        """Number of tokens that are unk_token_id."""
+        num_unknown = 0
+        if self.unk_token_id is None:
+            return num_unknown
+        for start in range(0, len(self.input_ids), COUNTED_IDS):
+            part = self.input_ids[start : start + COUNTED_IDS]
+            num_unknown += int(np.count_nonzero(part == self.unk_token_id))
+            release_pages(self.input_ids.base)
+        return num_unknown
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,8 @@ class TextEncoder:
         truncation: `head` keeps the first tokens of a longer text. `head_tail` keeps its first
             quarter and last three quarters (after Sun et al. 2019, "How to Fine-Tune BERT for Text
             Classification?", section 5.3.1).
+        unk_token_id: Stands for characters that the tokenizer does not know. None if it knows all,
+            or nobody counts them.
     """
 
     tokenizer: Tokenizer
@@ -114,6 +132,7 @@ class TextEncoder:
     pad_token_id: int
     max_length: int
     truncation: Literal["head", "head_tail"]
+    unk_token_id: int | None = None
 
     @classmethod
     def of(
@@ -134,6 +153,7 @@ class TextEncoder:
             pad_token_id=int(tokenizer.pad_token_id),
             max_length=max_length,
             truncation=truncation,
+            unk_token_id=tokenizer.unk_token_id,
         )
 
     @property
@@ -199,6 +219,7 @@ class TextEncoder:
             truncated=int((whole_lengths > self.max_length).sum()),
             pad_token_id=self.pad_token_id,
             whole_lengths=whole_lengths,
+            unk_token_id=self.unk_token_id,
         )
 
     def _encode_parts(self, rows: Rows, *, progress: bool) -> Iterator[Part]:

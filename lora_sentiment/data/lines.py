@@ -7,21 +7,27 @@ import gzip
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.data.encoding import (
+    describe_likely_encodings,
+    find_bad_byte,
+    find_certain_encoding,
+)
 from lora_sentiment.errors import DataError, show
 
 ColumnBatch = dict[str, list[Any]]
 """Rows as whole columns: name to values."""
 MAX_CHARACTERS = 10_000_000
 """Most characters of a line and of a csv field. Without it an unclosed quote reads a whole file."""
-ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1")
-"""Encodings that a message may suggest, the most likely first. latin-1 decodes every file."""
 
 _CSV_FAULTS = {
     "unexpected end of data": "a quote opened in this row is never closed; close it",
@@ -30,10 +36,28 @@ _CSV_FAULTS = {
     ),
     "new-line character": "a carriage return stands alone outside quotes; end rows in LF or CRLF",
     "expected after": (
-        "text follows a closing quote; write a quote inside a quoted field as two quotes"
+        "text follows a closing quote; write a quote inside a quoted field as two quotes (in R: "
+        'qmethod="double")'
     ),
 }
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+"""Characters that separate the fields of a table, and their names."""
+PLAIN_TABS = ""
+"""In the place of a delimiter: a tab always ends a field, and a quote is a character."""
+_SEP_LINE = re.compile(r'"?sep=([^"\r\n])"?\r?\n', re.IGNORECASE)
+"""Excel's first line, which names the delimiter."""
 
+_ARRAY_TO_LINES = (
+    "import json, sys; rows = json.load(open(sys.argv[1], encoding='utf-8-sig')); "
+    "[print(json.dumps(row)) for row in rows]"
+)
+_OBJECTS_TO_LINES = (
+    "exec('import json, sys\\ntext = open(sys.argv[1], encoding=\\'utf-8-sig\\').read()\\n"
+    "skip = json.decoder.WHITESPACE.match\\nat = skip(text, 0).end()\\nwhile at < len(text):\\n"
+    " row, at = json.JSONDecoder().raw_decode(text, at)\\n at = skip(text, at).end()\\n"
+    " print(json.dumps(row))')"
+)
+"""Python code that writes the values of a JSON file line by line, for a message."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair. Some encodings of Python, such as raw_unicode_escape, decode to it."""
@@ -51,14 +75,24 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
                 "has no name; name it or remove it (pandas writes an index so, unless "
                 "to_csv(index=False))"
             )
-        elif name.startswith("\ufeff"):
-            fault = "begins with a stray byte order mark; remove it"
-            advice = {"data.encoding": ", or set {}=utf-16"}
         elif first != number:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
         else:
             continue
         raise DataError(f"{path}: column {number} of {len(columns)} {fault}", advice=advice)
+
+
+def find_column(columns: Sequence[str], name: str) -> str | None:
+    """Return the column of a name. Blanks around a name count only where both spellings occur."""
+    if name in columns:
+        return name
+    found = [column for column in columns if strip_blanks(column) == strip_blanks(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def has_columns(columns: Sequence[str], names: Sequence[str]) -> bool:
+    """Return whether every name has a column."""
+    return all(find_column(columns, name) is not None for name in names)
 
 
 class _Lines:
@@ -69,6 +103,10 @@ class _Lines:
         self.path = path
         self.number = 0
 
+    def rewind(self) -> None:
+        self.file.seek(0)
+        self.number = 0
+
     def __iter__(self) -> Iterator[str]:
         while line := self.file.readline(MAX_CHARACTERS + 1):
             self.number += 1
@@ -77,8 +115,8 @@ class _Lines:
             if len(line) > MAX_CHARACTERS:
                 fault = f"is longer than {MAX_CHARACTERS:,} characters; cut it"
             elif "\0" in line:
-                fault = "holds a NUL character; remove it"
-                advice = {"data.encoding": ", or set {}=utf-16-le"}
+                # Mostly it is text in UTF-16: `TextFormat` explains it.
+                raise UnicodeError(f"line {self.number} holds a NUL character")
             elif not line.isascii() and _SURROGATE.search(line):
                 fault = (
                     "holds half of a surrogate pair, which no tokenizer takes; save the file as "
@@ -100,9 +138,91 @@ class _Lines:
         return DataError(f"{self.path}: {place} (line {line or self.number}): {text}")
 
 
-def _delimited_rows(
-    lines: _Lines, records: Iterator[list[str]], advice: str
-) -> Iterator[list[Any]]:
+class Dialect(NamedTuple):
+    """How the fields of a csv or tsv file are separated.
+
+    Attributes:
+        delimiter: The character between two fields, or `PLAIN_TABS`.
+        is_declared: Whether a first line `sep=;` names it. That line is no row.
+        has_row_names: Whether each row begins with a name that the header leaves out, as R writes it.
+    """
+
+    delimiter: str
+    is_declared: bool = False
+    has_row_names: bool = False
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    """Return the fields of a line, or none if it is no whole row."""
+    line = line.removesuffix("\n").removesuffix("\r")
+    if delimiter == PLAIN_TABS:
+        return line.split("\t")
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return []
+
+
+def _find_delimiter(header: str, own: str, needed: Sequence[str]) -> str:
+    """Return the first delimiter, the format's own before others, that gives the needed columns."""
+    columns = {delimiter: _split(header, delimiter) for delimiter in (own, *DELIMITERS)}
+    for delimiter, names in columns.items():
+        if has_columns(names, needed):
+            return delimiter
+    # The needed columns are missing, so the file will be refused. The message shows the columns.
+    is_whole = header.count('"') % 2 == 0
+    if is_whole and len(columns[own]) < 2:
+        return max(columns, key=lambda delimiter: len(columns[delimiter]))
+    return own
+
+
+def find_dialect(lines: _Lines, own: str, needed: Sequence[str]) -> Dialect:
+    """Find out from the first rows how fields are separated.
+
+    Args:
+        lines: The file at its beginning, and again afterwards.
+        own: The delimiter of the format.
+        needed: Columns that the header has. If no delimiter gives them, the format's own is taken.
+    """
+    remaining = iter(lines)
+    header = next(remaining, "")
+    declared = _SEP_LINE.fullmatch(header)
+    if declared:
+        header = next(remaining, "")
+        delimiter = declared[1]
+    else:
+        delimiter = _find_delimiter(header, own, needed)
+    names = _split(header, delimiter)
+    quoted = delimiter.join('"' + name.replace('"', '""') + '"' for name in names)
+    row: list[str] = []
+    if delimiter != PLAIN_TABS and header.rstrip("\r\n") == quoted:
+        try:
+            row = next(csv.reader(remaining, delimiter=delimiter, strict=True), [])
+        except csv.Error:
+            row = []  # `delimited_rows` reads the row again and explains its fault
+    lines.rewind()
+    has_row_names = len(row) == len(names) + 1 and row[0].isdecimal()
+    return Dialect(delimiter, declared is not None, has_row_names)
+
+
+def delimited_rows(lines: _Lines, own: str, needed: Sequence[str]) -> Iterator[list[Any]]:
+    """Yield the columns and then each row of csv, by RFC 4180, or tsv.
+
+    Args:
+        lines: The file.
+        own: The delimiter of the format.
+        needed: As for `find_dialect`.
+    """
+    csv.field_size_limit(MAX_CHARACTERS)  # the csv module has one limit for the whole process
+    dialect = find_dialect(lines, own, needed)
+    remaining = iter(lines)
+    if dialect.is_declared:
+        next(remaining)
+    if dialect.delimiter == PLAIN_TABS:
+        texts = (line.removesuffix("\n").removesuffix("\r") for line in remaining)
+        records: Iterator[list[str]] = (text.split("\t") if text else [] for text in texts)
+    else:
+        records = csv.reader(remaining, delimiter=dialect.delimiter, strict=True)
     columns: list[str] = []
     row = -1  # the header becomes row 0
     while True:
@@ -115,8 +235,6 @@ def _delimited_rows(
                 if part in fault:
                     fault = text
                     break
-            if not columns:
-                fault += "; or separate fields by commas, if semicolons or tabs do it here"
             raise lines.fault(row + 1, fault, line=line) from error
         if fields is None:
             return
@@ -127,30 +245,28 @@ def _delimited_rows(
         if not row:
             columns = fields
             check_columns(columns, lines.path)
+        elif dialect.has_row_names:
+            fields = fields[1:]
         if len(fields) != len(columns):
             fault = (
                 f"found {len(fields)} field(s), expected {len(columns)}, as in the header: "
-                f"{show(columns)}; {advice}"
+                f"{show(columns)}; {_advise(dialect, fields)}"
             )
             raise lines.fault(row, fault, line=line)
         yield fields
 
 
-def csv_rows(lines: _Lines) -> Iterator[list[Any]]:
-    """Yield the columns and then each row, by RFC 4180."""
-    csv.field_size_limit(MAX_CHARACTERS)  # the csv module has one limit for the whole process
-    return _delimited_rows(
-        lines, csv.reader(lines, strict=True), "quote a field that holds a comma or a newline"
-    )
-
-
-def tsv_rows(lines: _Lines) -> Iterator[list[Any]]:
-    """Yield the columns and then each row. A quote is an ordinary character."""
-    texts = (line.removesuffix("\n").removesuffix("\r") for line in lines)
-    records = (text.split("\t") if text else [] for text in texts)
-    return _delimited_rows(
-        lines, records, "a tab always ends a field, quoted or not: replace tabs in texts by spaces"
-    )
+def _advise(dialect: Dialect, fields: list[str]) -> str:
+    """Say how to mend a row with too many or too few fields."""
+    if fields[0].isdecimal():
+        return "quote texts, and if the first field is R's row name, write with row.names=FALSE"
+    if dialect.delimiter != PLAIN_TABS:
+        name = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
+        return f"quote a field that holds a {name} or a newline"
+    advice = "a tab always ends a field, quoted or not: replace tabs in texts by spaces"
+    if any('"' in field for field in fields):
+        advice += "; if quotes enclose fields here, end the file's name in .csv"
+    return advice
 
 
 def _make_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -160,16 +276,47 @@ def _make_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
-    """Yield the keys of the first object and then the values of each object."""
-    columns: list[str] = []
+def jsonl_rows(lines: _Lines, needed: Sequence[str], *, others: bool) -> Iterator[list[Any]]:
+    """Yield the keys of the objects and then the values of each object.
+
+    Args:
+        lines: The file.
+        needed: Keys that some object must have.
+        others: Whether every key of the file is wanted. If not, the keys are those up to the object
+            in which all needed ones have been seen.
+    """
+    keys: dict[str, None] = {}
+    row = 0
+    for row, record in _records(lines):
+        if row == 1 and needed and all(isinstance(record.get(n), dict | list) for n in needed):
+            raise lines.fault(
+                row,
+                "its keys hold whole columns; each line must hold one row, as pandas writes by "
+                "to_json(orient='records', lines=True)",
+            )
+        keys.update(dict.fromkeys(record))
+        if not others and has_columns(list(keys), needed):
+            break
+    if not row:
+        return
+    columns = list(keys)
+    check_columns(columns, lines.path)
+    yield columns
+    lines.rewind()
+    for _, record in _records(lines):
+        yield [record.get(name) for name in columns]
+
+
+def _records(lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of each row."""
     row = 0
     for line in lines:
-        if not line.strip(" \t\r\n"):
+        text = line.rstrip(" \t\r\n")
+        if not text:
             continue
         row += 1
         try:
-            record = json.loads(line.rstrip("\r\n"), object_pairs_hook=_make_record)
+            record = json.loads(text, object_pairs_hook=_make_record)
             if not isinstance(record, dict):
                 raise ValueError(f"found a {type(record).__name__}")
             if "\\u" in line:
@@ -177,21 +324,38 @@ def jsonl_rows(lines: _Lines) -> Iterator[list[Any]]:
                 json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             fault = f"no JSON object: {error}".replace(": line 1 column", " at column")
-            raise lines.fault(
-                row, fault + '; each line must hold one, as {"text": "fine", "label": 1}'
-            ) from error
-        if not columns:
-            columns = list(record)
-            check_columns(columns, lines.path)
-            yield columns
-        for name in record:
-            if name not in columns:
-                raise lines.fault(
-                    row,
-                    f"found the key {show(name)}, but the first line names {show(columns)}; add "
-                    "the key there",
-                )
-        yield [record.get(name) for name in columns]
+            fault += '; each line must hold one, as {"text": "fine", "label": 1}'
+            if not isinstance(error, RecursionError):
+                fault = _explain_json(text, row, lines.path) or fault
+            raise lines.fault(row, fault) from error
+        yield row, record
+
+
+def _explain_json(text: str, row: int, path: Path) -> str | None:
+    """Return the fault of a line of JSON that has not one object a line, and the remedy."""
+    text = text.lstrip()
+    code = None
+    if row == 1 and re.match(r"\[\s*(\{|$)", text):
+        fault = "is a JSON array"
+        code = _ARRAY_TO_LINES
+    elif text.startswith("{"):
+        with suppress(ValueError):
+            _, end = json.JSONDecoder().raw_decode(text)
+            if text[end:].lstrip().startswith("{"):
+                fault = "holds several objects"
+                code = _OBJECTS_TO_LINES
+        if row == 1 and text.endswith(("{", "[", ",", ":")):
+            fault = "begins an object that goes on in the next line"
+            code = _OBJECTS_TO_LINES
+    if code is None:
+        return None
+    lines = path.with_name(f"{path.name.partition('.')[0]}-lines.jsonl")
+    unpacked = path.with_suffix("") if path.name.lower().endswith(".gz") else path
+    unpack = "unpack the file, then " if unpacked != path else ""
+    return (
+        f"{fault}; each line must hold one object: {unpack}run "
+        f'python -c "{code}" {shlex.quote(str(unpacked))} > {shlex.quote(str(lines))}'
+    )
 
 
 def _as_text(value: object, forbidden: str = "") -> str:
@@ -263,36 +427,9 @@ def _decode(
         return io.TextIOWrapper(file, encoding=codec, newline="\n")
     except (LookupError, ValueError) as error:
         raise DataError(
-            f"{path}: {encoding!r} is no text encoding of Python's; set one such as "
-            f"{', '.join(ENCODINGS)}"
+            f"{path}: {encoding!r} is no text encoding of Python's; set one such as utf-8, utf-16, "
+            "cp1252"
         ) from error
-
-
-def _bad_byte(path: Path, *, encoding: str, gzipped: bool) -> str:
-    """Describe the first byte that does not decode; return an empty text if there is none."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    end, line, chunk = 0, 1, b"-"
-    with _open(path, gzipped=gzipped) as file:
-        # Without the mark, nearly every file of even length decodes as UTF-16 into nonsense.
-        if encoding == "utf-16" and file.peek(2)[:2] not in (
-            codecs.BOM_UTF16_LE,
-            codecs.BOM_UTF16_BE,
-        ):
-            return "it has no byte order mark"
-        while chunk:
-            chunk = file.read(1 << 20)
-            end += len(chunk)
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                # The object may begin with bytes of the previous chunk.
-                start = end - len(error.object) + error.start
-                line += error.object[: error.start].count(b"\n")
-                return f"byte 0x{error.object[error.start]:02x} at offset {start} (line {line})"
-            except UnicodeError as error:
-                return str(error)
-            line += chunk.count(b"\n")
-    return ""
 
 
 def _make_batch(columns: list[str], rows: list[list[Any]]) -> ColumnBatch:
@@ -300,40 +437,78 @@ def _make_batch(columns: list[str], rows: list[list[Any]]) -> ColumnBatch:
 
 
 class TextFormat(NamedTuple):
-    """A text format. `parse` yields the columns and then each row; `make_line` writes a row."""
+    """A text format.
 
-    parse: Callable[[_Lines], Iterator[list[Any]]]
+    Attributes:
+        make_line: Writes a row.
+        delimiter: The delimiter of csv or tsv, which have a header. None for jsonl.
+        gzipped: Whether the file is compressed.
+    """
+
     make_line: Callable[[Sequence[Any], Sequence[str]], str]
-    has_header: bool
+    delimiter: str | None = None
     gzipped: bool = False
 
-    def read(self, path: Path, encoding: str, rows_per_batch: int) -> Iterator[ColumnBatch]:
-        """Yield the batches of a file. Raise DataError if the format does not allow its content."""
+    @contextmanager
+    def _open(self, path: Path, encoding: str) -> Iterator[_Lines]:
+        """Open a file. Bytes that do not decode are explained."""
         try:
             with (
                 _open(path, gzipped=self.gzipped) as file,
                 _decode(file, path=path, encoding=encoding) as text,
             ):
-                rows = self.parse(_Lines(text, path))
-                columns = next(rows, None)
-                if columns is None:
-                    raise DataError(
-                        f"{path}: is empty; a table needs a header (csv, tsv) or a row (jsonl)"
-                    )
-                chunk = list(islice(rows, rows_per_batch))
-                yield _make_batch(columns, chunk)
-                while len(chunk) == rows_per_batch:
-                    chunk = list(islice(rows, rows_per_batch))
-                    if chunk:
-                        yield _make_batch(columns, chunk)
+                yield _Lines(text, path)
         except UnicodeError as error:
-            bad = _bad_byte(path, encoding=encoding, gzipped=self.gzipped)
-            fits = []
-            for name in ENCODINGS:
-                if not _bad_byte(path, encoding=name, gzipped=self.gzipped):
-                    fits.append(name)
-            raise DataError(
-                f"{path}: is not {encoding}: {bad}; all of it decodes as {', '.join(fits)}; save "
-                "it as UTF-8",
-                advice={"data.encoding": f", or set {{}}={fits[0]}"},
-            ) from error
+            reopen = partial(_open, path, gzipped=self.gzipped)
+            bad = find_bad_byte(reopen, encoding)
+            certain = find_certain_encoding(reopen)
+            if not bad and certain not in ("utf-16-le", "utf-16-be"):
+                raise DataError(f"{path}: {error}; remove it") from error
+            fault = f"is not {encoding}: {bad}" if bad else str(error)
+            if certain:
+                finding = f"all of it is {certain}; save it as UTF-8"
+                advice = {"data.encoding": f", or set {{}}={certain}"}
+            else:
+                finding, advice = describe_likely_encodings(reopen)
+            raise DataError(f"{path}: {fault}; {finding}", advice=advice) from error
+
+    def describe(self, path: Path, encoding: str, needed: Sequence[str]) -> str | None:
+        """Say how the fields of a file are separated, if it is not as its name says."""
+        if self.delimiter is None:
+            return None
+        with self._open(path, encoding) as lines:
+            dialect = find_dialect(lines, self.delimiter, needed)
+        if dialect == Dialect(self.delimiter):
+            return None
+        name = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
+        text = f"its fields are separated by {name}s and may be quoted"
+        if dialect.has_row_names:
+            text += "; the row name before each row, as R writes it, is left out"
+        return text
+
+    def read(
+        self,
+        path: Path,
+        encoding: str,
+        rows_per_batch: int,
+        needed: Sequence[str],
+        *,
+        others: bool,
+    ) -> Iterator[ColumnBatch]:
+        """Yield the batches of a file. Raise DataError if the format does not allow its content."""
+        with self._open(path, encoding) as lines:
+            if self.delimiter is None:
+                rows = jsonl_rows(lines, needed, others=others)
+            else:
+                rows = delimited_rows(lines, self.delimiter, needed)
+            columns = next(rows, None)
+            if columns is None:
+                raise DataError(
+                    f"{path}: is empty; a table needs a header (csv, tsv) or a row (jsonl)"
+                )
+            chunk = list(islice(rows, rows_per_batch))
+            yield _make_batch(columns, chunk)
+            while len(chunk) == rows_per_batch:
+                chunk = list(islice(rows, rows_per_batch))
+                if chunk:
+                    yield _make_batch(columns, chunk)

@@ -1,5 +1,6 @@
 """The `data` block of report.json: counts and row numbers of each role, never a text."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,13 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.data.batches import Encoded
+from lora_sentiment.data.cleaning import fold_name
 from lora_sentiment.data.rows import Counts, Data, Judged, Rows
+from lora_sentiment.errors import show
+
+log = logging.getLogger("lora_sentiment")
 
 NUM_FIRST = 5
 """Row numbers that stand beside a count of rows."""
 QUANTILES = (0.5, 0.9, 0.99)
 SHOWN_LABELS = 8
 """Labels that have a line of their own in the table."""
+MOST_UNKNOWN = 0.2
+"""Share of unknown tokens from which on a warning is due."""
 
 DataReport = dict[str, dict[str, Any]]
 """Role to its counts, as `describe_role` makes them."""
@@ -41,7 +48,8 @@ def describe_role(
     Returns:
         `read`, `kept`, `cleaned` and `dropped`, or `carved_from`; then `rows`, `labels`,
         `duplicates` (rows whose text stands earlier in the role), `seen` (rows whose text training
-        uses) and `tokens` (with the lengths of whole texts, [CLS] and [SEP] included).
+        uses) and `tokens` (with the lengths of whole texts, [CLS] and [SEP] included, and without
+        these two the share of tokens that stand for unknown characters).
     """
     block: dict[str, Any] = {"carved_from": "train"}
     if read is not None:
@@ -66,10 +74,14 @@ def describe_role(
     ):
         shown_lengths[f"{share:.0%}"] = int(length)
     shown_lengths["longest"] = int(lengths.max())
+    num_tokens = int(encoded.offsets[-1])
+    num_of_texts = num_tokens - 2 * len(rows)
     block["tokens"] = {
-        "tokens": int(encoded.offsets[-1]),
+        "tokens": num_tokens,
         "max_length": max_length,
         "truncated": encoded.truncated,
+        "unknown": encoded.num_unknown,
+        "unknown_share": encoded.num_unknown / max(1, num_of_texts),
         "lengths": shown_lengths,
     }
     return block
@@ -155,6 +167,42 @@ def report_lines(report: DataReport, roles: Sequence[str] | None = None) -> list
     return lines
 
 
+def log_warnings(report: DataReport, roles: Sequence[str] | None = None) -> None:
+    """Warn of texts that the base cannot read, and of labels that may be one.
+
+    Args:
+        report: The counts.
+        roles: Which roles; all by default.
+    """
+    for role in report if roles is None else roles:
+        block = report[role]
+        share = block["tokens"]["unknown_share"] if "tokens" in block else 0.0
+        if share >= MOST_UNKNOWN:
+            log.warning(
+                "%s: %.1f%% of the tokens are [UNK]: the base does not know the script or the "
+                "characters of these texts, so different texts are equal to it; choose a base of "
+                "their language (model.name)",
+                role,
+                100 * share,
+            )
+        if role == "train":
+            for names in _find_similar(list(block["labels"])):
+                counted = [f"{show(name)} ({block['labels'][name]:,} rows)" for name in names]
+                log.warning(
+                    "train: labels differ only in case, blanks or the form of a character: %s; if "
+                    "they are one label, write it in one way",
+                    ", ".join(counted),
+                )
+
+
+def _find_similar(names: Sequence[str]) -> list[list[str]]:
+    """Return the groups of names that `fold_name` makes equal."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(fold_name(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def _count_rows(numbers: Sequence[int] | NDArray[np.int64]) -> dict[str, Any]:
     """Return how many rows these are, and the first row numbers, counted from 1."""
     return {"rows": len(numbers), "first": [int(number) for number in numbers[:NUM_FIRST]]}
@@ -196,6 +244,7 @@ def _make_column(role: str, block: Mapping[str, Any]) -> dict[str, str]:
         column[f"tokens, {quantile}"] = f"{length:,}"
     share = tokens["truncated"] / block["rows"]
     column[f"cut at {tokens['max_length']} tokens"] = f"{share:.1%}"
+    column["tokens unknown, [UNK]"] = f"{tokens['unknown_share']:.1%}"
     column["twice, same label"] = f"{block['duplicates']['same_label']['rows']:,}"
     column["twice, other label"] = f"{block['duplicates']['other_label']['rows']:,}"
     column["text seen in training"] = f"{block['seen']['rows']:,}" if "seen" in block else "-"

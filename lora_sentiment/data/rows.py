@@ -1,7 +1,9 @@
 """Read labelled rows: map labels, drop or refuse bad rows, carve out splits, sample."""
 
 import hashlib
+import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.data.cleaning import clean_text
+from lora_sentiment.data.cleaning import clean_text, strip_blanks
 from lora_sentiment.data.sources import (
     Columns,
     Source,
@@ -26,11 +28,15 @@ from lora_sentiment.errors import DataError, show
 from lora_sentiment.recipe.data import DataConfig
 
 INTEGER = re.compile(r"-?\d+")
+WHOLE = re.compile(r"[-+]?\d{1,18}(\.0*)?")
+"""An integer, also as a table program writes it in a column with gaps: 1.0."""
 DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?")
 UNKNOWN = -1
 """Index of a label that is missing or has no name."""
 SHOWN_FAULTS = 5
 """Kinds of faults that a message names."""
+SHOWN_LABELS = 8
+"""Labels that a message names where all of them would be too many."""
 
 Fault = tuple[str, str]
 """A kind of fault, which quotes no data, and a message."""
@@ -93,6 +99,7 @@ class Counts:
         dropped: Kind of fault to the numbers of the rows dropped for it, counted from 1.
         unlabelled: Rows of a split whose labels are all -1, as in the test splits of GLUE. Such a
             split is not evaluated.
+        own_names: Label names that the source declares, as ClassLabel features of the Hub do.
     """
 
     read: int = 0
@@ -100,6 +107,7 @@ class Counts:
     cleaned: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, list[int]] = field(default_factory=dict)
     unlabelled: int = 0
+    own_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,8 @@ class Data:
     """The rows that training uses. `load_judged` reads the others after training.
 
     Attributes:
+        config: The recipe's `data` section. Its `labels` are the names that somebody has put in
+            order: the recipe or the Hub data set. None means names that were only sorted.
         labels: Label names. The index of a name is its label.
         train: Rows to train on.
         validation: Rows to choose the best checkpoint on.
@@ -116,6 +126,7 @@ class Data:
         counts: Counts of each split that was read.
     """
 
+    config: DataConfig
     labels: tuple[str, ...]
     train: Rows
     validation: Rows
@@ -129,10 +140,15 @@ class Data:
         return np.concatenate([self.train.digests, self.validation.digests])
 
 
-def load_data(config: DataConfig) -> Data:
+def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Data:
     """Read train and validation, or carve validation out of train.
 
     A carved split is stratified, and equal texts stay on one side.
+
+    Args:
+        config: The recipe's `data` section.
+        labels: Label names as an earlier training used them. None takes those of the recipe, of the
+            source, or of the training rows, in this order.
 
     Raises:
         DataError: A source, column, label or row cannot be used.
@@ -140,8 +156,15 @@ def load_data(config: DataConfig) -> Data:
     source = find_source(config)
     check_files(config, source)
     train, names, counts = _load_split(
-        config, source, "train", labels=config.labels, max_rows=config.max_train_rows
+        config,
+        source,
+        "train",
+        labels=labels or _declared_names(config),
+        max_rows=config.max_train_rows,
+        for_training=True,
     )
+    if counts.own_names and config.labels is None:
+        config = config.model_copy(update={"labels": names})
     all_counts = {"train": counts}
     if len(np.unique(train.labels)) < 2:
         label = show(names[train.labels[0]])
@@ -150,9 +173,18 @@ def load_data(config: DataConfig) -> Data:
             f"labels"
         )
     carved_test = None
-    if config.test_fraction and not source.judged:
+    is_test_carved = bool(config.test_fraction) and not source.judged
+    carved_roles = ["validation"] if "validation" not in source.roles else []
+    if is_test_carved:
+        carved_roles.append("test")
+    _refuse_rare_labels(train, names, config, source, carved_roles)
+    if is_test_carved:
         train, carved_test = carve(
-            train, names, fraction=config.test_fraction, seed=config.split_seed + 1
+            train,
+            names,
+            fraction=config.test_fraction,
+            seed=config.split_seed + 1,
+            key="data.test_fraction",
         )
         carved_test = sample(carved_test, num_rows=config.max_test_rows, seed=config.split_seed)
     if "validation" in source.roles:
@@ -161,9 +193,13 @@ def load_data(config: DataConfig) -> Data:
         )
     else:
         train, validation = carve(
-            train, names, fraction=config.validation_fraction, seed=config.split_seed
+            train,
+            names,
+            fraction=config.validation_fraction,
+            seed=config.split_seed,
+            key="data.validation_fraction",
         )
-    return Data(names, train, validation, source.judged, carved_test, all_counts)
+    return Data(config, names, train, validation, source.judged, carved_test, all_counts)
 
 
 def load_judged(
@@ -247,7 +283,29 @@ def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tup
     return rows, counts
 
 
-def carve(rows: Rows, names: Sequence[str], *, fraction: float, seed: int) -> tuple[Rows, Rows]:
+def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[str]:
+    """Return the texts of rows as they stand in their source, before cleaning.
+
+    Args:
+        config: The recipe's `data` section.
+        rows: Rows of one role.
+        role: The role in the source. That of rows carved out of train is train.
+    """
+    columns, _ = read_columns(config, find_source(config), role)
+    wanted = set(rows.numbers.tolist())
+    raw = {}
+    number = 0
+    for texts, _ in columns:
+        for text in texts:
+            number += 1
+            if number in wanted:
+                raw[number] = text
+    return [raw[number] for number in rows.numbers.tolist()]
+
+
+def carve(
+    rows: Rows, names: Sequence[str], *, fraction: float, seed: int, key: str
+) -> tuple[Rows, Rows]:
     """Split rows in two, stratified by label. Equal texts stay on one side.
 
     Args:
@@ -255,6 +313,7 @@ def carve(rows: Rows, names: Sequence[str], *, fraction: float, seed: int) -> tu
         names: Label names, for messages.
         fraction: Share of each label's rows that goes to the second part.
         seed: Decides which rows.
+        key: Recipe key of the fraction, for messages.
 
     Returns:
         (the rest, the carved part), each in the order of `rows`.
@@ -277,16 +336,61 @@ def carve(rows: Rows, names: Sequence[str], *, fraction: float, seed: int) -> tu
         num_texts = np.searchsorted(num_equal[texts].cumsum(), num_wanted) + 1
         is_chosen[texts[:num_texts]] = True
     is_carved = is_chosen[first]
-    for label in np.unique(rows.labels):
-        has_label = rows.labels == label
-        if is_carved[has_label].all():
-            raise DataError(
-                f"label {show(names[label])} has too few distinct texts to carve {fraction:.0%} "
-                f"out of its rows "
-                f"({int(has_label.sum())}); give more rows, carve less, or name a split in "
-                f"data.source"
-            )
+    emptied = np.setdiff1d(rows.labels, rows.labels[~is_carved])
+    if len(emptied):
+        fault = _explain_rare_labels(rows, names, emptied, fraction)
+        raise DataError(f"{fault}\nadd rows with these labels", advice={key: ", or lower {}"})
     return rows.take(np.flatnonzero(~is_carved)), rows.take(np.flatnonzero(is_carved))
+
+
+def _refuse_rare_labels(
+    rows: Rows, names: Sequence[str], config: DataConfig, source: Source, roles: list[str]
+) -> None:
+    """Refuse labels with too few distinct texts for train and each role that is carved out of it.
+
+    Raises:
+        DataError: There are such labels. The message counts all of them.
+    """
+    if not roles:
+        return
+    first = rows.find_first_equal()
+    pairs = np.unique(np.stack([rows.labels, first]), axis=1)
+    present, num_texts = np.unique(pairs[0], return_counts=True)
+    # A text that stands earlier under another label is carved with that label, or stays.
+    shared = rows.labels[rows.labels[first] != rows.labels]
+    rare = np.setdiff1d(present[num_texts <= len(roles)], shared)
+    if not len(rare):
+        return
+    fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
+    fraction = sum(fractions[role] for role in roles)
+    fault = _explain_rare_labels(rows, names, rare, fraction)
+    key = "data.splits" if source.hub else "data.source"
+    named = ", ".join(f"{role}: .." for role in ("train", *roles))
+    advice = {
+        key: f", or name rows for {' and '.join(roles)}, which need not hold every label: "
+        f"{{}}={{{named}}}"
+    }
+    others = np.setdiff1d(present, rare)
+    # Integers that stand for names would stand for other names if one were left out.
+    if config.labels is None and len(others) >= 2:
+        kept = json.dumps([names[label] for label in others], ensure_ascii=False)
+        advice["data.labels"] = f", or leave these labels out: {shlex.quote(f'{{}}={kept}')}"
+        advice["data.on_bad_row"] = " {}=drop"
+    raise DataError(f"{fault}\nadd rows with these labels", advice=advice)
+
+
+def _explain_rare_labels(
+    rows: Rows, names: Sequence[str], labels: NDArray[np.int64], fraction: float
+) -> str:
+    """Count the labels of whose rows this fraction cannot be carved out."""
+    counted = []
+    for label in labels.tolist():
+        num_rows = int((rows.labels == label).sum())
+        counted.append(f"{show(names[label])} ({num_rows:,})")
+    fault = f"too few distinct texts to carve {100 * fraction:g}% out of"
+    if len(labels) == 1:
+        return f"label {show(names[labels[0]])} has {fault} its rows ({num_rows:,})"
+    return f"{len(labels)} labels have {fault} their rows: {', '.join(counted)}"
 
 
 def sample(rows: Rows, *, num_rows: int | None, seed: int) -> Rows:
@@ -312,6 +416,7 @@ def _load_split(
     labels: tuple[str, ...] | None,
     max_rows: int | None = None,
     may_be_hidden: bool = False,
+    for_training: bool = False,
 ) -> tuple[Rows, tuple[str, ...], Counts]:
     """Read the rows of a role: clean texts, map labels, drop or refuse bad rows, sample.
 
@@ -323,10 +428,11 @@ def _load_split(
         max_rows: Size of the sample. None takes all rows.
         may_be_hidden: Whether all labels may be -1. Then no row is returned, and
             `Counts.unlabelled` counts them.
+        for_training: Whether dropping bad rows must leave a row of each label.
     """
     where = source.where(role)
     columns, own_names = read_columns(config, source, role)
-    counts = Counts()
+    counts = Counts(own_names=own_names)
     values: list[Any] = []
     faults: dict[int, Fault] = {}
     texts = store_texts(_clean_texts(columns, values, faults, counts, clean=config.clean))
@@ -338,18 +444,30 @@ def _load_split(
         empty = np.empty(0, dtype=np.int64)
         return Rows([], empty, empty), labels, counts
     if own_names and labels and own_names != labels:
-        values = _rename(values, own_names, labels, where)
+        is_ordered = config.labels is not None
+        values = _rename(values, own_names, labels, where, is_ordered=is_ordered)
     names = labels or own_names or _find_names(values, where)
-    index = _index_labels(values, names)
+    is_ordered = config.labels is not None or own_names is not None
+    index = _index_labels(values, names, where, is_ordered=is_ordered)
     for position in np.flatnonzero(index == UNKNOWN).tolist():
         faults.setdefault(position, _explain_label(values[position], names))
     for position, (kind, _) in sorted(faults.items()):
         counts.dropped.setdefault(kind, []).append(position + 1)
+    is_good = np.ones(len(values), dtype=bool)
+    is_good[list(faults)] = False
+    lost = np.setdiff1d(np.arange(len(names) if for_training else 0), index[is_good])
     if faults and config.on_bad_row == "error":
-        raise _bad_rows(where, faults)
+        may_drop = bool(is_good.any()) and not len(lost)
+        raise _bad_rows(where, faults, may_drop=may_drop)
     if len(faults) == len(values):
         raise DataError(
             f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}",
+            advice={"data.on_bad_row": "; {}=error says which rows and why"},
+        )
+    if faults and len(lost):
+        raise DataError(
+            f"{where}: no row is left for {_list([names[i] for i in lost])} after dropping "
+            f"{len(faults):,} rows: {', '.join(counts.dropped)}; correct these rows",
             advice={"data.on_bad_row": "; {}=error says which rows and why"},
         )
     rows = Rows(texts, index, np.arange(1, len(values) + 1))
@@ -385,15 +503,16 @@ def _clean_texts(
 
 
 def _rename(
-    values: list[Any], own: tuple[str, ...], names: tuple[str, ...], where: str
+    values: list[Any], own: tuple[str, ...], names: tuple[str, ...], where: str, *, is_ordered: bool
 ) -> list[Any]:
     """Turn integers of a data set with names of its own into our names.
 
-    If none of its names is ours, the integers stay and count positions in our names.
+    If none of its names is ours, and ours are in order, the integers stay and count positions in
+    our names.
     """
     if set(own) <= set(names):
         return [own[v] if isinstance(v, int) and 0 <= v < len(own) else v for v in values]
-    if set(own) & set(names) or len(own) != len(names):
+    if set(own) & set(names) or len(own) != len(names) or not is_ordered:
         raise DataError(
             f"{where}: its labels are {', '.join(own)}, and not {', '.join(names)}; use rows with "
             f"the labels of the "
@@ -402,8 +521,11 @@ def _rename(
     return values
 
 
-def _is_label(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
+def _label_text(value: Any) -> str:
+    """Return a label value as text, or an empty text for a value that is no label."""
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        return strip_blanks(str(value))
+    return ""
 
 
 def _find_names(values: list[Any], where: str) -> tuple[str, ...]:
@@ -411,7 +533,7 @@ def _find_names(values: list[Any], where: str) -> tuple[str, ...]:
 
     Decimal numbers are refused: they are scores, or integers that a table program wrote as 1.0.
     """
-    names = sorted({str(value) for value in values if _is_label(value)}, key=_label_order)
+    names = sorted({_label_text(value) for value in values} - {""}, key=_label_order)
     decimals = [name for name in names if DECIMAL.fullmatch(name)]
     if decimals and all(DECIMAL.fullmatch(name) or INTEGER.fullmatch(name) for name in names):
         raise DataError(
@@ -430,7 +552,48 @@ def _find_names(values: list[Any], where: str) -> tuple[str, ...]:
             f"is it the right "
             "column?"
         )
+    integers = [name for name in names if INTEGER.fullmatch(name)]
+    words = [name for name in names if not INTEGER.fullmatch(name)]
+    positions = {str(i) for i in range(len(words) + 1)}
+    if len(words) >= 2 and len(integers) >= 2 and positions.issuperset(integers):
+        raise DataError(
+            f"{where}: some labels are the integers {_list(integers)}, others the names "
+            f"{_list(words)}; which integer stands for which name is not known: write the names in "
+            "every row",
+            advice={
+                "data.labels": ", or, if the integers are labels of their own, state all labels "
+                "in {}"
+            },
+        )
     return tuple(names)
+
+
+def _declared_names(config: DataConfig) -> tuple[str, ...] | None:
+    """Return the label names of the recipe without blanks around them, or None."""
+    if config.labels is None:
+        return None
+    names = tuple(strip_blanks(name) for name in config.labels)
+    if len(set(names)) < len(names) or "" in names:
+        raise DataError(
+            f"found {list(config.labels)}; blanks around a name do not count: each name must "
+            "differ from the others in more, and hold another character",
+            key="data.labels",
+        )
+    return names
+
+
+def _list(names: Sequence[object]) -> str:
+    """Return names for a message. Long ones are cut, and many are left out."""
+    shown = []
+    for name in map(str, names[:SHOWN_LABELS]):
+        shown.append(name if len(name) <= 40 else f"{name[:37]}...")
+    if len(names) > len(shown):
+        shown.append("...")
+    return ", ".join(shown)
+
+
+def _list_positions(names: Sequence[str]) -> str:
+    return _list([f"{i}={name}" for i, name in enumerate(names)])
 
 
 def _label_order(name: str) -> tuple[int, int, str]:
@@ -440,17 +603,79 @@ def _label_order(name: str) -> tuple[int, int, str]:
     return (1, 0, name)
 
 
-def _index_labels(values: list[Any], names: tuple[str, ...]) -> NDArray[np.int64]:
-    """Return the index of each label value, or UNKNOWN: (num_rows,)."""
-    index: dict[str, int] = {name: i for i, name in enumerate(names)}
-    present = {str(value) for value in values if _is_label(value)}
-    has_integer_names = any(INTEGER.fullmatch(name) for name in names)
-    if not has_integer_names and all(INTEGER.fullmatch(value) for value in present):
-        # Integers for names given in order: 0 is the first name, 1 the second.
-        index = {str(i): i for i in range(len(names))}
-    return np.array(
-        [index.get(str(value), UNKNOWN) if _is_label(value) else UNKNOWN for value in values],
-        dtype=np.int64,
+def _index_labels(
+    values: list[Any], names: tuple[str, ...], where: str, *, is_ordered: bool
+) -> NDArray[np.int64]:
+    """Return the index of each label value, or UNKNOWN: (num_rows,).
+
+    Args:
+        values: Label values of a role.
+        names: Label names.
+        where: The role, for messages.
+        is_ordered: Whether somebody has put the names in order, so that integers may stand for
+            them: 0 for the first name, 1 for the second.
+
+    Raises:
+        DataError: The values are integers for names that were only sorted, or integers that count
+            from another number.
+    """
+    index = {strip_blanks(name): i for i, name in enumerate(names)}
+    # Exact names come first: older versions kept blanks around them.
+    index |= {name: i for i, name in enumerate(names)}
+    index.pop("", None)
+    texts = {_label_text(value) for value in values} - {""}
+    if not texts <= index.keys() and all(WHOLE.fullmatch(text) for text in texts):
+        integers = sorted({int(text.partition(".")[0]) for text in texts})
+        allowed = list(index)
+        if not any(INTEGER.fullmatch(name) for name in index):
+            if not is_ordered and not set(integers).isdisjoint(range(len(names))):
+                raise DataError(
+                    f"{where}: its labels are the integers {_list(integers)}, but the names of the "
+                    f"labels were only sorted, so {_list_positions(names)} would be a guess; write "
+                    "the names in the file, or train with data.labels, which lists the names in "
+                    "the order of the integers"
+                )
+            allowed = [str(i) for i in range(len(names))]
+            index = dict(zip(allowed, range(len(names)), strict=True)) | index
+        _refuse_other_start(integers, allowed, names, where)
+    found = np.full(len(values), UNKNOWN, dtype=np.int64)
+    for position, value in enumerate(values):
+        text = _label_text(value)
+        spelling = value if isinstance(value, str) else text
+        found[position] = index.get(spelling, index.get(text, UNKNOWN))
+    return found
+
+
+def _refuse_other_start(
+    integers: list[int], allowed: list[str], names: tuple[str, ...], where: str
+) -> None:
+    """Refuse integers that count labels from another number than the allowed ones do.
+
+    Raises:
+        DataError: Some integer is not allowed, and all would be with 1 less, or with 1 more.
+    """
+    if not all(WHOLE.fullmatch(text) for text in allowed):
+        return
+    first, last = min(map(int, allowed)), max(map(int, allowed))
+    if last - first + 1 != len(allowed) or (first <= integers[0] and integers[-1] <= last):
+        return
+    advice = None
+    if first < integers[0] and integers[-1] == last + 1:
+        advice = "subtract 1 from each label"
+    # -1 is a hidden label too, unless all labels are there.
+    elif integers[0] == first - 1 and integers[-1] < last and (first or len(integers) > last):
+        advice = "add 1 to each label"
+    elif (first, last) == (0, 1) and integers == [-1, 1]:
+        advice = "write 0 for -1"
+    if advice is None:
+        return
+    meaning = _list(allowed)
+    if names[0] not in allowed:
+        meaning = _list_positions(names)
+        advice += ", or write the names in the file"
+    raise DataError(
+        f"{where}: its labels are {_list(integers)}, but here they count from {first} to {last} "
+        f"({meaning}); {advice}"
     )
 
 
@@ -469,18 +694,16 @@ def _explain_label(value: Any, names: tuple[str, ...]) -> Fault:
     """Return the fault of a label that is missing or unknown."""
     # In tables that know no other missing number it is a NaN.
     is_nan = isinstance(value, float) and value != value
-    if value is None or value == "" or is_nan:
+    is_blank = isinstance(value, str) and not strip_blanks(value)
+    if value is None or is_blank or is_nan:
         return "label is missing", "label is missing"
-    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:8]]
-    if len(names) > len(shown):
-        shown.append("...")
     kind = "label is unknown"
     if not isinstance(value, (str, int)):
         kind = f"label is {type(value).__name__}"
-    return kind, f"label {show(value)} is none of {', '.join(shown)}"
+    return kind, f"label {show(value)} is none of {_list(names)}"
 
 
-def _bad_rows(where: str, faults: dict[int, Fault]) -> DataError:
+def _bad_rows(where: str, faults: dict[int, Fault], *, may_drop: bool) -> DataError:
     numbers: dict[str, list[int]] = {}
     for position, (_, message) in sorted(faults.items()):
         numbers.setdefault(message, []).append(position + 1)
@@ -494,5 +717,5 @@ def _bad_rows(where: str, faults: dict[int, Fault]) -> DataError:
     return DataError(
         "\n".join(lines),
         rows=[rows[0] for rows in numbers.values()],
-        advice={"data.on_bad_row": ", or set {}=drop"},
+        advice={"data.on_bad_row": ", or set {}=drop"} if may_drop else {},
     )

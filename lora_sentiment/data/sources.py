@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment import bundled
-from lora_sentiment.data.tables import FORMATS, SPREADSHEETS, read_table, table_columns
+from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.data.lines import find_column
+from lora_sentiment.data.tables import (
+    FORMATS,
+    SPREADSHEETS,
+    describe_delimiter,
+    read_table,
+    table_columns,
+)
 from lora_sentiment.errors import DataError, did_you_mean, show
 from lora_sentiment.hub import explain_refusal, innermost
 from lora_sentiment.recipe.data import SPLITS, DataConfig
@@ -31,7 +39,8 @@ HUB_PAGE = re.compile(
 """Beginning of the address of a Hub data set. The group is its name."""
 OTHER_FILES = (*SPREADSHEETS, ".txt", ".zip", ".gz", ".tab", ".xml", ".arrow")
 """Ends of names that are files and no data sets of the Hub, beside those that are read."""
-OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+QUOTED = re.compile('"([^"]|"")*"')
+"""A text that stands in quotes, with every quote inside doubled."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def check_files(config: DataConfig, source: Source) -> None:
     """Refuse files without the recipe's columns before training starts."""
     for paths in source.files.values():
         for path in paths:
-            _check_columns(config, table_columns(path, encoding=config.encoding), str(path))
+            _find_columns(config, table_columns(path, **_reading(config)), str(path))
 
 
 def read_columns(
@@ -125,23 +134,59 @@ def read_columns(
     split = source.hub_splits[role]
     with _explain_hub(config):
         table = load_dataset(source.hub, config.config, split=split, revision=config.revision)
-    _check_columns(config, table.column_names, source.where(role))
-    feature = table.features[config.label_column]
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    return _read_hub(config, table), names
+    columns = _find_columns(config, table.column_names, source.where(role))
+    feature = table.features[columns[1]]
+    names = None
+    if isinstance(feature, ClassLabel):
+        names = tuple(strip_blanks(name) for name in feature.names)
+    return _read_hub(config, table, columns), names
+
+
+def _reading(config: DataConfig) -> dict[str, Any]:
+    """Return how the tables of a recipe are read."""
+    needed = [config.text_column, config.label_column]
+    return {"encoding": config.encoding, "needed": needed, "others": False}
 
 
 def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
+    needed = [config.text_column, config.label_column]
     for path in paths:
-        for batch in read_table(path, encoding=config.encoding):
-            yield batch[config.text_column], batch[config.label_column]
+        note = describe_delimiter(path, encoding=config.encoding, needed=needed)
+        if note:
+            log.info("%s: %s", path, note)
+        num_rows = num_quoted = num_doubled = 0
+        for batch in read_table(path, **_reading(config)):
+            text_column, label_column = _find_columns(config, list(batch), str(path))
+            texts = batch[text_column]
+            yield texts, [_as_csv_writes(value) for value in batch[label_column]]
+            if note or not path.name.lower().endswith((".tsv", ".tsv.gz")):
+                continue
+            quoted = [text for text in texts if QUOTED.fullmatch(text)]
+            num_rows += len(texts)
+            num_quoted += len(quoted)
+            num_doubled += sum('""' in text for text in quoted)
+        if num_doubled or num_quoted > num_rows / 2:
+            log.warning(
+                "%s: %s of %s texts stand in quotes, which are characters of the text in a .tsv "
+                "without a quoted header; if they enclose fields, end the file's name in .csv",
+                path, f"{num_quoted:,}", f"{num_rows:,}",
+            )  # fmt: skip
 
 
-def _read_hub(config: DataConfig, table: Any) -> Columns:
-    columns = [config.text_column, config.label_column]
+def _as_csv_writes(value: Any) -> Any:
+    """Return a truth value or a decimal number as the word of a csv file, so that both count alike.
+
+    A missing number, which is NaN, stays what it is.
+    """
+    is_word = isinstance(value, bool) or (isinstance(value, float) and value == value)
+    return str(value) if is_word else value
+
+
+def _read_hub(config: DataConfig, table: Any, columns: list[str]) -> Columns:
     with _explain_hub(config):
         for batch in table.select_columns(columns).with_format("arrow").iter(HUB_CHUNK):
-            yield batch[columns[0]].to_pylist(), batch[columns[1]].to_pylist()
+            values = batch[columns[1]].to_pylist()
+            yield batch[columns[0]].to_pylist(), [_as_csv_writes(value) for value in values]
 
 
 def _find_files(pattern: str) -> list[Path]:
@@ -247,21 +292,17 @@ def _describe(error: BaseException) -> str:
     )
 
 
-def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> None:
+def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> list[str]:
+    """Return the names of the text and the label column as the source spells them."""
+    found = []
     for key in ("text_column", "label_column"):
         column = getattr(config, key)
-        if column in columns:
+        spelling = find_column(columns, column)
+        if spelling is not None:
+            found.append(spelling)
             continue
         # In a file without a header, a row of texts stands where the names should be.
         shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
-        if len(columns) == 1:
-            for separator, noun in OTHER_SEPARATORS.items():
-                if separator in columns[0]:
-                    raise DataError(
-                        f"{where}: no column {column!r}; its one column is {shown}; if {noun} "
-                        "separate its fields, save it again: a .csv has commas, a .tsv tabs",
-                        advice={f"data.{key}": ", or set {}"},
-                    )
         hint = did_you_mean(column, list(columns))
         advice = (
             "correct the header" if hint else "give the file a first row of names if it has none"
@@ -270,3 +311,4 @@ def _check_columns(config: DataConfig, columns: Sequence[str], where: str) -> No
             f"{where}: no column {column!r}; the columns are {shown}{hint}; {advice}",
             advice={f"data.{key}": ", or set {}"},
         )
+    return found

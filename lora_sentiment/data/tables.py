@@ -8,13 +8,14 @@ batch bounds the memory. Rows are counted from 1, without the header. Every faul
   or CRLF.
 - tsv has no quoting, because GLUE's files hold unbalanced quotes. No field can hold a tab, newline
   or carriage return.
+- A csv or tsv file is read with semicolons, bars, commas or quoted tabs only if its first line is
+  Excel's `sep=;`, or if its header gives the needed columns no other way.
 - Fields of csv and tsv are strings: "NA", "007", "1.0" and "" are not converted. None is written
   as "".
 - A blank line of csv or tsv is one empty field: a row of a table with one column, and nothing in a
   wider table.
 - jsonl holds one object per line; .json is read the same way. Values keep their JSON types, NaN
-  included. The first line names the columns. A key that a later line lacks is None there; a key
-  that only a later line has is refused.
+  included. The columns are the keys of all lines. A key that a line lacks is None there.
 - parquet keeps its own types. Dates, times and decimals are written to the other formats as text.
 """
 
@@ -32,15 +33,13 @@ import pyarrow.parquet as pq
 
 from lora_sentiment.data.lines import (
     MAX_CHARACTERS,
+    PLAIN_TABS,
     ColumnBatch,
     TextFormat,
     check_columns,
     csv_line,
-    csv_rows,
     jsonl_line,
-    jsonl_rows,
     tsv_line,
-    tsv_rows,
 )
 from lora_sentiment.errors import DataError, did_you_mean
 from lora_sentiment.files import LFS_FAULT, is_lfs_pointer, replace_atomically
@@ -85,10 +84,10 @@ def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[ColumnBatch]:
 
 
 _TEXTS = {
-    ".csv": TextFormat(csv_rows, csv_line, has_header=True),
-    ".tsv": TextFormat(tsv_rows, tsv_line, has_header=True),
-    ".jsonl": TextFormat(jsonl_rows, jsonl_line, has_header=False),
-    ".json": TextFormat(jsonl_rows, jsonl_line, has_header=False),
+    ".csv": TextFormat(csv_line, ","),
+    ".tsv": TextFormat(tsv_line, PLAIN_TABS),
+    ".jsonl": TextFormat(jsonl_line),
+    ".json": TextFormat(jsonl_line),
 }
 _ZIPPED = {f"{suffix}.gz": form._replace(gzipped=True) for suffix, form in _TEXTS.items()}
 FORMATS: dict[str, TextFormat | Literal["parquet"]] = {**_TEXTS, **_ZIPPED, ".parquet": "parquet"}
@@ -131,7 +130,12 @@ def _spreadsheet_hint(path: Path) -> str:
 
 
 def read_table(
-    path: Path, *, encoding: str = "utf-8", rows_per_batch: int = 10_000
+    path: Path,
+    *,
+    encoding: str = "utf-8",
+    rows_per_batch: int = 10_000,
+    needed: Sequence[str] = (),
+    others: bool = True,
 ) -> Iterator[ColumnBatch]:
     """Yield a table in batches of whole columns, `{name: values}` in the order of the file.
 
@@ -143,6 +147,10 @@ def read_table(
         encoding: Python's name of a text format's encoding. A UTF-8 byte order mark is removed.
             Parquet has its own encoding.
         rows_per_batch: Most rows of a batch.
+        needed: Columns by which the delimiter of csv or tsv is found. The caller refuses a table
+            without them.
+        others: Whether every other column is needed too. If not, a jsonl file is read once, and
+            keys that only its later rows have may be left out.
 
     Raises:
         DataError: The file is missing, damaged or in another format or encoding, or a row does not
@@ -154,15 +162,31 @@ def read_table(
         if form == "parquet":
             yield from _read_parquet(path, rows_per_batch)
         else:
-            yield from form.read(path, encoding, rows_per_batch)
+            yield from form.read(path, encoding, rows_per_batch, needed, others=others)
 
 
-def table_columns(path: Path, *, encoding: str = "utf-8") -> list[str]:
-    """Return the column names after reading at most one row; raise as `read_table` does."""
-    return list(next(read_table(path, encoding=encoding, rows_per_batch=1)))
+def table_columns(
+    path: Path, *, encoding: str = "utf-8", needed: Sequence[str] = (), others: bool = True
+) -> list[str]:
+    """Return the column names after reading at most one row of csv; raise as `read_table` does."""
+    batches = read_table(path, encoding=encoding, rows_per_batch=1, needed=needed, others=others)
+    return list(next(batches))
 
 
-def table_types(path: Path, *, encoding: str = "utf-8") -> dict[str, pa.DataType]:
+def describe_delimiter(path: Path, *, encoding: str, needed: Sequence[str]) -> str | None:
+    """Say how the fields of csv or tsv are separated, if it is not as the file's name says.
+
+    Raises:
+        DataError: As `read_table`.
+    """
+    with _file_faults(path, "read"):
+        form = _find_format(path)
+        return None if form == "parquet" else form.describe(path, encoding, needed)
+
+
+def table_types(
+    path: Path, *, encoding: str = "utf-8", needed: Sequence[str] = ()
+) -> dict[str, pa.DataType]:
     """Return the Arrow type of each column: that of parquet, or one that fits all values.
 
     A text format is read to its end for this. A column of None has the type string.
@@ -170,11 +194,11 @@ def table_types(path: Path, *, encoding: str = "utf-8") -> dict[str, pa.DataType
     Raises:
         DataError: As `read_table`, or the values of a column do not fit one type.
     """
-    columns = table_columns(path, encoding=encoding)
+    columns = table_columns(path, encoding=encoding, needed=needed)
     if _find_format(path) == "parquet":
         return {field.name: field.type for field in pq.read_schema(path)}
     types = dict.fromkeys(columns, pa.null())
-    for batch in read_table(path, encoding=encoding):
+    for batch in read_table(path, encoding=encoding, needed=needed):
         for name, values in batch.items():
             try:
                 known = pa.schema([(name, types[name])])
@@ -255,13 +279,17 @@ class TableWriter:
         rows = zip(*(batch[name] for name in self._columns), strict=True)
         for values in rows if self._row else chain([self._columns], rows):
             try:
-                line = form.make_line(values, self._columns) if self._row or form.has_header else ""
+                line = (
+                    form.make_line(values, self._columns)
+                    if self._row or form.delimiter is not None
+                    else ""
+                )
                 if len(line) > MAX_CHARACTERS:
                     raise ValueError(f"it is longer than {MAX_CHARACTERS:,} characters")
                 (self._zip or self._file).write(line.encode())
             except (ValueError, TypeError, RecursionError) as error:
                 place = f"row {self._row}" if self._row else "the header"
-                formats = ".jsonl or .parquet" if form.has_header else ".parquet"
+                formats = ".jsonl or .parquet" if form.delimiter is not None else ".parquet"
                 raise DataError(
                     f"{self._path}: {place} cannot be written: {error}; change it, or write "
                     f"{formats}"

@@ -6,14 +6,14 @@ that resample. Each entry of `METRICS` is also an `evaluate.Metric`. Nothing her
 file or the network.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import datasets
 import evaluate
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_sentiment.errors import DataError, ModelError, RecipeError, did_you_mean
+from lora_sentiment.errors import DataError, ModelError, RecipeError, did_you_mean, show
 from lora_sentiment.evaluation.statistics import Interval, percentile_interval, resample_weights
 from lora_sentiment.tasks.single_label import check_labels, check_scores, softmax
 
@@ -43,17 +43,25 @@ class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate h
         values: The formula.
         greater_is_better: Whether the best checkpoint has the highest value.
         undefined_if: When the formula gives nan, in words for the report.
+        needs_two_labels: Whether all models are equal on rows that hold one label only.
     """
 
     name = ""
 
     def __init__(
-        self, name: str, values: Formula, *, greater_is_better: bool = True, undefined_if: str = ""
+        self,
+        name: str,
+        values: Formula,
+        *,
+        greater_is_better: bool = True,
+        undefined_if: str = "",
+        needs_two_labels: bool = False,
     ) -> None:
         self.name = name
         self.values = values
         self.greater_is_better = greater_is_better
         self.undefined_if = undefined_if
+        self.needs_two_labels = needs_two_labels
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -176,9 +184,11 @@ METRICS = {
     for metric in (
         ClassificationMetric("accuracy", accuracy),
         ClassificationMetric("macro_f1", macro_f1),
-        ClassificationMetric("mcc", mcc),
+        ClassificationMetric("mcc", mcc, needs_two_labels=True),
         ClassificationMetric("log_loss", log_loss, greater_is_better=False),
-        ClassificationMetric("auroc", auroc, undefined_if="the rows hold one label only"),
+        ClassificationMetric(
+            "auroc", auroc, undefined_if="the rows hold one label only", needs_two_labels=True
+        ),
         ClassificationMetric("ece", ece, greater_is_better=False),
     )
 }
@@ -290,6 +300,31 @@ def find_metric(name: str) -> ClassificationMetric:
         hint = did_you_mean(name, list(METRICS))
         raise RecipeError(f"{name!r} is no metric; choose from {', '.join(METRICS)}{hint}")
     return METRICS[name]
+
+
+def check_metric(name: str, *, labels: Integers, names: Sequence[str]) -> None:
+    """Refuse a metric that cannot tell one checkpoint from another.
+
+    Args:
+        name: A key of `METRICS`.
+        labels: Labels of the validation rows, shape (num_rows,).
+        names: Label names in order.
+
+    Raises:
+        RecipeError: There is no metric of that name.
+        DataError: The metric needs two labels, and the rows hold one.
+    """
+    present = np.unique(labels)
+    if not find_metric(name).needs_two_labels or len(present) >= 2:
+        return
+    missing = [show(name) for i, name in enumerate(names) if i not in present]
+    usable = [metric.name for metric in METRICS.values() if not metric.needs_two_labels]
+    raise DataError(
+        f"validation: all {len(labels):,} rows have the label {show(names[present[0]])}, none has "
+        f"{', '.join(missing)}, so {name} cannot choose the best model; add validation rows with "
+        "another label",
+        advice={"train.metric_for_best_model": f", or set {{}} to {', '.join(usable)}"},
+    )
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_labels: int) -> Integers:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_sentiment.errors import DataError, ModelError, RecipeError
+from lora_sentiment.errors import DataError, ModelError, RecipeError, show
 
 if TYPE_CHECKING:
     import torch
@@ -88,11 +88,10 @@ def make_class_weights(
         return np.array(setting, dtype=np.float32)
     counts = np.bincount(labels, minlength=len(names))
     if not counts.all():
-        unused = names[int(counts.argmin())]
+        unused = ", ".join(show(names[int(label)]) for label in np.flatnonzero(counts == 0))
         raise DataError(
-            f"train.class_weights=balanced: no training row has the label {unused!r}; remove the "
-            f"label from "
-            "data.labels, or give a list of weights"
+            f"train.class_weights=balanced: no training row has the label {unused}; add rows with "
+            "it, or give a list of weights"
         )
     return np.asarray(len(labels) / (len(names) * counts), dtype=np.float32)
 

@@ -165,13 +165,22 @@ def test_what_was_compared_is_recorded(exported, adapter):
     assert record.adapter_sha256 == load_card(adapter).sha256
     assert set(record.files) == {PLAIN, QUANTISED, "tokenizer.json", "tokenizer_config.json"}
     assert record.compared == found.compared
+    assert record.readings == found.readings
+    assert found.readings["stock"]["rows"] == 60
     readme = (out / "README.md").read_text(encoding="utf-8")
+    assert "The cost of another runtime on raw texts: 0 of 60 validation texts" in readme
     assert "onnx-int8 | validation, 60 rows" in readme
     assert QUANTISED in readme
 
 
 def test_another_program_gets_our_labels_and_scores_without_torch(exported, adapter):
     texts = ["a good film.", "so dull and awful, really quite a poor plot", "it was fine"]
+    texts += [
+        "bad<br />plot &amp;lt; a",
+        "caf&eacute;\u00a0 it&#39;s",
+        "go\x00od\u200b film",
+        "<BR/>",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, str(exported[0]), json.dumps(texts)],
         check=True, capture_output=True, text=True,
@@ -189,7 +198,7 @@ def test_the_classifier_reads_what_was_exported(name, exported, adapter):
     )
     assert theirs.unverified == ()
     np.testing.assert_allclose(
-        theirs.probabilities(["good film", "bad book"]), ours.probabilities(["good film", "bad book"]),
+        theirs.probabilities(["good film", "&amp;lt;b"]), ours.probabilities(["good film", "&amp;lt;b"]),
         atol=1e-5 if name == PLAIN else 0.1,
     )  # fmt: skip
 

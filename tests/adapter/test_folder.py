@@ -112,6 +112,24 @@ def test_a_save_that_answers_otherwise_is_refused(tmp_path, tiny_base, monkeypat
         save_random(tmp_path / "a", tiny_base, LoraMethod(r=4), **PARTS)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 99},
+        {"truncation": "head_tail"},
+        {"files": {}},
+        {"base": {"base_sha256": "0" * 64}},
+        {"base": {"quantize": "nf4"}},
+    ],
+)
+def test_the_hash_is_of_each_fact_that_decides_an_answer(saved, change):
+    card = load_card(saved)
+    if "base" in change:
+        change = {"base": card.base.model_copy(update=change["base"])}
+    assert card.model_copy(update=change).sha256 != card.sha256
+    assert card.model_copy(update={"machine": {}}).sha256 == card.sha256
+
+
 def test_another_base_is_refused(saved, tiny_base, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_base, other)
@@ -119,6 +137,30 @@ def test_another_base_is_refused(saved, tiny_base, tmp_path):
     tensors["embeddings.LayerNorm.bias"][0] += 1e-3
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterError, match="name the right base with --base"):
+        load(saved, base=str(other))
+
+
+def swap_two_words(folder):
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(tokenizer))
+
+
+def keep_case(folder):
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "do_lower_case": False}))
+
+
+@pytest.mark.parametrize("change", [swap_two_words, keep_case])
+def test_a_base_with_another_tokenizer_is_refused(saved, tiny_base, tmp_path, change):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    change(other)
+    with pytest.raises(AdapterError, match="was trained with another tokenizer"):
         load(saved, base=str(other))
 
 

@@ -10,19 +10,24 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DistilBertForSequenceClassification,
     pipeline,
 )
 
+from lora_sentiment import classifier
 from lora_sentiment.adapter import merge as merge_module
 from lora_sentiment.adapter.card import make_merged_card
+from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, load_card
 from lora_sentiment.adapter.merge import merge
-from lora_sentiment.adapter.merge_record import read_merge_record
+from lora_sentiment.adapter.merge_record import read_merge_record, write_merge_record
 from lora_sentiment.adapter.safe_files import check_files
+from lora_sentiment.classifier import tokenise
 from lora_sentiment.cli import show_compared
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import HeadMethod, LoraMethod, Method
@@ -43,6 +48,13 @@ def original(tiny_base, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def merged(original, tmp_path_factory):
+    out = tmp_path_factory.mktemp("merged") / "out"
+    merge(original, out)
+    return out
+
+
 @pytest.fixture
 def adapter(original, tmp_path):
     return shutil.copytree(original, tmp_path / "a")
@@ -58,13 +70,25 @@ def adapter_4bit(tiny_base, tmp_path_factory):
     return folder
 
 
+def name_rows(adapter, path, rows, **options):
+    """Let an adapter's card name rows: a number of toy rows, or the rows themselves."""
+    config = DataConfig(
+        source={"train": str(write_csv(path, toy_rows(rows) if isinstance(rows, int) else rows))},
+        **options,
+    )
+    data = load_data(config)
+    record = DataRecord(
+        config=config,
+        train_sha256=data.train.fingerprint,
+        validation_sha256=data.validation.fingerprint,
+    )
+    alter_json(adapter, "card.json", data=record.model_dump(mode="json"))
+
+
 @pytest.fixture
 def with_rows(adapter, tmp_path):
     """The adapter with validation rows that can be read."""
-    config = DataConfig(source={"train": str(write_csv(tmp_path / "train.csv", toy_rows(200)))})
-    rows = load_data(config).validation
-    record = DataRecord(config=config, train_sha256="0", validation_sha256=rows.fingerprint)
-    alter_json(adapter, "card.json", data=record.model_dump(mode="json"))
+    name_rows(adapter, tmp_path / "train.csv", 200)
     return adapter
 
 
@@ -226,8 +250,9 @@ def test_rows_that_cannot_be_had_are_a_reason_that_stays_at_home(with_rows, tmp_
     found = merge(with_rows, tmp_path / "out").compared["base"]
     assert "changed since training" in found["validation"]["reason"]
     (tmp_path / "train.csv").unlink()
-    found = merge(with_rows, tmp_path / "again").compared["base"]
-    assert "no such file" in found["validation"]["reason"]
+    done = merge(with_rows, tmp_path / "again")
+    assert "no such file" in done.compared["base"]["validation"]["reason"]
+    assert "raw texts: not measured, because the validation rows could not be read" in done.reading
     assert "train.csv" not in (tmp_path / "again/config.json").read_text()
     assert "train.csv" not in (tmp_path / "again/README.md").read_text()
 
@@ -269,6 +294,7 @@ def test_both_ways_of_a_quantised_base_are_measured_and_the_worse_is_refused(
         adapter,
         tmp_path / "out",
         "of 100 probe rows get another label, allowed 1 %; --into dequantised stays within",
+        into="base",
     )
     done = merge(adapter, tmp_path / "out", into="dequantised")
     assert done.compared["base"]["probe"]["flips"] > 1
@@ -282,10 +308,57 @@ def test_both_ways_of_a_quantised_base_are_measured_and_the_worse_is_refused(
     assert "| dequantised | probe, 100 rows | " in readme
 
 
+def test_the_weights_that_stay_within_the_limits_are_taken_and_that_is_said(
+    adapter_4bit, tmp_path, monkeypatch, caplog
+):
+    adapter = shutil.copytree(adapter_4bit, tmp_path / "a")
+    with caplog.at_level("INFO", "lora_sentiment"):
+        done = merge(adapter, tmp_path / "out")
+    assert done.into == read_merge_record(tmp_path / "out").into == "dequantised"
+    assert "into the published base" in caplog.text
+    assert "of 100 probe rows get another label, allowed 1 %" in caplog.text
+    # The published base comes first where both stay within.
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "ROWS_PER_FLIP", 0)
+        assert merge(adapter, tmp_path / "second").into == "base"
+    monkeypatch.setattr(merge_module, "ROWS_PER_FLIP", 10**9)
+    match = "of 100 probe rows get another label, allowed 1 %"
+    alter_what_is_written(monkeypatch, lambda tensors: tensors["classifier.weight"].neg_())
+    refused(adapter, tmp_path / "out2", match)
+
+
+@pytest.mark.parametrize(("num_rows", "parts"), [(200, (20, 180)), (110, (12, 98)), (6000, (600,))])
+def test_labels_that_may_change_are_judged_on_many_rows(num_rows, parts, adapter, tmp_path):
+    name_rows(adapter, tmp_path / "many.csv", num_rows)
+    compared = merge(adapter, tmp_path / "out", dtype="float16", max_rows=600).compared["base"]
+    found = [compared[part]["rows"] for part in ("validation", "train") if part in compared]
+    assert tuple(found) == parts
+    # Exact logits need no share of labels.
+    assert "train" not in merge(adapter, tmp_path / "exact").compared["base"]
+
+
+def test_one_label_of_few_validation_rows_is_no_share_of_all_rows(tiny_base, tmp_path, monkeypatch):
+    figures = {"rows": 60, "allowed": None, "max_difference": 0.2, "flips": 1}
+    figures |= {"accuracy_adapter": 0.9, "accuracy_merged": 0.9 - 1 / 60}
+    train = figures | {"rows": 440, "flips": 0, "accuracy_merged": 0.9}
+    judge = merge_module._find_merge_fault
+    assert judge({"probe": figures, "validation": figures}) == (
+        "1 of 60 validation rows get another label, allowed 1 %"
+    )
+    assert judge({"probe": figures, "validation": figures, "train": train}) is None
+    assert judge({"probe": figures, "validation": figures, "train": train | {"flips": 5}}) == (
+        "6 of 500 validation and train rows get another label, allowed 1 %"
+    )
+    fallen = train | {"accuracy_merged": 0.9 - 2 / 440}
+    assert judge({"probe": figures, "validation": figures, "train": fallen}) == (
+        "accuracy on 500 validation and train rows falls by 0.60%, allowed 0.5 points"
+    )
+
+
 def test_accuracy_may_not_fall(with_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(merge_module, "ROWS_PER_FLIP", 0)
     alter_what_is_written(monkeypatch, lambda tensors: tensors["classifier.weight"].neg_())
-    match = r"accuracy on 20 validation rows falls by .*%, allowed 0\.5 points; --dtype float32 stays within"
+    match = r"accuracy on 200 validation and train rows falls by .*%, allowed 0\.5 points; --dtype float32 stays within"
     refused(with_rows, tmp_path / "out", match, dtype="float16")
 
 
@@ -328,10 +401,10 @@ def test_a_merge_that_is_read_back_differently_is_refused(
 ):
     reload = merge_module._reload
 
-    def reload_changed(folder, card):
+    def reload_changed(folder, *arguments):
         path = folder / name
         path.write_bytes(change(path.read_bytes()))
-        return reload(folder, card)
+        return reload(folder, *arguments)
 
     monkeypatch.setattr(merge_module, "_reload", reload_changed)
     refused(adapter, tmp_path / "out", match)
@@ -442,6 +515,7 @@ def test_options_that_are_not_allowed_are_refused(adapter, tmp_path):
     for options, match in (
         ({"dtype": "auto"}, "dtype: found 'auto'; allowed: float32, bfloat16, float16"),
         ({"into": "both"}, "into: found 'both'; allowed: base, dequantised"),
+        ({"truncation": "tail"}, "truncation: found 'tail'; allowed: head"),
         ({"max_rows": 0}, "max_rows: found 0; allowed: 1 or more"),
     ):
         refused(adapter, tmp_path / "out", match, error=ModelError, **options)
@@ -459,3 +533,131 @@ def test_what_is_not_finite_is_printed_as_that(capsys):
     assert capsys.readouterr().out == (
         "dequantised 32 probe rows: logits that are not finite, 3 other labels\n"
     )
+
+
+RAW = [
+    "a good film", "", "   ", "good<br />bad", "good<BR>bad", "good<Br/>bad", "good<br\t/>bad",
+    "good< br>bad", "good<br / >bad", "<br /><br />good<br />", "good&nbsp;bad", "good&nbspbad",
+    "caf&eacute;", "caf&Eacute;", "caf&#233;", "caf&#xE9;", "caf&#0233", "na&iuml;ve",
+    "&quot;good&quot; &amp; bad", "it&#39;s", "it&apos;s", "it&#x27;s", "it&rsquo;s", "it&#146;s",
+    "&amp;lt;br&amp;gt;", "&lt;br /&gt;good", "&lt;i&gt;good&lt;/i&gt;", "&ltgood", "a&notit;b",
+    "so &hellip; good&mdash;bad", "a &unknown; film", "a & b; c", "AT&T", "go\x00od", "go\x85od",
+    "go\u200bod\ufeff", "\u200egood", "good\u00a0\u3000\r\n bad", "cafe\u0301", "e\u0301" * 9,
+]  # fmt: skip
+# docs/merging.md names each kind.
+LEFT = [
+    "&alpha; good", "&#128512; good", "a&ltimes;b", "good&#35;", "good&semi;", "good&nvgt;",
+    "good&#0;", "[S\u200bEP] good", "[SEP&#93; good", "&Omega;", "&#128512",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "resaved"])
+def test_a_stock_tokenizer_reads_raw_texts_as_training_did(kind, original, merged, tmp_path):
+    stock = AutoTokenizer.from_pretrained(merged)
+    if kind == "resaved":
+        stock.save_pretrained(tmp_path / "again")
+        stock = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert len(RAW) == 40
+    trained = classifier.load(original)
+    ours = [read(trained, text) for text in [*RAW, *LEFT]]
+    theirs = [stock(text, truncation=True)["input_ids"] for text in [*RAW, *LEFT]]
+    differs = [
+        text for text, one, two in zip([*RAW, *LEFT], ours, theirs, strict=True) if one != two
+    ]
+    assert differs == LEFT
+
+
+def read(model, text):
+    """Return the input of a text, as a classifier reads it."""
+    (ids,) = tokenise(model.encoder, [text], clean=model.clean)
+    return model.encoder.frame(model.encoder.truncate(ids)).tolist()
+
+
+def test_a_merged_folder_is_not_cleaned_twice(original, merged):
+    trained, loaded = classifier.load(original), classifier.load(merged)
+    for text in [*RAW, *LEFT, "good &amp;lt; film", "bad &amp;amp;amp;#39; plot"]:
+        assert read(loaded, text) == read(trained, text)
+
+
+def test_a_stock_pipeline_answers_raw_texts_as_the_adapter(original, merged):
+    classify = pipeline("text-classification", str(merged), top_k=None)
+    texts = [f"{text} film" for text in RAW]
+    expected = classifier.load(original, dtype="float32").predict(texts)
+    for answers, own in zip(classify(texts, truncation=True), expected, strict=True):
+        found = {answer["label"]: answer["score"] for answer in answers}
+        assert found == pytest.approx(own.scores, abs=1e-5)
+
+
+def test_an_adapter_trained_on_raw_texts_is_merged_without_cleaning(with_rows, tmp_path):
+    name_rows(with_rows, tmp_path / "raw.csv", 200, clean=False)
+    done = merge(with_rows, tmp_path / "out")
+    stock = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (
+        stock("good<br />bad")["input_ids"]
+        == load(with_rows).tokenizer("good<br />bad")["input_ids"]
+    )
+    assert read_merge_record(tmp_path / "out").cleaning_steps == 0
+    assert "cleans" not in done.reading
+    assert done.readings["stock"]["changed"] == 0
+
+
+def test_what_a_stock_reading_costs_is_counted_and_said(adapter, tmp_path, caplog):
+    rows = [
+        (f"{text}<br />{'so ' * (i % 40)}good &alpha;", label)
+        for i, (text, label) in enumerate(toy_rows(200))
+    ]
+    name_rows(adapter, tmp_path / "train.csv", rows)
+    alter_json(adapter, "card.json", truncation="head_tail")
+    with caplog.at_level("INFO", "lora_sentiment"):
+        done = merge(adapter, tmp_path / "out")
+    cost = done.readings["stock"]
+    classify = pipeline("text-classification", str(tmp_path / "out"))
+    data = load_data(load_card(adapter).data.config)
+    raw = [rows[number - 1][0] for number in data.validation.numbers]
+    stock = [answer["label"] for answer in classify(raw, truncation=True)]
+    ours = [answer.label for answer in classifier.load(adapter, dtype="float32").predict(raw)]
+    assert cost["rows"] == cost["changed"] == 20
+    assert cost["flips"] == sum(a != b for a, b in zip(stock, ours, strict=True)) > 0
+    truth = [data.labels[label] for label in data.validation.labels]
+    gained = sum(a == b for a, b in zip(stock, truth, strict=True))
+    gained -= sum(a == b for a, b in zip(ours, truth, strict=True))
+    assert cost["accuracy_change"] == pytest.approx(gained / 20)
+    said = f"20 of 20 validation texts are read differently, {cost['flips']} labels change"
+    assert said in done.reading
+    assert said in caplog.text
+    assert said in (tmp_path / "out/README.md").read_text()
+    assert done.as_dict()["readings"] == read_merge_record(tmp_path / "out").readings
+
+
+def test_head_truncation_is_measured_and_then_read(adapter, tmp_path):
+    rows = [(f"{'so ' * (i % 40)}{text}", label) for i, (text, label) in enumerate(toy_rows(200))]
+    name_rows(adapter, tmp_path / "train.csv", rows)
+    alter_json(adapter, "card.json", truncation="head_tail")
+    usual = merge(adapter, tmp_path / "usual").readings
+    done = merge(adapter, tmp_path / "out", truncation="head")
+    assert usual.keys() == {"stock"}
+    assert done.readings["head"] == usual["stock"]
+    assert done.readings["head"]["changed"] > 0
+    assert done.readings["stock"]["changed"] == 0
+    assert "its first ones stay. Training kept the first quarter" in done.reading
+    (tmp_path / "train.csv").unlink()
+    unknown = merge(adapter, tmp_path / "unknown", truncation="head").reading
+    assert "and the last three quarters: not measured, because" in unknown
+    merged = classifier.load(tmp_path / "out")
+    assert merged.encoder.truncation == "head"
+    stock = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert stock(rows[39][0], truncation=True)["input_ids"] == read(merged, rows[39][0])
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Lowercase"}])
+def test_a_normalizer_that_holds_no_cleaning_is_refused(normalizer, merged, tmp_path):
+    shutil.copytree(merged, tmp_path / "out")
+    values = json.loads((tmp_path / "out/tokenizer.json").read_text())
+    write_json(tmp_path / "out/tokenizer.json", values | {"normalizer": normalizer})
+    record = read_merge_record(tmp_path / "out")
+    files = {name: hash_file(tmp_path / "out" / name) for name in record.files}
+    write_merge_record(tmp_path / "out", record.model_copy(update={"files": files}))
+    with pytest.raises(AdapterError, match=r"cannot be used"):
+        classifier.load(tmp_path / "out")
+    with pytest.raises(AdapterError, match=r"tokenizer\.json: cannot be used"):
+        export(tmp_path / "out", tmp_path / "e", format="onnx")

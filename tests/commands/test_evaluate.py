@@ -69,6 +69,34 @@ def test_another_file_can_be_judged(trained):
     assert found.as_dict()["accuracy"]["value"] == found.scores["accuracy"].value
 
 
+def test_integers_need_an_adapter_whose_label_names_were_stated(trained, tmp_path):
+    rows = [(text, "01"[label == "positive"]) for text, label in toy_rows(40)]
+    coded = write_csv(tmp_path / "coded.csv", rows)
+    with pytest.raises(DataError, match="0=negative, 1=positive would be a guess; write the names"):
+        evaluate(trained.adapter, source=str(coded))
+
+    def state_names(card):
+        card["data"]["config"]["labels"] = ["negative", "positive"]
+
+    stated = copy_with(trained, tmp_path, state_names)
+    worded = write_csv(tmp_path / "worded.csv", toy_rows(40))
+    found = evaluate(stated, source=str(coded))
+    assert found.as_dict() == evaluate(trained.adapter, source=str(worded)).as_dict()
+
+
+def test_an_adapter_whose_labels_and_columns_have_blanks_is_judged(trained, tmp_path):
+    def add_blanks(card):
+        card["labels"] = [" negative", "positive "]
+        card["data"]["config"]["label_column"] = " label"
+
+    older = copy_with(trained, tmp_path, add_blanks)
+    expected = evaluate(trained.adapter).as_dict()
+    assert evaluate(older).as_dict() == expected
+    assert evaluate(older, split="validation").num_rows == 12
+    source = str(trained.adapter.parent / "test.csv")
+    assert evaluate(older, source=source).as_dict() == expected
+
+
 def test_a_source_without_the_split_says_what_to_do(runs):
     run = runs("no_test")
     assert "test" not in run.report

@@ -1,11 +1,17 @@
 import json
+import re
 
 import numpy as np
 import pytest
 
 from lora_sentiment.commands.data import describe_data
 from lora_sentiment.data.batches import Encoded
-from lora_sentiment.data.report import describe_role, describe_unlabelled, report_lines
+from lora_sentiment.data.report import (
+    describe_role,
+    describe_unlabelled,
+    log_warnings,
+    report_lines,
+)
 from lora_sentiment.data.rows import Counts, Rows
 from lora_sentiment.errors import ModelError
 from lora_sentiment.recipe.recipe import Recipe
@@ -55,6 +61,8 @@ def test_lengths_are_of_whole_texts_and_tokens_of_inputs():
         "tokens": sum(range(1, 10)) + 91 * 10,
         "max_length": 10,
         "truncated": 90,
+        "unknown": 0,
+        "unknown_share": 0.0,
         "lengths": {"50%": 50, "90%": 90, "99%": 99, "longest": 100},
     }
 
@@ -88,7 +96,69 @@ def test_many_labels_share_a_line():
     block = describe_role(rows, encoded, names=names, max_length=10, read=None)
     lines = report_lines({"train": block})
     assert lines[10].split() == ["22", "more,", "each", "1", "to", "1"]
-    assert len(lines) < 20
+    assert len(lines) <= 20
+
+
+def make_report(share, labels=("bad", "good"), role="train"):
+    """Return the part of a report that warnings are made of."""
+    block = {"labels": {name: i + 1 for i, name in enumerate(labels)}, "rows": 9}
+    return {role: {**block, "tokens": {"unknown_share": share}}}
+
+
+def find_warnings(caplog, report):
+    caplog.clear()
+    log_warnings(report)
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["Neg", "neg", "pos"], ["'Neg' (1 rows), 'neg' (2 rows)"]),
+        (["NEG", "Neg", "POS", "neg", "pos"], ["'NEG'.*'Neg'.*'neg'", "'POS'.*'pos'"]),
+        (["very good", "very  good", "verygood", "x"], ["'very good'.*'very  good'.*'verygood'"]),
+        (["caf\u00e9", "cafe\u0301"], ["(1 rows), .*(2 rows)"]),
+        (["\uff2e\uff45\uff47", "neg"], ["'neg'"]),
+        (["a\u200bb", "ab"], ["'ab'"]),
+        (["STRASSE", "stra\u00dfe"], ["'STRASSE'"]),
+        (["\u2764", "\u2764\ufe0f", "co\u00adop", "coop"], ["'\u2764'", "'coop'"]),
+        (["neg", "negative", "0", "00", "pos"], []),
+    ],
+)
+def test_labels_that_differ_in_case_blanks_or_form_alone_are_warned_of(names, groups, caplog):
+    warnings = find_warnings(caplog, make_report(0.0, names))
+    assert len(warnings) == len(groups)
+    for warning, group in zip(warnings, groups, strict=True):
+        assert re.search(group.replace("(", r"\(").replace(")", r"\)"), warning)
+    assert not find_warnings(caplog, make_report(0.0, names, role="validation"))
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.199, False), (0.2, True), (1.0, True)])
+def test_unknown_tokens_are_warned_of_from_a_fifth_on(share, warned, caplog):
+    warnings = find_warnings(caplog, make_report(share, role="dev"))
+    assert len(warnings) == warned
+    assert not warned or f"dev: {share:.1%} of the tokens are [UNK]" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "share"),
+    [
+        (["好评 差评", "质量 太差"], 1.0),
+        (["Это плохой чайник", "so so so"], 0.5),
+        (["정말 좋아요", "👍"], 1.0),
+        (["it was good", "so bad"], 0.0),
+        (["good 👍", "the meal was so quite 👍"], 2 / 8),
+    ],
+)
+def test_unknown_tokens_are_counted_without_cls_and_sep(texts, share, tiny_base, toy_recipe, toy):
+    write_csv(toy / "test.csv", [(text, "positive") for text in texts])
+    report = describe_data(Recipe.load(toy_recipe))
+    tokens = report["test"]["tokens"]
+    assert tokens["unknown_share"] == pytest.approx(share)
+    assert tokens["unknown"] == round(share * (tokens["tokens"] - 4))
+    assert report["train"]["tokens"]["unknown"] == 0
+    unknown = report_lines(report)[-5 - len(report) :]
+    assert any(f"{share:.1%}" in line for line in unknown)
 
 
 @pytest.fixture

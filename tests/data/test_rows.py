@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 from collections import Counter
 
 import numpy as np
@@ -10,16 +12,18 @@ from hypothesis import strategies as st
 
 from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data import sources
+from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.rows import (
     Rows,
     carve,
     digest_text,
     load_data,
     load_judged,
+    load_raw_texts,
     load_rows,
     sample,
 )
-from lora_sentiment.data.tables import read_table
+from lora_sentiment.data.tables import TableWriter, read_table
 from lora_sentiment.errors import DataError
 from lora_sentiment.recipe.data import DataConfig
 from tests.conftest import toy_rows, write_csv
@@ -66,10 +70,10 @@ def test_a_test_file_that_is_missing_or_lacks_a_column_shows_at_the_start(toy):
         load_data(config(toy))
 
 
-def test_labels_that_are_neither_text_nor_integers_are_refused(tmp_path):
+def test_decimal_labels_are_refused_in_jsonl_as_in_csv(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": 0.5}\n{"text": "b", "label": 1.0}\n')
-    with pytest.raises(DataError, match=r"neither text nor integers; its first value is 0\.5"):
+    with pytest.raises(DataError, match=r"labels are decimal numbers, such as 0\.5"):
         load_data(DataConfig(source=str(path)))
 
 
@@ -135,7 +139,7 @@ def test_a_missing_number_is_a_missing_label(tmp_path):
         pa.table({"text": list("ab"), "label": [float("nan"), 1.0]}), tmp_path / "a.parquet"
     )
     with pytest.raises(
-        DataError, match=r"row 1: label is missing\n.*row 2: label 1\.0 is none of 0, 1"
+        DataError, match=r"row 1: label is missing\n.*row 2: label '1\.0' is none of 0, 1"
     ):
         load_rows(DataConfig(source=str(tmp_path / "a.parquet")), split="test", labels=("0", "1"))
 
@@ -153,9 +157,220 @@ def test_a_label_outside_the_names_is_a_bad_row(toy):
 
 
 def test_integers_are_no_positions_where_the_names_are_integers(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [("a", "0"), ("b", "1")])
+    path = write_csv(tmp_path / "a.csv", [("a", "0"), ("b", "4")])
     with pytest.raises(DataError, match="row 1: label '0' is none of 1, 2"):
         load_rows(DataConfig(source=str(path)), split="test", labels=("1", "2"))
+
+
+def write_labels(path, values):
+    """Write a table with a text of its own for each label value."""
+    texts = [f"text {i}" for i in range(len(values))]
+    with TableWriter(path, columns=["text", "label"]) as writer:
+        writer.write({"text": texts, "label": list(values)})
+    return path
+
+
+WORDS = ["problem", "approval"] * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("second.csv", ["0", "1"] * 5),
+        ("second.tsv.gz", ["1", "0", "1"]),
+        ("second.jsonl", [1, 0, 0]),
+        ("second.parquet", [0, 1, 1]),
+        ("one class.csv", ["1", "1", "1"]),
+        ("from one.csv", ["1", "2"]),
+        ("decimals.csv", ["0.0", "1.0"]),
+        ("blanks.csv", [" 0", "1 "]),
+        ("stars.csv", ["1", "2", "3", "4", "5"]),
+    ],
+)
+@pytest.mark.parametrize("drop", ["drop", "error"])
+def test_integers_of_a_second_file_never_stand_for_names_that_were_only_sorted(
+    tmp_path, name, values, drop
+):
+    train = str(write_labels(tmp_path / "train.csv", WORDS))
+    second = str(write_labels(tmp_path / name, values))
+    message = (
+        f"{name}: its labels are the integers .*, but the names of the labels were only sorted, so "
+        "0=approval, 1=problem would be a guess; write the names in the file, or train with "
+        "data.labels"
+    )
+    roles = DataConfig(source={"train": train, "validation": second}, on_bad_row=drop)
+    with pytest.raises(DataError, match=message):
+        load_data(roles)
+    judged = DataConfig(source={"train": train, "test": second}, on_bad_row=drop)
+    data = load_data(judged)
+    with pytest.raises(DataError, match=message):
+        load_judged(judged, role="test", labels=data.labels)
+    other = data.config.model_copy(update={"source": second})
+    with pytest.raises(DataError, match=message):
+        load_rows(other, split="test", labels=data.labels)
+
+
+def test_integers_of_a_second_file_are_positions_in_names_that_the_recipe_states(tmp_path):
+    train = write_labels(tmp_path / "train.csv", WORDS)
+    second = write_labels(tmp_path / "second.csv", ["0", "1"])
+    roles = {"train": str(train), "validation": str(second)}
+    data = load_data(DataConfig(source=roles, labels=["problem", "approval"]))
+    assert data.validation.labels.tolist() == [0, 1]
+    other = data.config.model_copy(update={"source": str(second)})
+    assert load_rows(other, split="test", labels=data.labels)[0].labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "refused"),
+    [
+        (["0", "1"], ["approval", "problem"], True),
+        (["1", "2"], ["approval", "problem"], True),
+        (["0", "1"], ["good", "bad", "so"], True),
+        (["1", "2", "3"], ["n/a"], False),
+        (["10", "20"], ["many", "none"], False),
+        (["0"], ["bad", "good"], False),
+    ],
+)
+def test_files_of_one_role_that_mix_integers_and_names_are_refused(
+    tmp_path, values, words, refused
+):
+    write_labels(tmp_path / "a.csv", words * 4)
+    write_csv(tmp_path / "b.csv", [(f"other {i}", value) for i, value in enumerate(values * 4)])
+    mixed = DataConfig(source=str(tmp_path / "*.csv"))
+    if refused:
+        with pytest.raises(DataError, match=r"some labels are the integers .*, others the names"):
+            load_data(mixed)
+    else:
+        assert set(load_data(mixed).labels) == {*values, *words}
+    stated = mixed.model_copy(update={"labels": (*values, *words)})
+    assert load_data(stated).labels == (*values, *words)
+
+
+THREE = ("bad", "middling", "good")
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "advice"),
+    [
+        (THREE, ["2", "3", "1"], "subtract 1 from each label, or write the names in the file"),
+        (THREE, [1, 2, 3], "subtract 1 from each label, or"),
+        (THREE, ["1.0", "2.0", "3.0"], "subtract 1 from each label, or"),
+        (THREE, [" 1", "2", "3\u00a0", ""], "subtract 1 from each label, or"),
+        (THREE, ["1", "3"], "subtract 1 from each label, or"),
+        (THREE, ["-1", "0", "1"], "add 1 to each label, or"),
+        (("neg", "pos"), ["1", "2"], "subtract 1 from each label, or"),
+        (("neg", "pos"), [-1, 1], "write 0 for -1, or write the names in the file"),
+        (("neg", "pos"), ["-1", "+1"], "write 0 for -1, or write the names in the file"),
+        (("neg", "pos"), ["01", "02"], "subtract 1 from each label, or"),
+        (("0", "1", "2"), ["1", "2", "3"], "subtract 1 from each label$"),
+        (("1", "2"), ["0", "1"], "add 1 to each label$"),
+    ],
+)
+@pytest.mark.parametrize("drop", ["drop", "error"])
+def test_labels_that_count_from_another_number_are_told_so(tmp_path, names, values, advice, drop):
+    path = write_labels(tmp_path / "a.jsonl", values * 4)
+    message = rf"a\.jsonl: its labels are .*, but here they count from \d to \d \(.*\); {advice}"
+    stated = DataConfig(source=str(path), labels=names, on_bad_row=drop)
+    with pytest.raises(DataError, match=message) as caught:
+        load_data(stated)
+    assert not caught.value.advice
+    with pytest.raises(DataError, match=message):
+        load_rows(stated, split="test", labels=names)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "expected"),
+    [
+        (THREE, ["0", "2"], [0, 2]),
+        (THREE, ["1", "1"], [1, 1]),
+        (THREE, ["0", "1", "9"], [0, 1]),
+        (THREE, ["-1", "0", "1", "2"], [0, 1, 2]),
+        (("1", "2", "3"), ["2", "3"], [1, 2]),
+        (("0.0", "1.0"), ["0.0", "1.0"], [0, 1]),
+        (("0.0", "1.0"), ["0", "1"], [0, 1]),
+    ],
+)
+def test_rows_to_judge_may_lack_a_label_and_lose_a_stray_integer(tmp_path, names, values, expected):
+    path = write_labels(tmp_path / "a.csv", values)
+    stated = DataConfig(source=str(path), labels=names, on_bad_row="drop")
+    assert load_rows(stated, split="test", labels=names)[0].labels.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "lost"),
+    [
+        (THREE, ["bad", "good", "midling"], "middling"),
+        (("a", "b", "c", "d"), ["a", "b", "x"], "c, d"),
+        (THREE, ["0", "1", "9"], "good"),
+        (THREE, ["0", "1", ""], "good"),
+    ],
+)
+def test_dropping_never_costs_training_a_label(tmp_path, names, values, lost):
+    path = write_labels(tmp_path / "a.csv", values * 4)
+    stated = DataConfig(source=str(path), labels=names)
+    with pytest.raises(DataError, match="correct them") as caught:
+        load_data(stated)
+    assert not caught.value.advice
+    with pytest.raises(DataError, match=f"no row is left for {lost} after dropping 4 rows"):
+        load_data(stated.model_copy(update={"on_bad_row": "drop"}))
+
+
+def test_dropping_is_advised_where_it_helps(tmp_path):
+    path = write_labels(tmp_path / "a.csv", ["bad", "good", ""] * 4)
+    with pytest.raises(DataError, match="label is missing") as caught:
+        load_data(DataConfig(source=str(path)))
+    assert str(caught.value).endswith("correct them, or set data.on_bad_row=drop")
+
+
+BLANKS = [" ", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u200e", "\r\n", " \u2060 "]
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_blanks_around_labels_and_column_names_are_no_part_of_them(tmp_path, blank, suffix):
+    path = tmp_path / f"a.{suffix}"
+    header = [f"{blank}text{blank}", f"x{blank}y", f"label{blank}"]
+    labels = ["neg", f"{blank}neg", f"pos{blank}", f"{blank}pos{blank}"] * 4
+    texts = [f"text {i}" for i in range(16)]
+    with TableWriter(path, columns=header) as writer:
+        writer.write(dict(zip(header, (texts, texts, labels), strict=True)))
+    for column in ("label", " label"):
+        roles = {"train": str(path), "validation": str(path)}
+        data = load_data(DataConfig(source=roles, label_column=column))
+        assert data.labels == ("neg", "pos")
+        assert data.train.labels.tolist() == data.validation.labels.tolist() == [0, 0, 1, 1] * 4
+    stated = DataConfig(source=str(path), labels=[f"{blank}pos", "neg"])
+    assert load_data(stated).labels == ("pos", "neg")
+    rows, _ = load_rows(stated, split="test", labels=("pos", "neg"))
+    assert rows.labels.tolist() == [1, 1, 0, 0] * 4
+
+
+def test_a_label_of_blanks_is_missing_and_names_that_differ_in_blanks_alone_are_refused(tmp_path):
+    path = write_labels(tmp_path / "a.csv", ["a", "b", " "] * 4)
+    with pytest.raises(DataError, match="row 3: label is missing"):
+        load_data(DataConfig(source=str(path)))
+    for names in (["a", "a "], ["a", " "]):
+        with pytest.raises(DataError, match="blanks around a name do not count"):
+            load_data(DataConfig(source=str(path), labels=names))
+
+
+def test_of_two_columns_that_differ_in_blanks_the_exact_one_is_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label, label\n" + "a,x,1\nb,y,2\nc,x,1\nd,y,2\n")
+    assert load_data(DataConfig(source=str(path))).labels == ("x", "y")
+    assert load_data(DataConfig(source=str(path), label_column=" label")).labels == ("1", "2")
+    path.write_text("text,label , label\na,x,1\nb,y,2\n")
+    with pytest.raises(DataError, match="no column 'label'"):
+        load_data(DataConfig(source=str(path)))
+
+
+def test_labels_that_older_versions_kept_with_blanks_are_found_again(tmp_path):
+    old = ("neg", "neg ", " pos")
+    path = write_labels(tmp_path / "a.csv", ["neg", "neg ", " pos", "pos"] * 4)
+    rows = load_data(DataConfig(source=str(path), validation_fraction=0.3), labels=old)
+    assert rows.labels == old
+    rows, _ = load_rows(DataConfig(source=str(path)), split="test", labels=old)
+    assert rows.labels.tolist() == [0, 1, 2, 2] * 4
 
 
 @pytest.mark.parametrize(
@@ -167,13 +382,20 @@ def test_integers_are_no_positions_where_the_names_are_integers(tmp_path):
     ],
 )
 def test_a_data_sets_own_names_are_matched_by_name_or_renamed(own, ours, expected):
-    assert rows_module._rename([0, 1, -1], own, ours, "x") == expected
+    assert rows_module._rename([0, 1, -1], own, ours, "x", is_ordered=True) == expected
 
 
-@pytest.mark.parametrize(("own", "ours"), [(("a", "b"), ("a", "c")), (("a", "b", "c"), ("x", "y"))])
-def test_names_that_half_match_are_refused(own, ours):
+@pytest.mark.parametrize(
+    ("own", "ours", "is_ordered"),
+    [
+        (("a", "b"), ("a", "c"), True),
+        (("a", "b", "c"), ("x", "y"), True),
+        (("a", "b"), ("x", "y"), False),
+    ],
+)
+def test_names_that_half_match_are_refused(own, ours, is_ordered):
     with pytest.raises(DataError, match="its labels are a, b"):
-        rows_module._rename([0], own, ours, "x")
+        rows_module._rename([0], own, ours, "x", is_ordered=is_ordered)
 
 
 def test_one_class_only_is_refused(toy):
@@ -248,35 +470,82 @@ labelled = st.lists(
 def test_a_carve_loses_no_row_and_keeps_duplicates_together(pairs, fraction, seed):
     rows = make_rows([t for t, _ in pairs], [label for _, label in pairs])
     try:
-        rest, carved = carve(rows, "abc", fraction=fraction, seed=seed)
+        rest, carved = carve(rows, "abc", fraction=fraction, seed=seed, key="k")
     except DataError:
         return
     assert sorted([*rest.numbers, *carved.numbers]) == rows.numbers.tolist()
     assert not set(rest.texts) & set(carved.texts)
     assert (
-        carve(rows, "abc", fraction=fraction, seed=seed)[1].numbers.tolist()
+        carve(rows, "abc", fraction=fraction, seed=seed, key="k")[1].numbers.tolist()
         == carved.numbers.tolist()
     )
 
 
 def test_a_carve_is_stratified_and_its_seed_decides():
     rows = make_rows(map(str, range(1000)), [int(i < 200) for i in range(1000)])
-    _, carved = carve(rows, "abc", fraction=0.1, seed=0)
+    _, carved = carve(rows, "abc", fraction=0.1, seed=0, key="k")
     assert Counter(carved.labels.tolist()) == {0: 80, 1: 20}
-    assert carve(rows, "abc", fraction=0.1, seed=1)[1].numbers.tolist() != carved.numbers.tolist()
+    assert (
+        carve(rows, "abc", fraction=0.1, seed=1, key="k")[1].numbers.tolist()
+        != carved.numbers.tolist()
+    )
 
 
 def test_a_carve_that_would_empty_a_label_is_refused():
     with pytest.raises(
         DataError,
-        match=r"label 'good' has too few distinct texts to carve 30% out of its rows \(2\)",
+        match=r"label 'good' has too few distinct texts to carve 30% out of its rows \(2\)\n.* or lower k$",
     ):
         carve(
             make_rows(["a", "b", "c", "d", "d"], [0, 0, 0, 1, 1]),
             ["bad", "good"],
             fraction=0.3,
             seed=0,
+            key="k",
         )
+
+
+@pytest.mark.parametrize(
+    ("counts", "values", "rare"),
+    [
+        ({"a": 9, "b": 9, "rare0": 1, "rare1": 1}, {}, {"rare0": 1, "rare1": 1}),
+        ({"a": 9, "b": 9, "c": 1}, {"validation_fraction": 0.01}, {"c": 1}),
+        ({"a": 9, "b": 9, "c": 2, "d": 1}, {"test_fraction": 0.1}, {"c": 2, "d": 1}),
+        ({"a": 9, **{f"x{i:02}": 1 for i in range(40)}}, {}, {f"x{i:02}": 1 for i in range(40)}),
+        ({"0": 9, "1": 9, "2": 1}, {}, {"2": 1}),
+    ],
+)
+def test_all_labels_too_rare_to_carve_are_named_with_a_way_out(tmp_path, counts, values, rare):
+    labels = [name for name, count in counts.items() for _ in range(count)]
+    sparse = DataConfig(source=str(write_labels(tmp_path / "a.csv", labels)), **values)
+    with pytest.raises(DataError) as caught:
+        load_data(sparse)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert re.findall(r"'([^']+)'", lines[0]) == list(rare)
+    assert re.findall(r"\((\d+)\)", lines[0]) == list(map(str, rare.values()))
+    assert "lower" not in lines[-1]
+    kept = [name for name in counts if name not in rare]
+    if len(kept) < 2:
+        assert "data.labels" not in lines[-1]
+        return
+    stated, drop = shlex.split(lines[-1])[-2:]
+    assert drop == "data.on_bad_row=drop"
+    assert json.loads(stated.removeprefix("data.labels=")) == kept
+    mended = sparse.model_copy(update={"labels": tuple(kept), "on_bad_row": "drop"})
+    assert load_data(mended).counts["train"].kept == 18
+    validation = write_csv(tmp_path / "v.csv", [("v", kept[0])])
+    named = {"train": sparse.source, "validation": str(validation), "test": str(validation)}
+    assert load_data(sparse.model_copy(update={"source": named})).labels == tuple(sorted(counts))
+
+
+def test_a_label_of_repeated_texts_is_rare_and_stated_names_of_integers_stay(tmp_path):
+    rows = [(f"text {i}", str(i % 2 + 1)) for i in range(20)] + [("same", "0")] * 5
+    path = write_csv(tmp_path / "a.csv", rows)
+    with pytest.raises(DataError, match=r"label 'c' has too few .* rows \(5\)") as caught:
+        load_data(DataConfig(source=str(path), labels=["c", "a", "b"]))
+    # Without c the integers would stand for other names.
+    assert "data.labels" not in str(caught.value)
 
 
 @given(st.integers(10, 200), st.integers(1, 10), st.integers(0, 5))
@@ -383,6 +652,7 @@ def test_a_hub_data_sets_splits_take_the_roles_that_the_recipe_gives(hub_set):
     )  # carved, because no split has the role
     assert len(load_judged(given_config, role="dev", labels=data.labels)[0]) == 20
     assert load_judged(given_config, role="test", labels=data.labels)[0] is None
+    assert data.config == given_config.model_copy(update={"labels": ("negative", "positive")})
 
 
 def test_without_roles_a_hub_data_sets_splits_are_what_they_are_called(hub_set):
@@ -411,3 +681,38 @@ def test_recorded_splits_do_not_bind_a_file_that_is_given_instead(toy):
     recorded = DataConfig(source="own/sst2", splits={"train": "train", "dev": "validation"})
     instead = recorded.model_copy(update={"source": str(toy / "test.csv")})
     assert len(load_rows(instead, split="test", labels=("negative", "positive"))[0]) == 41
+
+
+def write_raw(folder, kind, rows):
+    """Write rows as a table of some kind, and return its source."""
+    if kind == "parquet":
+        columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
+        pq.write_table(pa.table(columns), folder / "raw.parquet")
+        return str(folder / "raw.parquet")
+    if kind == "jsonl":
+        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+        (folder / "raw.jsonl").write_text("\n".join(lines))
+        return str(folder / "raw.jsonl")
+    if kind == "pattern":
+        write_csv(folder / "raw1.csv", rows[:50])
+        write_csv(folder / "raw2.csv", rows[50:])
+        return str(folder / "raw*.csv")
+    path = str(write_csv(folder / "raw.csv", rows))
+    return {"train": path, "validation": path} if kind == "own split" else path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl", "pattern", "own split"])
+@pytest.mark.parametrize("max_rows", [None, 80])
+def test_raw_texts_are_those_of_the_same_rows_before_cleaning(kind, max_rows, tmp_path):
+    rows = [
+        (f"<b>{i}</b><br />{text} &amp;\u00a0", label)
+        for i, (text, label) in enumerate(toy_rows(100))
+    ]
+    rows[3], rows[60] = (" <br />", "positive"), ("no label", "")
+    source = write_raw(tmp_path, kind, rows)
+    config = DataConfig(source=source, on_bad_row="drop", max_train_rows=max_rows)
+    data = load_data(config)
+    role = "validation" if "validation" in data.counts else "train"
+    raw = load_raw_texts(config, data.validation, role=role)
+    assert raw == [rows[number - 1][0] for number in data.validation.numbers]
+    assert [clean_text(text, Counter()) for text in raw] == list(data.validation.texts)

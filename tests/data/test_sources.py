@@ -1,11 +1,15 @@
 """Which files a source names."""
 
+import json
 import logging
+import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lora_sentiment.data.rows import load_data
-from lora_sentiment.data.sources import find_source, is_on_hub
+from lora_sentiment.data.sources import find_source, is_on_hub, read_columns
 from lora_sentiment.data.tables import read_table
 from lora_sentiment.errors import DataError
 from lora_sentiment.recipe.data import DataConfig
@@ -104,3 +108,75 @@ def test_the_name_of_a_data_set_is_one_of_the_hub(name):
 def test_a_name_that_no_file_can_have_is_one_message():
     with pytest.raises(DataError, match="File name too long"):
         load_data(DataConfig(source="a" * 300 + ".csv"))
+
+
+LABELLED = [("good", True), ("bad", False)] * 30
+
+
+def write_labels(path, kind):
+    texts = [f"{text} {number}" for number, (text, _) in enumerate(LABELLED)]
+    labels = [kind(label) for _, label in LABELLED]
+    if path.suffix == ".csv":
+        rows = [f"{text},{label}\n" for text, label in zip(texts, labels, strict=True)]
+        path.write_text("text,label\n" + "".join(rows))
+    elif path.suffix == ".jsonl":
+        rows = zip(texts, labels, strict=True)
+        path.write_text("\n".join(json.dumps({"text": t, "label": label}) for t, label in rows))
+    else:
+        pq.write_table(pa.table({"text": texts, "label": labels}), path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_truth_values_are_two_classes_in_every_format(here, name):
+    write_labels(here / name, bool)
+    for labels in (None, ("False", "True"), ("True", "False")):
+        data = load_data(DataConfig(source=name, labels=labels))
+        assert data.labels == (labels or ("False", "True"))
+        assert sorted(data.train.labels.tolist()) == [0] * 27 + [1] * 27
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_decimal_labels_get_one_remedy_in_every_format(here, name):
+    write_labels(here / name, float)
+    with pytest.raises(
+        DataError, match=r"decimal numbers, such as 0\.0; .*write integers, or state"
+    ):
+        load_data(DataConfig(source=name))
+    assert load_data(DataConfig(source=name, labels=("0.0", "1.0"))).labels == ("0.0", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("quoted", "rows", "warned"),
+    [
+        ('"a ""good"" one"', 1, True),
+        ('"good, and more"', 31, True),
+        ('"good, and more"', 29, False),
+        ('"good" and "bad"', 60, False),
+        ('""', 60, True),
+    ],
+)
+def test_quotes_of_an_unquoted_tsv_are_counted(here, quoted, rows, warned, caplog):
+    lines = [f"{quoted if i < rows else 'plain'}\t{'ab'[i % 2]}\n" for i in range(60)]
+    put(here, "a.tsv", "text\tlabel\n" + "".join(lines))
+    source = find_source(DataConfig(source="a.tsv"))
+    columns, _ = read_columns(DataConfig(source="a.tsv"), source, "train")
+    texts, _ = list(columns).pop()
+    assert texts[0] == quoted
+    message = f"a.tsv: {rows} of 60 texts stand in quotes, .* end the file's name in .csv"
+    assert bool(re.search(message, caplog.text)) == warned
+
+
+def test_a_csv_with_tabs_reads_the_quotes_of_a_tsv(here):
+    put(here, "a.csv", 'text\tlabel\n"a ""good"" one"\t1\n')
+    config = DataConfig(source="a.csv")
+    columns, _ = read_columns(config, find_source(config), "train")
+    assert list(columns) == [(['a "good" one'], ["1"])]
+
+
+def test_the_log_names_a_delimiter_once(here, caplog):
+    caplog.set_level(logging.INFO)
+    put(here, "a.csv", RIGHT.replace(",", ";"))
+    load_data(DataConfig(source="a.csv"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "a.csv: its fields are separated by semicolons and may be quoted"
+    ]

@@ -1,7 +1,11 @@
+import csv
 import errno
 import gzip
+import io
 import json
 import os
+import subprocess
+import sys
 import time
 from itertools import chain
 from pathlib import Path
@@ -12,8 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_sentiment.data.tables import FORMATS, TableWriter, read_table, table_columns, table_types
-from lora_sentiment.errors import DataError
+from lora_sentiment.data.tables import (
+    FORMATS,
+    TableWriter,
+    describe_delimiter,
+    read_table,
+    table_columns,
+    table_types,
+)
+from lora_sentiment.errors import DataError, show
 
 MESSY = Path(__file__).resolve().parents[3] / "shared" / "data" / "messy"
 
@@ -154,15 +165,13 @@ def test_formats_name_every_suffix():
         ("a.tsv", "a\tb\nx\ty\t1\n", "row 1 (line 2): found 3 field(s), expected 2, as in the header: ['a', 'b']"),
         ("a.csv", "text,label,text\n", "column 3 of 3 has the name of column 1, 'text'; rename or remove one"),
         ("a.csv", ",text\n0,x\n", "column 1 of 2 has no name; name it or remove it (pandas writes an index so"),
-        ("a.csv", "\ufeff\ufefftext\nx\n", "column 1 of 1 begins with a stray byte order mark"),
-        ("a.csv", "a\ncaf\xe9\n".encode("cp1252"), "is not utf-8: byte 0xe9 at offset 5 (line 2); all of it decodes as "
-         "cp1252, latin-1; save it as UTF-8, or set data.encoding=cp1252"),
-        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); all of it decodes as latin-1; save"),
-        ("a.tsv.gz", b"a\n\xe9\n", "byte 0xe9 at offset 2 (line 2); all of it decodes as cp1252"),
+        ("a.csv", "a\ncaf\xe9\n".encode("cp1252"), "not utf-8: byte 0xe9 at offset 5 (line 2); line 2 reads 'café' as"),
+        ("a.csv", b"a\n\x81\n", "byte 0x81 at offset 2 (line 2); line 2 reads "),
+        ("a.tsv.gz", b"a\n\xe9\n", "byte 0xe9 at offset 2 (line 2); line 2 reads 'é' as"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "byte 0xe9 at offset 7 (line 1)"),
-        ("a.csv", "a\nx\n".encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it decodes as utf-16, "),
-        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; remove it, or set "
-         "data.encoding=utf-16-le"),
+        ("a.csv", "a\nx\n".encode("utf-16"), "byte 0xff at offset 0 (line 1); all of it is utf-16; save it"),
+        ("a.csv", "a\nx\n".encode("utf-16-le"), "line 1 holds a NUL character; all of it is utf-16-le; "
+         "save it as UTF-8, or set data.encoding=utf-16-le"),
         ("a.csv", "a\nx\ny\0z\n", "line 3 holds a NUL character"),
         # Without the clock, which would name the test otherwise in every process that collects it.
         ("a.csv", gzip.compress(b"a\nx\n", mtime=0), "is gzip, which its name must tell; end it in .gz"),
@@ -174,12 +183,10 @@ def test_formats_name_every_suffix():
         ("a.csv", "a\n" + "x" * 10_000_001, "line 2 is longer than 10,000,000 characters"),
         ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', "row 2 (line 3): no JSON object: Expecting property name enclosed"
          " in double quotes at column 9"),
-        ("a.json", '[\n{"a": 1}\n]\n', "row 1 (line 1): no JSON object: Expecting value at column 2"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "row 2 (line 2): no JSON object: found a list; each line must hold one"),
         ("a.jsonl", "{}\n", "the table has no columns"),
         ("a.jsonl", '{"": 1}\n', "column 1 of 1 has no name"),
         ("a.jsonl", '{"a": 1, "a": 2}\n', "row 1 (line 1): no JSON object: a key stands twice among ['a', 'a']"),
-        ("a.jsonl", '{"a": 1}\n{"b": 1}\n', "row 2 (line 2): found the key 'b', but the first line names ['a']"),
         ("a.jsonl", '{"a": "\\uD800"}\n', "row 1 (line 1): no JSON object: 'utf-8' codec can't encode"),
         ("a.jsonl", '{"a": ' + "[" * 100_000 + "\n", "row 1 (line 1): no JSON object: maximum recursion depth"),
         ("a.jsonl", '{"a": ' + "1" * 5000 + "}\n", "row 1 (line 1): no JSON object: Exceeds the limit"),
@@ -256,7 +263,7 @@ def test_an_unknown_encoding_is_refused(tmp_path, encoding):
 def test_an_encoding_that_fails_in_its_own_way_is_refused(tmp_path):
     path = save(tmp_path, "a.csv", "a\nx\n")
     with pytest.raises(
-        DataError, match="is not undefined: undefined encoding; all of it decodes as utf-8"
+        DataError, match="is not undefined: undefined encoding; all of it is utf-8; save"
     ):
         read(path, encoding="undefined")
 
@@ -604,7 +611,218 @@ def test_real_ugly_files(tmp_path):
         "label": 872, "content": 872}  # fmt: skip
     path = save(tmp_path, "a.tsv", b"text\n" + (MESSY / "mr_negative_cp1252.txt").read_bytes())
     with pytest.raises(
-        DataError, match=r"is not utf-8: byte 0xe9 at .*: set the encoding to cp1252"
+        DataError, match=r"is not utf-8: byte 0xe9 at .* as cp1252.*set data.encoding to the"
     ):
         read(path)
     assert len(read(path, encoding="cp1252")["text"]) == 5331
+
+
+# Tables as other programs write them
+
+ROWS = {
+    "text": ['a "good" one; I\tthink, yes', "bad\nbook", "so; so"],
+    "label": ["pos", "neg", "neg"],
+}
+
+
+def delimited(delimiter, *, before="", columns=("text", "label"), quoting=csv.QUOTE_MINIMAL):
+    file = io.StringIO()
+    file.write(before)
+    writer = csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator="\r\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*ROWS.values(), strict=True))
+    return file.getvalue()
+
+
+NEEDED = {"needed": ["text", "label"]}
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_delimiter_is_found_by_the_needed_columns(tmp_path, quoting, name, delimiter, declared):
+    before = f"sep={delimiter}\r\n" if declared else ""
+    path = save(tmp_path, name, delimited(delimiter, before=before, quoting=quoting))
+    if (name, delimiter, declared, quoting) == ("a.tsv", "\t", False, csv.QUOTE_MINIMAL):
+        # The header is not quoted, so quotes are characters, as in the files of GLUE.
+        with pytest.raises(DataError, match=r"if quotes enclose fields here, end the file's name"):
+            read(path, **NEEDED)
+        return
+    assert read(path, **NEEDED) == ROWS
+    assert table_columns(path, **NEEDED) == ["text", "label"]
+
+
+@pytest.mark.parametrize(
+    "first", ["sep=;\n", 'SEP=;\n', '"sep=;"\r\n', "\ufeffsep=;\n", "sep=^\n"]
+)  # fmt: skip
+def test_a_first_line_of_excel_names_the_delimiter(tmp_path, first):
+    delimiter = first.strip('"\r\n')[-1]
+    path = save(tmp_path, "a.csv", f"{first}text{delimiter}label\nso, so{delimiter}neg\nbad\n")
+    with pytest.raises(DataError, match=r"row 2 \(line 4\): found 1 field\(s\), expected 2"):
+        read(path)
+    path.write_text(path.read_text().removesuffix("bad\n"))
+    assert read(path) == {"text": ["so, so"], "label": ["neg"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("a.csv", "a;b\nx;y\n", ["a;b"]),  # one column with this name, if nobody needs another
+        ("a.csv", 'text,"label;\nx",b\n1,2,3\n', ["text", "label;\nx", "b"]),
+        ("a.csv", "text;x,label\n1,2\n", ["text;x", "label"]),
+        ("a.tsv", 'text\t"label"\n"x\t1\n', ["text", '"label"']),
+    ],
+)
+def test_the_format_of_the_name_comes_first(tmp_path, name, content, columns):
+    path = save(tmp_path, name, content)
+    assert table_columns(path, needed=columns) == columns
+    assert describe_delimiter(path, encoding="utf-8", needed=columns) is None
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ",", ";"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+def test_the_row_names_of_r_are_no_column(tmp_path, delimiter, name):
+    lines = ['"text";"label"', '"1";"good; really";"pos"', '"17";"bad";"neg"', '"3";"so\nso";"neg"']
+    path = save(tmp_path, name, "\n".join(lines).replace('";"', f'"{delimiter}"') + "\n")
+    assert read(path, **NEEDED) == {
+        "text": ["good; really", "bad", "so\nso"],
+        "label": ["pos", "neg", "neg"],
+    }
+    assert "row name before each row" in describe_delimiter(path, encoding="utf-8", **NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", '"text","label"\n"so",so,"neg"\n', "row 1 (line 2): found 3 field(s), expected 2"),
+        ("a.csv", '"text","label"\n"a \\"b\\" c","neg"\n', 'inside a quoted field as two quotes (in R: qme'),
+        ("a.tsv", "text\tlabel\n1\tgood\tpos\n", "if the first field is R's row name, write with row.names=FALSE"),
+        ("a.csv", "text;label\nso; so;neg\n", "quote a field that holds a semicolon or a newline"),
+    ],
+)  # fmt: skip
+def test_a_faulty_table_of_another_program_is_told_with_the_remedy(
+    tmp_path, name, content, message
+):
+    with pytest.raises(DataError) as caught:
+        read(save(tmp_path, name, content), **NEEDED)
+    assert message in str(caught.value)
+
+
+TEXTS = {
+    "cp1251": ("Очень плохая вещь, сломалась", "минус"),
+    "koi8_r": ("Отличный чайник, радует уже неделю", "плюс"),
+    "cp866": ("Отличный чайник, радует уже неделю", "плюс"),
+    "gb18030": ("质量太差，用了五天就坏了", "差评"),
+    "big5": ("品質太差，用了五天就壞了", "負評"),
+    "cp932": ("すぐに壊れました。残念", "悪い"),
+    "euc_jp": ("すぐに壊れました。残念", "悪い"),
+    "cp949": ("품질이 너무 나빠요, 고장났어요", "부정"),
+    "cp1256": ("المنتج سيئ جدا وتعطل بعد أيام", "سلبي"),
+    "cp1255": ("המוצר גרוע מאוד והתקלקל אחרי ימים", "שלילי"),
+    "cp1253": ("Πολύ κακό προϊόν, χάλασε σε μέρες", "αρνητικό"),
+    "cp1250": ("Świetny czajnik, używam już tydzień, dziękuję", "świetny"),
+    "cp1254": ("Çok kötü bir ürün, günler sonra bozuldu, değmez", "kötü"),
+    "cp1252": ("Très mauvais produit, cassé après des jours, déçu", "négatif"),
+    "mac_roman": ("Très mauvais produit, cassé après des jours, déçu", "négatif"),
+    "cp850": ("Sehr schlechtes Gerät, für nichts, größer", "schlecht"),
+    "cp874": ("สินค้าแย่มาก พังใน วัน", "ลบ"),
+}
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.gz"])
+def test_the_likely_encodings_are_named_with_what_a_line_reads(tmp_path, encoding, name):
+    text, label = TEXTS[encoding]
+    line = f"{text};{label}"
+    if name != "a.csv":
+        line = json.dumps({"text": text, "label": label}, ensure_ascii=False)
+    path = save(tmp_path, name, f"text;label\n{line}\n{line}\n".encode(encoding))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: is not utf-8: byte 0x")
+    assert f"{show(line)} as {encoding}" in message
+    assert message.endswith(
+        "; save it as UTF-8, or set data.encoding to the encoding that reads right"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("language", ["cp1251", "gb18030", "cp1252"])
+def test_unicode_in_another_form_is_named_for_certain(tmp_path, encoding, language):
+    line = ",".join(TEXTS[language])
+    path = save(tmp_path, "a.csv", f"text,label\n{line}\n{line}\n".encode(encoding))
+    with pytest.raises(
+        DataError,
+        match=f"all of it is {encoding}; save it as UTF-8, or set data.encoding={encoding}$",
+    ):
+        read(path)
+
+
+def test_text_in_utf_8_with_a_few_other_bytes_is_told_as_that(tmp_path):
+    path = save(tmp_path, "a.csv", b"text\n" + "déjà vu ça\n".encode() * 50 + b"d\xe9j\xe0\n")
+    with pytest.raises(
+        DataError, match=r"\(line 52\); nearly all of it is utf-8; correct the other"
+    ):
+        read(path)
+
+
+def test_bytes_that_are_no_text_get_no_encoding(tmp_path):
+    path = save(tmp_path, "a.csv", bytes(range(128, 256)) * 40)
+    with pytest.raises(DataError, match=r"is not utf-8: byte 0x80 at offset 0 \(line 1\); "):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (['{"text": "a"}', '{"text": "b", "note": 1}'], {"text": ["a", "b"], "note": [None, 1]}),
+        (['{"id": 1}', '{"text": "b"}'], {"id": [1, None], "text": [None, "b"]}),
+        (['{}', '{"text": "b", "x": []}'], {"text": [None, "b"], "x": [None, []]}),
+    ],
+)  # fmt: skip
+def test_the_columns_of_jsonl_are_all_keys(tmp_path, lines, expected):
+    path = save(tmp_path, "a.jsonl", "\n".join(lines))
+    assert read(path) == expected
+    assert table_columns(path) == list(expected)
+    assert [list(batch) for batch in read_table(path, rows_per_batch=1)] == [list(expected)] * 2
+
+
+def test_only_the_needed_keys_are_looked_for_if_no_others_are(tmp_path):
+    path = save(tmp_path, "a.jsonl", '{"label": 1}\n{"text": "a"}\n{"text": "b", "note": 2}\n')
+    table = read(path, **NEEDED, others=False)
+    assert table == {"label": [1, None, None], "text": [None, "a", "b"]}
+
+
+@pytest.mark.parametrize("indent", [None, 1, 4])
+@pytest.mark.parametrize("kind", ["array", "objects", "objects in a row", "broken array"])
+@pytest.mark.parametrize("name", ["a.json", "my $rows' (1).json"])
+def test_json_in_another_form_comes_with_a_command_that_makes_lines(tmp_path, indent, kind, name):
+    rows = [{"text": 'so "so" é } {\n', "label": 1}, {"text": "[a], {b}", "label": 0}]
+    objects = [json.dumps(row, indent=indent, ensure_ascii=False) for row in rows]
+    content = {
+        "array": json.dumps(rows, indent=indent),
+        "objects": "\n".join(objects),
+        "objects in a row": "".join(objects),
+        "broken array": "[\n" + ",\n".join(objects) + "\n]",
+    }[kind]
+    path = save(tmp_path, name, content)
+    if kind == "objects" and indent is None:
+        assert read(path)["label"] == [1, 0]
+        return
+    with pytest.raises(DataError, match="each line must hold one object: run python -c") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    command = str(caught.value).partition(": run python")[2]
+    subprocess.run(sys.executable + command, shell=True, check=True, cwd=tmp_path)
+    assert read(tmp_path / f"{path.stem}-lines.jsonl") == {
+        "text": [row["text"] for row in rows], "label": [1, 0]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", [{"0": "a", "1": "b"}, ["a", "b"]])
+def test_json_by_columns_is_told_as_that(tmp_path, cell):
+    path = save(tmp_path, "a.json", json.dumps({"text": cell, "label": cell}))
+    with pytest.raises(DataError, match=r"its keys hold whole columns; .*orient='records', lines"):
+        read(path, **NEEDED)

@@ -13,6 +13,7 @@ from lora_sentiment.errors import DataError, ModelError, RecipeError
 from lora_sentiment.tasks.metrics import (
     METRICS,
     ClassificationMetric,
+    check_metric,
     confusion_matrix,
     find_metric,
     quick_score,
@@ -330,3 +331,33 @@ def test_calibrated_metrics_stand_beside_the_plain_ones(temperature):
     assert intervals["calibrated_ece"] == at_temperature["ece"]
     plain = score_calibrated(logits, labels, calibration=None)
     assert plain == score(logits, labels) == {name: intervals[name] for name in METRICS}
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    ("labels", "names", "missing"),
+    [
+        ([1, 1, 1], ("neg", "pos"), "'neg'"),
+        ([0], ("neg", "pos"), "'pos'"),
+        ([1, 1], ("bad", "so", "good"), "'bad', 'good'"),
+        ([0, 1, 1], ("neg", "pos"), None),
+        ([2, 0], ("bad", "so", "good"), None),
+    ],
+)
+def test_a_metric_is_refused_on_rows_where_all_models_are_equal(name, labels, names, missing):
+    labels = np.array(labels)
+    right = np.eye(len(names))[labels]
+    wrong = np.eye(len(names))[(labels + 1) % len(names)]
+    values = {METRICS[name].value(right, labels), METRICS[name].value(wrong, labels)}
+    is_useless = len(values) == 1 or np.isnan(list(values)).any()
+    assert is_useless == (missing is not None and name in ("auroc", "mcc"))
+    if not is_useless:
+        check_metric(name, labels=labels, names=names)
+        return
+    present = names[labels[0]]
+    message = (
+        f"validation: all {len(labels)} rows have the label '{present}', none has {missing}, so "
+        f"{name} cannot choose the best model; .* to accuracy, macro_f1, log_loss, ece"
+    )
+    with pytest.raises(DataError, match=message):
+        check_metric(name, labels=labels, names=names)

@@ -67,8 +67,8 @@ def test_balanced_weights_are_those_of_scikit_learn():
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     weights = make_class_weights("balanced", labels=labels, names="abc")
     assert weights.tolist() == pytest.approx(expected.tolist())
-    with pytest.raises(DataError, match="balanced: no training row has the label 'd'"):
-        make_class_weights("balanced", labels=labels, names="abcd")
+    with pytest.raises(DataError, match="balanced: no training row has the label 'd', 'e'"):
+        make_class_weights("balanced", labels=labels, names="abcde")
 
 
 def test_a_list_of_weights_is_in_the_order_of_the_labels():

@@ -1,0 +1,120 @@
+"""Name the encodings that the bytes of a file may be in, by evidence."""
+
+import codecs
+from collections.abc import Callable
+from typing import Any
+
+from charset_normalizer import from_bytes
+
+from lora_sentiment.errors import show
+
+LIKELY = (
+    "cp1252", "cp1251", "gb18030", "cp932", "cp949", "big5", "cp1250", "cp1254", "cp1256", "cp1255",
+    "cp1253", "cp1257", "cp1258", "cp874", "euc_jp", "koi8_r", "koi8_u", "mac_roman", "mac_cyrillic",
+    "cp850", "cp866", "cp852", "cp437", "iso8859_2", "iso8859_5", "iso8859_6", "iso8859_7",
+    "iso8859_15", "latin_1",
+)  # fmt: skip
+"""Encodings that files really have. Of two that read a file alike, the first is named."""
+MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order marks. That of UTF-32 begins as that of UTF-16, and comes first."""
+_SAMPLE_BYTES = 1 << 16
+_NUM_SHOWN = 4
+
+Open = Callable[[], Any]
+"""Opens the file again, at its first byte."""
+
+
+def find_bad_byte(open_file: Open, encoding: str) -> str:
+    """Describe the first byte that does not decode; return an empty text if there is none."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    end, line, chunk = 0, 1, b"-"
+    with open_file() as file:
+        # Without the mark, nearly every file of even length decodes as UTF-16 into nonsense.
+        has_mark = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if codecs.lookup(encoding).name == "utf-16" and not has_mark:
+            return "it has no byte order mark"
+        file.seek(0)
+        while chunk:
+            chunk = file.read(1 << 20)
+            end += len(chunk)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                # The object may begin with bytes of the previous chunk.
+                start = end - len(error.object) + error.start
+                line += error.object[: error.start].count(b"\n")
+                return f"byte 0x{error.object[error.start]:02x} at offset {start} (line {line})"
+            except UnicodeError as error:
+                return str(error)
+            line += chunk.count(b"\n")
+    return ""
+
+
+def describe_likely_encodings(open_file: Open) -> tuple[str, dict[str, str]]:
+    """Say which encodings the file may be in, and what a line reads in each.
+
+    Returns:
+        (finding, advice), as of a `DataError`.
+    """
+    number, sample = _take_lines(open_file)
+    text = b"".join(sample).decode("utf-8", "replace")
+    num_bad = text.count("\ufffd")
+    if sum(not character.isascii() for character in text) > 5 * num_bad:
+        return "nearly all of it is utf-8; correct the other characters", {}
+    readings: list[str] = []
+    for match in from_bytes(b"".join(sample), cp_isolation=list(LIKELY), threshold=0.4):
+        name = min((match.encoding, *match.could_be_from_charset), key=_rank)
+        reading = show(sample[0].decode(name, "replace").strip())
+        is_new = all(not other.startswith(reading) for other in readings)
+        if is_new and len(readings) < _NUM_SHOWN and not find_bad_byte(open_file, name):
+            readings.append(f"{reading} as {name}")
+    if not readings:
+        return "no common encoding fits all of it: it is damaged, or no text", {}
+    return (
+        f"line {number} reads {', '.join(readings)}; save it as UTF-8",
+        {"data.encoding": ", or set {} to the encoding that reads right"},
+    )
+
+
+def _rank(name: str) -> int:
+    return LIKELY.index(name) if name in LIKELY else len(LIKELY)
+
+
+def find_certain_encoding(open_file: Open) -> str | None:
+    """Return an encoding that bytes of another one would hardly fit."""
+    with open_file() as file:
+        head = file.read(_SAMPLE_BYTES)
+    names = [name for mark, name in MARKS.items() if head.startswith(mark)][:1]
+    for name, place in (("utf-16-le", 1), ("utf-16-be", 0)):
+        # The high bytes of ASCII are zero in UTF-16, and no other byte is.
+        has_zeros = 0 in head[place::2] and 0 not in head[1 - place :: 2]
+        if has_zeros and head.count("\n".encode(name)) > head.count(b"\n") / 2:
+            names.append(name)
+    for name in (*names, "utf-8"):
+        if not find_bad_byte(open_file, name):
+            return name
+    return None
+
+
+def _take_lines(open_file: Open) -> tuple[int, list[bytes]]:
+    """Return the number of the first line that is not ASCII, and such lines."""
+    lines: list[bytes] = []
+    first, size = 1, 0
+    with open_file() as file:
+        number = 1
+        while size < _SAMPLE_BYTES:
+            line = file.readline(_SAMPLE_BYTES)
+            if not line:
+                break
+            if not line.isascii():
+                first = first if lines else number
+                lines.append(line)
+                size += len(line)
+            number += line.endswith(b"\n")
+    return first, lines
