@@ -92,8 +92,13 @@ def strip_blanks(name: str) -> str:
 
 def fold_name(name: str) -> str:
     """Return what is left of a label without case, blanks and Unicode's forms of a character."""
-    cleaned = clean_text(name, Counter())
-    return "".join(unicodedata.normalize("NFKC", cleaned).casefold().split())
+    folded = unicodedata.normalize("NFKC", clean_text(name, Counter())).casefold()
+    return "".join(c for c in folded if not (c.isspace() or _is_invisible(c)))
+
+
+def _is_invisible(character: str) -> bool:
+    """Return whether a character only changes how its neighbours look, as a variation selector."""
+    return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
 
 
 def add_cleaning(tokenizer: Tokenizer) -> int:

@@ -28,7 +28,7 @@ from lora_sentiment.errors import DataError, show
 from lora_sentiment.recipe.data import DataConfig
 
 INTEGER = re.compile(r"-?\d+")
-WHOLE = re.compile(r"(-?\d{1,18})(?:\.0*)?")
+WHOLE = re.compile(r"[-+]?\d{1,18}(\.0*)?")
 """An integer, also as a table program writes it in a column with gaps: 1.0."""
 DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?")
 UNKNOWN = -1
@@ -338,9 +338,8 @@ def carve(
     is_carved = is_chosen[first]
     emptied = np.setdiff1d(rows.labels, rows.labels[~is_carved])
     if len(emptied):
-        lines = _show_rare_labels(rows, names, emptied, fraction)
-        lines.append("add rows with these labels")
-        raise DataError("\n".join(lines), advice={key: ", or lower {}"})
+        fault = _explain_rare_labels(rows, names, emptied, fraction)
+        raise DataError(f"{fault}\nadd rows with these labels", advice={key: ", or lower {}"})
     return rows.take(np.flatnonzero(~is_carved)), rows.take(np.flatnonzero(is_carved))
 
 
@@ -363,8 +362,8 @@ def _refuse_rare_labels(
     if not len(rare):
         return
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
-    lines = _show_rare_labels(rows, names, rare, sum(fractions[role] for role in roles))
-    lines.append("add rows with these labels")
+    fraction = sum(fractions[role] for role in roles)
+    fault = _explain_rare_labels(rows, names, rare, fraction)
     key = "data.splits" if source.hub else "data.source"
     named = ", ".join(f"{role}: .." for role in ("train", *roles))
     advice = {
@@ -377,21 +376,21 @@ def _refuse_rare_labels(
         kept = json.dumps([names[label] for label in others], ensure_ascii=False)
         advice["data.labels"] = f", or leave these labels out: {shlex.quote(f'{{}}={kept}')}"
         advice["data.on_bad_row"] = " {}=drop"
-    raise DataError("\n".join(lines), advice=advice)
+    raise DataError(f"{fault}\nadd rows with these labels", advice=advice)
 
 
-def _show_rare_labels(
+def _explain_rare_labels(
     rows: Rows, names: Sequence[str], labels: NDArray[np.int64], fraction: float
-) -> list[str]:
-    """Return a line for each label of whose rows this fraction cannot be carved out."""
-    lines = []
+) -> str:
+    """Count the labels of whose rows this fraction cannot be carved out."""
+    counted = []
     for label in labels.tolist():
         num_rows = int((rows.labels == label).sum())
-        lines.append(
-            f"label {show(names[label])} has too few distinct texts to carve "
-            f"{100 * fraction:g}% out of its rows ({num_rows:,})"
-        )
-    return lines
+        counted.append(f"{show(names[label])} ({num_rows:,})")
+    fault = f"too few distinct texts to carve {100 * fraction:g}% out of"
+    if len(labels) == 1:
+        return f"label {show(names[labels[0]])} has {fault} its rows ({num_rows:,})"
+    return f"{len(labels)} labels have {fault} their rows: {', '.join(counted)}"
 
 
 def sample(rows: Rows, *, num_rows: int | None, seed: int) -> Rows:
@@ -627,7 +626,8 @@ def _index_labels(
     texts = {_label_text(value) for value in values} - {""}
     if not texts <= index.keys() and all(WHOLE.fullmatch(text) for text in texts):
         integers = sorted({int(text.partition(".")[0]) for text in texts})
-        if not any(WHOLE.fullmatch(name) for name in index):
+        allowed = list(index)
+        if not any(INTEGER.fullmatch(name) for name in index):
             if not is_ordered and not set(integers).isdisjoint(range(len(names))):
                 raise DataError(
                     f"{where}: its labels are the integers {_list(integers)}, but the names of the "
@@ -635,8 +635,9 @@ def _index_labels(
                     "the names in the file, or train with data.labels, which lists the names in "
                     "the order of the integers"
                 )
-            index = {str(i): i for i in range(len(names))}
-        _refuse_other_start(integers, list(index), names, where)
+            allowed = [str(i) for i in range(len(names))]
+            index = dict(zip(allowed, range(len(names)), strict=True)) | index
+        _refuse_other_start(integers, allowed, names, where)
     found = np.full(len(values), UNKNOWN, dtype=np.int64)
     for position, value in enumerate(values):
         text = _label_text(value)

@@ -46,7 +46,8 @@ class DataConfig(Section):
     """Column that holds the label, as text or as an integer."""
     labels: Names | None = None
     """Label names in order; by default those of the data set, otherwise sorted (integers
-    numerically)."""
+    numerically). Integers of a file stand for names only where the recipe or the data set orders
+    them: 0 is the first."""
     clean: bool = True
     """Turn HTML line breaks and entities into text, remove control characters, collapse blanks.
     Each change is counted."""

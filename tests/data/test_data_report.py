@@ -121,6 +121,7 @@ def find_warnings(caplog, report):
         (["\uff2e\uff45\uff47", "neg"], ["'neg'"]),
         (["a\u200bb", "ab"], ["'ab'"]),
         (["STRASSE", "stra\u00dfe"], ["'STRASSE'"]),
+        (["\u2764", "\u2764\ufe0f", "co\u00adop", "coop"], ["'\u2764'", "'coop'"]),
         (["neg", "negative", "0", "00", "pos"], []),
     ],
 )
