@@ -136,7 +136,7 @@ def describe_reading(record: MergeRecord, *, other: str) -> str:
     if "head" in record.readings:
         text += (
             ", its first ones stay. Training kept the first quarter and the last three quarters: "
-            f"{_show_cost(record.readings['head'])}."
+            f"{show_cost(record.readings['head'])}."
         )
     elif record.truncation == "head_tail":
         text += (
@@ -153,12 +153,14 @@ def describe_reading(record: MergeRecord, *, other: str) -> str:
             f"which {other} does not."
         )
     if "stock" in record.readings:
-        text += f" With {other} on raw texts, {_show_cost(record.readings['stock'])}."
+        text += f" The cost of {other} on raw texts: {show_cost(record.readings['stock'])}."
     return text
 
 
-def _show_cost(cost: Mapping[str, Any]) -> str:
-    """Show what another way of reading costs, as `compare_readings` returns it."""
+def show_cost(cost: Mapping[str, Any]) -> str:
+    """Show what another way of reading costs, as `compare_readings` returns it, or the reason."""
+    if "reason" in cost:
+        return str(cost["reason"])
     return (
         f"{cost['changed']:,} of {cost['rows']:,} validation texts are read differently, "
         f"{cost['flips']:,} labels change, and accuracy changes by "

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_sentiment.adapter.card import describe_reading, make_merged_card
+from lora_sentiment.adapter.card import describe_reading, make_merged_card, show_cost
 from lora_sentiment.adapter.comparison import (
     Reference,
     compare_readings,
@@ -236,7 +236,7 @@ def merge_aside(
     (aside / "README.md").write_text(readme, encoding="utf-8")
     write_merge_record(aside, record)
     reading = describe_reading(record, other="a stock pipeline")
-    log.info("%s: %s", out, reading)
+    log.info("a stock pipeline on raw texts: %s", show_cost(readings["stock"]))
     return Merge(out, into, dtype, compared, readings, reading)
 
 
@@ -340,18 +340,20 @@ def _measure_readings(
         tokenizer: The merged model's tokenizer, as a stock pipeline loads it.
 
     Returns:
-        As `MergeRecord.readings`. Empty without validation rows.
+        As `MergeRecord.readings`.
     """
     rows = reference.validation
+    measures_head = own.truncation != trained.truncation
     if rows is None:
-        return {}
+        unknown = {"reason": "not measured, because the validation rows could not be read"}
+        return {"stock": unknown, "head": unknown} if measures_head else {"stock": unknown}
     # Files of JSON can hold half of a surrogate pair, which a stock tokenizer refuses.
     texts = [text.encode("utf-8", "replace").decode() for text in reference.raw_texts]
     raw = [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, truncation=True)["input_ids"]]
     every = np.arange(len(rows))
     cleaned = take_rows(own.encode(rows), every)
     readings = {"stock": compare_readings(engine, own, cleaned, raw, rows.labels)}
-    if own.truncation != trained.truncation:
+    if measures_head:
         before = take_rows(reference.rows["validation"], every)
         readings["head"] = compare_readings(engine, own, before, cleaned, rows.labels)
     return readings

@@ -53,9 +53,9 @@ class MergeRecord(Section):
     compared: dict[str, dict[str, Any]]
     """Differences from the adapter, by the form and the rows that were compared."""
     readings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What other ways of reading the validation rows cost, as `compare_readings` returns it:
-    `stock` is a stock pipeline on raw texts, and `head` is head truncation, if training had
-    another."""
+    """What other ways of reading the validation rows cost, as `compare_readings` returns it, or
+    the `reason` why it is not known. `stock` is a stock pipeline on raw texts. `head` is head
+    truncation, if training had another."""
     files: dict[str, str]
     """File name to SHA-256, of every other file that decides an answer."""
     config_sha256: str = ""

@@ -168,7 +168,7 @@ def test_what_was_compared_is_recorded(exported, adapter):
     assert record.readings == found.readings
     assert found.readings["stock"]["rows"] == 60
     readme = (out / "README.md").read_text(encoding="utf-8")
-    assert "With another runtime on raw texts, 0 of 60 validation texts" in readme
+    assert "The cost of another runtime on raw texts: 0 of 60 validation texts" in readme
     assert "onnx-int8 | validation, 60 rows" in readme
     assert QUANTISED in readme
 

@@ -250,8 +250,9 @@ def test_rows_that_cannot_be_had_are_a_reason_that_stays_at_home(with_rows, tmp_
     found = merge(with_rows, tmp_path / "out").compared["base"]
     assert "changed since training" in found["validation"]["reason"]
     (tmp_path / "train.csv").unlink()
-    found = merge(with_rows, tmp_path / "again").compared["base"]
-    assert "no such file" in found["validation"]["reason"]
+    done = merge(with_rows, tmp_path / "again")
+    assert "no such file" in done.compared["base"]["validation"]["reason"]
+    assert "raw texts: not measured, because the validation rows could not be read" in done.reading
     assert "train.csv" not in (tmp_path / "again/config.json").read_text()
     assert "train.csv" not in (tmp_path / "again/README.md").read_text()
 
@@ -639,6 +640,9 @@ def test_head_truncation_is_measured_and_then_read(adapter, tmp_path):
     assert done.readings["head"]["changed"] > 0
     assert done.readings["stock"]["changed"] == 0
     assert "its first ones stay. Training kept the first quarter" in done.reading
+    (tmp_path / "train.csv").unlink()
+    unknown = merge(adapter, tmp_path / "unknown", truncation="head").reading
+    assert "and the last three quarters: not measured, because" in unknown
     merged = classifier.load(tmp_path / "out")
     assert merged.encoder.truncation == "head"
     stock = AutoTokenizer.from_pretrained(tmp_path / "out")

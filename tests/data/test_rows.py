@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data import sources
+from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.rows import (
     Rows,
     carve,
     digest_text,
     load_data,
     load_judged,
+    load_raw_texts,
     load_rows,
     sample,
 )
@@ -687,3 +689,38 @@ def test_recorded_splits_do_not_bind_a_file_that_is_given_instead(toy):
     recorded = DataConfig(source="own/sst2", splits={"train": "train", "dev": "validation"})
     instead = recorded.model_copy(update={"source": str(toy / "test.csv")})
     assert len(load_rows(instead, split="test", labels=("negative", "positive"))[0]) == 41
+
+
+def write_raw(folder, kind, rows):
+    """Write rows as a table of some kind, and return its source."""
+    if kind == "parquet":
+        columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
+        pq.write_table(pa.table(columns), folder / "raw.parquet")
+        return str(folder / "raw.parquet")
+    if kind == "jsonl":
+        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+        (folder / "raw.jsonl").write_text("\n".join(lines))
+        return str(folder / "raw.jsonl")
+    if kind == "pattern":
+        write_csv(folder / "raw1.csv", rows[:50])
+        write_csv(folder / "raw2.csv", rows[50:])
+        return str(folder / "raw*.csv")
+    path = str(write_csv(folder / "raw.csv", rows))
+    return {"train": path, "validation": path} if kind == "own split" else path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl", "pattern", "own split"])
+@pytest.mark.parametrize("max_rows", [None, 80])
+def test_raw_texts_are_those_of_the_same_rows_before_cleaning(kind, max_rows, tmp_path):
+    rows = [
+        (f"<b>{i}</b><br />{text} &amp;\u00a0", label)
+        for i, (text, label) in enumerate(toy_rows(100))
+    ]
+    rows[3], rows[60] = (" <br />", "positive"), ("no label", "")
+    source = write_raw(tmp_path, kind, rows)
+    config = DataConfig(source=source, on_bad_row="drop", max_train_rows=max_rows)
+    data = load_data(config)
+    role = "validation" if "validation" in data.counts else "train"
+    raw = load_raw_texts(config, data.validation, role=role)
+    assert raw == [rows[number - 1][0] for number in data.validation.numbers]
+    assert [clean_text(text, Counter()) for text in raw] == list(data.validation.texts)
