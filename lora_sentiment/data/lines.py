@@ -73,7 +73,7 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
         if not name:
             fault = (
                 "has no name; name it or remove it (pandas writes an index so, unless "
-                "to_csv(index=False))"
+                "to_csv(index=False), and R row names, unless row.names=FALSE)"
             )
         elif first != number:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
@@ -235,6 +235,9 @@ def delimited_rows(lines: _Lines, own: str, needed: Sequence[str]) -> Iterator[l
                 if part in fault:
                     fault = text
                     break
+            if not columns:
+                names = ", ".join(f"{name}s" for name in DELIMITERS.values())
+                fault += f"; fields may be separated by {names}"
             raise lines.fault(row + 1, fault, line=line) from error
         if fields is None:
             return

@@ -700,7 +700,10 @@ def _explain_label(value: Any, names: tuple[str, ...]) -> Fault:
     kind = "label is unknown"
     if not isinstance(value, (str, int)):
         kind = f"label is {type(value).__name__}"
-    return kind, f"label {show(value)} is none of {_list(names)}"
+    message = f"label {show(value)} is none of {_list(names)}"
+    if DECIMAL.fullmatch(_label_text(value)) and WHOLE.fullmatch(_label_text(value)):
+        message += "; write integers without a decimal point"
+    return kind, message
 
 
 def _bad_rows(where: str, faults: dict[int, Fault], *, may_drop: bool) -> DataError:
