@@ -144,7 +144,8 @@ class Dialect(NamedTuple):
     Attributes:
         delimiter: The character between two fields, or `PLAIN_TABS`.
         is_declared: Whether a first line `sep=;` names it. That line is no row.
-        has_row_names: Whether each row begins with a name that the header leaves out, as R writes it.
+        has_row_names: Whether each row begins with a name that the header leaves out, as R writes
+            it.
     """
 
     delimiter: str
@@ -421,7 +422,7 @@ def _decode(
     if file.peek(4)[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):
         raise DataError(
             f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV "
-            f"UTF-8"
+            "UTF-8"
         )
     try:
         codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding

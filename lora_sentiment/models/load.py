@@ -182,7 +182,7 @@ def _find_config(config: ModelConfig) -> tuple[Any, str | None]:
 
 
 def find_local_config(config: ModelConfig) -> Any | None:
-    """Find and check the configuration of a base in a folder or the Hub's cache. Nothing is fetched.
+    """Read and check a base's configuration in a folder or the Hub's cache; fetch nothing.
 
     Returns:
         The configuration with the recipe's dropout; None for a Hub name that is not cached.
@@ -438,8 +438,8 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
             )
     if "quantization_config" in facts:
         raise refuse(
-            f"{base} is quantised already; name the checkpoint it was made from, and let "
-            "this package quantise it"
+            f"{base} is quantised already; name the checkpoint it was made from, and let this "
+            "package quantise it"
         )
     if facts["model_type"] != "distilbert":
         raise refuse(
@@ -460,8 +460,8 @@ def check_length(shape: Any, config: ModelConfig) -> None:
     positions = shape.max_position_embeddings
     if config.max_length > positions:
         raise ModelError(
-            f"{config.max_length} is more than the {positions} positions of {config.name!r}; allowed: "
-            f"{positions} or less",
+            f"{config.max_length} is more than the {positions} positions of {config.name!r}; "
+            f"allowed: {positions} or less",
             key="model.max_length",
         )
 
