@@ -354,7 +354,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         with write_file_aside(path) as aside:
             plot_pareto(points, aside, title=title)
     except DRAWING_FAULTS as error:
-        raise RecipeError(f"--plot: {path} cannot be drawn: {one_line(str(error))}") from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise RecipeError(
+            f"--plot: {path} cannot be drawn: {reason or one_line(str(error))}"
+        ) from error
 
 
 def _count(count: int) -> str:
