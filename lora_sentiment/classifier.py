@@ -198,8 +198,8 @@ def tokenise(encoder: TextEncoder, texts: Iterable[str], *, clean: bool) -> Iter
             text = clean_text(text, Counter())
         if re.search("[\ud800-\udfff]", text):
             raise DataError(
-                "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it "
-                "as UTF-8"
+                "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it as "
+                "UTF-8"
             )
         some.append(text)
         size += len(text)
@@ -268,8 +268,7 @@ def load(
         raise AdapterError(f"{path}: no such folder or .onnx file")
     raise AdapterError(
         f"{path}: holds no model; expected card.json (an adapter), adapter_config.json (a PEFT "
-        "folder), "
-        f"{WEIGHTS} (a merged model) or {PLAIN}"
+        f"folder), {WEIGHTS} (a merged model) or {PLAIN}"
     )
 
 
@@ -396,8 +395,7 @@ def _load_stock_peft(
         if record:
             raise AdapterError(
                 f"{base}: is not a base: it already holds the adapter "
-                f"{record.adapter_sha256[:12]}, merged into "
-                f"{record.base!r}"
+                f"{record.adapter_sha256[:12]}, merged into {record.base!r}"
             )
     revision = None if base else recorded.revision
     config = ModelConfig(name=name, revision=revision, max_length=max_length or 8, dtype="float32")

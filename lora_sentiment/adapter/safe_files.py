@@ -241,8 +241,8 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     numbers = [str(number) for number in range(len(names))] if isinstance(names, dict) else None
     if not isinstance(names, dict) or sorted(names) != sorted(numbers or ()):
         raise AdapterError(
-            f"{path}: id2label is {str(names)[:100]}; allowed: an object with the keys 0, 1 and "
-            "so on"
+            f"{path}: id2label is {str(names)[:100]}; allowed: an object with the keys 0, 1 and so "
+            "on"
         )
     return tuple(str(names[number]) for number in numbers or ())
 

@@ -76,8 +76,8 @@ def evaluate(
     given = {name: value for name, value in reading.items() if value is not None}
     if given and source is None:
         raise DataError(
-            f"evaluate: {', '.join(given)}: only with source, because the recorded rows are read as "
-            "in training"
+            f"evaluate: {', '.join(given)}: only with source, because the recorded rows are read "
+            "as in training"
         )
     state = join_launch()
     accelerator = make_accelerator(state, dtype)

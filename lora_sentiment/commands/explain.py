@@ -28,8 +28,8 @@ _STYLES = {
     "against": ("black on #f9e3b3", "black on #f2c766", "bold black on #e69f00"),
 }
 _LEGEND = (
-    "how much its score falls (+) or rises (-) without the word; unmarked: under "
-    f"{MARKED:.0%} of the largest"
+    f"how much its score falls (+) or rises (-) without the word; unmarked: under {MARKED:.0%} of "
+    "the largest"
 )
 _PAGE = Path(__file__).with_name("explanation.html")
 

@@ -1,4 +1,4 @@
-"""Answer requests: choose the adapter, tokenise the texts, queue them, and turn logits into labels and scores."""
+"""Answer requests: tokenise and queue the texts, and turn logits into labels and scores."""
 
 import asyncio
 from collections import Counter
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 NUM_THREADS = 2
 """Threads that clean and tokenise."""
 MAX_EXPLAINED_CHARACTERS = 2**21
-"""Characters tokenised for the explanations of a request: each text once, and again without each of its words."""
+"""Characters tokenised for the explanations of a request: each text once, and again without each of
+its words."""
 MAX_WAITING_CHARACTERS = 2**22
 """Characters that wait to be tokenised, over all requests. One request alone may have more."""
 MAX_SHOWN_NAMES = 20
@@ -53,7 +54,8 @@ class TokenisedText:
     """One text as its adapter reads it.
 
     Attributes:
-        inputs: Its token ids. With an explanation, then those of the text without its first word, its second, ...
+        inputs: Its token ids. With an explanation, then those of the text without its first word,
+            its second, ...
         truncated: Whether it was cut.
         is_empty: Whether it has no token. It is computed like any other, but gets no label.
         words: Its words, or None without an explanation.
@@ -80,7 +82,8 @@ class Answerer:
         """Answer a request of either form.
 
         Raises:
-            RefusalError: As `Queue.ask`; for an adapter that is not loaded, or more than the limits allow.
+            RefusalError: As `Queue.ask`; for an adapter that is not loaded, or more than the limits
+                allow.
         """
         if isinstance(request, TeiRequest):
             return await self._answer_tei(request)
@@ -168,8 +171,8 @@ class Answerer:
         if waiting and waiting + num_characters > MAX_WAITING_CHARACTERS:
             raise RefusalError(
                 "Overloaded",
-                f"{waiting:,} characters wait to be tokenised already; allowed: {MAX_WAITING_CHARACTERS:,}; "
-                "try again later",
+                f"{waiting:,} characters wait to be tokenised already; allowed: "
+                f"{MAX_WAITING_CHARACTERS:,}; try again later",
                 headers={"Retry-After": str(self._queue.estimate_wait())},
             )
         work = partial(
@@ -239,12 +242,15 @@ def tokenise_texts(
     Args:
         adapter: The adapter that reads the texts.
         texts: The texts.
-        max_words: Make the inputs of explanations, for texts of at most so many words; None makes none.
+        max_words: Make the inputs of explanations, for texts of at most so many words; None makes
+            none.
         truncate: Whether a longer text is cut or refused.
-        direction: `right` keeps the first tokens of a longer text, `left` the last; None cuts as in training.
+        direction: `right` keeps the first tokens of a longer text, `left` the last; None cuts as in
+            training.
 
     Raises:
-        RefusalError: For a text that is too long to be explained, or to be answered without truncation.
+        RefusalError: For a text that is too long to be explained, or to be answered without
+            truncation.
     """
     encoder = adapter.encoder
     tokenised = []
@@ -263,7 +269,8 @@ def tokenise_texts(
         if truncated and not truncate:
             raise RefusalError(
                 "TooLarge",
-                f"texts[{place}]: has {len(token_ids[0]) + 2:,} tokens; the adapter reads {encoder.max_length:,}",
+                f"texts[{place}]: has {len(token_ids[0]) + 2:,} tokens; the adapter reads "
+                f"{encoder.max_length:,}",
             )
         tokenised.append(
             TokenisedText(
@@ -286,8 +293,9 @@ def _check_explained(place: int, num_words: int, max_words: int, num_characters:
     if num_characters > MAX_EXPLAINED_CHARACTERS:
         raise RefusalError(
             "TooLarge",
-            f"texts: each text is read again without each of its words, here {num_characters:,} characters or more; "
-            f"allowed: {MAX_EXPLAINED_CHARACTERS:,}; send fewer or shorter texts",
+            f"texts: each text is read again without each of its words, here {num_characters:,} "
+            f"characters or more; allowed: {MAX_EXPLAINED_CHARACTERS:,}; send fewer or shorter "
+            "texts",
         )
 
 

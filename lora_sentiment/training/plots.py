@@ -63,7 +63,8 @@ def plot_confusion(
 ) -> None:
     """Draw true labels (rows) against predictions (columns): shares of the true label, and counts.
 
-    From MAX_CELLS labels on there is no text in the cells, and from MAX_NAMES on labels are numbers.
+    From MAX_CELLS labels on there is no text in the cells, and from MAX_NAMES on labels are
+    numbers.
 
     Args:
         matrix: Counts of shape (num_labels, num_labels).
