@@ -1,10 +1,10 @@
-"""Parameter-efficient fine-tuning (LoRA / QLoRA) of DistilBERT for sentiment and text classification.
+"""Parameter-efficient fine-tuning (LoRA / QLoRA) of DistilBERT for text classification.
 
     from lora_sentiment import Recipe, evaluate, export, load, merge
     from lora_sentiment.train import train
 
-`load(folder).predict(["A lovely film."])` answers texts. `train` is imported from its module: a launcher runs
-`lora_sentiment.train`, and a name cannot be both a module and a function.
+`load(folder).predict(["A lovely film."])` answers texts. `train` is imported from its module: a
+launcher runs `lora_sentiment.train`, and a name cannot be both a module and a function.
 """
 
 import logging
@@ -29,7 +29,8 @@ _MODULES = {
 }
 """Where each name of the API stands. It is imported on first use, because torch takes seconds."""
 
-# On a CPU with avx512_bf16, bitsandbytes advises at import to install a package that runs code from the Hub.
+# On a CPU with avx512_bf16, bitsandbytes advises at import to install a package that runs code from
+# the Hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

@@ -28,15 +28,18 @@ from lora_sentiment.adapter.safe_files import (
     read_bytes,
     read_labels,
     read_object,
+    refuse_other_task,
 )
 from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
 from lora_sentiment.data.cleaning import clean_text, remove_cleaning
-from lora_sentiment.errors import AdapterError, DataError, ModelError
+from lora_sentiment.errors import AdapterError, DataError, ModelError, show, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
 from lora_sentiment.tasks.single_label import softmax
 
 WEIGHTS = "model.safetensors"
+EMPTY_TEXT = "text is empty"
+"""Why a text without tokens has no label, in all answers."""
 TOKENISE_CHARACTERS = 2**16
 """Most characters that the tokenizer gets in one call, but for a longer text alone."""
 
@@ -46,14 +49,16 @@ class Prediction:
     """The answer to one text.
 
     Attributes:
-        label: The likeliest label.
-        score: Its probability.
-        scores: The probability of every label, by name.
+        label: The likeliest label, or None for a text without tokens.
+        score: Its probability, or None.
+        scores: The probability of every label, by name; empty without a label.
+        error: Why there is no label, or None.
     """
 
-    label: str
-    score: float
+    label: str | None
+    score: float | None
     scores: dict[str, float]
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,15 @@ class Classifier:
         """Refuse labels that are empty or equal."""
         if len(set(self.labels)) < max(2, len(self.labels)) or not all(self.labels):
             raise AdapterError(
-                f"labels: found {list(self.labels)}; a classifier needs two or more different names"
+                f"labels: found {show(self.labels)}; a classifier needs two or more different names"
             )
 
     def predict(
         self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False
     ) -> list[Prediction]:
         """Answer texts, in their order.
+
+        A text of which the tokenizer leaves no token, such as blanks, gets no label.
 
         Args:
             texts: A list of strings of any length.
@@ -102,7 +109,11 @@ class Classifier:
             AdapterError: If the model's number of logits is not its number of labels.
         """
         predictions = []
-        for scores in self.probabilities(texts, stride=stride, calibrated=calibrated):
+        pooled, are_empty = self._compute(texts, stride=stride, calibrated=calibrated)
+        for scores, is_empty in zip(pooled, are_empty, strict=True):
+            if is_empty:
+                predictions.append(Prediction(None, None, {}, error=EMPTY_TEXT))
+                continue
             best = int(scores.argmax())
             named = dict(zip(self.labels, scores.tolist(), strict=True))
             predictions.append(Prediction(self.labels[best], float(scores[best]), named))
@@ -113,7 +124,8 @@ class Classifier:
     ) -> NDArray[np.float64]:
         """Compute the probability of each label.
 
-        Texts are computed in order of length, so that there is little padding.
+        Texts are computed in order of length, so that there is little padding. A text without
+        tokens is read as [CLS] [SEP].
 
         Args:
             texts: As in `predict`.
@@ -128,6 +140,12 @@ class Classifier:
             ModelError: As `predict`.
             AdapterError: As `predict`.
         """
+        return self._compute(texts, stride=stride, calibrated=calibrated)[0]
+
+    def _compute(
+        self, texts: Sequence[str], *, stride: int | None, calibrated: bool
+    ) -> tuple[NDArray[np.float64], list[bool]]:
+        """Compute as `probabilities`, and also return of each text whether it has no token."""
         if calibrated and self.temperature is None:
             raise ModelError("calibrated: this model was saved without a temperature; leave it out")
         room = self.encoder.room
@@ -136,11 +154,13 @@ class Classifier:
         temperature = self.temperature if calibrated and self.temperature else 1.0
         texts = _check_texts(texts)
         pooled = np.zeros((len(texts), len(self.labels)))
+        are_empty: list[bool] = []
         for start in range(0, len(texts), TOKENISE_ROWS):
             inputs: list[NDArray[np.int32]] = []
             owners: list[int] = []
             some = texts[start : start + TOKENISE_ROWS]
             for owner, ids in enumerate(tokenise(self.encoder, some, clean=self.clean)):
+                are_empty.append(self.encoder.is_empty(ids))
                 windows = [self.encoder.truncate(ids)]
                 if stride is not None:
                     windows = self.encoder.windows(ids, stride=stride)
@@ -149,13 +169,13 @@ class Classifier:
             logits = compute_logits(self.engine, self.encoder.pack(inputs))
             if logits.shape[1:] != (len(self.labels),):
                 raise AdapterError(
-                    f"the model answers {logits.shape[1:]} values a text for the labels "
-                    f"{self.labels}"
+                    f"the model answers {logits.shape[1:]} values a text for {len(self.labels)} "
+                    f"labels: {show_names(self.labels)}"
                 )
             scores = softmax(logits, temperature=temperature)
             num_windows = np.bincount(owners)[owners, None]
             np.add.at(pooled, start + np.array(owners), scores / num_windows)
-        return pooled
+        return pooled, are_empty
 
 
 def tokenise(encoder: TextEncoder, texts: Iterable[str], *, clean: bool) -> Iterator[list[int]]:
@@ -178,8 +198,8 @@ def tokenise(encoder: TextEncoder, texts: Iterable[str], *, clean: bool) -> Iter
             text = clean_text(text, Counter())
         if re.search("[\ud800-\udfff]", text):
             raise DataError(
-                "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it "
-                "as UTF-8"
+                "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it as "
+                "UTF-8"
             )
         some.append(text)
         size += len(text)
@@ -248,8 +268,7 @@ def load(
         raise AdapterError(f"{path}: no such folder or .onnx file")
     raise AdapterError(
         f"{path}: holds no model; expected card.json (an adapter), adapter_config.json (a PEFT "
-        "folder), "
-        f"{WEIGHTS} (a merged model) or {PLAIN}"
+        f"folder), {WEIGHTS} (a merged model) or {PLAIN}"
     )
 
 
@@ -293,6 +312,7 @@ def _load_whole(
         _refuse_options(path, form, labels=labels, max_length=max_length)
         needed = (WEIGHTS, "tokenizer.json", "tokenizer_config.json")
         check_merge_record(path, record, needed=needed)
+    refuse_other_task(path)
     check_whole_model(path)
     names = tuple(labels) if labels else read_labels(path)
     length = record.max_length if record else max_length or _find_max_length(path)
@@ -375,14 +395,19 @@ def _load_stock_peft(
         if record:
             raise AdapterError(
                 f"{base}: is not a base: it already holds the adapter "
-                f"{record.adapter_sha256[:12]}, merged into "
-                f"{record.base!r}"
+                f"{record.adapter_sha256[:12]}, merged into {record.base!r}"
             )
     revision = None if base else recorded.revision
     config = ModelConfig(name=name, revision=revision, max_length=max_length or 8, dtype="float32")
     if is_hub_name(config.place):
         prepare_hub()
     loaded = load_base(config, labels=tuple(labels))
+    if loaded.problem_type:
+        raise AdapterError(
+            f"{path}: problem_type of its base {name!r} is {loaded.problem_type}; this package "
+            "answers for models of one label a text (single_label_classification) alone; run this "
+            "one with PEFT"
+        )
     max_length = max_length or loaded.config.max_position_embeddings
     files = [path / PEFT_WEIGHTS, path / PEFT_CONFIG]
     model = rebuild_stock(path, loaded, recorded)
@@ -393,7 +418,7 @@ def _load_stock_peft(
         weights=[loaded.sha256, *map(hash_file, files), dtype],
         unverified=(
             f"that {name!r} is the base it was trained on: the folder records no hash of it",
-            f"that {', '.join(labels)} are its labels, in this order",
+            f"that {show_names(labels)} are its labels, in this order",
             "how texts were cleaned and cut for training, and in which precision the base was",
         ),
     )

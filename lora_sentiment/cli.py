@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from lora_sentiment.console import is_main, show_rich, show_table
 from lora_sentiment.errors import (
@@ -22,6 +23,7 @@ from lora_sentiment.errors import (
     StoppedError,
     TrainingError,
 )
+from lora_sentiment.files import write_file_aside
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.recipe.recipe import Recipe, make_schema
 from lora_sentiment.serve.config import make_config, show_limits
@@ -31,8 +33,23 @@ if TYPE_CHECKING:
 
 # Every verb imports its own module when it runs: `--help`, `validate` and `schema` load no torch.
 
+
+class _Verbs(TyperGroup):
+    """The verbs. An unknown option may be a text or a name that begins with `-`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.TyperException as error:
+            # typer does not export its NoSuchOption, which alone has this attribute.
+            if hasattr(error, "possibilities"):
+                error.message += "; a text or a name that begins with - goes after --"
+            raise
+
+
 app = typer.Typer(
     name="lora-sentiment",
+    cls=_Verbs,
     help="Fine-tune DistilBERT classifiers with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -646,7 +663,8 @@ def _explain(
             show_rich(to_rich(explanation))
     if html:
         try:
-            html.write_text(to_html(explanations), encoding="utf-8")
+            with write_file_aside(html) as aside:
+                aside.write_text(to_html(explanations), encoding="utf-8")
         except OSError as error:
             raise DataError(f"{html}: cannot be written: {error.strerror or error}") from error
     if num_faults:

@@ -13,7 +13,8 @@ A message says what was found, where, what is allowed and what to do. The comman
 without a traceback.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from reprlib import Repr
 
@@ -113,6 +114,12 @@ class AdapterError(LoraSentimentError):
     """A saved adapter folder is incomplete, altered or made for another base."""
 
 
+DRAWING_FAULTS = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
+"""What matplotlib raises: for values, sizes and texts (ValueError, ArithmeticError), fonts and
+LaTeX (RuntimeError), files, memory, and an installation or a setting that it cannot be imported
+with."""
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters of ASCII and Latin-1, and marks of the writing direction."""
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 _REPR.maxlevel = 3
@@ -121,6 +128,30 @@ _REPR.maxlevel = 3
 def show(value: object) -> str:
     """Return the repr of a value. A long one is cut in the middle, and never made in full."""
     return _REPR.repr(value)
+
+
+def one_line(text: str, *, limit: int | None = None) -> str:
+    """Return a text as it may stand in a line: a label may hold anything.
+
+    Blanks of any kind become one. A character that steers a terminal, or turns the direction of the
+    line, becomes U+FFFD.
+
+    Args:
+        text: The text.
+        limit: Most characters. A longer text is cut.
+    """
+    line = _STEERING.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
+    if limit is None or len(line) <= limit:
+        return line
+    return f"{line[: limit - 3]}..."
+
+
+def show_names(names: Sequence[str], *, most: int = 20) -> str:
+    """Return the first of many names in a line, and the number of the others."""
+    shown = [one_line(name, limit=40) for name in names[:most]]
+    if len(names) > most:
+        shown.append(f"and {len(names) - most:,} more")
+    return ", ".join(shown)
 
 
 def did_you_mean(name: str, allowed: list[str]) -> str:

@@ -97,6 +97,25 @@ def write_aside(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def write_file_aside(path: Path, *, folder: Path | None = None) -> Iterator[Path]:
+    """Yield the path of a new file. At the end of the block, rename it to `path`.
+
+    If the block raises, `path` is as it was.
+
+    Args:
+        path: The file. The target of a link is replaced, not the link.
+        folder: Where the new file is written; by default beside `path`.
+    """
+    path = Path(os.path.realpath(path))
+    aside = (folder or path.parent) / f".{secrets.token_hex(8)}{path.suffix}"
+    try:
+        yield aside
+        replace_atomically(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def publish(aside: Path, folder: Path, *, overwrite: bool) -> None:
     """Rename a finished folder to its final place, after syncing every file.
 

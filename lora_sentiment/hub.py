@@ -149,16 +149,14 @@ def explain_refusal(*, key: str, name: str, kind: Kind, revision: str | None) ->
         reason = ask_hub().text if offline else without_login(f"{type(error).__name__}: {error}")
         instead = "name a folder" if kind == "model" else "name files"
         return (
-            f"{name!r}: no Hub answers at {address} ({reason}), and it is "
-            "not in the cache; "
+            f"{name!r}: no Hub answers at {address} ({reason}), and it is not in the cache; "
             f"connect, set HF_ENDPOINT to a mirror, or {instead}{_suggest_cached(name, kind)}"
         )
     if commit:
         return None
     return (
-        f"{name!r}: {address} answered, but not as the Hub does: a network's login page, a "
-        "proxy or another "
-        "server stands there; log in to the network, or correct HF_ENDPOINT"
+        f"{name!r}: {address} answered, but not as the Hub does: a network's login page, a proxy "
+        "or another server stands there; log in to the network, or correct HF_ENDPOINT"
     )
 
 

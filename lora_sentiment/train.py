@@ -31,10 +31,17 @@ from lora_sentiment.data.report import (
     report_lines,
 )
 from lora_sentiment.data.rows import Data, Rows, load_all_judged, load_data
-from lora_sentiment.errors import DataError, ModelError, TrainingError
+from lora_sentiment.errors import (
+    DRAWING_FAULTS,
+    DataError,
+    ModelError,
+    TrainingError,
+    one_line,
+    show_names,
+)
 from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.fast import use_fast_encoder, why_not_fused
-from lora_sentiment.files import publish, write_json
+from lora_sentiment.files import publish, write_file_aside, write_json
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import predict_logits
 from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base
@@ -64,7 +71,6 @@ from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.micro_batch import choose_max_tokens
 from lora_sentiment.training.offline import resolve_offline
 from lora_sentiment.training.optimizer import count_steps
-from lora_sentiment.training.plots import plot_confusion, plot_training
 from lora_sentiment.training.processes import (
     describe_machine,
     explain_lost_process,
@@ -209,6 +215,7 @@ def _run(
         publish(folder, recipe.folder, overwrite=recipe.output.overwrite)
         remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
+        _draw(recipe, setup.data.labels, history, results, run_folder)
     if offline:
         log.warning("%s", offline)
     accelerator.end_training()
@@ -233,7 +240,8 @@ def _load_data(recipe: Recipe) -> Data:
     )
     if weights is not None:
         pairs = zip(data.labels, weights, strict=True)
-        log.info("class weights: %s", ", ".join(f"{name} {weight:.3g}" for name, weight in pairs))
+        shown = [f"{one_line(name, limit=40)} {weight:.3g}" for name, weight in pairs]
+        log.info("class weights: %s", show_names(shown))
     return data
 
 
@@ -524,7 +532,7 @@ def _save_report(
     folder: Path,
     offline: str | None,
 ) -> dict[str, Any]:
-    """Write report, predictions, model card and plots beside the adapter; return the report."""
+    """Write report, predictions and model card beside the adapter; return the report."""
     device = next(setup.model.parameters()).device
     report = make_report(
         scores=results.scores,
@@ -548,14 +556,35 @@ def _save_report(
     is_peft = isinstance(recipe.method, PeftMethod)
     model_card = make_model_card(recipe.name, card, report, is_peft=is_peft)
     (folder / "README.md").write_text(model_card, encoding="utf-8")
-    plot_training(history, folder / "training.png", title=recipe.name)
+    return report
+
+
+def _draw(
+    recipe: Recipe,
+    labels: tuple[str, ...],
+    history: History,
+    results: _Results,
+    run_folder: Path,
+) -> None:
+    """Draw the pictures of a finished adapter. One that cannot be drawn is a warning."""
     # Validation comes first, so it is the last role if no other was judged.
     role = "test" if "test" in results.logits else list(results.logits)[-1]
-    names = setup.data.labels
     predicted = results.logits[role].argmax(axis=1)
-    matrix = confusion_matrix(results.encoded[role].labels, predicted, len(names))
-    plot_confusion(matrix, folder / "confusion.png", labels=names, title=f"{recipe.name}: {role}")
-    return report
+    matrix = confusion_matrix(results.encoded[role].labels, predicted, len(labels))
+    title = f"{recipe.name}: {role}"
+    for name in ("training.png", "confusion.png"):
+        try:
+            # Late, because matplotlib may be broken, and that must not cost a training.
+            from lora_sentiment.training.plots import plot_confusion, plot_training
+
+            with write_file_aside(recipe.folder / name, folder=run_folder) as picture:
+                if name == "training.png":
+                    plot_training(history, picture, title=recipe.name)
+                else:
+                    plot_confusion(matrix, picture, labels=labels, title=title)
+        except DRAWING_FAULTS as error:
+            reason = one_line(str(error)) or type(error).__name__
+            log.warning("%s cannot be drawn: %s; the adapter is complete without it", name, reason)
 
 
 def _refuse_faults(results: _Results, folder: Path) -> None:

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_sentiment.adapter.merge import merge
-from lora_sentiment.classifier import Classifier, load
+from lora_sentiment.classifier import Classifier, Prediction, load
 from lora_sentiment.errors import AdapterError, DataError, ModelError
+from lora_sentiment.models.load import load_base
+from lora_sentiment.recipe.model import ModelConfig
 
+SAVED = Path(__file__).parent / "saved"
 TEXTS = ["a good film.", "the plot was dull and so weak, really a poor meal", "fine"]
 LONG = " ".join(["the good plot was", "a dull film"] * 12)
 
@@ -201,7 +205,7 @@ def test_labels_as_one_string_are_refused(stock):
 
 def test_another_number_of_answers_than_labels_is_refused(toy_adapter):
     classifier = dataclasses.replace(load(toy_adapter), labels=("a", "b", "c"))
-    with pytest.raises(AdapterError, match=r"answers .* values a text for the labels"):
+    with pytest.raises(AdapterError, match=r"answers .* values a text for 3 labels"):
         classifier.predict(TEXTS)
 
 
@@ -282,3 +286,49 @@ def test_a_stock_model_without_names_has_transformers_own(tmp_path, tiny_base):
     AutoModelForSequenceClassification.from_pretrained(tiny_base).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
     assert load(tmp_path).labels == ("LABEL_0", "LABEL_1")
+
+
+NO_TOKEN = ["", "   ", "\u200d", "\u00ad", "\x00\x07", "\u200b\ufeff", " \n\t", "[SEP] [PAD]"]
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged", "onnx"])
+def test_a_text_without_tokens_gets_no_label(toy_adapter, form):
+    classifier = load(toy_adapter if form == "adapter" else SAVED / form)
+    good, *empty = classifier.predict(["good", *NO_TOKEN])
+    assert good.label in classifier.labels
+    assert good.error is None
+    assert empty == [Prediction(None, None, {}, error="text is empty")] * len(NO_TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classif"),
+        ({"problem_type": "regression"}, "problem_type is 'regression'"),
+        ({"problem_type": "token_classification"}, "problem_type is 'token_classification'"),
+        ({"problem_type": ["x"]}, r"problem_type is \['x'\]"),
+        ({"id2label": {"0": "LABEL_0"}}, "has one label, so transformers runs it as a regression"),
+    ],
+)
+@pytest.mark.parametrize("form", ["merged", "onnx"])
+def test_a_model_of_another_task_is_refused(tmp_path, form, facts, message):
+    folder = Path(shutil.copytree(SAVED / form, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["lora_sentiment"]
+    (folder / "config.json").write_text(json.dumps(config | facts), encoding="utf-8")
+    with pytest.raises(AdapterError, match=message):
+        load(folder)
+
+
+def test_a_base_of_another_task_serves_training_but_no_stock_peft_folder(
+    stock, tmp_path, tiny_base
+):
+    folder, _ = stock
+    base = Path(shutil.copytree(tiny_base, tmp_path / "multi"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["problem_type"] = "multi_label_classification"
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded = load_base(ModelConfig(name=str(base), max_length=16), labels=("bad", "good"))
+    assert loaded.config.problem_type is None
+    with pytest.raises(AdapterError, match=r"problem_type of its base .* is multi_label"):
+        load(folder, labels=["bad", "good"], base=str(base))

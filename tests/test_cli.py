@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from lora_sentiment import cli
+from lora_sentiment.classifier import Prediction
+from lora_sentiment.commands.predict import Answer, show_answer
 from tests.conftest import write_csv
 
 
@@ -251,6 +253,26 @@ def test_messages_name_only_options_that_the_verb_takes(
         re.findall(r"--[a-z][a-z-]+", help_text)
     )
     assert not re.search(r"\b(data|model|train|method|output)\.[a-z_]+\b", message)
+
+
+LABELS = ["two\nlines", "a\ttab", "\x1b[31mred\x1b[0m", "\u202ereversed", "a|b `c` <b>d</b>"]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_an_answer_is_one_line_whatever_its_label_holds(label):
+    answer = Answer("a\ntext", Prediction(label, 0.75, {label: 0.75, "other": 0.25}), None)
+    line = show_answer(answer, all_scores=True, as_json=False)
+    assert line.split("\t")[1:] == ["0.7500", line.split("\t")[2], "a text"]
+    assert len(line.splitlines()) == 1
+    assert line.isprintable() or line.replace("\t", "").isprintable()
+    assert json.loads(show_answer(answer, all_scores=False, as_json=True))["label"] == label
+
+
+@pytest.mark.parametrize("text", ["-1 star", "--bad film", "-x", "-- "])
+def test_a_text_like_an_option_gets_a_hint(capsys, text):
+    code, _, err = call(capsys, "predict", "adapter", text)
+    assert code == 2
+    assert "goes after --" in " ".join(err.replace("\u2502", " ").split())
 
 
 def test_merge_then_predict_and_push(capsys, toy_adapter, tmp_path):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,13 +17,16 @@ from transformers import AutoModel
 
 from lora_sentiment import load as load_classifier
 from lora_sentiment.adapter.folder import compute_probe, load
+from lora_sentiment.commands.evaluate import evaluate
+from lora_sentiment.commands.push import push
 from lora_sentiment.errors import DataError, ModelError, RecipeError
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.data import REPORT_BLOCKS
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks.metrics import score
-from lora_sentiment.train import _choose_engine, train
+from lora_sentiment.train import _choose_engine, _draw, train
+from lora_sentiment.training.history import History
 from tests.conftest import toy_rows, write_csv, write_toy, write_toy_recipe
 
 FILES = {
@@ -293,7 +297,8 @@ def test_the_confusion_matrix_is_of_test_or_else_the_last_role(
 ):
     titles = []
     monkeypatch.setattr(
-        "lora_sentiment.train.plot_confusion", lambda *_, title, **__: titles.append(title)
+        "lora_sentiment.training.plots.plot_confusion",
+        lambda matrix, path, *, title, **_: (titles.append(title), path.touch()),
     )
     (toy_recipe.parent / "test.csv").write_text(f"text,label\n{test_rows}\n")
     run(toy_recipe, three_roles, "train.max_steps=1")
@@ -515,3 +520,53 @@ def test_a_quantised_run_says_what_it_saved_and_its_card_opens_it(toy_recipe, mo
         compute_probe(stock, ours.card.probe.input_ids).logits, ours.card.probe.logits, atol=1e-5
     )
     assert ours.card.base.quantize == "nf4"
+
+
+def fake_results(labels):
+    """Results of a run that predicted the first label for every row."""
+    logits = np.tile(-np.arange(len(labels), dtype=np.float32), (9, 1))
+    rows = SimpleNamespace(labels=np.arange(9) % len(labels))
+    return SimpleNamespace(logits={"validation": logits}, encoded={"validation": rows})
+
+
+FAULTS = [
+    ValueError("no mathematics"),
+    MemoryError(),
+    OSError("No space left on device"),
+    RuntimeError("FT_Load_Glyph"),
+    OverflowError("cannot convert float infinity"),
+    ImportError("no matplotlib"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, caplog, fault):
+    recipe = Recipe.load(toy_recipe)
+    recipe.folder.mkdir()
+
+    def fail(history, path, **_):
+        path.write_bytes(b"half a picture")
+        raise fault
+
+    monkeypatch.setattr("lora_sentiment.training.plots.plot_training", fail)
+    labels = ("good", "bad")
+    _draw(recipe, labels, History(), fake_results(labels), tmp_path)
+    assert [path.name for path in recipe.folder.iterdir()] == ["confusion.png"]
+    assert not list(tmp_path.glob(".*.png"))
+    assert "training.png cannot be drawn" in caplog.text
+
+
+def test_a_run_that_is_stopped_while_it_draws_leaves_a_whole_adapter(toy_recipe, monkeypatch):
+    def stop(*_, **__):
+        raise SystemExit(143)
+
+    monkeypatch.setattr("lora_sentiment.training.plots.plot_training", stop)
+    with pytest.raises(SystemExit):
+        run(toy_recipe)
+    folder = Recipe.load(toy_recipe).folder
+    assert {"README.md", "report.json", "predictions.safetensors"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert not list(folder.glob("*.png"))
+    assert push(folder, "a/b", dry_run=True).files
+    assert evaluate(folder).num_rows == 41

@@ -1,5 +1,6 @@
 """Make the model cards of adapters, merged and exported models. Their texts are in `templates/`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -12,10 +13,13 @@ from lora_sentiment.adapter.folder import Card
 from lora_sentiment.adapter.merge_record import MergeRecord
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED
 from lora_sentiment.data.sources import is_on_hub
+from lora_sentiment.errors import one_line
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.training.report import report_roles
 
+SHOWN_LABELS = 20
+"""Labels that a card names; `card.json` or `config.json` names all."""
 TEMPLATES = Path(__file__).parent / "templates"
 _HUB_METRICS = {
     "accuracy": "accuracy",
@@ -34,6 +38,7 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         report: Content of `report.json`.
         is_peft: Whether stock PEFT loads the folder.
     """
+    name = one_line(name)
     train = report["train"]
     quantisation = ""
     if "quantisation" in report:
@@ -44,7 +49,6 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         name=name,
         warning=f"> **{card.offline}.**\n\n" if card.offline else "",
         labels=_quote(card.labels),
-        label_names=", ".join(card.labels),
         method=card.method.kind,
         base=card.base.name,
         revision=card.base.revision,
@@ -173,7 +177,18 @@ def _fill(template: str, **values: object) -> str:
 
 
 def _quote(labels: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(f"`{label}`" for label in labels)
+    """Return the first labels as code of Markdown, which no label can end, and how many follow."""
+    quoted = []
+    for label in labels[:SHOWN_LABELS]:
+        text = one_line(label)
+        # The longest run of backticks must be shorter than those around the code.
+        runs = re.findall("`+", text)
+        fence = "`" * (1 + max(map(len, runs), default=0))
+        space = " " if text.startswith("`") or text.endswith("`") else ""
+        quoted.append(f"{fence}{space}{text}{space}{fence}")
+    if len(labels) > SHOWN_LABELS:
+        quoted.append(f"and {len(labels) - SHOWN_LABELS:,} more")
+    return ", ".join(quoted)
 
 
 def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> str:
@@ -298,7 +313,7 @@ def _show_usage(name: str, card: Card, *, is_peft: bool) -> str:
     usage = _fill(
         "use_bundled_base.md" if is_bundled else "use_stock_peft.md",
         name=name,
-        label_names=", ".join(card.labels),
+        labels=_quote(card.labels),
         num_labels=len(card.labels),
         classes="AutoTokenizer, BitsAndBytesConfig" if quantisation else "AutoTokenizer",
         quantisation=quantisation,

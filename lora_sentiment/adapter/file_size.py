@@ -14,8 +14,8 @@ from lora_sentiment.recipe.model import ModelConfig
 def adapter_bytes(config: Any, method: Method, model: ModelConfig) -> int:
     """Return the size of the safetensors file that a method leaves, in bytes.
 
-    The file has eight bytes of length, a header in JSON padded to a multiple of eight, and the values in fp32
-    (https://github.com/huggingface/safetensors#format).
+    The file has eight bytes of length, a header in JSON padded to a multiple of eight, and the
+    values in fp32 (https://github.com/huggingface/safetensors#format).
 
     Args:
         config: The base's config; its `num_labels` sizes the head.

@@ -281,14 +281,13 @@ def load(
     if fresh.sha256 != card.base.base_sha256:
         raise AdapterError(
             f"{folder}: was trained on the base {card.base.name!r} with hash "
-            f"{card.base.base_sha256[:12]}; "
-            f"{fresh.name!r} has {fresh.sha256[:12]}; name the right base with --base"
+            f"{card.base.base_sha256[:12]}; {fresh.name!r} has {fresh.sha256[:12]}; name the right "
+            "base with --base"
         )
     if hash_tokenizer(fresh.tokenizer) != card.tokenizer_sha256:
         raise AdapterError(
             f"{folder}: was trained with another tokenizer than that of {fresh.name!r}; name the "
-            "base of training "
-            "with --base"
+            "base of training with --base"
         )
     check_length(fresh.config, config)
     _check_probe(folder, card, fresh)
@@ -299,8 +298,7 @@ def load(
     if not difference <= PROBE_TOLERANCE:
         raise AdapterError(
             f"{folder}: answers its probe differently than when it was saved (logits differ by "
-            f"{difference:.2g}, "
-            f"allowed {PROBE_TOLERANCE:g}); versions then: {card.versions}"
+            f"{difference:.2g}, allowed {PROBE_TOLERANCE:g}); versions then: {card.versions}"
         )
     return Loaded(model=model, tokenizer=fresh.tokenizer, card=card)
 

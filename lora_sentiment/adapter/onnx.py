@@ -46,8 +46,7 @@ def open_session(path: Path) -> Engine:
     if sorted(inputs) != sorted(INPUTS) or OUTPUT not in outputs:
         raise AdapterError(
             f"{path}: has the inputs {', '.join(inputs)} and the outputs {', '.join(outputs)}; a "
-            "classifier of this "
-            f"package has {', '.join(INPUTS)} and {OUTPUT}"
+            f"classifier of this package has {', '.join(INPUTS)} and {OUTPUT}"
         )
 
     def answer(

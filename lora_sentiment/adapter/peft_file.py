@@ -41,8 +41,7 @@ def _check_names(names: Any) -> Any:
         if not _is_name(name):
             raise ValueError(
                 f"{name[:60]!r} is not a module name (letters, digits, _ and .); regular "
-                "expressions in a folder "
-                "are never run; list the names of the modules"
+                "expressions in a folder are never run; list the names of the modules"
             )
     return names
 
@@ -143,8 +142,7 @@ def read_config(folder: Path, *, saved: Header | None = None) -> PeftConfig:
         if not allowed:
             raise AdapterError(
                 f"{path}: {name} is {str(value)[:100]!r}; this package leaves it at PEFT's "
-                "default: other values "
-                "could import code, read other files, or change the answers"
+                "default: other values could import code, read other files, or change the answers"
             )
     with ExplainLibraryError(path):
         config: PeftConfig = KINDS[kind](**{k: v for k, v in values.items() if k in defaults})

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from lora_sentiment.errors import AdapterError
+from lora_sentiment.errors import AdapterError, show
 from lora_sentiment.files import LFS_FAULT, hash_file, is_lfs_pointer
 
 MAX_JSON_BYTES = 4 << 20
@@ -206,20 +206,43 @@ def read_header(path: Path) -> Header:
     return header
 
 
+def refuse_other_task(folder: Path) -> None:
+    """Refuse a whole model whose `config.json` says that softmax does not give its answers.
+
+    Raises:
+        AdapterError: As `read_object`, and if the model is no single-label classifier.
+    """
+    path = folder / "config.json"
+    config = read_object(path)
+    task = config.get("problem_type")
+    if task not in (None, "single_label_classification"):
+        raise AdapterError(
+            f"{path}: problem_type is {show(task)}; this package answers for models of one label a "
+            "text (single_label_classification) alone; run this one with its own library"
+        )
+    labels = config.get("id2label", {})
+    if config.get("num_labels") == 1 or (isinstance(labels, dict) and len(labels) == 1):
+        raise AdapterError(
+            f"{path}: has one label, so transformers runs it as a regression; this package answers "
+            "for classifiers of two or more labels alone; run this one with its own library"
+        )
+
+
 def read_labels(folder: Path) -> tuple[str, ...]:
     """Return the label names in the `config.json` of a whole model, in order.
 
     Raises:
-        AdapterError: As `read_object`, and if the labels are not numbered from 0.
+        AdapterError: As `refuse_other_task`, and if the labels are not numbered from 0.
     """
+    refuse_other_task(folder)
     path = folder / "config.json"
     # transformers leaves its own two names out.
     names = read_object(path).get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     numbers = [str(number) for number in range(len(names))] if isinstance(names, dict) else None
     if not isinstance(names, dict) or sorted(names) != sorted(numbers or ()):
         raise AdapterError(
-            f"{path}: id2label is {str(names)[:100]}; allowed: an object with the keys 0, 1 and "
-            "so on"
+            f"{path}: id2label is {str(names)[:100]}; allowed: an object with the keys 0, 1 and so "
+            "on"
         )
     return tuple(str(names[number]) for number in numbers or ())
 

@@ -290,8 +290,7 @@ def check_whole_model(folder: Path) -> None:
             if values.get(key) is not None:
                 raise AdapterError(
                     f"{folder / name}: {key} is {str(values[key])[:100]!r}; this package loads no "
-                    "other code, "
-                    "kernels or files than those of a plain DistilBERT; remove it"
+                    "other code, kernels or files than those of a plain DistilBERT; remove it"
                 )
     if (folder / "tokenizer.json").is_file():
         read_bytes(folder / "tokenizer.json", limit=MAX_TOKENIZER_BYTES)

@@ -1,4 +1,4 @@
-"""What recipes and adapters cost, and what those that ran gave, side by side and without weights."""
+"""Costs and results of recipes and adapters, side by side. No weights are loaded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,8 +9,9 @@ from lora_sentiment.adapter.file_size import adapter_bytes
 from lora_sentiment.adapter.predictions import load_predictions
 from lora_sentiment.adapter.safe_files import read_object
 from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, plan_recipe
-from lora_sentiment.errors import AdapterError, RecipeError
+from lora_sentiment.errors import DRAWING_FAULTS, AdapterError, RecipeError, one_line
 from lora_sentiment.evaluation.statistics import mcnemar, paired_bootstrap
+from lora_sentiment.files import write_file_aside
 from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.sizes import count_parameters, make_meta_model
@@ -36,12 +37,13 @@ class Row:
         file_bytes: Size of the adapter's weights on disk.
         optimizer_bytes: AdamW's two moments.
         memory_bytes: Estimated peak of memory in use, interpreter and imports included.
-        measured: What its run measured, from its report.json; None where it has not run. `role` (test where there is
-            one), `accuracy` and `macro_f1` with 95 % intervals, and of the training `seconds`, `tokens_per_second`
-            and `peak_memory_bytes`.
-        paired: The run beside the first one on the same rows; None where that cannot be said. `difference` is its
-            accuracy minus that of the first, with a 95 % paired bootstrap interval. `mcnemar` is the exact two-sided
-            p value of both being equally accurate. `num_rows` counts the rows.
+        measured: What its run measured, from its report.json; None where it has not run. `role`
+            (test where there is one), `accuracy` and `macro_f1` with 95 % intervals, and of the
+            training `seconds`, `tokens_per_second` and `peak_memory_bytes`.
+        paired: The run beside the first one on the same rows; None where that cannot be said.
+            `difference` is its accuracy minus that of the first, with a 95 % paired bootstrap
+            interval. `mcnemar` is the exact two-sided p value of both being equally accurate.
+            `num_rows` counts the rows.
         notes: What was assumed, and why something is missing.
     """
 
@@ -69,8 +71,23 @@ def compare(paths: Sequence[Path]) -> list[Row]:
     Raises:
         LoraSentimentError: If one is neither, or its base's shape is not known.
     """
-    rows = [_make_row(path) for path in paths]
+    rows = _name_apart([_make_row(path) for path in paths], paths)
     return [*rows[:1], *(_pair(row, rows[0]) for row in rows[1:])]
+
+
+def _name_apart(rows: list[Row], paths: Sequence[Path]) -> list[Row]:
+    """Name rows of equal names by their paths: by the last parts that tell them apart."""
+    names = [row.name for row in rows]
+    parts = [path.resolve().parts for path in paths]
+    named = []
+    for row, own in zip(rows, parts, strict=True):
+        rivals = [other for other, name in zip(parts, names, strict=True) if name == row.name]
+        depth = 1
+        while any(other != own and other[-depth:] == own[-depth:] for other in rivals):
+            depth += 1
+        name = row.name if len(rivals) == 1 else str(Path(*own[-depth:]))
+        named.append(replace(row, name=name))
+    return named
 
 
 def _make_row(path: Path) -> Row:
@@ -88,7 +105,7 @@ def _make_row(path: Path) -> Row:
     if Path(base).is_absolute():
         base = Path(base).name
     return Row(
-        name=recipe.name,
+        name=one_line(recipe.name),
         folder=folder if finished else None,
         base=base,
         method=describe(recipe.method, recipe.model.head),
@@ -104,7 +121,7 @@ def _make_row(path: Path) -> Row:
 
 
 def _find_run(path: Path) -> tuple[Recipe, Path | None, list[str]]:
-    """Return the recipe of a file or adapter folder, the folder of its run where there is one, and notes."""
+    """Return the recipe of a file or adapter folder, the folder of its run or None, and notes."""
     if path.is_dir():
         if not (path / "recipe.yaml").is_file():
             raise AdapterError(f"{path}: is no adapter folder of this package (no recipe.yaml)")
@@ -161,7 +178,10 @@ def _why_other(folder: Path, recipe: Recipe) -> str | None:
         return f"{folder} holds no run"
     ran = Recipe.load(folder / "recipe.yaml")
     if ran.model_dump(exclude={"output"}) != recipe.model_dump(exclude={"output"}):
-        return f"{folder} was made by another version of this recipe and is not shown; name the folder to see it"
+        return (
+            f"{folder} was made by another version of this recipe and is not shown; name the "
+            "folder to see it"
+        )
     return None
 
 
@@ -195,7 +215,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _pair(row: Row, first: Row) -> Row:
-    """Compare a row with the first on the rows that both were judged on, where they are the same."""
+    """Compare a row with the first one, if both were judged on the same rows."""
     if not (row.measured and row.folder and first.measured and first.folder):
         return row
     role = row.measured["role"]
@@ -270,17 +290,20 @@ def make_notes(rows: Sequence[Row]) -> list[str]:
         who = "all" if len(names) == len(rows) else ", ".join(names)
         lines.append(f"{who}: {note}")
     lines.append(
-        f"memory, est.: most in use at the recipe's longest length, {BASELINE_BYTES / 2**20:,.0f} MiB of interpreter "
-        "and imports included; glibc keeps freed buffers on top (see lora-sentiment estimate)"
+        f"memory, est.: most in use at the recipe's longest length, {BASELINE_BYTES / 2**20:,.0f} "
+        "MiB of interpreter and imports included; glibc keeps freed buffers on top (see "
+        "lora-sentiment estimate)"
     )
     roles = _measured_roles(rows)
     if roles:
         lines.append(
-            f"accuracy and macro-F1 on {roles} in %, brackets hold 95 % intervals of one run over its rows"
+            f"accuracy and macro-F1 on {roles} in %, brackets hold 95 % intervals of one run over "
+            "its rows"
         )
     if any(row.paired for row in rows):
         lines.append(
-            f"against the first: accuracy minus that of {rows[0].name} on the same rows, paired; p by McNemar"
+            f"against the first: accuracy minus that of {rows[0].name} on the same rows, paired; p "
+            "by McNemar"
         )
     return lines
 
@@ -295,16 +318,25 @@ def to_markdown(rows: Sequence[Row]) -> str:
     lines = [
         "| " + " | ".join(columns) + " |",
         "|" + "|".join("---" if heading in LEFT else "---:" for heading in columns) + "|",
-        *("| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)),
+        *(
+            "| " + " | ".join(map(_escape, cells)) + " |"
+            for cells in zip(*columns.values(), strict=True)
+        ),
     ]
     return "\n".join([*lines, "", *(f"- {note}" for note in make_notes(rows))])
 
 
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw trained parameters against accuracy, a point for each row that ran, sized by the memory it held.
+    """Draw trained parameters against accuracy, a point for each row that ran.
+
+    The size of a point is the memory that the run held.
 
     Raises:
-        RecipeError: If none ran.
+        RecipeError: If none ran, or the plot cannot be drawn or written.
     """
     # matplotlib, only where there is something to draw.
     from lora_sentiment.training.plots import ParetoPoint, plot_pareto
@@ -324,10 +356,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             points.append(point)
     if not points:
         raise RecipeError(
-            "--plot: none of these has a report.json, so there is no accuracy to draw; train one first"
+            "--plot: none of these has a report.json, so there is no accuracy to draw; train one "
+            "first"
         )
     title = f"Trained parameters and accuracy on {_measured_roles(rows)} (area: peak memory)"
-    plot_pareto(points, path, title=title)
+    try:
+        with write_file_aside(path) as aside:
+            plot_pareto(points, aside, title=title)
+    except DRAWING_FAULTS as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise RecipeError(
+            f"--plot: {path} cannot be drawn: {reason or one_line(str(error))}"
+        ) from error
 
 
 def _count(count: int) -> str:

@@ -27,7 +27,8 @@ from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.recipe import Recipe
 
 BASELINE_BYTES = 585 * 2**20
-"""Resident memory of the interpreter, the imports and one step of a toy model, measured with torch 2.13 for CPUs."""
+"""Resident memory of the interpreter, the imports and one step of a toy model, measured with torch
+2.13 for CPUs."""
 LENGTHS = (64, 128, 256, 512)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -71,7 +72,7 @@ class Estimate:
 
     @property
     def resident(self) -> int:
-        """Most bytes that a run may hold: with the baseline, and with what glibc or CUDA graphs keep beside it."""
+        """Most bytes that a run may hold, with the baseline and the buffers that are kept free."""
         return self.baseline + max(cut.memory.resident for cut in self.cuts)
 
     @property
@@ -118,7 +119,9 @@ def parse_bytes(text: str) -> int:
 
 
 def find_base(model: ModelConfig, num_labels: int | None) -> tuple[Any, list[str]]:
-    """Return the config of a base in a folder or the Hub's cache, else of a public base that is known by name.
+    """Return the config of a base.
+
+    It is read from a folder or the Hub's cache, or made from the name of a public base.
 
     Args:
         model: The recipe's `model` section.
@@ -136,8 +139,9 @@ def find_base(model: ModelConfig, num_labels: int | None) -> tuple[Any, list[str
         vocab_size = DISTILBERT.public_vocab_sizes.get(model.name.removeprefix("distilbert/"))
         if vocab_size is None:
             raise ModelError(
-                f"model.name {model.name!r}: no such folder, not in the Hub's cache and no public base whose shape "
-                "is known. Name a folder, or fetch its config.json first: hf download NAME config.json"
+                f"model.name {model.name!r}: no such folder, not in the Hub's cache and no public "
+                "base whose shape is known. Name a folder, or fetch its config.json first: hf "
+                "download NAME config.json"
             )
         dropouts = {key: getattr(model, key) for key in DISTILBERT.dropouts}
         given = {key: value for key, value in dropouts.items() if value is not None}
@@ -164,10 +168,12 @@ def plan_recipe(
     Args:
         recipe: The recipe.
         num_labels: Number of labels where the recipe does not name them.
-        this_machine: Whether the run is on this machine's device; else it is on a CPU that computes in float32 alone.
+        this_machine: Whether the run is on this machine's device; else it is on a CPU that computes
+            in float32 alone.
 
     Raises:
-        ModelError: If the base's shape is not known, or the method does not fit the base or its precision.
+        ModelError: If the base's shape is not known, or the method does not fit the base or its
+            precision.
     """
     model = recipe.model
     if recipe.data.labels:
@@ -202,7 +208,8 @@ def plan_recipe(
 def cut_rows(plan: Plan, recipe: Recipe, *, length: int, budget: int | None = None) -> int:
     """Return how many texts of one length the recipe puts into a micro-batch.
 
-    On a GPU that is a whole step, unless the recipe sets a number of tokens or the memory is smaller.
+    On a GPU that is a whole step, unless the recipe sets a number of tokens or the memory is
+    smaller.
 
     Args:
         plan: What fixes the memory of the run.
@@ -237,7 +244,8 @@ def estimate(recipe: Recipe, *, budget: int | None = None) -> Estimate:
         budget: Bytes that the process may hold, baseline included; on a GPU bytes of its memory.
 
     Raises:
-        ModelError: If the base's shape is not known, or the method does not fit the base or its precision.
+        ModelError: If the base's shape is not known, or the method does not fit the base or its
+            precision.
     """
     plan, assumed = plan_recipe(recipe)
     longest = recipe.model.max_length
@@ -293,21 +301,24 @@ def make_notes(estimate: Estimate) -> list[str]:
         notes.append(_judge_budget(estimate, estimate.budget))
     if estimate.device == "cuda":
         notes += [
-            f"{estimate.engine} engine on a GPU; MiB of its memory; kept: the copy of the best tensors; fixed: cuBLAS",
-            "rows: a micro-batch; the run measures its own, a whole step where the free memory allows",
-            f"peak: the largest of loading, evaluating and a step; a run plans with {CUDA_SHARE:.0%} of the free "
-            "memory",
-            "reserved: the buffers of an evaluation and of a step together; CUDA graphs hold those of a step up to "
-            "twice",
+            f"{estimate.engine} engine on a GPU; MiB of its memory; kept: the copy of the best "
+            "tensors; fixed: cuBLAS",
+            "rows: a micro-batch; the run measures its own, a whole step where the free memory "
+            "allows",
+            "peak: the largest of loading, evaluating and a step; a run plans with "
+            f"{CUDA_SHARE:.0%} of the free memory",
+            "reserved: the buffers of an evaluation and of a step together; CUDA graphs hold those "
+            "of a step up to twice",
             "not counted: the CUDA context, about 500 MiB of the card",
         ]
     else:
         notes += [
-            f"{estimate.engine} engine; MiB; rows: a micro-batch as the recipe cuts it; kept: the copy of the best "
-            "tensors",
-            f"peak: the largest of loading, evaluating and a step (all before it), with {_mebibytes(BASELINE_BYTES)} "
-            "MiB of interpreter and imports",
-            f"with freed: on a CPU glibc keeps freed buffers, up to {GLIBC_KEEPS:.0%} of activations and workspace",
+            f"{estimate.engine} engine; MiB; rows: a micro-batch as the recipe cuts it; kept: the "
+            "copy of the best tensors",
+            "peak: the largest of loading, evaluating and a step (all before it), with "
+            f"{_mebibytes(BASELINE_BYTES)} MiB of interpreter and imports",
+            f"with freed: on a CPU glibc keeps freed buffers, up to {GLIBC_KEEPS:.0%} of "
+            "activations and workspace",
         ]
     return [*notes, *estimate.assumed]
 
@@ -329,8 +340,9 @@ def _judge_budget(estimate: Estimate, budget: int) -> str:
         )
     if not most:
         return (
-            f"does not fit: {within}, and no single row of {longest.length} tokens does; lower model.max_length, "
-            "train less (method.kind=lora), or set train.gradient_checkpointing=true"
+            f"does not fit: {within}, and no single row of {longest.length} tokens does; lower "
+            "model.max_length, train less (method.kind=lora), or set "
+            "train.gradient_checkpointing=true"
         )
     if on_gpu:
         return f"does not fit: {within}; leave out train.max_tokens_per_micro_batch, or set it to {most}"
@@ -342,14 +354,14 @@ def _mebibytes(size: int) -> str:
 
 
 def _usable(budget: int, device: Literal["cpu", "cuda"]) -> int:
-    """Return the bytes of a budget that a run plans with: a GPU's allocator cannot use every gap."""
+    """Return the bytes of a budget that a run plans with: a GPU's memory has gaps."""
     return int(CUDA_SHARE * budget) if device == "cuda" else budget
 
 
 def _fitting_rows(plan: Plan, budget: int, *, rows: int, length: int) -> int:
-    """Return the most texts of a length that a micro-batch may have within a budget; 0 where none fits.
+    """Return the most texts of a length that fit a budget in one micro-batch, or 0.
 
-    What a micro-batch holds grows evenly with its texts. So two measured sizes give all others.
+    The memory of a micro-batch grows evenly with its texts. So two measured sizes give all others.
 
     Args:
         plan: What fixes the memory of the run.

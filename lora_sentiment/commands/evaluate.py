@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_sentiment.adapter.folder import Card, load
-from lora_sentiment.adapter.safe_files import first_fault
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub
@@ -76,10 +75,9 @@ def evaluate(
     }
     given = {name: value for name, value in reading.items() if value is not None}
     if given and source is None:
-        names = ", ".join(name.replace("_", " ") for name in given)
         raise DataError(
-            f"evaluate: found {names} without a source; the recorded rows are read as in training: "
-            "name a source, or leave it out"
+            f"evaluate: {', '.join(given)}: only with source, because the recorded rows are read "
+            "as in training"
         )
     state = join_launch()
     accelerator = make_accelerator(state, dtype)
@@ -112,7 +110,9 @@ def _read_given(card: Card, source: str, split: str, given: dict[str, str]) -> R
     try:
         config = DataConfig.model_validate(recorded | other | given)
     except ValidationError as error:
-        raise DataError(f"evaluate: {first_fault(error)}") from error
+        first = error.errors()[0]
+        fault = first.get("ctx", {}).get("error", first["msg"])
+        raise DataError(f"evaluate: {'.'.join(map(str, first['loc']))} {fault}") from error
     rows, counts = load_rows(config, split=split, labels=tuple(card.labels))
     for fault, numbers in counts.dropped.items():
         log.warning(

@@ -14,9 +14,9 @@ from typing import Any
 
 from rich.text import Text
 
-from lora_sentiment.classifier import Classifier
+from lora_sentiment.classifier import EMPTY_TEXT, Classifier, tokenise
 from lora_sentiment.data.cleaning import clean_text
-from lora_sentiment.errors import DataError
+from lora_sentiment.errors import DataError, one_line
 
 LEVELS = 3
 MARKED = 0.1
@@ -28,8 +28,8 @@ _STYLES = {
     "against": ("black on #f9e3b3", "black on #f2c766", "bold black on #e69f00"),
 }
 _LEGEND = (
-    "how much its score falls (+) or rises (-) without the word; unmarked: under "
-    f"{MARKED:.0%} of the largest"
+    f"how much its score falls (+) or rises (-) without the word; unmarked: under {MARKED:.0%} of "
+    "the largest"
 )
 _PAGE = Path(__file__).with_name("explanation.html")
 
@@ -79,12 +79,14 @@ def explain(
         calibrated: As in `Classifier.predict`.
 
     Raises:
-        DataError: If the text has no word or too many.
+        DataError: If the text has no token, no word or too many words.
         ModelError: As `Classifier.predict`.
     """
     if classifier.clean:
         # Only once: cleaning undoes escaped entities, and a second time could undo more.
         text, classifier = clean_text(text, Counter()), replace(classifier, clean=False)
+    if classifier.encoder.is_empty(next(tokenise(classifier.encoder, [text], clean=False))):
+        raise DataError(f"explain: {EMPTY_TEXT}")
     words = find_words(text)
     if not 0 < len(words) <= max_words:
         raise DataError(
@@ -114,7 +116,7 @@ def to_rich(explanation: Explanation) -> Text:
 
     A marked word has its effect as a signed number, so that colour alone means nothing.
     """
-    label = _visible(explanation.label)
+    label = one_line(explanation.label)
     shown = Text(f"{label} {explanation.score:.4f}\n")
     for number, (word, effect, level) in enumerate(_levels(explanation)):
         if number:
@@ -149,7 +151,7 @@ def to_html(explanations: Sequence[Explanation]) -> str:
                 )
             else:
                 words.append(f'<span title="{number}">{text}</span>')
-        label = escape(_visible(explanation.label))
+        label = escape(one_line(explanation.label))
         articles.append(
             f"<article>\n<h2><bdi>{label}</bdi> {explanation.score:.4f}</h2>\n"
             f'<p dir="auto">{" ".join(words)}</p>\n</article>'
@@ -167,14 +169,9 @@ def _levels(explanation: Explanation) -> list[tuple[str, float, int]]:
         level = 0
         if share >= MARKED:
             level = min(LEVELS, 1 + int(share * LEVELS))
-        marked.append((_visible(word), effect, level))
+        marked.append((one_line(word), effect, level))
     return marked
 
 
 def _side(effect: float) -> str:
     return "for" if effect > 0 else "against"
-
-
-def _visible(text: str) -> str:
-    """Replace control characters, which could steer the terminal that shows them."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)

@@ -28,7 +28,6 @@ from filelock import Timeout
 from lora_sentiment.classifier import Classifier, Prediction
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import TOKENISE_ROWS
-from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.lines import ColumnBatch, find_column
 from lora_sentiment.data.tables import (
     TableWriter,
@@ -37,11 +36,13 @@ from lora_sentiment.data.tables import (
     table_columns,
     table_types,
 )
-from lora_sentiment.errors import DataError, did_you_mean
+from lora_sentiment.errors import DataError, did_you_mean, one_line
 from lora_sentiment.files import hash_file, lock_file, write_json
 
 log = logging.getLogger("lora_sentiment")
 LINES_PER_WINDOW = 1000
+SHOWN_LABELS = 20
+"""Labels that the line about a table counts; of more, the most frequent."""
 _T = TypeVar("_T")
 
 
@@ -88,7 +89,7 @@ def predict_lines(
 ) -> Iterator[Answer]:
     """Answer lines one by one, in their order, reading at most 1,000 ahead.
 
-    A blank line is answered too, with an error, so that answers and lines can be paired.
+    A line without tokens is answered too, with an error, so that answers and lines can be paired.
 
     Args:
         classifier: The model.
@@ -108,21 +109,32 @@ def show_answer(answer: Answer, *, all_scores: bool, as_json: bool) -> str:
     """Return the line that the command line prints for an answer."""
     prediction = answer.prediction
     if as_json:
-        values = vars(prediction) if prediction else {"error": answer.error}
-        kept = {key: value for key, value in values.items() if key != "scores" or all_scores}
-        return json.dumps({"text": answer.text, **kept}, ensure_ascii=False)
+        values: dict[str, Any] = {"error": answer.error}
+        if prediction:
+            values = {"label": prediction.label, "score": prediction.score}
+            if all_scores:
+                values["scores"] = prediction.scores
+        return json.dumps({"text": answer.text, **values}, ensure_ascii=False)
     cells = ["-", str(answer.error)]
     if prediction:
-        cells = [prediction.label, f"{prediction.score:.4f}"]
+        cells = [one_line(str(prediction.label)), f"{prediction.score:.4f}"]
         if all_scores:
             scores = prediction.scores.items()
-            cells.append(" ".join(f"{name}={score:.4f}" for name, score in scores))
-    return "\t".join([*cells, " ".join(answer.text.split())])
+            cells.append(" ".join(f"{one_line(name)}={score:.4f}" for name, score in scores))
+    return "\t".join([*cells, one_line(answer.text)])
 
 
 def show_summary(summary: Summary, output: Path) -> str:
     """Return the line that the command line prints for a table."""
-    counts = ", ".join(f"{name} {count:,}" for name, count in summary.labels.items())
+    found = list(summary.labels.items())
+    if len(found) > SHOWN_LABELS:
+        found.sort(key=lambda item: -item[1])
+    counts = ", ".join(
+        f"{one_line(name, limit=40)} {count:,}" for name, count in found[:SHOWN_LABELS]
+    )
+    if len(found) > SHOWN_LABELS:
+        others = sum(count for _, count in found[SHOWN_LABELS:])
+        counts += f", {len(found) - SHOWN_LABELS:,} other labels {others:,}"
     if summary.bad_rows:
         counts += f"; {summary.bad_rows:,} with an error instead"
     return f"{output}: {summary.rows:,} rows ({counts}) in {summary.seconds:,.1f} s"
@@ -448,22 +460,23 @@ def _answer(
     predictions = iter(classifier.predict(good, stride=stride, calibrated=calibrated))
     answers = []
     for text, error in zip(texts, errors, strict=True):
-        prediction = next(predictions) if error is None else None
-        answers.append(Answer(text, prediction, error))
+        if error is not None:
+            answers.append(Answer(text, None, error))
+            continue
+        prediction = next(predictions)
+        error = prediction.error
+        answers.append(Answer(text, None if error else prediction, error))
     return answers
 
 
 def _find_error(text: Any, *, clean: bool) -> str | None:
-    """Return why a text cannot be answered, or None."""
+    """Return why a text cannot be tokenised, or None."""
     if text is None:
         return "text is missing"
     if not isinstance(text, str):
         return f"text is {type(text).__name__}, not a string"
-    read = clean_text(text, Counter()) if clean else text
-    if not read.strip():
-        return "text is empty"
-    # Python decodes bytes of standard input that are not UTF-8 to these, and no tokenizer takes
-    # them.
-    if re.search("[\ud800-\udfff]", read):
+    # Python decodes bytes of standard input that are not UTF-8 to these. No tokenizer takes them,
+    # and cleaning removes them.
+    if not clean and re.search("[\ud800-\udfff]", text):
         return "text is no Unicode"
     return None

@@ -32,15 +32,16 @@ from lora_sentiment.training.processes import join_launch, make_accelerator
 from lora_sentiment.training.report import peak_memory
 
 STEPS = 2
-"""The optimizer holds its moments from the end of the first step on, so the peak is the second's."""
+"""The optimizer holds its moments from the end of the first step on, so the peak is the
+second's."""
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A real run of a few steps at the longest length beside its estimate, in bytes without the baseline.
+    """A real run of a few steps at the longest length beside its estimate, in bytes.
 
-    On a GPU the bytes are those that torch allocated on it, and the baseline is 0.
+    The baseline is not counted. On a GPU the bytes are those that torch allocated on it.
 
     Attributes:
         length: Tokens of each text.
@@ -77,14 +78,15 @@ class Probe:
 
 
 def probe(recipe: Recipe, *, in_use: bool = True) -> Probe:
-    """Run two real optimizer steps at the longest length in a fresh process, and compare the estimate with them.
+    """Compare the estimate with two real optimizer steps at the longest length.
 
-    The process does what training does, from the base to an evaluation, on random token ids.
+    They run in a fresh process, which does what training does, from the base to an evaluation, on
+    random token ids.
 
     Args:
         recipe: The recipe.
-        in_use: Measure only what is in use: glibc is told to return freed buffers at once, which takes longer.
-            Otherwise the buffers that it keeps for later count too, as in a run.
+        in_use: Measure only what is in use: glibc is told to return freed buffers at once, which
+            takes longer. Otherwise the buffers that it keeps for later count too, as in a run.
 
     Raises:
         LoraSentimentError: If the recipe's base, method or step cannot run here.
@@ -123,7 +125,7 @@ def probe(recipe: Recipe, *, in_use: bool = True) -> Probe:
 
 
 def run_probe(recipe_path: str, result_path: str, num_labels: str) -> None:
-    """Measure in this process, which must be fresh, and write JSON: baseline and peak in bytes, and the texts."""
+    """Measure in this fresh process, and write baseline, peak and texts as JSON."""
     recipe = Recipe.load(recipe_path)
     accelerator = make_accelerator(join_launch(), recipe.model.dtype)
     device = accelerator.device

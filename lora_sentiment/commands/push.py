@@ -137,9 +137,8 @@ def _read_recorded(folder: Path) -> tuple[dict[str, str], str]:
     if record is None:
         raise AdapterError(
             f"{folder}: is nothing that this package made and verified: there is neither card.json "
-            "(an adapter) nor a "
-            "config.json with a lora_sentiment record (a merged or exported model); `hf upload` "
-            "sends any folder"
+            "(an adapter) nor a config.json with a lora_sentiment record (a merged or exported "
+            "model); `hf upload` sends any folder"
         )
     return record.files, record.base
 

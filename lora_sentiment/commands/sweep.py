@@ -263,8 +263,8 @@ def _no_axis(path: Path, choices: Sequence[_Choice]) -> str:
             f"; to vary {', '.join(lists)}, which takes a list, give a list of lists: [[..], [..]]"
         )
     return (
-        f"{path}: no key has several values; give one a list, such as "
-        f"'train.learning_rate=[1e-4, 5e-4]'{hint}"
+        f"{path}: no key has several values; give one a list, such as 'train.learning_rate=[1e-4, "
+        f"5e-4]'{hint}"
     )
 
 

@@ -166,6 +166,10 @@ class TextEncoder:
         encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def is_empty(self, ids: list[int]) -> bool:
+        """Return whether a text has no token, or only those that frame and fill an input."""
+        return set(ids) <= {self.cls_token_id, self.sep_token_id, self.pad_token_id}
+
     def truncate(self, ids: list[int]) -> list[int]:
         """Return the ids of a text that fit into one input."""
         if len(ids) <= self.room:

@@ -73,7 +73,7 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
         if not name:
             fault = (
                 "has no name; name it or remove it (pandas writes an index so, unless "
-                "to_csv(index=False))"
+                "to_csv(index=False), and R row names, unless row.names=FALSE)"
             )
         elif first != number:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
@@ -144,7 +144,8 @@ class Dialect(NamedTuple):
     Attributes:
         delimiter: The character between two fields, or `PLAIN_TABS`.
         is_declared: Whether a first line `sep=;` names it. That line is no row.
-        has_row_names: Whether each row begins with a name that the header leaves out, as R writes it.
+        has_row_names: Whether each row begins with a name that the header leaves out, as R writes
+            it.
     """
 
     delimiter: str
@@ -235,6 +236,9 @@ def delimited_rows(lines: _Lines, own: str, needed: Sequence[str]) -> Iterator[l
                 if part in fault:
                     fault = text
                     break
+            if not columns:
+                names = ", ".join(f"{name}s" for name in DELIMITERS.values())
+                fault += f"; fields may be separated by {names}"
             raise lines.fault(row + 1, fault, line=line) from error
         if fields is None:
             return
@@ -418,7 +422,7 @@ def _decode(
     if file.peek(4)[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):
         raise DataError(
             f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV "
-            f"UTF-8"
+            "UTF-8"
         )
     try:
         codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding

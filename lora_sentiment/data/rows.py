@@ -170,7 +170,7 @@ def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> D
         label = show(names[train.labels[0]])
         raise DataError(
             f"{source.where('train')}: every row has the label {label}; a classifier needs two "
-            f"labels"
+            "labels"
         )
     carved_test = None
     is_test_carved = bool(config.test_fraction) and not source.judged
@@ -515,8 +515,7 @@ def _rename(
     if set(own) & set(names) or len(own) != len(names) or not is_ordered:
         raise DataError(
             f"{where}: its labels are {', '.join(own)}, and not {', '.join(names)}; use rows with "
-            f"the labels of the "
-            "training"
+            "the labels of the training"
         )
     return values
 
@@ -538,8 +537,8 @@ def _find_names(values: list[Any], where: str) -> tuple[str, ...]:
     if decimals and all(DECIMAL.fullmatch(name) or INTEGER.fullmatch(name) for name in names):
         raise DataError(
             f"{where}: the labels are decimal numbers, such as {min(decimals)}; a class is an "
-            f"integer or a name: write "
-            "integers, or state data.labels with every value in quotes if they are names"
+            "integer or a name: write integers, or state data.labels with every value in quotes if "
+            "they are names"
         )
     if not names:
         raise DataError(
@@ -549,8 +548,7 @@ def _find_names(values: list[Any], where: str) -> tuple[str, ...]:
     if len(names) > max(100, len(values) // 2):
         raise DataError(
             f"{where}: the label column holds {len(names)} different values in {len(values)} rows; "
-            f"is it the right "
-            "column?"
+            "is it the right column?"
         )
     integers = [name for name in names if INTEGER.fullmatch(name)]
     words = [name for name in names if not INTEGER.fullmatch(name)]
@@ -700,7 +698,10 @@ def _explain_label(value: Any, names: tuple[str, ...]) -> Fault:
     kind = "label is unknown"
     if not isinstance(value, (str, int)):
         kind = f"label is {type(value).__name__}"
-    return kind, f"label {show(value)} is none of {_list(names)}"
+    message = f"label {show(value)} is none of {_list(names)}"
+    if DECIMAL.fullmatch(_label_text(value)) and WHOLE.fullmatch(_label_text(value)):
+        message += "; write integers without a decimal point"
+    return kind, message
 
 
 def _bad_rows(where: str, faults: dict[int, Fault], *, may_drop: bool) -> DataError:

@@ -279,8 +279,7 @@ def _describe(error: BaseException) -> str:
         script = message.rpartition(" ")[2]
         return (
             f"is made by a script ({script}), and code from the Hub is never run; name a data set "
-            f"of parquet, csv or "
-            "json files, or convert it to such files yourself"
+            "of parquet, csv or json files, or convert it to such files yourself"
         )
     if _lacks_config(error):
         return message

@@ -56,8 +56,7 @@ def _file_faults(path: Path, verb: str) -> Iterator[None]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
             f"{path}: is no gzip file, or a damaged one ({error}); make or copy it again, or "
-            f"remove "
-            ".gz from its name"
+            "remove .gz from its name"
         ) from error
     except OSError as error:
         raise DataError(
@@ -79,7 +78,7 @@ def _read_parquet(path: Path, rows_per_batch: int) -> Iterator[ColumnBatch]:
         message = " ".join(str(error).split())
         raise DataError(
             f"{path}: cannot be read as parquet ({message}); if it is parquet, make or copy it "
-            f"again"
+            "again"
         ) from error
 
 
@@ -102,8 +101,8 @@ def _find_format(path: Path) -> TextFormat | Literal["parquet"]:
         if path.name.lower().endswith(suffix):
             return form
     raise DataError(
-        f"{path}: its name tells no known format; it must end in one of {', '.join(FORMATS)}"
-        f"{_spreadsheet_hint(path)}"
+        f"{path}: its name tells no known format; it must end in one of "
+        f"{', '.join(FORMATS)}{_spreadsheet_hint(path)}"
     )
 
 
@@ -209,8 +208,7 @@ def table_types(
                 message = " ".join(str(error).split())
                 raise DataError(
                     f"{path}: column {name!r} fits no type of parquet ({message}); write .jsonl, "
-                    f"or "
-                    "give all its rows one type of value"
+                    "or give all its rows one type of value"
                 ) from error
     return {name: pa.string() if kind == pa.null() else kind for name, kind in types.items()}
 
@@ -267,7 +265,7 @@ class TableWriter:
             lengths = {name: len(values) for name, values in batch.items()}
             raise DataError(
                 f"{self._path}: a batch has {lengths} rows; all of {self._columns} must have as "
-                f"many"
+                "many"
             )
         with _file_faults(self._path, "written"):
             if self._form == "parquet":
@@ -318,7 +316,7 @@ class TableWriter:
             message = " ".join(str(error).split())
             raise DataError(
                 f"{self._path}: {place} cannot be written: {message}; give all its rows one type "
-                f"of value"
+                "of value"
             ) from error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

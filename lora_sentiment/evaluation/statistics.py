@@ -175,10 +175,10 @@ def _check_paired(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) ->
         if correct.dtype != np.bool_ or correct.ndim != 1 or not len(correct):
             raise DataError(
                 f"{name}: found {correct.dtype} values of shape {correct.shape}; give one truth "
-                f"value per row"
+                "value per row"
             )
     if len(correct_a) != len(correct_b):
         raise DataError(
             f"found {len(correct_a)} rows for A and {len(correct_b)} for B; score both on the same "
-            f"rows"
+            "rows"
         )

@@ -23,7 +23,8 @@ class Family:
         head: The layers of the head. Every method trains and saves them.
         dropouts: The config keys of dropout.
         num_positions: The config key of the longest input.
-        public_vocab_sizes: Public checkpoints with the family's default shape, and their vocabulary sizes.
+        public_vocab_sizes: Public checkpoints with the family's default shape, and their vocabulary
+            sizes.
     """
 
     model_type: str

@@ -53,6 +53,8 @@ class Base:
         revision: Commit that the Hub resolved, or None for a folder.
         sha256: Hash of the unquantised encoder's tensors by name, shape and value.
         new_head: True if the checkpoint has no head of its own.
+        problem_type: That of the checkpoint, if it is another one than of single labels. The model
+            forgets it, because a head of single labels is trained.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class Base:
     revision: str | None
     sha256: str
     new_head: bool
+    problem_type: str | None = None
 
     @property
     def config(self) -> Any:
@@ -90,6 +93,9 @@ def load_base(
     with quiet(), _ExplainFailure(config):
         hf_config, revision = _find_config(config)
         own_labels = [str(label) for _, label in sorted(hf_config.id2label.items())]
+        problem_type = None
+        if hf_config.problem_type != "single_label_classification":
+            problem_type, hf_config.problem_type = hf_config.problem_type, None
         hf_config.num_labels = len(labels)
         hf_config.id2label = dict(enumerate(labels))
         hf_config.label2id = {label: index for index, label in enumerate(labels)}
@@ -135,6 +141,7 @@ def load_base(
         revision=revision,
         sha256=sha256,
         new_head=new_head,
+        problem_type=problem_type,
     )
 
 
@@ -175,7 +182,7 @@ def _find_config(config: ModelConfig) -> tuple[Any, str | None]:
 
 
 def find_local_config(config: ModelConfig) -> Any | None:
-    """Find and check the configuration of a base in a folder or the Hub's cache. Nothing is fetched.
+    """Read and check a base's configuration in a folder or the Hub's cache; fetch nothing.
 
     Returns:
         The configuration with the recipe's dropout; None for a Hub name that is not cached.
@@ -431,8 +438,8 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
             )
     if "quantization_config" in facts:
         raise refuse(
-            f"{base} is quantised already; name the checkpoint it was made from, and let "
-            "this package quantise it"
+            f"{base} is quantised already; name the checkpoint it was made from, and let this "
+            "package quantise it"
         )
     if facts["model_type"] != "distilbert":
         raise refuse(
@@ -453,8 +460,8 @@ def check_length(shape: Any, config: ModelConfig) -> None:
     positions = shape.max_position_embeddings
     if config.max_length > positions:
         raise ModelError(
-            f"{config.max_length} is more than the {positions} positions of {config.name!r}; allowed: "
-            f"{positions} or less",
+            f"{config.max_length} is more than the {positions} positions of {config.name!r}; "
+            f"allowed: {positions} or less",
             key="model.max_length",
         )
 

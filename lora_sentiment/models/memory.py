@@ -1,10 +1,11 @@
 """What a training run holds in memory, measured on the real model without values.
 
-The model is made of fake tensors: they have a shape, a dtype and a device, and no bytes. PyTorch runs every operation
-on them but the arithmetic. So one real forward and backward pass shows the size and lifetime of each tensor.
+The model is made of fake tensors: they have a shape, a dtype and a device, and no bytes. PyTorch
+runs every operation on them but the arithmetic. So one real forward and backward pass shows the
+size and lifetime of each tensor.
 
-The backward pass of a GPU cannot run on fake tensors where torch was built for CPUs. Its buffers are the one formula
-here, `_cuda_workspace`.
+The backward pass of a GPU cannot run on fake tensors where torch was built for CPUs. Its buffers
+are the one formula here, `_cuda_workspace`.
 """
 
 import warnings
@@ -43,7 +44,8 @@ QUANTISED_BLOCK = 64
 SCALE_BLOCK = 256
 """Scales that share a scale of their own, where 4-bit scales are quantised too."""
 GLIBC_KEEPS = 0.6
-"""Most of the activations' size that glibc 2.36 was seen to keep in freed buffers of 32 MiB or less, on a CPU."""
+"""Most of the activations' size that glibc 2.36 was seen to keep in freed buffers of 32 MiB or
+less, on a CPU."""
 CUBLAS_BYTES = 32 * 2**20
 """cuBLAS' workspace on Hopper, for each stream of each thread. Older cards take 8 MiB."""
 CUDA_SHARE = 0.92
@@ -78,7 +80,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes held by a run: on a CPU beyond the interpreter and its imports, on a GPU those of the card.
+    """Bytes held by a run. On a CPU the interpreter and its imports are not counted.
 
     Attributes:
         weights: Every parameter once loaded, and what the fast engine prepares from frozen ones.
@@ -89,10 +91,11 @@ class Memory:
         workspace: The most that the passes hold beside the activations at once.
         loading: Peak while the base is loaded, hashed and wrapped.
         evaluating: Peak of an evaluation between steps.
-        second: Size of a step's second micro-batch, as a share of the first. It is 0 if a step has one
-            micro-batch. It is 1 with CUDA graphs, which keep their gradients between steps.
+        second: Size of a step's second micro-batch, as a share of the first. It is 0 if a step has
+            one micro-batch. It is 1 with CUDA graphs, which keep their gradients between steps.
         fixed: What libraries hold for as long as a run lasts.
-        pool: Memory of CUDA graphs, which nothing else can use. None of it is allocated, all of it is reserved.
+        pool: Memory of CUDA graphs, which nothing else can use. None of it is allocated, all of it
+            is reserved.
         device: What the run is on.
     """
 
@@ -111,7 +114,7 @@ class Memory:
 
     @property
     def step(self) -> int:
-        """Peak of an optimizer step, from the second on: in the first the optimizer holds nothing yet."""
+        """Peak of an optimizer step. The first step takes less: it begins without moments."""
         # In a step's first micro-batch the gradients appear while the activations go.
         first = self.activations + self.workspace
         held = self.weights + self.kept + self.optimizer + self.fixed
@@ -126,8 +129,8 @@ class Memory:
     def resident(self) -> int:
         """The peak with the buffers that are kept beside it.
 
-        On a CPU glibc keeps freed buffers. On a GPU torch's allocator keeps the buffers of a step and of an
-        evaluation, and CUDA graphs their pool.
+        On a CPU glibc keeps freed buffers. On a GPU torch's allocator keeps the buffers of a step
+        and of an evaluation, and CUDA graphs their pool.
         """
         if self.device == "cuda":
             return max(self.loading, self.evaluating + self.kept_free)
@@ -135,7 +138,7 @@ class Memory:
 
     @property
     def kept_free(self) -> int:
-        """Buffers that are kept for later: by glibc beside a step, on a GPU beside an evaluation."""
+        """Buffers kept for later: by glibc beside a step, on a GPU beside an evaluation."""
         if self.device == "cuda":
             return self.activations + self.workspace + self.pool
         return int(GLIBC_KEEPS * (self.activations + self.workspace))
@@ -176,7 +179,7 @@ def estimate_memory(plan: Plan, *, rows: int, length: int, batch_size: int) -> M
 def make_memory(
     plan: Plan, *, rows: int, batch_size: int, activations: int, workspace: int
 ) -> Memory:
-    """Return what a run holds, where `measure_step` found `activations` and `workspace` for its micro-batch."""
+    """Return what a run holds, given the figures of `measure_step` for its micro-batch."""
     run = _make_run(plan)
     trained = FP32 * run.num_trained
     graphs = plan.cuda_graphs and plan.device == "cuda" and run.fast and not plan.checkpointing
@@ -210,9 +213,11 @@ def runs_fast(plan: Plan) -> bool:
 
 @lru_cache(maxsize=64)
 def measure_step(plan: Plan, *, rows: int, length: int) -> tuple[int, int]:
-    """Return the bytes that one micro-batch holds between its passes, and the most beside them during the passes.
+    """Measure the memory of one micro-batch.
 
-    Gradients count among the latter, as they appear.
+    Returns:
+        (activations, workspace): the bytes held between the forward and the backward pass, and the
+        most that is held beside them during the passes. Gradients are part of the workspace.
     """
     run = _make_run(plan)
     run.model.train()
@@ -243,7 +248,8 @@ class _Run(NamedTuple):
         num_trained: Trained parameters.
         weights: Bytes of `own`.
         loading: Peak while the base is loaded, hashed and wrapped.
-        evaluation: Most bytes that a forward pass of an evaluation holds, at the recipe's longest length.
+        evaluation: Most bytes that a forward pass of an evaluation holds, at the recipe's longest
+            length.
     """
 
     model: nn.Module
@@ -299,13 +305,15 @@ def _make_dora_run(plan: Plan) -> _Run:
 def _loading(plan: Plan, model: nn.Module, weights: int, num_base: int) -> int:
     """Return the peak while the base is loaded, hashed and wrapped."""
     if plan.device == "cuda":
-        # A base is hashed on the host. A quantised one comes to the card with all but its linears in fp32.
+        # A base is hashed on the host. A quantised one comes to the card with all but its linears
+        # in fp32.
         quantised = [p for p in model.parameters() if p.dtype in (torch.int8, torch.uint8)]
         if not quantised:
             return weights
         rest = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
         return weights + FP32 * sum(parameter.numel() for parameter in rest)
-    # A frozen tensor is hashed in fp32: its bytes are copied, in a shorter dtype after one more copy.
+    # A frozen tensor is hashed in fp32: its bytes are copied, in a shorter dtype after one more
+    # copy.
     frozen = [p for p in model.parameters() if not p.requires_grad]
     largest = FP32 * max((parameter.numel() for parameter in frozen), default=0)
     hashing = weights + largest * (1 if plan.dtype == torch.float32 else 2)
@@ -317,7 +325,8 @@ def _loading(plan: Plan, model: nn.Module, weights: int, num_base: int) -> int:
 def _cuda_workspace(plan: Plan, run: _Run, num_tokens: int) -> int:
     """Return the most that one operation of a GPU's backward pass needs beside all that is saved.
 
-    It is in the feed-forward network: buffers of its width, counted on the real code with stand-ins for kernels.
+    It is in the feed-forward network: buffers of its width, counted on the real code with stand-ins
+    for kernels.
     """
     names = [name for name, p in run.model.named_parameters() if p.requires_grad]
     trains_last = any(".lin2." in name for name in names)

@@ -1,4 +1,4 @@
-"""What a method trains of a base, read from the real model: counts of parameters, and models without values."""
+"""Parameter counts of a method on a base, read from the real model without values."""
 
 import copy
 import math
@@ -28,9 +28,9 @@ def make_meta_model(
     Args:
         config: The base's config; its `num_labels` sizes the head.
         method: The recipe's `method` section.
-        model: The recipe's `model` section. Quantised linears are bitsandbytes' modules, whose weights still have
-            the shape and dtype of unquantised ones. With DoRA they are plain linears: DoRA unpacks the
-            weights when it wraps them, and these have no values.
+        model: The recipe's `model` section. Quantised linears are bitsandbytes' modules, whose
+            weights still have the shape and dtype of unquantised ones. With DoRA they are plain
+            linears: DoRA unpacks the weights when it wraps them, and these have no values.
         dtype: Compute dtype.
 
     Raises:
@@ -83,7 +83,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 
 
 def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield all parameters of a model, and the scales that bitsandbytes keeps beside its weights."""
+    """Yield all parameters of a model, and the scales of its quantised weights."""
     yield from model.parameters()
     for module in model.modules():
         # 8 bits: the weight holds the scales, and after the first forward pass the module's state.

@@ -14,28 +14,30 @@ from lora_sentiment.recipe.method import Ia3Method, PeftMethod, UnfreezeMethod
 
 
 def find_targets(model: nn.Module, method: PeftMethod) -> dict[str, nn.Linear]:
-    """Return the linears of an unwrapped classifier that a method adapts, by full name in the order of the forward.
+    """Return the linears of an unwrapped classifier that a method adapts, by full name.
 
-    PEFT's own rule decides, on the linears of the encoder's blocks alone.
+    They are in the order of the forward pass. PEFT's own rule decides, on the linears of the
+    encoder's blocks alone.
 
     Raises:
-        ModelError: If the target matches no linear or matches the head, or the base has fewer blocks.
+        ModelError: If the target matches no linear or matches the head, or the base has fewer
+            blocks.
     """
     wanted = target_names(method)
     if isinstance(wanted, str):
         head = [name for name in DISTILBERT.head if re.fullmatch(wanted, name)]
         if head:
             raise ModelError(
-                f"method.target_modules {wanted!r} matches {head[0]}, which is a layer of the head. "
-                "The head gets no adapter; model.head sets what of it is trained"
+                f"method.target_modules {wanted!r} matches {head[0]}, which is a layer of the "
+                "head. The head gets no adapter; model.head sets what of it is trained"
             )
     linears = encoder_linears(model)
     layers = None if isinstance(method, Ia3Method) else method.layers_to_transform
     num_blocks = len(_blocks(model))
     if layers and max(layers) >= num_blocks:
         raise ModelError(
-            f"method.layers_to_transform: found layer {max(layers)}; the base has {num_blocks} layers, 0 to "
-            f"{num_blocks - 1}"
+            f"method.layers_to_transform: found layer {max(layers)}; the base has {num_blocks} "
+            f"layers, 0 to {num_blocks - 1}"
         )
     config: Any = PeftConfig()
     config.target_modules = wanted
@@ -45,8 +47,8 @@ def find_targets(model: nn.Module, method: PeftMethod) -> dict[str, nn.Linear]:
     }
     if not targets:
         raise ModelError(
-            f"method.target_modules {method.target_modules!r} matches no linear of the encoder; full names look like "
-            f"{next(iter(linears))}"
+            f"method.target_modules {method.target_modules!r} matches no linear of the encoder; "
+            f"full names look like {next(iter(linears))}"
         )
     return targets
 
@@ -62,7 +64,9 @@ def target_names(method: PeftMethod) -> list[str] | str:
 
 
 def resolve_pattern(patterns: dict[str, int], field: str, targets: list[str]) -> dict[str, int]:
-    """Return rank_pattern or alpha_pattern by full name. The first pattern that matches a name counts, as in PEFT.
+    """Return rank_pattern or alpha_pattern by full name.
+
+    The first pattern that matches a name counts, as in PEFT.
 
     Raises:
         ModelError: If a pattern matches no adapted linear.
@@ -72,7 +76,7 @@ def resolve_pattern(patterns: dict[str, int], field: str, targets: list[str]) ->
         matching = [name for name in targets if re.match(rf"(.*\.)?({pattern})$", name)]
         if not matching:
             raise ModelError(
-                f"method.{field}: {pattern!r} matches none of the adapted linears, such as {targets[0]}"
+                f"method.{field}: {pattern!r} matches no adapted linear; one is {targets[0]}"
             )
         for name in matching:
             values.setdefault(name, value)
@@ -90,7 +94,7 @@ def find_unfrozen(model: nn.Module, method: UnfreezeMethod) -> list[str]:
         num_blocks = len(_blocks(model))
         if method.last_layers > num_blocks:
             raise ModelError(
-                f"method.last_layers: found {method.last_layers}; allowed: 1 to {num_blocks}, the base's blocks"
+                f"method.last_layers: found {method.last_layers}; allowed: 1 to {num_blocks}"
             )
         last = range(num_blocks - method.last_layers, num_blocks)
         prefixes = tuple(f"{DISTILBERT.blocks}.{i}." for i in last)
@@ -100,15 +104,15 @@ def find_unfrozen(model: nn.Module, method: UnfreezeMethod) -> list[str]:
         matching = fnmatch.filter(names, pattern)
         if not matching:
             raise ModelError(
-                f"method.patterns: {pattern!r} matches no tensor of the encoder; they have names such as {names[-1]} "
-                "(model.head sets what of the head is trained)"
+                f"method.patterns: {pattern!r} matches no tensor of the encoder; they have names "
+                f"such as {names[-1]} (model.head sets what of the head is trained)"
             )
         unfrozen.update(matching)
     return [name for name in names if name in unfrozen]
 
 
 def encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linears of an unwrapped classifier's blocks by full name, in the order of the forward."""
+    """Return the linears of an unwrapped classifier's blocks by full name, in forward order."""
     prefix = f"{DISTILBERT.encoder}.{DISTILBERT.blocks}."
     return {
         name: module

@@ -104,8 +104,8 @@ def refuse_unfit(
         # peft 0.21 moves the weight "back to the CPU" after it reads its norm. bitsandbytes then
         # drops the scales.
         raise ModelError(
-            "model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use "
-            "nf4 or fp4"
+            "model.quantize=int8: PEFT's DoRA loses the scales of int8 weights on a CPU; use nf4 "
+            "or fp4"
         )
     if isinstance(method, AdaloraMethod) and dtype == torch.float16:
         raise ModelError(
@@ -117,8 +117,8 @@ def refuse_unfit(
 def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftConfig:
     """Return PEFT's own configuration of a method on a base, the head named as saved.
 
-    Patterns become full names: PEFT would try a regular expression on every module, not on linears alone, and take
-    the first pattern that matches in an order that a sorted file does not keep.
+    Patterns become full names: PEFT would try a regular expression on every module, not on linears
+    alone, and take the first pattern that matches in an order that a sorted file does not keep.
     """
     targets = list(find_targets(base.model, method))
     names = target_names(method)
@@ -129,7 +129,8 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
         "target_modules": sorted(targets) if isinstance(names, str) else names,
         "modules_to_save": list(HEAD),
     }
-    # Our fields are PEFT's by name; those left out are ours alone, or were turned into the common ones.
+    # Our fields are PEFT's by name; those left out are ours alone, or were turned into the common
+    # ones.
     ours = {"kind", "target_modules", "loraplus_lr_ratio"}
     fields = {name: getattr(method, name) for name in type(method).model_fields if name not in ours}
     if fields.get("layers_to_transform"):
@@ -148,7 +149,8 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
         case AdaloraMethod():
             if method.tinit + method.tfinal >= num_steps:
                 raise ModelError(
-                    f"method.tinit {method.tinit} and tfinal {method.tfinal} leave no step of {num_steps} to prune in"
+                    f"method.tinit {method.tinit} and tfinal {method.tfinal} leave no step of "
+                    f"{num_steps} to prune in"
                 )
             return AdaLoraConfig(**common, **fields, total_step=num_steps)
         case Ia3Method():
@@ -304,14 +306,14 @@ def _wrap(base: Base, method: PeftMethod, num_steps: int) -> PeftModel:
     if found != wanted:
         different = sorted(found ^ wanted)
         raise ModelError(
-            f"method.target_modules {method.target_modules!r}: PEFT adapted {len(found)} linears where {len(wanted)} "
-            f"were meant; they differ in {different[0]}"
+            f"method.target_modules {method.target_modules!r}: PEFT adapted {len(found)} linears "
+            f"where {len(wanted)} were meant; they differ in {different[0]}"
         )
     return model
 
 
 class _LowRankUpdate(nn.Module):
-    """A weight plus a low-rank update B A; A: (r, in_features), B: (out_features, r), first zero."""
+    """A weight plus a low-rank update B A; A: (r, in_features), B: (out_features, r), zero first."""
 
     def __init__(self, weight: torch.Tensor, r: int) -> None:
         super().__init__()
@@ -343,7 +345,5 @@ def _choose_head(model: nn.Module, config: ModelConfig, *, new_head: bool) -> No
     first.weight.requires_grad_(False)
     rank = config.head_r or DEFAULT_HEAD_R
     if rank > min(first.weight.shape):
-        raise ModelError(
-            f"model.head_r: found {rank}; allowed: 1 to {min(first.weight.shape)}, the head layer's size"
-        )
+        raise ModelError(f"model.head_r: found {rank}; allowed: 1 to {min(first.weight.shape)}")
     parametrize.register_parametrization(first, "weight", _LowRankUpdate(first.weight, rank))

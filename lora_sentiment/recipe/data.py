@@ -74,8 +74,7 @@ class DataConfig(Section):
         if isinstance(source, list):
             raise ValueError(
                 f"found {show(source)}; name several files by a glob, such as 'data/*.csv', or by "
-                f"role: "
-                "{train: .., test: ..}"
+                "role: {train: .., test: ..}"
             )
         return source
 
@@ -132,7 +131,7 @@ class DataConfig(Section):
         if self.text_column == self.label_column:
             raise ValueError(
                 f"text_column and label_column are both {self.text_column!r}; name the column of "
-                f"each"
+                "each"
             )
         return self
 
@@ -154,14 +153,13 @@ def _check_roles(roles: Iterable[str]) -> None:
         if near and role.isalpha():
             raise ValueError(
                 f"found split {role!r}; did you mean {near[0]!r}? If not, choose a name less like "
-                f"it"
+                "it"
             )
         if role in REPORT_BLOCKS or not re.fullmatch(r"[a-z][a-z0-9_]*", role):
             taken = ", ".join(name for name in REPORT_BLOCKS if name not in SPLITS)
             raise ValueError(
                 f"found split {role!r}; allowed: {', '.join(SPLITS)}, or a name of your own for "
-                f"rows to evaluate: "
-                f"small letters, digits and _, none of {taken}"
+                f"rows to evaluate: small letters, digits and _, none of {taken}"
             )
     if "train" not in roles:
         raise ValueError("has no 'train'; splits by role name at least train")

@@ -153,7 +153,7 @@ class AdaloraMethod(_LayeredAdapters):
         if self.target_r > self.init_r:
             raise ValueError(
                 f"target_r {self.target_r} is more than init_r {self.init_r}; AdaLoRA only lowers "
-                f"ranks"
+                "ranks"
             )
         return self
 

@@ -57,7 +57,7 @@ class ModelConfig(Section):
         if self.double_quant and self.quantize not in ("nf4", "fp4"):
             raise ValueError(
                 f"double_quant does nothing with quantize {self.quantize}; set model.quantize=nf4 "
-                f"or fp4"
+                "or fp4"
             )
         if self.head_r is not None and self.head != "low_rank":
             raise ValueError(f"head_r does nothing with head {self.head}; set model.head=low_rank")

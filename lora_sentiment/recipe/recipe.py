@@ -24,8 +24,8 @@ class Recipe(Section):
     """One experiment: data, base, method, training and output."""
 
     name: str
-    """Name of the run: letters, digits, `.`, `_` and `-`, of which the first is a letter or digit. By
-    default it is made from the recipe file's name."""
+    """Name of the run: letters, digits, `.`, `_` and `-`, of which the first is a letter or digit.
+    By default it is made from the recipe file's name."""
     offline: Literal["error", "bundled"] = "error"
     """If no Hub answers and the cache lacks the files: `error` stops; `bundled` runs on the base
     and reviews that ship and writes to `<output.dir>-offline`."""
@@ -46,8 +46,8 @@ class Recipe(Section):
         if not name[:1].isalnum() or name != _make_name(name):
             hint = _make_name(name) or "my-recipe"
             raise ValueError(
-                f"found {show(name)}; a name has letters, digits, '.', '_' and '-', and begins with "
-                f"a letter or digit; write name: {hint}"
+                f"found {show(name)}; a name has letters, digits, '.', '_' and '-', and begins "
+                f"with a letter or digit; write name: {hint}"
             )
         return name
 
@@ -98,7 +98,7 @@ class Recipe(Section):
         except RuntimeError as error:
             raise RecipeError(
                 f"output.dir: found {show(str(folder))}; this machine has no home folder of that "
-                f"user"
+                "user"
             ) from error
 
     def to_yaml(self) -> str:
@@ -145,7 +145,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path}: found {type(values).__name__}; a recipe is a mapping with data, model, "
-            f"method, train"
+            "method, train"
         )
     return values
 
@@ -180,7 +180,7 @@ def _explain_faults(error: ValidationError, values: dict[str, Any]) -> list[str]
 
 
 def _key_path(fault: ErrorDetails, values: Any) -> str:
-    """Return a path of keys of the file. pydantic's path also names union members, such as `str`."""
+    """Return a path of keys of the file, without the union members in pydantic's path."""
     keys = []
     for part in fault["loc"]:
         is_key = isinstance(values, dict) and part in values

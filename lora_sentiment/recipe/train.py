@@ -36,7 +36,8 @@ class TrainConfig(Section):
     batch_size: int = Field(32, ge=1)
     """Examples of one optimizer step over all processes, whatever the micro-batches are."""
     max_tokens_per_micro_batch: int | None = Field(None, ge=8)
-    """Most tokens of a micro-batch. Default: from a memory formula, on a GPU from its free memory."""
+    """Most tokens of a micro-batch. Default: from a memory formula, on a GPU from its free
+    memory."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -76,7 +77,8 @@ class TrainConfig(Section):
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints to keep. All are removed when the run has finished."""
     resume: Literal["auto", "never", "always"] = "auto"
-    """auto resumes from a checkpoint if there is one, never starts anew, always needs a checkpoint."""
+    """auto resumes from a checkpoint if there is one, never starts anew, always needs a
+    checkpoint."""
     engine: Literal["auto", "fast", "stock"] = "auto"
     """Forward pass of the encoder. auto uses the fast one where it is exact; fast refuses to run
     elsewhere."""

@@ -1,4 +1,4 @@
-"""Answer requests: choose the adapter, tokenise the texts, queue them, and turn logits into labels and scores."""
+"""Answer requests: tokenise and queue the texts, and turn logits into labels and scores."""
 
 import asyncio
 from collections import Counter
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.classifier import tokenise
+from lora_sentiment.classifier import EMPTY_TEXT, tokenise
 from lora_sentiment.commands.explain import find_words, leave_each_out
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.cleaning import clean_text
@@ -21,10 +21,12 @@ from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import (
     AnyRequest,
     AnyResponse,
+    NoLabel,
     Prediction,
     PredictResponse,
     RefusalError,
     Score,
+    Scores,
     TeiRequest,
 )
 from lora_sentiment.serve.metrics import Metrics
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 NUM_THREADS = 2
 """Threads that clean and tokenise."""
 MAX_EXPLAINED_CHARACTERS = 2**21
-"""Characters tokenised for the explanations of a request: each text once, and again without each of its words."""
+"""Characters tokenised for the explanations of a request: each text once, and again without each of
+its words."""
 MAX_WAITING_CHARACTERS = 2**22
 """Characters that wait to be tokenised, over all requests. One request alone may have more."""
 MAX_SHOWN_NAMES = 20
@@ -51,13 +54,16 @@ class TokenisedText:
     """One text as its adapter reads it.
 
     Attributes:
-        inputs: Its token ids. With an explanation, then those of the text without its first word, its second, ...
+        inputs: Its token ids. With an explanation, then those of the text without its first word,
+            its second, ...
         truncated: Whether it was cut.
+        is_empty: Whether it has no token. It is computed like any other, but gets no label.
         words: Its words, or None without an explanation.
     """
 
     inputs: list[Ids]
     truncated: bool
+    is_empty: bool
     words: list[str] | None
 
 
@@ -76,15 +82,19 @@ class Answerer:
         """Answer a request of either form.
 
         Raises:
-            RefusalError: As `Queue.ask`; for an adapter that is not loaded, or more than the limits allow.
+            RefusalError: As `Queue.ask`; for an adapter that is not loaded, or more than the limits
+                allow.
         """
         if isinstance(request, TeiRequest):
             return await self._answer_tei(request)
         self._check_num_texts("texts", request.texts)
         adapter = choose_adapter(self._pool.adapters, request.adapter)
         texts = await self._tokenise(adapter, request.texts, explain=request.explain)
-        predictions = []
+        predictions: list[Prediction | NoLabel] = []
         for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
+            if text.is_empty:
+                predictions.append(NoLabel(error=EMPTY_TEXT))
+                continue
             scores = softmax(logits)
             ranked = _rank(adapter.labels, scores[0])[: request.top_k]
             effects = None
@@ -103,7 +113,7 @@ class Answerer:
             )
         return PredictResponse(adapter=adapter.name, predictions=predictions)
 
-    async def _answer_tei(self, request: TeiRequest) -> list[Score] | list[list[Score]]:
+    async def _answer_tei(self, request: TeiRequest) -> Scores | list[Scores]:
         """Answer one input, or a batch of inputs, with every label, best first."""
         rows = request.inputs if isinstance(request.inputs, list) else [request.inputs]
         self._check_num_texts("inputs", rows)
@@ -116,8 +126,11 @@ class Answerer:
             truncate=request.truncate,
             direction=direction and direction.lower(),
         )
-        answers = []
-        for logits in await self._compute(adapter, tokenised):
+        answers: list[Scores] = []
+        for text, logits in zip(tokenised, await self._compute(adapter, tokenised), strict=True):
+            if text.is_empty:
+                answers.append([NoLabel(error=EMPTY_TEXT)])
+                continue
             scores = logits if request.raw_scores else softmax(logits)
             answers.append(_rank(adapter.labels, scores[0]))
         return answers if isinstance(rows[0], list) else answers[0]
@@ -158,8 +171,8 @@ class Answerer:
         if waiting and waiting + num_characters > MAX_WAITING_CHARACTERS:
             raise RefusalError(
                 "Overloaded",
-                f"{waiting:,} characters wait to be tokenised already; allowed: {MAX_WAITING_CHARACTERS:,}; "
-                "try again later",
+                f"{waiting:,} characters wait to be tokenised already; allowed: "
+                f"{MAX_WAITING_CHARACTERS:,}; try again later",
                 headers={"Retry-After": str(self._queue.estimate_wait())},
             )
         work = partial(
@@ -229,12 +242,15 @@ def tokenise_texts(
     Args:
         adapter: The adapter that reads the texts.
         texts: The texts.
-        max_words: Make the inputs of explanations, for texts of at most so many words; None makes none.
+        max_words: Make the inputs of explanations, for texts of at most so many words; None makes
+            none.
         truncate: Whether a longer text is cut or refused.
-        direction: `right` keeps the first tokens of a longer text, `left` the last; None cuts as in training.
+        direction: `right` keeps the first tokens of a longer text, `left` the last; None cuts as in
+            training.
 
     Raises:
-        RefusalError: For a text that is too long to be explained, or to be answered without truncation.
+        RefusalError: For a text that is too long to be explained, or to be answered without
+            truncation.
     """
     encoder = adapter.encoder
     tokenised = []
@@ -253,12 +269,14 @@ def tokenise_texts(
         if truncated and not truncate:
             raise RefusalError(
                 "TooLarge",
-                f"texts[{place}]: has {len(token_ids[0]) + 2:,} tokens; the adapter reads {encoder.max_length:,}",
+                f"texts[{place}]: has {len(token_ids[0]) + 2:,} tokens; the adapter reads "
+                f"{encoder.max_length:,}",
             )
         tokenised.append(
             TokenisedText(
                 inputs=[encoder.frame(_truncate(encoder, ids, direction)) for ids in token_ids],
                 truncated=truncated,
+                is_empty=encoder.is_empty(token_ids[0]),
                 words=None if max_words is None else [word.group() for word in words],
             )
         )
@@ -275,8 +293,9 @@ def _check_explained(place: int, num_words: int, max_words: int, num_characters:
     if num_characters > MAX_EXPLAINED_CHARACTERS:
         raise RefusalError(
             "TooLarge",
-            f"texts: each text is read again without each of its words, here {num_characters:,} characters or more; "
-            f"allowed: {MAX_EXPLAINED_CHARACTERS:,}; send fewer or shorter texts",
+            f"texts: each text is read again without each of its words, here {num_characters:,} "
+            f"characters or more; allowed: {MAX_EXPLAINED_CHARACTERS:,}; send fewer or shorter "
+            "texts",
         )
 
 

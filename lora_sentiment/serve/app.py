@@ -238,7 +238,8 @@ async def _finish(
         return None
     raise RefusalError(
         "Deadline",
-        f"no answer within {seconds:g} seconds, the limit for a request; send fewer texts, or try again later",
+        f"no answer within {seconds:g} seconds, the limit for a request; send fewer texts, or try "
+        "again later",
     )
 
 

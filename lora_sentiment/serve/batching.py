@@ -1,4 +1,4 @@
-"""One queue for all adapters. Waiting texts are batched by tokens and by time, and one thread computes the batches."""
+"""One queue for all adapters, batched by tokens and by time, computed in one thread."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ Compute = Callable[[Sequence["LoadedAdapter"], Encoded], list[Logits]]
 
 
 def call_in_thread(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function in a thread. Python 3.11 cannot pass a StopIteration on: its waiter would wait for ever."""
+    """Call a function in a thread. Python 3.11 cannot pass on a StopIteration: the waiter hangs."""
     try:
         return function(*arguments)
     except StopIteration as error:
@@ -44,7 +44,8 @@ def call_in_thread(function: Callable[..., Result], *arguments: Any) -> Result:
 class PendingRequest:
     """The texts of one request.
 
-    Batches are computed one after another in the order of the queue, so logits come in the order of the texts.
+    Batches are computed one after another in the order of the queue, so logits come in the order of
+    the texts.
 
     Attributes:
         adapter: The adapter that answers.
@@ -74,10 +75,13 @@ Batch = list[tuple[PendingRequest, Ids]]
 
 
 class Queue:
-    """First in, first out; bounded in tokens. `run` must be running in the event loop of the requests.
+    """A queue of requests, bounded in tokens: first in, first out.
+
+    `run` must be running in the event loop of the requests.
 
     Attributes:
-        closed: Whether new requests are refused. Requests whose texts are being tokenised are still queued.
+        closed: Whether new requests are refused. Requests whose texts are being tokenised are still
+            queued.
         abandoned: Whether all requests are refused.
     """
 
@@ -102,15 +106,15 @@ class Queue:
         """Refuse a new request that cannot be queued now.
 
         Raises:
-            RefusalError: `Unhealthy` while the server stops, `TooLarge` if the request never fits, `Overloaded` if
-                it does not fit now.
+            RefusalError: `Unhealthy` while the server stops, `TooLarge` if the request never fits,
+                `Overloaded` if it does not fit now.
         """
         if self.closed:
             raise RefusalError("Unhealthy", "the server is stopping and takes no new requests")
         self._check_room(num_tokens)
 
     def estimate_wait(self) -> int:
-        """Return the seconds that the waiting tokens will take at the speed seen: 1 to MAX_RETRY_SECONDS."""
+        """Estimate the seconds for the waiting tokens, from 1 to MAX_RETRY_SECONDS."""
         seconds = self.num_tokens * (self._seconds_per_token or 0.0)
         return max(1, min(MAX_RETRY_SECONDS, math.ceil(seconds)))
 
@@ -120,8 +124,8 @@ class Queue:
         If the caller is cancelled, texts that are not in a batch yet leave the queue.
 
         Raises:
-            RefusalError: As `check`, except that a stopping server still queues the request; `Backend` if its batch
-                cannot be computed.
+            RefusalError: As `check`, except that a stopping server still queues the request;
+                `Backend` if its batch cannot be computed.
         """
         num_tokens = sum(map(len, inputs))
         self._check_room(num_tokens)
@@ -175,8 +179,8 @@ class Queue:
         if self.num_tokens + num_tokens > most:
             raise RefusalError(
                 "Overloaded",
-                f"{self.num_tokens:,} tokens wait already and this request has at least {num_tokens:,}; "
-                f"allowed: {most:,} together; try again later",
+                f"{self.num_tokens:,} tokens wait already and this request has at least "
+                f"{num_tokens:,}; allowed: {most:,} together; try again later",
                 headers={"Retry-After": str(self.estimate_wait())},
             )
 
@@ -216,13 +220,15 @@ class Queue:
     async def _compute_batch(self, batch: Batch) -> None:
         """Compute a batch in the thread and answer its requests.
 
-        A batch that fails is computed again adapter by adapter, so that only the faulty adapter's requests fail.
+        A batch that fails is computed again adapter by adapter, so that only the faulty adapter's
+        requests fail.
         """
         started = time.perf_counter()
         computed = asyncio.get_running_loop().run_in_executor(
             self._thread, call_in_thread, self._compute_logits, batch
         )
-        # `wait` does not raise. The exception is logged and answered, and the next batch is computed.
+        # `wait` does not raise. The exception is logged and answered, and the next batch is
+        # computed.
         await asyncio.wait([computed])
         seconds = time.perf_counter() - started
         error = computed.exception()
@@ -231,7 +237,8 @@ class Queue:
             parts.setdefault(request.adapter, []).append((request, ids))
         if error and len(parts) > 1:
             log.warning(
-                "a batch of %d texts for %d adapters could not be computed (%s); each adapter is computed alone",
+                "a batch of %d texts for %d adapters could not be computed (%s); each adapter is "
+                "computed alone",
                 len(batch),
                 len(parts),
                 type(error).__name__,

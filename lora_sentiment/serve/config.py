@@ -21,7 +21,8 @@ class Limits(Section):
     max_texts: int = Field(default=128, ge=1)
     """Texts of a request."""
     on_long: Literal["truncate", "refuse"] = "truncate"
-    """Treatment of a text with more tokens than its adapter reads: cut as in training, or refused."""
+    """Treatment of a text with more tokens than its adapter reads: cut as in training, or
+    refused."""
     max_explained_words: int = Field(default=256, ge=1)
     """Words of an explained text. The model runs once more for each word."""
     max_queue_tokens: int = Field(default=131_072, ge=512)
@@ -33,7 +34,8 @@ class Limits(Section):
     deadline_seconds: Seconds = 30.0
     """Seconds from a request's last byte to its answer."""
     header_seconds: Seconds = 10.0
-    """Seconds that a connection may stay open without a whole request header, or with an answer that is not read."""
+    """Seconds that a connection may stay open without a whole request header, or with an answer
+    that is not read."""
     body_seconds: Seconds = 10.0
     """Seconds that a body may take to arrive."""
     max_requests: int = Field(default=128, ge=1)
@@ -96,8 +98,8 @@ def make_config(
         name, equals, value = limit.partition("=")
         if not equals or name not in names:
             raise RecipeError(
-                f"serve: --limit {limit!r}: expected NAME=VALUE{did_you_mean(name, names)} "
-                f"(names: {', '.join(names)})"
+                f"serve: --limit {limit!r}: expected NAME=VALUE{did_you_mean(name, names)} (names: "
+                f"{', '.join(names)})"
             )
         given[name] = value
     if api_key_file:
@@ -135,7 +137,7 @@ def read_key(path: Path) -> SecretStr:
     # Printable ASCII without the blank lies between "!" and "~".
     if len(text) < MIN_KEY_LENGTH or min(text) < "!" or max(text) > "~":
         raise RecipeError(
-            f"--api-key-file: {path}: needs one line of {MIN_KEY_LENGTH} or more printable characters without blanks, "
-            "as `openssl rand -hex 32` prints"
+            f"--api-key-file: {path}: needs one line of {MIN_KEY_LENGTH} or more printable "
+            "characters without blanks, as `openssl rand -hex 32` prints"
         )
     return SecretStr(text)

@@ -78,7 +78,7 @@ class RequestBody(Section):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, body: Any) -> Any:
-        """Stop at the first unknown key: pydantic makes one error for each, however many there are."""
+        """Stop at the first unknown key, because pydantic makes one error for each of them."""
         known = list(cls.model_fields)
         for key in body if isinstance(body, dict) else ():
             if key not in known:
@@ -109,7 +109,8 @@ class PredictRequest(RequestBody):
     top_k: int = Field(default=1, ge=1)
     """Number of most likely labels to return. All are returned if there are fewer."""
     explain: bool = False
-    """Whether to return the effect of each word on the score. The model runs once more for each word."""
+    """Whether to return the effect of each word on the score. The model runs once more for each
+    word."""
 
 
 def _refuse_value(value: object) -> object:
@@ -146,7 +147,8 @@ class TeiRequest(RequestBody):
     truncate: bool | None = None
     """Whether a longer text is cut (true) or refused (false). Default: the server's `on_long`."""
     truncation_direction: Literal["Left", "Right", "left", "right"] | None = None
-    """Which tokens of a longer text stay: the first (`Right`) or the last (`Left`). Default: as in training."""
+    """Which tokens of a longer text stay: the first (`Right`) or the last (`Left`). Default: as in
+    training."""
     raw_scores: bool = False
     """Whether to return logits instead of probabilities."""
     parameters: TeiParameters | None = None
@@ -198,6 +200,17 @@ class Score(Section):
     """Its probability, or its logit with `raw_scores`."""
 
 
+class NoLabel(Section):
+    """The answer for a text without tokens."""
+
+    label: None = None
+    """Always null."""
+    score: None = None
+    """Always null."""
+    error: str = Field(examples=["text is empty"])
+    """Why there is no label: the tokenizer leaves no token of the text."""
+
+
 class Prediction(Section):
     """The answer for one text."""
 
@@ -220,12 +233,14 @@ class PredictResponse(Section):
 
     adapter: str = Field(examples=["imdb_small"])
     """Name of the adapter that answered."""
-    predictions: list[Prediction]
-    """One for each text."""
+    predictions: list[Prediction | NoLabel]
+    """One for each text. A text without tokens, such as blanks, has no label."""
 
 
-AnyResponse = PredictResponse | list[Score] | list[list[Score]]
-"""For `texts`; for one TEI input: every label, best first; for a TEI batch: such a list for each text."""
+Scores = list[Score] | list[NoLabel]
+"""Every label, best first; for a text without tokens, one entry without a label."""
+AnyResponse = PredictResponse | Scores | list[Scores]
+"""For `texts`; for one TEI input; for a TEI batch: a list for each text."""
 
 
 class BaseFacts(Section):

@@ -12,7 +12,7 @@ BATCH_TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """The metrics of one app. They have their own registry, so that several apps may live in one process."""
+    """The metrics of one app, with a registry of their own: a process may have several apps."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""ASGI middleware: checks the key, the size and the time of a request before the app, adds headers, logs and counts."""
+"""ASGI middleware: check key, size and time of a request, add headers, log and count."""
 
 import asyncio
 import hmac
@@ -21,7 +21,8 @@ PREDICT = "/predict"
 PUBLIC_PATHS = ("/", "/page.css", "/page.js", "/openapi.json", "/healthz", "/readyz")
 """Paths that need no key: they tell nothing of adapters or texts."""
 CLIENT_GONE = 499
-"""Status of a request whose client disconnected, as in nginx. It only appears in the log and the metrics."""
+"""Status of a request whose client disconnected, as in nginx. It only appears in the log and the
+metrics."""
 HEADERS = [
     (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
         b"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
@@ -85,7 +86,7 @@ class Middleware:
         self._count(scope, route, status, time.perf_counter() - started)
 
     def _log_fault(self, fault: BaseException, route: str) -> None:
-        """Log the class and the place of an exception. Its message may hold a text that was sent."""
+        """Log the class and place of an exception, not its message, which may hold a text."""
         self._metrics.faults.inc()
         place = "".join(traceback.format_tb(fault.__traceback__))
         log.error("%s: %s was raised, at\n%s", route, type(fault).__name__, place)
@@ -118,7 +119,8 @@ class Middleware:
         if self._num_in_progress >= most:
             raise RefusalError(
                 "Overloaded",
-                f"{self._num_in_progress} predictions are in progress; allowed: {most}; try again later",
+                f"{self._num_in_progress} predictions are in progress; allowed: {most}; try again "
+                "later",
                 headers={"Retry-After": "1"},
             )
         self._change_in_progress(1)

@@ -1,4 +1,4 @@
-"""The served adapters. Each is loaded and verified once, on one shared base. Adapters may come and go at run time."""
+"""The served adapters: loaded and verified on one shared base, and changed at run time."""
 
 import copy
 import ctypes
@@ -61,7 +61,7 @@ SHARING_METHODS = ("lora", "head")
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """One loaded adapter. It answers as long as something refers to it, also after the pool dropped it.
+    """One loaded adapter. It can answer even after the pool dropped it.
 
     Attributes:
         name: The folder's name, which requests use.
@@ -72,7 +72,8 @@ class LoadedAdapter:
         sha256: Hash of everything that decides an answer.
         method: Training method.
         num_parameters: Number of values that it adds to the base or replaces in it, with its head.
-        part: Its low-rank pairs and head beside the shared base, or the forward pass of its own model.
+        part: Its low-rank pairs and head beside the shared base, or the forward pass of its own
+            model.
     """
 
     name: str
@@ -124,7 +125,8 @@ class Pool:
         """Load adapters and serve them beside the others. If one is refused, none is added.
 
         Raises:
-            AdapterError: If an adapter is not what was saved, is for another base, or its name is taken.
+            AdapterError: If an adapter is not what was saved, is for another base, or its name is
+                taken.
             ModelError: If its base cannot be loaded.
         """
         adapters = dict(self.adapters)
@@ -135,10 +137,10 @@ class Pool:
         self.adapters = adapters
 
     def refresh(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
-        """Look at the watched folder: load finished adapters, drop removed ones, and load changed ones again.
+        """Load new and changed adapters of the watched folder, and drop removed ones.
 
-        An adapter that cannot be loaded is logged, and tried again when one of its files changes: it may be half
-        copied. If it was served before it changed, its old state is still served.
+        An adapter that cannot be loaded is logged, and tried again when one of its files changes:
+        it may be half copied. If it was served before it changed, its old state is still served.
 
         Args:
             is_stopped: Called before each adapter is loaded. The look ends if it returns true.
@@ -205,8 +207,8 @@ class Pool:
     def warm_up(self, *, batch_tokens: int) -> None:
         """Compute texts of a few sizes with every adapter on a GPU.
 
-        The first batch of a thread on a GPU compiles kernels, loads libraries and takes memory. On a CPU the check of
-        each loaded adapter has done all of that.
+        The first batch of a thread on a GPU compiles kernels, loads libraries and takes memory. On
+        a CPU the check of each loaded adapter has done all of that.
 
         Args:
             batch_tokens: Most tokens of a batch.
@@ -230,17 +232,17 @@ class Pool:
             if not is_out_of_memory(error):
                 raise
             raise ModelError(
-                f"serve: memory ran out on a batch of {batch_tokens:,} tokens; give --limit batch_tokens=N with a "
-                f"smaller N, or fewer adapters: {str(error).splitlines()[0]}"
+                f"serve: memory ran out on a batch of {batch_tokens:,} tokens; give --limit "
+                f"batch_tokens=N with a smaller N, or fewer adapters: {str(error).splitlines()[0]}"
             ) from error
         log.info("warmed up in %.1f seconds", time.perf_counter() - started)
 
     def _trim_memory(self) -> None:
         """Let glibc return free memory to the system.
 
-        Batches of many shapes leave free memory in pieces, which glibc keeps. Without this call the process grew by
-        44 % in ten minutes at saturation, and a pool alone took 1,231 MB instead of 600 MB. With it, the process
-        grows by 3 % (benchmarks/serve_load.md).
+        Batches of many shapes leave free memory in pieces, which glibc keeps. Without this call the
+        process grew by 44 % in ten minutes at saturation, and a pool alone took 1,231 MB instead of
+        600 MB. With it, the process grows by 3 % (benchmarks/serve_load.md).
         """
         now = time.monotonic()
         if now - self._trimmed > TRIM_SECONDS and _malloc_trim is not None:
@@ -268,7 +270,8 @@ class Pool:
         card = load_card(folder)
         self._refuse_other_base(folder, card)
         loaded, part = self._load_part(folder, card)
-        # The folder may have been replaced since. This card was loaded and verified with the weights.
+        # The folder may have been replaced since. This card was loaded and verified with the
+        # weights.
         card = loaded.card
         self._refuse_other_base(folder, card)
         weights = [folder / name for name in (PEFT_WEIGHTS, CHANGED_WEIGHTS)]
@@ -295,8 +298,9 @@ class Pool:
     def _refuse_other_base(self, folder: Path, card: Card) -> None:
         if card.base.base_sha256 != self.base_sha256:
             raise AdapterError(
-                f"{folder}: is for the base {card.base.name!r} ({card.base.base_sha256[:12]}); this server has "
-                f"{self.base!r} ({self.base_sha256[:12]}); start another server for it"
+                f"{folder}: is for the base {card.base.name!r} ({card.base.base_sha256[:12]}); "
+                f"this server has {self.base!r} ({self.base_sha256[:12]}); start another server "
+                "for it"
             )
 
     def _load_part(self, folder: Path, card: Card) -> tuple[Loaded, Parts | Engine]:
@@ -322,15 +326,15 @@ class Pool:
         return loaded, prepare_engine(model, self._dtype_name, self._device)
 
     def _check_probe(self, adapter: LoadedAdapter, card: Card) -> None:
-        """Compute the card's probe as requests are computed, and compare it with the card's logits in fp32."""
+        """Compute the card's probe as a request, and compare it with the card's logits in fp32."""
         inputs = [np.array(ids, dtype=np.int32) for ids in card.probe.input_ids]
         logits = np.array(self.compute([adapter] * len(inputs), adapter.encoder.pack(inputs)))
         difference = float(np.abs(logits - np.array(card.probe.logits)).max())
         # The comparison is false for NaN too.
         if self._dtype == torch.float32 and not difference <= PROBE_TOLERANCE:
             raise AdapterError(
-                f"{adapter.folder}: its probe logits differ by {difference:.2g} from those that were saved; "
-                f"allowed: {PROBE_TOLERANCE:g}"
+                f"{adapter.folder}: its probe logits differ by {difference:.2g} from those that "
+                f"were saved; allowed: {PROBE_TOLERANCE:g}"
             )
 
 
@@ -339,12 +343,14 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
 
     Args:
         folders: Adapter folders. The first one names the base.
-        watch: A folder whose adapter folders are served as long as they are there. Those in it are loaded now.
+        watch: A folder whose adapter folders are served as long as they are there. Those in it are
+            loaded now.
         base: Hub name or folder of the base, instead of the one that the first adapter names.
         dtype: Compute dtype: `auto`, `float32`, `bfloat16` or `float16`.
 
     Raises:
-        AdapterError: If an adapter is not what was saved, is for another base, or two have the same name.
+        AdapterError: If an adapter is not what was saved, is for another base, or two have the same
+            name.
         ModelError: If there is no base, or it cannot be loaded.
     """
     if watch is not None and not watch.is_dir():
@@ -383,7 +389,7 @@ def _find_adapters(watch: Path) -> dict[Path, Signature]:
 
 
 def _read_signature(folder: Path) -> Signature | None:
-    """Return what changes when a file of an adapter folder changes, or None if the folder has no card."""
+    """Return a value that changes with the files of an adapter folder, or None without a card."""
     files = []
     # A file or the folder may be removed in this moment, and a link may lead nowhere.
     with suppress(OSError):

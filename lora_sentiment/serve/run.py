@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("lora_sentiment")
 
 SAME_SIGNAL_SECONDS = 1.0
-"""Signals closer than this count as one. A terminal sends Ctrl-C to every process, and a launcher sends it again."""
+"""Signals closer than this count as one. A terminal sends Ctrl-C to every process, and a launcher
+sends it again."""
 
 
 def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
@@ -41,11 +42,13 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
         announce: Called with the address as soon as requests are accepted.
 
     Raises:
-        RecipeError: If the server cannot listen on the address, or the address is not loopback and there is no key.
+        RecipeError: If the server cannot listen on the address, or the address is not loopback and
+            there is no key.
         AdapterError: As `load_pool`.
         ModelError: As `load_pool`; if a batch does not fit into memory.
     """
-    # Bind first: torch and the adapters take long to load, and the address may be taken or not allowed.
+    # Bind first: torch and the adapters take long to load, and the address may be taken or not
+    # allowed.
     bound = bind(config)
     try:
         from lora_sentiment.serve.pool import load_pool
@@ -60,7 +63,8 @@ def bind(config: ServeConfig) -> socket.socket:
     """Bind a socket to the address of the settings. It does not listen yet.
 
     Raises:
-        RecipeError: If this fails, or the address is not loopback and there is neither a key nor `no_api_key`.
+        RecipeError: If this fails, or the address is not loopback and there is neither a key nor
+            `no_api_key`.
     """
     try:
         addresses = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
@@ -68,8 +72,9 @@ def bind(config: ServeConfig) -> socket.socket:
         is_loopback = ipaddress.ip_address(address[0]).is_loopback
         if not (is_loopback or config.api_key or config.no_api_key):
             raise RecipeError(
-                f"serve: --host {config.host} can be reached from other machines: give --api-key-file FILE, or "
-                "--no-api-key if something in front of the server keeps strangers out"
+                f"serve: --host {config.host} can be reached from other machines: give "
+                "--api-key-file FILE, or --no-api-key if something in front of the server keeps "
+                "strangers out"
             )
         bound = socket.socket(family, socket.SOCK_STREAM)
         if os.name == "posix":
@@ -121,7 +126,9 @@ class Server(uvicorn.Server):
         )  # fmt: skip
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Warm up, then answer until `should_exit` is set. SIGTERM and SIGINT set it in the main thread.
+        """Warm up, then answer until `should_exit` is set.
+
+        SIGTERM and SIGINT set it in the main thread.
 
         Raises:
             ModelError: If a batch does not fit into memory.
@@ -158,14 +165,16 @@ class Server(uvicorn.Server):
     def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
         """Stop at the first signal. At a second one, refuse all requests that still wait.
 
-        uvicorn's own handler would raise the signal again after the stop, and so turn its exit code into a failure.
+        uvicorn's own handler would raise the signal again after the stop, and so turn its exit code
+        into a failure.
         """
         now = time.monotonic()
         if not self.should_exit:
             self.should_exit = True
             self._stopped_at = now
         elif now - self._stopped_at > SAME_SIGNAL_SECONDS:
-            # A signal handler runs between any two lines of the loop's work, so the loop makes the call.
+            # A signal handler runs between any two lines of the loop's work, so the loop makes the
+            # call.
             self._loop.call_soon_threadsafe(self._app.state.queue.abandon)
 
 
@@ -173,9 +182,10 @@ class _LimitedProtocol(H11Protocol):
     """uvicorn's HTTP protocol, with limits on the number and the time of connections.
 
     No server has all that SECURITY.md promises (looked at in November 2026):
-    - uvicorn 0.54 keeps a connection that sends no header, sends a refused body for ever, or reads no answer.
-    - hypercorn 0.18 only limits the time between two reads, so one byte every few seconds keeps a connection.
-    - granian 2.8 limits header time and size, but not answers that nobody reads, nor the number of connections; it
+    - uvicorn 0.54 keeps a connection that sends no header, sends a refused body for ever, or reads
+    no answer. - hypercorn 0.18 only limits the time between two reads, so one byte every few
+    seconds keeps a connection. - granian 2.8 limits header time and size, but not answers that
+    nobody reads, nor the number of connections; it
       cannot use a bound socket, and its embedded server is experimental.
     """
 
@@ -194,7 +204,7 @@ class _LimitedProtocol(H11Protocol):
         self._refuse("Malformed", "this is not an HTTP request, or its header is too long")
 
     def check_idle(self, now: float) -> None:
-        """Close the connection if it has waited too long for a request header, or for the client to read.
+        """Close a connection that waited too long for a header, or for its client to read.
 
         The app limits the time from a request header to its answer.
         """

@@ -82,8 +82,7 @@ def make_class_weights(
         if len(setting) != len(names):
             raise RecipeError(
                 f"train.class_weights: found {len(setting)} weights; give one for each of the "
-                f"{len(names)} labels, in "
-                f"this order: {', '.join(names)}"
+                f"{len(names)} labels, in this order: {', '.join(names)}"
             )
         return np.array(setting, dtype=np.float32)
     counts = np.bincount(labels, minlength=len(names))
@@ -105,7 +104,7 @@ def softmax(logits: ArrayLike, *, temperature: float = 1.0) -> NDArray[np.float6
     if not 0 < temperature < np.inf:
         raise ModelError(
             f"temperature: found {temperature}; give a positive number; 1 leaves the logits as "
-            f"they are"
+            "they are"
         )
     scaled = np.asarray(logits, dtype=np.float64)
     # The highest logit becomes 0, so that exp cannot overflow.
@@ -167,15 +166,15 @@ def check_scores(
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ModelError(
             f"logits or probabilities: found shape {scores.shape}; give (num_rows, num_labels), "
-            f"num_labels 2 or more"
+            "num_labels 2 or more"
         )
     if not len(scores):
         raise DataError("there are no rows to score; give at least one row")
     not_finite = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(not_finite):
         raise ModelError(
-            f"logits or probabilities: found nan or infinity in {_show_positions(not_finite)}; "
-            "the model has diverged or its dtype is too narrow"
+            f"logits or probabilities: found nan or infinity in {_show_positions(not_finite)}; the "
+            "model has diverged or its dtype is too narrow"
         )
     labels = check_labels(labels, name="labels", num_labels=scores.shape[1])
     if len(labels) != len(scores):

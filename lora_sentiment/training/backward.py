@@ -83,7 +83,7 @@ class PaddedBackward:
 
 
 class _Inputs(NamedTuple):
-    """The static input of one size. All fields are views of the int32 `buffer`, filled by one copy."""
+    """The static input of one size. All fields are views of `buffer`, filled by one copy."""
 
     buffer: Tensor
     input_ids: Tensor

@@ -293,8 +293,8 @@ def _load(folder: Path, store: Store, like: Mapping[str, torch.Tensor]) -> Check
 def _check_schema(folder: Path, schema: Any) -> None:
     if schema != SCHEMA:
         raise TrainingError(
-            f"{folder}: has schema {schema}, and this version reads schema {SCHEMA}; finish the run "
-            "with the lora_sentiment that began it, or set train.resume=never to start anew"
+            f"{folder}: has schema {schema}, and this version reads schema {SCHEMA}; finish the "
+            "run with the lora_sentiment that began it, or set train.resume=never to start anew"
         )
 
 
@@ -355,7 +355,7 @@ def _check_tensors(
     *,
     exact: bool,
 ) -> None:
-    """Refuse tensors of other names, shapes or dtypes than expected, and values that are not finite."""
+    """Refuse tensors of other names, shapes or dtypes, and values that are not finite."""
     for name in sorted(tensors.keys() | like.keys()):
         # On another number of processes or another device the generators start from the seed.
         if name.startswith(RNG) and not exact:

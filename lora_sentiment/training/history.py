@@ -125,7 +125,7 @@ class History:
 
 
 def hide_later_steps(trackers: Sequence[GeneralTracker], step: int) -> None:
-    """Let TensorBoard hide what its files hold of steps after `step`, which a resumed run repeats."""
+    """Let TensorBoard hide the steps after `step`, which a resumed run repeats."""
     for tracker in trackers:
         if tracker.name == "tensorboard":
             tracker.writer.close()  # the next file that the writer opens starts with purge_step

@@ -72,7 +72,8 @@ MAX_SKIPPED_STEPS = 20
 GPU_READ_STEPS = 50
 """Steps on a GPU between two readings of losses and norms. A reading waits for the GPU."""
 MIN_STEPS_FOR_GRAPHS = 3
-"""Least steps of a run with CUDA graphs: of each size, the first runs eagerly, the second is captured."""
+"""Least steps of a run with CUDA graphs: of each size, the first runs eagerly, the second is
+captured."""
 
 
 def why_not_graphs(
@@ -471,7 +472,7 @@ class _Loop:
         return norm
 
     def _clear_gradients(self) -> None:
-        """Remove the gradients. Graphs write into the same tensors, so these become zero instead."""
+        """Remove the gradients. With CUDA graphs, which reuse the tensors, set them to zero."""
         self.optimizer.zero_grad(set_to_none=self.graphs is None)
 
     def _read(self) -> None:
@@ -581,9 +582,8 @@ class _Loop:
         )
         if not np.isfinite(logits).all():
             raise DivergedError(
-                f"step {step}: a logit of validation is nan or infinite; lower "
-                f"train.learning_rate (now {self.config.learning_rate:g}), or set "
-                "model.dtype=float32"
+                f"step {step}: a logit of validation is nan or infinite; lower train.learning_rate "
+                f"(now {self.config.learning_rate:g}), or set model.dtype=float32"
             )
         labels = self.validation.labels
         metric = quick_score(logits, labels, self.config.metric_for_best_model)

@@ -146,8 +146,7 @@ def measure_micro_batch(
             "the GPU's memory ran out while the bytes of a token were measured, with at most "
             f"{many} rows of {max_length} tokens and an evaluation of "
             f"{inference_tokens(device.type):,} tokens; set train.max_tokens_per_micro_batch "
-            "yourself, lower model.max_length, or free memory: "
-            f"{str(error).splitlines()[0]}"
+            f"yourself, lower model.max_length, or free memory: {str(error).splitlines()[0]}"
         ) from error
     model.train(was_training)
     per_token = (peaks[1] - peaks[0]) / ((many - few) * max_length)

@@ -47,8 +47,7 @@ def resolve_offline(recipe: Recipe) -> tuple[Recipe, str | None]:
     if answer.mistaken:
         raise DataError(
             f"the Hub cannot be asked: {answer.text}; correct HF_ENDPOINT, the proxy (HTTPS_PROXY: "
-            "its address or "
-            f"login) or SSL_CERT_FILE; not in the cache: {asked}"
+            f"its address or login) or SSL_CERT_FILE; not in the cache: {asked}"
         )
     may_replace = len(names) == 2
     if recipe.offline == "error" or not may_replace:
@@ -57,9 +56,8 @@ def resolve_offline(recipe: Recipe) -> tuple[Recipe, str | None]:
             hint = ", or set offline=bundled to run with the base and reviews of the package"
         raise DataError(
             f"no Hub answers ({answer.text}) and not in the cache: {asked}; connect or set "
-            "HF_ENDPOINT to a mirror, "
-            f"or name files and a folder instead{hint}; model.name=bundled is the base of the "
-            "package"
+            f"HF_ENDPOINT to a mirror, or name files and a folder instead{hint}; "
+            "model.name=bundled is the base of the package"
         )
     sentence = _describe_replacement(recipe, names, answer.text)
     log.warning("%s", sentence)

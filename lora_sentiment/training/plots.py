@@ -3,16 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from numpy.typing import NDArray
 
+from lora_sentiment.errors import one_line
 from lora_sentiment.training.history import History
 
+MAX_CELLS = 25
+"""Most labels of a confusion matrix with numbers in its cells: matplotlib draws 200 a second."""
+MAX_NAMES = 100
+"""Most labels that are drawn by their names."""
 BLUE, ORANGE, GREY = "#2a6f97", "#e07a1f", "#9aa5b1"
 
 
+_STYLE = style.context("default")
+"""matplotlib's own style, because a user's may need LaTeX or fonts: equal runs give equal plots."""
+
+
+@_STYLE
 def plot_training(history: History, path: Path, *, title: str) -> None:
     """Draw the loss of each step, its running mean, and log-loss and accuracy on validation."""
     steps = np.array([point.step for point in history.steps])
@@ -37,17 +50,21 @@ def plot_training(history: History, path: Path, *, title: str) -> None:
         )
     best = history.best_step
     axes.axvline(best, color=GREY, linestyle=":", label=f"kept: step {best}")
-    title = f"{title} (labels: validation accuracy)"
-    axes.set(xlabel="optimizer step", ylabel="loss", title=title, ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
+    _set_title(axes, f"{title} (labels: validation accuracy)")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
+@_STYLE
 def plot_confusion(
     matrix: NDArray[np.int64], path: Path, *, labels: Sequence[str], title: str
 ) -> None:
-    """Draw true labels (rows) against predictions (columns): counts, and shares of the true label.
+    """Draw true labels (rows) against predictions (columns): shares of the true label, and counts.
+
+    From MAX_CELLS labels on there is no text in the cells, and from MAX_NAMES on labels are
+    numbers.
 
     Args:
         matrix: Counts of shape (num_labels, num_labels).
@@ -55,20 +72,62 @@ def plot_confusion(
         labels: Label names in order.
         title: Title.
     """
+    num_labels = len(labels)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    size = 3 + 0.8 * len(labels)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    names = name_labels(labels) if num_labels <= MAX_NAMES else []
+    longest = max(map(len, names), default=0)
+    rotation = 0 if num_labels <= 3 and longest <= 12 else 90
+    size = 3 + min(0.8 * num_labels, 12)
+    margin = 0.08 * longest if rotation else 0
+    figure = Figure(figsize=(size + 0.8 + margin, size + margin), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*matrix.shape):
-        colour = "white" if shares[row, column] > 0.5 else "black"
-        text = f"{matrix[row, column]:,}\n{shares[row, column]:.1%}"
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
-    ticks = range(len(labels))
-    axes.set(xlabel="predicted", ylabel="true", title=title)
-    axes.set_xticks(ticks, labels, rotation=45 if len(labels) > 3 else 0)
-    axes.set_yticks(ticks, labels)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="true")
+    _set_title(axes, title)
+    if num_labels > MAX_CELLS:
+        figure.colorbar(image, label="share of the true label", shrink=0.8)
+    else:
+        for row, column in np.argwhere(matrix):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            text = f"{matrix[row, column]:,}\n{shares[row, column]:.1%}"
+            size = min(9, 126 / num_labels)
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
+    if names:
+        look: dict[str, Any] = {"fontsize": min(10, 700 / num_labels), "parse_math": False}
+        axes.set_xticks(range(num_labels), names, rotation=rotation, **look)
+        axes.set_yticks(range(num_labels), names, **look)
     _save(figure, path)
+
+
+def name_labels(labels: Sequence[str]) -> list[str]:
+    """Return the names of labels in a picture: short, different, in characters of its font.
+
+    A label that the font cannot show is drawn as its number, counted from 0. If two names are equal
+    after that, each one gets its number.
+    """
+    names = []
+    for number, label in enumerate(labels):
+        name = one_line(label, limit=40)
+        if not name.isprintable() or _replace_missing(name) != name:
+            name = f"#{number}"
+        names.append(name)
+    if len(set(names)) == len(names):
+        return names
+    return [one_line(f"#{number} {name}", limit=40) for number, name in enumerate(names)]
+
+
+def _replace_missing(text: str) -> str:
+    """Return a text with U+FFFD for each character that the font of the pictures lacks."""
+    font = get_font(findfont(FontProperties()))
+    shown = []
+    for character in text:
+        has_glyph = font.get_char_index(ord(character)) > 0
+        shown.append(character if has_glyph else "\N{REPLACEMENT CHARACTER}")
+    return "".join(shown)
+
+
+def _set_title(axes: Any, title: str) -> None:
+    axes.set_title(_replace_missing(one_line(title, limit=80)), parse_math=False)
 
 
 @dataclass(frozen=True)
@@ -92,6 +151,7 @@ class ParetoPoint:
     memory_bytes: int
 
 
+@_STYLE
 def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> None:
     """Draw accuracy with its interval against trained parameters.
 
@@ -102,13 +162,15 @@ def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> Non
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     front = []
-    for point in points:
+    names = name_labels([point.name for point in points])
+    for name, point in zip(names, points, strict=True):
         percent = 100 * point.accuracy
         ends = [[100 * (point.accuracy - point.low)], [100 * (point.high - point.accuracy)]]
         axes.errorbar(point.trainable, percent, yerr=ends, color=GREY, capsize=3, zorder=1)
-        label = f"{point.name} ({point.memory_bytes / 2**30:.1f} GiB)"
+        label = f"{name} ({point.memory_bytes / 2**30:.1f} GiB)"
         place = (point.trainable, percent)
-        axes.annotate(label, place, textcoords="offset points", xytext=(7, 5), fontsize=8)
+        look: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+        axes.annotate(label, place, textcoords="offset points", xytext=(7, 5), **look)
         size = 300 * point.memory_bytes / largest
         axes.scatter([point.trainable], [percent], s=[size], color=BLUE, alpha=0.8, zorder=2)
         rivals = [other for other in points if other.trainable <= point.trainable]
@@ -122,8 +184,8 @@ def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> Non
         xscale="log",
         xlabel="trained parameters",
         ylabel="accuracy in %, 95 % interval",
-        title=title,
     )
+    _set_title(axes, title)
     axes.margins(x=0.25, y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
@@ -131,4 +193,5 @@ def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> Non
 
 def _save(figure: Figure, path: Path) -> None:
     # The default metadata names matplotlib's version. Plots of equal runs should be equal.
-    figure.savefig(path, dpi=120, metadata={"Software": ""})
+    form = path.suffix[1:] or "png"
+    figure.savefig(path, dpi=120, format=form, metadata={"Software": ""})

@@ -70,8 +70,8 @@ def join_launch() -> PartialState:
     ):
         if os.environ.get(variable, "false").lower() == "true":
             raise RecipeError(
-                f"accelerate launch was told to use {name}, which these models do not need; "
-                "remove the option"
+                f"accelerate launch was told to use {name}, which these models do not need; remove "
+                "the option"
             )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":

@@ -107,7 +107,7 @@ def peak_memory(device: "torch.device") -> int:
 
 
 def reset_peak_memory(device: "torch.device") -> None:
-    """Reset the peak to the memory held now, on CUDA and Linux. Other systems have no call for it."""
+    """Reset the peak to the memory held now, on CUDA and Linux. Others cannot reset it."""
     if device.type == "cuda":
         import torch
 

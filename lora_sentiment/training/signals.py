@@ -21,8 +21,8 @@ _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""Messages of torch's allocators on Linux and macOS, on Windows and on Apple's GPU, of CUDA's driver,
-for example where a graph is made, and of cuBLAS."""
+"""Messages of torch's allocators on Linux and macOS, on Windows and on Apple's GPU, of CUDA's
+driver, for example where a graph is made, and of cuBLAS."""
 
 
 class StopSignals:

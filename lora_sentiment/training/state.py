@@ -1,4 +1,4 @@
-"""The tensors that a run needs between optimizer steps: get them for a checkpoint, set them again."""
+"""The tensors that a run needs between optimizer steps: get them and set them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -20,10 +20,15 @@ REPORT = {
 }  # fmt: skip
 
 
-def card(source="stanfordnlp/imdb", base="distilbert/distilbert-base-uncased", revision="0" * 40):
+def card(
+    source="stanfordnlp/imdb",
+    base="distilbert/distilbert-base-uncased",
+    revision="0" * 40,
+    labels=("neg", "pos"),
+):
     return Card(
         schema=1,
-        labels=["neg", "pos"],
+        labels=list(labels),
         max_length=256,
         truncation="head",
         method=LoraMethod(),
@@ -124,3 +129,29 @@ def test_the_limits_say_what_is_calibrated():
     text = make_model_card("x", own, REPORT, is_peft=True)
     assert "Divide the logits by the temperature 1.234" in text
     assert "`calibrated_log_loss`" in text
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("two\nlines", "`two lines`"),
+        ("a\t| b", "`a | b`"),
+        ("<script>x</script>", "`<script>x</script>`"),
+        ("`code`", "`` `code` ``"),
+        ("a ``` b", "````a ``` b````"),
+        ("**bold** [x](y)", "`**bold** [x](y)`"),
+        ("\x1b[31m\u202ex", "`\ufffd[31m\ufffdx`"),
+    ],
+)
+@pytest.mark.parametrize("base", ["bundled", "distilbert/distilbert-base-uncased"])
+def test_a_label_is_code_in_a_card_whatever_it_holds(label, shown, base):
+    text = make_model_card("x", card(base=base, labels=[label, "ok"]), REPORT, is_peft=True)
+    assert text.count(f"{shown}, `ok`") == 3
+    assert label not in text.replace(shown, "")
+
+
+def test_a_card_does_not_name_a_thousand_labels():
+    labels = [f"topic {i}" for i in range(1000)]
+    text = make_model_card("x", card(labels=labels), REPORT, is_peft=True)
+    assert "`topic 19`, and 980 more" in text
+    assert len(text) < 6000

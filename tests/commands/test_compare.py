@@ -239,3 +239,34 @@ def _split_memory(line):
     """A row of the table without its last cell, and the GiB in that cell; 0 for other lines."""
     row, _, cell = line.removesuffix(" |").rpartition(" | ")
     return (row, float(cell.removesuffix(" GiB"))) if cell.endswith(" GiB") else (line, 0.0)
+
+
+def test_runs_of_equal_names_are_told_apart_by_their_paths(tmp_path):
+    text = (RECIPES / "imdb_lora.yaml").read_text(encoding="utf-8")
+    paths = []
+    for folder in ("one", "two", "two/one"):
+        (tmp_path / folder).mkdir()
+        paths.append(tmp_path / folder / "recipe.yaml")
+        paths[-1].write_text(text + "\nname: same\n", encoding="utf-8")
+    rows = compare([*paths, RECIPES / "imdb_lora.yaml"])
+    names = [row.name for row in rows]
+    assert names[1] == "two/recipe.yaml"
+    assert names[0] == f"{tmp_path.name}/one/recipe.yaml"
+    assert names[2] == "two/one/recipe.yaml"
+    assert names[3] == "imdb_lora"
+
+
+def test_equal_recipes_in_adapter_folders_are_named_by_folder(runs, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(runs / "probe", tmp_path / name)
+    rows = compare([tmp_path / "first", tmp_path / "second", runs / "low_rank"])
+    assert [row.name for row in rows] == ["first", "second", "low_rank"]
+    assert "other rows" not in " ".join(make_notes(rows))
+
+
+@pytest.mark.parametrize("name", ["gone/plot.png", "plot.txt"])
+def test_a_plot_that_cannot_be_written_is_one_message(runs, tmp_path, name):
+    rows = compare([runs / "probe"])
+    with pytest.raises(RecipeError, match=r"--plot: .* cannot be drawn"):
+        draw(rows, tmp_path / name)
+    assert not list(tmp_path.iterdir())

@@ -315,6 +315,14 @@ def test_dropping_never_costs_training_a_label(tmp_path, names, values, lost):
         load_data(stated.model_copy(update={"on_bad_row": "drop"}))
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_integers_with_a_decimal_point_are_told_so(tmp_path, suffix):
+    values = [0.0, 1.0, 2.0] * 4
+    path = write_labels(tmp_path / f"a.{suffix}", values)
+    with pytest.raises(DataError, match=r"label '1\.0' .*; write integers without a decimal point"):
+        load_data(DataConfig(source=str(path), labels=THREE))
+
+
 def test_dropping_is_advised_where_it_helps(tmp_path):
     path = write_labels(tmp_path / "a.csv", ["bad", "good", ""] * 4)
     with pytest.raises(DataError, match="label is missing") as caught:

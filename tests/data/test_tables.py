@@ -698,6 +698,8 @@ def test_the_row_names_of_r_are_no_column(tmp_path, delimiter, name):
         ("a.csv", '"text","label"\n"so",so,"neg"\n', "row 1 (line 2): found 3 field(s), expected 2"),
         ("a.csv", '"text","label"\n"a \\"b\\" c","neg"\n', 'inside a quoted field as two quotes (in R: qme'),
         ("a.tsv", "text\tlabel\n1\tgood\tpos\n", "if the first field is R's row name, write with row.names=FALSE"),
+        ("a.csv", '"text" "label"\n"1" "so" "neg"\n', "fields may be separated by commas, semicolons, tabs, bars"),
+        ("a.csv", '"","text"\n"1","so"\n', "column 1 of 2 has no name; name it or remove it (pandas"),
         ("a.csv", "text;label\nso; so;neg\n", "quote a field that holds a semicolon or a newline"),
     ],
 )  # fmt: skip

@@ -42,7 +42,7 @@ def test_the_first_pattern_that_matches_counts():
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_matches_nothing_is_refused(field):
-    with pytest.raises(ModelError, match=f"{field}: 'lin1' matches none of the adapted linears"):
+    with pytest.raises(ModelError, match=f"{field}: 'lin1' matches no adapted linear"):
         resolve_pattern({"lin1": 4}, field, ["layer.0.attention.q_lin"])
 
 

@@ -51,7 +51,7 @@ def ask(client, **body):
 def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once():
     served = [make_adapter(f"a{i}", [f"label{j}" for j in range(2 + i)], factor=0.1 + i, clean=i % 2 == 0,
                           truncation=("head", "head_tail")[i % 2]) for i in range(6)]  # fmt: skip
-    texts = ["a good film", "", "bad<br />film", LONG, "good  good"]
+    texts = ["a good film", "bad<br />film", LONG, "good  good"]
     with make_client(*served) as client, ThreadPoolExecutor(6) as threads:
         found = list(
             threads.map(lambda own: ask(client, texts=texts, adapter=own.name, top_k=9), served * 2)
@@ -69,7 +69,6 @@ def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once(
                 expected.scores.values(), reverse=True
             )
         assert [row["truncated"] for row in got["predictions"]] == [
-            False,
             False,
             False,
             True,
@@ -95,7 +94,7 @@ def test_an_explanation_is_that_of_the_command_line():
         expected = explain(make_classifier(served), text)
         assert (row["label"], row["words"]) == (expected.label, expected.words)
         assert row["effects"] == pytest.approx(expected.effects)
-    assert (found[-1]["words"], found[-1]["effects"]) == ([], [])
+    assert found[-1] == {"label": None, "score": None, "error": "text is empty"}
 
 
 @pytest.mark.parametrize(
@@ -341,3 +340,17 @@ def test_the_document_names_every_error_and_its_examples_are_answered():
         document["components"]["schemas"]["PredictRequest"]["properties"]["texts"]["maxItems"] == 7
     )
     assert predict["security"]
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\u200b \x07", "[SEP]"])
+def test_a_text_without_tokens_gets_no_label_and_the_reason(text):
+    nothing = [{"label": None, "score": None, "error": "text is empty"}]
+    with make_client() as client:
+        for explained in (False, True):
+            (empty, good) = ask(client, texts=[text, "good"], explain=explained)["predictions"]
+            assert [empty] == nothing
+            assert good["label"]
+        assert ask(client, inputs=text) == nothing
+        batch = ask(client, inputs=[[text], ["good"]])
+        assert batch[0] == nothing
+        assert batch[1][0].keys() == {"label", "score"}

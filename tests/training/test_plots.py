@@ -3,7 +3,22 @@ import pytest
 from matplotlib.image import imread
 
 from lora_sentiment.training.history import EvalPoint, History, TrainPoint
-from lora_sentiment.training.plots import plot_confusion, plot_training
+from lora_sentiment.training.plots import (
+    ParetoPoint,
+    name_labels,
+    plot_confusion,
+    plot_pareto,
+    plot_training,
+)
+
+LABELS = {
+    "dollars": ["$", "$$", "$5 to $20", r"\\frac{$x"],
+    "other scripts": ["好评", "差评", "👍", "ดี"],
+    "long": ["x" * 200 + "a", "x" * 200 + "b", "ok"],
+    "steering": ["a\nb", "a\tb", "\x1b[31mred", "\u202eabc", "\u200b", "\u200d"],
+    "numbers": ["#1", "好", "#0 #1"],
+    "right to left": ["جيد", "سيئ", "טוב"],
+}
 
 
 @pytest.mark.parametrize("num_steps", [1, 200])
@@ -24,3 +39,33 @@ def test_a_confusion_matrix_is_drawn_with_an_empty_row(tmp_path):
         np.array([[5, 1, 0], [0, 0, 0], [2, 3, 9]]), tmp_path / "c.png", labels="abc", title="x"
     )
     assert imread(tmp_path / "c.png").size
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_any_label_is_drawn_as_text_and_told_apart(tmp_path, labels):
+    names = name_labels(labels)
+    assert len(set(names)) == len(labels)
+    assert max(map(len, names)) <= 40
+    assert all(name.isprintable() for name in names)
+    matrix = np.eye(len(labels), dtype=np.int64)
+    plot_confusion(matrix, tmp_path / "a.png", labels=labels, title=labels[0])
+    history = History([TrainPoint(1, 1.0, 0.5, 0.1, 1.0, 9, 1.0)], best_step=1)
+    plot_training(history, tmp_path / "b.png", title=labels[0])
+    points = [ParetoPoint(label, 10, 0.5, 0.4, 0.6, 1) for label in labels]
+    plot_pareto(points, tmp_path / "c.png", title=labels[0])
+
+
+def test_a_label_that_is_no_mathematics_keeps_its_dollars():
+    assert name_labels(["$5 to $20", "under $5"]) == ["$5 to $20", "under $5"]
+    assert name_labels(["好评", "bad"]) == ["#0", "bad"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_labels", [2, 26, 100, 1000])
+def test_a_picture_is_bounded_at_any_number_of_labels(tmp_path, num_labels):
+    matrix = np.ones((num_labels, num_labels), dtype=np.int64)
+    names = [f"a topic with a long name {i}" for i in range(num_labels)]
+    plot_confusion(matrix, tmp_path / "a.png", labels=names, title="x")
+    assert max(imread(tmp_path / "a.png").shape[:2]) < 2500
+    assert (tmp_path / "a.png").stat().st_size < 500_000

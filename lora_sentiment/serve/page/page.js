@@ -13,6 +13,7 @@ function make(tag, className, ...content) {
 
 /** Return a probability in per cent, never rounded to a certainty. */
 function percent(share) {
+  if (share == null) return "";
   if (share > 0.9995 && share < 1) return "> 99.9 %";
   return share < 0.0005 && share > 0 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`;
 }
@@ -89,7 +90,8 @@ async function loadAdapters() {
 function showLabels() {
   for (const id of ["adapter", "other"]) {
     const { name, labels } = adapters.get($(id).value) ?? {};
-    $(`${id}-labels`).textContent = name ? `Labels of ${name}: ${labels.join(", ")}` : "";
+    const shown = labels?.slice(0, MOST_LABELS).join(", ");
+    $(`${id}-labels`).textContent = name ? `Labels of ${name}: ${shown}${labels.length > MOST_LABELS ? ", ..." : ""}` : "";
   }
 }
 
@@ -106,6 +108,7 @@ async function attempt(work) {
 
 // One text
 
+const MOST_LABELS = 20;
 let asked = new AbortController();
 
 async function predict() {
@@ -125,17 +128,18 @@ async function predict() {
     $("said").textContent = answers.map(({ label, score }, i) => `${names[i]}: ${label}, ${percent(score)}`).join("; ");
     if (!$("explain").checked) return;
     const explained = await Promise.all(names.map((name) => predictOne(text, name, true, signal)));
-    explained.forEach((answer, i) => cards[i].append(makeWhy(answer)));
+    explained.forEach((answer, i) => answer.words && cards[i].append(makeWhy(answer)));
   } finally {
     if (!signal.aborted) $("answers").ariaBusy = "false";
   }
 }
 
 async function predictOne(text, adapter, explain, signal) {
-  const body = { texts: [text], adapter, top_k: adapters.get(adapter)?.labels.length ?? 1, explain };
+  const body = { texts: [text], adapter, top_k: Math.min(adapters.get(adapter)?.labels.length ?? 1, MOST_LABELS), explain };
   const start = performance.now();
   const { predictions } = await ask("predict", { body, signal });
-  return { ...predictions[0], milliseconds: Math.round(performance.now() - start) };
+  const { label, error: reason } = predictions[0];
+  return { top_k: [], ...predictions[0], label: label ?? reason, milliseconds: Math.round(performance.now() - start) };
 }
 
 function makeCard(name, { label, score, top_k, truncated, milliseconds }, order) {
@@ -271,14 +275,14 @@ function showRows() {
   const shown = table.rows.slice(0, PREVIEW).map((cells, i) => {
     const { label = "", score } = table.answers[i] ?? {};
     const clip = make("bdi", "clip", cells[$("column").value].slice(0, 300));
-    const number = make("td", "number", score === undefined ? "" : percent(score));
+    const number = make("td", "number", percent(score));
     return make("tr", "", make("td", "", clip), make("td", "", make("bdi", "", label)), number);
   });
   $("preview").tBodies[0].replaceChildren(...shown);
   const sums = [...table.sums].sort(([, one], [, other]) => other - one);
   const total = sums.reduce((sum, [, number]) => sum + number, 0);
   const text = (number) => `${count(number)} (${percent(number / total)})`;
-  $("counts").replaceChildren(...sums.map(([label, number]) => makeBar(label, number / total, text(number), true)));
+  $("counts").replaceChildren(...sums.slice(0, MOST_LABELS).map(([label, number]) => makeBar(label, number / total, text(number), true)));
 }
 
 /** Return the numbers of the next rows with a text, as many as one request takes. */
@@ -334,6 +338,7 @@ async function labelRows(table, signal) {
 
 function keep(table, chosen, { predictions }) {
   predictions.forEach((prediction, k) => {
+    if (prediction.error) return;
     table.answers[chosen[k]] = prediction;
     table.sums.set(prediction.label, (table.sums.get(prediction.label) ?? 0) + 1);
     table.cut += prediction.truncated;
