@@ -183,8 +183,13 @@ def merge_aside(
         loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
     )
     exact = not quantised and dtype == "float32"
+    engine = make_engine(loaded.model)
+    if card.base.quantize == "int8":
+        # One text at a time: which values bitsandbytes computes in full depends on the batch, and
+        # in another batch 1 % of the labels of one adapter were others.
+        engine = replace(engine, max_tokens=1)
     reference = make_reference(
-        make_engine(loaded.model),
+        engine,
         "adapter",
         card=card,
         encoder=encoder,
