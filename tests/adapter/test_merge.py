@@ -18,6 +18,7 @@ from transformers import (
 from lora_sentiment import classifier
 from lora_sentiment.adapter import merge as merge_module
 from lora_sentiment.adapter.card import make_merged_card
+from lora_sentiment.adapter.comparison import make_reference
 from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, load_card
 from lora_sentiment.adapter.merge import merge
@@ -661,3 +662,21 @@ def test_a_normalizer_that_holds_no_cleaning_is_refused(normalizer, merged, tmp_
         classifier.load(tmp_path / "out")
     with pytest.raises(AdapterError, match=r"tokenizer\.json: cannot be used"):
         export(tmp_path / "out", tmp_path / "e", format="onnx")
+
+
+@pytest.mark.parametrize(
+    ("quantize", "is_alone"), [("int8", True), ("nf4", False), ("none", False)]
+)
+def test_only_an_int8_adapter_is_asked_one_text_at_a_time(
+    quantize, is_alone, tiny_base, tmp_path, monkeypatch
+):
+    save_random(tmp_path / "a", tiny_base, LoraMethod(), labels=LABELS, quantize=quantize)
+    engines = []
+
+    def make(engine, name, **options):
+        engines.append(engine)
+        return make_reference(engine, name, **options)
+
+    monkeypatch.setattr(merge_module, "make_reference", make)
+    merge(tmp_path / "a", tmp_path / "out")
+    assert [engine.max_tokens == 1 for engine in engines] == [is_alone]
