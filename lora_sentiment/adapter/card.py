@@ -144,8 +144,8 @@ def describe_reading(record: MergeRecord, *, other: str) -> str:
         )
     elif record.truncation == "head_tail":
         text += (
-            ", as in training, which kept the first quarter and the last three quarters; "
-            f"{other} keeps the first tokens."
+            f", as in training, which kept the first quarter and the last three quarters; {other} "
+            "keeps the first tokens."
         )
     else:
         text += ", as in training."
@@ -153,8 +153,8 @@ def describe_reading(record: MergeRecord, *, other: str) -> str:
         text += " tokenizer.json cleans texts as training did, but for rare entities."
     elif record.clean:
         text += (
-            " Training also cleaned texts (HTML, control characters, blanks), "
-            f"which {other} does not."
+            f" Training also cleaned texts (HTML, control characters, blanks), which {other} does "
+            "not."
         )
     if "stock" in record.readings:
         text += f" The cost of {other} on raw texts: {show_cost(record.readings['stock'])}."
@@ -340,8 +340,7 @@ def _describe_calibration(card: Card) -> str:
         return ""
     return (
         f" Divide the logits by the temperature {card.calibration['temperature']:.3f}, fitted on "
-        "validation and kept "
-        "in `card.json`, and they are the calibrated ones of `calibrated_log_loss` and "
-        "`calibrated_ece`; on "
-        "validation itself these flatter, and no decision changes."
+        "validation and kept in `card.json`, and they are the calibrated ones of "
+        "`calibrated_log_loss` and `calibrated_ece`; on validation itself these flatter, and no "
+        "decision changes."
     )

@@ -195,8 +195,7 @@ def _read_merged(folder: Path) -> MergeRecord:
     if record is None:
         raise AdapterError(
             f"{folder}: is neither an adapter (no card.json) nor a merged model of this package "
-            "(config.json has no "
-            "lora_sentiment); merge the adapter first, or name its folder"
+            "(config.json has no lora_sentiment); merge the adapter first, or name its folder"
         )
     if WEIGHTS not in record.files:
         raise AdapterError(f"{folder}: was exported before; name the adapter, or the merged folder")
@@ -240,8 +239,8 @@ def _compare_exact(reference: Reference, engine: Engine, out: Path) -> dict[str,
     fault = find_fault(compared)
     if fault:
         raise AdapterError(
-            f"{out}: not written, because the ONNX file answers differently from the merged "
-            f"model: {fault}"
+            f"{out}: not written, because the ONNX file answers differently from the merged model: "
+            f"{fault}"
         )
     return compared
 

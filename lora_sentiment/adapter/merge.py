@@ -252,14 +252,13 @@ def _check_source(adapter: Path, into: Into | None, base: str | None) -> Card:
         if record:
             raise AdapterError(
                 f"{adapter}: already holds the adapter {record.adapter_sha256[:12]}, merged into "
-                f"{record.base!r}; "
-                "give the adapter's own folder"
+                f"{record.base!r}; give the adapter's own folder"
             )
     card = load_card(adapter)
     if into == "dequantised" and card.base.quantize == "none":
         raise AdapterError(
-            f"{adapter}: was trained on an unquantised base, so nothing is dequantised; use "
-            "--into base"
+            f"{adapter}: was trained on an unquantised base, so nothing is dequantised; use --into "
+            "base"
         )
     name = base or card.base.name
     record = read_merge_record(Path(name)) if Path(name, "config.json").is_file() else None
@@ -270,8 +269,8 @@ def _check_source(adapter: Path, into: Into | None, base: str | None) -> Card:
         if holds_this or (base and record.base_sha256 == card.base.base_sha256):
             raise AdapterError(
                 f"{name}: is not a base: it already holds the adapter "
-                f"{record.adapter_sha256[:12]}, merged into "
-                f"{record.base!r}; name that base with --base"
+                f"{record.adapter_sha256[:12]}, merged into {record.base!r}; name that base with "
+                "--base"
             )
     return card
 
@@ -402,7 +401,7 @@ def _reload(folder: Path, card: Card, tokenizer_sha256: str) -> tuple[nn.Module,
         wrong.update(map(str, report[key]))
     if wrong:
         raise AdapterError(
-            f"the merged model that was written lacks tensors or has others: "
+            "the merged model that was written lacks tensors or has others: "
             f"{', '.join(sorted(wrong))}"
         )
     labels = dict(enumerate(card.labels))

@@ -69,7 +69,6 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
         raise DataError(f"{path}: the table has no columns; it needs at least one, such as 'text'")
     for number, name in enumerate(columns, 1):
         first = columns.index(name) + 1
-        advice: dict[str, str] = {}
         if not name:
             fault = (
                 "has no name; name it or remove it (pandas writes an index so, unless "
@@ -79,7 +78,7 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
             fault = f"has the name of column {first}, {show(name)}; rename or remove one of them"
         else:
             continue
-        raise DataError(f"{path}: column {number} of {len(columns)} {fault}", advice=advice)
+        raise DataError(f"{path}: column {number} of {len(columns)} {fault}")
 
 
 def find_column(columns: Sequence[str], name: str) -> str | None:
@@ -111,7 +110,6 @@ class _Lines:
         while line := self.file.readline(MAX_CHARACTERS + 1):
             self.number += 1
             fault = None
-            advice: dict[str, str] = {}
             if len(line) > MAX_CHARACTERS:
                 fault = f"is longer than {MAX_CHARACTERS:,} characters; cut it"
             elif "\0" in line:
@@ -123,7 +121,7 @@ class _Lines:
                     "UTF-8"
                 )
             if fault:
-                raise DataError(f"{self.path}: line {self.number} {fault}", advice=advice)
+                raise DataError(f"{self.path}: line {self.number} {fault}")
             yield line
 
     def fault(self, row: int, text: str, *, line: int | None = None) -> DataError:

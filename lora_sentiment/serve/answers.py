@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,8 @@ from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import (
     AnyRequest,
     AnyResponse,
+    HfParameters,
+    HfRequest,
     NoLabel,
     Prediction,
     PredictResponse,
@@ -47,6 +49,14 @@ MAX_SHOWN_NAMES = 20
 """Most adapters that an error names."""
 MAX_SHOWN_NAME = 100
 """Characters of an unknown adapter's name that an error shows."""
+
+
+FUNCTIONS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.floating]]] = {
+    "softmax": softmax,
+    "sigmoid": lambda logits: (1 + np.tanh(logits.astype(np.float64) / 2)) / 2,
+    "none": lambda logits: logits,
+}
+"""Functions that turn logits into scores."""
 
 
 @dataclass(frozen=True)
@@ -116,24 +126,51 @@ class Answerer:
     async def _answer_tei(self, request: TeiRequest) -> Scores | list[Scores]:
         """Answer one input, or a batch of inputs, with every label, best first."""
         rows = request.inputs if isinstance(request.inputs, list) else [request.inputs]
-        self._check_num_texts("inputs", rows)
-        texts = [row[0] if isinstance(row, list) else row for row in rows]
-        adapter = choose_adapter(self._pool.adapters, request.adapter)
         direction = request.truncation_direction
-        tokenised = await self._tokenise(
-            adapter,
-            texts,
+        answers = await self._score(
+            [row[0] if isinstance(row, list) else row for row in rows],
+            request.adapter,
+            function="none" if request.raw_scores else "softmax",
             truncate=request.truncate,
             direction=direction and direction.lower(),
         )
+        return answers if isinstance(rows[0], list) else answers[0]
+
+    async def answer_hf(self, request: HfRequest, adapter: str | None) -> list[Scores]:
+        """Answer each text with its most likely labels, best first.
+
+        Raises:
+            RefusalError: As `answer`.
+        """
+        parameters = request.parameters or HfParameters()
+        return await self._score(
+            [request.inputs] if isinstance(request.inputs, str) else request.inputs,
+            adapter,
+            function=parameters.function_to_apply or "softmax",
+            top_k=parameters.top_k,
+        )
+
+    async def _score(
+        self,
+        inputs: Sequence[str],
+        name: str | None,
+        *,
+        function: str,
+        top_k: int | None = None,
+        truncate: bool | None = None,
+        direction: str | None = None,
+    ) -> list[Scores]:
+        self._check_num_texts("inputs", inputs)
+        adapter = choose_adapter(self._pool.adapters, name)
+        texts = await self._tokenise(adapter, inputs, truncate=truncate, direction=direction)
         answers: list[Scores] = []
-        for text, logits in zip(tokenised, await self._compute(adapter, tokenised), strict=True):
+        for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
             if text.is_empty:
                 answers.append([NoLabel(error=EMPTY_TEXT)])
                 continue
-            scores = logits if request.raw_scores else softmax(logits)
-            answers.append(_rank(adapter.labels, scores[0]))
-        return answers if isinstance(rows[0], list) else answers[0]
+            (scores,) = FUNCTIONS[function](logits)
+            answers.append(_rank(adapter.labels, scores)[:top_k])
+        return answers
 
     def shut_down(self) -> None:
         """End the threads without waiting for them."""
@@ -220,7 +257,9 @@ def choose_adapter(adapters: Mapping[str, "LoadedAdapter"], name: str | None) ->
         names += f" and {more:,} more; see GET /adapters"
     if name is None:
         raise RefusalError(
-            "Validation", f"adapter: is missing, but several are loaded; allowed: {names}"
+            "Validation",
+            "adapter: is missing, but several are loaded; name one (at / and /info in the address: "
+            f"?adapter=NAME); allowed: {names}",
         )
     raise RefusalError(
         "NotFound", f"adapter: {name[:MAX_SHOWN_NAME]!r} is not loaded; allowed: {names}"

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Body, Depends, FastAPI, Request
+from fastapi import APIRouter, Body, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.security import HTTPBearer
@@ -16,7 +16,8 @@ from fastapi.telemetry import TelemetryConfig
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
-from lora_sentiment.serve.answers import Answerer
+from lora_sentiment import __version__
+from lora_sentiment.serve.answers import NUM_THREADS, Answerer, choose_adapter
 from lora_sentiment.serve.batching import Queue, call_in_thread
 from lora_sentiment.serve.config import ServeConfig
 from lora_sentiment.serve.messages import (
@@ -27,9 +28,13 @@ from lora_sentiment.serve.messages import (
     AnyRequest,
     AnyResponse,
     BaseFacts,
+    ClassifierFacts,
     ErrorResponse,
     ErrorType,
+    HfRequest,
+    InfoResponse,
     RefusalError,
+    Scores,
     StatusResponse,
     explain_invalid_body,
 )
@@ -37,6 +42,7 @@ from lora_sentiment.serve.metrics import CONTENT_TYPE, Metrics
 from lora_sentiment.serve.middleware import (
     CLIENT_GONE,
     PREDICT,
+    PREDICT_HF,
     PUBLIC_PATHS,
     Middleware,
     make_refusal,
@@ -65,6 +71,15 @@ EXAMPLES: Any = {
         "value": {"inputs": [["A lovely film."], ["Dull, long and not worth a cent."]]}
     },
 }
+EXAMPLES_HF: Any = {
+    "one text": {"value": {"inputs": "A lovely film."}},
+    "several": {
+        "value": {
+            "inputs": ["A lovely film.", "Dull, long and not worth a cent."],
+            "parameters": {"top_k": 1, "function_to_apply": "none"},
+        }
+    },
+}
 PREDICT_ERRORS: tuple[ErrorType, ...] = (
     "Malformed", "NotFound", "Timeout", "TooLarge", "UnsupportedMediaType", "Validation", "Overloaded", "Unhealthy",
     "Deadline",
@@ -73,6 +88,8 @@ NO_TELEMETRY: TelemetryConfig = {
     "tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False,
 }  # fmt: skip
 """FastAPI would pass requests and their bodies to any exporter that the environment names."""
+AdapterName = Annotated[str | None, Query(examples=["imdb_small"])]
+"""Name of the adapter, in the address. May be left out if only one is loaded."""
 Result = TypeVar("Result")
 
 
@@ -109,7 +126,7 @@ def make_app(pool: "Pool", config: ServeConfig) -> FastAPI:
         protected.dependencies.append(Depends(HTTPBearer(auto_error=False)))
         protected.responses.update(_describe_errors("Unauthorized"))
     _add_predict(protected, answerer, config, metrics)
-    _add_information(protected, pool, metrics)
+    _add_information(protected, pool, config, metrics)
     app.include_router(protected)
     _add_checks(app, pool)
     for path, (name, content_type) in PAGE.items():
@@ -117,7 +134,7 @@ def make_app(pool: "Pool", config: ServeConfig) -> FastAPI:
         app.add_route(path, partial(_send_file, content, content_type), include_in_schema=False)
     app.add_exception_handler(RequestValidationError, _refuse_invalid_body)
     app.add_exception_handler(HTTPException, _refuse_request)
-    paths = sorted({PREDICT, "/adapters", "/metrics", *PUBLIC_PATHS})
+    paths = sorted({PREDICT, "/adapters", "/info", "/metrics", *PUBLIC_PATHS})
     app.add_middleware(Middleware, config=config, metrics=metrics, paths=paths)
     # FastAPI keeps the document that it makes here.
     schemas = app.openapi()["components"]["schemas"]
@@ -128,23 +145,36 @@ def make_app(pool: "Pool", config: ServeConfig) -> FastAPI:
 def _add_predict(
     router: APIRouter, answerer: Answerer, config: ServeConfig, metrics: Metrics
 ) -> None:
-    adapter = TypeAdapter[Any](AnyResponse)
+    writer = TypeAdapter[Any](AnyResponse)
+    errors = _describe_errors(*PREDICT_ERRORS)
 
-    @router.post(PREDICT, response_model=AnyResponse, responses=_describe_errors(*PREDICT_ERRORS))
+    async def respond(work: Coroutine[Any, Any, AnyResponse], request: Request) -> Response:
+        answer = await _finish(work, request, seconds=config.limits.deadline_seconds)
+        if answer is None:
+            metrics.abandoned.inc()
+            return Response(status_code=CLIENT_GONE)
+        return Response(writer.dump_json(answer), media_type="application/json")
+
+    @router.post(PREDICT, response_model=AnyResponse, responses=errors)
     async def predict(
         body: Annotated[AnyRequest, Body(openapi_examples=EXAMPLES)], request: Request
     ) -> Response:
         """Label texts with the adapter that the request names."""
-        answer = await _finish(
-            answerer.answer(body), request, seconds=config.limits.deadline_seconds
-        )
-        if answer is None:
-            metrics.abandoned.inc()
-            return Response(status_code=CLIENT_GONE)
-        return Response(adapter.dump_json(answer), media_type="application/json")
+        return await respond(answerer.answer(body), request)
+
+    @router.post(PREDICT_HF, response_model=list[Scores], responses=errors)
+    async def predict_hf(
+        body: Annotated[HfRequest, Body(openapi_examples=EXAMPLES_HF)],
+        request: Request,
+        adapter: AdapterName = None,
+    ) -> Response:
+        """Label texts for Hugging Face's clients: a list of labels for each text."""
+        return await respond(answerer.answer_hf(body, adapter), request)
 
 
-def _add_information(router: APIRouter, pool: "Pool", metrics: Metrics) -> None:
+def _add_information(
+    router: APIRouter, pool: "Pool", config: ServeConfig, metrics: Metrics
+) -> None:
     @router.get("/adapters")
     async def adapters() -> AdaptersResponse:
         """List the loaded adapters."""
@@ -163,6 +193,28 @@ def _add_information(router: APIRouter, pool: "Pool", metrics: Metrics) -> None:
         ]
         base = BaseFacts(name=pool.base, sha256=pool.base_sha256)
         return AdaptersResponse(base=base, adapters=facts)
+
+    @router.get("/info", responses=_describe_errors("NotFound", "Validation", "Unhealthy"))
+    async def info(adapter: AdapterName = None) -> InfoResponse:
+        """Describe one adapter and the limits, as text-embeddings-inference does."""
+        chosen = choose_adapter(pool.adapters, adapter)
+        ids = {label: i for i, label in enumerate(chosen.labels)}
+        names = {str(i): label for label, i in ids.items()}
+        limits = config.limits
+        return InfoResponse(
+            model_id=chosen.name,
+            model_sha=chosen.sha256,
+            model_dtype=pool.dtype,
+            served_model_name=chosen.name,
+            model_type={"classifier": ClassifierFacts(id2label=names, label2id=ids)},
+            max_concurrent_requests=limits.max_requests,
+            max_input_length=chosen.encoder.max_length,
+            max_batch_tokens=limits.batch_tokens,
+            max_client_batch_size=limits.max_texts,
+            auto_truncate=limits.on_long == "truncate",
+            tokenization_workers=NUM_THREADS,
+            version=__version__,
+        )
 
     text: dict[int | str, Any] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
@@ -190,6 +242,13 @@ def _add_checks(app: FastAPI, pool: "Pool") -> None:
             raise RefusalError("Unhealthy", "no adapter is loaded")
         return StatusResponse()
 
+    @app.get("/health", response_class=Response, responses=unhealthy)
+    async def health() -> Response:
+        """Make both checks. Like text-embeddings-inference, return an empty body."""
+        await healthz()
+        await readyz()
+        return Response()
+
 
 async def _send_file(content: bytes, content_type: str, _: Request) -> Response:
     return Response(content, headers={"Content-Type": content_type})
@@ -200,13 +259,16 @@ async def _refuse_invalid_body(_: Request, error: Exception) -> Response:
     return make_refusal(explain_invalid_body(error.errors()))
 
 
-async def _refuse_request(_: Request, error: Exception) -> Response:
+async def _refuse_request(request: Request, error: Exception) -> Response:
     # The middleware only lets known paths through, so two errors are left.
     assert isinstance(error, HTTPException)
     if error.status_code == STATUSES["Malformed"]:
         return make_refusal(RefusalError("Malformed", MALFORMED))
     assert error.status_code == STATUSES["MethodNotAllowed"]
     headers = error.headers or {}
+    if request.url.path == PREDICT_HF:
+        # The router names the methods of one of its two routes only.
+        headers = {"Allow": "GET, HEAD, POST"}
     message = f"the method is not allowed; allowed: {headers['Allow']}"
     return make_refusal(RefusalError("MethodNotAllowed", message, headers=headers))
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Discriminator,
     Field,
     Tag,
@@ -37,6 +36,8 @@ STATUSES: dict[ErrorType, int] = {
 }
 """HTTP status of each kind of error."""
 MALFORMED = "the body is not JSON"
+OWN_FORM, TEI_FORM = "own", "tei"
+"""Forms of a request to `/predict`."""
 SHOWN_KEY = 60
 """Characters of an unknown key that an error shows."""
 
@@ -113,30 +114,11 @@ class PredictRequest(RequestBody):
     word."""
 
 
-def _refuse_value(value: object) -> object:
-    if value is not None:
-        raise PydanticCustomError("unsupported", "is not supported; leave it out")
-    return value
-
-
-Unsupported = Annotated[None, BeforeValidator(_refuse_value)]
-"""A key that clients send without a value."""
-
-
-class TeiParameters(RequestBody):
-    """Parameters that Hugging Face's clients send beside the inputs. Only null is allowed."""
-
-    top_k: Unsupported = None
-    """Not supported: the answer holds every label."""
-    function_to_apply: Unsupported = None
-    """Not supported: use `raw_scores`."""
-
-
 OneText = Annotated[list[Text], Field(min_length=1, max_length=1, fail_fast=True)]
 
 
 class TeiRequest(RequestBody):
-    """The request body of text-embeddings-inference, so that its clients work unchanged."""
+    """A request of text-embeddings-inference. docs/serving.md lists the differences from it."""
 
     inputs: Text | OneText | Annotated[list[OneText], Field(min_length=1, fail_fast=True)] = Field(
         examples=["A lovely film.", [["A lovely film."], ["Dull, long and not worth a cent."]]]
@@ -151,40 +133,68 @@ class TeiRequest(RequestBody):
     training."""
     raw_scores: bool = False
     """Whether to return logits instead of probabilities."""
-    parameters: TeiParameters | None = None
-    """Parameters of Hugging Face's clients."""
 
 
 def _get_form(body: Any) -> str:
-    """Return the name of the key that tells the two forms of a request apart."""
-    return "inputs" if isinstance(body, dict) and "inputs" in body else "texts"
+    """Return the form of a request to `/predict`."""
+    return TEI_FORM if isinstance(body, dict) and "inputs" in body else OWN_FORM
 
 
 AnyRequest = Annotated[
-    Annotated[PredictRequest, Tag("texts")] | Annotated[TeiRequest, Tag("inputs")],
+    Annotated[PredictRequest, Tag(OWN_FORM)] | Annotated[TeiRequest, Tag(TEI_FORM)],
     Discriminator(_get_form),
 ]
 
 
+class HfParameters(RequestBody):
+    """Parameters of Hugging Face's text classification."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Number of most likely labels to return. Default: all."""
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+    """Turns logits into scores. Default: softmax."""
+
+
+class HfRequest(RequestBody):
+    """A request of Hugging Face's `InferenceClient`."""
+
+    inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] = Field(
+        examples=["A lovely film.", ["A lovely film.", "Dull, long and not worth a cent."]]
+    )
+    """One text, or a list of texts."""
+    parameters: HfParameters | None = None
+    """Which scores to return."""
+
+
 def explain_invalid_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
-    """Turn the first error of pydantic into one sentence.
+    """Turn one error of pydantic into one sentence: the first, or that of half a surrogate pair.
 
     The sentence holds no value of the request, only the start of an unknown key.
     """
-    error = errors[0]
+    # In `inputs`, errors of the types that do not fit come first.
+    error = next((row for row in errors if row["type"] == "surrogate"), errors[0])
     kind = error["type"]
-    # The place is: "body", the form, the keys and indices.
-    if kind == "json_invalid" or len(error["loc"]) < 2:
+    # The place is: "body", the form at `/predict`, the keys and indices.
+    keys = list(error["loc"][1:])
+    if kind == "json_invalid" or (kind == "missing" and not keys):
         return RefusalError("Malformed", MALFORMED)
-    keys = error["loc"][2:]
+    form = keys.pop(0) if keys and keys[0] in (OWN_FORM, TEI_FORM) else None
     message = error["msg"]
     if not keys:
         if kind != "unknown_key":
-            message = 'the body must be a JSON object, such as {"texts": ["A lovely film."]}'
+            key = "texts" if form else "inputs"
+            message = f'the body must be a JSON object, such as {{"{key}": ["A lovely film."]}}'
         return RefusalError("Validation", message)
-    if keys[0] == "inputs" and kind != "surrogate":
-        message = 'allowed: one text, or a batch [["first text"], ["second text"]]; text pairs are not supported'
-        return RefusalError("Validation", f"inputs: {message}")
+    if keys[0] == "inputs":
+        # The other keys are those of pydantic's types.
+        del keys[1:]
+        if kind != "surrogate":
+            message = "allowed: one text, or a list of texts"
+            if form == TEI_FORM:
+                message = (
+                    'allowed: one text, or a batch [["first text"], ["second text"]]; text pairs '
+                    "are not supported"
+                )
     place = str(keys[0])
     for key in keys[1:]:
         place += f"[{key}]"
@@ -197,7 +207,7 @@ class Score(Section):
     label: str = Field(examples=["pos"])
     """Name of the label."""
     score: float = Field(examples=[0.9975])
-    """Its probability, or its logit with `raw_scores`."""
+    """Its probability, or its logit with `raw_scores` or `function_to_apply: none`."""
 
 
 class NoLabel(Section):
@@ -240,7 +250,7 @@ class PredictResponse(Section):
 Scores = list[Score] | list[NoLabel]
 """Every label, best first; for a text without tokens, one entry without a label."""
 AnyResponse = PredictResponse | Scores | list[Scores]
-"""For `texts`; for one TEI input; for a TEI batch: a list for each text."""
+"""For `texts`; for one TEI input; for a TEI batch and at `POST /`: a list for each text."""
 
 
 class BaseFacts(Section):
@@ -280,6 +290,50 @@ class AdaptersResponse(Section):
     """Shared by all adapters."""
     adapters: list[AdapterFacts]
     """Sorted by name."""
+
+
+class ClassifierFacts(Section):
+    """Labels of a classifier."""
+
+    id2label: dict[str, str] = Field(examples=[{"0": "neg", "1": "pos"}])
+    """Label name of each logit."""
+    label2id: dict[str, int] = Field(examples=[{"neg": 0, "pos": 1}])
+    """Logit of each label name."""
+
+
+class InfoResponse(Section):
+    """One adapter and the limits, with the keys of text-embeddings-inference."""
+
+    model_id: str = Field(examples=["imdb_small"])
+    """Name of the adapter."""
+    model_sha: str
+    """Hash of everything that decides an answer."""
+    model_dtype: str = Field(examples=["float32"])
+    """Compute dtype."""
+    served_model_name: str = Field(examples=["imdb_small"])
+    """Name of the adapter."""
+    model_type: dict[Literal["classifier"], ClassifierFacts]
+    """Its labels."""
+    max_concurrent_requests: int = Field(examples=[128])
+    """Most predictions in progress."""
+    max_input_length: int = Field(examples=[256])
+    """Most tokens of a text that the adapter reads, including [CLS] and [SEP]."""
+    max_batch_tokens: int = Field(examples=[8192])
+    """Tokens that are computed together."""
+    max_batch_requests: None = None
+    """Always null: a batch is bounded by its tokens."""
+    max_client_batch_size: int = Field(examples=[128])
+    """Most texts of a request."""
+    auto_truncate: bool
+    """Whether a longer text is cut rather than refused."""
+    tokenization_workers: int = Field(examples=[2])
+    """Threads that tokenise."""
+    version: str = Field(examples=["0.1.0"])
+    """Version of lora_sentiment."""
+    sha: None = None
+    """Always null."""
+    docker_label: None = None
+    """Always null."""
 
 
 class StatusResponse(Section):

@@ -18,8 +18,11 @@ from lora_sentiment.serve.metrics import Metrics
 log = logging.getLogger("lora_sentiment")
 
 PREDICT = "/predict"
-PUBLIC_PATHS = ("/", "/page.css", "/page.js", "/openapi.json", "/healthz", "/readyz")
-"""Paths that need no key: they tell nothing of adapters or texts."""
+PREDICT_HF = "/"
+PUBLIC_PATHS = (
+    "/", "/page.css", "/page.js", "/openapi.json", "/health", "/healthz", "/readyz",
+)  # fmt: skip
+"""Paths that need no key, but for `POST /`: they tell nothing of adapters or texts."""
 CLIENT_GONE = 499
 """Status of a request whose client disconnected, as in nginx. It only appears in the log and the
 metrics."""
@@ -38,6 +41,10 @@ def make_refusal(error: RefusalError) -> Response:
     """Return the answer to a refused request."""
     body = ErrorResponse(error=str(error), error_type=error.kind).model_dump_json()
     return Response(body, error.status, error.headers, "application/json")
+
+
+def _is_prediction(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"] in (PREDICT, PREDICT_HF)
 
 
 class Middleware:
@@ -93,7 +100,7 @@ class Middleware:
 
     def _count(self, scope: Scope, route: str, status: int, seconds: float) -> None:
         self._metrics.requests.labels(route, str(status)).inc()
-        if route == PREDICT:
+        if _is_prediction(scope):
             self._metrics.seconds.observe(seconds)
         if self._access_log:
             method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
@@ -109,9 +116,9 @@ class Middleware:
         if scope["path"] not in self._paths:
             raise RefusalError("NotFound", f"no such path; allowed: {', '.join(self._paths)}")
         headers = Headers(scope=scope)
-        if scope["path"] not in PUBLIC_PATHS:
+        if scope["path"] not in PUBLIC_PATHS or _is_prediction(scope):
             self._check_key(headers.get("authorization", ""))
-        if scope["path"] != PREDICT or scope["method"] != "POST":
+        if not _is_prediction(scope):
             await self._app(scope, receive, send)
             return
         self._check_predict_headers(headers)

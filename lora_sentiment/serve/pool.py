@@ -98,6 +98,7 @@ class Pool:
     Attributes:
         base: Name of the base.
         base_sha256: Its hash, which every adapter's card must name.
+        dtype: Name of the compute dtype.
         adapters: Adapters by name. `add` and `refresh` replace this mapping and never change it.
     """
 
@@ -111,6 +112,7 @@ class Pool:
         self._device = join_launch().device
         self._dtype_name = dtype
         self._dtype = resolve_dtype(dtype, self._device)
+        self.dtype = str(self._dtype).removeprefix("torch.")
         self._signatures: dict[Path, Signature | None] = {}
         self._trimmed = time.monotonic()
         base.model.requires_grad_(False).eval()

@@ -183,10 +183,11 @@ class _LimitedProtocol(H11Protocol):
 
     No server has all that SECURITY.md promises (looked at in November 2026):
     - uvicorn 0.54 keeps a connection that sends no header, sends a refused body for ever, or reads
-    no answer. - hypercorn 0.18 only limits the time between two reads, so one byte every few
-    seconds keeps a connection. - granian 2.8 limits header time and size, but not answers that
-    nobody reads, nor the number of connections; it
-      cannot use a bound socket, and its embedded server is experimental.
+      no answer.
+    - hypercorn 0.18 only limits the time between two reads, so one byte every few seconds keeps a
+      connection.
+    - granian 2.8 limits header time and size, but not answers that nobody reads, nor the number of
+      connections. It cannot use a bound socket, and its embedded server is experimental.
     """
 
     def __init__(self, *arguments: Any, limits: Limits, **options: Any) -> None:

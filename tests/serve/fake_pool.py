@@ -73,7 +73,7 @@ class FakePool:
         warmed: What `warm_up` was given, or None before it.
     """
 
-    base, base_sha256 = "fake", "1" * 64
+    base, base_sha256, dtype = "fake", "1" * 64, "float32"
 
     def __init__(self, *adapters: FakeAdapter) -> None:
         self.adapters = {adapter.name: adapter for adapter in adapters}

@@ -12,10 +12,11 @@ import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
+from lora_sentiment import __version__
 from lora_sentiment.classifier import Classifier
 from lora_sentiment.commands.explain import explain
 from lora_sentiment.models.engine import Engine
-from lora_sentiment.serve.app import EXAMPLES, make_app
+from lora_sentiment.serve.app import EXAMPLES, EXAMPLES_HF, make_app
 from lora_sentiment.serve.config import Limits, ServeConfig
 from tests.serve.fake_pool import FakePool, answer, make_adapter
 
@@ -115,20 +116,126 @@ def test_the_words_of_text_embeddings_inference_are_understood(inputs, batch):
         assert {row["label"]: row["score"] for row in first} == pytest.approx(expected)
 
 
-def test_the_words_of_hugging_faces_client_are_understood_and_what_is_not_honoured_is_named():
+HF_REFUSED = (
+    ({"inputs": [["a"], ["b"]]}, "inputs: allowed: one text, or a list of texts"),
+    ({"inputs": []}, "inputs: allowed: one text, or a list of texts"),
+    ({"inputs": None}, "inputs: allowed: one text, or a list of texts"),
+    ({"parameters": {}}, "inputs: allowed: one text, or a list of texts"),
+    (
+        {"inputs": {"text": "a", "text_pair": "b"}},
+        "inputs: allowed: one text, or a list of texts",
+    ),
+    ({"texts": ["a"]}, "unknown key 'texts' (allowed: inputs, parameters)"),
+    (["a"], 'the body must be a JSON object, such as {"inputs": ["A lovely film."]}'),
+    ("a", 'the body must be a JSON object, such as {"inputs": ["A lovely film."]}'),
+    (
+        {"inputs": "a", "options": {"wait_for_model": True}},
+        "unknown key 'options' (allowed: inputs, parameters)",
+    ),
+    (
+        {"inputs": "a", "parameters": {"beam": None}},
+        "parameters: unknown key 'beam' (allowed: top_k, function_to_apply)",
+    ),
+    (
+        {"inputs": "a", "parameters": {"top_k": 0}},
+        "parameters[top_k]: Input should be greater than or equal to 1",
+    ),
+    (
+        {"inputs": "a", "parameters": {"top_k": "2"}},
+        "parameters[top_k]: Input should be a valid integer",
+    ),
+    (
+        {"inputs": "a", "parameters": {"function_to_apply": "relu"}},
+        "parameters[function_to_apply]: Input should be 'softmax', 'sigmoid' or 'none'",
+    ),
+    ({"inputs": "a\ud800"}, "inputs: holds half of a surrogate pair; send it as UTF-8"),
+    ({"inputs": ["a", "a\ud800"]}, "inputs: holds half of a surrogate pair; send it as UTF-8"),
+)
+
+
+@pytest.mark.parametrize(("body", "error"), HF_REFUSED)
+def test_what_hugging_faces_shape_does_not_hold_is_refused_by_name(body, error):
+    headers = {"Content-Type": "application/json"}
     with make_client() as client:
-        plain = ask(client, inputs="a good film")
+        refused = client.post("/", content=json.dumps(body), headers=headers)
+    assert (refused.status_code, refused.json()) == (
+        422,
+        {"error": error, "error_type": "Validation"},
+    )
+
+
+FUNCTIONS = {
+    None: lambda x: np.exp(x) / np.exp(x).sum(),
+    "softmax": lambda x: np.exp(x) / np.exp(x).sum(),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "none": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3, 99])
+def test_hugging_faces_shape_is_answered_with_a_list_for_each_text(function, top_k):
+    served = make_adapter("one", "abc")
+    parameters = {"top_k": top_k, "function_to_apply": function}
+    with make_client(served) as client:
+        found = client.post("/", json={"inputs": ["a film", "bad"], "parameters": parameters})
+        single = client.post("/", json={"inputs": "a film", "parameters": parameters})
+    assert found.json()[:1] == single.json()
+    for rows, ids in zip(found.json(), ([2, 7, 6, 3], [2, 5, 3]), strict=True):
+        scores = FUNCTIONS[function](answer(served, ids).astype(np.float64))
+        best = sorted(zip(scores, "abc", strict=True), reverse=True)[:top_k]
+        assert [row["label"] for row in rows] == [label for _, label in best]
+        assert [row["score"] for row in rows] == pytest.approx([score for score, _ in best])
+
+
+def test_hugging_faces_shape_may_come_without_parameters_and_a_longer_text_is_cut_as_in_training():
+    served = make_adapter("one", truncation="head_tail")
+    words = LONG.split()
+    with make_client(served) as client:
+        plain = client.post("/", json={"inputs": LONG}).json()
+        assert plain == [ask(client, inputs=" ".join(words[:3] + words[-11:]))]
         for nothing in ({}, None, {"top_k": None, "function_to_apply": None}):
-            assert ask(client, inputs="a good film", parameters=nothing) == plain
-        for given, error in (
-            ({"top_k": 3}, "parameters[top_k]: is not supported; leave it out"),
-            (
-                {"top_k": None, "beam": None},
-                "parameters: unknown key 'beam' (allowed: top_k, function_to_apply)",
-            ),
-        ):
-            refused = client.post("/predict", json={"inputs": "a", "parameters": given})
-            assert (refused.status_code, refused.json()["error"]) == (422, error)
+            assert client.post("/", json={"inputs": LONG, "parameters": nothing}).json() == plain
+    with make_client(served, on_long="refuse", max_texts=2) as client:
+        refused = [client.post("/", json={"inputs": row}) for row in (LONG, ["a"] * 3)]
+    assert [row.status_code for row in refused] == [413, 413]
+    assert refused[1].json()["error"] == "inputs: found 3; allowed: at most 2 in a request"
+
+
+def test_hugging_faces_clients_name_an_adapter_in_the_address():
+    with make_client(make_adapter("one"), make_adapter("two", "xyz")) as client:
+        found = client.post("/?adapter=two", json={"inputs": "a"})
+        unknown = client.post("/?adapter=three", json={"inputs": "a"})
+        missing = client.post("/", json={"inputs": "a"})
+        info = client.get("/info?adapter=two")
+        missing_info = client.get("/info")
+    assert {row["label"] for row in found.json()[0]} == set("xyz")
+    assert (unknown.status_code, unknown.json()["error_type"]) == (404, "NotFound")
+    assert missing.json() == missing_info.json()
+    assert missing.status_code == missing_info.status_code == 422
+    assert "?adapter=NAME); allowed: one, two" in missing.json()["error"]
+    assert info.json()["model_id"] == "two"
+
+
+def test_info_has_the_keys_of_text_embeddings_inference():
+    # `struct Info` in router/src/lib.rs of text-embeddings-inference 1.9.3.
+    with make_client(make_adapter("one", "xyz"), max_texts=7, on_long="refuse") as client:
+        assert client.get("/info").json() == {
+            "model_id": "one", "model_sha": "0" * 64, "model_dtype": "float32", "served_model_name": "one",
+            "model_type": {"classifier": {
+                "id2label": {"0": "x", "1": "y", "2": "z"}, "label2id": {"x": 0, "y": 1, "z": 2},
+            }},
+            "max_concurrent_requests": 128, "max_input_length": 16, "max_batch_tokens": 8192,
+            "max_batch_requests": None, "max_client_batch_size": 7, "auto_truncate": False,
+            "tokenization_workers": 2, "version": __version__, "sha": None, "docker_label": None,
+        }  # fmt: skip
+
+
+def test_each_address_names_its_methods():
+    with make_client() as client:
+        assert client.get("/").headers["Content-Type"].startswith("text/html")
+        assert client.delete("/").headers["Allow"] == "GET, HEAD, POST"
+        assert client.delete("/predict").headers["Allow"] == "POST"
 
 
 def test_a_fault_of_ours_is_a_refusal_like_any_other_and_the_log_says_where_without_the_text(
@@ -206,14 +313,27 @@ def test_what_is_loaded_is_told():
 def test_a_server_is_ready_while_something_is_loaded_and_it_is_not_stopping():
     with make_client() as client:
         assert client.get("/readyz").status_code == 200
+        health = client.get("/health")
+        assert (health.status_code, health.content) == (200, b"")
         client.app.state.queue.close()
-        stopping = [client.get("/readyz"), client.post("/predict", json={"texts": ["a"]})]
+        stopping = [
+            client.get("/readyz"),
+            client.get("/health"),
+            client.post("/predict", json={"texts": ["a"]}),
+            client.post("/", json={"inputs": "a"}),
+        ]
         assert client.get("/healthz").status_code == 200
-    assert [row.status_code for row in stopping] == [503, 503]
+    assert [row.status_code for row in stopping] == [503] * 4
     app = make_app(FakePool(), ServeConfig(watch=Path("x")))
     with TestClient(app) as client:
-        nothing = [client.get("/readyz"), client.post("/predict", json={"texts": ["a"]})]
-    assert [row.json()["error"] for row in nothing] == ["no adapter is loaded"] * 2
+        nothing = [
+            client.get("/readyz"),
+            client.get("/health"),
+            client.get("/info"),
+            client.post("/predict", json={"texts": ["a"]}),
+            client.post("/", json={"inputs": "a"}),
+        ]
+    assert [row.json()["error"] for row in nothing] == ["no adapter is loaded"] * 5
 
 
 def test_adapters_come_and_go_and_their_counts_with_them(monkeypatch):
@@ -263,7 +383,13 @@ def test_a_look_at_the_watched_folder_that_fails_leaves_what_is_served(caplog, m
 
 def test_a_key_is_needed_for_all_that_tells_of_adapters_or_texts():
     with make_client(key=KEY) as client:
-        for method, path in (("POST", "/predict"), ("GET", "/adapters"), ("GET", "/metrics")):
+        for method, path, body in (
+            ("POST", "/predict", {"texts": ["a"]}),
+            ("POST", "/", {"inputs": "a"}),
+            ("GET", "/adapters", None),
+            ("GET", "/info", None),
+            ("GET", "/metrics", None),
+        ):
             for given in (
                 None,
                 f"Bearer {KEY}x",
@@ -272,17 +398,17 @@ def test_a_key_is_needed_for_all_that_tells_of_adapters_or_texts():
                 f"Bearer {KEY[:-1]}é".encode(),
             ):
                 headers = {} if given is None else {"Authorization": given}
-                response = client.request(method, path, json={"texts": ["a"]}, headers=headers)
+                response = client.request(method, path, json=body, headers=headers)
                 assert (response.status_code, response.headers["WWW-Authenticate"]) == (
                     401,
                     "Bearer",
                 ), (path, given)
             for given in (f"Bearer {KEY}", f"bearer  {KEY}"):
-                response = client.request(
-                    method, path, json={"texts": ["a"]}, headers={"Authorization": given}
-                )
+                response = client.request(method, path, json=body, headers={"Authorization": given})
                 assert response.status_code == 200
-        for path in ("/", "/page.js", "/page.css", "/healthz", "/readyz", "/openapi.json"):
+        for path in (
+            "/", "/page.js", "/page.css", "/health", "/healthz", "/readyz", "/openapi.json",
+        ):  # fmt: skip
             assert client.get(path).status_code == 200
 
 
@@ -297,7 +423,8 @@ def test_the_page_may_use_nothing_from_elsewhere_and_no_site_may_use_the_server(
             assert response.headers["X-Content-Type-Options"] == "nosniff"
             assert "Access-Control-Allow-Origin" not in response.headers
         asked = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
-        assert client.options("/predict", headers=asked).status_code == 405
+        for path in ("/predict", "/"):
+            assert client.options(path, headers=asked).status_code == 405
         assert client.get("/docs").status_code == 404
 
 
@@ -307,6 +434,8 @@ def test_no_text_stands_in_the_log_or_the_counts(caplog):
         ask(client, texts=[secret], explain=True)
         client.get(f"/adapters?text={secret}")
         client.get(f"/{secret}")
+        client.post(f"/?adapter={secret}", json={"inputs": secret})
+        client.post("/", json={"inputs": [secret], secret: 1})
         client.request(secret.upper(), "/predict")
         client.post("/predict", json={"texts": [secret], "top_k": 0, secret: 1})
         client.app.state.queue._compute = lambda *_: [][1]
@@ -327,19 +456,21 @@ def test_no_text_stands_in_the_log_or_the_counts(caplog):
 def test_the_document_names_every_error_and_its_examples_are_answered():
     with make_client(make_adapter("imdb_small"), max_texts=7, key=KEY) as client:
         document = client.get("/openapi.json").json()
-        for example in EXAMPLES.values():
-            response = client.post(
-                "/predict", json=example["value"], headers={"Authorization": f"Bearer {KEY}"}
-            )
-            assert response.status_code == 200
-    predict = document["paths"]["/predict"]["post"]
+        for path, examples in (("/predict", EXAMPLES), ("/", EXAMPLES_HF)):
+            for example in examples.values():
+                response = client.post(
+                    path, json=example["value"], headers={"Authorization": f"Bearer {KEY}"}
+                )
+                assert response.status_code == 200
     statuses = {"200", "400", "401", "404", "408", "413", "415", "422", "429", "503", "504"}
-    assert set(predict["responses"]) == statuses
+    for path in ("/predict", "/"):
+        predict = document["paths"][path]["post"]
+        assert set(predict["responses"]) == statuses
+        assert predict["security"]
     assert "HTTPValidationError" not in json.dumps(document)
     assert (
         document["components"]["schemas"]["PredictRequest"]["properties"]["texts"]["maxItems"] == 7
     )
-    assert predict["security"]
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\u200b \x07", "[SEP]"])
@@ -351,6 +482,7 @@ def test_a_text_without_tokens_gets_no_label_and_the_reason(text):
             assert [empty] == nothing
             assert good["label"]
         assert ask(client, inputs=text) == nothing
+        assert client.post("/", json={"inputs": text}).json() == [nothing]
         batch = ask(client, inputs=[[text], ["good"]])
         assert batch[0] == nothing
         assert batch[1][0].keys() == {"label", "score"}

@@ -74,8 +74,8 @@ def get(path):
     return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
 
-def chunked(body):
-    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+def chunked(body, *, head=HEAD):
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
     parts = [body[i : i + 65536] for i in range(0, len(body), 65536)]
     return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
@@ -147,9 +147,51 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_request_is_answered_as_the_table_says(server, name):
-    data, status, kind = HOSTILE[name]
+HF_HEAD = HEAD.replace(b"/predict", b"/?adapter=one")
+BIG_INPUT = BIG.replace(b"texts", b"inputs")
+
+
+def post_hf(body, *, path="/?adapter=one", **options):
+    return post(body, path=path, **options)
+
+
+# The same requests in Hugging Face's shape, at `POST /`.
+HOSTILE_HF = {
+    "a body of 10 MB": post_hf(BIG_INPUT),
+    "a body of 10 MB without its length": chunked(BIG_INPUT, head=HF_HEAD),
+    "100,000 inputs": post_hf({"inputs": ["a"] * 100_000}),
+    "500,000 numbers as texts": post_hf(NUMBERS.replace(b"texts", b"inputs")),
+    "250,000 numbers as inputs": post_hf(INPUT_NUMBERS),
+    "JSON in UTF-16": post_hf('{"inputs": ["a"]}'.encode("utf-16")),
+    "bytes that are no UTF-8": post_hf(b'{"inputs": "\xff\xfe"}'),
+    "half of a surrogate pair": post_hf(b'{"inputs": ["\\ud800"]}'),
+    "half of a surrogate pair as a key": post_hf(b'{"inputs": "a", "\\ud800": 1}'),
+    "a null byte in a text": post_hf({"inputs": "a\x00b"}),
+    "no JSON": post_hf(b"inputs=a"),
+    "an empty body": post_hf(b""),
+    "100,000 brackets": post_hf(b'{"inputs": ' + b"[" * 100_000),
+    "NaN": post_hf(b'{"inputs": "a", "parameters": {"top_k": NaN}}'),
+    "a form": post_hf(b"inputs=a", kind="application/x-www-form-urlencoded"),
+    "an unknown key": post_hf({"inputs": "a", "adapter": "one"}),
+    "60,000 unknown keys": post_hf(UNKNOWN_KEYS),
+    "60,000 unknown parameters": post_hf({"inputs": "a", "parameters": UNKNOWN_KEYS}),
+    "a key of 1 MB": post_hf({"a" * 10**6: 1}),
+    "<script> as a text": post_hf({"inputs": "<script>alert(1)</script>"}),
+    "<script> as an adapter": post_hf({"inputs": "a"}, path="/?adapter=<script>"),
+    "an unknown adapter": post_hf({"inputs": "a"}, path="/?adapter=three"),
+    "a path as an adapter": post_hf({"inputs": "a"}, path="/?adapter=../../etc/passwd"),
+    "a null byte as an adapter": post_hf({"inputs": "a"}, path="/?adapter=one%00"),
+    "a name of 500,000 letters": post_hf({"inputs": "a"}, path=f"/?adapter={'a' * 9000}"),
+    "a line break after a path": post_hf({"inputs": "a"}, path="/%0a?adapter=one"),
+    "a body that does not come": HF_HEAD + b"Content-Length: 100\r\n\r\n{",
+}
+REQUESTS = [(name, data) for name, (data, _, _) in HOSTILE.items()]
+REQUESTS += HOSTILE_HF.items()
+
+
+@pytest.mark.parametrize(("name", "data"), REQUESTS, ids=[name for name, _ in REQUESTS])
+def test_a_hostile_request_is_answered_as_the_table_says(server, name, data):
+    _, status, kind = HOSTILE[name]
     with connect(server) as connection:
         send(connection, data)
         found, header, body = read(connection)
@@ -158,25 +200,28 @@ def test_a_hostile_request_is_answered_as_the_table_says(server, name):
         assert header["content-type"] == "application/json"
         assert header["x-content-type-options"] == "nosniff"
         assert len(body) < 2000
-        assert json.loads(body).get("error_type") == kind
+        answer = json.loads(body)
+        assert (answer["error_type"] if status != 200 else None) == kind
     with connect(server) as connection:
         connection.sendall(post({"texts": ["a"], "adapter": "one"}))
         assert read(connection)[0] == 200
 
 
+@pytest.mark.parametrize("kind", [messages.AnyRequest, messages.HfRequest])
 @pytest.mark.parametrize(
     "body",
     [
         json.loads(NUMBERS),
         json.loads(INPUT_NUMBERS),
+        {"inputs": json.loads(NUMBERS)["texts"]},
         UNKNOWN_KEYS,
         {"inputs": "a", "parameters": UNKNOWN_KEYS},
     ],
-    ids=["texts", "inputs", "keys", "parameters"],
+    ids=["texts", "lists", "inputs", "keys", "parameters"],
 )
-def test_checking_a_body_stops_at_its_first_faults(body):
+def test_checking_a_body_stops_at_its_first_faults(kind, body):
     with pytest.raises(ValidationError) as refused:
-        TypeAdapter(messages.AnyRequest).validate_python(body)
+        TypeAdapter(kind).validate_python(body)
     assert refused.value.error_count() <= 3
 
 
@@ -235,18 +280,25 @@ def test_connections_beyond_the_most_are_closed_and_those_before_them_are_answer
             connection.close()
 
 
-def ask(server, *texts):
+@pytest.fixture(params=["/predict", "/"])
+def path(request):
+    """Either path that answers predictions."""
+    return request.param
+
+
+def ask(server, *texts, path="/predict"):
     """Send a request and return its connection."""
     connection = connect(server)
-    connection.sendall(post({"texts": texts}))
+    key = "texts" if path == "/predict" else "inputs"
+    connection.sendall(post({key: texts}, path=path))
     return connection
 
 
-def ask_and_hold(server, pool):
+def ask_and_hold(server, pool, path="/predict"):
     """Send a request whose answer is held back. Return its connection as soon as it is computed."""
     pool.gate.clear()
     pool.begun.clear()
-    connection = ask(server, "a")
+    connection = ask(server, "a", path=path)
     assert pool.begun.wait(20)
     return connection
 
@@ -282,22 +334,22 @@ def read_error(connection):
 STOPPED = (503, "the server stopped before it answered this request")
 
 
-def test_overload_is_answered_429_at_once_with_a_time():
+def test_overload_is_answered_429_at_once_with_a_time(path):
     pool = FakePool(make_adapter("one", max_length=512))
     with running(pool, max_queue_tokens=512, max_requests=3) as server:
-        first = ask_and_hold(server, pool)
-        second = ask(server, "a " * 500)
+        first = ask_and_hold(server, pool, path)
+        second = ask(server, "a " * 500, path=path)
         wait_for_tokens(server, 502)
-        with ask(server, "a " * 300, "a " * 300) as never:
+        with ask(server, "a " * 300, "a " * 300, path=path) as never:
             assert read(never)[0] == 413
-        with ask(server, "a " * 100) as third:
+        with ask(server, "a " * 100, path=path) as third:
             status, header, body = read(third)
             assert (status, header["retry-after"]) == (429, "1")
             assert b"502 tokens wait already and this request has at least 102" in body
             # Two are in progress. With a third, whose body is still coming, there is no room for a fourth.
             third.sendall(post({"texts": ["a"]})[:-1])
             wait_for_requests(server, 3)
-            with ask(server, "a") as fourth:
+            with ask(server, "a", path=path) as fourth:
                 status, header, body = read(fourth)
             assert (status, header["retry-after"]) == (429, "1")
             assert b"3 predictions are in progress" in body
@@ -363,22 +415,22 @@ def test_a_stop_does_not_wait_for_what_is_still_read_or_looked_at(monkeypatch):
     assert looked.is_set()
 
 
-def test_a_deadline_that_passes_is_answered_504_and_its_texts_leave_the_line():
+def test_a_deadline_that_passes_is_answered_504_and_its_texts_leave_the_line(path):
     pool = FakePool(make_adapter("one"))
     with running(pool, deadline_seconds=1.0) as server:
-        first = ask_and_hold(server, pool)
-        second = ask(server, *["a"] * 5)
+        first = ask_and_hold(server, pool, path)
+        second = ask(server, *["a"] * 5, path=path)
         assert read(first)[0] == read(second)[0] == 504
         wait_for_tokens(server, 0)
         pool.gate.set()
     assert pool.batches == [1]
 
 
-def test_the_texts_of_a_client_that_went_away_leave_the_line():
+def test_the_texts_of_a_client_that_went_away_leave_the_line(path):
     pool = FakePool(make_adapter("one"))
     with running(pool) as server:
-        first = ask_and_hold(server, pool)
-        with ask(server, *["a"] * 5):
+        first = ask_and_hold(server, pool, path)
+        with ask(server, *["a"] * 5, path=path):
             wait_for_tokens(server, 15)
         wait_for_tokens(server, 0)
         pool.gate.set()

@@ -64,8 +64,9 @@ def check(num_examples, **options):
 
 def test_every_answer_is_one_that_the_document_names():
     statuses = check(25, derandomize=True, database=None)
-    assert statuses["POST", "/predict", 200] >= 3
-    assert statuses["POST", "/predict", 422] >= 3
+    for path in ("/predict", "/"):
+        assert statuses["POST", path, 200] >= 3
+        assert statuses["POST", path, 422] >= 3
 
 
 @pytest.mark.slow
