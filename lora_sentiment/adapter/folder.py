@@ -199,7 +199,8 @@ def save(
     # text there.
     base.tokenizer.backend_tokenizer.no_truncation()
     base.tokenizer.backend_tokenizer.no_padding()
-    base.tokenizer.save_pretrained(folder)
+    base.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer_config(folder, base.tokenizer, max_length=model_config.max_length)
     probe = compute_probe(rebuild(folder, fresh, method, config), trained.input_ids)
     largest = max(1.0, float(np.abs(np.array(probe.logits)).max()))
     difference = _largest_difference(probe.logits, trained.logits) / largest
@@ -237,6 +238,25 @@ def save(
     )
     write_json(folder / "card.json", card.model_dump(mode="json", by_alias=True))
     return card
+
+
+def write_tokenizer_config(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, *, max_length: int
+) -> None:
+    """Write the `tokenizer_config.json` with which stock transformers reads `tokenizer.json`.
+
+    With BertTokenizer or DistilBertTokenizer in it, transformers 5 makes a normalizer of its own,
+    and transformers 4 makes token types, which DistilBERT does not take.
+    """
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": max_length,
+            **tokenizer.special_tokens_map,
+        },
+    )
 
 
 def load(

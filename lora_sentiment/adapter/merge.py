@@ -23,7 +23,7 @@ from lora_sentiment.adapter.comparison import (
     make_reference,
     without_reasons,
 )
-from lora_sentiment.adapter.folder import Card, Loaded, load, load_card
+from lora_sentiment.adapter.folder import Card, Loaded, load, load_card, write_tokenizer_config
 from lora_sentiment.adapter.merge_record import (
     SCHEMA,
     MergeRecord,
@@ -34,7 +34,7 @@ from lora_sentiment.adapter.weights import rebuild
 from lora_sentiment.data.batches import TextEncoder, take_rows
 from lora_sentiment.data.cleaning import add_cleaning
 from lora_sentiment.errors import AdapterError, ModelError
-from lora_sentiment.files import hash_file, write_aside, write_json
+from lora_sentiment.files import hash_file, write_aside
 from lora_sentiment.models.dtype import DTYPES
 from lora_sentiment.models.engine import Engine
 from lora_sentiment.models.inference import make_engine
@@ -380,17 +380,7 @@ def _save_model(folder: Path, model: nn.Module, loaded: Loaded) -> tuple[str, in
     tokenizer.no_padding()
     cleaning_steps = add_cleaning(tokenizer) if loaded.card.data.config.clean else 0
     tokenizer.save(str(folder / "tokenizer.json"))
-    # With BertTokenizer or DistilBertTokenizer here, transformers 5 makes a normalizer of its own,
-    # and transformers 4 makes token types, which DistilBERT does not take.
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": loaded.card.max_length,
-            **loaded.tokenizer.special_tokens_map,
-        },
-    )
+    write_tokenizer_config(folder, loaded.tokenizer, max_length=loaded.card.max_length)
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest(), cleaning_steps
 
 

@@ -19,6 +19,9 @@ from lora_sentiment.recipe.section import Section
 
 KEY = "lora_sentiment"
 SCHEMA = 1
+LENGTH_CONFIG = "sentence_bert_config.json"
+"""Where text-embeddings-inference looks for the longest input. Without it, the number of positions
+counts."""
 
 
 class MergeRecord(Section):
@@ -81,9 +84,15 @@ def read_merge_record(folder: Path) -> MergeRecord | None:
 
 
 def write_merge_record(folder: Path, record: MergeRecord) -> None:
-    """Put a record into the `config.json` of a model folder. All other files must be final."""
+    """Put a record into the `config.json` of a model folder. All other files must be final.
+
+    text-embeddings-inference gets what it asks for: `hidden_size` and `num_hidden_layers`, which
+    DistilBERT calls `dim` and `n_layers`, and the longest input in `sentence_bert_config.json`.
+    """
+    write_json(folder / LENGTH_CONFIG, {"max_seq_length": record.max_length})
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
+    values |= {"hidden_size": values["dim"], "num_hidden_layers": values["n_layers"]}
     record = record.model_copy(update={"config_sha256": _hash_config(values)})
     values[KEY] = record.model_dump(mode="json", by_alias=True)
     write_json(path, values)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card, load_card
-from lora_sentiment.adapter.merge_record import read_merge_record
+from lora_sentiment.adapter.merge_record import LENGTH_CONFIG, read_merge_record
 from lora_sentiment.adapter.peft_file import PEFT_CONFIG
 from lora_sentiment.adapter.predictions import PREDICTIONS
 from lora_sentiment.adapter.safe_files import check_files
@@ -35,6 +35,7 @@ ADAPTER_FILES = SHARED_FILES | {
 }
 MODEL_FILES = SHARED_FILES | {
     "config.json",
+    LENGTH_CONFIG,
     "model.safetensors",
     "onnx/model.onnx",
     "onnx/model_quantized.onnx",

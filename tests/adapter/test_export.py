@@ -11,7 +11,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoTokenizer, DistilBertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertForSequenceClassification,
+)
+from transformers.utils import logging as logging_of_transformers
 
 from lora_sentiment import classifier
 from lora_sentiment.adapter import export as export_module
@@ -30,6 +35,17 @@ from tests.conftest import toy_rows, write_csv
 from tests.random_adapters import save_random
 
 LABELS = ("negative", "positive")
+# What text-embeddings-inference cannot start without. Sources, in its repository: `ModelConfig` and
+# `STConfig` in router/src/lib.rs, `Config` in backends/ort/src/lib.rs (commit 04a0215),
+# `DistilBertConfig` in backends/candle/src/models/distilbert.rs.
+TEI_KEYS = {
+    "router": ("architectures", "model_type", "max_position_embeddings", "id2label", "label2id"),
+    "ort": ("hidden_size", "num_hidden_layers"),
+    "candle": (
+        "vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "activation",
+        "max_position_embeddings", "pad_token_id", "id2label",
+    ),
+}  # fmt: skip
 IDS = [[2, 5, 6, 3], [2, 9, 14, 8, 3], [2, 7, 8, 9, 3]]
 # By ONNX Runtime and tokenizers alone: what another program would do with the folder.
 WITHOUT_TORCH = """
@@ -135,8 +151,34 @@ def test_the_axes_are_dynamic_and_everything_stands_in_one_file(exported):
     }
     assert not any(tensor.external_data for tensor in graph.initializer)
     assert sorted(str(p.relative_to(exported[0])) for p in exported[0].rglob("*") if p.is_file()) == [
-        "README.md", "config.json", PLAIN, QUANTISED, "tokenizer.json", "tokenizer_config.json"
+        "README.md", "config.json", PLAIN, QUANTISED, "sentence_bert_config.json",
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", TEI_KEYS)
+@pytest.mark.parametrize("form", ["merged", "exported"])
+def test_text_embeddings_inference_finds_what_it_needs(form, part, merged, exported):
+    folder = merged if form == "merged" else exported[0]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert [key for key in TEI_KEYS[part] if config.get(key) is None] == []
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (32, 2)
+    assert config["architectures"] == ["DistilBertForSequenceClassification"]
+    assert config["label2id"] == {label: number for number, label in enumerate(LABELS)}
+    lengths = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    assert lengths == {"max_seq_length": 16}
+
+
+def test_stock_transformers_reads_the_added_keys_in_silence(merged, recwarn, caplog, capfd):
+    logging_of_transformers.set_verbosity_warning()
+    logging_of_transformers.enable_propagation()
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    logging_of_transformers.disable_propagation()
+    assert (model.config.dim, model.config.n_layers) == (32, 2)
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (32, 2)
+    assert caplog.messages == []
+    assert list(recwarn) == []
+    assert "Warning" not in capfd.readouterr().err
 
 
 def test_no_path_of_this_machine_is_in_a_graph(exported):
@@ -179,7 +221,6 @@ def test_another_program_gets_our_labels_and_scores_without_torch(exported, adap
         "bad<br />plot &amp;lt; a",
         "caf&eacute;\u00a0 it&#39;s",
         "go\x00od\u200b film",
-        "<BR/>",
     ]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, str(exported[0]), json.dumps(texts)],

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lora_sentiment.adapter import weights as weights_module
 from lora_sentiment.adapter.folder import load, load_card
@@ -162,6 +163,19 @@ def test_a_base_with_another_tokenizer_is_refused(saved, tiny_base, tmp_path, ch
     change(other)
     with pytest.raises(AdapterError, match="was trained with another tokenizer"):
         load(saved, base=str(other))
+
+
+def test_the_tokenizer_of_an_adapter_cuts_where_training_did(saved, tiny_base):
+    """Stock PEFT users load it with `truncation=True`, under transformers 4 too."""
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    assert tokenizer.model_max_length == load(saved).card.max_length < 64
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+    text = "Good, a LOVELY film " * 40
+    expected = AutoTokenizer.from_pretrained(tiny_base)(
+        text, truncation=True, max_length=tokenizer.model_max_length
+    )
+    assert tokenizer(text, truncation=True)["input_ids"] == expected["input_ids"]
+    assert (saved / "tokenizer.json").read_bytes() == (tiny_base / "tokenizer.json").read_bytes()
 
 
 def test_a_moved_base_is_found_where_one_says(saved, tiny_base, tmp_path):

@@ -176,6 +176,7 @@ def test_the_folder_is_a_stock_classifier(adapter, tiny_base, tmp_path):
         "README.md",
         "config.json",
         "model.safetensors",
+        "sentence_bert_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
