@@ -196,6 +196,11 @@ def test_hugging_faces_shape_may_come_without_parameters_and_a_longer_text_is_cu
         assert plain == [ask(client, inputs=" ".join(words[:3] + words[-11:]))]
         for nothing in ({}, None, {"top_k": None, "function_to_apply": None}):
             assert client.post("/", json={"inputs": LONG, "parameters": nothing}).json() == plain
+        client.get("/")
+        counts = client.get("/metrics").text
+    assert 'lora_sentiment_requests_total{route="/",status="200"} 5.0' in counts
+    # Four at `POST /` and one at `/predict`; the page is no prediction.
+    assert "lora_sentiment_predict_seconds_count 5.0" in counts
     with make_client(served, on_long="refuse", max_texts=2) as client:
         refused = [client.post("/", json={"inputs": row}) for row in (LONG, ["a"] * 3)]
     assert [row.status_code for row in refused] == [413, 413]
