@@ -119,6 +119,11 @@ class Classifier:
             predictions.append(Prediction(self.labels[best], float(scores[best]), named))
         return predictions
 
+    def is_empty(self, text: str) -> bool:
+        """Return whether the tokenizer leaves no token of a text, which then gets no label."""
+        ids = next(tokenise(self.encoder, [text], clean=self.clean))
+        return self.encoder.is_empty(ids)
+
     def probabilities(
         self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False
     ) -> NDArray[np.float64]:
