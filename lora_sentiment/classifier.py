@@ -119,6 +119,11 @@ class Classifier:
             predictions.append(Prediction(self.labels[best], float(scores[best]), named))
         return predictions
 
+    def is_empty(self, text: str) -> bool:
+        """Return whether the tokenizer leaves no token of a text, which then gets no label."""
+        ids = next(tokenise(self.encoder, [text], clean=self.clean))
+        return self.encoder.is_empty(ids)
+
     def probabilities(
         self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False
     ) -> NDArray[np.float64]:
@@ -310,8 +315,7 @@ def _load_whole(
     if record:
         form = "a merged model, which knows them"
         _refuse_options(path, form, labels=labels, max_length=max_length)
-        needed = (WEIGHTS, "tokenizer.json", "tokenizer_config.json")
-        check_merge_record(path, record, needed=needed)
+        check_merge_record(path, record, weights=WEIGHTS)
     refuse_other_task(path)
     check_whole_model(path)
     names = tuple(labels) if labels else read_labels(path)
@@ -319,19 +323,19 @@ def _load_whole(
     config = ModelConfig(name=str(path), max_length=length, dtype="float32")
     with ExplainLibraryError(path):
         base = load_base(config, labels=names)
-        if record and record.cleaning_steps:
-            remove_cleaning(base.tokenizer.backend_tokenizer, record.cleaning_steps)
     check_finite(path / WEIGHTS, dict(base.model.named_parameters()))
+    if record:
+        encoder = _make_recorded_encoder(path, record)
+    else:
+        encoder = TextEncoder.of(base.tokenizer, max_length=length, truncation="head")
     return _make_classifier(
         names,
-        TextEncoder.of(
-            base.tokenizer, max_length=length, truncation=record.truncation if record else "head"
-        ),
+        encoder,
         prepare_engine(base.model, dtype, join_launch().device),
         **_get_recorded(record),
         weights=[
             record.files[WEIGHTS] if record else hash_file(path / WEIGHTS),
-            hash_file(path / "config.json"),
+            record.config_sha256 if record else hash_file(path / "config.json"),
             dtype,
         ],
     )
@@ -344,20 +348,19 @@ def _load_onnx(path: Path, max_length: int | None) -> Classifier:
     record = read_merge_record(folder)
     if record:
         _refuse_options(path, "a file that knows it", max_length=max_length)
-        check_merge_record(folder, record, needed=(name, "tokenizer.json", "tokenizer_config.json"))
-    tokenizer, special = _read_tokenizer(folder)
-    if record and record.cleaning_steps:
-        with ExplainLibraryError(folder / "tokenizer.json"):
-            remove_cleaning(tokenizer, record.cleaning_steps)
-    longest = _find_max_length(folder)
-    if max_length and max_length > longest:
-        raise ModelError(f"max_length: found {max_length}; {path} reads at most {longest} tokens")
-    encoder = TextEncoder(
-        tokenizer,
-        *special,
-        max_length=record.max_length if record else max_length or longest,
-        truncation=record.truncation if record else "head",
-    )
+        check_merge_record(folder, record, weights=name)
+    if record:
+        encoder = _make_recorded_encoder(folder, record)
+    else:
+        longest = _find_max_length(folder)
+        if max_length and max_length > longest:
+            raise ModelError(
+                f"max_length: found {max_length}; {path} reads at most {longest} tokens"
+            )
+        tokenizer, special = _read_tokenizer(folder)
+        encoder = TextEncoder(
+            tokenizer, *special, max_length=max_length or longest, truncation="head"
+        )
     return _make_classifier(
         read_labels(folder),
         encoder,
@@ -365,7 +368,7 @@ def _load_onnx(path: Path, max_length: int | None) -> Classifier:
         **_get_recorded(record),
         weights=[
             record.files[name] if record else hash_file(path),
-            hash_file(folder / "config.json"),
+            record.config_sha256 if record else hash_file(folder / "config.json"),
         ],
     )
 
@@ -471,6 +474,17 @@ def _find_max_length(folder: Path) -> int:
             "more"
         )
     return min(lengths)
+
+
+def _make_recorded_encoder(folder: Path, record: MergeRecord) -> TextEncoder:
+    """Return how a merged or exported model reads texts: as in training."""
+    tokenizer, special = _read_tokenizer(folder)
+    if record.cleaning_steps:
+        with ExplainLibraryError(folder / "tokenizer.json"):
+            remove_cleaning(tokenizer, record.cleaning_steps)
+    return TextEncoder(
+        tokenizer, *special, max_length=record.max_length, truncation=record.truncation
+    )
 
 
 def _read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, int, int]]:

@@ -35,15 +35,20 @@ if TYPE_CHECKING:
 
 
 class _Verbs(TyperGroup):
-    """The verbs. An unknown option may be a text or a name that begins with `-`."""
+    """The verbs. An unknown option may be a text that begins with `-`, or a recipe's setting."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except typer.TyperException as error:
             # typer does not export its NoSuchOption, which alone has this attribute.
-            if hasattr(error, "possibilities"):
-                error.message += "; a text or a name that begins with - goes after --"
+            context = getattr(error, "ctx", None)
+            if hasattr(error, "possibilities") and context is not None:
+                taken = {parameter.name for parameter in context.command.params}
+                if "texts" in taken:
+                    error.message += "; a text that begins with - goes after --"
+                elif "overrides" in taken:
+                    error.message += "; a recipe's setting is written key=value, without dashes"
             raise
 
 
@@ -379,7 +384,7 @@ def predict(
     if not is_main():
         return
     if explain:
-        lines = texts or filter(str.strip, sys.stdin)
+        lines = texts or (line.rstrip("\r\n") for line in sys.stdin)
         options: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
         _explain(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **options)
         return
@@ -643,13 +648,19 @@ def _explain(
     Raises:
         DataError: If a text cannot be explained, after all others, or the page cannot be written.
     """
+    from lora_sentiment.classifier import EMPTY_TEXT
     from lora_sentiment.commands.explain import explain, to_html, to_rich
+    from lora_sentiment.commands.predict import Answer, show_answer
 
     if html and html.exists() and not overwrite:
         raise DataError(f"{html}: exists already; give another name, or --overwrite")
     explanations = []
     num_faults = 0
     for text in texts:
+        if classifier.is_empty(text):
+            answer = Answer(text, None, EMPTY_TEXT)
+            typer.echo(show_answer(answer, all_scores=False, as_json=as_json))
+            continue
         try:
             explanation = explain(classifier, text, **options)
         except DataError as error:

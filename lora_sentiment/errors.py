@@ -114,10 +114,19 @@ class AdapterError(LoraSentimentError):
     """A saved adapter folder is incomplete, altered or made for another base."""
 
 
-DRAWING_FAULTS = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
-"""What matplotlib raises: for values, sizes and texts (ValueError, ArithmeticError), fonts and
-LaTeX (RuntimeError), files, memory, and an installation or a setting that it cannot be imported
-with."""
+DRAWING_FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What matplotlib raises: for values, sizes, texts, fonts, LaTeX, files and memory, and for an
+installation or a setting that it cannot be imported or drawn with."""
 _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters of ASCII and Latin-1, and marks of the writing direction."""
 _REPR = Repr()

@@ -251,8 +251,16 @@ def test_a_merged_model_is_no_base_of_a_stock_adapter(stock, merged):
             {"id2label": {"0": "positive", "1": "negative"}},
             r"config\.json: was altered",
         ),
-        ("config.json", {"n_heads": 2}, r"config\.json: was altered"),
-        ("tokenizer_config.json", {"cls_token": "good"}, r"tokenizer_config\.json: was altered"),
+        ("config.json", {"n_heads": 2}, r"config\.json: was altered .*its labels, shape or task"),
+        ("config.json", {"num_attention_heads": 2}, r"config\.json: was altered"),
+        ("config.json", {"activation": "relu"}, r"config\.json: was altered"),
+        ("config.json", {"problem_type": "regression"}, r"config\.json: was altered"),
+        (
+            "tokenizer.json",
+            {"normalizer": None},
+            "was altered .*the tokenizer or its special tokens",
+        ),
+        ("tokenizer_config.json", {"cls_token": "good"}, r"tokenizer_config\.json was altered"),
         ("config.json", {"lora_sentiment": {"files": {}}}, "no hash of this file is recorded"),
         ("config.json", {"lora_sentiment": {"max_length": 2}}, "greater than or equal to 8"),
     ],
@@ -265,6 +273,62 @@ def test_an_altered_merged_folder_is_refused(merged, name, change, message):
     path.write_text(json.dumps(values | change))
     with pytest.raises(AdapterError, match=message):
         load(merged)
+
+
+def save_again(merged, folder):
+    """Load and save a model as a user of stock transformers does, after some calls."""
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer(["a good film " * 40, "bad"], truncation=True, padding=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_by_transformers_4(merged, folder):
+    """Save as transformers 4.57 does."""
+    save_again(merged, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype"):
+        config.pop(key)
+    config |= {"transformers_version": "4.57.6", "torch_dtype": "float32", "_name_or_path": "m"}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizer",
+        "added_tokens_decoder": {"0": {"content": "[PAD]", "special": True}},
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def choose_another_tokenizer_class(merged, folder):
+    """Only stock transformers lets these decide how a text is read."""
+    shutil.copytree(merged, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "DistilBertTokenizer", "do_lower_case": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    "save", [save_again, save_by_transformers_4, choose_another_tokenizer_class]
+)
+def test_a_merged_model_that_was_saved_again_answers_the_same(save, merged, tmp_path):
+    save(merged, tmp_path / "again")
+    texts = ["A GOOD film", "bad &amp; dull <br /> " * 9, "caf&eacute; it&#39;s weak"]
+    before, after = load(merged), load(tmp_path / "again")
+    np.testing.assert_array_equal(after.probabilities(texts), before.probabilities(texts))
+    assert after.sha256 == before.sha256
+
+
+def test_an_older_record_tells_what_it_covers(tmp_path):
+    old = Path(__file__).parent / "saved/merged"
+    shutil.copytree(old, tmp_path / "again")
+    config = json.loads((old / "config.json").read_text())
+    config["transformers_version"] = "5.24.0"
+    (tmp_path / "again/config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="an older version made of the whole file"):
+        load(tmp_path / "again")
 
 
 def test_importing_the_classifier_imports_no_torch():

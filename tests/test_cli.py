@@ -275,6 +275,39 @@ def test_a_text_like_an_option_gets_a_hint(capsys, text):
     assert "goes after --" in " ".join(err.replace("\u2502", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "r.yaml", "--output.dir=x"], "written key=value, without dashes"),
+        (["data", "r.yaml", "--data.source", "x.csv"], "written key=value, without dashes"),
+        (["doctor", "--gpu"], "No such option: --gpu"),
+        (["evaluate", "adapter", "--batch", "3"], "No such option: --batch"),
+    ],
+)
+def test_an_unknown_option_gets_a_hint_that_its_verb_takes(capsys, arguments, hint):
+    code, _, err = call(capsys, *arguments)
+    said = " ".join(err.replace("\u2502", " ").split())
+    assert code == 2
+    assert hint in said
+    assert "goes after --" not in said
+
+
+def test_an_empty_text_among_explanations_is_answered_in_its_place(
+    capsys, toy_adapter, monkeypatch
+):
+    lines = b"a good film\n\n\xe2\x80\x8d\nbad\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    code, out, _ = call(capsys, "predict", toy_adapter, "--explain", "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [answer.get("error") for answer in answers] == [
+        None,
+        "text is empty",
+        "text is empty",
+        None,
+    ]
+
+
 def test_merge_then_predict_and_push(capsys, toy_adapter, tmp_path):
     merged = tmp_path / "merged"
     code, out, _ = call(capsys, "merge", toy_adapter, merged)

@@ -19,7 +19,6 @@ from lora_sentiment.adapter.comparison import (
 from lora_sentiment.adapter.folder import Card, load_card
 from lora_sentiment.adapter.graph import check_packages, quantise_graph, write_graph
 from lora_sentiment.adapter.merge import (
-    TOKENIZER,
     WEIGHTS,
     Into,
     check_max_rows,
@@ -27,6 +26,7 @@ from lora_sentiment.adapter.merge import (
     merge_aside,
 )
 from lora_sentiment.adapter.merge_record import (
+    TOKENIZER,
     MergeRecord,
     check_merge_record,
     read_merge_record,
@@ -172,7 +172,7 @@ def export(
             update={
                 "dtype": "float32",
                 "compared": {**record.compared, **without_reasons(compared)},
-                "files": {file: hash_file(aside / file) for file in (*engines, *TOKENIZER)},
+                "files": {file: hash_file(aside / file) for file in engines},
             }
         )
         readme = make_exported_card(out.name, labels, exported)
@@ -199,7 +199,7 @@ def _read_merged(folder: Path) -> MergeRecord:
         )
     if WEIGHTS not in record.files:
         raise AdapterError(f"{folder}: was exported before; name the adapter, or the merged folder")
-    check_merge_record(folder, record, needed=(WEIGHTS, *TOKENIZER))
+    check_merge_record(folder, record, weights=WEIGHTS)
     return record
 
 

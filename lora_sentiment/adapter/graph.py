@@ -15,7 +15,10 @@ from lora_sentiment.adapter.onnx import INPUTS, OUTPUT
 from lora_sentiment.errors import ModelError
 
 OPSET = 18
-"""torch writes this version without conversion. Every ONNX Runtime since 1.14 reads it."""
+"""torch writes this version without conversion."""
+IR_VERSION = 8
+"""Version of the file format. ONNX Runtime 1.15 reads it, with OPSET. torch writes a newer one, which
+ONNX Runtime before 1.18 refuses, but nothing in the graph needs that."""
 
 
 class FirstTokenBlock(nn.Module):
@@ -112,6 +115,7 @@ def write_graph(model: Any, path: Path) -> None:
         model.set_attn_implementation(attention)
     assert program is not None
     graph = program.model_proto
+    graph.ir_version = IR_VERSION
     _remove_origins(graph)
     onnx.save(graph, path)
 

@@ -44,7 +44,7 @@ from lora_sentiment.recipe.model import ModelConfig
 log = logging.getLogger("lora_sentiment")
 
 Into = Literal["base", "dequantised"]
-WEIGHTS, TOKENIZER = "model.safetensors", ("tokenizer.json", "tokenizer_config.json")
+WEIGHTS = "model.safetensors"
 ROWS_PER_FLIP = 100
 """On a quantised base, or in another dtype, one row in this many may get another label."""
 ROWS_PER_LOSS = 200
@@ -235,7 +235,7 @@ def merge_aside(
         calibration=card.calibration,
         compared=without_reasons(compared),
         readings=readings,
-        files={name: hash_file(aside / name) for name in (WEIGHTS, *TOKENIZER)},
+        files={WEIGHTS: hash_file(aside / WEIGHTS)},
     )
     readme = make_merged_card(out.name, tuple(card.labels), record)
     (aside / "README.md").write_text(readme, encoding="utf-8")

@@ -1,24 +1,47 @@
 """The record in a merged or exported model of its adapter, its base and its comparison.
 
 The record stands in the model's `config.json` under the key `lora_sentiment`. Stock transformers
-keeps it there when it loads and saves the model. This module imports no torch.
+keeps it there when it loads and saves the model, and the record still holds: it has hashes of what
+decides an answer alone. This module imports no torch.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from lora_sentiment.adapter.safe_files import check_files, read_object, read_section
+from lora_sentiment.adapter.safe_files import (
+    MAX_TOKENIZER_BYTES,
+    check_files,
+    read_object,
+    read_section,
+)
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import write_json
 from lora_sentiment.recipe.section import Section
 
 KEY = "lora_sentiment"
-SCHEMA = 1
+SCHEMA = 2
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_DECISIVE = (
+    "model_type",
+    "problem_type",
+    "id2label",
+    "activation",
+    "dim",
+    "hidden_dim",
+    "n_heads",
+    "n_layers",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""The keys of `config.json` that decide an answer. Stock transformers keeps them, and rewrites
+others."""
+_ALIASES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
+"""Other names by which transformers reads some of them."""
+_SPECIAL_TOKENS = ("unk_token", "cls_token", "sep_token", "pad_token")
 LENGTH_CONFIG = "sentence_bert_config.json"
 """Where text-embeddings-inference looks for the longest input. Without it, the number of positions
 counts."""
@@ -60,9 +83,12 @@ class MergeRecord(Section):
     the `reason` why it is not known. `stock` is a stock pipeline on raw texts. `head` is head
     truncation, if training had another."""
     files: dict[str, str]
-    """File name to SHA-256, of every other file that decides an answer."""
+    """File name to SHA-256, of the weights. In schema 1, of the tokenizer's files too."""
     config_sha256: str = ""
-    """Hash of `config.json` without this record. Labels and shape stand there."""
+    """Hash of the values in `config.json` that decide an answer. In schema 1, of the whole file
+    without this record."""
+    tokenizer_sha256: str = ""
+    """Hash of the tokenizer and its special tokens, which is not in schema 1."""
 
 
 def read_merge_record(folder: Path) -> MergeRecord | None:
@@ -93,31 +119,71 @@ def write_merge_record(folder: Path, record: MergeRecord) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values |= {"hidden_size": values["dim"], "num_hidden_layers": values["n_layers"]}
-    record = record.model_copy(update={"config_sha256": _hash_config(values)})
+    write_json(path, values)
+    hashes = {"config_sha256": _hash_config(folder), "tokenizer_sha256": _hash_tokenizer(folder)}
+    record = record.model_copy(update={"schema_": SCHEMA, **hashes})
     values[KEY] = record.model_dump(mode="json", by_alias=True)
     write_json(path, values)
 
 
-def check_merge_record(folder: Path, record: MergeRecord, *, needed: Sequence[str]) -> None:
+def check_merge_record(folder: Path, record: MergeRecord, *, weights: str | None = None) -> None:
     """Compare a model folder with its record.
 
     Args:
         folder: The folder.
         record: Its record.
-        needed: Files that will be used. Each must have a recorded hash.
+        weights: The file of weights that will be used, which must have a recorded hash, or None.
 
     Raises:
-        AdapterError: If a needed file has no recorded hash, or a recorded file is missing or
-            altered.
+        AdapterError: If `weights` has no recorded hash, or a recorded file is missing or altered.
     """
-    check_files(folder, record.files, needed=needed)
+    needed = [weights] if weights else []
     path = folder / "config.json"
-    if _hash_config(read_object(path)) != record.config_sha256:
+    if record.schema_ == 1:
+        check_files(folder, record.files, needed=[*needed, *TOKENIZER])
+        config = read_object(path)
+        config.pop(KEY)
+        if _hash(config) != record.config_sha256:
+            raise AdapterError(
+                f"{path}: was altered after it was saved. Its hash is not the recorded one, which "
+                "an older version made of the whole file, so a program that saved the model again "
+                "alters it too; take the file as it was, or merge the adapter again"
+            )
+        return
+    check_files(folder, record.files, needed=needed)
+    if _hash_config(folder) != record.config_sha256:
         raise AdapterError(
-            f"{path}: was altered after it was saved (labels or shape are not the recorded ones)"
+            f"{path}: was altered after it was saved (its labels, shape or task are not the "
+            "recorded ones)"
+        )
+    if _hash_tokenizer(folder) != record.tokenizer_sha256:
+        raise AdapterError(
+            f"{folder}: {' or '.join(TOKENIZER)} was altered after it was saved (the tokenizer or "
+            "its special tokens are not the recorded ones)"
         )
 
 
-def _hash_config(config: dict[str, Any]) -> str:
-    without_record = {key: value for key, value in config.items() if key != KEY}
-    return hashlib.sha256(json.dumps(without_record, sort_keys=True).encode()).hexdigest()
+def _hash_config(folder: Path) -> str:
+    """Return the hash of the values in `config.json` that decide an answer."""
+    config = read_object(folder / "config.json")
+    decisive = {key: config.get(key) for key in _DECISIVE}
+    for alias, key in _ALIASES.items():
+        decisive[alias] = config.get(alias, decisive[key])
+    return _hash(decisive)
+
+
+def _hash_tokenizer(folder: Path) -> str:
+    """Return the hash of the tokenizer and of its special tokens."""
+    tokenizer = read_object(folder / "tokenizer.json", limit=MAX_TOKENIZER_BYTES)
+    # These are settings of the last call.
+    tokenizer |= {"truncation": None, "padding": None}
+    settings = read_object(folder / "tokenizer_config.json")
+    special = []
+    for role in _SPECIAL_TOKENS:
+        token = settings.get(role)
+        special.append(token.get("content") if isinstance(token, dict) else token)
+    return _hash([tokenizer, special])
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -132,7 +132,7 @@ def read_config(folder: Path, *, saved: Header | None = None) -> PeftConfig:
         _Options.model_validate(values)
     except ValidationError as error:
         raise AdapterError(f"{path}: {first_fault(error)}") from error
-    defaults = _get_defaults(KINDS[kind])
+    defaults = get_defaults(KINDS[kind])
     for name, value in values.items():
         if name not in defaults:
             # An option of another PEFT version. It is left out, so it must be empty.
@@ -149,7 +149,8 @@ def read_config(folder: Path, *, saved: Header | None = None) -> PeftConfig:
     return config
 
 
-def _get_defaults(kind: type[Any]) -> dict[str, Any]:
+def get_defaults(kind: type[Any]) -> dict[str, Any]:
+    """Return the default of each option of a PEFT configuration."""
     defaults = {}
     for field in dataclasses.fields(kind):
         if field.default_factory is not dataclasses.MISSING:

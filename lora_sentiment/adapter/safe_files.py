@@ -101,13 +101,13 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
     return content
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. It may hold any kind of value.
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file of at most `limit` bytes. It may hold any kind of value.
 
     Raises:
         AdapterError: As `read_bytes`, and if the file is not JSON or is nested too deeply.
     """
-    content = read_bytes(path)
+    content = read_bytes(path, limit=limit)
     too_deep = f"{path}: nests lists or objects deeper than {MAX_DEPTH} levels"
     try:
         values = json.loads(content.decode())
@@ -128,13 +128,13 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_is_deeper(inner, levels - 1) for inner in value)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+def read_object(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file of at most `limit` bytes that holds an object.
 
     Raises:
         AdapterError: As `read_json`, and if the file holds another kind of value.
     """
-    values = read_json(path)
+    values = read_json(path, limit=limit)
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: is not a JSON object")
     return values

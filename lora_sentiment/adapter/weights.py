@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lora_sentiment.adapter.peft_file import PEFT_CONFIG, read_config
+from lora_sentiment.adapter.peft_file import PEFT_CONFIG, get_defaults, read_config
 from lora_sentiment.adapter.safe_files import (
     MAX_TOKENIZER_BYTES,
     ExplainLibraryError,
@@ -87,22 +87,31 @@ def save_as_plain_lora(
 
 
 def _save_config(folder: Path, model: PeftModel, changes: dict[str, Any]) -> None:
-    """Write `adapter_config.json`, with the full names of the adapted modules."""
+    """Write `adapter_config.json`, with the full names of the adapted modules.
+
+    It holds what differs from PEFT's defaults: an older PEFT refuses an option that it does not
+    know, whatever its value. Other programs ask for `r` and `lora_alpha`.
+    """
     tuner: Any = model.base_model
     targets = sorted(tuner.targeted_module_names)
-    values = model.peft_config["default"].to_dict() | changes
+    config = model.peft_config["default"]
+    values = config.to_dict() | changes
     values |= {"inference_mode": True, "target_modules": targets}
     if values.get("layers_to_transform"):
         values["layers_to_transform"] = None  # the names hold the layers already
-    if isinstance(model.peft_config["default"], IA3Config):
+    if isinstance(config, IA3Config):
         values["feedforward_modules"] = [
             name for name in targets if tuner.model.get_submodule(name).is_feedforward
         ]
+    defaults = get_defaults(type(config))
+    kept: dict[str, Any] = {}
     for name, value in values.items():
-        # PEFT's sets have no order, and the bytes must repeat.
-        if isinstance(value, set | list):
-            values[name] = sorted(value)
-    write_json(folder / PEFT_CONFIG, values)
+        if name in ("r", "lora_alpha") or value != defaults[name]:
+            # PEFT's sets have no order, and the bytes must repeat.
+            kept[name] = sorted(set(value)) if isinstance(value, set | list) else value
+    # PEFT 0.18 added this option. `card.json` has the version.
+    kept.pop("peft_version", None)
+    write_json(folder / PEFT_CONFIG, kept)
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Costs and results of recipes and adapters, side by side. No weights are loaded."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -76,18 +77,17 @@ def compare(paths: Sequence[Path]) -> list[Row]:
 
 
 def _name_apart(rows: list[Row], paths: Sequence[Path]) -> list[Row]:
-    """Name rows of equal names by their paths: by the last parts that tell them apart."""
-    names = [row.name for row in rows]
+    """Name rows by the last parts of their paths where their own names do not tell them apart."""
     parts = [path.resolve().parts for path in paths]
-    named = []
-    for row, own in zip(rows, parts, strict=True):
-        rivals = [other for other, name in zip(parts, names, strict=True) if name == row.name]
-        depth = 1
-        while any(other != own and other[-depth:] == own[-depth:] for other in rivals):
-            depth += 1
-        name = row.name if len(rivals) == 1 else str(Path(*own[-depth:]))
-        named.append(replace(row, name=name))
-    return named
+    names = [row.name for row in rows]
+    depth = 0
+    while len(set(names)) < len(set(parts)):
+        depth += 1
+        num_rows = Counter(names)
+        for place, own in enumerate(parts):
+            if num_rows[names[place]] > 1:
+                names[place] = str(Path(*own[-depth:]))
+    return [replace(row, name=name) for row, name in zip(rows, names, strict=True)]
 
 
 def _make_row(path: Path) -> Row:

@@ -76,8 +76,9 @@ def evaluate(
     given = {name: value for name, value in reading.items() if value is not None}
     if given and source is None:
         raise DataError(
-            f"evaluate: {', '.join(given)}: only with source, because the recorded rows are read "
-            "as in training"
+            "found without another source; the recorded rows are read as in training",
+            key=f"data.{next(iter(given))}",
+            advice={"data.source": "; name one by {}, or leave it out"},
         )
     state = join_launch()
     accelerator = make_accelerator(state, dtype)
@@ -147,7 +148,8 @@ def _find_recorded(card: Card, role: str) -> Rows:
                 f"{config.source}: the {counts.read:,} rows of {role} have no labels (all are -1)"
             )
         return rows
-    allowed = [*(judged or ["test"]), "validation"]
+    carved_roles = ["test"] if role == "test" or card.data.carved_test_sha256 else []
+    allowed = [*(judged or carved_roles), "validation"]
     if role not in allowed:
         raise DataError(f"split: found {role!r}; allowed: {', '.join(allowed)}")
     data = load_data(config, labels=tuple(card.labels))

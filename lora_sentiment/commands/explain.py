@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.text import Text
 
-from lora_sentiment.classifier import EMPTY_TEXT, Classifier, tokenise
+from lora_sentiment.classifier import EMPTY_TEXT, Classifier
 from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.errors import DataError, one_line
 
@@ -85,7 +85,7 @@ def explain(
     if classifier.clean:
         # Only once: cleaning undoes escaped entities, and a second time could undo more.
         text, classifier = clean_text(text, Counter()), replace(classifier, clean=False)
-    if classifier.encoder.is_empty(next(tokenise(classifier.encoder, [text], clean=False))):
+    if classifier.is_empty(text):
         raise DataError(f"explain: {EMPTY_TEXT}")
     words = find_words(text)
     if not 0 < len(words) <= max_words:

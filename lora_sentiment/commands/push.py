@@ -13,7 +13,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card, load_card
-from lora_sentiment.adapter.merge_record import LENGTH_CONFIG, read_merge_record
+from lora_sentiment.adapter.merge_record import (
+    LENGTH_CONFIG,
+    TOKENIZER,
+    MergeRecord,
+    check_merge_record,
+    read_merge_record,
+)
 from lora_sentiment.adapter.peft_file import PEFT_CONFIG
 from lora_sentiment.adapter.predictions import PREDICTIONS
 from lora_sentiment.adapter.safe_files import check_files
@@ -99,12 +105,14 @@ def push(
     _check_name(name)
     card = load_card(folder) if (folder / "card.json").is_file() else None
     if card:
-        recorded, base, known = card.files, card.base.name, ADAPTER_FILES
+        base = card.base.name
+        files = _list_files(folder, ADAPTER_FILES, recorded=set(card.files))
+        check_files(folder, card.files)
     else:
-        recorded, base = _read_recorded(folder)
-        known = MODEL_FILES
-    files = _list_files(folder, known, recorded)
-    check_files(folder, recorded)
+        record = _read_record(folder)
+        base = record.base
+        files = _list_files(folder, MODEL_FILES, recorded={*record.files, *TOKENIZER})
+        check_merge_record(folder, record)
     readme = _make_readme(folder, name)
     contents: dict[str, Path | bytes] = {file: folder / file for file in files}
     contents["README.md"] = readme.encode()
@@ -132,8 +140,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _read_recorded(folder: Path) -> tuple[dict[str, str], str]:
-    """Return the recorded hashes and the base's name of a merged or exported model."""
+def _read_record(folder: Path) -> MergeRecord:
+    """Return the record of a merged or exported model."""
     record = read_merge_record(folder) if (folder / "config.json").is_file() else None
     if record is None:
         raise AdapterError(
@@ -141,10 +149,10 @@ def _read_recorded(folder: Path) -> tuple[dict[str, str], str]:
             "(an adapter) nor a config.json with a lora_sentiment record (a merged or exported "
             "model); `hf upload` sends any folder"
         )
-    return record.files, record.base
+    return record
 
 
-def _list_files(folder: Path, known: frozenset[str], recorded: Mapping[str, str]) -> list[str]:
+def _list_files(folder: Path, known: frozenset[str], *, recorded: set[str]) -> list[str]:
     """Return the names of a folder's files.
 
     Raises:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.cleaning import fold_name
 from lora_sentiment.data.rows import Counts, Data, Judged, Rows
-from lora_sentiment.errors import show
+from lora_sentiment.errors import one_line, show
 
 log = logging.getLogger("lora_sentiment")
 
@@ -235,7 +235,11 @@ def _make_column(role: str, block: Mapping[str, Any]) -> dict[str, str]:
     column = {"": role, "rows": f"{block['rows']:,}"}
     counts = list(block["labels"].items())
     for name, count in counts[:SHOWN_LABELS]:
-        column[f"  {name}"] = f"{count:,}"
+        heading = f"  {one_line(name, limit=40)}"
+        # Of two labels that read alike when they are cut, the second gets its number.
+        if heading in column:
+            heading = f"  {one_line(name, limit=30)} #{len(column) - 2}"
+        column[heading] = f"{count:,}"
     others = [count for _, count in counts[SHOWN_LABELS:]]
     if others:
         column[f"  {len(others)} more, each"] = f"{min(others):,} to {max(others):,}"

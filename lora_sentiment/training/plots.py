@@ -102,13 +102,15 @@ def plot_confusion(
 def name_labels(labels: Sequence[str]) -> list[str]:
     """Return the names of labels in a picture: short, different, in characters of its font.
 
-    A label that the font cannot show is drawn as its number, counted from 0. If two names are equal
+    A label that the font cannot show, or that begins with #, is drawn as its number, counted from 0.
+    If two names are equal
     after that, each one gets its number.
     """
     names = []
     for number, label in enumerate(labels):
         name = one_line(label, limit=40)
-        if not name.isprintable() or _replace_missing(name) != name:
+        looks_like_number = name.startswith("#")
+        if looks_like_number or not name.isprintable() or _replace_missing(name) != name:
             name = f"#{number}"
         names.append(name)
     if len(set(names)) == len(names):

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DistilBertForSequenceClassification,
@@ -181,6 +182,17 @@ def test_stock_transformers_reads_the_added_keys_in_silence(merged, recwarn, cap
     assert "Warning" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", [PLAIN, QUANTISED])
+def test_the_oldest_runtime_that_is_named_reads_a_graph(name, exported):
+    """ONNX Runtime 1.15.1 was tried: it reads IR 8 and opset 18, and refuses IR 10."""
+    model = onnx.load(exported[0] / name)
+    assert model.ir_version == 8
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    assert versions.pop("") == 18
+    assert set(versions) <= {"ai.onnx.ml", "com.microsoft"}
+    onnx.checker.check_model(model)
+
+
 def test_no_path_of_this_machine_is_in_a_graph(exported):
     for name in (PLAIN, QUANTISED):
         content = (exported[0] / name).read_bytes()
@@ -205,7 +217,7 @@ def test_what_was_compared_is_recorded(exported, adapter):
     assert found.bytes[QUANTISED] < found.bytes[PLAIN]
     record = read_merge_record(out)
     assert record.adapter_sha256 == load_card(adapter).sha256
-    assert set(record.files) == {PLAIN, QUANTISED, "tokenizer.json", "tokenizer_config.json"}
+    assert set(record.files) == {PLAIN, QUANTISED}
     assert record.compared == found.compared
     assert record.readings == found.readings
     assert found.readings["stock"]["rows"] == 60
@@ -242,6 +254,15 @@ def test_the_classifier_reads_what_was_exported(name, exported, adapter):
         theirs.probabilities(["good film", "&amp;lt;b"]), ours.probabilities(["good film", "&amp;lt;b"]),
         atol=1e-5 if name == PLAIN else 0.1,
     )  # fmt: skip
+
+
+def test_an_exported_folder_whose_config_was_saved_again_answers_the_same(exported, tmp_path):
+    """infinity does so inside the folder that it serves."""
+    copy = shutil.copytree(exported[0], tmp_path / "e")
+    AutoConfig.from_pretrained(copy).save_pretrained(copy)
+    assert (copy / "config.json").read_bytes() != (exported[0] / "config.json").read_bytes()
+    before, after = classifier.load(exported[0]), classifier.load(copy)
+    np.testing.assert_array_equal(after.probabilities(["a"]), before.probabilities(["a"]))
 
 
 @pytest.mark.slow

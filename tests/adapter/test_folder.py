@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -12,7 +13,7 @@ from lora_sentiment.adapter.folder import load, load_card
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.models import load as base_module
 from lora_sentiment.models.load import encoder_tensors, hash_tensors, load_base
-from lora_sentiment.recipe.method import FullMethod, LoraMethod
+from lora_sentiment.recipe.method import FullMethod, LoraMethod, Method
 from tests.random_adapters import alter_tensors, reseal, save_random
 
 LABELS = ("no", "yes", "maybe")
@@ -54,6 +55,27 @@ def test_stock_peft_gives_our_logits(saved):
     torch.testing.assert_close(
         stock(input_ids=ids).logits, load(saved).model(input_ids=ids).logits, atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "kept"),
+    [
+        ({"kind": "lora"}, {"r", "lora_alpha"}),
+        ({"kind": "lora", "use_dora": True}, {"r", "lora_alpha", "use_dora"}),
+        ({"kind": "lora", "rank_pattern": {"v_lin": 2}}, {"r", "lora_alpha", "rank_pattern"}),
+        ({"kind": "lora", "init_lora_weights": "pissa"}, {"r", "lora_alpha"}),
+        ({"kind": "ia3"}, {"feedforward_modules"}),
+        ({"kind": "vera", "r": 8}, {"r"}),
+    ],
+)
+def test_an_older_peft_knows_every_option_of_a_folder(method, kept, tiny_base, tmp_path):
+    """PEFT 0.13.2 opened folders with these, and answered alike."""
+    method = TypeAdapter(Method).validate_python(method)
+    save_random(tmp_path / "a", tiny_base, method, **PARTS)
+    options = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    common = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
+    assert options.keys() == common | {"target_modules", "modules_to_save"} | kept
+    assert load(tmp_path / "a").card.method.kind == method.kind
 
 
 def test_the_head_is_in_the_folder_and_the_base_is_not(saved):

@@ -261,6 +261,11 @@ def test_equal_recipes_in_adapter_folders_are_named_by_folder(runs, tmp_path):
         shutil.copytree(runs / "probe", tmp_path / name)
     rows = compare([tmp_path / "first", tmp_path / "second", runs / "low_rank"])
     assert [row.name for row in rows] == ["first", "second", "low_rank"]
+    third = shutil.copytree(runs / "low_rank", tmp_path / "third")
+    recipe = (third / "recipe.yaml").read_text().replace("name: low_rank", "name: second")
+    (third / "recipe.yaml").write_text(recipe)
+    names = [row.name for row in compare([tmp_path / "first", tmp_path / "second", third])]
+    assert names == ["first", f"{tmp_path.name}/second", f"{tmp_path.name}/third"]
     assert "other rows" not in " ".join(make_notes(rows))
 
 

@@ -115,9 +115,11 @@ def exported(tmp_path):
     """A merged model's folder with ONNX files; push reads hashes, no weights."""
     folder = tmp_path / "merged.model"
     (folder / "onnx").mkdir(parents=True)
-    names = ("model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx", "tokenizer.json")
-    for name in (*names, "tokenizer_config.json"):
+    names = ("model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx")
+    for name in names:
         (folder / name).write_bytes(name.encode())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        write_json(folder / name, {"name": name})
     (folder / "README.md").write_text(
         '---\nlibrary_name: transformers\n---\n\n# merged.model\n\nSay "merged.model" to it.\n\n```python\n'
         'classify = pipeline("text-classification", model="merged.model")\nmerged.model = "mergedxmodel"\n```\n\n'
@@ -126,7 +128,7 @@ def exported(tmp_path):
     )
     write_json(folder / "config.json", {"dim": 8, "n_layers": 1, "id2label": {"0": "a", "1": "b"}})
     record = MergeRecord(
-        schema=1, adapter_sha256="1", base_sha256="2", base="distilbert/x", method="lora", into="base", dtype="float32",
+        schema=2, adapter_sha256="1", base_sha256="2", base="distilbert/x", method="lora", into="base", dtype="float32",
         max_length=16, truncation="head", clean=True, calibration=None, compared={},
         files={name: hash_file(folder / name) for name in names},
     )  # fmt: skip
@@ -179,7 +181,7 @@ def test_a_merged_or_exported_model_goes_with_its_onnx_files(exported, hub):
     assert hub.files["onnx/model.onnx"] == b"onnx/model.onnx"
     assert set(hub.files) == {
         "README.md", "config.json", "model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx",
-        "tokenizer.json", "tokenizer_config.json",
+        "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert f'model="{NAME}")' in found.card
     assert (

@@ -208,3 +208,14 @@ def test_a_survey_counts_a_split_whose_labels_are_hidden(toy, toy_recipe):
 def test_a_survey_refuses_a_base_that_training_would(toy_recipe, override, message):
     with pytest.raises(ModelError, match=message):
         describe_data(Recipe.load(toy_recipe, [override]))
+
+
+def test_a_label_takes_one_line_of_the_table_and_no_more_than_40_characters():
+    names = ("yes\n| x |", "a\rb", "c\u2028d", "\x1b[31mred", "L" * 500, "L" * 400 + "M")
+    rows = Rows([str(i) for i in range(6)], np.arange(6), np.arange(6))
+    encoded = Encoded(np.zeros(6, np.int32), np.arange(7), rows.labels, 0, 0)
+    block = describe_role(rows, encoded, names=names, max_length=10, read=None)
+    lines = report_lines({"train": block})
+    assert all(line.isprintable() for line in lines)
+    assert max(map(len, lines)) < 60
+    assert sum("LLLL" in line for line in lines) == 2
