@@ -846,7 +846,7 @@ def test_a_long_line_is_shown_where_it_is_not_ascii(tmp_path, encoding, place):
     line = {
         "first": f"{text}{plain},neg",
         "last": f"{text}{plain},{label}",
-        "middle": f"{plain}{text}{plain},neg",
+        "middle": f"{plain}{text * 3}{plain},neg",
         "ascii label": f"{plain}{text * 5},neg",
     }[place]
     path = save(tmp_path, "a.csv", f"text,label\n{line}\n{line}{plain}\n".encode(encoding))
@@ -859,9 +859,8 @@ def test_a_long_line_is_shown_where_it_is_not_ascii(tmp_path, encoding, place):
 def test_encodings_that_read_one_line_alike_are_told_apart_by_another(tmp_path):
     lines = ["Très cassé après des jours,neg", "değmez,neg", "Çok kötü bir ürün ğ,pos"]
     path = save(tmp_path, "a.csv", "\n".join(["text,label", *lines * 9]).encode("cp1254"))
-    with pytest.raises(
-        DataError, match="line 3 reads 'değmez,neg' as cp1254, 'deðmez,neg' as cp1252"
-    ):
+    message = "line 3 reads .*'deðmez,neg' as cp1252, 'değmez,neg' as cp1254"
+    with pytest.raises(DataError, match=message):
         read(path)
 
 
