@@ -165,7 +165,7 @@ def show_names(names: Sequence[str], *, most: int = 20) -> str:
 
 def did_you_mean(name: str, allowed: list[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest allowed name, or an empty string."""
-    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    close = get_close_matches(name, allowed, n=1)
     if not close:
         return ""
     return f"; did you mean {close[0]!r}?"

@@ -62,24 +62,39 @@ def describe_likely_encodings(open_file: Open) -> tuple[str, dict[str, str]]:
     Returns:
         (finding, advice), as of a `DataError`.
     """
-    number, sample = _take_lines(open_file)
-    text = b"".join(sample).decode("utf-8", "replace")
+    lines = _take_lines(open_file)
+    sample = b"".join(lines.values())
+    text = sample.decode("utf-8", "replace")
     num_bad = text.count("\ufffd")
     if sum(not character.isascii() for character in text) > 5 * num_bad:
         return "nearly all of it is utf-8; correct the other characters", {}
-    readings: list[str] = []
-    for match in from_bytes(b"".join(sample), cp_isolation=list(LIKELY), threshold=0.4):
+    names: dict[str, str] = {}
+    for match in from_bytes(sample, cp_isolation=list(LIKELY), threshold=0.4):
         name = min((match.encoding, *match.could_be_from_charset), key=_rank)
-        reading = show(sample[0].decode(name, "replace").strip())
-        is_new = all(not other.startswith(reading) for other in readings)
-        if is_new and len(readings) < _NUM_SHOWN and not find_bad_byte(open_file, name):
-            readings.append(f"{reading} as {name}")
-    if not readings:
+        text = sample.decode(name, "replace")
+        if text not in names and len(names) < _NUM_SHOWN and not find_bad_byte(open_file, name):
+            names[text] = name
+    if not names:
         return "no common encoding fits all of it: it is damaged, or no text", {}
+    # A line that tells the encodings apart, and of these the shortest, which shows its label.
+    excerpts = {}
+    for number, line in lines.items():
+        excerpts[number] = [_cut(line.decode(name, "replace")) for name in names.values()]
+    number = min(lines, key=lambda number: (-len(set(excerpts[number])), len(lines[number])))
+    pairs = zip(excerpts[number], names.values(), strict=True)
+    readings = [f"{show(excerpt)} as {name}" for excerpt, name in pairs]
     return (
         f"line {number} reads {', '.join(readings)}; save it as UTF-8",
         {"data.encoding": ", or set {} to the encoding that reads right"},
     )
+
+
+def _cut(line: str) -> str:
+    """Return the part of a line before and after its last character that is not ASCII."""
+    last = max(
+        (place for place, character in enumerate(line) if not character.isascii()), default=0
+    )
+    return line[max(0, last - 40) : last + 30].strip()
 
 
 def _rank(name: str) -> int:
@@ -102,19 +117,17 @@ def find_certain_encoding(open_file: Open) -> str | None:
     return None
 
 
-def _take_lines(open_file: Open) -> tuple[int, list[bytes]]:
-    """Return the number of the first line that is not ASCII, and such lines."""
-    lines: list[bytes] = []
-    first, size = 1, 0
+def _take_lines(open_file: Open) -> dict[int, bytes]:
+    """Return the first lines that are not ASCII, by their numbers."""
+    lines: dict[int, bytes] = {}
+    size, number = 0, 1
     with open_file() as file:
-        number = 1
         while size < _SAMPLE_BYTES:
             line = file.readline(_SAMPLE_BYTES)
             if not line:
                 break
             if not line.isascii():
-                first = first if lines else number
-                lines.append(line)
+                lines[number] = line
                 size += len(line)
             number += line.endswith(b"\n")
-    return first, lines
+    return lines

@@ -8,11 +8,11 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,20 +44,14 @@ DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 """Characters that separate the fields of a table, and their names."""
 PLAIN_TABS = ""
 """In the place of a delimiter: a tab always ends a field, and a quote is a character."""
-_SEP_LINE = re.compile(r'"?sep=([^"\r\n])"?\r?\n', re.IGNORECASE)
-"""Excel's first line, which names the delimiter."""
+_SEP_LINE = re.compile(r'"?sep=(\\t|[^"\r\n])[ ,;]*"?\r?\n', re.IGNORECASE)
+"""Excel's first line, which names the delimiter. A program that saved it again may add to it."""
 
 _ARRAY_TO_LINES = (
     "import json, sys; rows = json.load(open(sys.argv[1], encoding='utf-8-sig')); "
     "[print(json.dumps(row)) for row in rows]"
 )
-_OBJECTS_TO_LINES = (
-    "exec('import json, sys\\ntext = open(sys.argv[1], encoding=\\'utf-8-sig\\').read()\\n"
-    "skip = json.decoder.WHITESPACE.match\\nat = skip(text, 0).end()\\nwhile at < len(text):\\n"
-    " row, at = json.JSONDecoder().raw_decode(text, at)\\n at = skip(text, at).end()\\n"
-    " print(json.dumps(row))')"
-)
-"""Python code that writes the values of a JSON file line by line, for a message."""
+"""Python code that writes the elements of a JSON array line by line, for a message."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair. Some encodings of Python, such as raw_unicode_escape, decode to it."""
@@ -144,27 +138,37 @@ class Dialect(NamedTuple):
         is_declared: Whether a first line `sep=;` names it. That line is no row.
         has_row_names: Whether each row begins with a name that the header leaves out, as R writes
             it.
+        skips_blanks: Whether blanks stand between a delimiter and the quote that follows it.
     """
 
     delimiter: str
     is_declared: bool = False
     has_row_names: bool = False
+    skips_blanks: bool = False
+
+    def read(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        """Yield the fields of each row of lines. Raise csv.Error for a row that is none."""
+        if self.delimiter == PLAIN_TABS:
+            texts = (line.removesuffix("\n").removesuffix("\r") for line in lines)
+            return (text.split("\t") if text else [] for text in texts)
+        return csv.reader(
+            lines, delimiter=self.delimiter, strict=True, skipinitialspace=self.skips_blanks
+        )
 
 
-def _split(line: str, delimiter: str) -> list[str]:
-    """Return the fields of a line, or none if it is no whole row."""
-    line = line.removesuffix("\n").removesuffix("\r")
-    if delimiter == PLAIN_TABS:
-        return line.split("\t")
+def _read_row(lines: Iterable[str], dialect: Dialect) -> list[str]:
+    """Return the fields of the first row, or none if it has a fault."""
     try:
-        return next(csv.reader([line], delimiter=delimiter, strict=True), [])
+        return next(dialect.read(lines), [])
     except csv.Error:
-        return []
+        return []  # `delimited_rows` reads the row again and explains its fault
 
 
 def _find_delimiter(header: str, own: str, needed: Sequence[str]) -> str:
     """Return the first delimiter, the format's own before others, that gives the needed columns."""
-    columns = {delimiter: _split(header, delimiter) for delimiter in (own, *DELIMITERS)}
+    columns = {}
+    for delimiter in (own, *DELIMITERS):
+        columns[delimiter] = _read_row([header], Dialect(delimiter, skips_blanks=True))
     for delimiter, names in columns.items():
         if has_columns(names, needed):
             return delimiter
@@ -188,20 +192,26 @@ def find_dialect(lines: _Lines, own: str, needed: Sequence[str]) -> Dialect:
     declared = _SEP_LINE.fullmatch(header)
     if declared:
         header = next(remaining, "")
-        delimiter = declared[1]
-    else:
-        delimiter = _find_delimiter(header, own, needed)
-    names = _split(header, delimiter)
-    quoted = delimiter.join('"' + name.replace('"', '""') + '"' for name in names)
-    row: list[str] = []
-    if delimiter != PLAIN_TABS and header.rstrip("\r\n") == quoted:
-        try:
-            row = next(csv.reader(remaining, delimiter=delimiter, strict=True), [])
-        except csv.Error:
-            row = []  # `delimited_rows` reads the row again and explains its fault
+        own = declared[1].replace("\\t", "\t")
+    dialect = Dialect(_find_delimiter(header, own, needed), declared is not None)
+    if dialect.delimiter != PLAIN_TABS:
+        dialect = _find_habits(dialect, header, remaining)
     lines.rewind()
-    has_row_names = len(row) == len(names) + 1 and row[0].isdecimal()
-    return Dialect(delimiter, declared is not None, has_row_names)
+    return dialect
+
+
+def _find_habits(dialect: Dialect, header: str, remaining: Iterator[str]) -> Dialect:
+    """Find out from the header and the first row what a program writes beside the fields."""
+    names = _read_row([header], dialect)
+    first = next(remaining, "")
+    row = _read_row(chain([first], remaining), dialect)
+    fields = [*names, *row]
+    is_opened = any(re.match(' +"', field) for field in fields)
+    if is_opened and any(field.endswith('"') for field in fields):
+        return dialect._replace(skips_blanks=True)
+    quoted = dialect.delimiter.join('"' + name.replace('"', '""') + '"' for name in names)
+    is_quoted = header.rstrip("\r\n") == quoted and first.startswith('"')
+    return dialect._replace(has_row_names=is_quoted and len(row) == len(names) + 1)
 
 
 def delimited_rows(lines: _Lines, own: str, needed: Sequence[str]) -> Iterator[list[Any]]:
@@ -217,11 +227,7 @@ def delimited_rows(lines: _Lines, own: str, needed: Sequence[str]) -> Iterator[l
     remaining = iter(lines)
     if dialect.is_declared:
         next(remaining)
-    if dialect.delimiter == PLAIN_TABS:
-        texts = (line.removesuffix("\n").removesuffix("\r") for line in remaining)
-        records: Iterator[list[str]] = (text.split("\t") if text else [] for text in texts)
-    else:
-        records = csv.reader(remaining, delimiter=dialect.delimiter, strict=True)
+    records = dialect.read(remaining)
     columns: list[str] = []
     row = -1  # the header becomes row 0
     while True:
@@ -254,14 +260,14 @@ def delimited_rows(lines: _Lines, own: str, needed: Sequence[str]) -> Iterator[l
                 f"found {len(fields)} field(s), expected {len(columns)}, as in the header: "
                 f"{show(columns)}; {_advise(dialect, fields)}"
             )
+            if row == 1 and len(fields) == len(columns) + 1 and " " not in fields[0]:
+                fault += "; if the first field is a row name of R, write with row.names=FALSE"
             raise lines.fault(row, fault, line=line)
         yield fields
 
 
 def _advise(dialect: Dialect, fields: list[str]) -> str:
     """Say how to mend a row with too many or too few fields."""
-    if fields[0].isdecimal():
-        return "quote texts, and if the first field is R's row name, write with row.names=FALSE"
     if dialect.delimiter != PLAIN_TABS:
         name = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
         return f"quote a field that holds a {name} or a newline"
@@ -328,35 +334,46 @@ def _records(lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
             fault = f"no JSON object: {error}".replace(": line 1 column", " at column")
             fault += '; each line must hold one, as {"text": "fine", "label": 1}'
             if not isinstance(error, RecursionError):
-                fault = _explain_json(text, row, lines.path) or fault
+                fault = _explain_json(text, row, lines) or fault
             raise lines.fault(row, fault) from error
         yield row, record
 
 
-def _explain_json(text: str, row: int, path: Path) -> str | None:
+def _explain_json(text: str, row: int, lines: _Lines) -> str | None:
     """Return the fault of a line of JSON that has not one object a line, and the remedy."""
     text = text.lstrip()
-    code = None
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        value, end = None, len(text)
+    rest = text[end:].lstrip()
     if row == 1 and re.match(r"\[\s*(\{|$)", text):
         fault = "is a JSON array"
-        code = _ARRAY_TO_LINES
-    elif text.startswith("{"):
-        with suppress(ValueError):
-            _, end = json.JSONDecoder().raw_decode(text)
-            if text[end:].lstrip().startswith("{"):
-                fault = "holds several objects"
-                code = _OBJECTS_TO_LINES
-        if row == 1 and text.endswith(("{", "[", ",", ":")):
-            fault = "begins an object that goes on in the next line"
-            code = _OBJECTS_TO_LINES
-    if code is None:
+        remedy = "remove brackets and commas around the objects"
+        if value is None or not any(line.strip() for line in lines):
+            remedy = _show_command(lines.path)
+    elif isinstance(value, dict) and rest == ",":
+        fault = "ends in a comma"
+        remedy = "remove the commas between the lines"
+    elif isinstance(value, dict) and rest.lstrip(", ").startswith("{"):
+        fault = "holds several objects"
+        remedy = "break the lines between the objects"
+    elif row == 1 and text.startswith("{") and text.endswith(("{", "[", ",", ":")):
+        fault = "begins an object that goes on in the next line"
+        remedy = "write the objects without indentation, as json.dumps does"
+    else:
         return None
+    return f"{fault}; each line must hold one object: {remedy}"
+
+
+def _show_command(path: Path) -> str:
+    """Return a command that writes the elements of a JSON array line by line."""
     lines = path.with_name(f"{path.name.partition('.')[0]}-lines.jsonl")
     unpacked = path.with_suffix("") if path.name.lower().endswith(".gz") else path
     unpack = "unpack the file, then " if unpacked != path else ""
     return (
-        f"{fault}; each line must hold one object: {unpack}run "
-        f'python -c "{code}" {shlex.quote(str(unpacked))} > {shlex.quote(str(lines))}'
+        f'{unpack}run python -c "{_ARRAY_TO_LINES}" {shlex.quote(str(unpacked))} > '
+        f"{shlex.quote(str(lines))}"
     )
 
 
@@ -484,6 +501,8 @@ class TextFormat(NamedTuple):
             return None
         name = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
         text = f"its fields are separated by {name}s and may be quoted"
+        if dialect.skips_blanks:
+            text += " after a blank"
         if dialect.has_row_names:
             text += "; the row name before each row, as R writes it, is left out"
         return text

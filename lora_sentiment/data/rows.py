@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from sys import intern
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.data.cleaning import clean_text, strip_blanks
+from lora_sentiment.data.cleaning import clean_text, fold_name, strip_blanks
 from lora_sentiment.data.sources import (
     Columns,
     Source,
@@ -28,9 +29,9 @@ from lora_sentiment.errors import DataError, show
 from lora_sentiment.recipe.data import DataConfig
 
 INTEGER = re.compile(r"-?\d+")
-WHOLE = re.compile(r"[-+]?\d{1,18}(\.0*)?")
+WHOLE = re.compile(r"[-+]?\d{1,18}([.,]0*)?")
 """An integer, also as a table program writes it in a column with gaps: 1.0."""
-DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?")
+DECIMAL = re.compile(r"[-+]?(\d+[.,]\d*|[.,]\d+)([eE][-+]?\d+)?")
 UNKNOWN = -1
 """Index of a label that is missing or has no name."""
 SHOWN_FAULTS = 5
@@ -446,7 +447,8 @@ def _load_split(
     if own_names and labels and own_names != labels:
         is_ordered = config.labels is not None
         values = _rename(values, own_names, labels, where, is_ordered=is_ordered)
-    names = labels or own_names or _find_names(values, where)
+    num_files = len(source.files.get(role, ()))
+    names = labels or own_names or _find_names(values, where, num_files=num_files)
     is_ordered = config.labels is not None or own_names is not None
     index = _index_labels(values, names, where, is_ordered=is_ordered)
     for position in np.flatnonzero(index == UNKNOWN).tolist():
@@ -457,8 +459,8 @@ def _load_split(
     is_good[list(faults)] = False
     lost = np.setdiff1d(np.arange(len(names) if for_training else 0), index[is_good])
     if faults and config.on_bad_row == "error":
-        may_drop = bool(is_good.any()) and not len(lost)
-        raise _bad_rows(where, faults, may_drop=may_drop)
+        may_drop = len(faults) < len(values) / 2 and not len(lost)
+        raise _bad_rows(where, faults, values, names, may_drop=may_drop)
     if len(faults) == len(values):
         raise DataError(
             f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}",
@@ -527,10 +529,11 @@ def _label_text(value: Any) -> str:
     return ""
 
 
-def _find_names(values: list[Any], where: str) -> tuple[str, ...]:
+def _find_names(values: list[Any], where: str, *, num_files: int) -> tuple[str, ...]:
     """Return the sorted names of all label values.
 
-    Decimal numbers are refused: they are scores, or integers that a table program wrote as 1.0.
+    Decimal numbers are refused: they are scores, or integers that a table program wrote as 1.0. So
+    are files with the integers 0, 1, .. beside files with as many words.
     """
     names = sorted({_label_text(value) for value in values} - {""}, key=_label_order)
     decimals = [name for name in names if DECIMAL.fullmatch(name)]
@@ -552,8 +555,12 @@ def _find_names(values: list[Any], where: str) -> tuple[str, ...]:
         )
     integers = [name for name in names if INTEGER.fullmatch(name)]
     words = [name for name in names if not INTEGER.fullmatch(name)]
-    positions = {str(i) for i in range(len(words) + 1)}
-    if len(words) >= 2 and len(integers) >= 2 and positions.issuperset(integers):
+    if len(words) < 2 or integers != [str(i) for i in range(len(words))]:
+        return tuple(names)
+    texts = filter(None, map(_label_text, values))
+    is_integer = [bool(INTEGER.fullmatch(text)) for text in texts]
+    # Files of one kind follow one another, so the kind changes only between two files.
+    if sum(first != second for first, second in pairwise(is_integer)) < num_files:
         raise DataError(
             f"{where}: some labels are the integers {_list(integers)}, others the names "
             f"{_list(words)}; which integer stands for which name is not known: write the names in "
@@ -623,8 +630,7 @@ def _index_labels(
     index.pop("", None)
     texts = {_label_text(value) for value in values} - {""}
     if not texts <= index.keys() and all(WHOLE.fullmatch(text) for text in texts):
-        integers = sorted({int(text.partition(".")[0]) for text in texts})
-        allowed = list(index)
+        integers = sorted({int(re.split("[.,]", text)[0]) for text in texts})
         if not any(INTEGER.fullmatch(name) for name in index):
             if not is_ordered and not set(integers).isdisjoint(range(len(names))):
                 raise DataError(
@@ -633,9 +639,8 @@ def _index_labels(
                     "the names in the file, or train with data.labels, which lists the names in "
                     "the order of the integers"
                 )
-            allowed = [str(i) for i in range(len(names))]
-            index = dict(zip(allowed, range(len(names)), strict=True)) | index
-        _refuse_other_start(integers, allowed, names, where)
+            _refuse_other_start(integers, names, where, texts)
+            index = {str(i): i for i in range(len(names))} | index
     found = np.full(len(values), UNKNOWN, dtype=np.int64)
     for position, value in enumerate(values):
         text = _label_text(value)
@@ -645,35 +650,29 @@ def _index_labels(
 
 
 def _refuse_other_start(
-    integers: list[int], allowed: list[str], names: tuple[str, ...], where: str
+    integers: list[int], names: tuple[str, ...], where: str, texts: set[str]
 ) -> None:
-    """Refuse integers that count labels from another number than the allowed ones do.
+    """Refuse integers that count names from another number than 0.
 
     Raises:
-        DataError: Some integer is not allowed, and all would be with 1 less, or with 1 more.
+        DataError: Some integer is no position of a name, and all would be with 1 less, or with 1
+            more.
     """
-    if not all(WHOLE.fullmatch(text) for text in allowed):
-        return
-    first, last = min(map(int, allowed)), max(map(int, allowed))
-    if last - first + 1 != len(allowed) or (first <= integers[0] and integers[-1] <= last):
-        return
-    advice = None
-    if first < integers[0] and integers[-1] == last + 1:
+    last = len(names) - 1
+    if integers[0] > 0 and integers[-1] == last + 1:
         advice = "subtract 1 from each label"
     # -1 is a hidden label too, unless all labels are there.
-    elif integers[0] == first - 1 and integers[-1] < last and (first or len(integers) > last):
+    elif integers[0] == -1 and integers[-1] < last < len(integers):
         advice = "add 1 to each label"
-    elif (first, last) == (0, 1) and integers == [-1, 1]:
+    elif integers == [-1, 1] and last == 1:
         advice = "write 0 for -1"
-    if advice is None:
+    else:
         return
-    meaning = _list(allowed)
-    if names[0] not in allowed:
-        meaning = _list_positions(names)
-        advice += ", or write the names in the file"
+    if any(DECIMAL.fullmatch(text) for text in texts):
+        advice += " and write it without a decimal point"
     raise DataError(
-        f"{where}: its labels are {_list(integers)}, but here they count from {first} to {last} "
-        f"({meaning}); {advice}"
+        f"{where}: its labels are {_list(integers)}, but here they count from 0 to {last} "
+        f"({_list_positions(names)}); {advice}, or write the names in the file"
     )
 
 
@@ -704,13 +703,29 @@ def _explain_label(value: Any, names: tuple[str, ...]) -> Fault:
     return kind, message
 
 
-def _bad_rows(where: str, faults: dict[int, Fault], *, may_drop: bool) -> DataError:
+def _bad_rows(
+    where: str,
+    faults: dict[int, Fault],
+    values: list[Any],
+    names: tuple[str, ...],
+    *,
+    may_drop: bool,
+) -> DataError:
     numbers: dict[str, list[int]] = {}
     for position, (_, message) in sorted(faults.items()):
         numbers.setdefault(message, []).append(position + 1)
     lines = []
     for message, rows in list(numbers.items())[:SHOWN_FAULTS]:
         more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
+        kind, _ = faults[rows[0] - 1]
+        if kind == "label is unknown":
+            folded = fold_name(_label_text(values[rows[0] - 1]))
+            similar = [name for name in names if fold_name(name) == folded]
+            if similar:
+                message += (
+                    f"; it differs from {show(similar[0])} only in case, blanks or the form of a "
+                    "character"
+                )
         lines.append(f"{where}: row {rows[0]}: {message}{more}")
     if len(numbers) > SHOWN_FAULTS:
         lines.append(f"... and {len(numbers) - SHOWN_FAULTS} more kinds")

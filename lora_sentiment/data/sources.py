@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,8 +40,6 @@ HUB_PAGE = re.compile(
 """Beginning of the address of a Hub data set. The group is its name."""
 OTHER_FILES = (*SPREADSHEETS, ".txt", ".zip", ".gz", ".tab", ".xml", ".arrow")
 """Ends of names that are files and no data sets of the Hub, beside those that are read."""
-QUOTED = re.compile('"([^"]|"")*"')
-"""A text that stands in quotes, with every quote inside doubled."""
 
 
 @dataclass(frozen=True)
@@ -154,23 +153,32 @@ def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
         note = describe_delimiter(path, encoding=config.encoding, needed=needed)
         if note:
             log.info("%s: %s", path, note)
-        num_rows = num_quoted = num_doubled = 0
+        num_rows = num_doubled = 0
+        num_quoted: Counter[str] = Counter()
         for batch in read_table(path, **_reading(config)):
             text_column, label_column = _find_columns(config, list(batch), str(path))
             texts = batch[text_column]
             yield texts, [_as_csv_writes(value) for value in batch[label_column]]
             if note or not path.name.lower().endswith((".tsv", ".tsv.gz")):
                 continue
-            quoted = [text for text in texts if QUOTED.fullmatch(text)]
             num_rows += len(texts)
-            num_quoted += len(quoted)
-            num_doubled += sum('""' in text for text in quoted)
-        if num_doubled or num_quoted > num_rows / 2:
+            for noun, column in (("texts", text_column), ("labels", label_column)):
+                inner = [text[1:-1] for text in batch[column] if _stands_in_quotes(text)]
+                num_quoted[noun] += len(inner)
+                num_doubled += sum('""' in text for text in inner)
+        if num_doubled or max(num_quoted.values(), default=0) > num_rows / 2:
             log.warning(
-                "%s: %s of %s texts stand in quotes, which are characters of the text in a .tsv "
-                "without a quoted header; if they enclose fields, end the file's name in .csv",
-                path, f"{num_quoted:,}", f"{num_rows:,}",
+                "%s: %s texts and %s labels of %s rows stand in quotes, which are characters in a "
+                ".tsv without a quoted header; if they enclose fields, end the file's name in .csv",
+                path, *(f"{num:,}" for num in (*num_quoted.values(), num_rows)),
             )  # fmt: skip
+
+
+def _stands_in_quotes(text: str) -> bool:
+    """Return whether a text begins and ends with a quote, with every quote inside doubled."""
+    if len(text) < 2 or not (text.startswith('"') and text.endswith('"')):
+        return False
+    return '"' not in text[1:-1].replace('""', "")
 
 
 def _as_csv_writes(value: Any) -> Any:
@@ -303,9 +311,9 @@ def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> lis
         # In a file without a header, a row of texts stands where the names should be.
         shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
         hint = did_you_mean(column, list(columns))
-        advice = (
-            "correct the header" if hint else "give the file a first row of names if it has none"
-        )
+        advice = "rename it" if hint else "rename one of them"
+        if not hint and any(name.count(" ") > 3 for name in columns):
+            advice = "give the file a first row of names if it has none"
         raise DataError(
             f"{where}: no column {column!r}; the columns are {shown}{hint}; {advice}",
             advice={f"data.{key}": ", or set {}"},

@@ -72,7 +72,7 @@ class Recipe(Section):
                 allowed values.
         """
         path = Path(path)
-        values = {"name": _make_name(path.stem), **_read_yaml(path)}
+        values = {"name": _make_name(path.stem) or path.stem, **_read_yaml(path)}
         faults = []
         for override in overrides:
             try:

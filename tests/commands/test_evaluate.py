@@ -84,6 +84,25 @@ def test_integers_need_an_adapter_whose_label_names_were_stated(trained, tmp_pat
     assert found.as_dict() == evaluate(trained.adapter, source=str(worded)).as_dict()
 
 
+@pytest.mark.parametrize(
+    ("source", "is_ordered"), [("imdb", True), ("owner/set", True), ("rows.csv", False)]
+)
+def test_names_of_a_hub_data_set_are_in_order_in_cards_that_do_not_record_them(
+    trained, tmp_path, source, is_ordered
+):
+    def name_source(card):
+        card["data"]["config"]["source"] = source
+
+    older = copy_with(trained, tmp_path, name_source)
+    rows = [(text, "01"[label == "positive"]) for text, label in toy_rows(40)]
+    coded = str(write_csv(tmp_path / "coded.csv", rows))
+    if is_ordered:
+        assert evaluate(older, source=coded).num_rows == 40
+        return
+    with pytest.raises(DataError, match="would be a guess"):
+        evaluate(older, source=coded)
+
+
 def test_an_adapter_whose_labels_and_columns_have_blanks_is_judged(trained, tmp_path):
     def add_blanks(card):
         card["labels"] = [" negative", "positive "]

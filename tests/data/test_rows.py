@@ -224,19 +224,28 @@ def test_integers_of_a_second_file_are_positions_in_names_that_the_recipe_states
     ("values", "words", "refused"),
     [
         (["0", "1"], ["approval", "problem"], True),
-        (["1", "2"], ["approval", "problem"], True),
-        (["0", "1"], ["good", "bad", "so"], True),
+        (["1", "0", ""], ["good", "bad", "", "bad"], True),
+        (["0", "1", "2"], ["good", "bad", "so"], True),
+        (["0", "1"], ["good", "bad", "so"], False),
+        (["1", "2"], ["NA", "unknown"], False),
         (["1", "2", "3"], ["n/a"], False),
         (["10", "20"], ["many", "none"], False),
         (["0"], ["bad", "good"], False),
     ],
 )
-def test_files_of_one_role_that_mix_integers_and_names_are_refused(
-    tmp_path, values, words, refused
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_files_of_integers_beside_files_of_as_many_names_are_refused(
+    tmp_path, values, words, refused, num_files
 ):
-    write_labels(tmp_path / "a.csv", words * 4)
-    write_csv(tmp_path / "b.csv", [(f"other {i}", value) for i, value in enumerate(values * 4)])
-    mixed = DataConfig(source=str(tmp_path / "*.csv"))
+    if num_files == 2:
+        write_labels(tmp_path / "a.csv", words * 4)
+        write_csv(tmp_path / "b.csv", [(f"other {i}", value) for i, value in enumerate(values * 4)])
+    else:
+        write_labels(tmp_path / "a.csv", [*values, *words] * 4)
+    refused &= num_files == 2
+    values = [value for value in values if value]
+    words = sorted({word for word in words if word})
+    mixed = DataConfig(source=str(tmp_path / "*.csv"), on_bad_row="drop")
     if refused:
         with pytest.raises(DataError, match=r"some labels are the integers .*, others the names"):
             load_data(mixed)
@@ -254,7 +263,8 @@ THREE = ("bad", "middling", "good")
     [
         (THREE, ["2", "3", "1"], "subtract 1 from each label, or write the names in the file"),
         (THREE, [1, 2, 3], "subtract 1 from each label, or"),
-        (THREE, ["1.0", "2.0", "3.0"], "subtract 1 from each label, or"),
+        (THREE, ["1.0", "2.0", "3.0"], "subtract 1 from each label and write it without a decimal"),
+        (THREE, ["1,00", "2,00", "3,00"], "subtract 1 from each label and write it without a deci"),
         (THREE, [" 1", "2", "3\u00a0", ""], "subtract 1 from each label, or"),
         (THREE, ["1", "3"], "subtract 1 from each label, or"),
         (THREE, ["-1", "0", "1"], "add 1 to each label, or"),
@@ -262,8 +272,6 @@ THREE = ("bad", "middling", "good")
         (("neg", "pos"), [-1, 1], "write 0 for -1, or write the names in the file"),
         (("neg", "pos"), ["-1", "+1"], "write 0 for -1, or write the names in the file"),
         (("neg", "pos"), ["01", "02"], "subtract 1 from each label, or"),
-        (("0", "1", "2"), ["1", "2", "3"], "subtract 1 from each label$"),
-        (("1", "2"), ["0", "1"], "add 1 to each label$"),
     ],
 )
 @pytest.mark.parametrize("drop", ["drop", "error"])
@@ -276,6 +284,46 @@ def test_labels_that_count_from_another_number_are_told_so(tmp_path, names, valu
     assert not caught.value.advice
     with pytest.raises(DataError, match=message):
         load_rows(stated, split="test", labels=names)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "bad"),
+    [
+        (("1", "2", "3", "4"), ["2", "3", "4", "5"], "row 4: label '5' is none of 1, 2, 3, 4"),
+        (("0", "1"), ["1", "1", "2"], "row 3: label '2' is none of 0, 1"),
+        (("0", "1", "2"), ["-1", "0", "1"], "row 1: label '-1' is none of 0, 1, 2"),
+        (("1", "2", "3"), ["0", "1", "2"], "row 1: label '0' is none of 1, 2, 3"),
+    ],
+)
+def test_integers_of_another_scale_are_no_names_that_count_from_another_number(
+    tmp_path, names, values, bad
+):
+    path = write_labels(tmp_path / "a.csv", values)
+    scale = DataConfig(source=str(path))
+    with pytest.raises(DataError, match=bad) as caught:
+        load_rows(scale, split="test", labels=names)
+    assert str(caught.value).endswith("\ncorrect them, or set data.on_bad_row=drop")
+    dropping = scale.model_copy(update={"on_bad_row": "drop"})
+    assert len(load_rows(dropping, split="test", labels=names)[0]) == len(values) - 1
+
+
+@pytest.mark.parametrize("value", ["Neg", "NEG", "n eg", "ｎｅｇ", "ne\u200dg"])
+def test_a_label_that_nearly_is_a_name_is_told_with_the_name(tmp_path, value):
+    path = write_labels(tmp_path / "a.csv", ["neg", "pos", value, "poss"])
+    with pytest.raises(DataError) as caught:
+        load_rows(DataConfig(source=str(path)), split="test", labels=("neg", "pos"))
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith(
+        "it differs from 'neg' only in case, blanks or the form of a character"
+    )
+    assert lines[1].endswith("label 'poss' is none of neg, pos")
+
+
+@pytest.mark.parametrize("values", [["1,00", "2,00"], ["4,5", "1,5"], ["0,5", "1"], ["1.0", ",5"]])
+def test_numbers_with_a_decimal_comma_are_decimal_numbers(tmp_path, values):
+    path = write_labels(tmp_path / "a.jsonl", values * 8)
+    with pytest.raises(DataError, match="the labels are decimal numbers, such as"):
+        load_data(DataConfig(source=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -328,6 +376,10 @@ def test_dropping_is_advised_where_it_helps(tmp_path):
     with pytest.raises(DataError, match="label is missing") as caught:
         load_data(DataConfig(source=str(path)))
     assert str(caught.value).endswith("correct them, or set data.on_bad_row=drop")
+    path = write_labels(tmp_path / "a.csv", ["bad", "good", "", ""] * 4)
+    with pytest.raises(DataError, match="label is missing") as caught:
+        load_data(DataConfig(source=str(path)))
+    assert str(caught.value).endswith("correct them")
 
 
 BLANKS = [" ", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u200e", "\r\n", " \u2060 "]

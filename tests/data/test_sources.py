@@ -155,15 +155,22 @@ def test_decimal_labels_get_one_remedy_in_every_format(here, name):
         ('""', 60, True),
     ],
 )
-def test_quotes_of_an_unquoted_tsv_are_counted(here, quoted, rows, warned, caplog):
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_quotes_of_an_unquoted_tsv_are_counted(here, quoted, rows, warned, column, caplog):
+    other = "label" if column == "text" else "text"
     lines = [f"{quoted if i < rows else 'plain'}\t{'ab'[i % 2]}\n" for i in range(60)]
-    put(here, "a.tsv", "text\tlabel\n" + "".join(lines))
+    put(here, "a.tsv", f"{column}\t{other}\n" + "".join(lines))
     source = find_source(DataConfig(source="a.tsv"))
     columns, _ = read_columns(DataConfig(source="a.tsv"), source, "train")
-    texts, _ = list(columns).pop()
-    assert texts[0] == quoted
-    message = f"a.tsv: {rows} of 60 texts stand in quotes, .* end the file's name in .csv"
+    texts, labels = list(columns).pop()
+    assert quoted in (texts[0], labels[0])
+    counted = {"text": 0, "label": 0, column: rows}
+    message = (
+        f"a.tsv: {counted['text']} texts and {counted['label']} labels of 60 rows stand in quotes, "
+        ".* end the file's name in .csv"
+    )
     assert bool(re.search(message, caplog.text)) == warned
+    assert bool(caplog.records) == warned
 
 
 def test_a_csv_with_tabs_reads_the_quotes_of_a_tsv(here):
@@ -180,3 +187,22 @@ def test_the_log_names_a_delimiter_once(here, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "a.csv: its fields are separated by semicolons and may be quoted"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("a.csv", "A stale meal and a dull one,neg\nA superb lamp,pos\n", "give the file a first row"),
+        ("a.tsv", "A stale meal and a dull one\tneg\nA lamp\tpos\n", "give the file a first row"),
+        ("a.csv", "Review,Sentiment\nso,pos\n", "rename one of them"),
+        ("a.csv", "Text,Label\nso,pos\n", "rename it"),
+        ("a.csv", "text^label\nso^pos\n", "rename one of them"),
+        ("a.json", '{"data": [{"text": "so", "label": 1}]}\n', "rename one of them"),
+    ],
+)  # fmt: skip
+def test_a_row_of_names_is_asked_for_where_the_header_may_be_data(here, name, content, advice):
+    put(here, name, content)
+    with pytest.raises(DataError) as caught:
+        load_data(DataConfig(source=name))
+    assert f"; {advice}" in str(caught.value)
+    assert str(caught.value).endswith(", or set data.text_column")

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from lora_sentiment.data.tables import (
     table_columns,
     table_types,
 )
-from lora_sentiment.errors import DataError, show
+from lora_sentiment.errors import DataError
 
 MESSY = Path(__file__).resolve().parents[3] / "shared" / "data" / "messy"
 
@@ -654,15 +655,17 @@ def test_a_delimiter_is_found_by_the_needed_columns(tmp_path, quoting, name, del
 
 
 @pytest.mark.parametrize(
-    "first", ["sep=;\n", 'SEP=;\n', '"sep=;"\r\n', "\ufeffsep=;\n", "sep=^\n"]
+    ("first", "delimiter"),
+    [("sep=;\n", ";"), ("SEP=;\n", ";"), ('"sep=;"\r\n', ";"), ("\ufeffsep=;\n", ";"),
+     ("sep=^\n", "^"), ("sep=;,\n", ";"), ("sep=; \n", ";"), ("sep=;;\n", ";"), ('"sep=,;"\n', ","),
+     ("sep=\\t\n", "\t"), ("sep=;\n", "|"), ("sep=,\n", ";")],
 )  # fmt: skip
-def test_a_first_line_of_excel_names_the_delimiter(tmp_path, first):
-    delimiter = first.strip('"\r\n')[-1]
-    path = save(tmp_path, "a.csv", f"{first}text{delimiter}label\nso, so{delimiter}neg\nbad\n")
+def test_a_first_line_of_excel_names_the_delimiter(tmp_path, first, delimiter):
+    path = save(tmp_path, "a.csv", f'{first}text{delimiter}label\n"so, so"{delimiter}neg\nbad\n')
     with pytest.raises(DataError, match=r"row 2 \(line 4\): found 1 field\(s\), expected 2"):
-        read(path)
+        read(path, **NEEDED)
     path.write_text(path.read_text().removesuffix("bad\n"))
-    assert read(path) == {"text": ["so, so"], "label": ["neg"]}
+    assert read(path, **NEEDED) == {"text": ["so, so"], "label": ["neg"]}
 
 
 @pytest.mark.parametrize(
@@ -680,10 +683,46 @@ def test_the_format_of_the_name_comes_first(tmp_path, name, content, columns):
     assert describe_delimiter(path, encoding="utf-8", needed=columns) is None
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["text, label", '"good, or bad", "neg"', '"so\nso", "pos"'],
+        ['"text", "label"', '"good, or bad", "neg"', '"so\nso", "pos"'],
+        ['"text",  "label"', 'good,  "neg"', 'bad,  "pos"'],
+        ["label, text", 'neg, "good, or bad"', 'pos, "so"'],
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_quotes_after_a_blank_enclose_fields(tmp_path, lines, name, delimiter):
+    content = "\n".join(line.replace(", ", f"{delimiter} ") for line in lines)
+    path = save(tmp_path, name, content)
+    table = read(path, **NEEDED)
+    assert table["label"] == ["neg", "pos"]
+    assert [text[:4] for text in table["text"]] in (
+        ["good", "so\nso"[:4]],
+        ["good", "bad"],
+        ["good", "so"],
+    )
+    assert '"' not in "".join(table["text"])
+    assert "after a blank" in describe_delimiter(path, encoding="utf-8", **NEEDED)
+
+
+@pytest.mark.parametrize(
+    "line", ['"He said, ""no""",neg', 'x,"a ""b"" c"', ' "no" she said,neg', 'a, "so" he said']
+)
+def test_quotes_within_a_text_are_characters(tmp_path, line):
+    path = save(tmp_path, "a.csv", f"text,label\n{line}\n")
+    assert describe_delimiter(path, encoding="utf-8", **NEEDED) is None
+    assert len(read(path, **NEEDED)["text"]) == 1
+
+
 @pytest.mark.parametrize("delimiter", ["\t", ",", ";"])
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
-def test_the_row_names_of_r_are_no_column(tmp_path, delimiter, name):
-    lines = ['"text";"label"', '"1";"good; really";"pos"', '"17";"bad";"neg"', '"3";"so\nso";"neg"']
+@pytest.mark.parametrize("names", [("1", "17", "3"), ("rev1", "rev 2", "x"), ("a", "1", "b")])
+def test_the_row_names_of_r_are_no_column(tmp_path, delimiter, name, names):
+    rows = ['"good; really";"pos"', '"bad";"neg"', '"so\nso";"neg"']
+    lines = ['"text";"label"', *(f'"{name}";{row}' for name, row in zip(names, rows, strict=True))]
     path = save(tmp_path, name, "\n".join(lines).replace('";"', f'"{delimiter}"') + "\n")
     assert read(path, **NEEDED) == {
         "text": ["good; really", "bad", "so\nso"],
@@ -695,9 +734,10 @@ def test_the_row_names_of_r_are_no_column(tmp_path, delimiter, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", '"text","label"\n"so",so,"neg"\n', "row 1 (line 2): found 3 field(s), expected 2"),
+        ("a.csv", '"text","label"\n5,stars,"neg"\n', "row 1 (line 2): found 3 field(s), expected 2"),
         ("a.csv", '"text","label"\n"a \\"b\\" c","neg"\n', 'inside a quoted field as two quotes (in R: qme'),
-        ("a.tsv", "text\tlabel\n1\tgood\tpos\n", "if the first field is R's row name, write with row.names=FALSE"),
+        ("a.tsv", "text\tlabel\n1\tgood\tpos\n", "if the first field is a row name of R, write with row.names=FALSE"),
+        ("a.tsv", "text\tlabel\nrev1\tgood\tpos\n", "a row name of R, write with row.names=FALSE"),
         ("a.csv", '"text" "label"\n"1" "so" "neg"\n', "fields may be separated by commas, semicolons, tabs, bars"),
         ("a.csv", '"","text"\n"1","so"\n', "column 1 of 2 has no name; name it or remove it (pandas"),
         ("a.csv", "text;label\nso; so;neg\n", "quote a field that holds a semicolon or a newline"),
@@ -744,7 +784,8 @@ def test_the_likely_encodings_are_named_with_what_a_line_reads(tmp_path, encodin
         read(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: is not utf-8: byte 0x")
-    assert f"{show(line)} as {encoding}" in message
+    shown = label if not label.isascii() else text[-10:]
+    assert re.search(rf"{shown}[^']*' as {encoding}[,;]", message)
     assert message.endswith(
         "; save it as UTF-8, or set data.encoding to the encoding that reads right"
     )
@@ -797,22 +838,84 @@ def test_only_the_needed_keys_are_looked_for_if_no_others_are(tmp_path):
     assert table == {"label": [1, None, None], "text": [None, "a", "b"]}
 
 
+@pytest.mark.parametrize("encoding", ["cp1251", "cp866", "cp932", "cp949", "cp1253", "cp1254"])
+@pytest.mark.parametrize("place", ["first", "last", "middle", "ascii label"])
+def test_a_long_line_is_shown_where_it_is_not_ascii(tmp_path, encoding, place):
+    text, label = TEXTS[encoding]
+    plain = "plain words and more of them " * 9
+    line = {
+        "first": f"{text}{plain},neg",
+        "last": f"{text}{plain},{label}",
+        "middle": f"{plain}{text}{plain},neg",
+        "ascii label": f"{plain}{text * 5},neg",
+    }[place]
+    path = save(tmp_path, "a.csv", f"text,label\n{line}\n{line}{plain}\n".encode(encoding))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    shown = label if place == "last" else text[-15:]
+    assert re.search(rf"line 2 reads .*{shown}[^']*' as {encoding}[,;]", str(caught.value))
+
+
+def test_encodings_that_read_one_line_alike_are_told_apart_by_another(tmp_path):
+    lines = ["Très cassé après des jours,neg", "değmez,neg", "Çok kötü bir ürün ğ,pos"]
+    path = save(tmp_path, "a.csv", "\n".join(["text,label", *lines * 9]).encode("cp1254"))
+    with pytest.raises(
+        DataError, match="line 3 reads 'değmez,neg' as cp1254, 'deðmez,neg' as cp1252"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"text": "a"},\n{"text": "b"},\n',
+            "ends in a comma; each line must hold one object: remove",
+        ),
+        (
+            '{"text": "a"} , \n{"text": "b"}\n',
+            "ends in a comma; each line must hold one object: remove",
+        ),
+        (
+            '{"text": "a"},{"text": "b"}\n',
+            "holds several objects; each line must hold one object: break",
+        ),
+        (
+            '{"text": "a"}{"text": "b"}\n',
+            "holds several objects; each line must hold one object: break",
+        ),
+        (
+            '[{"text": "a"}]\n[{"text": "b"}]\n',
+            "is a JSON array; each line must hold one object: remove",
+        ),
+        (
+            '{\n "text": "a"\n}\n',
+            "an object that goes on in the next line; each line must hold one object: w",
+        ),
+        (
+            '{"text": "a",\n"label": 1}\n',
+            "an object that goes on in the next line; each line must hold one",
+        ),
+    ],
+)
+def test_lines_that_are_no_object_are_told_as_what_they_are(tmp_path, content, message):
+    with pytest.raises(DataError) as caught:
+        read(save(tmp_path, "a.jsonl", content))
+    assert message in str(caught.value)
+    assert "python" not in str(caught.value)
+
+
 @pytest.mark.parametrize("indent", [None, 1, 4])
-@pytest.mark.parametrize("kind", ["array", "objects", "objects in a row", "broken array"])
+@pytest.mark.parametrize("kind", ["array", "broken array"])
 @pytest.mark.parametrize("name", ["a.json", "my $rows' (1).json"])
-def test_json_in_another_form_comes_with_a_command_that_makes_lines(tmp_path, indent, kind, name):
+def test_a_json_array_comes_with_a_command_that_makes_lines(tmp_path, indent, kind, name):
     rows = [{"text": 'so "so" é } {\n', "label": 1}, {"text": "[a], {b}", "label": 0}]
     objects = [json.dumps(row, indent=indent, ensure_ascii=False) for row in rows]
     content = {
         "array": json.dumps(rows, indent=indent),
-        "objects": "\n".join(objects),
-        "objects in a row": "".join(objects),
         "broken array": "[\n" + ",\n".join(objects) + "\n]",
     }[kind]
     path = save(tmp_path, name, content)
-    if kind == "objects" and indent is None:
-        assert read(path)["label"] == [1, 0]
-        return
     with pytest.raises(DataError, match="each line must hold one object: run python -c") as caught:
         read(path)
     assert "\n" not in str(caught.value)

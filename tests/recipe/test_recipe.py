@@ -74,7 +74,9 @@ def test_a_name_that_is_no_file_name_is_told_in_words(write, found, hint):
 
 def test_a_file_name_without_a_letter_asks_for_a_name(tmp_path):
     (tmp_path / "😀.yaml").write_text(MINIMAL)
-    with pytest.raises(RecipeError, match=r"name: found ''; a name has .*; write name: my-recipe$"):
+    with pytest.raises(
+        RecipeError, match=r"name: found '😀'; a name has .*; write name: my-recipe$"
+    ):
         Recipe.load(tmp_path / "😀.yaml")
 
 
