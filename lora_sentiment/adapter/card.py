@@ -110,7 +110,10 @@ def make_exported_card(name: str, labels: tuple[str, ...], record: MergeRecord) 
     has_int8 = QUANTISED in record.files
     files = f"- `{PLAIN}`: fp32"
     if has_int8:
-        files += f"; `{QUANTISED}`: int8 weights, activations quantised as they come"
+        files += (
+            f"; `{QUANTISED}`: int8 weights and activations. It scales activations by the largest "
+            "value in a batch, so an answer depends on the other texts of its batch"
+        )
     return _fill(
         "exported.md",
         **_describe_record(record, library="transformers.js", tags=("onnx",)),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.adapter.folder import Card
-from lora_sentiment.bundled import probe_texts
+from lora_sentiment.bundled import probe_texts, review_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, load_raw_texts, sample
 from lora_sentiment.data.sources import is_on_hub
@@ -18,9 +18,15 @@ from lora_sentiment.models.engine import Engine, compute_logits
 
 log = logging.getLogger("lora_sentiment")
 
+JUDGED_ROWS = 500
+"""Fewest rows to judge changed labels and lost accuracy on, if there are as many."""
 MAX_DIFFERENCE = 1e-4
 """Largest difference of a logit between equal forms, in units of max(1, standard deviation of the
 logits)."""
+
+
+LABELLED = ("validation", "train")
+"""The parts that have labels."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Reference:
     Attributes:
         name: Its name in figures: `adapter` or `merged`.
         rows: The rows of `probe`, of `validation` if they could be read, and of `train` where
-            validation has too few.
+            validation has too few. Without `validation`, the bundled `reviews`, if labels may
+            change.
         logits: The answers to each part, shape (num_rows, num_labels).
         validation: The validation rows as texts, or None.
         raw_texts: The same texts as they stand in their source, before cleaning.
@@ -73,7 +80,7 @@ class Reference:
                 "allowed": allowed if exact else None,
                 "flips": int((answers.argmax(axis=1) != expected.argmax(axis=1)).sum()),
             }
-            if part != "probe":
+            if part in LABELLED:
                 figures[f"accuracy_{self.name}"] = _compute_accuracy(expected, encoded)
                 figures[f"accuracy_{name}"] = _compute_accuracy(answers, encoded)
             compared[part] = figures
@@ -105,7 +112,8 @@ def make_reference(
             texts are the probe.
         encoder: From texts to inputs, as in training.
         max_rows: Most validation rows.
-        min_rows: Rows to take if there are as many: those of validation, then those of train.
+        min_rows: Rows to take if there are as many: those of validation, then those of train. If
+            they cannot be read, the 600 bundled reviews are taken, without labels.
         progress: Whether to show bars.
     """
     if card:
@@ -122,7 +130,12 @@ def make_reference(
             rows[part] = encoder.encode(found, progress=progress)
     except DataError as error:
         missing = error.message
-        log.info("compared on the probe alone, without validation rows: %s", missing)
+        if min_rows:
+            inputs = [
+                encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(review_texts())
+            ]
+            rows["reviews"] = encoder.pack(inputs)
+        log.info("compared without validation rows: %s", missing)
     logits = {}
     for part, encoded in rows.items():
         logits[part] = compute_logits(engine, encoded, progress=part if progress else None)
@@ -181,10 +194,39 @@ def find_fault(compared: dict[str, Any]) -> str | None:
     return None
 
 
-def get_decisive(compared: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return `validation` if its rows could be read, else `probe`, with its figures."""
-    part = "validation" if "rows" in compared["validation"] else "probe"
-    return part, compared[part]
+def count_changes(
+    compared: dict[str, Any], *, before: str, after: str
+) -> tuple[str, int, int, int | None]:
+    """Count what another form changes on the rows that decide.
+
+    Args:
+        compared: The differences, as `Reference.compare` returns them.
+        before: Name of the one form in figures.
+        after: Name of the other form.
+
+    Returns:
+        The names of the parts, their rows, the rows that get another label, and by how many fewer
+        rows are right, or None if no rows with labels could be read.
+    """
+    parts = [part for part in LABELLED if "rows" in compared.get(part, {})]
+    has_labels = bool(parts)
+    if not has_labels:
+        parts = ["reviews"] if "reviews" in compared else ["probe"]
+    rows, flips, lost = 0, 0, 0
+    for part in parts:
+        figures = compared[part]
+        rows += figures["rows"]
+        flips += figures["flips"]
+        if has_labels:
+            fall = figures[f"accuracy_{before}"] - figures[f"accuracy_{after}"]
+            lost += round(fall * figures["rows"])
+    names = {"reviews": "bundled review"}
+    return (
+        " and ".join(names.get(part, part) for part in parts),
+        rows,
+        flips,
+        lost if has_labels else None,
+    )
 
 
 def without_reasons(compared: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -17,8 +17,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_sentiment.adapter.card import describe_reading, make_merged_card, show_cost
 from lora_sentiment.adapter.comparison import (
+    JUDGED_ROWS,
     Reference,
     compare_readings,
+    count_changes,
     find_fault,
     make_reference,
     without_reasons,
@@ -49,8 +51,6 @@ ROWS_PER_FLIP = 100
 """On a quantised base, or in another dtype, one row in this many may get another label."""
 ROWS_PER_LOSS = 200
 """On a quantised base, or in another dtype, one row in this many may be lost to accuracy."""
-JUDGED_ROWS = 500
-"""Fewest rows to judge these shares on, if validation and train have as many."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def merge(
     The model is reloaded with plain transformers and compared with the adapter. In fp32 on an
     unquantised base, every logit must be within MAX_DIFFERENCE. Otherwise at most 1 % of the rows
     may get another label, and accuracy may be at most 0.5 points lower, on JUDGED_ROWS rows of
-    validation and train, or on the probe without them.
+    validation and train, or on the bundled reviews without them.
 
     Args:
         adapter: An adapter folder.
@@ -446,20 +446,11 @@ def _check_compared(
 def _find_merge_fault(compared: dict[str, Any]) -> str | None:
     """Return a message if a merged model is too far from the adapter, or None."""
     fault = find_fault(compared)
-    parts = [part for part in ("validation", "train") if "rows" in compared.get(part, {})]
-    judged = [compared[part] for part in parts or ["probe"]]
-    if fault or judged[0]["allowed"] is not None:
+    if fault or compared["probe"]["allowed"] is not None:
         return fault
-    rows = sum(figures["rows"] for figures in judged)
-    flips = sum(figures["flips"] for figures in judged)
-    name = " and ".join(parts) or "probe"
+    name, rows, flips, lost = count_changes(compared, before="adapter", after="merged")
     if flips * ROWS_PER_FLIP > rows:
         return f"{flips} of {rows} {name} rows get another label, allowed 1 %"
-    if parts:
-        lost = 0
-        for figures in judged:
-            fall = figures["accuracy_adapter"] - figures["accuracy_merged"]
-            lost += round(fall * figures["rows"])
-        if lost * ROWS_PER_LOSS > rows:
-            return f"accuracy on {rows} {name} rows falls by {lost / rows:.2%}, allowed 0.5 points"
+    if lost is not None and lost * ROWS_PER_LOSS > rows:
+        return f"accuracy on {rows} {name} rows falls by {lost / rows:.2%}, allowed 0.5 points"
     return None

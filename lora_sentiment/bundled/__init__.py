@@ -13,5 +13,14 @@ REVIEWS = Path(__file__).parent / "reviews"
 
 def probe_texts(num_texts: int = 32) -> list[str]:
     """Return texts of our own whose logits every adapter records in its card."""
-    with (REVIEWS / "validation.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line, _ in zip(file, range(num_texts), strict=False)]
+    return _read_texts("validation")[:num_texts]
+
+
+def review_texts() -> list[str]:
+    """Return the texts of all 600 reviews."""
+    return [text for role in ("train", "validation", "test") for text in _read_texts(role)]
+
+
+def _read_texts(role: str) -> list[str]:
+    lines = (REVIEWS / f"{role}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]

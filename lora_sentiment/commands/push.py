@@ -205,7 +205,7 @@ def _make_readme(folder: Path, name: str) -> str:
     if heading:
         own.add(heading[1])
     names = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
-    use = re.compile(rf"""(?P<before>["']|lora-sentiment \w+ )(?:{names})(?=["'\s/])""")
+    use = re.compile(rf"""(?P<before>["']|lora-sentiment \w+ )(?:\./)?(?:{names})(?=["'\s/])""")
     text = _CODE.sub(lambda block: use.sub(lambda found: found["before"] + name, block[0]), text)
     # This package loads folders, so its examples download one first.
     download = f"hf download {name} --local-dir {name}"

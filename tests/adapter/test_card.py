@@ -93,6 +93,15 @@ def test_the_text_states_results_use_and_limits():
     assert "## Limits" in text
 
 
+@pytest.mark.parametrize("base", ["bundled", "distilbert/distilbert-base-uncased"])
+def test_a_card_says_how_stock_peft_gets_the_labels(base):
+    text = make_model_card("x", card(base=base), REPORT, is_peft=True)
+    assert "`model.config.id2label = dict(enumerate(labels))`" in text
+    assert ("`AutoPeftModelForSequenceClassification` and `pipeline` look" in text) == (
+        base == "bundled"
+    )
+
+
 def test_every_judged_role_is_a_result_under_its_own_split():
     report = {**REPORT, "dev": REPORT["validation"]}
     splits = {"train": "train", "dev": "validation", "test": "test"}

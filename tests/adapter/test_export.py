@@ -210,9 +210,11 @@ def test_what_was_compared_is_recorded(exported, adapter):
     exact, small = found.compared["onnx"]["validation"], found.compared["onnx-int8"]["validation"]
     assert exact["max_difference"] < 1e-4 < small["max_difference"]
     assert exact["accuracy_merged"] == exact["accuracy_exported"]
-    assert found.compared["onnx-int8"]["drop"] == pytest.approx(
-        100 * (small["accuracy_merged"] - small["accuracy_exported"])
-    )
+    fall = 0
+    for part in ("validation", "train"):
+        figures = found.compared["onnx-int8"][part]
+        fall += 60 * (figures["accuracy_merged"] - figures["accuracy_exported"])
+    assert found.compared["onnx-int8"]["drop"] == pytest.approx(100 * fall / 120)
     assert set(found.texts_per_second) == set(found.bytes) == {PLAIN, QUANTISED}
     assert found.bytes[QUANTISED] < found.bytes[PLAIN]
     record = read_merge_record(out)
@@ -225,6 +227,8 @@ def test_what_was_compared_is_recorded(exported, adapter):
     assert "The cost of another runtime on raw texts: 0 of 60 validation texts" in readme
     assert "onnx-int8 | validation, 60 rows" in readme
     assert QUANTISED in readme
+    assert "depends on the other texts of its batch" in readme
+    assert 'pipeline("text-classification", "./e", { dtype: "q8" })' in readme
 
 
 def test_another_program_gets_our_labels_and_scores_without_torch(exported, adapter):
@@ -287,12 +291,14 @@ def test_a_merged_folder_is_exported_and_compared_on_the_bundled_texts(merged, t
 
 def test_int8_past_the_allowed_drop_leaves_nothing(adapter, merged, traced, tmp_path):
     with pytest.raises(
-        AdapterError, match=r"accuracy falls by .* points on 60 validation rows, allowed -50"
+        AdapterError, match=r"falls by .* points on 120 validation and train rows, allowed -50"
     ):
         export(adapter, tmp_path / "e", format="onnx-int8", max_drop=-50)
     # Without labelled rows every label that changes counts.
     with pytest.raises(
-        AdapterError, match="% of labels change on 32 probe rows, allowed -1; use --format onnx"
+        AdapterError,
+        match=r"% of labels change on 600 bundled review rows, allowed -1; accuracy cannot be "
+        r"measured, because no validation rows could be read, .*; use --format onnx",
     ):
         export(merged, tmp_path / "e", format="onnx-int8", max_drop=-1)
     assert list(tmp_path.iterdir()) == []

@@ -295,7 +295,7 @@ def test_both_ways_of_a_quantised_base_are_measured_and_the_worse_is_refused(
     refused(
         adapter,
         tmp_path / "out",
-        "of 100 probe rows get another label, allowed 1 %; --into dequantised stays within",
+        "of 600 bundled review rows get another label, allowed 1 %; --into dequantised stays within",
         into="base",
     )
     done = merge(adapter, tmp_path / "out", into="dequantised")

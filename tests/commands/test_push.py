@@ -125,6 +125,7 @@ def exported(tmp_path):
         'classify = pipeline("text-classification", model="merged.model")\nmerged.model = "mergedxmodel"\n```\n\n'
         "```sh\nlora-sentiment predict merged.model --input reviews.csv\n```\n\n"
         '```python\nimport lora_sentiment\n\nlora_sentiment.load("merged.model/onnx/model.onnx")\n```\n'
+        '```js\npipeline("text-classification", "./merged.model", { dtype: "q8" });\n```\n'
     )
     write_json(folder / "config.json", {"dim": 8, "n_layers": 1, "id2label": {"0": "a", "1": "b"}})
     record = MergeRecord(
@@ -184,6 +185,7 @@ def test_a_merged_or_exported_model_goes_with_its_onnx_files(exported, hub):
         "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert f'model="{NAME}")' in found.card
+    assert f'"text-classification", "{NAME}", {{ dtype' in found.card
     assert (
         f"hf download {NAME} --local-dir {NAME}\nlora-sentiment predict {NAME} --input"
         in found.card
