@@ -76,13 +76,14 @@ def describe_likely_encodings(open_file: Open) -> tuple[str, dict[str, str]]:
             names[text] = name
     if not names:
         return "no common encoding fits all of it: it is damaged, or no text", {}
+
+    def read(line: bytes) -> list[str]:
+        return [show(_cut(line.decode(name, "replace"))) for name in names.values()]
+
     # A line that tells the encodings apart, and of these the shortest, which shows its label.
-    excerpts = {}
-    for number, line in lines.items():
-        excerpts[number] = [_cut(line.decode(name, "replace")) for name in names.values()]
-    number = min(lines, key=lambda number: (-len(set(excerpts[number])), len(lines[number])))
-    pairs = zip(excerpts[number], names.values(), strict=True)
-    readings = [f"{show(excerpt)} as {name}" for excerpt, name in pairs]
+    number = min(lines, key=lambda number: (-len(set(read(lines[number]))), len(lines[number])))
+    pairs = zip(read(lines[number]), names.values(), strict=True)
+    readings = [f"{reading} as {name}" for reading, name in pairs]
     return (
         f"line {number} reads {', '.join(readings)}; save it as UTF-8",
         {"data.encoding": ", or set {} to the encoding that reads right"},
