@@ -306,7 +306,7 @@ def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> lis
         # In a file without a header, a row of texts stands where the names should be.
         shown = show_names(columns)
         hint = did_you_mean(column, list(columns))
-        advice = "rename it" if hint else "rename one of them"
+        advice = "give it this name" if hint else "give one of them this name"
         if not hint and any(name.count(" ") > 3 for name in columns):
             advice = "give the file a first row of names if it has none"
         raise DataError(

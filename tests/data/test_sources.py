@@ -193,10 +193,10 @@ def test_the_log_names_a_delimiter_once(here, caplog):
     [
         ("a.csv", "A stale meal and a dull one,neg\nA superb lamp,pos\n", "give the file a first row"),
         ("a.tsv", "A stale meal and a dull one\tneg\nA lamp\tpos\n", "give the file a first row"),
-        ("a.csv", "Review,Sentiment\nso,pos\n", "rename one of them"),
-        ("a.csv", "Text,Label\nso,pos\n", "rename it"),
-        ("a.csv", "text^label\nso^pos\n", "rename one of them"),
-        ("a.json", '{"data": [{"text": "so", "label": 1}]}\n', "rename one of them"),
+        ("a.csv", "Review,Sentiment\nso,pos\n", "give one of them this name"),
+        ("a.csv", "Text,Label\nso,pos\n", "give it this name"),
+        ("a.csv", "text^label\nso^pos\n", "give one of them this name"),
+        ("a.json", '{"data": [{"text": "so", "label": 1}]}\n', "give one of them this name"),
     ],
 )  # fmt: skip
 def test_a_row_of_names_is_asked_for_where_the_header_may_be_data(here, name, content, advice):
