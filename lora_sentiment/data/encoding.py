@@ -25,6 +25,7 @@ MARKS = {
 """Byte order marks. That of UTF-32 begins as that of UTF-16, and comes first."""
 _SAMPLE_BYTES = 1 << 16
 _NUM_SHOWN = 4
+_ASCII = bytes(range(128)).decode()
 
 Open = Callable[[], Any]
 """Opens the file again, at its first byte."""
@@ -92,10 +93,8 @@ def describe_likely_encodings(open_file: Open) -> tuple[str, dict[str, str]]:
 
 def _cut(line: str) -> str:
     """Return the part of a line before and after its last character that is not ASCII."""
-    last = max(
-        (place for place, character in enumerate(line) if not character.isascii()), default=0
-    )
-    return line[max(0, last - 40) : last + 30].strip()
+    end = len(line.rstrip(_ASCII))
+    return line[max(0, end - 40) : end + 30].strip()
 
 
 def _rank(name: str) -> int:
