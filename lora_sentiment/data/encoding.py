@@ -25,6 +25,7 @@ MARKS = {
 """Byte order marks. That of UTF-32 begins as that of UTF-16, and comes first."""
 _SAMPLE_BYTES = 1 << 16
 _NUM_SHOWN = 4
+_ASCII = bytes(range(128)).decode()
 
 Open = Callable[[], Any]
 """Opens the file again, at its first byte."""
@@ -76,13 +77,14 @@ def describe_likely_encodings(open_file: Open) -> tuple[str, dict[str, str]]:
             names[text] = name
     if not names:
         return "no common encoding fits all of it: it is damaged, or no text", {}
+
+    def read(line: bytes) -> list[str]:
+        return [show(_cut(line.decode(name, "replace"))) for name in names.values()]
+
     # A line that tells the encodings apart, and of these the shortest, which shows its label.
-    excerpts = {}
-    for number, line in lines.items():
-        excerpts[number] = [_cut(line.decode(name, "replace")) for name in names.values()]
-    number = min(lines, key=lambda number: (-len(set(excerpts[number])), len(lines[number])))
-    pairs = zip(excerpts[number], names.values(), strict=True)
-    readings = [f"{show(excerpt)} as {name}" for excerpt, name in pairs]
+    number = min(lines, key=lambda number: (-len(set(read(lines[number]))), len(lines[number])))
+    pairs = zip(read(lines[number]), names.values(), strict=True)
+    readings = [f"{reading} as {name}" for reading, name in pairs]
     return (
         f"line {number} reads {', '.join(readings)}; save it as UTF-8",
         {"data.encoding": ", or set {} to the encoding that reads right"},
@@ -91,10 +93,8 @@ def describe_likely_encodings(open_file: Open) -> tuple[str, dict[str, str]]:
 
 def _cut(line: str) -> str:
     """Return the part of a line before and after its last character that is not ASCII."""
-    last = max(
-        (place for place, character in enumerate(line) if not character.isascii()), default=0
-    )
-    return line[max(0, last - 40) : last + 30].strip()
+    end = len(line.rstrip(_ASCII))
+    return line[max(0, end - 40) : end + 30].strip()
 
 
 def _rank(name: str) -> int:

@@ -7,9 +7,8 @@ import gzip
 import io
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
@@ -47,11 +46,10 @@ PLAIN_TABS = ""
 _SEP_LINE = re.compile(r'"?sep=(\\t|[^"\r\n])[ ,;]*"?\r?\n', re.IGNORECASE)
 """Excel's first line, which names the delimiter. A program that saved it again may add to it."""
 
-_ARRAY_TO_LINES = (
-    "import json, sys; rows = json.load(open(sys.argv[1], encoding='utf-8-sig')); "
-    "[print(json.dumps(row)) for row in rows]"
+_JSON_LINES = (
+    'each line must hold one object, as {"text": "fine", "label": 1}; in Python, `for row in rows: '
+    "print(json.dumps(row))` writes such lines"
 )
-"""Python code that writes the elements of a JSON array line by line, for a message."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair. Some encodings of Python, such as raw_unicode_escape, decode to it."""
@@ -209,8 +207,8 @@ def _find_habits(dialect: Dialect, header: str, remaining: Iterator[str]) -> Dia
     is_opened = any(re.match(' +"', field) for field in fields)
     if is_opened and any(field.endswith('"') for field in fields):
         return dialect._replace(skips_blanks=True)
-    quoted = dialect.delimiter.join('"' + name.replace('"', '""') + '"' for name in names)
-    is_quoted = header.rstrip("\r\n") == quoted and first.startswith('"')
+    # R quotes every name of a column and of a row.
+    is_quoted = header.count('"') == 2 * len(names) and first.startswith('"')
     return dialect._replace(has_row_names=is_quoted and len(row) == len(names) + 1)
 
 
@@ -332,49 +330,26 @@ def _records(lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
                 json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             fault = f"no JSON object: {error}".replace(": line 1 column", " at column")
-            fault += '; each line must hold one, as {"text": "fine", "label": 1}'
             if not isinstance(error, RecursionError):
-                fault = _explain_json(text, row, lines) or fault
-            raise lines.fault(row, fault) from error
+                fault = _explain_json(text, row) or fault
+            raise lines.fault(row, f"{fault}; {_JSON_LINES}") from error
         yield row, record
 
 
-def _explain_json(text: str, row: int, lines: _Lines) -> str | None:
-    """Return the fault of a line of JSON that has not one object a line, and the remedy."""
+def _explain_json(text: str, row: int) -> str | None:
+    """Return the fault of a line of JSON that has not one object a line."""
+    if row == 1 and re.match(r"\s*\[\s*(\{|$)", text):
+        return "is a JSON array"
     text = text.lstrip()
-    try:
-        value, end = json.JSONDecoder().raw_decode(text)
-    except ValueError:
-        value, end = None, len(text)
-    rest = text[end:].lstrip()
-    if row == 1 and re.match(r"\[\s*(\{|$)", text):
-        fault = "is a JSON array"
-        remedy = "remove brackets and commas around the objects"
-        if value is None or not any(line.strip() for line in lines):
-            remedy = _show_command(lines.path)
-    elif isinstance(value, dict) and rest == ",":
-        fault = "ends in a comma"
-        remedy = "remove the commas between the lines"
-    elif isinstance(value, dict) and rest.lstrip(", ").startswith("{"):
-        fault = "holds several objects"
-        remedy = "break the lines between the objects"
-    elif row == 1 and text.startswith("{") and text.endswith(("{", "[", ",", ":")):
-        fault = "begins an object that goes on in the next line"
-        remedy = "write the objects without indentation, as json.dumps does"
-    else:
+    if not text.startswith("{"):
         return None
-    return f"{fault}; each line must hold one object: {remedy}"
-
-
-def _show_command(path: Path) -> str:
-    """Return a command that writes the elements of a JSON array line by line."""
-    lines = path.with_name(f"{path.name.partition('.')[0]}-lines.jsonl")
-    unpacked = path.with_suffix("") if path.name.lower().endswith(".gz") else path
-    unpack = "unpack the file, then " if unpacked != path else ""
-    return (
-        f'{unpack}run python -c "{_ARRAY_TO_LINES}" {shlex.quote(str(unpacked))} > '
-        f"{shlex.quote(str(lines))}"
-    )
+    with suppress(ValueError):
+        _, end = json.JSONDecoder().raw_decode(text)
+        rest = text[end:].strip()
+        return f"{show(rest)} follows the object" if rest else None
+    if row == 1 and text.endswith(("{", "[", ",", ":")):
+        return "begins an object that goes on in the next line"
+    return None
 
 
 def _as_text(value: object, forbidden: str = "") -> str:

@@ -25,7 +25,7 @@ from lora_sentiment.data.sources import (
     read_columns,
 )
 from lora_sentiment.data.texts import Texts, encode_text, hash_texts, store_texts
-from lora_sentiment.errors import DataError, show
+from lora_sentiment.errors import DataError, show, show_names
 from lora_sentiment.recipe.data import DataConfig
 
 INTEGER = re.compile(r"-?\d+")
@@ -588,13 +588,7 @@ def _declared_names(config: DataConfig) -> tuple[str, ...] | None:
 
 
 def _list(names: Sequence[object]) -> str:
-    """Return names for a message. Long ones are cut, and many are left out."""
-    shown = []
-    for name in map(str, names[:SHOWN_LABELS]):
-        shown.append(name if len(name) <= 40 else f"{name[:37]}...")
-    if len(names) > len(shown):
-        shown.append("...")
-    return ", ".join(shown)
+    return show_names([str(name) for name in names], most=SHOWN_LABELS)
 
 
 def _list_positions(names: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lora_sentiment.data.tables import (
     read_table,
     table_columns,
 )
-from lora_sentiment.errors import DataError, did_you_mean, show
+from lora_sentiment.errors import DataError, did_you_mean, show, show_names
 from lora_sentiment.hub import explain_refusal, innermost
 from lora_sentiment.recipe.data import SPLITS, DataConfig
 
@@ -122,11 +121,8 @@ def read_columns(
         paths = source.files[role]
         pattern = config.source if isinstance(config.source, str) else config.source[role]
         if has_magic(pattern) and paths != [Path(pattern)]:
-            shown = [str(path) for path in paths[:SHOWN_FILES]]
-            if len(paths) > SHOWN_FILES:
-                shown.append("...")
-            noun = "file" if len(paths) == 1 else "files"
-            log.info("%s: %r matches %d %s: %s", role, pattern, len(paths), noun, ", ".join(shown))
+            shown = show_names([str(path) for path in paths], most=SHOWN_FILES)
+            log.info("%s: %r matches %d file(s): %s", role, pattern, len(paths), shown)
         return _read_files(config, paths), None
     from datasets import ClassLabel, load_dataset
 
@@ -153,8 +149,7 @@ def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
         note = describe_delimiter(path, encoding=config.encoding, needed=needed)
         if note:
             log.info("%s: %s", path, note)
-        num_rows = num_doubled = 0
-        num_quoted: Counter[str] = Counter()
+        num_rows = num_quoted = num_doubled = 0
         for batch in read_table(path, **_reading(config)):
             text_column, label_column = _find_columns(config, list(batch), str(path))
             texts = batch[text_column]
@@ -162,15 +157,15 @@ def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
             if note or not path.name.lower().endswith((".tsv", ".tsv.gz")):
                 continue
             num_rows += len(texts)
-            for noun, column in (("texts", text_column), ("labels", label_column)):
-                inner = [text[1:-1] for text in batch[column] if _stands_in_quotes(text)]
-                num_quoted[noun] += len(inner)
-                num_doubled += sum('""' in text for text in inner)
-        if num_doubled or max(num_quoted.values(), default=0) > num_rows / 2:
+            fields = [*texts, *batch[label_column]]
+            inner = [field[1:-1] for field in fields if _stands_in_quotes(field)]
+            num_quoted += len(inner)
+            num_doubled += sum('""' in field for field in inner)
+        if num_doubled or num_quoted > num_rows / 2:
             log.warning(
-                "%s: %s texts and %s labels of %s rows stand in quotes, which are characters in a "
+                "%s: %s texts and labels of %s rows stand in quotes, which are characters in a "
                 ".tsv without a quoted header; if they enclose fields, end the file's name in .csv",
-                path, *(f"{num:,}" for num in (*num_quoted.values(), num_rows)),
+                path, f"{num_quoted:,}", f"{num_rows:,}",
             )  # fmt: skip
 
 
@@ -309,9 +304,9 @@ def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> lis
             found.append(spelling)
             continue
         # In a file without a header, a row of texts stands where the names should be.
-        shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in columns[:20])
+        shown = show_names(columns)
         hint = did_you_mean(column, list(columns))
-        advice = "rename it" if hint else "rename one of them"
+        advice = "give it this name" if hint else "give one of them this name"
         if not hint and any(name.count(" ") > 3 for name in columns):
             advice = "give the file a first row of names if it has none"
         raise DataError(

@@ -64,9 +64,12 @@ def test_the_folders_of_a_pattern_that_exist_are_no_patterns(here):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("r?.csv", "train: 'r?.csv' matches 7 files: r0.csv, r1.csv, r2.csv, r3.csv, r4.csv, ..."),
-        ("r[12].csv", "train: 'r[12].csv' matches 2 files: r1.csv, r2.csv"),
-        ("**/r1.csv", "train: '**/r1.csv' matches 1 file: r1.csv"),
+        (
+            "r?.csv",
+            "train: 'r?.csv' matches 7 file(s): r0.csv, r1.csv, r2.csv, r3.csv, r4.csv, and 2 more",
+        ),
+        ("r[12].csv", "train: 'r[12].csv' matches 2 file(s): r1.csv, r2.csv"),
+        ("**/r1.csv", "train: '**/r1.csv' matches 1 file(s): r1.csv"),
         ("r1.csv", None),
     ],
 )
@@ -164,11 +167,7 @@ def test_quotes_of_an_unquoted_tsv_are_counted(here, quoted, rows, warned, colum
     columns, _ = read_columns(DataConfig(source="a.tsv"), source, "train")
     texts, labels = list(columns).pop()
     assert quoted in (texts[0], labels[0])
-    counted = {"text": 0, "label": 0, column: rows}
-    message = (
-        f"a.tsv: {counted['text']} texts and {counted['label']} labels of 60 rows stand in quotes, "
-        ".* end the file's name in .csv"
-    )
+    message = f"a.tsv: {rows} texts and labels of 60 rows stand in quotes, .* name in .csv"
     assert bool(re.search(message, caplog.text)) == warned
     assert bool(caplog.records) == warned
 
@@ -194,10 +193,10 @@ def test_the_log_names_a_delimiter_once(here, caplog):
     [
         ("a.csv", "A stale meal and a dull one,neg\nA superb lamp,pos\n", "give the file a first row"),
         ("a.tsv", "A stale meal and a dull one\tneg\nA lamp\tpos\n", "give the file a first row"),
-        ("a.csv", "Review,Sentiment\nso,pos\n", "rename one of them"),
-        ("a.csv", "Text,Label\nso,pos\n", "rename it"),
-        ("a.csv", "text^label\nso^pos\n", "rename one of them"),
-        ("a.json", '{"data": [{"text": "so", "label": 1}]}\n', "rename one of them"),
+        ("a.csv", "Review,Sentiment\nso,pos\n", "give one of them this name"),
+        ("a.csv", "Text,Label\nso,pos\n", "give it this name"),
+        ("a.csv", "text^label\nso^pos\n", "give one of them this name"),
+        ("a.json", '{"data": [{"text": "so", "label": 1}]}\n', "give one of them this name"),
     ],
 )  # fmt: skip
 def test_a_row_of_names_is_asked_for_where_the_header_may_be_data(here, name, content, advice):
