@@ -528,13 +528,13 @@ MESSY = {
         "text",
         "label",
         "utf-8",
-        "all of it decodes as cp1252, latin-1: set the enc",
+        "naïveté and arbitrary flashbacks .' as cp1252",
     ),
     "mr_negative_cp1252.csv": (
         "text",
         "label",
         "cp1252",
-        "no column 'text'; the columns are simplistic ,  silly and",
+        "no column 'text'; the columns are simplistic, silly and",
     ),
     "phrasebank_allagree_latin1.txt": ("text", "label", "utf-8", "its name tells no known format"),
     "phrasebank_allagree_latin1.tsv": (

@@ -318,13 +318,13 @@ def test_the_weights_that_stay_within_the_limits_are_taken_and_that_is_said(
         done = merge(adapter, tmp_path / "out")
     assert done.into == read_merge_record(tmp_path / "out").into == "dequantised"
     assert "into the published base" in caplog.text
-    assert "of 100 probe rows get another label, allowed 1 %" in caplog.text
+    assert "of 600 bundled review rows get another label, allowed 1 %" in caplog.text
     # The published base comes first where both stay within.
     with monkeypatch.context() as patch:
         patch.setattr(merge_module, "ROWS_PER_FLIP", 0)
         assert merge(adapter, tmp_path / "second").into == "base"
     monkeypatch.setattr(merge_module, "ROWS_PER_FLIP", 10**9)
-    match = "of 100 probe rows get another label, allowed 1 %"
+    match = "rows get another label, allowed 1 %"
     alter_what_is_written(monkeypatch, lambda tensors: tensors["classifier.weight"].neg_())
     refused(adapter, tmp_path / "out2", match)
 
