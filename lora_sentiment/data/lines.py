@@ -47,8 +47,8 @@ _SEP_LINE = re.compile(r'"?sep=(\\t|[^"\r\n])[ ,;]*"?\r?\n', re.IGNORECASE)
 """Excel's first line, which names the delimiter. A program that saved it again may add to it."""
 
 _JSON_LINES = (
-    'each line must hold one object, as {"text": "fine", "label": 1}; in Python, `for row in rows: '
-    "print(json.dumps(row))` writes such lines"
+    'each line must hold one object, as {"text": "fine", "label": 1}; in Python, load the objects '
+    "as a list `rows`, then `for row in rows: print(json.dumps(row))` writes such lines"
 )
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

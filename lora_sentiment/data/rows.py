@@ -116,8 +116,8 @@ class Data:
     """The rows that training uses. `load_judged` reads the others after training.
 
     Attributes:
-        config: The recipe's `data` section. Its `labels` are the names that somebody has put in
-            order: the recipe or the Hub data set. None means names that were only sorted.
+        config: The recipe's `data` section. Its `labels` are the names in the order of the
+            recipe or of the Hub data set. None means that the names were only sorted.
         labels: Label names. The index of a name is its label.
         train: Rows to train on.
         validation: Rows to choose the best checkpoint on.
@@ -611,8 +611,8 @@ def _index_labels(
         values: Label values of a role.
         names: Label names.
         where: The role, for messages.
-        is_ordered: Whether somebody has put the names in order, so that integers may stand for
-            them: 0 for the first name, 1 for the second.
+        is_ordered: Whether the recipe or the Hub data set orders the names. Then integers may
+            stand for them: 0 for the first name, 1 for the second.
 
     Raises:
         DataError: The values are integers for names that were only sorted, or integers that count
