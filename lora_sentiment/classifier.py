@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
 from lora_sentiment.errors import AdapterError, DataError, ModelError, show, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
-from lora_sentiment.tasks.single_label import softmax
+from lora_sentiment.tasks import SINGLE_LABEL, find_task
+from lora_sentiment.tasks.task import Calibration, Task
 
 WEIGHTS = "model.safetensors"
 EMPTY_TEXT = "text is empty"
@@ -55,9 +56,9 @@ class Prediction:
         error: Why there is no label, or None.
     """
 
-    label: str | None
-    score: float | None
-    scores: dict[str, float]
+    label: str | None = None
+    score: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -70,18 +71,26 @@ class Classifier:
         encoder: From a text to token ids.
         engine: From token ids to logits.
         clean: Whether texts are cleaned first, as in training.
-        temperature: Fitted on validation in training, or None if none is known.
+        calibration: What was fitted on validation in training, or None.
         sha256: Hash of everything that decides an answer.
         unverified: Facts that no hash confirms, one sentence each. Empty if every hash was checked.
+        task: What its labels are.
     """
 
     labels: tuple[str, ...]
     encoder: TextEncoder
     engine: Engine
     clean: bool
-    temperature: float | None
+    calibration: Calibration | None
     sha256: str
     unverified: tuple[str, ...] = ()
+    task: Task = SINGLE_LABEL
+
+    @property
+    def temperature(self) -> float | None:
+        """Fitted on validation in training, or None if none is known."""
+        temperature = (self.calibration or {}).get("temperature")
+        return temperature if isinstance(temperature, float) else None
 
     def __post_init__(self) -> None:
         """Refuse labels that are empty or equal."""
@@ -112,11 +121,11 @@ class Classifier:
         pooled, are_empty = self._compute(texts, stride=stride, calibrated=calibrated)
         for scores, is_empty in zip(pooled, are_empty, strict=True):
             if is_empty:
-                predictions.append(Prediction(None, None, {}, error=EMPTY_TEXT))
+                predictions.append(Prediction(error=EMPTY_TEXT))
                 continue
-            best = int(scores.argmax())
+            answer = self.task.make_answer(scores, self.labels, self.calibration)
             named = dict(zip(self.labels, scores.tolist(), strict=True))
-            predictions.append(Prediction(self.labels[best], float(scores[best]), named))
+            predictions.append(Prediction(**answer, scores=named))
         return predictions
 
     def is_empty(self, text: str) -> bool:
@@ -177,7 +186,7 @@ class Classifier:
                     f"the model answers {logits.shape[1:]} values a text for {len(self.labels)} "
                     f"labels: {show_names(self.labels)}"
                 )
-            scores = softmax(logits, temperature=temperature)
+            scores = self.task.compute_scores(logits, temperature=temperature)
             num_windows = np.bincount(owners)[owners, None]
             np.add.at(pooled, start + np.array(owners), scores / num_windows)
         return pooled, are_empty
@@ -296,6 +305,7 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
         tuple(card.labels),
         TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
         prepare_engine(loaded.model, dtype, device),
+        task=find_task(card.data.config.task),
         clean=card.data.config.clean,
         calibration=card.calibration,
         weights=[card.sha256, dtype],
@@ -332,6 +342,7 @@ def _load_whole(
         names,
         encoder,
         prepare_engine(base.model, dtype, join_launch().device),
+        task=SINGLE_LABEL,
         **_get_recorded(record),
         weights=[
             record.files[WEIGHTS] if record else hash_file(path / WEIGHTS),
@@ -365,6 +376,7 @@ def _load_onnx(path: Path, max_length: int | None) -> Classifier:
         read_labels(folder),
         encoder,
         open_session(path),
+        task=SINGLE_LABEL,
         **_get_recorded(record),
         weights=[
             record.files[name] if record else hash_file(path),
@@ -418,6 +430,7 @@ def _load_stock_peft(
         tuple(labels),
         TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
         prepare_engine(model, dtype, join_launch().device),
+        task=SINGLE_LABEL,
         weights=[loaded.sha256, *map(hash_file, files), dtype],
         unverified=(
             f"that {name!r} is the base it was trained on: the folder records no hash of it",
@@ -440,23 +453,24 @@ def _make_classifier(
     engine: Engine,
     *,
     weights: list[str],
+    task: Task,
     clean: bool = False,
-    calibration: dict[str, float] | None = None,
+    calibration: Calibration | None = None,
     unverified: tuple[str, ...] = (),
 ) -> Classifier:
     """Return a classifier. Its hash covers `weights` and everything else that decides an answer."""
-    temperature = (calibration or {}).get("temperature")
+    fitted = list(calibration.values()) if calibration else [None]
     decisive = [
         *weights,
         encoder.tokenizer.to_str(),
         encoder.max_length,
         encoder.truncation,
         clean,
-        temperature,
+        *fitted,
         *labels,
     ]
     sha256 = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
+    return Classifier(labels, encoder, engine, clean, calibration, sha256, unverified, task)
 
 
 def _find_max_length(folder: Path) -> int:

@@ -361,7 +361,7 @@ def test_a_text_without_tokens_gets_no_label(toy_adapter, form):
     good, *empty = classifier.predict(["good", *NO_TOKEN])
     assert good.label in classifier.labels
     assert good.error is None
-    assert empty == [Prediction(None, None, {}, error="text is empty")] * len(NO_TOKEN)
+    assert empty == [Prediction(error="text is empty")] * len(NO_TOKEN)
 
 
 @pytest.mark.parametrize(

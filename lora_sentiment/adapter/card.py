@@ -16,17 +16,12 @@ from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import one_line
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.parameters import show_parameters
+from lora_sentiment.tasks import find_task
 from lora_sentiment.training.report import report_roles
 
 SHOWN_LABELS = 20
 """Labels that a card names; `card.json` or `config.json` names all."""
 TEMPLATES = Path(__file__).parent / "templates"
-_HUB_METRICS = {
-    "accuracy": "accuracy",
-    "macro_f1": "f1",
-    "mcc": "matthews_correlation",
-    "auroc": "roc_auc",
-}
 
 
 def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> str:
@@ -168,10 +163,12 @@ def show_cost(cost: Mapping[str, Any]) -> str:
     """Show what another way of reading costs, as `compare_readings` returns it, or the reason."""
     if "reason" in cost:
         return str(cost["reason"])
+    accuracy = ""
+    if cost["accuracy_change"] is not None:
+        accuracy = f", and accuracy changes by {100 * cost['accuracy_change']:.2f} points"
     return (
         f"{cost['changed']:,} of {cost['rows']:,} validation texts are read differently, "
-        f"{cost['flips']:,} labels change, and accuracy changes by "
-        f"{100 * cost['accuracy_change']:.2f} points"
+        f"{cost['flips']:,} labels change{accuracy}"
     )
 
 
@@ -210,16 +207,17 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
     roles = report_roles(report)
     judged = [role for role in roles if role != "validation"] or roles
     results = []
+    hub_metrics = find_task(config.task).hub_metrics
     for role in judged:
         for metric, interval in report[role].items():
-            if metric not in _HUB_METRICS or interval["value"] is None:
+            if metric not in hub_metrics or interval["value"] is None:
                 continue
             result = EvalResult(
                 task_type="text-classification",
                 dataset_type=dataset_type,
                 dataset_name=dataset_name,
                 dataset_split=(config.splits or {}).get(role, role),
-                metric_type=_HUB_METRICS[metric],
+                metric_type=hub_metrics[metric],
                 metric_name=metric,
                 metric_value=round(interval["value"], 4),
             )
@@ -341,9 +339,5 @@ def _show_quantisation(card: Card) -> str:
 def _describe_calibration(card: Card) -> str:
     if card.calibration is None:
         return ""
-    return (
-        f" Divide the logits by the temperature {card.calibration['temperature']:.3f}, fitted on "
-        "validation and kept in `card.json`, and they are the calibrated ones of "
-        "`calibrated_log_loss` and `calibrated_ece`; on validation itself these flatter, and no "
-        "decision changes."
-    )
+    task = find_task(card.data.config.task)
+    return task.describe_calibration(card.calibration, card.labels)

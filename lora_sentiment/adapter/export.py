@@ -43,6 +43,7 @@ from lora_sentiment.models.engine import Engine
 from lora_sentiment.models.inference import make_engine
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.tasks import SINGLE_LABEL
 
 Format = Literal["safetensors", "onnx", "onnx-int8"]
 COPIED = ("config.json", *TOKENIZER)
@@ -234,6 +235,8 @@ def _load_merged(
         make_engine(base.model),
         "merged",
         card=card,
+        task=SINGLE_LABEL,
+        calibration=record.calibration,
         encoder=encoder,
         max_rows=max_rows,
         min_rows=min_rows,

@@ -31,6 +31,7 @@ from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.section import Section
+from lora_sentiment.tasks.task import Calibration
 
 SCHEMA = 1
 PROBE_TOLERANCE = 1e-4
@@ -99,8 +100,8 @@ class Card(Section):
     """The rows of training."""
     offline: str | dict[str, str] | None = None
     """Bundled parts that were used because no Hub answered. Older versions wrote a mapping."""
-    calibration: dict[str, float] | None
-    """Temperature fitted on validation, or null."""
+    calibration: Calibration | None
+    """What was fitted on validation: the temperature, or null."""
     versions: dict[str, str]
     """Package to version, of the packages that fix the bytes."""
     machine: dict[str, Any]
@@ -150,7 +151,7 @@ def save(
     machine: dict[str, Any],
     trained: Probe,
     tolerance: float,
-    calibration: dict[str, float] | None = None,
+    calibration: Calibration | None = None,
     offline: str | None = None,
 ) -> Card:
     """Write weights, tokenizer and card, and verify them.
@@ -170,7 +171,7 @@ def save(
         trained: Answers of the trained model to texts of our own, in its compute dtype.
         tolerance: Largest difference between a logit of the trained and of the rebuilt model, in
             units of max(1, largest logit). It allows for rounding of the compute dtype.
-        calibration: Temperature fitted on validation, or None.
+        calibration: What was fitted on validation, or None.
         offline: The sentence of `resolve_offline`, or None.
 
     Returns:

@@ -42,6 +42,7 @@ from lora_sentiment.models.engine import Engine
 from lora_sentiment.models.inference import make_engine
 from lora_sentiment.models.load import hash_tokenizer, load_base, quiet
 from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.tasks import find_task
 
 log = logging.getLogger("lora_sentiment")
 
@@ -192,6 +193,8 @@ def merge_aside(
         engine,
         "adapter",
         card=card,
+        task=find_task(card.data.config.task),
+        calibration=card.calibration,
         encoder=encoder,
         max_rows=max_rows,
         min_rows=0 if exact else JUDGED_ROWS,
@@ -356,10 +359,10 @@ def _measure_readings(
     raw = [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, truncation=True)["input_ids"]]
     every = np.arange(len(rows))
     cleaned = take_rows(own.encode(rows), every)
-    readings = {"stock": compare_readings(engine, own, cleaned, raw, rows.labels)}
+    readings = {"stock": compare_readings(reference, engine, own, cleaned, raw)}
     if measures_head:
         before = take_rows(reference.rows["validation"], every)
-        readings["head"] = compare_readings(engine, own, before, cleaned, rows.labels)
+        readings["head"] = compare_readings(reference, engine, own, before, cleaned)
     return readings
 
 

@@ -12,6 +12,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from numpy.typing import NDArray
 
 from lora_sentiment.errors import one_line
+from lora_sentiment.evaluation.metric import show_metric
 
 if TYPE_CHECKING:
     from lora_sentiment.training.history import History
@@ -29,7 +30,7 @@ _STYLE = style.context("default")
 
 @_STYLE
 def plot_training(history: "History", path: Path, *, title: str) -> None:
-    """Draw the loss of each step, its running mean, and log-loss and accuracy on validation."""
+    """Draw the loss of each step, its running mean, and two metrics on validation."""
     steps = np.array([point.step for point in history.steps])
     losses = np.array([point.loss for point in history.steps])
     window = max(1, len(losses) // 30)
@@ -39,13 +40,16 @@ def plot_training(history: "History", path: Path, *, title: str) -> None:
     axes.plot(steps, losses, color=GREY, linewidth=0.6, alpha=0.6)
     label = f"training loss (mean of {window} steps)"
     axes.plot(steps[window - 1 :], smooth, color=BLUE, label=label)
-    evaluated = [point.step for point in history.evaluations]
-    log_losses = [point.log_loss for point in history.evaluations]
-    axes.plot(evaluated, log_losses, "o--", color=ORANGE, label="validation log-loss")
+    if history.evaluations:
+        first, last = history.evaluations[0].scores
+        evaluated = [point.step for point in history.evaluations]
+        lasts = [point.scores[last] for point in history.evaluations]
+        axes.plot(evaluated, lasts, "o--", color=ORANGE, label=f"validation {show_metric(last)}")
+        title = f"{title} (labels: validation {show_metric(first)})"
     for point in history.evaluations:
         axes.annotate(
-            f"{point.accuracy:.1%}",
-            (point.step, point.log_loss),
+            f"{point.scores[first]:.3f}",
+            (point.step, point.scores[last]),
             textcoords="offset points",
             xytext=(0, 7),
             ha="right",
@@ -53,7 +57,7 @@ def plot_training(history: "History", path: Path, *, title: str) -> None:
     best = history.best_step
     axes.axvline(best, color=GREY, linestyle=":", label=f"kept: step {best}")
     axes.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
-    _set_title(axes, f"{title} (labels: validation accuracy)")
+    _set_title(axes, title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

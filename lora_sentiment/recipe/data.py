@@ -40,6 +40,8 @@ class DataConfig(Section):
     """Configuration of the Hub data set."""
     revision: str | None = None
     """Revision of the Hub data set."""
+    task: Literal["single_label"] = "single_label"
+    """What a label is: one of several names."""
     text_column: str = "text"
     """Column that holds the text."""
     label_column: str = "label"

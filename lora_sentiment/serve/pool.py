@@ -42,6 +42,8 @@ from lora_sentiment.models.load import Base, load_base
 from lora_sentiment.models.token_limits import inference_tokens
 from lora_sentiment.models.wrap import head_layers
 from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.tasks import find_task
+from lora_sentiment.tasks.task import Calibration, Task
 from lora_sentiment.training.processes import join_launch
 from lora_sentiment.training.signals import is_out_of_memory
 
@@ -68,6 +70,8 @@ class LoadedAdapter:
         folder: Its folder.
         labels: Label names; the index of a name is its label.
         encoder: From a text to token ids.
+        task: What its labels are.
+        calibration: What was fitted on validation in training, or None.
         clean: Whether texts are cleaned first, as they were for training.
         sha256: Hash of everything that decides an answer.
         method: Training method.
@@ -80,6 +84,8 @@ class LoadedAdapter:
     folder: Path
     labels: tuple[str, ...]
     encoder: TextEncoder
+    task: Task
+    calibration: Calibration | None
     clean: bool
     sha256: str
     method: str
@@ -288,6 +294,8 @@ class Pool:
             encoder=TextEncoder.of(
                 loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
             ),
+            task=find_task(card.data.config.task),
+            calibration=card.calibration,
             clean=card.data.config.clean,
             sha256=card.sha256,
             method=card.method.kind,

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 LABELS = ("negative", "positive")
 
 
-def make_classifier(*, labels=LABELS, clean=False, temperature=None, sha256="abc", seconds=0.0):
+def make_classifier(*, labels=LABELS, clean=False, calibration=None, sha256="abc", seconds=0.0):
     """A classifier that counts words, after a while, and remembers how many texts it was asked for."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLERS]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -47,7 +47,14 @@ def make_classifier(*, labels=LABELS, clean=False, temperature=None, sha256="abc
 
     engine.asked = 0
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length=8, truncation="head")
-    return Classifier(labels, encoder, Engine(engine, 8192), clean, temperature, sha256)
+    return Classifier(
+        labels,
+        encoder,
+        Engine(engine, 8192),
+        clean,
+        temperature and {"temperature": temperature},
+        sha256,
+    )
 
 
 def read(path):
@@ -446,7 +453,7 @@ def stopped(folder, after, output="out.csv", **options):
         classifier.encoder,
         Engine(engine, 8192),
         clean=False,
-        temperature=None,
+        calibration=None,
         sha256="abc",
     )
     with pytest.raises(StopError):
@@ -586,7 +593,7 @@ def classifier_during(act):
         classifier.encoder,
         Engine(engine, 8192),
         clean=False,
-        temperature=None,
+        calibration=None,
         sha256="abc",
     )
 
@@ -713,7 +720,7 @@ def test_no_more_than_a_part_is_judged_at_once(folder):
             return super().predict(texts, **options)
 
     watched = Watched(
-        LABELS, classifier.encoder, classifier.engine, clean=False, temperature=None, sha256="abc"
+        LABELS, classifier.encoder, classifier.engine, clean=False, calibration=None, sha256="abc"
     )
     predict(folder, classifier=watched, rows_per_part=7)
     assert max(longest) == 7
