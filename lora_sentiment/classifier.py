@@ -28,15 +28,15 @@ from lora_sentiment.adapter.safe_files import (
     read_bytes,
     read_labels,
     read_object,
-    refuse_other_task,
+    read_task,
 )
 from lora_sentiment.cleaning import clean_text, remove_cleaning
 from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
 from lora_sentiment.errors import AdapterError, DataError, ModelError, show, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
-from lora_sentiment.tasks import SINGLE_LABEL, find_task
-from lora_sentiment.tasks.task import Calibration, Task
+from lora_sentiment.tasks import SINGLE_LABEL, Task, find_task_of
+from lora_sentiment.tasks.task import Calibration
 
 WEIGHTS = "model.safetensors"
 EMPTY_TEXT = "text is empty"
@@ -50,14 +50,18 @@ class Prediction:
     """The answer to one text.
 
     Attributes:
-        label: The likeliest label, or None for a text without tokens.
+        label: The likeliest of single labels, or None for a text without tokens.
         score: Its probability, or None.
-        scores: The probability of every label, by name; empty without a label.
+        labels: The labels of a multi-label model, or None.
+        value: The value of a regression, or None.
+        scores: The probability of every label, or the value, by name; empty without an answer.
         error: Why there is no label, or None.
     """
 
     label: str | None = None
     score: float | None = None
+    labels: list[str] | None = None
+    value: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
@@ -94,9 +98,10 @@ class Classifier:
 
     def __post_init__(self) -> None:
         """Refuse labels that are empty or equal."""
-        if len(set(self.labels)) < max(2, len(self.labels)) or not all(self.labels):
+        fault = self.task.check_answers(self.labels, self.calibration)
+        if fault or len(set(self.labels)) < len(self.labels) or not all(self.labels):
             raise AdapterError(
-                f"labels: found {show(self.labels)}; a classifier needs two or more different names"
+                fault or f"labels: found {show(self.labels)}; each name must be another one"
             )
 
     def predict(
@@ -305,7 +310,7 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
         tuple(card.labels),
         TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
         prepare_engine(loaded.model, dtype, device),
-        task=find_task(card.data.config.task),
+        task=card.task,
         clean=card.data.config.clean,
         calibration=card.calibration,
         weights=[card.sha256, dtype],
@@ -326,13 +331,13 @@ def _load_whole(
         form = "a merged model, which knows them"
         _refuse_options(path, form, labels=labels, max_length=max_length)
         check_merge_record(path, record, weights=WEIGHTS)
-    refuse_other_task(path)
+    task = read_task(path)
     check_whole_model(path)
     names = tuple(labels) if labels else read_labels(path)
     length = record.max_length if record else max_length or _find_max_length(path)
     config = ModelConfig(name=str(path), max_length=length, dtype="float32")
     with ExplainLibraryError(path):
-        base = load_base(config, labels=names)
+        base = load_base(config, labels=names, problem_type=task.head_type)
     check_finite(path / WEIGHTS, dict(base.model.named_parameters()))
     if record:
         encoder = _make_recorded_encoder(path, record)
@@ -342,7 +347,7 @@ def _load_whole(
         names,
         encoder,
         prepare_engine(base.model, dtype, join_launch().device),
-        task=SINGLE_LABEL,
+        task=task,
         **_get_recorded(record),
         weights=[
             record.files[WEIGHTS] if record else hash_file(path / WEIGHTS),
@@ -376,7 +381,7 @@ def _load_onnx(path: Path, max_length: int | None) -> Classifier:
         read_labels(folder),
         encoder,
         open_session(path),
-        task=SINGLE_LABEL,
+        task=read_task(folder),
         **_get_recorded(record),
         weights=[
             record.files[name] if record else hash_file(path),
@@ -417,11 +422,11 @@ def _load_stock_peft(
     if is_hub_name(config.place):
         prepare_hub()
     loaded = load_base(config, labels=tuple(labels))
-    if loaded.problem_type:
+    task = find_task_of(loaded.problem_type)
+    if task is None:
         raise AdapterError(
-            f"{path}: problem_type of its base {name!r} is {loaded.problem_type}; this package "
-            "answers for models of one label a text (single_label_classification) alone; run this "
-            "one with PEFT"
+            f"{path}: problem_type of its base {name!r} is {loaded.problem_type}, which this package "
+            "does not know; run this one with PEFT"
         )
     max_length = max_length or loaded.config.max_position_embeddings
     files = [path / PEFT_WEIGHTS, path / PEFT_CONFIG]
@@ -430,7 +435,7 @@ def _load_stock_peft(
         tuple(labels),
         TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
         prepare_engine(model, dtype, join_launch().device),
-        task=SINGLE_LABEL,
+        task=task,
         weights=[loaded.sha256, *map(hash_file, files), dtype],
         unverified=(
             f"that {name!r} is the base it was trained on: the folder records no hash of it",
@@ -459,15 +464,15 @@ def _make_classifier(
     unverified: tuple[str, ...] = (),
 ) -> Classifier:
     """Return a classifier. Its hash covers `weights` and everything else that decides an answer."""
-    fitted = list(calibration.values()) if calibration else [None]
     decisive = [
         *weights,
         encoder.tokenizer.to_str(),
         encoder.max_length,
         encoder.truncation,
         clean,
-        *fitted,
+        (calibration or {}).get("temperature"),
         *labels,
+        *task.get_decisive(calibration),
     ]
     sha256 = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     return Classifier(labels, encoder, engine, clean, calibration, sha256, unverified, task)

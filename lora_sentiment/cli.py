@@ -390,7 +390,7 @@ def predict(
         return
     answers = predict_lines(classifier, texts or sys.stdin, stride=stride, calibrated=calibrated)
     for answer in answers:
-        typer.echo(show_answer(answer, all_scores=all_scores, as_json=as_json))
+        typer.echo(show_answer(answer, classifier.task, all_scores=all_scores, as_json=as_json))
 
 
 @app.command()
@@ -659,7 +659,7 @@ def _explain(
     for text in texts:
         if classifier.is_empty(text):
             answer = Answer(text, None, EMPTY_TEXT)
-            typer.echo(show_answer(answer, all_scores=False, as_json=as_json))
+            typer.echo(show_answer(answer, classifier.task, all_scores=False, as_json=as_json))
             continue
         try:
             explanation = explain(classifier, text, **options)

@@ -53,6 +53,7 @@ from lora_sentiment.models.token_limits import inference_tokens, micro_batch_tok
 from lora_sentiment.models.wrap import (
     checkpoint_activations,
     frozen_tensors,
+    head_layers,
     make_head_dense,
     make_trainable,
     refuse_unfit,
@@ -199,7 +200,9 @@ def _run(
     _predict_judged(recipe, setup, results, accelerator)
     for role, role_logits in results.logits.items():
         labels = encoded[role].labels
-        results.scores[role] = task.score(role_logits, labels, calibration=calibration)
+        results.scores[role] = task.score(
+            role_logits, labels, names=data.labels, calibration=calibration
+        )
         best_known = task.shown[0]
         shown = show_interval(results.scores[role][best_known].as_dict())
         log.info("%s: %s %s", role, show_metric(best_known), shown)
@@ -241,7 +244,8 @@ def _load_model(recipe: Recipe, data: Data, dtype: torch.dtype, accelerator: Acc
     """Load the base and make it trainable on this process's device."""
     device = accelerator.device
     set_seed(recipe.train.seed)
-    base = load_base(recipe.model, labels=data.labels, device=device)
+    head_type = find_task(recipe.data.task).head_type
+    base = load_base(recipe.model, labels=data.labels, problem_type=head_type, device=device)
     loading_peak = peak_memory(device)
     quantisation = None
     if recipe.model.quantize != "none":
@@ -410,6 +414,13 @@ def _fit(
             "this"
         )
     make_head_dense(setup.model)
+    objective = find_task(recipe.data.task).make_objective(
+        recipe.train,
+        labels=encoded["train"].labels,
+        names=setup.data.labels,
+        device=accelerator.device,
+    )
+    objective.fold_into(list(head_layers(setup.model).values())[-1])
     setup.max_tokens = history.max_tokens  # lower where memory ran out
     return history
 

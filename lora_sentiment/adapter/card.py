@@ -16,7 +16,6 @@ from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import one_line
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.parameters import show_parameters
-from lora_sentiment.tasks import find_task
 from lora_sentiment.training.report import report_roles
 
 SHOWN_LABELS = 20
@@ -197,9 +196,11 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
     dataset = None
     if is_on_hub(config.source):
         dataset = dataset_type = dataset_name = str(config.source)
-    elif config.source == bundled.NAME:
+    elif str(config.source) in bundled.SOURCES:
         # Somebody else may own a data set of this name on the Hub.
-        dataset_type, dataset_name = "bundled-reviews", "the reviews that ship with the package"
+        name_of_folder = bundled.SOURCES[str(config.source)].name
+        dataset_type = f"bundled-{name_of_folder}"
+        dataset_name = f"the {name_of_folder} that ship with the package"
     else:
         dataset_type, dataset_name = "local-files", "local files"
     # Validation chose the tensors and fitted the temperature. It is a result only if no other role
@@ -207,7 +208,7 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
     roles = report_roles(report)
     judged = [role for role in roles if role != "validation"] or roles
     results = []
-    hub_metrics = find_task(config.task).hub_metrics
+    hub_metrics = card.task.hub_metrics
     for role in judged:
         for metric, interval in report[role].items():
             if metric not in hub_metrics or interval["value"] is None:
@@ -339,5 +340,5 @@ def _show_quantisation(card: Card) -> str:
 def _describe_calibration(card: Card) -> str:
     if card.calibration is None:
         return ""
-    task = find_task(card.data.config.task)
+    task = card.task
     return task.describe_calibration(card.calibration, card.labels)

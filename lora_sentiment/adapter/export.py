@@ -34,7 +34,7 @@ from lora_sentiment.adapter.merge_record import (
     write_merge_record,
 )
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
-from lora_sentiment.adapter.safe_files import ExplainLibraryError, read_labels
+from lora_sentiment.adapter.safe_files import ExplainLibraryError, read_labels, read_task
 from lora_sentiment.cleaning import remove_cleaning
 from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
 from lora_sentiment.errors import AdapterError, ModelError
@@ -43,7 +43,6 @@ from lora_sentiment.models.engine import Engine
 from lora_sentiment.models.inference import make_engine
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.model import ModelConfig
-from lora_sentiment.tasks import SINGLE_LABEL
 
 Format = Literal["safetensors", "onnx", "onnx-int8"]
 COPIED = ("config.json", *TOKENIZER)
@@ -223,7 +222,7 @@ def _load_merged(
 ) -> tuple[Any, Reference]:
     """Load a merged model in fp32, whatever its dtype, and compute its answers to compare with."""
     config = ModelConfig(name=str(folder.resolve()), max_length=record.max_length, dtype="float32")
-    base = load_base(config, labels=labels)
+    base = load_base(config, labels=labels, problem_type=read_task(folder).head_type)
     base.model.eval()
     if record.cleaning_steps:
         with ExplainLibraryError(folder / "tokenizer.json"):
@@ -235,7 +234,7 @@ def _load_merged(
         make_engine(base.model),
         "merged",
         card=card,
-        task=SINGLE_LABEL,
+        task=read_task(folder),
         calibration=record.calibration,
         encoder=encoder,
         max_rows=max_rows,

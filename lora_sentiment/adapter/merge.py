@@ -42,7 +42,6 @@ from lora_sentiment.models.engine import Engine
 from lora_sentiment.models.inference import make_engine
 from lora_sentiment.models.load import hash_tokenizer, load_base, quiet
 from lora_sentiment.recipe.model import ModelConfig
-from lora_sentiment.tasks import find_task
 
 log = logging.getLogger("lora_sentiment")
 
@@ -193,7 +192,7 @@ def merge_aside(
         engine,
         "adapter",
         card=card,
-        task=find_task(card.data.config.task),
+        task=card.task,
         calibration=card.calibration,
         encoder=encoder,
         max_rows=max_rows,
@@ -285,7 +284,7 @@ def _make_merged(adapter: Path, loaded: Loaded, *, into: Into, base: str | None)
     config = ModelConfig(
         name=base or card.base.name, revision=revision, max_length=card.max_length, dtype="float32"
     )
-    plain = load_base(config, labels=tuple(card.labels))
+    plain = load_base(config, labels=tuple(card.labels), problem_type=card.task.head_type)
     if plain.sha256 != card.base.base_sha256:
         raise AdapterError(
             f"the base {config.name!r} changed on disk while {adapter} was being merged; try again"

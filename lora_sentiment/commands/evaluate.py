@@ -17,7 +17,6 @@ from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import make_fast, predict_logits
 from lora_sentiment.recipe.data import DataConfig
-from lora_sentiment.tasks import find_task
 from lora_sentiment.training.processes import explain_lost_process, join_launch, make_accelerator
 
 log = logging.getLogger("lora_sentiment")
@@ -98,8 +97,9 @@ def evaluate(
         logits = predict_logits(
             model, encoded, accelerator=accelerator, progress=split if is_main else None
         )
-    task = find_task(card.data.config.task)
-    scores = task.score(logits, encoded.labels, calibration=card.calibration)
+    scores = card.task.score(
+        logits, encoded.labels, names=card.labels, calibration=card.calibration
+    )
     return Evaluation(split=split, num_rows=len(rows), scores=scores)
 
 

@@ -248,6 +248,11 @@ def _make_column(role: str, block: Mapping[str, Any]) -> dict[str, str]:
         if heading in column:
             heading = f"  {one_line(name, limit=30)} #{len(column) - 2}"
         column[heading] = f"{count:,}"
+    for heading, value in block.get("values", {}).items():
+        column[f"  value, {heading}"] = f"{value:.4g}"
+    if "labels_of_a_row" in block:
+        column["  no label"] = f"{block['labels_of_a_row']['none']:,}"
+        column["  labels of a row, mean"] = f"{block['labels_of_a_row']['mean']:.2f}"
     others = [count for _, count in counts[SHOWN_LABELS:]]
     if others:
         column[f"  {len(others)} more, each"] = f"{min(others):,} to {max(others):,}"

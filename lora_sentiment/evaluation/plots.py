@@ -105,6 +105,71 @@ def plot_confusion(
     _save(figure, path)
 
 
+@_STYLE
+def plot_labels(
+    *,
+    num_found: NDArray[np.int64],
+    num_missed: NDArray[np.int64],
+    num_wrong: NDArray[np.int64],
+    path: Path,
+    labels: Sequence[str],
+    title: str,
+) -> None:
+    """Draw for each label how often it was found, missed and given wrongly.
+
+    Args:
+        num_found: Rows with the label that got it, (num_labels,).
+        num_missed: Rows with the label that did not get it, (num_labels,).
+        num_wrong: Rows that got the label without having it, (num_labels,).
+        path: PNG file.
+        labels: Label names in order.
+        title: Title.
+    """
+    names = name_labels(labels) if len(labels) <= MAX_NAMES else []
+    figure = Figure(figsize=(8, 1.5 + min(0.35 * len(labels), 12)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(labels))
+    axes.barh(places, num_found, color=BLUE, label="found")
+    axes.barh(places, num_missed, left=num_found, color=GREY, label="missed")
+    left = num_found + num_missed
+    axes.barh(places, num_wrong, left=left, color=ORANGE, label="given wrongly")
+    if names:
+        look: dict[str, Any] = {"fontsize": min(10, 700 / len(labels)), "parse_math": False}
+        axes.set_yticks(places, names, **look)
+    axes.invert_yaxis()
+    axes.set(xlabel="rows")
+    _set_title(axes, title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+@_STYLE
+def plot_values(
+    truth: NDArray[np.float64], answers: NDArray[np.floating], path: Path, *, name: str, title: str
+) -> None:
+    """Draw answers against true values; on the line both are equal.
+
+    Args:
+        truth: Shape (num_rows,).
+        answers: Shape (num_rows,).
+        path: PNG file.
+        name: Name of the value.
+        title: Title.
+    """
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    ends = [float(truth.min()), float(truth.max())]
+    axes.plot(ends, ends, color=GREY, linestyle=":")
+    axes.scatter(truth, answers, s=12, alpha=0.4, color=BLUE, linewidths=0)
+    shown = _replace_missing(one_line(name, limit=40))
+    axes.set_xlabel(f"true {shown}", parse_math=False)
+    axes.set_ylabel(f"predicted {shown}", parse_math=False)
+    _set_title(axes, title)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def name_labels(labels: Sequence[str]) -> list[str]:
     """Return the names of labels in a picture: short, different, in characters of its font.
 

@@ -111,10 +111,10 @@ class Answerer:
             if text.words is not None:
                 best = int(scores[0].argmax())
                 effects = (scores[0, best] - scores[1:, best]).tolist()
+            answer = adapter.task.make_answer(scores[0], adapter.labels, adapter.calibration)
             predictions.append(
                 Prediction(
-                    label=ranked[0].label,
-                    score=ranked[0].score,
+                    **answer,
                     top_k=ranked,
                     truncated=text.truncated,
                     words=text.words,

@@ -186,6 +186,7 @@ class SingleLabel(Task):
     name = "single_label"
     problem_type = "single_label_classification"
     shown = ("accuracy", "macro_f1", "log_loss")
+    evaluated = ("accuracy", "log_loss")
     picture = "confusion.png"
     answer_columns: Mapping[str, type] = {"label": str, "score": float}
     test = ("mcnemar", "McNemar")
@@ -195,6 +196,14 @@ class SingleLabel(Task):
         "mcc": "matthews_correlation",
         "auroc": "roc_auc",
     }
+
+    @property
+    def head_type(self) -> str | None:
+        return None
+
+    def get_decisive(self, calibration: Calibration | None) -> list[Any]:
+        # A temperature changes no decision, and older versions hashed nothing of a task.
+        return []
 
     def read(
         self,
@@ -302,7 +311,12 @@ class SingleLabel(Task):
         return METRICS
 
     def score(
-        self, logits: NDArray[np.floating], labels: Labels, *, calibration: Calibration | None
+        self,
+        logits: NDArray[np.floating],
+        labels: Labels,
+        *,
+        names: Sequence[str],
+        calibration: Calibration | None,
     ) -> dict[str, Interval]:
         from lora_sentiment.tasks.metrics import score_calibrated  # late: as in `metrics`
 

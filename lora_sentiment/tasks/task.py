@@ -78,8 +78,8 @@ class Task:
     Attributes:
         name: Its value of `data.task`.
         problem_type: Its name in transformers' `config.json`.
-        shown: The metrics that tables show, best known first. The first and the last one stand in
-            each evaluation of a training. The last one settles ties.
+        shown: The metrics that tables show, best known first. The last one settles ties.
+        evaluated: The metrics of each evaluation of a training. The last one is drawn with the loss.
         picture: Name of the picture of the judged rows.
         answer_columns: The columns that `predict` adds, with the Python type of their values.
         test: Name of the p value of `compare_runs`, and of its test.
@@ -89,10 +89,20 @@ class Task:
     name = ""
     problem_type = ""
     shown: tuple[str, ...] = ()
+    evaluated: tuple[str, str] = ("", "")
     picture = ""
     answer_columns: Mapping[str, type] = {}
     test: tuple[str, str] = ("", "")
     hub_metrics: Mapping[str, str] = {}
+
+    @property
+    def head_type(self) -> str | None:
+        """The `problem_type` that a new head gets. That of single labels is transformers' own."""
+        return self.problem_type
+
+    def get_decisive(self, calibration: Calibration | None) -> list[Any]:
+        """Return what of the task decides an answer, for the hash of an adapter or model."""
+        return [self.name, calibration]
 
     # Labels
 
@@ -120,6 +130,11 @@ class Task:
             DataError: The values are no labels of this task.
         """
         raise NotImplementedError
+
+    def count_outputs(self, config: DataConfig) -> int | None:
+        """Return the number of outputs of the model if the recipe tells it, or None."""
+        names = config.label_columns or config.labels
+        return len(names) if names else None
 
     def are_hidden(self, values: list[Any], names: Sequence[str]) -> bool:
         """Return whether the labels of a role are withheld, as in the test splits of GLUE."""
@@ -213,8 +228,10 @@ class Task:
 
     # Answers
 
-    def check_calibration(self, calibration: Calibration | None, num_labels: int) -> str | None:
-        """Return what is wrong with the calibration of a folder, or None."""
+    def check_answers(self, names: Sequence[str], calibration: Calibration | None) -> str | None:
+        """Return what is wrong with the label names or the calibration of a folder, or None."""
+        if len(names) < 2:
+            return f"labels: found {list(names)}; {self.name} needs two or more"
         return None
 
     def compute_scores(self, logits: NDArray[np.floating], *, temperature: float = 1.0) -> Floats:
@@ -236,6 +253,18 @@ class Task:
             calibration: As `calibrate` returned it.
         """
         raise NotImplementedError
+
+    def get_answer(self, prediction: Any) -> dict[str, Any]:
+        """Return the fields of a `classifier.Prediction` that are the answer."""
+        return {name: getattr(prediction, name) for name in self.answer_columns}
+
+    def to_columns(self, answer: Mapping[str, Any]) -> list[Any]:
+        """Return an answer as values of the columns `answer_columns`."""
+        return list(answer.values())
+
+    def list_cells(self, names: Sequence[str]) -> list[str]:
+        """Return the texts that a column of answers may hold, or the longest of them."""
+        return list(names)
 
     def show_answer(self, answer: Mapping[str, Any]) -> str:
         """Return an answer as cells of a line, separated by tabs."""
@@ -274,13 +303,19 @@ class Task:
         raise NotImplementedError
 
     def score(
-        self, logits: NDArray[np.floating], labels: Labels, *, calibration: Calibration | None
+        self,
+        logits: NDArray[np.floating],
+        labels: Labels,
+        *,
+        names: Sequence[str],
+        calibration: Calibration | None,
     ) -> dict[str, Interval]:
         """Score a model by every metric, each with a bootstrap interval over the rows.
 
         Args:
             logits: Shape (num_rows, num_labels).
             labels: The labels of the rows.
+            names: Label names in order.
             calibration: As `calibrate` returned it.
 
         Raises:

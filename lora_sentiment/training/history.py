@@ -63,7 +63,7 @@ class EvalPoint:
     Attributes:
         step: Optimizer steps before it.
         epoch: Epochs before it.
-        scores: The first and the last of the task's `shown` metrics, by name.
+        scores: The task's `evaluated` metrics, by name.
         metric: The recipe's `train.metric_for_best_model`.
         best: Whether the model is the best so far.
         tokens: Tokens trained on before it.

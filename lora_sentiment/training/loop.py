@@ -228,7 +228,7 @@ class _Loop:
         self.history = History(max_tokens=max_tokens)
         self.metrics: MetricsFile | None = None
         self.best = self._copy_tensors()
-        self.eval_metrics = (task.shown[0], task.shown[-1])
+        self.eval_metrics = task.evaluated
         self.sign = 1 if task.find_metric(config.metric_for_best_model).greater_is_better else -1
         self.best_metric = -math.inf
         self.waited = 0

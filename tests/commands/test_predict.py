@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 LABELS = ("negative", "positive")
 
 
-def make_classifier(*, labels=LABELS, clean=False, calibration=None, sha256="abc", seconds=0.0):
+def make_classifier(*, labels=LABELS, clean=False, temperature=None, sha256="abc", seconds=0.0):
     """A classifier that counts words, after a while, and remembers how many texts it was asked for."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLERS]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -52,7 +52,7 @@ def make_classifier(*, labels=LABELS, clean=False, calibration=None, sha256="abc
         encoder,
         Engine(engine, 8192),
         clean,
-        temperature and {"temperature": temperature},
+        None if temperature is None else {"temperature": temperature},
         sha256,
     )
 
