@@ -71,7 +71,7 @@ def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "writer", FullDisk(metrics.file, history.COLUMNS))
     with pytest.raises(
         TrainingError,
-        match=r"metrics\.csv: cannot be written: No space left .* resume=auto resumes",
+        match=r"metrics\.csv: cannot be written: No space left .*resume=auto resumes",
     ):
         metrics.write(train_point(1))
     metrics.close()
