@@ -169,7 +169,8 @@ def _read_row(lines: Iterable[str], dialect: Dialect) -> list[str]:
 def _find_delimiter(header: str, own: str, needed: Sequence[str]) -> str:
     """Return the first delimiter, the format's own before others, that gives the needed columns."""
     columns = {}
-    for delimiter in (own, *DELIMITERS, *_OTHER_DELIMITER.findall(header)):
+    others: list[str] = _OTHER_DELIMITER.findall(header)
+    for delimiter in (own, *DELIMITERS, *others):
         names = _read_row([header], Dialect(delimiter, skips_blanks=True))
         # Between the two characters of `||`, a name is empty.
         columns[delimiter] = names if delimiter == own or all(names) else []
