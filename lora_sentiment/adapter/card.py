@@ -61,6 +61,8 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         tokens_per_second=f"{train['tokens_per_second']:,.0f}",
         engine=train["engine"],
         calibration=_describe_calibration(card),
+        picture=card.task.picture_text,
+        picture_file=card.task.picture,
     )
 
 

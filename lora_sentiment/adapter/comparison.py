@@ -185,12 +185,13 @@ def compare_readings(
         if not np.array_equal(input_ids, other_ids):
             changed.append(position)
     figures: dict[str, Any] = {"rows": len(one), "changed": len(changed)}
-    figures |= {"flips": 0, "accuracy_change": 0.0}
-    if not changed:
-        return figures
     assert reference.validation is not None
     labels = reference.validation.labels[changed]
     task, calibration = reference.task, reference.calibration
+    has_right = task.find_right(reference.logits["probe"][:0], labels[:0], calibration) is not None
+    figures |= {"flips": 0, "accuracy_change": 0.0 if has_right else None}
+    if not changed:
+        return figures
     logits, num_right = [], []
     for inputs in (one, other):
         packed = encoder.pack([inputs[position] for position in changed])

@@ -225,8 +225,10 @@ class ParetoPoint:
 
 
 @_STYLE
-def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> None:
-    """Draw accuracy with its interval against trained parameters.
+def plot_pareto(
+    points: Sequence[ParetoPoint], path: Path, *, title: str, metric: str = "accuracy"
+) -> None:
+    """Draw accuracy, or another metric from 0 to 1, with its interval against trained parameters.
 
     The area of a point is its peak memory. The line joins the runs that no run with as few trained
     parameters beats.
@@ -256,7 +258,7 @@ def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> Non
     axes.set(
         xscale="log",
         xlabel="trained parameters",
-        ylabel="accuracy in %, 95 % interval",
+        ylabel=f"{metric} in %, 95 % interval",
     )
     _set_title(axes, title)
     axes.margins(x=0.25, y=0.15)

@@ -119,6 +119,7 @@ class MultiLabel(Task):
     # Thresholds are chosen after training, so F1 means little before.
     evaluated = ("average_precision", "log_loss")
     picture = "labels.png"
+    picture_text = "found, missed and wrongly given labels"
     answer_columns: Mapping[str, type] = {"labels": str}
     test = ("mcnemar", "McNemar, on rows with every label right")
     hub_metrics: Mapping[str, str] = {"macro_f1": "f1", "subset_accuracy": "accuracy"}

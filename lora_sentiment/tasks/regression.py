@@ -84,7 +84,9 @@ class Regression(Task):
     problem_type = "regression"
     shown = ("mae", "spearman", "rmse")
     evaluated = ("mae", "rmse")
+    in_percent = False
     picture = "values.png"
+    picture_text = "predicted and true values"
     answer_columns: Mapping[str, type] = {"value": float}
     test = ("wilcoxon", "Wilcoxon's signed-rank test of absolute errors")
     hub_metrics: Mapping[str, str] = {"mae": "mae", "rmse": "rmse", "spearman": "spearmanr"}

@@ -188,6 +188,7 @@ class SingleLabel(Task):
     shown = ("accuracy", "macro_f1", "log_loss")
     evaluated = ("accuracy", "log_loss")
     picture = "confusion.png"
+    picture_text = "confusion matrix"
     answer_columns: Mapping[str, type] = {"label": str, "score": float}
     test = ("mcnemar", "McNemar")
     hub_metrics: Mapping[str, str] = {

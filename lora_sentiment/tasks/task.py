@@ -80,7 +80,9 @@ class Task:
         problem_type: Its name in transformers' `config.json`.
         shown: The metrics that tables show, best known first. The last one settles ties.
         evaluated: The metrics of each evaluation of a training. The last one is drawn with the loss.
+        in_percent: Whether the first metrics of `shown` are shares.
         picture: Name of the picture of the judged rows.
+        picture_text: What the picture shows.
         answer_columns: The columns that `predict` adds, with the Python type of their values.
         test: Name of the p value of `compare_runs`, and of its test.
         hub_metrics: Metrics that a model card reports to the Hub, with the Hub's name of each.
@@ -90,7 +92,9 @@ class Task:
     problem_type = ""
     shown: tuple[str, ...] = ()
     evaluated: tuple[str, str] = ("", "")
+    in_percent = True
     picture = ""
+    picture_text = ""
     answer_columns: Mapping[str, type] = {}
     test: tuple[str, str] = ("", "")
     hub_metrics: Mapping[str, str] = {}

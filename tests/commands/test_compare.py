@@ -26,6 +26,10 @@ from lora_sentiment.recipe.recipe import Recipe
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
+def find_correct(predictions):
+    return predictions.logits.argmax(axis=1) == predictions.labels
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_base, tmp_path_factory):
     """Two recipes on the same rows, both run: LoRA, and the head alone."""
@@ -67,7 +71,9 @@ def test_what_ran_shows_what_it_measured_and_is_paired_with_the_first(runs):
     assert second.measured["accuracy"] == report["test"]["accuracy"]
     assert second.measured["peak_memory_bytes"] == report["train"]["peak_memory_bytes"]
     assert first.paired is None
-    own, other = (load_predictions(runs / name)["test"].correct for name in ("probe", "low_rank"))
+    own, other = (
+        find_correct(load_predictions(runs / name)["test"]) for name in ("probe", "low_rank")
+    )
     assert second.paired["num_rows"] == 41
     assert second.paired["mcnemar"] == mcnemar(own, other)
     assert second.paired["difference"] == paired_bootstrap(own, other).as_dict()
@@ -131,7 +137,7 @@ def test_the_predictions_are_those_of_the_report(runs):
     predictions = load_predictions(runs / "low_rank")
     assert predictions.keys() == {"validation", "test"}
     for role, found in predictions.items():
-        assert np.mean(found.correct) == pytest.approx(report[role]["accuracy"]["value"])
+        assert np.mean(find_correct(found)) == pytest.approx(report[role]["accuracy"]["value"])
 
 
 def test_markdown_has_a_row_each_and_says_what_was_assumed(runs):
@@ -267,6 +273,18 @@ def test_equal_recipes_in_adapter_folders_are_named_by_folder(runs, tmp_path):
     names = [row.name for row in compare([tmp_path / "first", tmp_path / "second", third])]
     assert names == ["first", f"{tmp_path.name}/second", f"{tmp_path.name}/third"]
     assert "other rows" not in " ".join(make_notes(rows))
+
+
+@pytest.mark.parametrize("left_out", [["a.run"], ["b.sweep"], ["a.run", "b.run", "c.sweep"]])
+def test_folders_beside_adapters_are_left_out_with_a_warning(runs, tmp_path, left_out, caplog):
+    shutil.copytree(runs / "low_rank", tmp_path / "lora")
+    for name in left_out:
+        (tmp_path / name).mkdir()
+    paths = sorted(tmp_path.iterdir())
+    assert [row.folder for row in compare(paths)] == [tmp_path / "lora"]
+    assert all(f"{tmp_path / name}: left out" in caplog.text for name in left_out)
+    with pytest.raises(AdapterError, match="no finished run is left"):
+        compare([tmp_path / name for name in left_out])
 
 
 @pytest.mark.parametrize("name", ["gone/plot.png", "plot.txt"])
