@@ -32,7 +32,7 @@ from lora_sentiment.adapter.safe_files import (
 )
 from lora_sentiment.cleaning import clean_text, remove_cleaning
 from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
-from lora_sentiment.errors import AdapterError, DataError, ModelError, show, show_names
+from lora_sentiment.errors import AdapterError, DataError, ModelError, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
 from lora_sentiment.tasks import SINGLE_LABEL, Task, find_task_of
@@ -97,12 +97,10 @@ class Classifier:
         return temperature if isinstance(temperature, float) else None
 
     def __post_init__(self) -> None:
-        """Refuse labels that are empty or equal."""
+        """Refuse labels and thresholds that do not fit the task."""
         fault = self.task.check_answers(self.labels, self.calibration)
-        if fault or len(set(self.labels)) < len(self.labels) or not all(self.labels):
-            raise AdapterError(
-                fault or f"labels: found {show(self.labels)}; each name must be another one"
-            )
+        if fault:
+            raise AdapterError(fault)
 
     def predict(
         self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False

@@ -177,7 +177,7 @@ class Regression(Task):
     # Answers
 
     def check_answers(self, names: Sequence[str], calibration: Calibration | None) -> str | None:
-        if len(names) == 1:
+        if len(names) == 1 and names[0]:
             return None
         return f"labels: found {list(names)}; a regression has one, the name of its value"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.errors import DataError, RecipeError, did_you_mean
+from lora_sentiment.errors import DataError, RecipeError, did_you_mean, show
 from lora_sentiment.evaluation.metric import Metric, score_metrics
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.recipe.data import DataConfig
@@ -234,8 +234,8 @@ class Task:
 
     def check_answers(self, names: Sequence[str], calibration: Calibration | None) -> str | None:
         """Return what is wrong with the label names or the calibration of a folder, or None."""
-        if len(names) < 2:
-            return f"labels: found {list(names)}; {self.name} needs two or more"
+        if len(set(names)) < max(2, len(names)) or not all(names):
+            return f"labels: found {show(names)}; a classifier needs two or more different names"
         return None
 
     def compute_scores(self, logits: NDArray[np.floating], *, temperature: float = 1.0) -> Floats:
