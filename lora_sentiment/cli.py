@@ -22,6 +22,7 @@ from lora_sentiment.errors import (
     RecipeError,
     StoppedError,
     TrainingError,
+    one_line,
 )
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.models.parameters import show_parameters
@@ -629,9 +630,10 @@ def _show_scores(scores: Mapping[str, Any]) -> None:
     """Print metrics with their intervals."""
     from lora_sentiment.evaluation.statistics import show_interval
 
-    width = max(map(len, scores))
+    names = {metric: one_line(metric, limit=60) for metric in scores}
+    width = max(map(len, names.values()))
     for metric, interval in scores.items():
-        typer.echo(f"  {metric:<{width}} {show_interval(interval)}")
+        typer.echo(f"  {names[metric]:<{width}} {show_interval(interval)}")
 
 
 def _explain(

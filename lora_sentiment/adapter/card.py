@@ -16,10 +16,13 @@ from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import one_line
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.parameters import show_parameters
+from lora_sentiment.tasks import Task
 from lora_sentiment.training.report import report_roles
 
 SHOWN_LABELS = 20
 """Labels that a card names; `card.json` or `config.json` names all."""
+NO_VALUE = {"value": None}
+"""The interval of a metric that a role does not have."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -42,7 +45,6 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         metadata=_make_metadata(name, card, report, is_peft=is_peft),
         name=name,
         warning=f"> **{card.offline}.**\n\n" if card.offline else "",
-        labels=_quote(card.labels),
         method=card.method.kind,
         base=card.base.name,
         revision=card.base.revision,
@@ -61,18 +63,22 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         tokens_per_second=f"{train['tokens_per_second']:,.0f}",
         engine=train["engine"],
         calibration=_describe_calibration(card),
+        kind=card.task.kind.format(labels=_quote(card.labels)),
+        limits=card.task.limits.format(labels=_quote(card.labels)),
+        trust=card.task.trust,
         picture=card.task.picture_text,
         picture_file=card.task.picture,
     )
 
 
-def make_merged_card(name: str, labels: tuple[str, ...], record: MergeRecord) -> str:
+def make_merged_card(name: str, labels: tuple[str, ...], record: MergeRecord, *, task: Task) -> str:
     """Return the model card of a merged model.
 
     Args:
         name: Folder or Hub name to load it by.
         labels: Label names in order.
         record: The record in its `config.json`.
+        task: What the labels are.
     """
     targets = {
         "base": "the base as it was published",
@@ -82,7 +88,7 @@ def make_merged_card(name: str, labels: tuple[str, ...], record: MergeRecord) ->
         "merged.md",
         **_describe_record(record, library="transformers"),
         name=name,
-        labels=_quote(labels),
+        kind=task.kind.format(labels=_quote(labels)),
         target=targets[record.into],
         dtype=record.dtype,
         reading=describe_reading(record, other="this pipeline"),
@@ -95,13 +101,16 @@ def make_merged_card(name: str, labels: tuple[str, ...], record: MergeRecord) ->
     )
 
 
-def make_exported_card(name: str, labels: tuple[str, ...], record: MergeRecord) -> str:
+def make_exported_card(
+    name: str, labels: tuple[str, ...], record: MergeRecord, *, task: Task
+) -> str:
     """Return the model card of a folder with ONNX files.
 
     Args:
         name: Folder or Hub name to load it by.
         labels: Label names in order.
         record: The record in its `config.json`.
+        task: What the labels are.
     """
     has_int8 = QUANTISED in record.files
     files = f"- `{PLAIN}`: fp32"
@@ -114,7 +123,7 @@ def make_exported_card(name: str, labels: tuple[str, ...], record: MergeRecord) 
         "exported.md",
         **_describe_record(record, library="transformers.js", tags=("onnx",)),
         name=name,
-        labels=_quote(labels),
+        kind=task.kind.format(labels=_quote(labels)),
         files=files,
         file=QUANTISED if has_int8 else PLAIN,
         js_dtype="q8" if has_int8 else "fp32",
@@ -268,7 +277,11 @@ def _show_results(report: Mapping[str, Any]) -> str:
     roles = report_roles(report)
     rows = []
     for metric in report[roles[0]]:
-        rows.append([metric, *(show_interval(report[role][metric]) for role in roles)])
+        name, slash, label = metric.partition("/")
+        # A label may hold the character that ends a cell.
+        shown = f"{name} of {_quote([label])}".replace("|", "\\|") if slash else name
+        cells = [show_interval(report[role].get(metric, NO_VALUE)) for role in roles]
+        rows.append([shown, *cells])
     return _make_table(["metric", *roles], rows)
 
 

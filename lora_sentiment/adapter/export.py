@@ -182,7 +182,7 @@ def export(
                 "files": {file: hash_file(aside / file) for file in engines},
             }
         )
-        readme = make_exported_card(out.name, labels, exported)
+        readme = make_exported_card(out.name, labels, exported, task=read_task(aside))
         (aside / "README.md").write_text(readme, encoding="utf-8")
         write_merge_record(aside, exported)
     return Export(

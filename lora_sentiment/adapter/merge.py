@@ -239,7 +239,7 @@ def merge_aside(
         readings=readings,
         files={WEIGHTS: hash_file(aside / WEIGHTS)},
     )
-    readme = make_merged_card(out.name, tuple(card.labels), record)
+    readme = make_merged_card(out.name, tuple(card.labels), record, task=card.task)
     (aside / "README.md").write_text(readme, encoding="utf-8")
     write_merge_record(aside, record)
     reading = describe_reading(record, other="a stock pipeline")

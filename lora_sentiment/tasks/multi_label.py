@@ -118,6 +118,8 @@ class MultiLabel(Task):
     shown = ("macro_f1", "average_precision", "log_loss")
     # Thresholds are chosen after training, so F1 means little before.
     evaluated = ("average_precision", "log_loss")
+    kind = "classifier that gives a text any number of the labels {labels}"
+    limits = "It knows the labels {labels} and no other; a text gets any number of them, or none."
     picture = "labels.png"
     picture_text = "found, missed and wrongly given labels"
     answer_columns: Mapping[str, type] = {"labels": str}

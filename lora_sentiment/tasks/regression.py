@@ -84,6 +84,9 @@ class Regression(Task):
     problem_type = "regression"
     shown = ("mae", "spearman", "rmse")
     evaluated = ("mae", "rmse")
+    kind = "regression to the number {labels}"
+    limits = "Every text gets a number, fitting or not, and numbers beyond those of training too."
+    trust = "A value comes without an interval of its own; `rmse` above says how far to trust it."
     in_percent = False
     picture = "values.png"
     picture_text = "predicted and true values"

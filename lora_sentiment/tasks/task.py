@@ -84,6 +84,9 @@ class Task:
         picture: Name of the picture of the judged rows.
         picture_text: What the picture shows.
         answer_columns: The columns that `predict` adds, with the Python type of their values.
+        kind: What a model is, for a card: follows "A text". `{labels}` stands for the labels.
+        limits: What its answers cannot say, as a sentence for a card.
+        trust: How far its scores can be trusted, as a sentence for a card.
         test: Name of the p value of `compare_runs`, and of its test.
         hub_metrics: Metrics that a model card reports to the Hub, with the Hub's name of each.
     """
@@ -96,6 +99,11 @@ class Task:
     picture = ""
     picture_text = ""
     answer_columns: Mapping[str, type] = {}
+    kind = "classifier with the labels {labels}"
+    limits = (
+        "It knows the labels {labels} and no other; every text gets one of them, fitting or not."
+    )
+    trust = "Probabilities are as the model gives them; `ece` above says how far to trust them."
     test: tuple[str, str] = ("", "")
     hub_metrics: Mapping[str, str] = {}
 

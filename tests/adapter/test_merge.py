@@ -32,6 +32,7 @@ from lora_sentiment.files import write_json
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import HeadMethod, LoraMethod, Method
+from lora_sentiment.tasks import SINGLE_LABEL
 from tests.conftest import toy_rows, write_csv
 from tests.random_adapters import alter_json, save_random
 from tests.test_every_method import LABELS, METHODS, PAIRS
@@ -210,7 +211,9 @@ def test_the_record_names_adapter_and_base_and_what_was_compared(adapter, tmp_pa
 def test_the_card_names_a_base_of_the_hub_alone(adapter, tmp_path, base, line):
     merge(adapter, tmp_path / "out")
     record = read_merge_record(tmp_path / "out").model_copy(update={"base": base})
-    metadata = make_merged_card("out", ("negative", "positive"), record).split("---\n")[1]
+    metadata = make_merged_card("out", ("negative", "positive"), record, task=SINGLE_LABEL).split(
+        "---\n"
+    )[1]
     assert (
         "".join(found for found in metadata.splitlines(True) if found.startswith("base_model"))
         == line
