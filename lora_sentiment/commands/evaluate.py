@@ -111,6 +111,8 @@ def _read_given(card: Card, source: str, split: str, given: dict[str, str]) -> R
     if recorded["labels"] is None and is_on_hub(card.data.config.source):
         # Older versions did not record that a Hub data set has put its names in order.
         recorded["labels"] = card.labels
+    if "label_column" in given:
+        recorded["label_columns"] = None
     other = {"source": source, "splits": None, "config": None, "revision": None}
     try:
         config = DataConfig.model_validate(recorded | other | given)

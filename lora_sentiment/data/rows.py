@@ -155,7 +155,7 @@ def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> D
         max_rows=config.max_train_rows,
         for_training=True,
     )
-    if counts.own_names and config.labels is None:
+    if counts.own_names == names and config.labels is None:
         config = config.model_copy(update={"labels": names})
     all_counts = {"train": counts}
     fault = task.check_train(train.labels, names, config)
