@@ -65,7 +65,7 @@ def run(tiny_base):
 def test_a_learnable_toy_is_learned(run):
     _, history = run(num_train_epochs=8.0)
     assert history.steps[-1].loss < 0.5 * history.steps[0].loss
-    assert history.evaluations[-1].accuracy > 0.9
+    assert history.evaluations[-1].scores["accuracy"] > 0.9
 
 
 def test_steps_epochs_and_tokens_are_counted(run):
