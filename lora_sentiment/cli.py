@@ -55,7 +55,7 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     name="lora-sentiment",
     cls=_Verbs,
-    help="Fine-tune DistilBERT classifiers with LoRA, evaluate them, and export them.",
+    help="Fine-tune small text encoders with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

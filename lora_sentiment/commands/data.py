@@ -14,6 +14,7 @@ from lora_sentiment.data.report import (
     log_warnings,
 )
 from lora_sentiment.data.rows import load_all_judged, load_data
+from lora_sentiment.models.families import resolve_targets
 from lora_sentiment.models.load import check_base, load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.training.offline import resolve_offline
@@ -31,7 +32,7 @@ def describe_data(recipe: Recipe) -> DataReport:
     PartialState(cpu=not torch.accelerator.is_available())
     recipe, offline = resolve_offline(recipe)
     data = load_data(recipe.data)
-    check_base(recipe.model)
+    resolve_targets(recipe.method, check_base(recipe.model))
     tokenizer = load_tokenizer(recipe.model)
     max_length, truncation = recipe.model.max_length, recipe.model.truncation
     encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)

@@ -115,7 +115,7 @@ def test_a_base_that_is_nowhere_says_what_to_do(name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "bert"}', "is a bert model"),
+        ('{"model_type": "electra"}', "is a electra model"),
         ("[]", "names no model_type"),
         ("[" * 100_000, "is no JSON"),
     ],
