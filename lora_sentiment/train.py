@@ -578,7 +578,7 @@ def _draw(
     for name in ("training.png", "confusion.png"):
         try:
             # Late, because matplotlib may be broken, and that must not cost a training.
-            from lora_sentiment.training.plots import plot_confusion, plot_training
+            from lora_sentiment.evaluation.plots import plot_confusion, plot_training
 
             with write_file_aside(recipe.folder / name, folder=run_folder) as picture:
                 if name == "training.png":

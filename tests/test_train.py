@@ -297,7 +297,7 @@ def test_the_confusion_matrix_is_of_test_or_else_the_last_role(
 ):
     titles = []
     monkeypatch.setattr(
-        "lora_sentiment.training.plots.plot_confusion",
+        "lora_sentiment.evaluation.plots.plot_confusion",
         lambda matrix, path, *, title, **_: (titles.append(title), path.touch()),
     )
     (toy_recipe.parent / "test.csv").write_text(f"text,label\n{test_rows}\n")
@@ -548,7 +548,7 @@ def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, ca
         path.write_bytes(b"half a picture")
         raise fault
 
-    monkeypatch.setattr("lora_sentiment.training.plots.plot_training", fail)
+    monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_training", fail)
     labels = ("good", "bad")
     _draw(recipe, labels, History(), fake_results(labels), tmp_path)
     assert [path.name for path in recipe.folder.iterdir()] == ["confusion.png"]
@@ -560,7 +560,7 @@ def test_a_run_that_is_stopped_while_it_draws_leaves_a_whole_adapter(toy_recipe,
     def stop(*_, **__):
         raise SystemExit(143)
 
-    monkeypatch.setattr("lora_sentiment.training.plots.plot_training", stop)
+    monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_training", stop)
     with pytest.raises(SystemExit):
         run(toy_recipe)
     folder = Recipe.load(toy_recipe).folder

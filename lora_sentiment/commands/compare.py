@@ -340,7 +340,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         RecipeError: If none ran, or the plot cannot be drawn or written.
     """
     # matplotlib, only where there is something to draw.
-    from lora_sentiment.training.plots import ParetoPoint, plot_pareto
+    from lora_sentiment.evaluation.plots import ParetoPoint, plot_pareto
 
     points = []
     for row in rows:

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.cleaning import strip_blanks
 from lora_sentiment.data.encoding import (
     describe_likely_encodings,
     find_bad_byte,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_sentiment.cleaning import fold_name
 from lora_sentiment.data.batches import Encoded
-from lora_sentiment.data.cleaning import fold_name
 from lora_sentiment.data.rows import Counts, Data, Judged, Rows
 from lora_sentiment.errors import one_line, show
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.data.cleaning import clean_text, fold_name, strip_blanks
+from lora_sentiment.cleaning import clean_text, fold_name, strip_blanks
 from lora_sentiment.data.sources import (
     Columns,
     Source,

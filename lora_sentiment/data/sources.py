@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment import bundled
-from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.cleaning import strip_blanks
 from lora_sentiment.data.lines import find_column
 from lora_sentiment.data.tables import (
     FORMATS,

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_sentiment.cleaning import clean_text
 from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data import sources
-from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.rows import (
     Rows,
     carve,
