@@ -3,7 +3,15 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from tests.conftest import BAD, FILLERS, GOOD
@@ -63,6 +71,10 @@ def make_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         pad, unk, cls, sep, mask = special
+    ends = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", special_tokens=ends
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         cls_token=cls,
@@ -86,6 +98,11 @@ def make_config(model_type: str, **changes):
         "bos_token_id": tokenizer.cls_token_id,
         "eos_token_id": tokenizer.sep_token_id,
     }
+    if model_type == "modernbert":
+        special |= {
+            "cls_token_id": special["bos_token_id"],
+            "sep_token_id": special["eos_token_id"],
+        }
     own = CHANGES.get(model_type, {})
     return AutoConfig.for_model(model_type, **{**sizes, **special, **own, **changes})
 

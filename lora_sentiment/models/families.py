@@ -69,6 +69,10 @@ class Family:
         """Names for `target_modules`: the last part of each path, each once."""
         return list(dict.fromkeys(path.rpartition(".")[2] for path in self.linears))
 
+    def has_linear(self, name: str) -> bool:
+        """Return whether a name, or the end of a path, is that of a linear. PEFT reads it alike."""
+        return any(f".{path}".endswith(f".{name}") for path in self.linears)
+
     @property
     def dropout_keys(self) -> list[str]:
         """The config's keys of dropout."""
@@ -318,6 +322,28 @@ def find_public(name: str) -> tuple[Family, Mapping[str, int]] | None:
     return None
 
 
+def refuse_unknown_linears(method: Method) -> None:
+    """Refuse a name in `target_modules` that no family has, where the base is not known yet.
+
+    Raises:
+        ModelError: With the names of all families.
+    """
+    names = method.target_modules if isinstance(method, PeftMethod) else None
+    if not isinstance(names, tuple):
+        return
+    for name in names:
+        if any(family.has_linear(name) for family in FAMILIES.values()):
+            continue
+        allowed: list[str] = []
+        for family in FAMILIES.values():
+            allowed += [own for own in family.linear_names if own not in allowed]
+        raise ModelError(
+            f"{name!r} is no linear layer of any family; they have {', '.join(allowed)}"
+            f"{did_you_mean(name, allowed)}",
+            key="method.target_modules",
+        )
+
+
 def resolve_targets(method: Method, family: Family) -> Method:
     """Return a method with the linears that it adapts in a family, by name.
 
@@ -347,7 +373,7 @@ def choose_targets(method: PeftMethod, family: Family) -> tuple[str, ...] | str:
     if isinstance(names, str):
         return names
     for name in names:
-        if not any(f".{path}".endswith(f".{name}") for path in family.linears):
+        if not family.has_linear(name):
             allowed = family.linear_names
             raise ModelError(
                 f"{name!r} is no linear layer of {family.model_type}; choose from "

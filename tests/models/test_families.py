@@ -6,7 +6,13 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_sentiment.adapter.safe_files import read_object
 from lora_sentiment.errors import ModelError
-from lora_sentiment.models.families import FAMILIES, find_public, num_positions, resolve_targets
+from lora_sentiment.models.families import (
+    FAMILIES,
+    find_public,
+    num_positions,
+    refuse_unknown_linears,
+    resolve_targets,
+)
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.targets import encoder_linears, find_targets
 from lora_sentiment.models.wrap import head_layers
@@ -83,6 +89,13 @@ def test_a_name_of_another_family_is_refused():
         resolve_targets(LoraMethod(target_modules=("q_lin", "nope")), FAMILIES["distilbert"])
     with pytest.raises(ModelError, match=r"choose from Wqkv, Wo, Wi, or all-linear; did you mean"):
         resolve_targets(LoraMethod(target_modules=("Wqvk",)), FAMILIES["modernbert"])
+
+
+def test_a_name_that_no_family_has_is_refused_without_a_base():
+    refuse_unknown_linears(LoraMethod(target_modules=("query", "q_lin", "Wqkv")))
+    refuse_unknown_linears(LoraMethod(target_modules="all-linear"))
+    with pytest.raises(ModelError, match=r"'q_linn' is no linear layer of any family.*'q_lin'\?"):
+        refuse_unknown_linears(LoraMethod(target_modules=("q_linn",)))
 
 
 def test_a_name_may_be_a_path_in_the_block():

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoTokenizer, DistilBertForSequenceClassification
 
 from lora_sentiment.errors import ModelError
+from lora_sentiment.models import load as load_module
 from lora_sentiment.models.load import (
     check_base,
     encoder_tensors,
@@ -128,6 +129,12 @@ def test_a_wrong_checkpoint_is_refused_before_weights_are_read(
     )
     with pytest.raises(ModelError, match=message):
         load_base(config(tmp_path), labels=LABELS)
+
+
+def test_the_hubs_own_conversion_is_the_way_out_of_a_pickle(monkeypatch):
+    monkeypatch.setattr(load_module, "_has_file", lambda *_: False)
+    with pytest.raises(ModelError, match=r"/some/one/discussions .* set model\.revision=refs/pr/N"):
+        load_module._check_weights(config("some/one"), None)
 
 
 def test_more_length_than_positions_is_refused(tiny_base):
