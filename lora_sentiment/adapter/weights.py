@@ -216,7 +216,7 @@ def _is_saved(layer: str, saved: tuple[str, ...]) -> bool:
     """Return whether PEFT's `modules_to_save` holds a layer, itself or in a module around it."""
     parts = layer.split(".")
     modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(module.endswith(saved) for module in modules)
+    return any(f".{module}".endswith(f".{name}") for module in modules for name in saved)
 
 
 def _wrap(folder: Path, base: Base, config: PeftConfig, saved: Header) -> nn.Module:
