@@ -581,15 +581,6 @@ def test_a_merged_folder_is_not_cleaned_twice(original, merged):
         assert read(loaded, text) == read(trained, text)
 
 
-def test_a_stock_pipeline_answers_raw_texts_as_the_adapter(original, merged):
-    classify = pipeline("text-classification", str(merged), top_k=None)
-    texts = [f"{text} film" for text in RAW]
-    expected = classifier.load(original, dtype="float32").predict(texts)
-    for answers, own in zip(classify(texts, truncation=True), expected, strict=True):
-        found = {answer["label"]: answer["score"] for answer in answers}
-        assert found == pytest.approx(own.scores, abs=1e-5)
-
-
 def test_an_adapter_trained_on_raw_texts_is_merged_without_cleaning(with_rows, tmp_path):
     name_rows(with_rows, tmp_path / "raw.csv", 200, clean=False)
     done = merge(with_rows, tmp_path / "out")
