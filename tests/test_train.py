@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModel
 
+import lora_sentiment
 from lora_sentiment import load as load_classifier
 from lora_sentiment.adapter.folder import compute_probe, load
 from lora_sentiment.commands.evaluate import evaluate
@@ -42,6 +44,9 @@ FILES = {
     "tokenizer_config.json",
     "training.png",
 }
+
+
+CARD_TEMPLATE = Path(lora_sentiment.__file__).parent / "adapter/templates/adapter.md"
 
 
 def run(recipe: Path, *overrides: str):
@@ -520,6 +525,8 @@ FAULTS = [
 def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, caplog, fault):
     recipe = Recipe.load(toy_recipe)
     recipe.folder.mkdir()
+    model_card = recipe.folder / "README.md"
+    shutil.copy(CARD_TEMPLATE, model_card)
 
     def fail(history, path, **_):
         path.write_bytes(b"half a picture")
@@ -528,7 +535,9 @@ def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, ca
     monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_training", fail)
     labels = ("good", "bad")
     _draw(recipe, labels, History(), fake_results(labels), tmp_path)
-    assert [path.name for path in recipe.folder.iterdir()] == ["confusion.png"]
+    assert {path.name for path in recipe.folder.iterdir()} == {"README.md", "confusion.png"}
+    assert "training.png" not in model_card.read_text()
+    assert model_card.read_text().count("confusion.png") == 1
     assert not list(tmp_path.glob(".*.png"))
     assert "training.png cannot be drawn" in caplog.text
 

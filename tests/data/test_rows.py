@@ -144,6 +144,31 @@ def test_decimals_are_names_where_the_recipe_says_so(tmp_path):
     assert load_data(DataConfig(source=str(path), labels=["0.0", "1.0"])).labels == ("0.0", "1.0")
 
 
+@pytest.mark.parametrize(
+    ("counts", "num_rows", "lost"),
+    [
+        ({"a": 90, "b": 90, "rare": 2}, 20, "rare"),
+        ({"a": 90, "b": 2, "c": 2, "d": 2}, 10, "b, c|b, d|c, d|b, c, d"),
+        ({"a": 3, "b": 3, "c": 3}, 2, "a|b|c"),
+        ({"a": 90, "b": 90, "rare": 12}, 20, None),
+        ({"a": 90, "b": 90}, 500, None),
+    ],
+)
+@pytest.mark.parametrize("labels", ["found", "stated"])
+def test_a_sample_without_rows_of_a_label_is_refused(tmp_path, counts, num_rows, lost, labels):
+    values = [name for name, count in counts.items() for _ in range(count)]
+    path = write_labels(tmp_path / "a.csv", values)
+    names = list(counts) if labels == "stated" else None
+    source = {"train": str(path), "validation": str(path)}
+    sampled = DataConfig(source=source, max_train_rows=num_rows, labels=names)
+    if lost is None:
+        assert len(load_data(sampled).labels) == len(counts)
+        return
+    message = rf"a sample of {num_rows} rows holds no row of ({lost}); set data.max_train_rows high"
+    with pytest.raises(DataError, match=message):
+        load_data(sampled)
+
+
 def test_integers_are_no_positions_where_the_names_are_integers(tmp_path):
     path = write_csv(tmp_path / "a.csv", [("a", "0"), ("b", "4")])
     with pytest.raises(DataError, match="row 1: label '0' is none of 1, 2"):

@@ -128,6 +128,14 @@ def test_where_none_is_a_run_starts_anew_unless_it_must_not(tmp_path):
     assert load_checkpoint(make_store(tmp_path, resume="never"), LIKE) is None
 
 
+def test_a_full_disk_before_the_first_one_is_told(tmp_path, monkeypatch):
+    refuse_at(monkeypatch, 1)
+    with pytest.raises(
+        TrainingError, match="make room, then start again: there is no checkpoint yet"
+    ):
+        save(make_store(tmp_path), 3)
+
+
 def refuse_call(monkeypatch, number: int) -> list[str]:
     """Let the disk be full at one of the calls that change it; return a list that is to name that call."""
     left, refused = iter(range(number, -1, -1)), []
@@ -214,7 +222,7 @@ def test_a_real_disk_that_is_full_at_any_page_leaves_the_last_one(small_disk):
             break
         except TrainingError as error:
             told = str(error)
-        assert re.search("the disk is full; .*--resume resumes from .*step-00000003", told)
+        assert re.search("the disk is full; .*resume=auto resumes from .*step-00000003", told)
         assert load_checkpoint(store, like).progress.step == 3
     assert room >= 6
     assert load_checkpoint(store, like).progress.step == 6
@@ -420,7 +428,8 @@ def stop_and_go_on(
         patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
         signal_at(step, number)
         with pytest.raises(
-            StoppedError, match=rf"after step {step} of .*the same command with --resume resumes"
+            StoppedError,
+            match=rf"after step {step} of .*the same command with train.resume=auto resumes",
         ):
             fit_here(name, **values)
     return fit_here(name, **values)
@@ -644,7 +653,7 @@ def test_a_full_disk_stops_a_run_which_then_goes_on(fit_here, monkeypatch, tmp_p
         refuse_at(patch, 4)
         with pytest.raises(
             TrainingError,
-            match=r"step-00000004: .* the disk is full; .*--resume resumes from .*step-00000002",
+            match=r"step-00000004: .* the disk is full; .*resume=auto resumes from .*step-00000002",
         ):
             fit_here("full", max_steps=5, save_steps=2)
     assert fit_here("full", max_steps=5, save_steps=2).resumed == [2]
