@@ -37,8 +37,8 @@ from tests.random_adapters import alter_json, save_random
 from tests.test_every_method import LABELS, METHODS, PAIRS
 
 TEXT = "a really good film and a warm plot"
-# Two methods on each quantised base see what quantising changes. The others are slow.
-QUICK = ("lora-patterns", "ia3-regex")
+# These see what quantising changes. The others are slow.
+QUICK = (("lora-patterns", "nf4"), ("lora-patterns", "int8"), ("ia3-regex", "nf4"))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def refused(adapter, out, match, error=AdapterError, **options):
         pytest.param(
             name,
             quantize,
-            marks=[] if quantize == "none" or name in QUICK else pytest.mark.slow,
+            marks=[] if quantize == "none" or (name, quantize) in QUICK else pytest.mark.slow,
             id=f"{name}-{quantize}",
         )
         for name, quantize in PAIRS
