@@ -457,6 +457,7 @@ def test_a_launch_setting_that_disagrees_is_refused_by_name(toy_recipe):
     assert "lora_sentiment/train.py" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_the_main_command_walks_the_hub(hub, tmp_path):
     command = [
