@@ -48,7 +48,7 @@ class _Verbs(TyperGroup):
                 taken = {parameter.name for parameter in context.command.params}
                 if "texts" in taken:
                     error.message += "; a text that begins with - goes after --"
-                elif "overrides" in taken:
+                elif "recipe" in taken:
                     error.message += "; a recipe's setting is written key=value, without dashes"
             raise
 
