@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,8 +43,9 @@ from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.fast import use_fast_encoder, why_not_fused
 from lora_sentiment.files import publish, write_file_aside, write_json
 from lora_sentiment.models.dtype import resolve_dtype
+from lora_sentiment.models.families import resolve_targets
 from lora_sentiment.models.inference import predict_logits
-from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base
+from lora_sentiment.models.load import Base, check_base, hash_tensors, hash_tokenizer, load_base
 from lora_sentiment.models.memory import Plan
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.quantisation import Quantisation, measure_quantisation
@@ -168,6 +169,8 @@ def _run(
 ) -> Run:
     """Load, train, save, evaluate and publish."""
     dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
+    method = resolve_targets(recipe.method, check_base(recipe.model))
+    recipe = recipe.model_copy(update={"method": method})
     refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=accelerator.device)
     data = _load_data(recipe)
     setup = _load_model(recipe, data, dtype, accelerator)
@@ -420,7 +423,8 @@ def _fit(
         names=setup.data.labels,
         device=accelerator.device,
     )
-    objective.fold_into(list(head_layers(setup.model).values())[-1])
+    *_, last = head_layers(setup.model).values()
+    objective.fold_into(cast(nn.Linear, last))
     setup.max_tokens = history.max_tokens  # lower where memory ran out
     return history
 

@@ -480,7 +480,7 @@ def _load_split(
         )
     rows = Rows(texts, read.labels, np.arange(1, len(values) + 1))
     if faults:
-        rows = rows.take(np.delete(np.arange(len(values)), list(faults)))
+        rows = rows.take(np.flatnonzero(is_good))
     sampled = sample(rows, task, num_rows=max_rows, seed=config.split_seed)
     counts.kept = len(sampled)
     before = task.find_occurrences(rows.labels)[1]

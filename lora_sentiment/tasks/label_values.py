@@ -44,9 +44,7 @@ def rename(
 
 def label_text(value: Any) -> str:
     """Return a label value as text, or an empty text for a value that is no label."""
-    if isinstance(value, (str, int)) and not isinstance(value, bool):
-        return strip_blanks(str(value))
-    return ""
+    return strip_blanks(str(value)) if isinstance(value, (str, int)) else ""
 
 
 def find_names(values: list[Any], where: str, *, num_files: int) -> tuple[str, ...]:

@@ -291,14 +291,6 @@ def test_an_option_that_the_model_cannot_take_leaves_nothing(folder, options):
     assert [path.name for path in folder.iterdir()] == ["in.csv"]
 
 
-def test_a_column_without_one_type_is_refused_for_parquet_alone(tmp_path):
-    write(tmp_path / "in.jsonl", {"text": ["good", "bad"], "id": [1, "x"]})
-    with pytest.raises(DataError, match="column 'id' fits no type of parquet"):
-        predict(tmp_path, "in.jsonl", "out.parquet")
-    predict(tmp_path, "in.jsonl", "out.jsonl")
-    assert read(tmp_path / "out.jsonl")["id"] == [1, "x"]
-
-
 DAY = datetime.date(2020, 1, 2)
 NOON = datetime.datetime(2020, 1, 2, 12, tzinfo=datetime.UTC)
 
