@@ -38,6 +38,7 @@ from pathlib import Path
 from threading import Semaphore
 
 import numpy as np
+import torch
 from journal import Journal, Line
 from methods_table import Row, judged_role, render, short, validation_accuracy
 from numpy.typing import NDArray
@@ -305,8 +306,6 @@ def run_job(job: Job, cache: Path) -> Line:
 
 def machine() -> Line:
     """Return what a run was made on and with, and when."""
-    import torch
-
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         cpu = next(
@@ -347,6 +346,9 @@ def enter_process(log: Path) -> None:
 def run_isolated(job: Job, cache: Path) -> Line:
     """Run a job in a process of its own, so that its peak memory is no other run's."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if torch.cuda.is_available():
+        # Imports set CUDA up, and a process that is forked afterwards cannot use it.
+        method = "spawn"
     context = multiprocessing.get_context(method)
     # The server imports these once and never computes: every run is forked from it in no time.
     context.set_forkserver_preload(["lora_sentiment.train", "datasets"])
