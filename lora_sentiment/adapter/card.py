@@ -1,5 +1,6 @@
 """Make the model cards of adapters, merged and exported models. Their texts are in `templates/`."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from lora_sentiment.adapter.onnx import PLAIN, QUANTISED
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import one_line
 from lora_sentiment.evaluation.statistics import show_interval
+from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.training.report import report_roles
 
@@ -229,7 +231,7 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
         base_model=card.base.name if card.base.revision else None,
         library_name="peft" if is_peft else "lora-sentiment",
         pipeline_tag="text-classification",
-        tags=["text-classification", "distilbert", card.method.kind],
+        tags=["text-classification", card.base.model_type, card.method.kind],
         datasets=[dataset] if dataset else None,
         metrics=sorted({result.metric_type for result in results}),
         eval_results=results,
@@ -245,10 +247,11 @@ def _describe_record(
         base_model=None if is_local else record.base,
         library_name=library,
         pipeline_tag="text-classification",
-        tags=["text-classification", "distilbert", *tags, record.method],
+        tags=["text-classification", record.model_type, *tags, record.method],
     )
     return {
         "metadata": metadata.to_yaml(),
+        "family": FAMILIES[record.model_type].name,
         "method": record.method,
         "adapter_sha256": record.adapter_sha256,
         "base": record.base,
@@ -328,7 +331,8 @@ def _show_quantisation(card: Card) -> str:
     """Return the argument that makes stock transformers quantise the base, or an empty string."""
     if card.base.quantize == "none":
         return ""
-    skip = 'llm_int8_skip_modules=["pre_classifier", "classifier"]'
+    head = FAMILIES[card.base.model_type].head
+    skip = f"llm_int8_skip_modules={json.dumps(head)}"
     if card.base.quantize == "int8":
         return f"quantization_config=BitsAndBytesConfig(load_in_8bit=True, {skip})"
     double = f"bnb_4bit_use_double_quant={card.base.double_quant}"
