@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -527,7 +526,8 @@ def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, ca
     recipe = Recipe.load(toy_recipe)
     recipe.folder.mkdir()
     model_card = recipe.folder / "README.md"
-    shutil.copy(CARD_TEMPLATE, model_card)
+    template = CARD_TEMPLATE.read_text(encoding="utf-8")
+    model_card.write_text(template.replace("$picture_file", "confusion.png"), encoding="utf-8")
 
     def fail(history, path, **_):
         path.write_bytes(b"half a picture")
