@@ -493,8 +493,8 @@ def test_a_base_that_moved_is_found_where_one_says(adapter, tiny_base, tmp_path)
 
 
 def test_a_base_that_changes_while_it_is_merged_is_refused(adapter, tmp_path, monkeypatch):
-    def load_changed(config, *, labels):
-        base = load_base(config, labels=labels)
+    def load_changed(config, **options):
+        base = load_base(config, **options)
         object.__setattr__(base, "sha256", "0")
         return base
 

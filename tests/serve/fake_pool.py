@@ -33,7 +33,7 @@ WORDS = [
 VOCABULARY = {word: number for number, word in enumerate(WORDS)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FakeAdapter:
     name: str
     labels: tuple[str, ...]
