@@ -30,8 +30,8 @@ from lora_sentiment.adapter.safe_files import (
     read_object,
     refuse_other_task,
 )
+from lora_sentiment.cleaning import clean_text, remove_cleaning
 from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
-from lora_sentiment.data.cleaning import clean_text, remove_cleaning
 from lora_sentiment.errors import AdapterError, DataError, ModelError, show, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits

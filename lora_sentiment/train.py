@@ -572,10 +572,11 @@ def _draw(
     predicted = results.logits[role].argmax(axis=1)
     matrix = confusion_matrix(results.encoded[role].labels, predicted, len(labels))
     title = f"{recipe.name}: {role}"
+    missing = []
     for name in ("training.png", "confusion.png"):
         try:
             # Late, because matplotlib may be broken, and that must not cost a training.
-            from lora_sentiment.training.plots import plot_confusion, plot_training
+            from lora_sentiment.evaluation.plots import plot_confusion, plot_training
 
             with write_file_aside(recipe.folder / name, folder=run_folder) as picture:
                 if name == "training.png":
@@ -585,6 +586,22 @@ def _draw(
         except DRAWING_FAULTS as error:
             reason = one_line(str(error)) or type(error).__name__
             log.warning("%s cannot be drawn: %s; the adapter is complete without it", name, reason)
+            missing.append(name)
+    if missing:
+        try:
+            _leave_out_pictures(recipe.folder / "README.md", missing, run_folder)
+        except OSError as error:
+            log.warning("README.md still shows %s: %s", ", ".join(missing), error.strerror)
+
+
+def _leave_out_pictures(model_card: Path, names: list[str], run_folder: Path) -> None:
+    """Remove the paragraphs of a model card that show these pictures."""
+    kept = []
+    for paragraph in model_card.read_text(encoding="utf-8").split("\n\n"):
+        if not any(f"]({name})" in paragraph for name in names):
+            kept.append(paragraph)
+    with write_file_aside(model_card, folder=run_folder) as aside:
+        aside.write_text("\n\n".join(kept), encoding="utf-8")
 
 
 def _refuse_faults(results: _Results, folder: Path) -> None:

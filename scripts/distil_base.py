@@ -29,7 +29,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import DistilBertConfig, DistilBertModel
 
-from lora_sentiment.data.cleaning import clean_text
+from lora_sentiment.cleaning import clean_text
 from lora_sentiment.data.tables import read_table
 from lora_sentiment.files import write_json
 

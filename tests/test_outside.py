@@ -12,7 +12,7 @@ import pytest
 from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import load
-from lora_sentiment.data.cleaning import clean_text
+from lora_sentiment.cleaning import clean_text
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModel
 
+import lora_sentiment
 from lora_sentiment import load as load_classifier
 from lora_sentiment.adapter.folder import compute_probe, load
 from lora_sentiment.commands.evaluate import evaluate
@@ -42,6 +44,9 @@ FILES = {
     "tokenizer_config.json",
     "training.png",
 }
+
+
+CARD_TEMPLATE = Path(lora_sentiment.__file__).parent / "adapter/templates/adapter.md"
 
 
 def run(recipe: Path, *overrides: str):
@@ -297,7 +302,7 @@ def test_the_confusion_matrix_is_of_test_or_else_the_last_role(
 ):
     titles = []
     monkeypatch.setattr(
-        "lora_sentiment.training.plots.plot_confusion",
+        "lora_sentiment.evaluation.plots.plot_confusion",
         lambda matrix, path, *, title, **_: (titles.append(title), path.touch()),
     )
     (toy_recipe.parent / "test.csv").write_text(f"text,label\n{test_rows}\n")
@@ -543,15 +548,19 @@ FAULTS = [
 def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, caplog, fault):
     recipe = Recipe.load(toy_recipe)
     recipe.folder.mkdir()
+    model_card = recipe.folder / "README.md"
+    shutil.copy(CARD_TEMPLATE, model_card)
 
     def fail(history, path, **_):
         path.write_bytes(b"half a picture")
         raise fault
 
-    monkeypatch.setattr("lora_sentiment.training.plots.plot_training", fail)
+    monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_training", fail)
     labels = ("good", "bad")
     _draw(recipe, labels, History(), fake_results(labels), tmp_path)
-    assert [path.name for path in recipe.folder.iterdir()] == ["confusion.png"]
+    assert {path.name for path in recipe.folder.iterdir()} == {"README.md", "confusion.png"}
+    assert "training.png" not in model_card.read_text()
+    assert model_card.read_text().count("confusion.png") == 1
     assert not list(tmp_path.glob(".*.png"))
     assert "training.png cannot be drawn" in caplog.text
 
@@ -560,7 +569,7 @@ def test_a_run_that_is_stopped_while_it_draws_leaves_a_whole_adapter(toy_recipe,
     def stop(*_, **__):
         raise SystemExit(143)
 
-    monkeypatch.setattr("lora_sentiment.training.plots.plot_training", stop)
+    monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_training", stop)
     with pytest.raises(SystemExit):
         run(toy_recipe)
     folder = Recipe.load(toy_recipe).folder

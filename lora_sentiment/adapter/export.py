@@ -40,8 +40,8 @@ from lora_sentiment.adapter.merge_record import (
 )
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
 from lora_sentiment.adapter.safe_files import ExplainLibraryError, read_labels
+from lora_sentiment.cleaning import remove_cleaning
 from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
-from lora_sentiment.data.cleaning import remove_cleaning
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, write_aside
 from lora_sentiment.models.engine import Engine

@@ -38,8 +38,8 @@ from lora_sentiment.adapter.merge_record import (
     write_merge_record,
 )
 from lora_sentiment.adapter.weights import rebuild
+from lora_sentiment.cleaning import add_cleaning
 from lora_sentiment.data.batches import TextEncoder, take_rows
-from lora_sentiment.data.cleaning import add_cleaning
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, write_aside
 from lora_sentiment.models.dtype import DTYPES

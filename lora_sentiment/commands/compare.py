@@ -1,5 +1,6 @@
 """Costs and results of recipes and adapters, side by side. No weights are loaded."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,10 @@ from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod, Unfreez
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.training.report import report_roles
 
+log = logging.getLogger("lora_sentiment")
+
+UNFINISHED = (".run", ".sweep")
+"""Ends of folders beside adapters: an unfinished run, the runs of a sweep."""
 LEFT = ("name", "base", "method", "quantize")
 """Columns of words."""
 
@@ -69,10 +74,21 @@ class Row:
 def compare(paths: Sequence[Path]) -> list[Row]:
     """Return a row for each recipe file or adapter folder, in the order given.
 
+    Folders of unfinished runs and of sweeps, which a pattern such as `adapters/*` also matches, are
+    left out with a warning.
+
     Raises:
         LoraSentimentError: If one is neither, or its base's shape is not known.
     """
-    rows = _name_apart([_make_row(path) for path in paths], paths)
+    runs = []
+    for path in paths:
+        if path.is_dir() and path.suffix in UNFINISHED:
+            log.warning("%s: left out, because it holds no finished run", path)
+        else:
+            runs.append(path)
+    if not runs:
+        raise AdapterError("compare: no finished run is left to show; name recipes or adapters")
+    rows = _name_apart([_make_row(path) for path in runs], runs)
     return [*rows[:1], *(_pair(row, rows[0]) for row in rows[1:])]
 
 
@@ -339,7 +355,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         RecipeError: If none ran, or the plot cannot be drawn or written.
     """
     # matplotlib, only where there is something to draw.
-    from lora_sentiment.training.plots import ParetoPoint, plot_pareto
+    from lora_sentiment.evaluation.plots import ParetoPoint, plot_pareto
 
     points = []
     for row in rows:

@@ -16,6 +16,8 @@ from lora_sentiment.data.report import (
 from lora_sentiment.data.rows import load_all_judged, load_data
 from lora_sentiment.models.load import check_base, load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks.metrics import check_metric
+from lora_sentiment.tasks.single_label import make_class_weights
 from lora_sentiment.training.offline import resolve_offline
 
 log = logging.getLogger("lora_sentiment")
@@ -25,12 +27,17 @@ def describe_data(recipe: Recipe) -> DataReport:
     """Read every split of a recipe, judged ones too, and count its rows. No weights are loaded.
 
     Raises:
-        DataError: If a source, column, label or row cannot be used.
+        DataError: If a source, column, label or row cannot be used, or the rows do not serve
+            `train.metric_for_best_model` or `train.class_weights`.
         ModelError: If the base is refused, or its tokenizer, which decides the lengths, is missing.
     """
     PartialState(cpu=not torch.accelerator.is_available())
     recipe, offline = resolve_offline(recipe)
     data = load_data(recipe.data)
+    check_metric(
+        recipe.train.metric_for_best_model, labels=data.validation.labels, names=data.labels
+    )
+    make_class_weights(recipe.train.class_weights, labels=data.train.labels, names=data.labels)
     check_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     max_length, truncation = recipe.model.max_length, recipe.model.truncation

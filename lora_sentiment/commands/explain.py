@@ -15,7 +15,7 @@ from typing import Any
 from rich.text import Text
 
 from lora_sentiment.classifier import EMPTY_TEXT, Classifier
-from lora_sentiment.data.cleaning import clean_text
+from lora_sentiment.cleaning import clean_text
 from lora_sentiment.errors import DataError, one_line
 
 LEVELS = 3

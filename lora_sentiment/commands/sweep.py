@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lora_sentiment.errors import AdapterError, DataError, DivergedError, RecipeError
+from lora_sentiment.files import write_file_aside
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.output import OutputConfig
 from lora_sentiment.recipe.recipe import Recipe, make_schema
@@ -375,7 +376,8 @@ def _run(recipe: Recipe) -> None:
         train(recipe.model_copy(update={"offline": "error"}))
     except DivergedError as error:
         log.warning("diverged: %s", error)
-        _diverged_file(recipe).write_text(f"{error}\n", encoding="utf-8")
+        with write_file_aside(_diverged_file(recipe)) as file:
+            file.write_text(f"{error}\n", encoding="utf-8")
     gc.collect()  # a model is in reference cycles, and the next one needs its memory
 
 

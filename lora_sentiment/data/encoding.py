@@ -1,6 +1,7 @@
 """Name the encodings that the bytes of a file may be in, by evidence."""
 
 import codecs
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Byte order marks. That of UTF-32 begins as that of UTF-16, and comes first."""
+ISO_2022 = b"\x1b$"
+"""Begins a character in the encodings of mail, whose bytes are all ASCII."""
 _SAMPLE_BYTES = 1 << 16
 _NUM_SHOWN = 4
 _ASCII = bytes(range(128)).decode()
@@ -70,7 +73,10 @@ def describe_likely_encodings(open_file: Open) -> tuple[str, dict[str, str]]:
     if sum(not character.isascii() for character in text) > 5 * num_bad:
         return "nearly all of it is utf-8; correct the other characters", {}
     names: dict[str, str] = {}
-    for match in from_bytes(sample, cp_isolation=list(LIKELY), threshold=0.4):
+    # Much ASCII around few other characters misleads the search, so a word and its neighbours are
+    # taken.
+    words = b" ".join(re.findall(rb"(?:\S+\s)?\S*[\x80-\xff]\S*(?:\s\S+)?", sample))
+    for match in from_bytes(words, cp_isolation=list(LIKELY), threshold=0.4):
         name = min((match.encoding, *match.could_be_from_charset), key=_rank)
         text = sample.decode(name, "replace")
         if text not in names and len(names) < _NUM_SHOWN and not find_bad_byte(open_file, name):
@@ -106,6 +112,8 @@ def find_certain_encoding(open_file: Open) -> str | None:
     with open_file() as file:
         head = file.read(_SAMPLE_BYTES)
     names = [name for mark, name in MARKS.items() if head.startswith(mark)][:1]
+    if ISO_2022 in head:
+        names += ["iso2022_jp", "iso2022_jp_3", "iso2022_kr"]
     for name, place in (("utf-16-le", 1), ("utf-16-be", 0)):
         # The high bytes of ASCII are zero in UTF-16, and no other byte is.
         has_zeros = 0 in head[place::2] and 0 not in head[1 - place :: 2]

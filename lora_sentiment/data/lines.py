@@ -15,8 +15,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.cleaning import strip_blanks
 from lora_sentiment.data.encoding import (
+    ISO_2022,
     describe_likely_encodings,
     find_bad_byte,
     find_certain_encoding,
@@ -41,6 +42,7 @@ _CSV_FAULTS = {
 }
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 """Characters that separate the fields of a table, and their names."""
+_OTHER_DELIMITER = re.compile(r"[^\w\s\"]")
 PLAIN_TABS = ""
 """In the place of a delimiter: a tab always ends a field, and a quote is a character."""
 _SEP_LINE = re.compile(r'"?sep=(\\t|[^"\r\n])[ ,;]*"?\r?\n', re.IGNORECASE)
@@ -107,6 +109,8 @@ class _Lines:
             elif "\0" in line:
                 # Mostly it is text in UTF-16: `TextFormat` explains it.
                 raise UnicodeError(f"line {self.number} holds a NUL character")
+            elif ISO_2022.decode() in line:
+                raise UnicodeError(f"line {self.number} holds an escape sequence of ISO-2022")
             elif not line.isascii() and _SURROGATE.search(line):
                 fault = (
                     "holds half of a surrogate pair, which no tokenizer takes; save the file as "
@@ -165,15 +169,17 @@ def _read_row(lines: Iterable[str], dialect: Dialect) -> list[str]:
 def _find_delimiter(header: str, own: str, needed: Sequence[str]) -> str:
     """Return the first delimiter, the format's own before others, that gives the needed columns."""
     columns = {}
-    for delimiter in (own, *DELIMITERS):
-        columns[delimiter] = _read_row([header], Dialect(delimiter, skips_blanks=True))
-    for delimiter, names in columns.items():
-        if has_columns(names, needed):
+    others: list[str] = _OTHER_DELIMITER.findall(header)
+    for delimiter in (own, *DELIMITERS, *others):
+        names = _read_row([header], Dialect(delimiter, skips_blanks=True))
+        # Between the two characters of `||`, a name is empty.
+        columns[delimiter] = names if delimiter == own or all(names) else []
+        if has_columns(columns[delimiter], needed):
             return delimiter
     # The needed columns are missing, so the file will be refused. The message shows the columns.
     is_whole = header.count('"') % 2 == 0
     if is_whole and len(columns[own]) < 2:
-        return max(columns, key=lambda delimiter: len(columns[delimiter]))
+        return max((own, *DELIMITERS), key=lambda delimiter: len(columns[delimiter]))
     return own
 
 
@@ -456,7 +462,7 @@ class TextFormat(NamedTuple):
             reopen = partial(_open, path, gzipped=self.gzipped)
             bad = find_bad_byte(reopen, encoding)
             certain = find_certain_encoding(reopen)
-            if not bad and certain not in ("utf-16-le", "utf-16-be"):
+            if not bad and certain == "utf-8":
                 raise DataError(f"{path}: {error}; remove it") from error
             fault = f"is not {encoding}: {bad}" if bad else str(error)
             if certain:
@@ -474,7 +480,7 @@ class TextFormat(NamedTuple):
             dialect = find_dialect(lines, self.delimiter, needed)
         if dialect == Dialect(self.delimiter):
             return None
-        name = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
+        name = DELIMITERS.get(dialect.delimiter, f"{dialect.delimiter!r} character")
         text = f"its fields are separated by {name}s and may be quoted"
         if dialect.skips_blanks:
             text += " after a blank"

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_sentiment.cleaning import fold_name
 from lora_sentiment.data.batches import Encoded
-from lora_sentiment.data.cleaning import fold_name
 from lora_sentiment.data.rows import Counts, Data, Judged, Rows
-from lora_sentiment.errors import one_line, show
+from lora_sentiment.errors import one_line, show, show_names
 
 log = logging.getLogger("lora_sentiment")
 
@@ -168,7 +168,7 @@ def report_lines(report: DataReport, roles: Sequence[str] | None = None) -> list
 
 
 def log_warnings(report: DataReport, roles: Sequence[str] | None = None) -> None:
-    """Warn of texts that the base cannot read, and of labels that may be one.
+    """Warn of texts that the base cannot read, and of labels without rows or that may be one.
 
     Args:
         report: The counts.
@@ -186,6 +186,12 @@ def log_warnings(report: DataReport, roles: Sequence[str] | None = None) -> None
                 100 * share,
             )
         if role == "train":
+            absent = [name for name, num_rows in block["labels"].items() if not num_rows]
+            if absent:
+                log.warning(
+                    "train: no row has the label %s; integers count labels from 0",
+                    show_names(absent, most=SHOWN_LABELS),
+                )
             for names in _find_similar(list(block["labels"])):
                 counted = [f"{show(name)} ({block['labels'][name]:,} rows)" for name in names]
                 log.warning(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.data.cleaning import clean_text, fold_name, strip_blanks
+from lora_sentiment.cleaning import clean_text, fold_name, strip_blanks
 from lora_sentiment.data.sources import (
     Columns,
     Source,
@@ -367,10 +367,13 @@ def _refuse_rare_labels(
     fault = _explain_rare_labels(rows, names, rare, fraction)
     key = "data.splits" if source.hub else "data.source"
     named = ", ".join(f"{role}: .." for role in ("train", *roles))
-    advice = {
-        key: f", or name rows for {' and '.join(roles)}, which need not hold every label: "
+    advice = {}
+    if config.max_train_rows:
+        advice["data.max_train_rows"] = ", or set {} higher"
+    advice[key] = (
+        f", or name rows for {' and '.join(roles)}, which need not hold every label: "
         f"{{}}={{{named}}}"
-    }
+    )
     others = np.setdiff1d(present, rare)
     # Integers that stand for names would stand for other names if one were left out.
     if config.labels is None and len(others) >= 2:
@@ -475,9 +478,16 @@ def _load_split(
     rows = Rows(texts, index, np.arange(1, len(values) + 1))
     if faults:
         rows = rows.take(np.delete(np.arange(len(values)), list(faults)))
-    rows = sample(rows, num_rows=max_rows, seed=config.split_seed)
-    counts.kept = len(rows)
-    return rows, names, counts
+    sampled = sample(rows, num_rows=max_rows, seed=config.split_seed)
+    counts.kept = len(sampled)
+    unsampled = np.setdiff1d(rows.labels, sampled.labels)
+    if for_training and len(unsampled):
+        raise DataError(
+            f"{where}: a sample of {max_rows:,} rows holds no row of "
+            f"{_list([names[i] for i in unsampled])}",
+            advice={"data.max_train_rows": "; set {} higher, or to null"},
+        )
+    return sampled, names, counts
 
 
 def _clean_texts(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment import bundled
-from lora_sentiment.data.cleaning import strip_blanks
+from lora_sentiment.cleaning import strip_blanks
 from lora_sentiment.data.lines import find_column
 from lora_sentiment.data.tables import (
     FORMATS,
@@ -303,6 +303,12 @@ def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> lis
         if spelling is not None:
             found.append(spelling)
             continue
+        header = columns[0]
+        if len(columns) == 1 and config.text_column in header and config.label_column in header:
+            raise DataError(
+                f"{where}: its header {show(header)} is one field; separate the fields by one "
+                "character, such as a comma"
+            )
         # In a file without a header, a row of texts stands where the names should be.
         shown = show_names(columns)
         hint = did_you_mean(column, list(columns))

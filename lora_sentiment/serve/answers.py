@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sentiment.classifier import EMPTY_TEXT, tokenise
+from lora_sentiment.cleaning import clean_text
 from lora_sentiment.commands.explain import find_words, leave_each_out
 from lora_sentiment.data.batches import TextEncoder
-from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.serve.batching import Ids, Queue, call_in_thread
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import (

@@ -28,6 +28,8 @@ how often each resample holds each row. No resample is empty.
 """
 CALIBRATED = ("log_loss", "ece")
 """The metrics that depend on the temperature. A temperature changes no decision."""
+FEW_ROWS = 50
+"""Most rows of a label that `auroc` compares with every other row. More are counted by ranks."""
 NUM_BINS = 15
 """Bins of the expected calibration error."""
 
@@ -148,19 +150,36 @@ def auroc(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
     total = np.zeros(len(weights))
     num_defined = np.zeros(len(weights))
     for label in [1] if num_labels == 2 else range(num_labels):
-        distinct, ranks = np.unique(probabilities[:, label], return_inverse=True)
-        # One pass counts, for each distinct score, the rows of other labels (even cell) and of this
-        # label (odd cell).
-        cells = 2 * ranks + (labels == label)
-        counts = _group_sums(weights, cells, 2 * len(distinct))
-        others = counts[:, 0::2]
-        own = counts[:, 1::2]
-        num_won = (own * (others.cumsum(axis=1) - others / 2)).sum(axis=1)
-        num_pairs = others.sum(axis=1) * own.sum(axis=1)
+        is_own = labels == label
+        num_own = weights @ is_own
+        num_pairs = num_own * (weights @ ~is_own)
+        num_won = _count_won(probabilities[:, label], is_own, weights)
         total += num_won / np.maximum(num_pairs, 1)
         num_defined += num_pairs > 0
     undefined = np.full(len(weights), np.nan)
     return np.asarray(np.divide(total, num_defined, out=undefined, where=num_defined > 0))
+
+
+def _count_won(scores: Floats, is_own: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Count the pairs in which a row of a label scores above another row: (num_resamples,).
+
+    Args:
+        scores: Shape (num_rows,).
+        is_own: Which rows have the label, shape (num_rows,).
+        weights: Shape (num_resamples, num_rows).
+    """
+    own_scores = scores[is_own][:, None]
+    if len(own_scores) <= FEW_ROWS:
+        is_won = (own_scores > scores) + (own_scores == scores) / 2
+        is_won[:, is_own] = 0
+        return np.asarray(((weights @ is_won.T) * weights[:, is_own]).sum(axis=1))
+    distinct, ranks = np.unique(scores, return_inverse=True)
+    # One pass counts, for each distinct score, the rows of other labels (even cell) and of this
+    # label (odd cell).
+    counts = _group_sums(weights, 2 * ranks + is_own, 2 * len(distinct))
+    others = counts[:, 0::2]
+    own = counts[:, 1::2]
+    return np.asarray((own * (others.cumsum(axis=1) - others / 2)).sum(axis=1))
 
 
 def ece(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:

@@ -254,7 +254,7 @@ def _unwritable(store: Store, place: Path, num_bytes: int, error: OSError) -> Tr
     remedy = "make room" if is_full else "correct that"
     checkpoints = list_checkpoints(store.run_folder)
     if checkpoints:
-        remedy += f", then --resume resumes from {checkpoints[0]}"
+        remedy += f", then the same command with train.resume=auto resumes from {checkpoints[0]}"
     else:
         remedy += ", then start again: there is no checkpoint yet"
     return TrainingError(
@@ -343,7 +343,7 @@ def _compare_settings(folder: Path, settings: Mapping[str, Any], store: Store) -
         return changes
     remedy = "put that back, or set train.resume=never to start anew and delete the checkpoints"
     if not refuses_all:
-        remedy += ", or give --allow-changes to resume, though not bit for bit"
+        remedy += ", or let `train --allow-changes` resume, though not bit for bit"
     differences = "\n".join(lines)
     raise TrainingError(f"{folder}: comes from a run with other settings:\n{differences}\n{remedy}")
 

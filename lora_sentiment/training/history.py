@@ -173,5 +173,5 @@ class MetricsFile:
         except OSError as error:
             raise TrainingError(
                 f"{self.path}: cannot be written: {error.strerror or error}; correct that, then "
-                "the same command with --resume resumes from the last checkpoint"
+                "the same command with train.resume=auto resumes from the last checkpoint"
             ) from error

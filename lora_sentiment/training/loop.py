@@ -141,8 +141,8 @@ def fit(
             raise
         raise TrainingError(
             f"step {loop.done + 1}: memory ran out in the optimizer or an evaluation, where a "
-            "smaller micro-batch does not help; train fewer tensors, or free memory and resume "
-            f"with --resume: {str(error).splitlines()[0]}"
+            "smaller micro-batch does not help; train fewer tensors, or free memory, then the "
+            f"same command with train.resume=auto resumes: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -635,7 +635,8 @@ class _Loop:
         if self.stop_signal:
             raise StoppedError(
                 f"stopped by {self.stop_signal} after step {self.done:,} of {self.num_steps:,}, "
-                f"saved in {self.store.folder}; the same command with --resume resumes from there"
+                f"saved in {self.store.folder}; the same command with train.resume=auto resumes from "
+                "there"
             )
 
     def _save(self, store: Store) -> None:

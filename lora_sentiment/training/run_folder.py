@@ -163,7 +163,9 @@ def explain_full_disk(run_folder: Path) -> Iterator[None]:
         remedy = "make room"
         checkpoints = list_checkpoints(run_folder)
         if checkpoints:
-            remedy += f", then the same command with --resume resumes from {checkpoints[0]}"
+            remedy += (
+                f", then the same command with train.resume=auto resumes from {checkpoints[0]}"
+            )
         raise TrainingError(
             f"the disk is full: {message}; {free:,} bytes are free in {run_folder}; {remedy}"
         ) from error

@@ -269,6 +269,18 @@ def test_equal_recipes_in_adapter_folders_are_named_by_folder(runs, tmp_path):
     assert "other rows" not in " ".join(make_notes(rows))
 
 
+@pytest.mark.parametrize("left_out", [["a.run"], ["b.sweep"], ["a.run", "b.run", "c.sweep"]])
+def test_folders_beside_adapters_are_left_out_with_a_warning(runs, tmp_path, left_out, caplog):
+    shutil.copytree(runs / "low_rank", tmp_path / "lora")
+    for name in left_out:
+        (tmp_path / name).mkdir()
+    paths = sorted(tmp_path.iterdir())
+    assert [row.folder for row in compare(paths)] == [tmp_path / "lora"]
+    assert all(f"{tmp_path / name}: left out" in caplog.text for name in left_out)
+    with pytest.raises(AdapterError, match="no finished run is left"):
+        compare([tmp_path / name for name in left_out])
+
+
 @pytest.mark.parametrize("name", ["gone/plot.png", "plot.txt"])
 def test_a_plot_that_cannot_be_written_is_one_message(runs, tmp_path, name):
     rows = compare([runs / "probe"])

@@ -13,7 +13,7 @@ from lora_sentiment.data.report import (
     report_lines,
 )
 from lora_sentiment.data.rows import Counts, Rows
-from lora_sentiment.errors import ModelError
+from lora_sentiment.errors import LoraSentimentError, ModelError
 from lora_sentiment.recipe.recipe import Recipe
 from tests.conftest import toy_rows, write_csv
 
@@ -133,6 +133,24 @@ def test_labels_that_differ_in_case_blanks_or_form_alone_are_warned_of(names, gr
     assert not find_warnings(caplog, make_report(0.0, names, role="validation"))
 
 
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ({"a": 0, "b": 3, "c": 3}, "a"),
+        ({"a": 3, "b": 0, "c": 0}, "b, c"),
+        ({f"l{i}": i // 30 for i in range(60)}, "l0, l1, l2, l3, l4, l5, l6, l7, and 22 more"),
+        ({"a": 1, "b": 1}, None),
+    ],
+)
+def test_labels_without_training_rows_are_warned_of(counts, shown, caplog):
+    report = make_report(0.0)
+    report["train"]["labels"] = counts
+    warnings = find_warnings(caplog, report)
+    expected = [f"train: no row has the label {shown}; integers count labels from 0"]
+    assert warnings == (expected if shown else [])
+    assert not find_warnings(caplog, {"validation": report["train"]})
+
+
 @pytest.mark.parametrize(("share", "warned"), [(0.199, False), (0.2, True), (1.0, True)])
 def test_unknown_tokens_are_warned_of_from_a_fifth_on(share, warned, caplog):
     warnings = find_warnings(caplog, make_report(share, role="dev"))
@@ -208,6 +226,22 @@ def test_a_survey_counts_a_split_whose_labels_are_hidden(toy, toy_recipe):
 def test_a_survey_refuses_a_base_that_training_would(toy_recipe, override, message):
     with pytest.raises(ModelError, match=message):
         describe_data(Recipe.load(toy_recipe, [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.metric_for_best_model=auroc", "validation: all 4 rows have the label 'positive'"),
+        ("train.metric_for_best_model=mcc", "so mcc cannot choose the best model"),
+        ("train.class_weights=[1, 2, 3]", "found 3 weights; give one for each of the 2 labels"),
+        ("train.class_weights=[1, 1, 1, 1]", "found 4 weights"),
+    ],
+)
+def test_a_survey_refuses_settings_that_the_rows_do_not_serve(toy, toy_recipe, override, message):
+    write_csv(toy / "one.csv", [(f"good {i}", "positive") for i in range(4)])
+    source = f"data.source={{train: {toy}/train.csv, validation: {toy}/one.csv}}"
+    with pytest.raises(LoraSentimentError, match=message):
+        describe_data(Recipe.load(toy_recipe, [source, override]))
 
 
 def test_a_label_takes_one_line_of_the_table_and_no_more_than_40_characters():

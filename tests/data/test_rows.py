@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_sentiment.cleaning import clean_text
 from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data import sources
-from lora_sentiment.data.cleaning import clean_text
 from lora_sentiment.data.rows import (
     Rows,
     carve,
@@ -149,6 +149,31 @@ def test_decimals_are_names_where_the_recipe_says_so(tmp_path):
     with pytest.raises(DataError, match=r"the labels are decimal numbers, such as 0\.0"):
         load_data(DataConfig(source=str(path)))
     assert load_data(DataConfig(source=str(path), labels=["0.0", "1.0"])).labels == ("0.0", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_rows", "lost"),
+    [
+        ({"a": 90, "b": 90, "rare": 2}, 20, "rare"),
+        ({"a": 90, "b": 2, "c": 2, "d": 2}, 10, "b, c|b, d|c, d|b, c, d"),
+        ({"a": 3, "b": 3, "c": 3}, 2, "a|b|c"),
+        ({"a": 90, "b": 90, "rare": 12}, 20, None),
+        ({"a": 90, "b": 90}, 500, None),
+    ],
+)
+@pytest.mark.parametrize("labels", ["found", "stated"])
+def test_a_sample_without_rows_of_a_label_is_refused(tmp_path, counts, num_rows, lost, labels):
+    values = [name for name, count in counts.items() for _ in range(count)]
+    path = write_labels(tmp_path / "a.csv", values)
+    names = list(counts) if labels == "stated" else None
+    source = {"train": str(path), "validation": str(path)}
+    sampled = DataConfig(source=source, max_train_rows=num_rows, labels=names)
+    if lost is None:
+        assert len(load_data(sampled).labels) == len(counts)
+        return
+    message = rf"a sample of {num_rows} rows holds no row of ({lost}); set data.max_train_rows high"
+    with pytest.raises(DataError, match=message):
+        load_data(sampled)
 
 
 def test_a_label_outside_the_names_is_a_bad_row(toy):

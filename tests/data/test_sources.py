@@ -195,7 +195,6 @@ def test_the_log_names_a_delimiter_once(here, caplog):
         ("a.tsv", "A stale meal and a dull one\tneg\nA lamp\tpos\n", "give the file a first row"),
         ("a.csv", "Review,Sentiment\nso,pos\n", "give one of them this name"),
         ("a.csv", "Text,Label\nso,pos\n", "give it this name"),
-        ("a.csv", "text^label\nso^pos\n", "give one of them this name"),
         ("a.json", '{"data": [{"text": "so", "label": 1}]}\n', "give one of them this name"),
     ],
 )  # fmt: skip
@@ -205,3 +204,12 @@ def test_a_row_of_names_is_asked_for_where_the_header_may_be_data(here, name, co
         load_data(DataConfig(source=name))
     assert f"; {advice}" in str(caught.value)
     assert str(caught.value).endswith(", or set data.text_column")
+
+
+@pytest.mark.parametrize("delimiter", ["||", "::", "@@@", "_", " ", "   "])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_several_characters_are_no_delimiter(here, delimiter, name):
+    put(here, name, f"text{delimiter}label\nso{delimiter}neg\n")
+    message = f"its header {f'text{delimiter}label'!r} is one field; separate the fields by one"
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_data(DataConfig(source=name))

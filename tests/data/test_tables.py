@@ -667,6 +667,18 @@ def test_a_first_line_of_excel_names_the_delimiter(tmp_path, first, delimiter):
     assert read(path, **NEEDED) == {"text": ["so, so"], "label": ["neg"]}
 
 
+@pytest.mark.parametrize("delimiter", ["^", "~", ":", "§", "\x01", "\x02", "#", "¬"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("columns", [("text", "label"), ("label", "text")])
+def test_any_other_character_is_a_delimiter_if_it_alone_gives_the_needed_columns(
+    tmp_path, delimiter, quoting, columns
+):
+    path = save(tmp_path, "a.csv", delimited(delimiter, columns=columns, quoting=quoting))
+    assert read(path, **NEEDED) == dict(zip(columns, ROWS.values(), strict=True))
+    note = describe_delimiter(path, encoding="utf-8", **NEEDED)
+    assert f"separated by {delimiter!r} characters" in note
+
+
 @pytest.mark.parametrize(
     ("name", "content", "columns"),
     [
@@ -800,6 +812,42 @@ def test_unicode_in_another_form_is_named_for_certain(tmp_path, encoding, langua
         match=f"all of it is {encoding}; save it as UTF-8, or set data.encoding={encoding}$",
     ):
         read(path)
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "big5", "cp850", "cp1251", "cp949"])
+@pytest.mark.parametrize("num_words", [1, 2, 5])
+def test_a_few_characters_among_much_ascii_name_the_encoding(tmp_path, encoding, num_words):
+    words = TEXTS[encoding][0].replace(",", "").split()
+    plain = "a plain and not so short sentence about the thing that somebody bought " * 4
+    lines = ["text;label"]
+    for i in range(60):
+        some = " ".join(words[(i // 6 + j) % len(words)] for j in range(num_words))
+        lines.append(f"{plain}{some if i % 6 == 0 else ''} {plain};neg")
+    path = save(tmp_path, "a.csv", "\n".join(lines).encode(encoding))
+    with pytest.raises(DataError, match=rf" as {encoding}[,;]"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("iso2022_jp", "すぐに壊れました。残念"),
+        ("iso2022_jp", "東京"),
+        ("iso2022_jp_3", "①テスト"),
+        ("iso2022_kr", "품질이 너무 나빠요"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl.gz"])
+@pytest.mark.parametrize("taken_for", ["utf-8", "cp1252"])
+def test_an_encoding_whose_bytes_are_all_ascii_is_named(tmp_path, encoding, text, name, taken_for):
+    table = {"a.csv": f"text,label\n{text},neg\n", "a.tsv": f"text\tlabel\n{text}\tneg\n"}
+    content = table.get(name, json.dumps({"text": text, "label": "neg"}, ensure_ascii=False) + "\n")
+    path = save(tmp_path, name, content.encode(encoding))
+    with pytest.raises(DataError) as caught:
+        read(path, encoding=taken_for)
+    assert "holds an escape sequence of ISO-2022; all of it is" in str(caught.value)
+    named = str(caught.value).rpartition("=")[2]
+    assert read(path, encoding=named) == {"text": [text], "label": ["neg"]}
 
 
 def test_text_in_utf_8_with_a_few_other_bytes_is_told_as_that(tmp_path):

@@ -22,7 +22,7 @@ import lora_sentiment
 from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import Classifier, load
-from lora_sentiment.data.cleaning import clean_text
+from lora_sentiment.cleaning import clean_text
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.files import write_json
 from lora_sentiment.models.engine import compute_logits

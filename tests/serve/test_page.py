@@ -366,6 +366,30 @@ def test_a_csv_comes_back_with_label_and_score(page, server):
     assert max(len(body["texts"]) for body in server.asked) == 64
 
 
+@pytest.mark.parametrize("num_labels", [20, 21, 1000])
+def test_labels_that_are_left_out_are_counted(server, make_page, num_labels):
+    names = [f"label {i}" for i in range(num_labels)]
+    server.adapters = [make_adapter("many", names)]
+    page = make_page(server.address)
+    page.wait_for_selector("#adapter option", state="attached")
+    predict(page, "good")
+    others = page.get_by_text("other labels are less likely")
+    assert others.all_inner_texts() == (
+        [f"{num_labels - 20} other labels are less likely."] if num_labels > 20 else []
+    )
+    # Each text has another score, from 0 to 0.999 in steps of 0.05.
+    texts = []
+    for step in range(-10, 11):
+        num_good = step % 2 + 2 * max(0, step)
+        num_dull = (5 * num_good - step) // 2
+        texts.append(" ".join(["good"] * num_good + ["dull,"] * num_dull + ["film"]))
+    choose(page, "a.csv", "t\n" + "".join(f'"{text}"\n' for text in texts))
+    label(page)
+    num_found = len({label_of(text, names) for text in texts})
+    counts = page.locator("#counts li").all_inner_texts()
+    assert counts[20:] == ([f"and {num_found - 20} more"] if num_found > 20 else [])
+
+
 TABLES = {
     "semicolon.csv": ('a;b\r\n1;"good; x"\r\n', 'a;b;label;score\r\n1;"good; x";pos;0.9\r\n'),
     "no_end.csv": ("a\ngood", "a,label,score\ngood,pos,0.9\n"),

@@ -97,6 +97,17 @@ def test_quick_score_is_the_value_of_score(name):
     assert quick_score(logits, labels, name) == score(logits, labels, num_resamples=1)[name].value
 
 
+@pytest.mark.parametrize("num_labels", [2, 3, 20])
+@pytest.mark.parametrize("decimals", [1, 8])
+def test_both_ways_of_auroc_are_equal_to_the_bit(num_labels, decimals, monkeypatch):
+    found = []
+    for most in (0, 7, 1000):
+        monkeypatch.setattr("lora_sentiment.tasks.metrics.FEW_ROWS", most)
+        logits, labels = draw(90, num_labels, decimals=decimals)
+        found.append(score(logits, labels, names=["auroc"], num_resamples=50)["auroc"])
+    assert found[0] == found[1] == found[2]
+
+
 def test_auroc_by_hand_with_ties():
     probability = np.array([0.2, 0.5, 0.5, 0.8])
     logits = np.log(np.column_stack([1 - probability, probability]))

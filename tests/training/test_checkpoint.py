@@ -146,7 +146,9 @@ def test_a_full_disk_leaves_the_last_one_and_says_what_to_do(tmp_path, monkeypat
     assert message.startswith(
         f"{store.folder}/step-00000006: the checkpoint cannot be written: the disk is full; "
     )
-    assert message.endswith(f" are free; make room, then --resume resumes from {before}")
+    assert message.endswith(
+        f" are free; make room, then the same command with train.resume=auto resumes from {before}"
+    )
     assert list(store.folder.iterdir()) == [before]
     assert load_checkpoint(store, LIKE).progress.step == 3
     save(store, 6)
@@ -239,7 +241,7 @@ def test_a_real_disk_that_is_full_at_any_page_leaves_the_last_one(small_disk):
             break
         except TrainingError as error:
             told = str(error)
-        assert re.search("the disk is full; .*--resume resumes from .*step-00000003", told)
+        assert re.search("the disk is full; .*resume=auto resumes from .*step-00000003", told)
         assert load_checkpoint(store, like).progress.step == 3
     assert room >= 6
     assert load_checkpoint(store, like).progress.step == 6
@@ -445,7 +447,8 @@ def stop_and_go_on(
         patch.setattr(loop._Loop, "_backward", loop._Loop._backward)
         signal_at(step, number)
         with pytest.raises(
-            StoppedError, match=rf"after step {step} of .*the same command with --resume resumes"
+            StoppedError,
+            match=rf"after step {step} of .*the same command with train.resume=auto resumes",
         ):
             fit_here(name, **values)
     return fit_here(name, **values)
@@ -673,7 +676,7 @@ def test_a_full_disk_stops_a_run_which_then_goes_on(fit_here, monkeypatch, tmp_p
         refuse_at(patch, 4)
         with pytest.raises(
             TrainingError,
-            match=r"step-00000004: .* the disk is full; .*--resume resumes from .*step-00000002",
+            match=r"step-00000004: .* the disk is full; .*resume=auto resumes from .*step-00000002",
         ):
             fit_here("full", max_steps=5, save_steps=2)
     assert fit_here("full", max_steps=5, save_steps=2).resumed == [2]

@@ -200,7 +200,7 @@ def test_a_disk_too_full_for_the_adapter_costs_no_training(toy_recipe, monkeypat
         patch.setattr(place, fails)
         told = (
             r"disk is full: .*No space left.* bytes are free in .*; make room, then the same "
-            "command with --resume resumes from .*-00000007"
+            "command with train.resume=auto resumes from .*-00000007"
         )
         with pytest.raises(TrainingError, match=told):
             run(toy_recipe)

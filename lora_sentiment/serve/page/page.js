@@ -151,6 +151,8 @@ function makeCard(name, { label, score, top_k, truncated, milliseconds }, order)
   const shown = same ? order.map((first) => top_k.find((own) => own.label === first)) : top_k;
   const bars = shown.map((own) => makeBar(own.label, own.score, percent(own.score), own.label === label));
   const card = make("article", "card answer", head, verdict, make("ol", "bars", ...bars));
+  const others = (adapters.get(name)?.labels.length ?? 0) - top_k.length;
+  if (score !== null && others > 0) card.append(make("p", "soft", `${count(others)} other labels are less likely.`));
   if (truncated) card.append(make("p", "soft", "The text is longer than this adapter reads, and was cut."));
   return card;
 }
@@ -282,7 +284,9 @@ function showRows() {
   const sums = [...table.sums].sort(([, one], [, other]) => other - one);
   const total = sums.reduce((sum, [, number]) => sum + number, 0);
   const text = (number) => `${count(number)} (${percent(number / total)})`;
-  $("counts").replaceChildren(...sums.slice(0, MOST_LABELS).map(([label, number]) => makeBar(label, number / total, text(number), true)));
+  const bars = sums.slice(0, MOST_LABELS).map(([label, number]) => makeBar(label, number / total, text(number), true));
+  if (sums.length > MOST_LABELS) bars.push(make("li", "soft", `and ${count(sums.length - MOST_LABELS)} more`));
+  $("counts").replaceChildren(...bars);
 }
 
 /** Return the numbers of the next rows with a text, as many as one request takes. */

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lora_sentiment.training.history import EvalPoint, History, TrainPoint
-from lora_sentiment.training.plots import (
+from lora_sentiment.evaluation.plots import (
     ParetoPoint,
     name_labels,
     plot_confusion,
     plot_pareto,
     plot_training,
 )
+from lora_sentiment.training.history import EvalPoint, History, TrainPoint
 
 LABELS = {
     "dollars": ["$", "$$", "$5 to $20", r"\\frac{$x"],

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 
-from lora_sentiment.data import cleaning
-from lora_sentiment.data.cleaning import add_cleaning, clean_text, remove_cleaning
+from lora_sentiment import cleaning
+from lora_sentiment.cleaning import add_cleaning, clean_text, remove_cleaning
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import style
@@ -12,7 +12,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from numpy.typing import NDArray
 
 from lora_sentiment.errors import one_line
-from lora_sentiment.training.history import History
+
+if TYPE_CHECKING:
+    from lora_sentiment.training.history import History
 
 MAX_CELLS = 25
 """Most labels of a confusion matrix with numbers in its cells: matplotlib draws 200 a second."""
@@ -26,7 +28,7 @@ _STYLE = style.context("default")
 
 
 @_STYLE
-def plot_training(history: History, path: Path, *, title: str) -> None:
+def plot_training(history: "History", path: Path, *, title: str) -> None:
     """Draw the loss of each step, its running mean, and log-loss and accuracy on validation."""
     steps = np.array([point.step for point in history.steps])
     losses = np.array([point.loss for point in history.steps])
