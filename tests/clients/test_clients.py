@@ -20,7 +20,7 @@ from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED
 from lora_sentiment.classifier import load, tokenise
-from lora_sentiment.data.cleaning import clean_text
+from lora_sentiment.cleaning import clean_text
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
