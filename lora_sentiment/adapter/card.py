@@ -117,7 +117,7 @@ def make_merged_card(
         target=targets[record.into],
         dtype=record.dtype,
         reading=describe_reading(record, other="this pipeline"),
-        reader=_show_reader("read_merged.md", name, record),
+        reader=_show_reader("read_merged_python.md", name, record),
         table=_show_compared(
             record,
             list(record.compared),
@@ -161,7 +161,8 @@ def make_exported_card(
         files=files,
         **code,
         reading=describe_reading(record, other="another runtime"),
-        reader=_show_reader("read_exported.md", name, record, **code),
+        reader=_show_reader("read_exported_python.md", name, record, **code)
+        + _show_reader("read_exported_js.md", name, record, **code),
         table=_show_compared(
             record,
             [form for form in record.compared if form.startswith("onnx")],
@@ -215,10 +216,13 @@ def show_cost(cost: Mapping[str, Any]) -> str:
 
 
 def _show_reader(template: str, name: str, record: MergeRecord, **code: str) -> str:
-    """Return code that reads head and tail of a text, for a model that was trained so."""
-    if record.truncation != "head_tail":
+    """Return code that cuts a text as training did, where the usual code does not."""
+    room = first = record.max_length - 2
+    if record.truncation == "head_tail":
+        first = room // 4
+    elif template != "read_exported_js.md":
         return ""
-    return "\n" + _fill(template, name=name, room=record.max_length - 2, **code)
+    return "\n" + _fill(template, name=name, first=first, room=room, **code)
 
 
 def _fill(template: str, **values: object) -> str:

@@ -283,8 +283,8 @@ def test_the_python_of_a_card_reads_head_and_tail_as_printed(exported, merged, t
         exec(code, names)
     texts = ["good<br />film", f"good {'so ' * 40}dull", "a " * 14, "a " * 15]
     for text, answer in zip(texts, classifier.load(tmp_path / "e").predict(texts), strict=True):
-        assert names["classify_whole"](text) == pytest.approx(answer.scores, abs=1e-5)
-    assert "classify_whole" not in (exported[0] / "README.md").read_text(encoding="utf-8")
+        assert names["classify_as_trained"](text) == pytest.approx(answer.scores, abs=1e-5)
+    assert "classify_as_trained" not in (exported[0] / "README.md").read_text(encoding="utf-8")
 
 
 def test_another_program_gets_our_labels_and_scores_without_torch(exported, adapter):

@@ -546,11 +546,11 @@ def test_the_python_of_a_card_reads_head_and_tail_as_printed(adapter, tmp_path, 
     for text, answer in zip(
         texts, classifier.load(adapter, dtype="float32").predict(texts), strict=True
     ):
-        assert names["classify_whole"](text) == pytest.approx(answer.scores, abs=1e-5)
+        assert names["classify_as_trained"](text) == pytest.approx(answer.scores, abs=1e-5)
 
 
 def test_a_card_has_no_reader_where_training_kept_the_first_tokens(merged):
-    assert "classify_whole" not in (merged / "README.md").read_text()
+    assert "classify_as_trained" not in (merged / "README.md").read_text()
 
 
 METADATA = """---
