@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning (LoRA / QLoRA) of DistilBERT for text classification.
+"""Parameter-efficient fine-tuning (LoRA / QLoRA) of small encoders for text classification.
 
     from lora_sentiment import Recipe, evaluate, export, load, merge
     from lora_sentiment.train import train

@@ -35,6 +35,7 @@ from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
 from lora_sentiment.errors import AdapterError, DataError, ModelError, show, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
+from lora_sentiment.models.families import FAMILIES, num_positions
 from lora_sentiment.tasks.single_label import softmax
 
 WEIGHTS = "model.safetensors"
@@ -411,7 +412,7 @@ def _load_stock_peft(
             "answers for models of one label a text (single_label_classification) alone; run this "
             "one with PEFT"
         )
-    max_length = max_length or loaded.config.max_position_embeddings
+    max_length = max_length or num_positions(loaded.config)
     files = [path / PEFT_WEIGHTS, path / PEFT_CONFIG]
     model = rebuild_stock(path, loaded, recorded)
     return _make_classifier(
@@ -461,7 +462,13 @@ def _make_classifier(
 
 def _find_max_length(folder: Path) -> int:
     """Return the longest input of a whole model, from its positions and its tokenizer."""
-    positions = read_object(folder / "config.json").get("max_position_embeddings", 512)
+    config = {"max_position_embeddings": 512, "pad_token_id": 0} | read_object(
+        folder / "config.json"
+    )
+    positions = config["max_position_embeddings"]
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family and isinstance(positions, int) and isinstance(config["pad_token_id"], int):
+        positions = family.num_positions(config)
     longest = read_object(folder / "tokenizer_config.json").get("model_max_length")
     lengths = []
     for value in (positions, longest):

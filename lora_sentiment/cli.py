@@ -24,6 +24,7 @@ from lora_sentiment.errors import (
     TrainingError,
 )
 from lora_sentiment.files import write_file_aside
+from lora_sentiment.models.families import refuse_unknown_linears
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.recipe.recipe import Recipe, make_schema
 from lora_sentiment.serve.config import make_config, show_limits
@@ -47,7 +48,7 @@ class _Verbs(TyperGroup):
                 taken = {parameter.name for parameter in context.command.params}
                 if "texts" in taken:
                     error.message += "; a text that begins with - goes after --"
-                elif "overrides" in taken:
+                elif "recipe" in taken:
                     error.message += "; a recipe's setting is written key=value, without dashes"
             raise
 
@@ -55,7 +56,7 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     name="lora-sentiment",
     cls=_Verbs,
-    help="Fine-tune DistilBERT classifiers with LoRA, evaluate them, and export them.",
+    help="Fine-tune small text encoders with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -481,6 +482,7 @@ def push(
 def validate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a recipe without reading weights or data, and show it with its defaults."""
     loaded = Recipe.load(recipe, overrides or ())
+    refuse_unknown_linears(loaded.method)
     typer.echo(json.dumps(loaded.model_dump(mode="json")) if as_json else loaded.to_yaml().rstrip())
 
 

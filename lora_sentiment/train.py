@@ -43,8 +43,9 @@ from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.fast import use_fast_encoder, why_not_fused
 from lora_sentiment.files import publish, write_file_aside, write_json
 from lora_sentiment.models.dtype import resolve_dtype
+from lora_sentiment.models.families import resolve_targets
 from lora_sentiment.models.inference import predict_logits
-from lora_sentiment.models.load import Base, hash_tensors, hash_tokenizer, load_base
+from lora_sentiment.models.load import Base, check_base, hash_tensors, hash_tokenizer, load_base
 from lora_sentiment.models.memory import Plan
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.quantisation import Quantisation, measure_quantisation
@@ -171,6 +172,8 @@ def _run(
 ) -> Run:
     """Load, train, save, evaluate and publish."""
     dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
+    method = resolve_targets(recipe.method, check_base(recipe.model))
+    recipe = recipe.model_copy(update={"method": method})
     refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=accelerator.device)
     data = _load_data(recipe)
     setup = _load_model(recipe, data, dtype, accelerator)

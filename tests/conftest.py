@@ -25,6 +25,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
 
+# All cores that the tests may use; `pin_to_a_core` leaves a process of xdist one of them.
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOOD = ("good", "great", "lovely", "fine", "superb", "warm")
 BAD = ("bad", "awful", "dull", "poor", "weak", "cold")
@@ -51,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Processes that a test starts inherit the variable. With a card visible, tests without the marker would train on it.
     """
+    pin_to_a_core()
     if not shows_card(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
         # Triton reads it when it is imported: its kernels then run on CPU tensors.
@@ -58,6 +61,16 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.mkdtemp(prefix="lora_sentiment-tests-")
     os.environ["HF_HOME"] = cache
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+
+
+def pin_to_a_core() -> None:
+    """Give each process of xdist a core of its own.
+
+    Torch would start a thread for each core in each of them, and the threads would wait for each other.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
 
 
 def shows_card(config: pytest.Config) -> bool:
@@ -106,6 +119,17 @@ def loggers_of_a_library():
     yield
     logger.setLevel(level)
     logger.handlers[:] = handlers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Let training leave empty files for its pictures, which would take a third of a toy run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_training", "plot_confusion"):
+            patch.setattr(
+                f"lora_sentiment.evaluation.plots.{name}", lambda given, path, **_: path.touch()
+            )
+        yield
 
 
 @pytest.fixture

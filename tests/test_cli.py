@@ -280,6 +280,7 @@ def test_a_text_like_an_option_gets_a_hint(capsys, text):
     [
         (["train", "r.yaml", "--output.dir=x"], "written key=value, without dashes"),
         (["data", "r.yaml", "--data.source", "x.csv"], "written key=value, without dashes"),
+        (["sweep", "r.yaml", "--train.seed=[1, 2]"], "written key=value, without dashes"),
         (["doctor", "--gpu"], "No such option: --gpu"),
         (["evaluate", "adapter", "--batch", "3"], "No such option: --batch"),
     ],

@@ -9,13 +9,21 @@ from accelerate import PartialState
 from peft import PeftModel
 from pydantic import TypeAdapter
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    pipeline,
+)
 
 from lora_sentiment.adapter.file_size import saved_shapes
 from lora_sentiment.adapter.folder import DataRecord, compute_probe, load, save
+from lora_sentiment.adapter.merge import merge
+from lora_sentiment.classifier import load as load_classifier
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
 from lora_sentiment.errors import ModelError
+from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.models.load import encoder_tensors, hash_tensors, load_base
 from lora_sentiment.models.sizes import count_parameters, make_meta_model
 from lora_sentiment.models.wrap import (
@@ -31,6 +39,7 @@ from lora_sentiment.recipe.train import TrainConfig
 from lora_sentiment.training.loop import fit
 from lora_sentiment.training.processes import make_accelerator
 from tests.conftest import toy_rows
+from tests.tiny_families import save_family_base
 
 LABELS = ("negative", "positive")
 REGEX = r".*\.layer\.1\..*\.(q_lin|lin2)"
@@ -78,6 +87,19 @@ METHODS = {
     "head": {"kind": "head"},
     "full": {"kind": "full"},
 }
+FAMILY_METHODS = {
+    "lora": {"kind": "lora"},
+    "dora-all": {"kind": "lora", "use_dora": True, "target_modules": "all-linear"},
+    "pissa": {"kind": "lora", "init_lora_weights": "pissa", "r": 4},
+    "last-layer": {"kind": "unfreeze", "last_layers": 1},
+    "biases": {"kind": "unfreeze", "patterns": ["*.weight"]},
+    "head": {"kind": "head"},
+    "full": {"kind": "full"},
+    "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3},
+    "ia3": {"kind": "ia3"},
+    "vera": {"kind": "vera", "r": 16},
+}
+"""Methods with the targets of each family."""
 PRECISIONS = ("none", "int8", "nf4")
 REFUSED = {
     "full": "trains the base's own tensors",
@@ -93,12 +115,37 @@ PAIRS = [
     for pair in itertools.product(METHODS, PRECISIONS)
     if pair[1] == "none" or (pair[0] not in REFUSED and pair != ("lora-dora", "int8"))
 ]
+OTHERS = [family for family in FAMILIES.values() if family.model_type != "distilbert"]
+FAMILY_CASES = []
+for _family in OTHERS:
+    for _name, _quantize in itertools.product(FAMILY_METHODS, PRECISIONS):
+        _method = FAMILY_METHODS[_name]
+        if (
+            _method["kind"] in ("adalora", "ia3", "vera")
+            and _method["kind"] not in _family.adapters
+        ):
+            continue
+        if _quantize != "none" and _name not in ("lora", "dora-all", "head", "adalora", "ia3"):
+            continue
+        if (_name, _quantize) == ("dora-all", "int8"):
+            continue
+        _is_quick = (_name, _quantize) in (("lora", "none"), ("lora", "nf4"))
+        FAMILY_CASES.append(
+            pytest.param(
+                _family.model_type,
+                _name,
+                _quantize,
+                id=f"{_family.model_type}-{_name}-{_quantize}",
+                marks=[] if _is_quick or _family.model_type == "bert" else pytest.mark.slow,
+            )
+        )
 IDS = [[2, 5, 6, 3], [2, 9, 14, 8, 3], [2, 7, 8, 9, 3]]
+TEXTS = ["a lovely film", "the dull plot was so so awful really", "quite"]
 
 
 def make(name, quantize, tiny_base, *, head="full"):
     """Return a toy base wrapped with a method, and what it was made of."""
-    method = TypeAdapter(Method).validate_python(METHODS[name])
+    method = TypeAdapter(Method).validate_python((FAMILY_METHODS | METHODS)[name])
     config = ModelConfig(
         name=str(tiny_base), max_length=16, dtype="float32", quantize=quantize, dropout=0.0, attention_dropout=0.0,
         double_quant=quantize == "nf4", seq_classif_dropout=0.0, head=head,
@@ -147,8 +194,33 @@ def write(folder, model, base, method, config):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def family_bases(tmp_path_factory):
+    """Folders of a random two-layer base of each family, by `model_type`."""
+    folder = tmp_path_factory.mktemp("families")
+    return {name: save_family_base(folder / name, name) for name in FAMILIES}
+
+
 @pytest.mark.parametrize(("name", "quantize"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_every_method_on_every_precision(name, quantize, tiny_base, tmp_path):
+    check_method(name, quantize, tiny_base, tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "name", "quantize"), FAMILY_CASES)
+def test_every_family(model_type, name, quantize, family_bases, tmp_path):
+    check_method(name, quantize, family_bases[model_type], tmp_path)
+    into = "base" if quantize == "none" else "dequantised"
+    merge(tmp_path / "a", tmp_path / "merged", into=into)
+    answers = load_classifier(tmp_path / "merged", dtype="float32").predict(TEXTS)
+    stock = pipeline("text-classification", str(tmp_path / "merged"))(TEXTS)
+    assert [answer.label for answer in answers] == [answer["label"] for answer in stock]
+    np.testing.assert_allclose(
+        [answer.score for answer in answers], [answer["score"] for answer in stock], atol=1e-5
+    )
+
+
+def check_method(name, quantize, tiny_base, tmp_path):
+    """Train a few steps; compare what is counted, saved, reloaded and opened by stock PEFT."""
     base, method, config, model = make(name, quantize, tiny_base)
     counts = count_parameters(make_meta_model(base.config, method, config))
     assert sum(p.numel() for p in trainable_tensors(model).values()) == counts.trainable
@@ -186,10 +258,9 @@ def stock_logits(folder, tiny_base, quantize):
             "bnb_4bit_use_double_quant": True,
         },
     }.get(quantize)
+    family = FAMILIES[AutoConfig.from_pretrained(tiny_base).model_type]
     quantised = (
-        BitsAndBytesConfig(**bits, llm_int8_skip_modules=["pre_classifier", "classifier"])
-        if bits
-        else None
+        BitsAndBytesConfig(**bits, llm_int8_skip_modules=list(family.head)) if bits else None
     )
     plain = AutoModelForSequenceClassification.from_pretrained(
         tiny_base, num_labels=2, dtype=torch.float32, quantization_config=quantised

@@ -29,7 +29,7 @@ from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks.metrics import score
 from lora_sentiment.train import _choose_engine, _draw, train
 from lora_sentiment.training.history import History
-from tests.conftest import toy_rows, write_csv, write_toy, write_toy_recipe
+from tests.conftest import CORES, toy_rows, write_csv, write_toy, write_toy_recipe
 
 FILES = {
     "README.md",
@@ -114,64 +114,39 @@ def test_stock_peft_loads_the_folder_and_agrees(finished, tiny_base):
             assert torch.equal(tensor, base[name.replace(".base_layer.", ".")]), name
 
 
+def train_both(recipe, folder):
+    for kind in ("lora", "full"):
+        own = [f"method={{kind: {kind}}}", f"output.dir={folder}/{kind}", "name=same"]
+        run(recipe, *own, "train.max_steps=3")
+
+
 def test_the_same_recipe_twice_gives_the_same_bytes(toy_recipe):
-    """In two processes with other hash seeds, so that sets have another order."""
-    script = (
-        "import sys; from lora_sentiment.recipe.recipe import Recipe\n"
-        "from lora_sentiment.train import train\n"
-        "recipe, folder = sys.argv[1:]\n"
-        "for method in ('{kind: lora, r: 4}', '{kind: full}'):\n"
-        "    own = [f'method={method}', f'output.dir={folder}/{method[7:11]}', 'name=same']\n"
-        "    train(Recipe.load(recipe, own))\n"
-    )
-    processes = []
-    for seed in ("1", "2"):
-        command = [sys.executable, "-c", script, str(toy_recipe), str(toy_recipe.parent / seed)]
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        processes.append(subprocess.Popen(command, env=environment))
-    assert [process.wait(300) for process in processes] == [0, 0]
-    # The others hold seconds and the name of the folder.
-    names = FILES - {"report.json", "README.md", "recipe.yaml"}
-    for method in ("lora", "full"):
-        first, second = (toy_recipe.parent / seed / method for seed in ("1", "2"))
-        weights = {"adapter_model.safetensors", "adapter_config.json"}
-        own = names if method == "lora" else names - weights | {"changed.safetensors"}
-        for name in own:
-            assert (first / name).read_bytes() == (second / name).read_bytes(), (method, name)
+    """Here, and in a process with another hash seed, so that sets have another order."""
+    first, second = toy_recipe.parent / "first", toy_recipe.parent / "second"
+    train_both(toy_recipe, first)
+    code = "import sys; from tests.test_train import train_both; train_both(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(toy_recipe), str(second)]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], check=True)
+    # The others hold seconds and the name of the folder; of the pictures see test_plots.py.
+    names = FILES - {"report.json", "README.md", "recipe.yaml", "confusion.png", "training.png"}
+    weights = {"adapter_model.safetensors", "adapter_config.json"}
+    for name in names:
+        assert (first / "lora" / name).read_bytes() == (second / "lora" / name).read_bytes(), name
+    for name in names - weights | {"changed.safetensors"}:
+        assert (first / "full" / name).read_bytes() == (second / "full" / name).read_bytes(), name
 
 
 def test_another_seed_trains_other_tensors_on_the_same_rows(toy_recipe):
     cards = []
     for seed in (1, 2):
-        found = run(toy_recipe, f"train.seed={seed}", f"output.dir={toy_recipe.parent}/s{seed}")
+        folder = f"output.dir={toy_recipe.parent}/s{seed}"
+        found = run(toy_recipe, f"train.seed={seed}", folder, "train.max_steps=1")
         cards.append(load(found.adapter).card)
     assert cards[0].data == cards[1].data
     assert (
         cards[0].files["adapter_model.safetensors"] != cards[1].files["adapter_model.safetensors"]
     )
-
-
-def test_full_fine_tuning_walks_the_same_path(toy_recipe):
-    found = run(toy_recipe, "method={kind: full}", "train.max_steps=2")
-    assert (found.adapter / "changed.safetensors").is_file()
-    assert found.report["train"]["engine"] == "fast"
-    assert found.report["parameters"]["share"] == 1.0
-    load(found.adapter)
-
-
-def test_both_engines_train_alike_without_dropout(toy_recipe):
-    losses = []
-    for name in ("fast", "stock"):
-        found = run(
-            toy_recipe,
-            f"train.engine={name}",
-            "model.dropout=0",
-            "model.attention_dropout=0",
-            "model.seq_classif_dropout=0",
-            "output.overwrite=true",
-        )
-        losses.append([point.loss for point in found.history.steps])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_on_another_device_the_stock_engine_runs_and_the_fast_one_is_refused(tiny_base):
@@ -204,13 +179,13 @@ def test_bfloat16_walks_with_both_engines(toy_recipe, engine):
 
 
 def test_gradient_checkpointing_gives_the_same_losses_with_the_fast_engine(toy_recipe):
-    plain = run(toy_recipe, "train.max_steps=4")
+    plain = run(toy_recipe, "train.max_steps=2")
     folder = f"output.dir={toy_recipe.parent}/again"
     again = run(
         toy_recipe,
         "train.gradient_checkpointing=true",
         "train.engine=fast",
-        "train.max_steps=4",
+        "train.max_steps=2",
         folder,
     )
     assert again.report["train"]["engine"] == "fast"
@@ -259,7 +234,20 @@ def three_roles(toy_recipe):
     )
 
 
-def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The titles of the confusion matrices that are drawn."""
+    titles = []
+
+    def note(matrix, path, *, title, **_):
+        titles.append(title)
+        path.touch()
+
+    monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_confusion", note)
+    return titles
+
+
+def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles, drawn):
     found = run(toy_recipe, three_roles)
     report = json.loads((found.adapter / "report.json").read_text())
     assert {"validation", "dev", "test"} <= set(report)
@@ -274,15 +262,17 @@ def test_every_role_is_judged_with_figures_of_its_own(toy_recipe, three_roles):
     ]
     table = (found.adapter / "README.md").read_text()
     assert "| metric | validation | test | dev |" in table
+    assert drawn == ["toy: test"]
 
 
-def test_hidden_labels_are_said_and_the_rest_is_judged(toy_recipe, three_roles, caplog):
+def test_hidden_labels_are_said_and_the_rest_is_judged(toy_recipe, three_roles, drawn, caplog):
     (toy_recipe.parent / "test.csv").write_text("text,label\nfine,-1\npoor,-1\n")
     found = run(toy_recipe, three_roles)
     assert "test: 2 rows without labels (all are -1): not evaluated" in caplog.text
     assert "test" not in found.report
     assert found.report["data"]["test"]["unlabelled"] == 2
     assert "dev" in found.report
+    assert drawn == ["toy: dev"]
 
 
 def test_a_bad_row_in_one_role_costs_that_role_only(toy_recipe, three_roles):
@@ -294,20 +284,6 @@ def test_a_bad_row_in_one_role_costs_that_role_only(toy_recipe, three_roles):
     report = json.loads((toy_recipe.parent / "adapter/report.json").read_text())
     assert "test" in report
     assert "dev" not in report
-
-
-@pytest.mark.parametrize(("test_rows", "drawn"), [("fine,positive", "test"), ("fine,-1", "dev")])
-def test_the_confusion_matrix_is_of_test_or_else_the_last_role(
-    toy_recipe, three_roles, monkeypatch, test_rows, drawn
-):
-    titles = []
-    monkeypatch.setattr(
-        "lora_sentiment.evaluation.plots.plot_confusion",
-        lambda matrix, path, *, title, **_: (titles.append(title), path.touch()),
-    )
-    (toy_recipe.parent / "test.csv").write_text(f"text,label\n{test_rows}\n")
-    run(toy_recipe, three_roles, "train.max_steps=1")
-    assert titles == [f"toy: {drawn}"]
 
 
 def test_the_temperature_is_fitted_on_validation_and_kept_in_the_card(toy_recipe, monkeypatch):
@@ -451,13 +427,14 @@ def launched(
         cwd=Path(__file__).parents[1],
         check=False,
         timeout=300,
+        preexec_fn=lambda: os.sched_setaffinity(0, CORES),
     )
 
 
 def test_both_threads_are_used_under_the_launcher(toy_recipe):
     done = launched(toy_recipe, "train.max_steps=1")
     assert done.returncode == 0, done.stderr
-    cores = len(os.sched_getaffinity(0))
+    cores = len(CORES)
     assert re.search(rf"{cores} usable cores, 1 local processes: {cores} threads each", done.stderr)
     assert load(toy_recipe.parent / "adapter").card.machine["threads"] == cores
     assert "adapter + " in done.stdout
@@ -480,6 +457,7 @@ def test_a_launch_setting_that_disagrees_is_refused_by_name(toy_recipe):
     assert "lora_sentiment/train.py" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_the_main_command_walks_the_hub(hub, tmp_path):
     command = [

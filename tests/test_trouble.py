@@ -308,8 +308,8 @@ BASES = {
     "no such base": (shutil.rmtree, "no such folder"),
     "a folder without a model": (_remove("config.json"), "is no model: it has no config.json"),
     "an adapter for a base": (_adapter, "is an adapter; name the base that it was trained on"),
-    "another architecture": (_edit(model_type="bert"), "is a bert model; this package adapts distilbert checkpoints"),
-    "an unknown architecture": (_edit(model_type="weird"), "is a weird model; this package adapts distilbert"),
+    "another architecture": (_edit(model_type="gpt2"), "is a gpt2 model; this package adapts encoders"),
+    "an unknown architecture": (_edit(model_type="weird"), "is a weird model; this package adapts encoders"),
     "code in a base": (_edit(auto_map={"AutoModel": "code.Model"}), "asks to run its own code (auto_map"),
     "config that is no json": (_write("config.json", b"{"), "its config.json is no JSON"),
     "config that is a list": (_write("config.json", b"[]"), "its config.json names no model_type"),
@@ -337,7 +337,7 @@ DATASETS = {
     "toy/card": {"README.md": b"---\nconfigs: [\n---\n", "train.csv": HUB_ROWS},
 }
 MODELS = {
-    "toy/bert": {"config.json": b'{"model_type": "bert"}'},
+    "toy/bert": {"config.json": b'{"model_type": "gpt2"}'},
     "toy/code": {
         "config.json": b'{"model_type": "distilbert", "auto_map": {"AutoModel": "code.Model"}}'
     },
@@ -420,9 +420,9 @@ HUB = {
     "gated model": ("model.name=toy/gated", "it is gated; ask for access at http://127.0.0.1"),
     "misspelt model": ("model.name=toy/brt", "did you mean 'toy/bert'? (that is in the cache)"),
     "model revision": ("model.revision=v9", "it has no revision 'v9'; correct model.revision"),
-    "no distilbert": (
+    "no encoder": (
         "model.name=toy/bert",
-        "'toy/bert' is a bert model; this package adapts distilbert checkpoints",
+        "'toy/bert' is a gpt2 model; this package adapts encoders of distilbert, bert, roberta",
     ),
     "code in a model": ("model.name=toy/code", "'toy/code' asks to run its own code"),
     "no model": ("model.name=toy/nothing", "'toy/nothing' is no model: it has no config.json"),

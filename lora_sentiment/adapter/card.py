@@ -1,5 +1,6 @@
 """Make the model cards of adapters, merged and exported models. Their texts are in `templates/`."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_sentiment.adapter.safe_files import read_bytes
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import AdapterError, RecipeError, one_line
 from lora_sentiment.evaluation.statistics import show_interval
+from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.recipe.yaml_reader import parse_yaml
 from lora_sentiment.training.report import report_roles
@@ -280,7 +282,7 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
         license=bundled.LICENSE if card.base.name == bundled.NAME else None,
         library_name="peft" if is_peft else "lora-sentiment",
         pipeline_tag="text-classification",
-        tags=["text-classification", "distilbert", card.method.kind],
+        tags=["text-classification", card.base.model_type, card.method.kind],
         datasets=[dataset] if dataset else None,
         metrics=sorted({result.metric_type for result in results}),
         eval_results=results,
@@ -306,7 +308,7 @@ def _describe_record(
         eval_results=source.eval_results,
         library_name=library,
         pipeline_tag="text-classification",
-        tags=["text-classification", "distilbert", *tags, record.method],
+        tags=["text-classification", record.model_type, *tags, record.method],
     )
     origin = _fill(
         "origin.md",
@@ -316,7 +318,11 @@ def _describe_record(
         base_sha256=record.base_sha256,
         results=_list_results(source),
     )
-    return {"metadata": metadata.to_yaml(), "origin": origin.rstrip("\n")}
+    return {
+        "metadata": metadata.to_yaml(),
+        "family": FAMILIES[record.model_type].name,
+        "origin": origin.rstrip("\n"),
+    }
 
 
 def _list_results(source: ModelCardData) -> str:
@@ -403,7 +409,8 @@ def _show_quantisation(card: Card) -> str:
     """Return the argument that makes stock transformers quantise the base, or an empty string."""
     if card.base.quantize == "none":
         return ""
-    skip = 'llm_int8_skip_modules=["pre_classifier", "classifier"]'
+    head = FAMILIES[card.base.model_type].head
+    skip = f"llm_int8_skip_modules={json.dumps(head)}"
     if card.base.quantize == "int8":
         return f"quantization_config=BitsAndBytesConfig(load_in_8bit=True, {skip})"
     double = f"bnb_4bit_use_double_quant={card.base.double_quant}"

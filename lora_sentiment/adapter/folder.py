@@ -26,6 +26,7 @@ from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.fast import attention_backends
 from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.hub import is_hub_name, prepare_hub
+from lora_sentiment.models.families import num_positions
 from lora_sentiment.models.load import Base, check_length, hash_tokenizer, load_base
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
@@ -52,6 +53,8 @@ class BaseRecord(Section):
     """Precision of the frozen linears in training."""
     double_quant: bool = False
     """Whether the 4-bit scales were quantised too."""
+    model_type: str = "distilbert"
+    """Family of the base, as `model_type` in its `config.json`. Older versions knew one family."""
 
 
 class DataRecord(Section):
@@ -226,6 +229,7 @@ def save(
             base_sha256=base.sha256,
             quantize=model_config.quantize,
             double_quant=model_config.double_quant,
+            model_type=base.family.model_type,
         ),
         tokenizer_sha256=hash_tokenizer(base.tokenizer),
         files={path.name: hash_file(path) for path in decisive},
@@ -246,7 +250,8 @@ def write_tokenizer_config(
     """Write the `tokenizer_config.json` with which stock transformers reads `tokenizer.json`.
 
     With BertTokenizer or DistilBertTokenizer in it, transformers 5 makes a normalizer of its own,
-    and transformers 4 makes token types, which DistilBERT does not take.
+    and transformers 4 makes token types, which DistilBERT does not take. The other families take a
+    text without types as the first of a pair.
     """
     write_json(
         folder / "tokenizer_config.json",
@@ -371,10 +376,8 @@ def _check_probe(folder: Path, card: Card, base: Base) -> None:
     fault = None
     if min(map(min, ids)) < 0 or max(map(max, ids)) >= limits.vocab_size:
         fault = f"holds a token that the base does not have; allowed: 0 to {limits.vocab_size - 1}"
-    elif max(map(len, ids)) > limits.max_position_embeddings:
-        fault = (
-            f"holds a text longer than the {limits.max_position_embeddings} positions of the base"
-        )
+    elif max(map(len, ids)) > num_positions(limits):
+        fault = f"holds a text longer than the {num_positions(limits)} positions of the base"
     elif [len(row) for row in logits] != [len(card.labels)] * len(ids):
         fault = (
             f"needs {len(card.labels)} logits for each of its {len(ids)} texts, one for each label"

@@ -1,4 +1,4 @@
-"""Trace the ONNX graph of a DistilBERT classifier, and store it in 8 bits."""
+"""Trace the ONNX graph of a classifier, and store it in 8 bits."""
 
 import logging
 import warnings
@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_sentiment.adapter.onnx import INPUTS, OUTPUT
 from lora_sentiment.errors import ModelError
+from lora_sentiment.models.families import DISTILBERT, family_of
 
 OPSET = 18
 """torch writes this version without conversion."""
@@ -25,7 +26,7 @@ BLOCK = 16
 
 
 class FirstTokenBlock(nn.Module):
-    """The last block of an encoder, computed for [CLS] alone, because the head reads nothing else.
+    """The last block of DistilBERT, computed for [CLS] alone: the head reads nothing else.
 
     Only the first token has a query and goes through the feed-forward. Every token has a key and a
     value. This saves about a seventh of a six-layer model's time.
@@ -81,8 +82,7 @@ def write_graph(model: Any, path: Path) -> None:
     """Write a classifier as one ONNX file. Its inputs may have any batch size and length.
 
     Args:
-        model: A stock `DistilBertForSequenceClassification` in fp32 and eval mode. It is left
-            unchanged.
+        model: A stock sequence classifier in fp32 and eval mode. It is left unchanged.
         path: The new file.
 
     Raises:
@@ -90,14 +90,16 @@ def write_graph(model: Any, path: Path) -> None:
     """
     import onnx  # late: of the extra `onnx`
 
-    layers = model.distilbert.transformer.layer
+    family = family_of(model.config)
+    layers = model.get_submodule(f"{family.encoder}.{family.blocks}")
     last, attention = layers[-1], model.config._attn_implementation
     # An axis of size 1 would become a constant.
     example = torch.ones(2, 16, dtype=torch.int64)
     mask = torch.ones_like(example)
     mask[1, 8:] = 0
     try:
-        layers[-1] = FirstTokenBlock(last)
+        if family is DISTILBERT:
+            layers[-1] = FirstTokenBlock(last)
         # SDPA adds checks for fully masked rows, which ONNX Runtime does not fuse away.
         model.set_attn_implementation("eager")
         with _quiet():

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, as a stock DistilBERT classifier that answers alike."""
+"""Merge an adapter into its base, as a stock classifier that answers alike."""
 
 import hashlib
 import logging
@@ -231,6 +231,7 @@ def merge_aside(
         adapter_sha256=card.sha256,
         base_sha256=card.base.base_sha256,
         base=card.base.name,
+        model_type=card.base.model_type,
         method=card.method.kind,
         into=into,
         dtype=dtype,

@@ -20,27 +20,12 @@ from lora_sentiment.adapter.safe_files import (
 )
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import write_json
+from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.recipe.section import Section
 
 KEY = "lora_sentiment"
 SCHEMA = 2
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-_DECISIVE = (
-    "model_type",
-    "problem_type",
-    "id2label",
-    "activation",
-    "dim",
-    "hidden_dim",
-    "n_heads",
-    "n_layers",
-    "vocab_size",
-    "max_position_embeddings",
-)
-"""The keys of `config.json` that decide an answer. Stock transformers keeps them, and rewrites
-others."""
-_ALIASES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
-"""Other names by which transformers reads some of them."""
 _SPECIAL_TOKENS = ("unk_token", "cls_token", "sep_token", "pad_token")
 LENGTH_CONFIG = "sentence_bert_config.json"
 """Where text-embeddings-inference looks for the longest input. Without it, the number of positions
@@ -58,6 +43,8 @@ class MergeRecord(Section):
     """Hash of the unquantised base's encoder."""
     base: str
     """Name of the base, as in the adapter's card."""
+    model_type: str = "distilbert"
+    """Family of the base, as `model_type` in `config.json`."""
     method: str
     """Training method: `lora`, `full`, ..."""
     into: Literal["base", "dequantised"]
@@ -118,7 +105,10 @@ def write_merge_record(folder: Path, record: MergeRecord) -> None:
     write_json(folder / LENGTH_CONFIG, {"max_seq_length": record.max_length})
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    values |= {"hidden_size": values["dim"], "num_hidden_layers": values["n_layers"]}
+    aliases = FAMILIES[values["model_type"]].aliases
+    for key in ("hidden_size", "num_hidden_layers"):
+        if key in aliases:
+            values[key] = values[aliases[key]]
     write_json(path, values)
     hashes = {"config_sha256": _hash_config(folder), "tokenizer_sha256": _hash_tokenizer(folder)}
     record = record.model_copy(update={"schema_": SCHEMA, **hashes})
@@ -164,10 +154,20 @@ def check_merge_record(folder: Path, record: MergeRecord, *, weights: str | None
 
 
 def _hash_config(folder: Path) -> str:
-    """Return the hash of the values in `config.json` that decide an answer."""
-    config = read_object(folder / "config.json")
-    decisive = {key: config.get(key) for key in _DECISIVE}
-    for alias, key in _ALIASES.items():
+    """Return the hash of the values in `config.json` that decide an answer.
+
+    Stock transformers keeps them, and rewrites others.
+    """
+    path = folder / "config.json"
+    config = read_object(path)
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise AdapterError(
+            f"{path}: was altered after it was saved (model_type is {config.get('model_type')!r})"
+        )
+    keys = ("model_type", "problem_type", "id2label", *family.functions, *family.shape)
+    decisive = {key: config.get(key) for key in keys}
+    for alias, key in family.aliases.items():
         decisive[alias] = config.get(alias, decisive[key])
     return _hash(decisive)
 

@@ -19,6 +19,7 @@ from lora_sentiment.adapter.safe_files import (
     read_object,
 )
 from lora_sentiment.errors import AdapterError
+from lora_sentiment.models.families import FAMILIES
 
 PEFT_CONFIG = "adapter_config.json"
 KINDS: dict[str, type[Any]] = {
@@ -46,6 +47,17 @@ def _check_names(names: Any) -> Any:
     return names
 
 
+def _check_saved(names: list[str] | None) -> list[str] | None:
+    allowed = {"score"}
+    for family in FAMILIES.values():
+        for module in family.saved_modules:
+            allowed |= {module, module.rpartition(".")[2]}
+    for name in names or ():
+        if name not in allowed:
+            raise ValueError(f"{name[:60]!r} is no head; allowed: {', '.join(sorted(allowed))}")
+    return names
+
+
 Names = Annotated[list[str] | str | None, AfterValidator(_check_names)]
 Rank = Annotated[int, Field(ge=1, le=1 << 16)]
 Count = Annotated[int, Field(ge=0, le=1 << 32)]
@@ -65,7 +77,7 @@ class _Options(BaseModel):
     revision: str | None = None
     inference_mode: bool = False
     # PEFT copies other modules whole out of the base.
-    modules_to_save: list[Literal["pre_classifier", "classifier", "score"]] | None = None
+    modules_to_save: Annotated[list[str] | None, AfterValidator(_check_saved)] = None
     target_modules: Names = None
     exclude_modules: Names = None
     feedforward_modules: Names = None

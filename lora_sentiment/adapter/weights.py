@@ -33,7 +33,7 @@ from lora_sentiment.adapter.safe_files import (
 )
 from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import write_json
-from lora_sentiment.models.families import HEAD
+from lora_sentiment.models.families import FAMILIES, family_of
 from lora_sentiment.models.load import Base
 from lora_sentiment.models.wrap import as_plain_lora, kept_ranks, make_trainable, trainable_tensors
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
@@ -144,7 +144,7 @@ def _get_peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 def _get_own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the trained tensors and the whole head, because no checkpoint holds a new head."""
     tensors: dict[str, torch.Tensor] = dict(trainable_tensors(model))
-    for name in HEAD:
+    for name in family_of(model.config).head:
         for part, parameter in model.get_submodule(name).named_parameters():
             tensors[f"{name}.{part}"] = parameter
     return tensors
@@ -200,15 +200,23 @@ def rebuild_stock(folder: Path, base: Base, config: PeftConfig) -> nn.Module:
             base.
     """
     model = _wrap(folder, base, config, read_header(folder / PEFT_WEIGHTS))
-    lacking = sorted(set(HEAD) - set(getattr(config, "modules_to_save", None) or ()))
-    if base.new_head and lacking:
+    saved = tuple(getattr(config, "modules_to_save", None) or ())
+    lacking = [layer for layer in base.new_layers if not _is_saved(layer, saved)]
+    if lacking:
         raise AdapterError(
             f"{folder}: {' and '.join(lacking)} is in neither the adapter nor the base. Training "
             "began with a random head and did not save it, so its answers are lost. Train again "
-            f"with modules_to_save={list(HEAD)}"
+            f"with modules_to_save={list(base.family.saved_modules)}"
         )
     _load_tensors(model, folder, STOCK_DTYPES)
     return model.eval()
+
+
+def _is_saved(layer: str, saved: tuple[str, ...]) -> bool:
+    """Return whether PEFT's `modules_to_save` holds a layer, itself or in a module around it."""
+    parts = layer.split(".")
+    modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(f".{module}".endswith(f".{name}") for module in modules for name in saved)
 
 
 def _wrap(folder: Path, base: Base, config: PeftConfig, saved: Header) -> nn.Module:
@@ -234,7 +242,7 @@ def _wrap(folder: Path, base: Base, config: PeftConfig, saved: Header) -> nn.Mod
 
 def _check_rank(folder: Path, base: Base, config: PeftConfig, saved: Header) -> None:
     """Refuse a rank that is larger than every saved rank and the base's hidden size."""
-    largest = base.config.dim
+    largest = base.config.hidden_size
     for name, (_, shape) in saved.items():
         if shape and ("lora_A" in name or "vera_lambda_d" in name):
             largest = max(largest, shape[0])
@@ -299,7 +307,7 @@ def check_whole_model(folder: Path) -> None:
             if values.get(key) is not None:
                 raise AdapterError(
                     f"{folder / name}: {key} is {str(values[key])[:100]!r}; this package loads no "
-                    "other code, kernels or files than those of a plain DistilBERT; remove it"
+                    "other code, kernels or files than those of a plain model; remove it"
                 )
     if (folder / "tokenizer.json").is_file():
         read_bytes(folder / "tokenizer.json", limit=MAX_TOKENIZER_BYTES)
@@ -307,16 +315,23 @@ def check_whole_model(folder: Path) -> None:
     header = read_header(path)
     with ExplainLibraryError(folder / "config.json"):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.n_layers > len(header):
+        family = FAMILIES.get(config.model_type)
+        if family is None:
             raise AdapterError(
-                f"{folder / 'config.json'}: n_layers is {config.n_layers}; {path} has "
+                f"{folder / 'config.json'}: model_type is {config.model_type}; this package reads "
+                f"{', '.join(FAMILIES)}"
+            )
+        if config.num_hidden_layers > len(header):
+            key = family.aliases.get("num_hidden_layers", "num_hidden_layers")
+            raise AdapterError(
+                f"{folder / 'config.json'}: {key} is {config.num_hidden_layers}; {path} has "
                 f"{len(header)} tensors"
             )
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=False
             )
-    if not any(name.startswith(HEAD) for name in header):
+    if not any(name.startswith(family.head) for name in header):
         raise AdapterError(
             f"{folder}: is an encoder without a classification head; train one on it first"
         )

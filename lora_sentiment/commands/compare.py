@@ -124,7 +124,7 @@ def _make_row(path: Path) -> Row:
         name=one_line(recipe.name),
         folder=folder if finished else None,
         base=base,
-        method=describe(recipe.method, recipe.model.head),
+        method=describe(plan.method, recipe.model.head),
         quantize=recipe.model.quantize + (", double" if recipe.model.double_quant else ""),
         counts=count_parameters(make_meta_model(plan.config, recipe.method, recipe.model)),
         file_bytes=file_bytes or adapter_bytes(plan.config, recipe.method, recipe.model),
@@ -180,9 +180,10 @@ def describe(method: Method, head: str) -> str:
             words.append(",".join(method.patterns or ()))
     if isinstance(method, PeftMethod):
         targets = method.target_modules
-        if not isinstance(targets, str):
+        if isinstance(targets, tuple):
             targets = ",".join(name.removesuffix("_lin") for name in targets)
-        words.append(targets)
+        if targets:
+            words.append(targets)
     if head != "full":
         words.append(f"head {head}")
     return " ".join(words)

@@ -14,6 +14,7 @@ from lora_sentiment.data.report import (
     log_warnings,
 )
 from lora_sentiment.data.rows import load_all_judged, load_data
+from lora_sentiment.models.families import resolve_targets
 from lora_sentiment.models.load import check_base, load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks.metrics import check_metric
@@ -38,7 +39,7 @@ def describe_data(recipe: Recipe) -> DataReport:
         recipe.train.metric_for_best_model, labels=data.validation.labels, names=data.labels
     )
     make_class_weights(recipe.train.class_weights, labels=data.train.labels, names=data.labels)
-    check_base(recipe.model)
+    resolve_targets(recipe.method, check_base(recipe.model))
     tokenizer = load_tokenizer(recipe.model)
     max_length, truncation = recipe.model.max_length, recipe.model.truncation
     encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)

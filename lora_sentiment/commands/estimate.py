@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.models.dtype import resolve_dtype
-from lora_sentiment.models.families import DISTILBERT
-from lora_sentiment.models.load import find_local_config
+from lora_sentiment.models.families import family_of, find_public, resolve_targets
+from lora_sentiment.models.load import find_local_config, set_dropouts
 from lora_sentiment.models.memory import (
     CUDA_SHARE,
     GLIBC_KEEPS,
@@ -136,16 +136,16 @@ def find_base(model: ModelConfig, num_labels: int | None) -> tuple[Any, list[str
     assumed = []
     config = find_local_config(model)
     if config is None:
-        vocab_size = DISTILBERT.public_vocab_sizes.get(model.name.removeprefix("distilbert/"))
-        if vocab_size is None:
+        public = find_public(model.name)
+        if public is None:
             raise ModelError(
                 f"model.name {model.name!r}: no such folder, not in the Hub's cache and no public "
                 "base whose shape is known. Name a folder, or fetch its config.json first: hf "
                 "download NAME config.json"
             )
-        dropouts = {key: getattr(model, key) for key in DISTILBERT.dropouts}
-        given = {key: value for key, value in dropouts.items() if value is not None}
-        config = AutoConfig.for_model(DISTILBERT.model_type, vocab_size=vocab_size, **given)
+        family, changes = public
+        config = AutoConfig.for_model(family.model_type, **changes)
+        set_dropouts(config, model)
         assumed.append(
             f"{model.name} is not on this machine: its shape is assumed from its public name"
         )
@@ -194,7 +194,7 @@ def plan_recipe(
     refuse_unfit(recipe.method, model, dtype=dtype, device=judged)
     plan = Plan(
         config,
-        recipe.method,
+        resolve_targets(recipe.method, family_of(config)),
         model,
         engine=recipe.train.engine,
         dtype=dtype,

@@ -36,7 +36,7 @@ from lora_sentiment.data.tables import (
     table_columns,
     table_types,
 )
-from lora_sentiment.errors import DataError, did_you_mean, one_line
+from lora_sentiment.errors import DataError, did_you_mean, one_line, show_names
 from lora_sentiment.files import hash_file, lock_file, write_json
 
 log = logging.getLogger("lora_sentiment")
@@ -399,8 +399,11 @@ def _plan_columns(
     """
     columns = table_columns(input, encoding=encoding, needed=[text_column])
     if find_column(columns, text_column) is None:
-        hint = did_you_mean(text_column, columns) or "; name one of them"
-        raise DataError(f"{input}: has no column {text_column!r}; found {columns}{hint}")
+        hint = did_you_mean(text_column, columns)
+        raise DataError(
+            f"{input}: has no column {text_column!r}; the columns are {show_names(columns)}{hint}; "
+            "give --text-column"
+        )
     note = describe_delimiter(input, encoding=encoding, needed=[text_column])
     if note:
         log.info("%s: %s", input, note)

@@ -477,7 +477,7 @@ def _load_split(
         )
     rows = Rows(texts, index, np.arange(1, len(values) + 1))
     if faults:
-        rows = rows.take(np.delete(np.arange(len(values)), list(faults)))
+        rows = rows.take(np.flatnonzero(is_good))
     sampled = sample(rows, num_rows=max_rows, seed=config.split_seed)
     counts.kept = len(sampled)
     unsampled = np.setdiff1d(rows.labels, sampled.labels)
@@ -534,9 +534,7 @@ def _rename(
 
 def _label_text(value: Any) -> str:
     """Return a label value as text, or an empty text for a value that is no label."""
-    if isinstance(value, (str, int)) and not isinstance(value, bool):
-        return strip_blanks(str(value))
-    return ""
+    return strip_blanks(str(value)) if isinstance(value, (str, int)) else ""
 
 
 def _find_names(values: list[Any], where: str, *, num_files: int) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ batch bounds the memory. Rows are counted from 1, without the header. Every faul
   or CRLF.
 - tsv has no quoting, because GLUE's files hold unbalanced quotes. No field can hold a tab, newline
   or carriage return.
-- A csv or tsv file is read with semicolons, bars, commas or quoted tabs only if its first line is
-  Excel's `sep=;`, or if its header gives the needed columns no other way.
+- A csv or tsv file is read with semicolons, bars, commas, quoted tabs or another character only if
+  its first line is Excel's `sep=;`, or if its header gives the needed columns no other way.
 - Fields of csv and tsv are strings: "NA", "007", "1.0" and "" are not converted. None is written
   as "".
 - A blank line of csv or tsv is one empty field: a row of a table with one column, and nothing in a

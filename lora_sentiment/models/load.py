@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from httpx2 import HTTPError
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -32,7 +32,7 @@ from lora_sentiment.errors import ModelError
 from lora_sentiment.files import LFS_FAULT, is_lfs_pointer
 from lora_sentiment.hub import explain_refusal, is_hub_name
 from lora_sentiment.models.dtype import resolve_dtype
-from lora_sentiment.models.families import DISTILBERT, HEAD
+from lora_sentiment.models.families import FAMILIES, Family, family_of, num_positions
 from lora_sentiment.recipe.model import ModelConfig
 
 QUANTISING_DEVICES = ("cpu", "cuda", "xpu")
@@ -42,17 +42,17 @@ Hub."""
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base: a DistilBERT sequence classifier in fp32. Its head may be new.
+    """A loaded base: a sequence classifier in fp32. Its head may be new.
 
     Attributes:
-        model: `DistilBertForSequenceClassification`, every tensor in fp32 on the CPU. With
-            `model.quantize`, the encoder's linears are quantised and on the device that was asked
-            for.
+        model: transformers' sequence classifier of the family, every tensor in fp32 on the CPU.
+            With `model.quantize`, the encoder's linears are quantised and on the device that was
+            asked for.
         tokenizer: The checkpoint's fast tokenizer.
         name: Hub name, folder or `bundled`, as the recipe gave it. A folder is an absolute path.
         revision: Commit that the Hub resolved, or None for a folder.
         sha256: Hash of the unquantised encoder's tensors by name, shape and value.
-        new_head: True if the checkpoint has no head of its own.
+        new_layers: The layers of the head that the checkpoint does not have.
         problem_type: That of the checkpoint, if it is another one than of single labels. The model
             forgets it, because a head of single labels is trained.
     """
@@ -62,13 +62,23 @@ class Base:
     name: str
     revision: str | None
     sha256: str
-    new_head: bool
+    new_layers: tuple[str, ...]
     problem_type: str | None = None
 
     @property
     def config(self) -> Any:
         """The base's config, as transformers reads it."""
         return self.model.config
+
+    @property
+    def family(self) -> Family:
+        """The names of the base's family."""
+        return family_of(self.config)
+
+    @property
+    def new_head(self) -> bool:
+        """Whether the checkpoint has no whole head of its own."""
+        return bool(self.new_layers)
 
 
 def load_base(
@@ -84,9 +94,9 @@ def load_base(
         device: Device of the quantised linears; the CPU by default.
 
     Raises:
-        ModelError: If nothing can be loaded, the checkpoint is no DistilBERT, an encoder tensor is
-            missing, its head has another number of labels, `max_length` is more than its positions,
-            or the device cannot quantise.
+        ModelError: If nothing can be loaded, the checkpoint is of no family of this package, an
+            encoder tensor is missing, its head has another number of labels, `max_length` is more
+            than its positions, or the device cannot quantise.
     """
     device = device or torch.device("cpu")
     refuse_unquantisable(config, device)
@@ -112,8 +122,8 @@ def load_base(
         model, report = AutoModelForSequenceClassification.from_pretrained(
             **source, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    new_head = _check_tensors(report, config.name, len(labels))
-    if not new_head:
+    new_layers = _check_tensors(report, family_of(hf_config), config.name, len(labels))
+    if not new_layers:
         _check_own_labels(own_labels, labels, config.name)
     if len(tokenizer) > hf_config.vocab_size:
         raise ModelError(
@@ -140,20 +150,21 @@ def load_base(
         name=name,
         revision=revision,
         sha256=sha256,
-        new_head=new_head,
+        new_layers=new_layers,
         problem_type=problem_type,
     )
 
 
-def check_base(config: ModelConfig) -> None:
-    """Check a base as `load_base` does, without reading its weights.
+def check_base(config: ModelConfig) -> Family:
+    """Check a base as `load_base` does, without reading its weights, and return its family.
 
     Raises:
-        ModelError: If there is no base, it is no DistilBERT, or `revision` or `max_length` does not
-            fit it.
+        ModelError: If there is no base, it is of no family of this package, or `revision` or
+            `max_length` does not fit it.
     """
     with quiet(), _ExplainFailure(config):
-        _find_config(config)
+        hf_config, _ = _find_config(config)
+    return family_of(hf_config)
 
 
 def _find_config(config: ModelConfig) -> tuple[Any, str | None]:
@@ -188,8 +199,8 @@ def find_local_config(config: ModelConfig) -> Any | None:
         The configuration with the recipe's dropout; None for a Hub name that is not cached.
 
     Raises:
-        ModelError: If the name is malformed, the base is no DistilBERT, or `max_length` is too long
-            for it.
+        ModelError: If the name is malformed, the base is of no family of this package, or
+            `max_length` is too long for it.
     """
     path: str | None
     if Path(config.place).is_dir():
@@ -214,10 +225,16 @@ def find_local_config(config: ModelConfig) -> Any | None:
 def _fit_config(hf_config: Any, config: ModelConfig) -> None:
     """Check the longest input, and set the recipe's dropout."""
     check_length(hf_config, config)
-    for key in DISTILBERT.dropouts:
+    set_dropouts(hf_config, config)
+
+
+def set_dropouts(hf_config: Any, config: ModelConfig) -> None:
+    """Set the dropout that a recipe names in the config of a base."""
+    for key, own_keys in family_of(hf_config).dropouts.items():
         value = getattr(config, key)
         if value is not None:
-            setattr(hf_config, key, value)
+            for own_key in own_keys:
+                setattr(hf_config, own_key, value)
 
 
 def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -228,8 +245,8 @@ def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTr
         revision: Commit of the base's other files; by default the section's own.
 
     Raises:
-        ModelError: If there is no tokenizer, or it is not a fast one with DistilBERT's special
-            tokens.
+        ModelError: If there is no tokenizer, or it is not a fast one with the special tokens that
+            frame and fill an input.
     """
     name = config.name
     revision = revision or config.revision
@@ -256,8 +273,8 @@ def load_tokenizer(config: ModelConfig, *, revision: str | None = None) -> PreTr
     for role in ("cls_token", "sep_token", "pad_token"):
         if getattr(tokenizer, role) is None:
             raise ModelError(
-                f"{name!r}: its tokenizer has no {role}, which DistilBERT needs; name a checkpoint "
-                "with its own tokenizer",
+                f"{name!r}: its tokenizer has no {role}, which every input needs; name a "
+                "checkpoint with its own tokenizer",
                 key="model.name",
             )
     return cast(PreTrainedTokenizerFast, tokenizer)
@@ -269,7 +286,7 @@ def has_tokenizer(place: str, *, revision: str | None) -> bool:
     Raises:
         OSError: If the Hub is asked and there is no such base.
     """
-    return _has_file(place, ("tokenizer.json", "vocab.txt"), revision)
+    return _has_file(place, ("tokenizer.json", "vocab.txt", "vocab.json"), revision)
 
 
 def _has_file(place: str, names: tuple[str, ...], revision: str | None) -> bool:
@@ -293,7 +310,20 @@ def _check_weights(config: ModelConfig, revision: str | None) -> None:
             f"{config.name!r} has no model.safetensors, and pickled weights are never loaded; "
             "convert them, or name another checkpoint",
             key="model.name",
+            advice=_advise_conversion(config),
         )
+
+
+def _advise_conversion(config: ModelConfig) -> dict[str, str]:
+    """Say where the Hub's own conversion to safetensors is found."""
+    if not is_hub_name(config.place):
+        return {}
+    return {
+        "model.revision": (
+            f"; the Hub may have converted them: look at {constants.ENDPOINT}/{config.place}"
+            "/discussions for the pull request of SFconvertbot, and set {}=refs/pr/N with its number"
+        )
+    }
 
 
 def refuse_unquantisable(config: ModelConfig, device: torch.device) -> None:
@@ -310,11 +340,14 @@ def refuse_unquantisable(config: ModelConfig, device: torch.device) -> None:
         )
 
 
-def bitsandbytes_config(config: ModelConfig, *, dtype: torch.dtype) -> BitsAndBytesConfig:
+def bitsandbytes_config(
+    config: ModelConfig, family: Family, *, dtype: torch.dtype
+) -> BitsAndBytesConfig:
     """Return bitsandbytes' configuration of a quantised base.
 
     Args:
         config: The recipe's `model` section, whose `quantize` is not `none`.
+        family: The base's family, whose head is not quantised.
         dtype: Compute dtype of 4-bit linears.
     """
     # At every layer and call, bitsandbytes warns that int8 products round their input to fp16.
@@ -328,7 +361,7 @@ def bitsandbytes_config(config: ModelConfig, *, dtype: torch.dtype) -> BitsAndBy
             "bnb_4bit_use_double_quant": config.double_quant,
             "bnb_4bit_compute_dtype": dtype,
         }
-    bits["llm_int8_skip_modules"] = list(HEAD)
+    bits["llm_int8_skip_modules"] = list(family.head)
     return BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
 
 
@@ -343,12 +376,14 @@ def _quantise(
         source: Arguments of `from_pretrained` that loaded `plain`.
         device: Device of the quantised linears.
     """
-    quantization_config = bitsandbytes_config(config, dtype=resolve_dtype(config.dtype, device))
+    family = family_of(cast(Any, plain).config)
+    dtype = resolve_dtype(config.dtype, device)
+    quantization_config = bitsandbytes_config(config, family, dtype=dtype)
     with quiet(), _ExplainFailure(config), torch.random.fork_rng(devices=[]):
         model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
             **source, quantization_config=quantization_config, device_map={"": str(device)}
         )
-    for name in HEAD:
+    for name in family.head:
         model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -375,11 +410,18 @@ def cast_frozen(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -
 
 
 def encoder_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of the base encoder by the checkpoint's names, with or without PEFT."""
+    """Yield (name, tensor) of the base encoder by the checkpoint's names, with or without PEFT.
+
+    A pooler inside the encoder is a layer of the head.
+    """
+    family = family_of(model.config)
+    prefix = f"{family.encoder}."
+    head = tuple(f"{module}." for module in family.saved_modules)
     for name, tensor in model.named_parameters():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        prefix = f"{DISTILBERT.encoder}."
-        if name.startswith(prefix) and not re.search(r"\.((lora|ia3|vera)_|ranknum\.)", name):
+        if not name.startswith(prefix) or name.startswith(head):
+            continue
+        if not re.search(r"\.((lora|ia3|vera)_|ranknum\.)", name):
             yield name.removeprefix(prefix), tensor
 
 
@@ -406,7 +448,7 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _check_kind(path: str | None, config: ModelConfig) -> None:
-    """Refuse a checkpoint that is no plain DistilBERT, before transformers reads it.
+    """Refuse a checkpoint that is no plain encoder of a known family, before transformers reads it.
 
     Args:
         path: Its config.json, or None if it has none.
@@ -414,37 +456,49 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
     """
     refuse = partial(ModelError, key="model.name")
     base = repr(config.name)
+    known = ", ".join(FAMILIES)
     if path is None:
         if any(Path(config.place, file).is_file() for file in ("adapter_config.json", "card.json")):
             raise refuse(f"{base} is an adapter; name the base that it was trained on")
-        raise refuse(f"{base} is no model: it has no config.json; name a DistilBERT checkpoint")
+        raise refuse(f"{base} is no model: it has no config.json; name a checkpoint of {known}")
     try:
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise refuse(f"{base}: its config.json is no JSON ({error}); fetch it again") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
-        raise refuse(f"{base}: its config.json names no model_type; it must be distilbert")
+        raise refuse(f"{base}: its config.json names no model_type; it must be one of {known}")
     if "auto_map" in facts:
         raise refuse(
             f"{base} asks to run its own code (auto_map in its config.json), which this package "
-            "never does; name a plain DistilBERT checkpoint"
+            "never does; name a plain checkpoint"
         )
     for key in ("attn_implementation", "_attn_implementation"):
         kernel = str(facts.get(key) or "")
         if "/" in kernel:
             raise refuse(
                 f"{base} asks to fetch and run the kernel {kernel!r} ({key} in its config.json), "
-                "which this package never does; name a plain DistilBERT checkpoint"
+                "which this package never does; name a plain checkpoint"
             )
     if "quantization_config" in facts:
         raise refuse(
             f"{base} is quantised already; name the checkpoint it was made from, and let this "
             "package quantise it"
         )
-    if facts["model_type"] != "distilbert":
+    kind = "model"
+    if facts.get("is_encoder_decoder") is True:
+        kind = "encoder-decoder"
+    elif facts.get("is_decoder") is True or _names_decoder(facts.get("architectures")):
+        kind = "decoder"
+    if kind != "model" or facts["model_type"] not in FAMILIES:
         raise refuse(
-            f"{base} is a {facts['model_type']} model; this package adapts distilbert checkpoints"
+            f"{base} is a {facts['model_type']} {kind}; this package adapts encoders of {known}"
         )
+
+
+def _names_decoder(architectures: Any) -> bool:
+    """Return whether a config's `architectures` names a model that writes text."""
+    names = architectures if isinstance(architectures, list) else []
+    return any(re.search("ForCausalLM|LMHeadModel", str(name)) for name in names)
 
 
 def check_length(shape: Any, config: ModelConfig) -> None:
@@ -457,7 +511,7 @@ def check_length(shape: Any, config: ModelConfig) -> None:
     Raises:
         ModelError: With the number of positions.
     """
-    positions = shape.max_position_embeddings
+    positions = num_positions(shape)
     if config.max_length > positions:
         raise ModelError(
             f"{config.max_length} is more than the {positions} positions of {config.name!r}; "
@@ -466,22 +520,26 @@ def check_length(shape: Any, config: ModelConfig) -> None:
         )
 
 
-def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
+def _check_tensors(
+    report: dict[str, Any], family: Family, name: str, num_labels: int
+) -> tuple[str, ...]:
     """Refuse a checkpoint that does not fill the encoder.
 
     Args:
         report: What transformers loaded.
+        family: The checkpoint's family.
         name: The checkpoint's name.
         num_labels: Labels of the data.
 
     Returns:
-        True if the head is new.
+        The layers of the head that are new.
     """
-    missing = {key for key in report["missing_keys"] if not key.startswith(HEAD)}
+    head = tuple(f"{layer}." for layer in family.head)
+    missing = {key for key in report["missing_keys"] if not key.startswith(head)}
     wrong_shapes = {key: tuple(shape) for key, shape, _ in report["mismatched_keys"]}
     unfilled = sorted(missing | wrong_shapes.keys())
-    head_sizes = [shape[0] for key, shape in wrong_shapes.items() if key.startswith("classifier")]
-    if head_sizes and all(key.startswith(HEAD) for key in unfilled):
+    head_sizes = [shape[0] for key, shape in wrong_shapes.items() if key.startswith(head[-1])]
+    if head_sizes and all(key.startswith(head) for key in unfilled):
         raise ModelError(
             f"{name!r} has a head for {head_sizes[0]} labels and the data has {num_labels}; name a "
             "base without a head, or data with the same labels",
@@ -496,7 +554,8 @@ def _check_tensors(report: dict[str, Any], name: str, num_labels: int) -> bool:
             f"shape: {listed}; name a whole checkpoint",
             key="model.name",
         )
-    return any(key.startswith(HEAD) for key in report["missing_keys"])
+    missing = {key.rpartition(".")[0] for key in report["missing_keys"]}
+    return tuple(layer for layer in family.head if layer in missing)
 
 
 def _check_own_labels(own: list[str], labels: tuple[str, ...], name: str) -> None:

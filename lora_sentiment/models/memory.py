@@ -8,6 +8,7 @@ The backward pass of a GPU cannot run on fake tensors where torch was built for 
 are the one formula here, `_cuda_workspace`.
 """
 
+import re
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ from lora_sentiment.fast import (
     use_fast_encoder,
     why_not_fused,
 )
-from lora_sentiment.models.families import FP32
+from lora_sentiment.models.families import FP32, family_of
 from lora_sentiment.models.sizes import (
     count_parameters,
     is_quantised_dora,
@@ -233,7 +234,9 @@ def measure_step(plan: Plan, *, rows: int, length: int) -> tuple[int, int]:
         if plan.checkpointing:
             # Each block keeps its input, and one at a time is computed again.
             plain = replace(plan, checkpointing=False)
-            held += measure_step(plain, rows=rows, length=length)[0] // plan.config.n_layers
+            held += (
+                measure_step(plain, rows=rows, length=length)[0] // plan.config.num_hidden_layers
+            )
         peak = max(peak, held + _cuda_workspace(plan, run, rows * length))
     return held, peak - held
 
@@ -329,9 +332,11 @@ def _cuda_workspace(plan: Plan, run: _Run, num_tokens: int) -> int:
     for kernels.
     """
     names = [name for name, p in run.model.named_parameters() if p.requires_grad]
-    trains_last = any(".lin2." in name for name in names)
+    family = family_of(plan.config)
+    last = re.compile(rf"\.\d+\.{re.escape(family.linears[-1])}\.")
+    trains_last = any(map(last.search, names))
     adapts_last = trains_last and isinstance(plan.method, PeftMethod)
-    hidden_bytes: int = num_tokens * plan.config.hidden_dim
+    hidden_bytes: int = num_tokens * getattr(plan.config, family.width)
     if plan.model.quantize != "none":
         return int(hidden_bytes * (10 if adapts_last else 8.5))
     if run.fast:

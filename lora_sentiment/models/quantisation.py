@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lora_sentiment.fast import attention_backends, use_fast_encoder
-from lora_sentiment.models.families import DISTILBERT
 from lora_sentiment.models.load import Base, load_base
 from lora_sentiment.models.memory import Plan, estimate_memory, runs_fast
 from lora_sentiment.models.sizes import weight_tensors
@@ -102,7 +101,8 @@ def measure_quantisation(
     plain_plan = replace(plan, model=config)
     if runs_fast(plain_plan):
         use_fast_encoder(plain.model, compute_dtype=dtype)
-    encoders = [loaded.model.get_submodule(DISTILBERT.encoder).eval() for loaded in (plain, base)]
+    name = base.family.encoder
+    encoders = [loaded.model.get_submodule(name).eval() for loaded in (plain, base)]
     for parameter in encoders[1].parameters():
         if parameter.is_floating_point():
             # `make_trainable` will do the same: all of them are frozen.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lora_sentiment.models.families import HEAD
+from lora_sentiment.models.families import family_of
 from lora_sentiment.models.load import Base, bitsandbytes_config, encoder_tensors
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.wrap import head_layers, make_trainable
@@ -44,15 +44,16 @@ def make_meta_model(
             # bitsandbytes is not on every system, and takes time to import.
             from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-            quantisation = bitsandbytes_config(model, dtype=dtype)
+            family = family_of(config)
+            quantisation = bitsandbytes_config(model, family, dtype=dtype)
             replace_with_bnb_linear(
-                plain, modules_to_not_convert=list(HEAD), quantization_config=quantisation
+                plain, modules_to_not_convert=list(family.head), quantization_config=quantisation
             )
             # PEFT looks at these, as transformers sets them.
             plain.is_loaded_in_8bit = model.quantize == "int8"
             plain.is_loaded_in_4bit = model.quantize != "int8"
         tokenizer = cast(PreTrainedTokenizerFast, None)  # wrapping needs none
-        base = Base(plain, tokenizer, model.name, model.revision, sha256="", new_head=False)
+        base = Base(plain, tokenizer, model.name, model.revision, sha256="", new_layers=())
         unquantised = model.model_copy(update={"quantize": "none", "double_quant": False})
         return make_trainable(base, method, unquantised, dtype=dtype, num_steps=MANY_STEPS)
 
@@ -68,9 +69,10 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     encoder = _count_trained(tensor for _, tensor in encoder_tensors(model))
     trainable = _count_trained(model.parameters())
     # A low-rank head is counted dense.
-    dense_head = sum(
-        (layer.in_features + 1) * layer.out_features for layer in head_layers(model).values()
-    )
+    dense_head = 0
+    for layer in head_layers(model).values():
+        tensors: list[Any] = [layer.weight, layer.bias]
+        dense_head += sum(tensor.numel() for tensor in tensors if tensor is not None)
     base = sum(_num_values(tensor) for _, tensor in encoder_tensors(model)) + dense_head
     return ParameterCounts(
         adapter=trainable - encoder - head,

@@ -2,14 +2,15 @@
 
 import fnmatch
 import re
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from lora_sentiment.errors import ModelError
-from lora_sentiment.models.families import DISTILBERT
+from lora_sentiment.models.families import Family, choose_targets, family_of
+from lora_sentiment.models.load import encoder_tensors
 from lora_sentiment.recipe.method import Ia3Method, PeftMethod, UnfreezeMethod
 
 
@@ -23,9 +24,10 @@ def find_targets(model: nn.Module, method: PeftMethod) -> dict[str, nn.Linear]:
         ModelError: If the target matches no linear or matches the head, or the base has fewer
             blocks.
     """
-    wanted = target_names(method)
+    family = family_of(model.config)
+    wanted = target_names(method, family)
     if isinstance(wanted, str):
-        head = [name for name in DISTILBERT.head if re.fullmatch(wanted, name)]
+        head = [name for name in family.head if re.fullmatch(wanted, name)]
         if head:
             raise ModelError(
                 f"method.target_modules {wanted!r} matches {head[0]}, which is a layer of the "
@@ -33,7 +35,7 @@ def find_targets(model: nn.Module, method: PeftMethod) -> dict[str, nn.Linear]:
             )
     linears = encoder_linears(model)
     layers = None if isinstance(method, Ia3Method) else method.layers_to_transform
-    num_blocks = len(_blocks(model))
+    num_blocks = _count_blocks(model)
     if layers and max(layers) >= num_blocks:
         raise ModelError(
             f"method.layers_to_transform: found layer {max(layers)}; the base has {num_blocks} "
@@ -53,14 +55,13 @@ def find_targets(model: nn.Module, method: PeftMethod) -> dict[str, nn.Linear]:
     return targets
 
 
-def target_names(method: PeftMethod) -> list[str] | str:
+def target_names(method: PeftMethod, family: Family) -> list[str] | str:
     """Return `target_modules` as PEFT takes it: a sorted list of names, or a regular expression."""
-    if method.target_modules == "all-linear":
+    names = choose_targets(method, family)
+    if names == "all-linear":
         # PEFT's own all-linear takes the head too.
-        return sorted(DISTILBERT.linears)
-    if isinstance(method.target_modules, str):
-        return method.target_modules
-    return sorted(method.target_modules)
+        return sorted(family.linears)
+    return names if isinstance(names, str) else sorted(names)
 
 
 def resolve_pattern(patterns: dict[str, int], field: str, targets: list[str]) -> dict[str, int]:
@@ -89,15 +90,16 @@ def find_unfrozen(model: nn.Module, method: UnfreezeMethod) -> list[str]:
     Raises:
         ModelError: If a pattern matches no tensor, or the base has fewer blocks.
     """
-    names = [name for name, _ in model.get_submodule(DISTILBERT.encoder).named_parameters()]
+    family = family_of(model.config)
+    names = [name for name, _ in encoder_tensors(model)]
     if method.last_layers is not None:
-        num_blocks = len(_blocks(model))
+        num_blocks = _count_blocks(model)
         if method.last_layers > num_blocks:
             raise ModelError(
                 f"method.last_layers: found {method.last_layers}; allowed: 1 to {num_blocks}"
             )
         last = range(num_blocks - method.last_layers, num_blocks)
-        prefixes = tuple(f"{DISTILBERT.blocks}.{i}." for i in last)
+        prefixes = tuple(f"{family.blocks}.{i}." for i in last)
         return [name for name in names if name.startswith(prefixes)]
     unfrozen: set[str] = set()
     for pattern in method.patterns or ():
@@ -113,7 +115,8 @@ def find_unfrozen(model: nn.Module, method: UnfreezeMethod) -> list[str]:
 
 def encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linears of an unwrapped classifier's blocks by full name, in forward order."""
-    prefix = f"{DISTILBERT.encoder}.{DISTILBERT.blocks}."
+    family = family_of(model.config)
+    prefix = f"{family.encoder}.{family.blocks}."
     return {
         name: module
         for name, module in model.named_modules()
@@ -121,5 +124,6 @@ def encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def _blocks(model: nn.Module) -> Any:
-    return model.get_submodule(f"{DISTILBERT.encoder}.{DISTILBERT.blocks}")
+def _count_blocks(model: nn.Module) -> int:
+    num_blocks: int = cast(Any, model).config.num_hidden_layers
+    return num_blocks

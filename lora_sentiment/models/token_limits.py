@@ -6,6 +6,8 @@ adapter, so it must be the same on every machine.
 
 from typing import Any
 
+from lora_sentiment.models.families import family_of
+
 MICRO_BATCH_BYTES = 1 << 30
 """Bytes of activations that one micro-batch may save for the backward pass."""
 MAX_MICRO_BATCH_TOKENS = 4096
@@ -26,18 +28,19 @@ def micro_batch_tokens(
     """Return the padded tokens of one micro-batch.
 
     It is a multiple of 256, or one row of `max_length` tokens. The formula counts what a block
-    saves for each token: about eight tensors of `dim` (inputs of linears and norms, queries, keys,
-    values, dropout masks), two of `hidden_dim` (before and after GELU), and two rows of attention
-    probabilities for each head.
+    saves for each token: about eight tensors of the hidden size (inputs of linears and norms,
+    queries, keys, values, dropout masks), two of the feed-forward network's width (before and after
+    GELU), and two rows of attention probabilities for each head.
 
     Args:
-        config: The base's config, for its `n_layers`, `dim`, `hidden_dim` and `n_heads`.
+        config: The base's config.
         max_length: Tokens of the longest text.
         element_bytes: Bytes of the compute dtype.
         checkpointing: Whether activations are recomputed, so that one block's are held at a time.
     """
-    block = 8 * config.dim + 2 * config.hidden_dim + 2 * config.n_heads * max_length
-    num_blocks = 1 if checkpointing else config.n_layers
+    width = getattr(config, family_of(config).width)
+    block = 8 * config.hidden_size + 2 * width + 2 * config.num_attention_heads * max_length
+    num_blocks = 1 if checkpointing else config.num_hidden_layers
     token_bytes: int = num_blocks * block * element_bytes
     tokens = min(MICRO_BATCH_BYTES // token_bytes, MAX_MICRO_BATCH_TOKENS) // 256 * 256
     return max(tokens, max_length)

@@ -16,18 +16,14 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_sentiment.errors import ModelError
-from lora_sentiment.models.families import DISTILBERT, HEAD
+from lora_sentiment.models.families import family_of
 from lora_sentiment.models.load import Base, refuse_unquantisable
-from lora_sentiment.models.targets import (
-    find_targets,
-    find_unfrozen,
-    resolve_pattern,
-    target_names,
-)
+from lora_sentiment.models.targets import find_targets, find_unfrozen, resolve_pattern
 from lora_sentiment.recipe.method import (
     AdaloraMethod,
     FullMethod,
@@ -72,10 +68,10 @@ def make_trainable(
             model = base.model.requires_grad_(False)
             names = find_unfrozen(model, method) if isinstance(method, UnfreezeMethod) else []
             for name in names:
-                model.get_parameter(f"{DISTILBERT.encoder}.{name}").requires_grad_(True)
+                model.get_parameter(f"{base.family.encoder}.{name}").requires_grad_(True)
         case _:
             model = _wrap(base, method, num_steps)
-    _choose_head(model, config, new_head=base.new_head)
+    _choose_head(model, config, new_layers=base.new_layers)
     head = [parameter for layer in head_layers(model).values() for parameter in layer.parameters()]
     head_ids = {id(parameter) for parameter in head}
     for parameter in model.parameters():
@@ -117,24 +113,23 @@ def refuse_unfit(
 def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftConfig:
     """Return PEFT's own configuration of a method on a base, the head named as saved.
 
-    Patterns become full names: PEFT would try a regular expression on every module, not on linears
-    alone, and take the first pattern that matches in an order that a sorted file does not keep.
+    Names and patterns become full names. PEFT would look for a name in the head too, try a regular
+    expression on every module, not on linears alone, and take the first pattern that matches in an
+    order that a sorted file does not keep.
     """
     targets = list(find_targets(base.model, method))
-    names = target_names(method)
     common: dict[str, Any] = {
         "task_type": TaskType.SEQ_CLS,
         "base_model_name_or_path": base.model.name_or_path,
         "revision": base.revision,
-        "target_modules": sorted(targets) if isinstance(names, str) else names,
-        "modules_to_save": list(HEAD),
+        "target_modules": sorted(targets),
+        "modules_to_save": list(base.family.saved_modules),
     }
     # Our fields are PEFT's by name; those left out are ours alone, or were turned into the common
     # ones.
     ours = {"kind", "target_modules", "loraplus_lr_ratio"}
     fields = {name: getattr(method, name) for name in type(method).model_fields if name not in ours}
-    if fields.get("layers_to_transform"):
-        fields["layers_to_transform"] = list(fields["layers_to_transform"])
+    fields["layers_to_transform"] = None  # the full names are those of the chosen blocks
     match method:
         case LoraMethod():
             for field, default in (
@@ -154,12 +149,12 @@ def peft_config(base: Base, method: PeftMethod, *, num_steps: int = 1) -> PeftCo
                 )
             return AdaLoraConfig(**common, **fields, total_step=num_steps)
         case Ia3Method():
-            # Of the same kind as the targets, of which they must be a part.
-            feed_forward = {
-                name for name in targets if name.rpartition(".")[2] in DISTILBERT.feed_forward
-            }
-            if not isinstance(names, str):
-                feed_forward = {name.rpartition(".")[2] for name in feed_forward}
+            prefix = f"{base.family.encoder}.{base.family.blocks}."
+            feed_forward = []
+            for name in targets:
+                path = name.removeprefix(prefix).partition(".")[2]
+                if path in base.family.feed_forward:
+                    feed_forward.append(name)
             return IA3Config(**common, feedforward_modules=sorted(feed_forward))
         case VeraMethod():
             return VeraConfig(**common, **fields)
@@ -182,19 +177,25 @@ def frozen_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in sorted(model.named_parameters()) if not p.requires_grad}
 
 
-def head_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def head_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the active head layers by name, with or without PEFT around them."""
-    if isinstance(model, PeftModel):
-        inner: Any = model.base_model.model
-        return {name: getattr(inner, name).modules_to_save["default"] for name in HEAD}
-    return {name: getattr(model, name) for name in HEAD}
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    layers = {}
+    for name in family_of(model.config).head:
+        layer = inner
+        for part in name.split("."):
+            layer = getattr(layer, part)
+            if isinstance(layer, ModulesToSaveWrapper):
+                layer = layer.modules_to_save["default"]
+        layers[name] = layer
+    return layers
 
 
 def make_head_dense(model: nn.Module) -> None:
     """Turn a low-rank head into its dense form; answers change by rounding only."""
-    layer = head_layers(model)["pre_classifier"]
-    if parametrize.is_parametrized(layer, "weight"):
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    for layer in head_layers(model).values():
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
 def learning_rate_ratios(model: nn.Module, method: Method) -> dict[str, float]:
@@ -325,7 +326,7 @@ class _LowRankUpdate(nn.Module):
         return weight + self.B @ self.A
 
 
-def _choose_head(model: nn.Module, config: ModelConfig, *, new_head: bool) -> None:
+def _choose_head(model: nn.Module, config: ModelConfig, *, new_layers: tuple[str, ...]) -> None:
     """Freeze the part of the head that is not trained.
 
     A new frozen layer is the identity: random values would mix the encoder's features.
@@ -335,10 +336,14 @@ def _choose_head(model: nn.Module, config: ModelConfig, *, new_head: bool) -> No
         layer.requires_grad_(True)
     if config.head == "full":
         return
-    first = layers["pre_classifier"]
-    if new_head:
+    name, *between = list(layers)[:-1]
+    first: Any = layers[name]
+    if name in new_layers:
         nn.init.eye_(first.weight)
-        nn.init.zeros_(first.bias)
+        if first.bias is not None:
+            nn.init.zeros_(first.bias)
+    for other in between:  # a norm, which begins as the identity
+        layers[other].requires_grad_(False)
     if config.head == "classifier":
         first.requires_grad_(False)
         return

@@ -8,9 +8,6 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from lora_sentiment.errors import did_you_mean
 from lora_sentiment.recipe.section import Names, Section
 
-LINEARS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
-"""Linear layers of a DistilBERT block, in the order of the forward pass."""
-
 
 def _check_pattern(pattern: str) -> None:
     try:
@@ -24,23 +21,15 @@ def _check_targets(targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
         # A string without one of these characters is a name, probably meant as a list of one name.
         is_pattern = re.search(r"[.*+?\[\](){}|^$\\]", targets)
         if targets != "all-linear" and not is_pattern:
-            hint = did_you_mean(targets, ["all-linear", *LINEARS])
+            hint = did_you_mean(targets, ["all-linear"])
             raise ValueError(
                 f"found {targets!r}; allowed: a list of names, a regular expression, or "
                 f"all-linear{hint}"
             )
         _check_pattern(targets)
         return targets
-    allowed = ", ".join(LINEARS)
-    for name in targets:
-        if name not in LINEARS:
-            hint = did_you_mean(name, list(LINEARS))
-            raise ValueError(
-                f"{name!r} is no linear layer of distilbert; choose from {allowed}, or "
-                f"all-linear{hint}"
-            )
     if not targets or len(set(targets)) != len(targets):
-        raise ValueError(f"found {list(targets)}; allowed: one or more of {allowed}, each once")
+        raise ValueError(f"found {list(targets)}; allowed: one or more names, each once")
     return targets
 
 
@@ -51,10 +40,10 @@ Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, 
 class _Adapters(Section):
     """Base class of the methods that put adapters on chosen linear layers."""
 
-    target_modules: Targets = ("q_lin", "v_lin")
-    """Linear layers that get an adapter: names from q_lin, k_lin, v_lin, out_lin, lin1, lin2; a
-    regular expression for full names such as distilbert.transformer.layer.0.attention.q_lin; or
-    all-linear."""
+    target_modules: Targets | None = None
+    """Linear layers that get an adapter: names of the base's own, such as q_lin (DistilBERT), query
+    (BERT) or Wqkv (ModernBERT); a regular expression for full names such as
+    distilbert.transformer.layer.0.attention.q_lin; or all-linear. By default query and value."""
 
 
 class _LayeredAdapters(_Adapters):
@@ -163,9 +152,10 @@ class Ia3Method(_Adapters):
 
     kind: Literal["ia3"]
     """Learned scales of activations; the smallest adapter."""
-    target_modules: Targets = ("k_lin", "v_lin", "lin2")
-    """Linear layers whose activations are scaled: lin1 and lin2 at their input, the others at their
-    output."""
+    target_modules: Targets | None = None
+    """Linear layers whose activations are scaled: those of the feed-forward network at their input,
+    the others at their output. By default key, value and the second of the feed-forward
+    network."""
 
 
 class VeraMethod(_LayeredAdapters):

@@ -34,7 +34,8 @@ class ModelConfig(Section):
     attention_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout of the attention probabilities during training; by default that of the checkpoint."""
     seq_classif_dropout: float | None = Field(None, ge=0, lt=1)
-    """Dropout between the two head layers during training; by default that of the checkpoint."""
+    """Dropout before the last layer of the head during training; by default that of the
+    checkpoint."""
     quantize: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Precision of the frozen linear layers, by bitsandbytes. The head is never quantised."""
     double_quant: bool = False

@@ -116,12 +116,17 @@ class Pool:
         self._signatures: dict[Path, Signature | None] = {}
         self._trimmed = time.monotonic()
         base.model.requires_grad_(False).eval()
-        encoder: Any = base.model.distilbert
-        if self._device.type != "cpu":
-            # The base stays on the CPU, where adapters are loaded.
-            encoder = copy.deepcopy(encoder).to(self._device)
-        self._packs = self._device.type == "cuda" and has_packable_heads(encoder)
-        self._forward = FastForward(encoder, self._dtype)
+        self._why_not_shared = why_not_on(self._device)
+        if not base.family.fast:
+            self._why_not_shared = f"the fast forward pass does not compute {base.family.name}"
+        self._packs = False
+        if self._why_not_shared is None:
+            encoder: Any = base.model.get_submodule(base.family.encoder)
+            if self._device.type != "cpu":
+                # The base stays on the CPU, where adapters are loaded.
+                encoder = copy.deepcopy(encoder).to(self._device)
+            self._packs = self._device.type == "cuda" and has_packable_heads(encoder)
+            self._forward = FastForward(encoder, self._dtype)
 
     def add(self, folders: Sequence[Path]) -> None:
         """Load adapters and serve them beside the others. If one is refused, none is added.
@@ -307,7 +312,7 @@ class Pool:
 
     def _load_part(self, folder: Path, card: Card) -> tuple[Loaded, Parts | Engine]:
         """Load an adapter on the shared base if possible, else on its own base."""
-        reason = why_not_on(self._device)
+        reason = self._why_not_shared
         shares = card.method.kind in SHARING_METHODS and card.base.quantize == "none"
         if reason is None and shares:
             fresh = _copy_with_labels(self._fresh, card.labels)
@@ -431,8 +436,11 @@ def _copy_with_labels(base: Base, labels: Sequence[str]) -> Base:
     model.config.num_labels = model.num_labels = len(labels)
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {name: i for i, name in enumerate(labels)}
-    model.pre_classifier = nn.Linear(base.config.dim, base.config.dim)
-    model.classifier = nn.Linear(base.config.dim, len(labels))
+    *inner, last = base.family.head
+    width = base.config.hidden_size
+    for name in inner:
+        model.set_submodule(name, nn.Linear(width, width))
+    model.set_submodule(last, nn.Linear(width, len(labels)))
     return replace(base, model=model)
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import save as pack_tensors
 
 from lora_sentiment.errors import TrainingError
 from lora_sentiment.files import replace_atomically, sync
+from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.training.history import History
 
 log = logging.getLogger("lora_sentiment")
@@ -43,8 +44,7 @@ _NEVER_ALLOWED = (
     "model.quantize",
     "model.truncation",
     "train.metric_for_best_model",
-    "base.activation",
-    "base.n_heads",
+    *(f"base.{key}" for family in FAMILIES.values() for key in family.functions),
     "base_sha256",
     "labels",
     "tokenizer_sha256",

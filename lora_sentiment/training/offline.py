@@ -105,7 +105,7 @@ def _is_base_cached(config: ModelConfig) -> bool:
 
     if not is_cached("config.json") or not is_cached("model.safetensors"):
         return False
-    return is_cached("tokenizer.json") or is_cached("vocab.txt")
+    return any(map(is_cached, ("tokenizer.json", "vocab.txt", "vocab.json")))
 
 
 def _describe_replacement(recipe: Recipe, names: dict[str, str], reason: str) -> str:

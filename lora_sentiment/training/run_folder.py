@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from lora_sentiment import __version__
 from lora_sentiment.errors import RecipeError, TrainingError, show
 from lora_sentiment.files import lock_file
+from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.training.checkpoint import checkpoint_folder, list_checkpoints, remove
 from lora_sentiment.training.processes import run_on_main
@@ -21,8 +22,6 @@ from lora_sentiment.training.processes import run_on_main
 ADAPTER, LOCK, REPLACED = "adapter", "lock", "replaced"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
 """A run resumes bit for bit only with the same versions of these packages and of this one."""
-_BASE_KEYS = ("activation", "attention_dropout", "dropout", "n_heads", "seq_classif_dropout")
-"""Keys of a base's config.json that change its answers or a step, and no tensor."""
 _NO_SETTINGS = {"train.resume", "train.save_steps", "train.save_total_limit", "train.report_to"}
 """Keys of a recipe that change no bit of the result."""
 _DISK_FULL = ("No space left on device", "Disk quota exceeded", "not enough space on the disk")
@@ -119,11 +118,14 @@ def make_settings(
     if recipe.model.quantize != "none":
         packages.append("bitsandbytes")
     versions = {name: version(name) for name in packages}
+    family = FAMILIES[base["model_type"]]
+    # These change the base's answers or a step, and no tensor.
+    keys = sorted([*family.functions, *family.dropout_keys])
     sections = {
         **recipe.model_dump(mode="json", include={"data", "model", "method", "train"}),
         "versions": {"lora_sentiment": __version__, **versions},
         "machine": {**machine, "instructions": _instructions()},
-        "base": {name: base[name] for name in _BASE_KEYS},
+        "base": {name: base.get(name) for name in keys},
     }
     settings = dict(facts)
     for section, values in sections.items():

@@ -39,8 +39,8 @@ from tests.random_adapters import alter_json, save_random
 from tests.test_every_method import LABELS, METHODS, PAIRS
 
 TEXT = "a really good film and a warm plot"
-# Two methods on each quantised base see what quantising changes. The others are slow.
-QUICK = ("lora-patterns", "ia3-regex")
+# These see what quantising changes. The others are slow.
+QUICK = (("lora-patterns", "nf4"), ("lora-patterns", "int8"), ("ia3-regex", "nf4"))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def refused(adapter, out, match, error=AdapterError, **options):
         pytest.param(
             name,
             quantize,
-            marks=[] if quantize == "none" or name in QUICK else pytest.mark.slow,
+            marks=[] if quantize == "none" or (name, quantize) in QUICK else pytest.mark.slow,
             id=f"{name}-{quantize}",
         )
         for name, quantize in PAIRS
@@ -647,15 +647,6 @@ def test_a_merged_folder_is_not_cleaned_twice(original, merged):
     trained, loaded = classifier.load(original), classifier.load(merged)
     for text in [*RAW, *LEFT, "good &amp;lt; film", "bad &amp;amp;amp;#39; plot"]:
         assert read(loaded, text) == read(trained, text)
-
-
-def test_a_stock_pipeline_answers_raw_texts_as_the_adapter(original, merged):
-    classify = pipeline("text-classification", str(merged), top_k=None)
-    texts = [f"{text} film" for text in RAW]
-    expected = classifier.load(original, dtype="float32").predict(texts)
-    for answers, own in zip(classify(texts, truncation=True), expected, strict=True):
-        found = {answer["label"]: answer["score"] for answer in answers}
-        assert found == pytest.approx(own.scores, abs=1e-5)
 
 
 def test_an_adapter_trained_on_raw_texts_is_merged_without_cleaning(with_rows, tmp_path):

@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
+from transformers import AutoModelForSequenceClassification
 
+from lora_sentiment.adapter import graph
 from lora_sentiment.adapter.onnx import count_threads, open_session
 from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.models.families import FAMILIES
+from tests.tiny_families import make_config
 
 
 def write_graph(path: Path, *, names=("input_ids", "attention_mask"), output="logits") -> Path:
@@ -93,3 +98,32 @@ def test_opening_a_file_imports_no_torch(tmp_path):
         f"open_session(Path({str(path)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "bert",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in FAMILIES
+            if name not in ("bert", "distilbert")
+        ),
+    ],
+)
+def test_the_graph_of_every_family_answers_as_the_model(model_type, tmp_path):
+    """At other sizes and lengths than those that were traced. DistilBERT's is tested in test_export."""
+    torch.manual_seed(0)
+    config = make_config(model_type, num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    graph.write_graph(model, tmp_path / "a.onnx")
+    session = open_session(tmp_path / "a.onnx")
+    for num_rows, length in ((1, 5), (3, 17), (2, 64)):
+        ids = np.random.default_rng(length).integers(5, 80, (num_rows, length))
+        mask = np.ones_like(ids)
+        if num_rows > 1:
+            ids[1, length // 2 :] = config.pad_token_id
+            mask[1, length // 2 :] = 0
+        with torch.inference_mode():
+            answer = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+        np.testing.assert_allclose(session.compute(ids, mask), answer.logits, atol=1e-5, rtol=0)

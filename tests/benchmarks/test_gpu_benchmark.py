@@ -1,7 +1,6 @@
 """The benchmark for a GPU and `make gpu`: all of it walks on a CPU, and its page is made of its lines alone."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -11,12 +10,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-
-from lora_sentiment.data.batches import Encoded
-from lora_sentiment.training import loop
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -24,7 +18,6 @@ import gpu  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_parts  # noqa: E402
 from gpu_table import AIMS, render  # noqa: E402
-from peers import NAMED  # noqa: E402
 
 
 @pytest.fixture
@@ -174,17 +167,6 @@ def test_ratios_are_of_rows_of_the_same_run():
     assert page.index("started b") < page.index("started a")
 
 
-def test_a_row_whose_time_was_up_says_after_how_many_steps():
-    lines = [
-        trained("a", "ours", 1000),
-        trained("a", "D", 0, steps=0, seconds=0.0),
-        trained("a", "B", 200, steps=7),
-    ]
-    page = render([head("a"), *lines])
-    assert cells(page, "D")[0][5:8] == ["0 of 40, then its time was up", "", ""]
-    assert cells(page, "B")[0][5:7] == ["7 of 40, then its time was up", "200"]
-
-
 def test_aims_stand_beside_what_was_measured_and_stay_where_it_was_not():
     lines = [
         head("a"),
@@ -228,140 +210,6 @@ def test_a_row_that_fails_or_hangs_is_a_line_with_the_reason_and_the_next_is_mea
     assert lines["imdb", "D"]["failed"] == "RuntimeError: no file .../here.txt"
     assert lines["imdb", "B"]["failed"].startswith("TimeoutError: stopped after")
     assert lines["imdb", "ours"]["skipped"] == "the budget of 300 s was spent"
-
-
-def test_after_a_process_that_died_the_rows_left_are_measured_by_a_new_one(settings, tmp_path):
-    def die():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        gpu_parts.Recorder(settings).measure("memory", "imdb_full", 5, die, length=128)
-    again = gpu_parts.Recorder(settings)
-    again.measure("memory", "imdb_full", 5, die, length=128)
-    again.measure("memory", "imdb_lora", 5, lambda: {"skipped": "no need"}, length=128)
-    lines = read(tmp_path)
-    assert lines["memory", "imdb_full"]["failed"] == "it was begun and did not end"
-    assert lines["memory", "imdb_lora"]["skipped"] == "no need"
-
-
-def test_a_lost_gpu_ends_the_process_of_a_part(settings, monkeypatch):
-    def lost():
-        raise (
-            torch.AcceleratorError("an illegal memory access")
-            if hasattr(torch, "AcceleratorError")
-            else RuntimeError
-        )
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: lost())
-    recorder = gpu_parts.Recorder(settings)
-    recorder.measure("imdb", "ours", 5, lambda: {"skipped": "all is well"})
-    with pytest.raises(gpu_parts.DeviceLostError):
-        recorder.measure("imdb", "D", 5, lambda: 1 / 0)
-
-
-def make_pool(num_rows):
-    lengths = np.random.default_rng(1).integers(4, 40, num_rows)
-    ids = np.random.default_rng(2).integers(5, 30, int(lengths.sum()), dtype=np.int32)
-    labels = np.arange(num_rows, dtype=np.int64) % 2
-    rows = Encoded(ids, np.cumsum([0, *lengths], dtype=np.int64), labels, 0, 0)
-    return gpu_parts.Pool(rows, ["a text"] * num_rows, ("a", "b"), 40)
-
-
-@pytest.mark.parametrize("row", ["D", "B", "ours"])
-def test_few_steps_stand_for_an_epoch_and_first_ones_for_the_others(row):
-    pool, training = make_pool(4000), gpu_parts.IMDB[row]
-    batches = gpu_parts.choose_batches(training, pool, batch_size=32)
-    assert len(batches) == (training.steps or 125)
-    mean = pool.rows.lengths.mean()
-    if training.steps:
-        for part in (batches[: training.first], batches[training.first :]):
-            assert pool.rows.lengths[np.concatenate(part)].mean() == pytest.approx(mean, rel=0.25)
-        assert len(set(np.concatenate(batches))) == 32 * training.steps
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("row", ["D", "ours"])
-def test_a_row_whose_time_is_up_stops_and_counts_the_steps_it_took(row, settings, monkeypatch):
-    """The limit is of time; here it is up once some steps were taken."""
-    pool, training = make_pool(160), replace(gpu_parts.IMDB[row], first=2, steps=None, limit=1)
-    ends = gpu_parts.Stopwatch.end_step
-
-    def end_step(self):
-        if self.taken == 4:
-            self.stops_at = -math.inf
-        return ends(self)
-
-    monkeypatch.setattr(gpu_parts.Stopwatch, "end_step", end_step)
-    # As on a GPU, where losses are read every ten steps.
-    monkeypatch.setattr(loop._Loop, "_resume", lambda self: setattr(self, "read_steps", 10))
-    monkeypatch.setattr(
-        gpu_parts, "DATASETS", {"imdb": replace(gpu_parts.DATASETS["imdb"], cuda_batch_size=16)}
-    )
-    line = gpu_parts.measure_training(training, pool, replace(settings, quick=False))
-    assert (line["first_steps"], line["steps"], line["steps_wanted"]) == (2, 3, 8)
-    batches = gpu_parts.choose_batches(training, pool, batch_size=16)
-    assert line["first_tokens"] == pool.rows.lengths[np.concatenate(batches[:2])].sum()
-    assert line["tokens"] == pool.rows.lengths[np.concatenate(batches[2:5])].sum()
-    assert line["seconds"] > 0
-    assert math.isfinite(line["loss"])
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_row_leaves_nothing_to_the_next(settings):
-    """In bf16, with a compiler and without cuDNN; D after it is what D is alone."""
-    before, cudnn = dict(os.environ), torch.backends.cuda.cudnn_sdp_enabled()
-    in_bf16 = replace(gpu_parts.D, variant=NAMED["B, bf16"], cudnn=False)
-    assert gpu_parts.measure_training(in_bf16, make_pool(64), settings)["dtype"] == "bfloat16"
-    with gpu_parts.clean_process(cudnn=False):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
-    assert (dict(os.environ), torch.backends.cuda.cudnn_sdp_enabled()) == (before, cudnn)
-    assert (
-        gpu_parts.measure_training(gpu_parts.SHORT["ours"], make_pool(64), settings)["dtype"]
-        == "float32"
-    )
-
-
-def test_the_shape_is_distilberts_and_too_large_a_tokenizer_is_refused(
-    tiny_base, tmp_path, monkeypatch
-):
-    class Small(gpu_parts.DistilBertConfig):
-        def __init__(self):
-            super().__init__(vocab_size=100, dim=8, hidden_dim=8, n_heads=2, n_layers=1)
-
-    monkeypatch.setattr(gpu_parts, "DistilBertConfig", Small)
-    gpu_parts.make_shape_base(tmp_path / "base", str(tiny_base))
-    assert (
-        json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8"))["vocab_size"] == 100
-    )
-    assert (tmp_path / "base/tokenizer.json").is_file()
-    monkeypatch.setattr(
-        Small,
-        "__init__",
-        lambda self: gpu_parts.DistilBertConfig.__mro__[1].__init__(self, vocab_size=9),
-    )
-    with pytest.raises(ValueError, match="more than the shape's 9"):
-        gpu_parts.make_shape_base(tmp_path / "other", str(tiny_base))
-
-
-def test_without_a_gpu_and_for_unknown_data_the_script_says_what_to_do(capsys, tmp_path):
-    for arguments, said in (
-        ([], "--quick"),
-        (["--quick", "--data", f"yelp={tmp_path}"], "data sets: imdb"),
-    ):
-        with pytest.raises(SystemExit):
-            gpu.parse_arguments(arguments)
-        assert said in capsys.readouterr().err
-
-
-def test_rows_are_read_from_the_parquet_files_of_a_folder(settings, tmp_path):
-    for name in ("train.parquet", "test.parquet", "unsupervised.parquet"):
-        (tmp_path / name).touch()
-    source, splits = gpu_parts.name_source("imdb", replace(settings, data={"imdb": str(tmp_path)}))
-    files = json.loads(source.partition("=")[2])
-    assert files == {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
-    assert splits == "data.splits=null"
 
 
 def test_what_is_missing_or_has_another_version_is_named_with_the_way_to_carry_it():

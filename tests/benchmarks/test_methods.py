@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_sentiment.errors import ModelError
 from lora_sentiment.evaluation.statistics import paired_bootstrap
 from lora_sentiment.recipe.recipe import Recipe
 from tests.conftest import BAD, FILLERS, GOOD
@@ -21,7 +20,6 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/methods.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import methods  # noqa: E402
 import methods_table  # noqa: E402
-from journal import Journal  # noqa: E402
 
 TWO = ["full", "LoRA q,v"]
 
@@ -140,25 +138,6 @@ def test_every_method_makes_a_valid_recipe_and_a_run_of_its_own(dataset):
     assert len(keys) == len(methods.METHODS) * 3 * 2
 
 
-def test_every_method_has_as_many_rates_to_try():
-    assert {len(set(rates)) for rates in methods.RATES.values()} == {3}
-    assert all(min(rates) < rates[0] < max(rates) for rates in methods.RATES.values())
-
-
-@pytest.mark.parametrize(
-    "change", ["--base=other", "--epochs=3", "--rows=100", "--set=train.batch_size=8"]
-)
-def test_another_setting_is_another_run(arguments, change):
-    def key(*more: str) -> str:
-        found = methods.parse_arguments([*arguments, *more])
-        return methods.make_job(
-            found, methods.Row("sst5", "full"), stage="final", seed=42, rate=1e-4
-        ).key
-
-    assert key() == key()
-    assert key(change) != key()
-
-
 def test_a_killed_benchmark_goes_on_where_it_was(arguments, tmp_path, monkeypatch):
     """In this process, the kill at the start of the third of four runs."""
     begun: list[methods.Job] = []
@@ -193,15 +172,6 @@ def test_a_killed_benchmark_goes_on_where_it_was(arguments, tmp_path, monkeypatc
     assert list(table_rows(tmp_path / "out")) == ["method", *TWO]
 
 
-def test_a_torn_line_is_dropped(tmp_path):
-    path = tmp_path / "methods.jsonl"
-    path.write_text('{"key": "a"}\n{"key": "b", "met', encoding="utf-8")
-    journal = Journal(path)
-    assert list(journal.lines) == ["a"]
-    journal.append({"key": "c"})
-    assert list(Journal(path).lines) == ["a", "c"]
-
-
 def test_the_best_rate_on_validation_gets_the_final_runs(arguments, fake_runs, tmp_path):
     methods.main([*arguments, "--tries=3", "--seeds=2", "--methods", *TWO])
     finals = [(job.method, job.rate, job.seed) for job in fake_runs if job.stage == "final"]
@@ -212,127 +182,6 @@ def test_the_best_rate_on_validation_gets_the_final_runs(arguments, fake_runs, t
         ("LoRA q,v", 1e-3, 43),
     ]
     assert {job.seed for job in fake_runs if job.stage == "try"} == {42}
-
-
-def test_equal_accuracy_is_decided_by_the_log_loss():
-    def line(rate: float, log_loss: float) -> dict:
-        return {"rate": rate, "metrics": {"validation": {"accuracy": 0.5, "log_loss": log_loss}}}
-
-    row = methods.Row("sst5", "full", tries=[line(1.0, 0.7), line(2.0, 0.6), line(3.0, 0.8)])
-    assert row.rates == [2.0, 1.0, 3.0]
-
-
-def test_a_rate_that_does_not_hold_in_the_whole_run_gives_way_to_the_next(
-    arguments, fake_runs, tmp_path, monkeypatch
-):
-    plain = methods.run_isolated
-
-    def run(job: methods.Job, cache: Path) -> dict:
-        line = plain(job, cache)
-        if job.stage == "final" and job.rate in lost:
-            line["metrics"]["validation"] = {
-                **line["metrics"]["validation"],
-                "accuracy": 0.2 - 100 * job.rate,
-            }
-        return line
-
-    monkeypatch.setattr(methods, "run_isolated", run)
-    lost = [5e-5]
-    methods.main([*arguments, "--tries=3", "--seeds=2", "--methods", "full"])
-    finals = [(job.rate, job.seed) for job in fake_runs if job.stage == "final"]
-    assert finals == [(5e-5, 42), (2e-5, 42), (2e-5, 43)]
-    assert table_rows(tmp_path / "out")["full"][3] == "2e-05 (edge)"
-    assert "| 5e-05: 0.1950 |" in (tmp_path / "out/methods.md").read_text(encoding="utf-8")
-    # Where none holds, the best of them stands.
-    lost += [2e-5, 1e-4]
-    methods.main([*arguments, "--tries=3", "--methods", "full", "--out", str(tmp_path / "none")])
-    assert table_rows(tmp_path / "none")["full"][3] == "2e-05 (edge)"
-
-
-def test_another_page_names_itself_and_its_methods(arguments, fake_runs, tmp_path):
-    assert methods.main([*arguments, "--name=own", "--methods", *TWO]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"own.md", "own.jsonl"}
-    assert "--methods full 'LoRA q,v' --name own " in (tmp_path / "out/own.md").read_text(
-        encoding="utf-8"
-    )
-
-
-def test_a_rate_that_diverged_is_never_chosen(arguments, fake_runs, tmp_path, monkeypatch):
-    plain = methods.run_isolated
-
-    def run(job: methods.Job, cache: Path) -> dict:
-        line = plain(job, cache)
-        if job.rate == 5e-5:
-            del line["metrics"]
-            line["failed"] = "step 3: the loss is nan"
-        return line
-
-    monkeypatch.setattr(methods, "run_isolated", run)
-    assert methods.main([*arguments, "--tries=3", "--methods", "full"]) == 0
-    text = (tmp_path / "out/methods.md").read_text(encoding="utf-8")
-    assert table_rows(tmp_path / "out")["full"][3] == "2e-05 (edge)"
-    assert "5e-05: failed" in text
-
-
-def test_a_run_that_cannot_be_made_leaves_the_others(
-    arguments, fake_runs, tmp_path, monkeypatch, capsys
-):
-    plain = methods.run_isolated
-
-    def run(job: methods.Job, cache: Path) -> dict:
-        if job.method == "full":
-            raise ModelError("no such base")
-        return plain(job, cache)
-
-    monkeypatch.setattr(methods, "run_isolated", run)
-    assert methods.main([*arguments, "--methods", *TWO]) == 1
-    assert "sst5 full: no such base" in capsys.readouterr().err
-    rows = table_rows(tmp_path / "out")
-    assert rows["LoRA q,v"][4].startswith("0.6667")
-    assert rows["LoRA q,v"][6:8] == ["", ""]
-    assert rows["full"][0] == "not finished"
-
-
-def test_a_final_run_whose_rows_the_journal_lacks_is_run_again_and_never_rendered_away(
-    arguments, fake_runs, tmp_path
-):
-    methods.main([*arguments, "--methods", "full"])
-    journal, page = tmp_path / "out/methods.jsonl", tmp_path / "out/methods.md"
-    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
-    old = [{key: value for key, value in line.items() if key != "right"} for line in lines]
-    journal.write_text("".join(json.dumps(line) + "\n" for line in old), encoding="utf-8")
-    before = page.read_text(encoding="utf-8")
-    with pytest.raises(SystemExit, match="does not say which rows"):
-        methods.main([*arguments, "--methods", "LoRA q,v", "full", "--render"])
-    assert page.read_text(encoding="utf-8") == before
-    methods.main([*arguments, "--methods", "full"])
-    assert [job.stage for job in fake_runs] == ["try", "final", "final"]
-
-
-def test_rendering_runs_nothing(arguments, fake_runs, tmp_path):
-    assert methods.main([*arguments, "--methods", "full", "--render"]) == 0
-    assert fake_runs == []
-    methods.main([*arguments, "--methods", "full"])
-    (tmp_path / "out/methods.md").unlink()
-    methods.main([*arguments, "--methods", *TWO, "--render"])
-    assert len(fake_runs) == 2
-    assert table_rows(tmp_path / "out")["full"][4].startswith("0.6667")
-
-
-def test_the_page_says_what_it_was_made_from(arguments, fake_runs, tmp_path, sst5):
-    methods.main([*arguments, "--methods", *TWO])
-    text = (tmp_path / "out/methods.md").read_text(encoding="utf-8")
-    for fact in (
-        "`tiny`",
-        "`SetFit/sst5`",
-        "2030-01-01",
-        "x 1",
-        "seeds 42",
-        "--tries-rows 60",
-        "judged on the 300 of test",
-    ):
-        assert fact in text
-    assert str(tmp_path) not in text
 
 
 def right(num_right: int, num_rows: int = 2000) -> np.ndarray:
@@ -385,19 +234,6 @@ def test_not_worse_only_where_the_lower_end_is_above_the_margin(
     assert (smallest in (tmp_path / "methods.md").read_text(encoding="utf-8")) == (
         verdict == "not worse"
     )
-
-
-def test_neither_is_said_where_the_rows_do_not_tell():
-    found = methods_table.compare_rows(np.roll(right(200, 300), 20), right(200, 300))
-    assert found.value == 0
-    assert not methods_table.is_not_worse(found)
-    assert found.high > 0
-
-
-def test_a_folder_without_one_file_a_split_is_refused(arguments, sst5):
-    (sst5 / "test.csv").rename(sst5 / "held_out.csv")
-    with pytest.raises(SystemExit, match="no file for test"):
-        methods.main([*arguments, "--methods", "full"])
 
 
 @pytest.mark.slow

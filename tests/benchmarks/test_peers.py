@@ -11,18 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from lora_sentiment.fast.encoder import use_stock_encoder
 from lora_sentiment.models.dtype import resolve_dtype
-from lora_sentiment.training import loop
 from tests.conftest import FILLERS, toy_rows, write_csv
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/peers.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import peers  # noqa: E402
 import peers_slice  # noqa: E402
-from peers_levers import COUNTED, LEVERS  # noqa: E402
+from peers_levers import LEVERS  # noqa: E402
 
 
 @pytest.fixture
@@ -106,7 +103,7 @@ def test_every_variant_takes_its_steps_and_a_stopped_script_goes_on(arguments, h
     assert here == ["measure_steps"]
 
 
-@pytest.mark.parametrize("name", ["D", "B", "B, in 4 parts", "B, bf16", "ours", "ours, bf16"])
+@pytest.mark.parametrize("name", ["D", "B, bf16", "ours"])
 def test_an_engine_trains_the_same_adapters_on_its_own_batches(arguments, name):
     job = make_job(arguments, name)
     walk = (peers_slice.walk_trainer if name[0] in "DB" else peers_slice.walk_ours)(
@@ -124,47 +121,6 @@ def test_an_engine_trains_the_same_adapters_on_its_own_batches(arguments, name):
     )
     auto = torch.float32 if name == "D" else resolve_dtype("auto", CPU)
     assert walk.dtype == (torch.bfloat16 if "bf16" in name else auto)
-
-
-@pytest.mark.parametrize("name", ["D", "ours"])
-@pytest.mark.parametrize("warm_ups", [1, 2])
-def test_the_time_is_that_of_all_steps_after_the_warm_up_however_seldom_they_are_read(
-    arguments, name, warm_ups, monkeypatch
-):
-    taken, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda *given, **more: (taken.append(1), step(*given, **more))[1]
-    )
-    monkeypatch.setattr(peers_slice, "now", lambda device: len(taken))
-    monkeypatch.setattr(loop._Loop, "_resume", lambda self: setattr(self, "read_steps", 10))
-    job = replace(make_job(arguments, name), warm_ups=warm_ups)
-    walk = (peers_slice.walk_ours if name == "ours" else peers_slice.walk_trainer)(
-        job, torch.device("cpu")
-    )
-    assert walk.seconds == len(job.batches) - warm_ups
-
-
-def test_the_largest_batch_warms_up_and_the_others_stand_for_all():
-    lengths = np.arange(1, 401)
-    batches = list(np.random.default_rng(0).permutation(np.arange(400).reshape(50, 8)))
-    seen = []
-    for number in range(5):
-        first, *others = peers.choose_batches(batches, lengths, steps=10, number=number, rounds=5)
-        assert first.max() == 399
-        sizes = [int(lengths[batch].max()) for batch in others]
-        assert abs(np.mean(sizes) - 204) <= 20
-        seen += sizes
-    # Together the rounds take every batch once.
-    assert sorted(seen) == list(range(8, 401, 8))
-
-
-@pytest.mark.parametrize("order", ["random", "grouped", "buckets"])
-def test_every_way_to_draw_batches_takes_each_row_once(order):
-    lengths = np.random.default_rng(0).integers(5, 60, 160)
-    batches = peers.draw_batches(order, lengths, batch_size=16, seed=3)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(160))
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches) / lengths.sum()
-    assert padded > 1.5 if order == "random" else padded < 1.2
 
 
 class Operations(TorchDispatchMode):
@@ -196,50 +152,6 @@ def test_a_part_that_is_off_changes_the_work_and_not_the_result(arguments, lever
     if lever != "rows of like length":
         _, loss = walk("ours", dropout=False)
         assert walk(f"without {lever}", dropout=False)[1] == pytest.approx(loss, abs=1e-5)
-
-
-def test_products_are_counted_for_any_size(arguments):
-    """By torch's counter, on a size that was not counted, with attention by explicit products."""
-    model = peers_slice.walk_ours(make_job(arguments, "ours", steps=1), torch.device("cpu")).model
-    ids = torch.ones(3, 20, dtype=torch.int64)
-    for prepare in (lambda: None, lambda: use_stock_encoder(model)):
-        prepare()
-        expected = peers_slice.count_products(model, torch.float32)(3, 20)
-        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
-            model(input_ids=ids).logits.sum().backward()
-        assert expected == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("name", ["ours, bf16", "B, bf16"])
-def test_a_slice_in_bfloat16_is_measured_to_its_end(arguments, name):
-    """Its products are counted on the stock forward too: a bf16 base under fp32 adapters."""
-    found = peers_slice.measure_steps(make_job(arguments, name, steps=1))
-    assert found["dtype"] == "bfloat16"
-    same = peers_slice.measure_steps(make_job(arguments, name.removesuffix(", bf16"), steps=1))
-    # The variants of one engine take the same rows, so their products differ in nothing but the dtype.
-    assert found["stock_flops"] == same["stock_flops"]
-
-
-@pytest.mark.parametrize("auto", ["float32", "bfloat16"])
-def test_where_auto_is_bfloat16_no_row_is_measured_twice(arguments, auto, monkeypatch):
-    monkeypatch.setattr(peers, "resolve_dtype", lambda name, device: getattr(torch, auto))
-
-    def rows(*more):
-        found = peers.parse_arguments([*arguments, "--rounds=1", *more])
-        return [line["variant"] for line in peers.slices(peers.Cell("train", "toy", "imdb"), found)]
-
-    # There B and ours are the rows in bf16, as their table's column of dtypes says.
-    assert rows() == list(peers.VARIANTS)
-    both = rows("--variants", "B", "B, bf16", "ours", "ours, bf16")
-    assert both == (["B", "ours"] if auto == "bfloat16" else ["B", "ours", "B, bf16", "ours, bf16"])
-    alone = rows("--variants", "ours, bf16")
-    assert alone == (["ours"] if auto == "bfloat16" else ["ours, bf16"])
-
-
-def test_a_row_that_no_table_has_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit):
-        peers.parse_arguments([*arguments, "--variants", "ours, fp16"])
-    assert "'ours, fp16'" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # a server of its own, which imports everything

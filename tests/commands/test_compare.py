@@ -1,14 +1,12 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from lora_sentiment import cli
 from lora_sentiment.adapter.predictions import load_predictions, save_predictions
 from lora_sentiment.commands.compare import (
     compare,
@@ -214,19 +212,16 @@ def test_a_damaged_report_is_named(runs, tmp_path):
             compare([tmp_path / "bad"])
 
 
-def test_the_readme_has_the_table_of_the_recipes(tmp_path):
+def test_the_readme_has_the_table_of_the_recipes(tmp_path, monkeypatch, capsys):
     # As a newcomer sees it: no base in the cache, no adapter trained.
     names = [str(path) for path in sorted(RECIPES.glob("*.yaml"))]
-    shown = subprocess.run(
-        [sys.executable, "-m", "lora_sentiment.cli", "compare", *names, "--markdown"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(RECIPES.parent)},
-    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compare", *names, "--markdown"])
+    assert ended.value.code == 0
     readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8").splitlines()
-    lines = shown.stdout.strip().splitlines()
+    lines = capsys.readouterr().out.strip().splitlines()
     start = readme.index(lines[0])
     for line, written in zip(lines, readme[start:], strict=False):
         # The estimate is measured with the installed torch.

@@ -1,10 +1,9 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from lora_sentiment import cli
 from lora_sentiment.commands.estimate import (
     BASELINE_BYTES,
     cut_rows,
@@ -115,7 +114,7 @@ def test_a_base_that_is_nowhere_says_what_to_do(name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "bert"}', "is a bert model"),
+        ('{"model_type": "electra"}', "is a electra model"),
         ("[]", "names no model_type"),
         ("[" * 100_000, "is no JSON"),
     ],
@@ -230,10 +229,10 @@ def test_a_method_that_training_refuses_is_refused(load):
     assert plan_recipe(dora, this_machine=False)  # a GPU takes it
 
 
-def test_the_verb_judges_the_budget(toy_recipe):
-    command = [sys.executable, "-m", "lora_sentiment.cli", "estimate", str(toy_recipe)]
-    done = subprocess.run(
-        [*command, "--budget", "4GiB"], capture_output=True, text=True, check=True
-    )
-    assert "fits: " in done.stdout
-    assert done.stderr == ""
+def test_the_verb_judges_the_budget(toy_recipe, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["estimate", str(toy_recipe), "--budget", "4GiB"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 0
+    assert "fits: " in shown.out
+    assert shown.err == ""

@@ -3,9 +3,10 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, DistilBertForSequenceClassification
+from transformers import AutoTokenizer, DistilBertForSequenceClassification
 
 from lora_sentiment.errors import ModelError
+from lora_sentiment.models import load as load_module
 from lora_sentiment.models.load import (
     check_base,
     encoder_tensors,
@@ -90,12 +91,50 @@ def test_a_base_with_a_head_keeps_it_and_another_size_is_refused(tiny_base, tmp_
         load_base(config(tmp_path), labels=tuple("abc"))
 
 
-def test_no_distilbert_is_refused(tmp_path, tiny_base):
-    BertModel(
-        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    ).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="is a bert model; this package adapts distilbert"):
+WRONG_KINDS = {
+    "a family that is not listed": ({"model_type": "electra"}, "is a electra model; this package"),
+    "an encoder-decoder": (
+        {"model_type": "t5", "is_encoder_decoder": True},
+        "is a t5 encoder-decoder; this package adapts encoders of distilbert, bert, roberta,",
+    ),
+    "a decoder": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        "is a gpt2 decoder; this package adapts encoders of",
+    ),
+    "an encoder as a decoder": (
+        {"model_type": "bert", "is_decoder": True},
+        "is a bert decoder; this package adapts encoders of",
+    ),
+    "remote code": (
+        {"model_type": "modernbert", "auto_map": {"AutoModel": "code.Model"}},
+        "asks to run its own code",
+    ),
+    "no safetensors": ({}, "has no model.safetensors, and pickled weights are never loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_KINDS)
+def test_a_wrong_checkpoint_is_refused_before_weights_are_read(
+    kind, tiny_base, tmp_path, monkeypatch
+):
+    values, message = WRONG_KINDS[kind]
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / name, tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    monkeypatch.setattr(
+        "lora_sentiment.models.load.AutoModelForSequenceClassification.from_pretrained",
+        lambda *_, **__: pytest.fail("weights were read"),
+    )
+    with pytest.raises(ModelError, match=message):
         load_base(config(tmp_path), labels=LABELS)
+
+
+def test_the_hubs_own_conversion_is_the_way_out_of_a_pickle(monkeypatch):
+    monkeypatch.setattr(load_module, "_has_file", lambda *_: False)
+    with pytest.raises(ModelError, match=r"/some/one/discussions .* set model\.revision=refs/pr/N"):
+        load_module._check_weights(config("some/one"), None)
 
 
 def test_more_length_than_positions_is_refused(tiny_base):

@@ -7,6 +7,7 @@ from peft import PeftModel
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.fast.encoder import use_fast_encoder
+from lora_sentiment.models.families import DISTILBERT
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.wrap import (
     frozen_tensors,
@@ -16,7 +17,6 @@ from lora_sentiment.models.wrap import (
     trainable_tensors,
 )
 from lora_sentiment.recipe.method import (
-    LINEARS,
     AdaloraMethod,
     FullMethod,
     HeadMethod,
@@ -152,7 +152,7 @@ def test_a_low_rank_head_starts_as_the_identity_where_it_is_new(base):
 
 def test_a_head_of_the_checkpoint_is_kept(base):
     weight = base.model.pre_classifier.weight.detach().clone()
-    trained = dataclasses.replace(base, new_head=False)
+    trained = dataclasses.replace(base, new_layers=())
     config = ModelConfig(name="any", head="classifier")
     model = make_trainable(trained, LoraMethod(), config, dtype=torch.float32)
     assert torch.equal(head_layers(model)["pre_classifier"].weight, weight)
@@ -195,7 +195,7 @@ def test_a_regular_expression_adapts_linears_and_nothing_else(base, pattern):
         for name in trainable_tensors(model)
         if ".lora_A." in name
     }
-    assert adapted <= set(LINEARS)
+    assert adapted <= set(DISTILBERT.linear_names)
     assert "q_lin" in adapted
 
 

@@ -155,34 +155,17 @@ def post_hf(body, *, path="/?adapter=one", **options):
     return post(body, path=path, **options)
 
 
-# The same requests in Hugging Face's shape, at `POST /`.
+# Those that another model checks in Hugging Face's shape, at `POST /`.
 HOSTILE_HF = {
-    "a body of 10 MB": post_hf(BIG_INPUT),
     "a body of 10 MB without its length": chunked(BIG_INPUT, head=HF_HEAD),
     "100,000 inputs": post_hf({"inputs": ["a"] * 100_000}),
-    "500,000 numbers as texts": post_hf(NUMBERS.replace(b"texts", b"inputs")),
     "250,000 numbers as inputs": post_hf(INPUT_NUMBERS),
-    "JSON in UTF-16": post_hf('{"inputs": ["a"]}'.encode("utf-16")),
-    "bytes that are no UTF-8": post_hf(b'{"inputs": "\xff\xfe"}'),
     "half of a surrogate pair": post_hf(b'{"inputs": ["\\ud800"]}'),
-    "half of a surrogate pair as a key": post_hf(b'{"inputs": "a", "\\ud800": 1}'),
-    "a null byte in a text": post_hf({"inputs": "a\x00b"}),
-    "no JSON": post_hf(b"inputs=a"),
-    "an empty body": post_hf(b""),
-    "100,000 brackets": post_hf(b'{"inputs": ' + b"[" * 100_000),
     "NaN": post_hf(b'{"inputs": "a", "parameters": {"top_k": NaN}}'),
-    "a form": post_hf(b"inputs=a", kind="application/x-www-form-urlencoded"),
     "an unknown key": post_hf({"inputs": "a", "adapter": "one"}),
-    "60,000 unknown keys": post_hf(UNKNOWN_KEYS),
     "60,000 unknown parameters": post_hf({"inputs": "a", "parameters": UNKNOWN_KEYS}),
-    "a key of 1 MB": post_hf({"a" * 10**6: 1}),
-    "<script> as a text": post_hf({"inputs": "<script>alert(1)</script>"}),
     "<script> as an adapter": post_hf({"inputs": "a"}, path="/?adapter=<script>"),
-    "an unknown adapter": post_hf({"inputs": "a"}, path="/?adapter=three"),
-    "a path as an adapter": post_hf({"inputs": "a"}, path="/?adapter=../../etc/passwd"),
     "a null byte as an adapter": post_hf({"inputs": "a"}, path="/?adapter=one%00"),
-    "a name of 500,000 letters": post_hf({"inputs": "a"}, path=f"/?adapter={'a' * 9000}"),
-    "a line break after a path": post_hf({"inputs": "a"}, path="/%0a?adapter=one"),
     "a body that does not come": HF_HEAD + b"Content-Length: 100\r\n\r\n{",
 }
 REQUESTS = [(name, data) for name, (data, _, _) in HOSTILE.items()]

@@ -169,24 +169,6 @@ def test_macro_averages_are_over_the_labels_that_occur(name):
     )
 
 
-def test_temperature_changes_confidence_and_not_decisions():
-    logits, labels = draw(200, 3)
-    plain, hot = (
-        score(logits, labels, num_resamples=50),
-        score(logits, labels, temperature=5.0, num_resamples=50),
-    )
-    assert plain["accuracy"] == hot["accuracy"]
-    assert plain["mcc"] == hot["mcc"]
-    assert plain["log_loss"] != hot["log_loss"]
-
-
-def test_more_confidence_makes_wider_intervals():
-    narrow = score(*draw(100, 2), confidence=0.5, num_resamples=200)
-    wide = score(*draw(100, 2), confidence=0.99, num_resamples=200)
-    for name in METRICS:
-        assert wide[name].low < narrow[name].low < narrow[name].high < wide[name].high
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     num_rows=st.integers(1, 40),
@@ -230,24 +212,10 @@ def test_evaluate_face_works_without_network_or_disk(name, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluate_combines_the_metrics():
-    logits, labels = draw(40, 3)
-    combined = evaluate.combine(list(METRICS.values()))
-    found = combined.compute(predictions=softmax(logits), references=labels)
-    assert found == {name: quick_score(logits, labels, name) for name in METRICS}
-
-
 @pytest.mark.parametrize("logits", [[2.0, -1.0], [2.0, 1.0]])
 def test_evaluate_face_refuses_logits(logits):
     with pytest.raises(ModelError, match="apply softmax"):
         METRICS["log_loss"].compute(predictions=[logits], references=[0])
-
-
-def test_which_metrics_are_best_when_small():
-    assert {name for name, metric in METRICS.items() if not metric.greater_is_better} == {
-        "log_loss",
-        "ece",
-    }
 
 
 def test_confusion_matrix_counts_truth_by_prediction():
@@ -320,16 +288,6 @@ def test_rows_that_do_not_fit_are_refused(logits, labels, error, message):
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ModelError, match="temperature: found"):
         score(*draw(5, 2), temperature=temperature)
-
-
-def test_some_metrics_alone_have_the_same_intervals():
-    logits, labels = draw(60, 3)
-    every = score(logits, labels, num_resamples=50)
-    assert score(logits, labels, num_resamples=50, names=["ece", "mcc"]) == {
-        name: every[name] for name in ("ece", "mcc")
-    }
-    with pytest.raises(RecipeError, match="'f1' is no metric"):
-        score(logits, labels, names=["f1"])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])

@@ -218,7 +218,7 @@ def watch_saves(reach: Callable[[str], None]) -> None:
     loop.save_checkpoint = watched_save
 
 
-SHORT = {"max_steps": 4, "save_steps": 1, "eval_steps": 3, "save_total_limit": 1}
+SHORT = {"max_steps": 3, "save_steps": 1, "eval_steps": 2, "save_total_limit": 1}
 """Saves after each step; the second one is watched."""
 
 
@@ -275,8 +275,10 @@ To each: the steps after which a run that saves every second step goes on, kille
 """
 
 
-def stop_at_every_moment(toy: dict[str, Any], folder: Path, *, processes: int) -> dict[str, Any]:
-    """Kill, and tell to stop, one process of a run at each of MOMENTS; say how each ended, and the same gone on with.
+def stop_at_moments(
+    toy: dict[str, Any], folder: Path, *, processes: int, stops: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """Send a signal to one process of a run at one of MOMENTS; say how each ended, and the same gone on with.
 
     To each moment and signal: its two pairs of exit codes, the steps gone on after, and whether the outcome is equal.
     """
@@ -303,18 +305,16 @@ def stop_at_every_moment(toy: dict[str, Any], folder: Path, *, processes: int) -
 
     assert start(folder / "whole") == [0] * processes
     found = {}
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        for count, moment in enumerate(MOMENTS):
-            name = f"{number.name} {moment}"
-            codes = [
-                start(folder / name, moment, number=number, rank=count % processes),
-                start(folder / name),
-            ]
-            resumed = [
-                json.loads((folder / name / f"resumed {rank}").read_text())
-                for rank in range(processes)
-            ]
-            found[name] = [codes, resumed, outcome(folder / name, folder / "whole")]
+    for count, (kind, moment) in enumerate(stops):
+        name, rank = f"{kind} {moment}", count % processes
+        codes = [
+            start(folder / name, moment, number=signal.Signals[kind], rank=rank),
+            start(folder / name),
+        ]
+        resumed = [
+            json.loads((folder / name / f"resumed {rank}").read_text()) for rank in range(processes)
+        ]
+        found[name] = [codes, resumed, outcome(folder / name, folder / "whole")]
     return found
 
 
@@ -465,8 +465,8 @@ def main(base: str, folder: str, wanted: str) -> None:
     torch.set_num_threads(1)
     scenarios: dict[str, Callable[..., Any]] = {
         "points": kill_at_every_point,
-        "one": partial(stop_at_every_moment, processes=1),
-        "two": partial(stop_at_every_moment, processes=2),
+        "one": partial(stop_at_moments, processes=1),
+        "two": partial(stop_at_moments, processes=2),
         "random": kill_at_random,
     }
     found = {}
@@ -477,7 +477,7 @@ def main(base: str, folder: str, wanted: str) -> None:
     sys.stdout.write(json.dumps(found))
 
 
-def run_scenarios(base: Path, folder: Path, **wanted: dict[str, int]) -> dict[str, Any]:
+def run_scenarios(base: Path, folder: Path, **wanted: dict[str, Any]) -> dict[str, Any]:
     """Run scenarios in a process of their own, which has started no thread; return what came of each."""
     command = [
         sys.executable,

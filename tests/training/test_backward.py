@@ -52,7 +52,7 @@ METHODS = {
     "full": FullMethod(kind="full"),
 }
 NUM_ROWS = 90
-NUM_STEPS = 24  # six an epoch
+NUM_STEPS = 12  # six an epoch
 CUDA = torch.device("cuda")
 
 
@@ -160,8 +160,16 @@ def losses(done):
 SETTINGS = {"adam_epsilon": 1e-3, "learning_rate": 3e-3, "metric_for_best_model": "log_loss"}
 
 
-@pytest.mark.parametrize("max_tokens", [10_000, 60], ids=["whole steps", "several micro-batches"])
-@pytest.mark.parametrize("name", ["lora", "lora of two rates", "head", "unfreeze", "full"])
+@pytest.mark.parametrize(
+    ("name", "max_tokens"),
+    [
+        ("lora of two rates", 10_000),
+        ("lora of two rates", 60),  # several micro-batches
+        ("head", 10_000),
+        ("unfreeze", 60),
+        ("full", 10_000),
+    ],
+)
 def test_weights_are_those_of_eager_and_of_padded_steps(run, force, tiny_base, name, max_tokens):
     settings = {"method": METHODS[name], "max_tokens": max_tokens, **SETTINGS}
     padded = run(**settings)
@@ -181,7 +189,7 @@ def test_weights_are_those_of_eager_and_of_padded_steps(run, force, tiny_base, n
     assert largest_difference(weights(graphed), trainable_tensors(untrained)) > 0.01
 
 
-@pytest.mark.parametrize("name", ["lora", "lora with dropout", "full"])
+@pytest.mark.parametrize("name", ["lora with dropout", "full"])
 def test_with_dropout_the_same_masks_are_drawn(run, force, name):
     force()
     eager = run(METHODS[name], dropout=0.2, **SETTINGS)
@@ -255,7 +263,7 @@ def test_each_size_is_captured_once_and_its_tensors_stay(run, force, monkeypatch
     monkeypatch.setattr(loop._Loop, "_step", spy_step)
     capture = RecordedCapture()
     force(capture)
-    done = run(max_tokens=max_tokens)
+    done = run(max_tokens=max_tokens, max_steps=24)
     repeated = {size for size in sizes if sizes.count(size) > 1}
     assert len(repeated) > 1
     assert len(capture.recordings) == len(repeated) + 1  # and the update
@@ -279,7 +287,7 @@ def test_a_step_without_new_rows_would_train_on_old_ones(run, force, monkeypatch
     assert losses(run()) != pytest.approx(expected, abs=1e-2)
 
 
-@pytest.mark.parametrize("step", [4, 7, 13])
+@pytest.mark.parametrize("step", [4, 7])
 def test_a_resumed_run_gives_the_same(run, force, monkeypatch, tmp_path, step):
     settings = {"dropout": 0.2, "save_steps": 100, "eval_steps": 10, **SETTINGS}
     force(RecordedCapture())
@@ -307,7 +315,7 @@ def test_a_resumed_run_gives_the_same(run, force, monkeypatch, tmp_path, step):
         torch.testing.assert_close(found["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("failing_step", [1, 17])
+@pytest.mark.parametrize("failing_step", [1, 9])
 def test_where_memory_runs_out_graphs_are_dropped_and_the_step_is_done_again(
     run, force, monkeypatch, failing_step
 ):
@@ -385,7 +393,7 @@ def test_a_scaler_clips_and_steps_outside_of_a_graph(run, force, monkeypatch):
         # Accelerate keeps it for a process's life.
         monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "no")
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=5)
-        return run(scaler=scaler), scaler.state_dict()
+        return run(scaler=scaler, max_steps=24), scaler.state_dict()
 
     force()
     eager, scale = start()
@@ -394,7 +402,7 @@ def test_a_scaler_clips_and_steps_outside_of_a_graph(run, force, monkeypatch):
     graphed, again = start()
     monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "no")
     norms = [point.grad_norm for point in graphed.history.steps]
-    assert 2 < sum(not math.isfinite(norm) for norm in norms) < NUM_STEPS / 2
+    assert 2 < sum(not math.isfinite(norm) for norm in norms) < 12
     assert graphed.graphed_update is None
     assert capture.recordings
     names = " ".join(str(call[0]) for each in capture.recordings for call in each.calls)

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows
-from lora_sentiment.errors import RecipeError, TrainingError
+from lora_sentiment.errors import TrainingError
 from lora_sentiment.fast.encoder import use_fast_encoder
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.wrap import make_trainable, trainable_tensors
@@ -80,11 +79,6 @@ def test_the_loss_does_not_depend_on_the_cut(run):
     losses = [[point.loss for point in run(max_tokens=cut)[1].steps] for cut in (10_000, 45, 1)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
-
-
-def test_the_same_seed_repeats_with_dropout_on(run):
-    losses = [[point.loss for point in run(dropout=0.2)[1].steps] for _ in range(2)]
-    assert losses[0] == losses[1]
 
 
 def test_the_best_tensors_are_kept(run, monkeypatch):
@@ -202,44 +196,6 @@ def test_a_step_that_went_wrong_is_named_though_it_is_read_late(run, monkeypatch
         run(max_steps=6)
 
 
-def test_between_readings_a_step_waits_for_nothing_on_its_device(run, monkeypatch):
-    waits, step, quiet = [], loop._Loop._step, [False]
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._local_scalar_dense.default:
-                waits.append(function)
-            return function(*args, **(kwargs or {}))
-
-    def watched(self, *given):
-        quiet[0] = True
-        with Watch():
-            step(self, *given)
-        quiet[0] = False
-
-    def wait(name, plain):
-        def waiting(tensor, *given, **more):
-            if quiet[0]:
-                waits.append(name)
-            return plain(tensor, *given, **more)
-
-        monkeypatch.setattr(torch.Tensor, name, waiting)
-
-    found = read_every(monkeypatch, 4)
-    read = loop._Loop._read
-
-    def reading(self):
-        quiet[0] = False
-        read(self)
-
-    monkeypatch.setattr(loop._Loop, "_read", reading)
-    monkeypatch.setattr(loop._Loop, "_step", watched)
-    for name in ("tolist", "item", "cpu", "numpy"):  # they tell torch's dispatcher nothing on a CPU
-        wait(name, getattr(torch.Tensor, name))
-    run(max_steps=8, eval_steps=8, prepare=use_fast, class_weights="balanced")
-    assert (waits, found) == ([], [4, 4])
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_between_readings_the_host_does_not_wait_for_a_gpu(run, monkeypatch):
@@ -304,34 +260,6 @@ def test_biases_and_norms_are_not_decayed():
         (1, 1, 0.0),
     ]
     assert groups[0]["fused"]
-
-
-def test_the_weighted_loss_does_not_depend_on_the_cut(run):
-    values = {"class_weights": (0.2, 3.0), "label_smoothing_factor": 0.1, "num_rows": 50}
-    losses = [
-        [point.loss for point in run(max_tokens=cut, **values)[1].steps] for cut in (10_000, 45, 1)
-    ]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
-
-
-def test_weights_of_one_train_the_same_bits_and_others_do_not(run):
-    found = [
-        run(class_weights=weights, max_steps=3)
-        for weights in (None, (1.0, 1.0), "balanced", (1.0, 4.0))
-    ]
-    plain = trainable_tensors(found[0][0])
-    for model, history in found[1:3]:  # as many rows of either label: balanced is one, too
-        assert history.steps == found[0][1].steps
-        assert all(torch.equal(p, plain[name]) for name, p in trainable_tensors(model).items())
-    assert found[3][1].steps[0].loss != found[0][1].steps[0].loss
-
-
-def test_a_wrong_number_of_weights_is_refused(run):
-    with pytest.raises(
-        RecipeError, match=r"found 3 weights; .* 2 labels, in this order: negative, positive"
-    ):
-        run(class_weights=(1.0, 2.0, 3.0))
 
 
 def test_a_steps_loss_is_torchs_weighted_mean(run, monkeypatch):

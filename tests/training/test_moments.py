@@ -6,21 +6,28 @@ import pytest
 
 from tests.training.stopped_runs import MOMENTS, run_scenarios
 
+STOPS = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 75}
+EVERY = [[name, moment] for name in STOPS for moment in MOMENTS]
+ONE = [["SIGKILL", "evaluated 4"]]
+TWO = [["SIGKILL", "part 2 of step 6"], ["SIGTERM", "evaluation 4"]]
 
-@pytest.fixture(scope="module")
-def found(tiny_base, tmp_path_factory):
-    return run_scenarios(tiny_base, tmp_path_factory.mktemp("moments"), one={}, two={})
 
-
-@pytest.mark.parametrize(("name", "processes"), [("one", 1), ("two", 2)])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        pytest.param(ONE, TWO, id="some"),
+        pytest.param(EVERY, EVERY, id="every", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_or_stopped_at_the_moments_that_matter_a_run_goes_on_bit_for_bit(
-    found, name, processes
+    tiny_base, tmp_path, one, two
 ):
-    for number, (kind, ended) in enumerate([("SIGKILL", -signal.SIGKILL), ("SIGTERM", 75)]):
-        for count, moment in enumerate(MOMENTS):
-            stopped = [ended] * processes
+    found = run_scenarios(tiny_base, tmp_path, one={"stops": one}, two={"stops": two})
+    for name, processes, stops in (("one", 1, one), ("two", 2, two)):
+        for count, (kind, moment) in enumerate(stops):
+            stopped = [STOPS[kind]] * processes
             if kind == "SIGKILL" and processes == 2:
                 stopped[1 - count % 2] = 1  # the other one finds itself alone
-            step = MOMENTS[moment][number]
+            step = MOMENTS[moment][kind == "SIGTERM"]
             wanted = [[stopped, [0] * processes], [[step]] * processes, [True, True]]
-            assert found[name][f"{kind} {moment}"] == wanted, (kind, moment)
+            assert found[name][f"{kind} {moment}"] == wanted, (name, kind, moment)

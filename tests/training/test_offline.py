@@ -338,11 +338,12 @@ def test_a_dead_hub_is_asked_once_for_a_sweep(calls):
 
 
 def test_the_main_recipe_runs_with_nothing_but_the_package(endpoint, tmp_path, monkeypatch, capsys):
-    """Without a Hub or a cache. The last override keeps the run short."""
+    """Without a Hub or a cache. The overrides keep the run short."""
     endpoint(NOWHERE)
     monkeypatch.chdir(tmp_path)
+    short = ["train.max_steps=1", "model.max_length=32"]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", str(ROOT / "recipes/imdb_lora.yaml"), "train.max_steps=1"])
+        cli.main(["train", str(ROOT / "recipes/imdb_lora.yaml"), *short])
     assert ended.value.code == 0
     assert capsys.readouterr().err.count("NOT what the recipe asks for") == 2, "at start and end"
     folder = tmp_path / "adapters/imdb_lora-offline"
