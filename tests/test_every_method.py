@@ -92,7 +92,7 @@ FAMILY_METHODS = {
     "dora-all": {"kind": "lora", "use_dora": True, "target_modules": "all-linear"},
     "pissa": {"kind": "lora", "init_lora_weights": "pissa", "r": 4},
     "last-layer": {"kind": "unfreeze", "last_layers": 1},
-    "biases": {"kind": "unfreeze", "patterns": ["*.weight"]},
+    "all-weights": {"kind": "unfreeze", "patterns": ["*.weight"]},
     "head": {"kind": "head"},
     "full": {"kind": "full"},
     "adalora": {"kind": "adalora", "init_r": 6, "target_r": 3},
@@ -129,23 +129,24 @@ for _family in OTHERS:
             continue
         if (_name, _quantize) == ("dora-all", "int8"):
             continue
-        _is_quick = (_name, _quantize) in (("lora", "none"), ("lora", "nf4"))
+        # A merge of a quantised adapter is judged on 600 reviews, which takes seconds.
+        _is_quick = _quantize == "none" and (_name == "lora" or _family.model_type == "bert")
         FAMILY_CASES.append(
             pytest.param(
                 _family.model_type,
                 _name,
                 _quantize,
                 id=f"{_family.model_type}-{_name}-{_quantize}",
-                marks=[] if _is_quick or _family.model_type == "bert" else pytest.mark.slow,
+                marks=[] if _is_quick else pytest.mark.slow,
             )
         )
 IDS = [[2, 5, 6, 3], [2, 9, 14, 8, 3], [2, 7, 8, 9, 3]]
 TEXTS = ["a lovely film", "the dull plot was so so awful really", "quite"]
 
 
-def make(name, quantize, tiny_base, *, head="full"):
+def make(name, quantize, tiny_base, *, head="full", methods=METHODS):
     """Return a toy base wrapped with a method, and what it was made of."""
-    method = TypeAdapter(Method).validate_python((FAMILY_METHODS | METHODS)[name])
+    method = TypeAdapter(Method).validate_python(methods[name])
     config = ModelConfig(
         name=str(tiny_base), max_length=16, dtype="float32", quantize=quantize, dropout=0.0, attention_dropout=0.0,
         double_quant=quantize == "nf4", seq_classif_dropout=0.0, head=head,
@@ -160,7 +161,7 @@ def make(name, quantize, tiny_base, *, head="full"):
     )
 
 
-def train(model, base, method, *, steps=3, eval_steps=None):
+def train(model, base, method, *, steps=3, eval_steps=None, rate=1e-2):
     """Take a few steps over the same rows, so that their losses can be compared."""
     rows = toy_rows(48)
     labels = np.array([LABELS.index(label) for _, label in rows])
@@ -174,7 +175,7 @@ def train(model, base, method, *, steps=3, eval_steps=None):
         numbers=np.arange(48),
         config=TrainConfig(
             batch_size=48,
-            learning_rate=1e-2,
+            learning_rate=rate,
             lr_scheduler_type="constant",
             max_steps=steps,
             eval_steps=eval_steps or steps,
@@ -208,7 +209,7 @@ def test_every_method_on_every_precision(name, quantize, tiny_base, tmp_path):
 
 @pytest.mark.parametrize(("model_type", "name", "quantize"), FAMILY_CASES)
 def test_every_family(model_type, name, quantize, family_bases, tmp_path):
-    check_method(name, quantize, family_bases[model_type], tmp_path)
+    check_method(name, quantize, family_bases[model_type], tmp_path, methods=FAMILY_METHODS)
     into = "base" if quantize == "none" else "dequantised"
     merge(tmp_path / "a", tmp_path / "merged", into=into)
     answers = load_classifier(tmp_path / "merged", dtype="float32").predict(TEXTS)
@@ -219,13 +220,15 @@ def test_every_family(model_type, name, quantize, family_bases, tmp_path):
     )
 
 
-def check_method(name, quantize, tiny_base, tmp_path):
+def check_method(name, quantize, tiny_base, tmp_path, *, methods=METHODS):
     """Train a few steps; compare what is counted, saved, reloaded and opened by stock PEFT."""
-    base, method, config, model = make(name, quantize, tiny_base)
+    base, method, config, model = make(name, quantize, tiny_base, methods=methods)
     counts = count_parameters(make_meta_model(base.config, method, config))
     assert sum(p.numel() for p in trainable_tensors(model).values()) == counts.trainable
     frozen = hash_tensors(frozen_tensors(model).items())
-    history = train(model, base, method)
+    # A large step on random weights may overshoot.
+    rate = 1e-3 if name == "last-layer" else 1e-2
+    history = train(model, base, method, rate=rate)
     assert history.steps[-1].loss < history.steps[0].loss
     assert hash_tensors(frozen_tensors(model).items()) == frozen
 
@@ -238,7 +241,9 @@ def check_method(name, quantize, tiny_base, tmp_path):
         assert found == saved_shapes(base.config, method, config)
     answers = np.array(compute_probe(model, IDS).logits)
     # What was taken out of the base and put back is rounded twice; what was pruned adds up in another order.
-    tolerance = {"lora-pissa": 3e-5, "lora-olora": 3e-5, "adalora": 5e-6}.get(name, 1e-6)
+    tolerance = {"lora-pissa": 3e-5, "pissa": 3e-5, "lora-olora": 3e-5, "adalora": 5e-6}.get(
+        name, 1e-6
+    )
     np.testing.assert_allclose(
         compute_probe(loaded.model, IDS).logits, answers, atol=tolerance, rtol=0
     )

@@ -48,10 +48,9 @@ def _check_names(names: Any) -> Any:
 
 
 def _check_saved(names: list[str] | None) -> list[str] | None:
-    allowed = {"score"}
+    allowed = {"score", "pooler", "bert.pooler"}
     for family in FAMILIES.values():
-        for module in family.saved_modules:
-            allowed |= {module, module.rpartition(".")[2]}
+        allowed |= set(family.saved_modules)
     for name in names or ():
         if name not in allowed:
             raise ValueError(f"{name[:60]!r} is no head; allowed: {', '.join(sorted(allowed))}")

@@ -167,7 +167,8 @@ BERT = Family(
     ia3=("key", "value", "output.dense"),
     feed_forward=("intermediate.dense", "output.dense"),
     head=("bert.pooler.dense", "classifier"),
-    saved_modules=("bert.pooler", "classifier"),
+    # PEFT cannot merge IA3 and VeRA where a saved module holds a linear and is none itself.
+    saved_modules=("bert.pooler.dense", "classifier"),
     dropouts=_BERT_DROPOUTS,
     functions=_BERT_FUNCTIONS,
     shape=_BERT_SHAPE,
