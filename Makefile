@@ -9,7 +9,7 @@ RUN := $(VENV)/.ready-to-run
 READY := $(VENV)/.ready
 QUICK := adapters/quickstart
 
-.PHONY: quickstart test lint types quick slow clients gpu schema clean
+.PHONY: quickstart test lint types quick slow clients gpu schema docs clean
 
 # From nothing to an adapter, and two sentences answered by the one that ships; needs a package index and nothing else.
 quickstart: $(RUN)
@@ -83,8 +83,16 @@ GPU_FLAGS ?=
 gpu:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu_check.py --out "$(OUT)" $(GPU_FLAGS)
 
+# The site, in docs/_build. A warning is an error. No network once the packages are installed.
+$(VENV)/.ready-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.ready-docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
+
 schema: $(READY)
 	$(BIN)/lora-sentiment schema > recipes/schema.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build docs/generated build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 from journal import Line
 
+Parts = dict[str, list[Line]]
+"""Name of a part to its lines, of one run."""
 MIB = 2**20
 TITLES = {"imdb": "IMDB", "sst2": "SST-2", "ag_news": "AG News"}
 COMPILED = "IMDB, beside the compiled Trainer"
@@ -19,16 +21,19 @@ columns say, drawn evenly by size from a whole epoch. Memory is the most allocat
 def render(lines: Sequence[Line]) -> str:
     """Return the page: a section for each run of the script, the newest first."""
     page = ["# One GPU", "", NOTES, ""]
-    for run in dict.fromkeys(line["run"] for line in reversed(lines)):
-        page += show_run([line for line in lines if line["run"] == run])
+    runs: dict[str, Parts] = {}
+    for line in reversed(lines):
+        runs.setdefault(line["run"], {})
+    for line in lines:
+        runs[line["run"]].setdefault(line["part"], []).append(line)
+    page += show_aims(list(runs.values()))
+    for parts in runs.values():
+        page += show_run(parts)
     return "\n".join(page)
 
 
-def show_run(lines: Sequence[Line]) -> list[str]:
+def show_run(parts: Parts) -> list[str]:
     """Return the section of one run."""
-    parts: dict[str, list[Line]] = {}
-    for line in lines:
-        parts.setdefault(line["part"], []).append(line)
     page = []
     for head in parts.get("machine", []):
         versions = ", ".join(f"{name} {value}" for name, value in head["versions"].items())
@@ -59,7 +64,6 @@ def show_run(lines: Sequence[Line]) -> list[str]:
         page += show_ablation(parts["ablation"])
     if "compiled" in parts:
         page += show_training("compiled", parts["compiled"])
-    page += show_aims(parts)
     return page
 
 
@@ -170,7 +174,7 @@ def show_training(dataset: str, lines: Sequence[Line]) -> list[str]:
 def show_ablation(lines: Sequence[Line]) -> list[str]:
     """Return the table of what each part of the fast forward pass gives."""
     rows = [line for line in lines if "first_steps" in line]
-    whole = find(rows, "all parts")
+    whole = find(rows, "all parts, again") or find(rows, "all parts")
     page = [
         "### What each part gives: IMDB at 512, 150 steps",
         "",
@@ -244,10 +248,6 @@ def show_memory(lines: Sequence[Line]) -> list[str]:
             f"| {line['estimated_bytes'] / MIB:,.0f} | {error(line):+.1%} |"
         )
     return [*page, "", *show_missing(lines)]
-
-
-Parts = dict[str, list[Line]]
-"""Part to the lines of one run."""
 
 
 def training(
@@ -339,20 +339,35 @@ AIMS: tuple[tuple[str, Callable[[Parts], float | None], float, bool], ...] = (
 """What is aimed at: its name, its figure, the aim, and whether that is the least (else the most)."""
 
 
-def show_aims(parts: Parts) -> list[str]:
-    """Return the aims beside what was measured; what is missed stays. Tiny sizes and CPUs have none."""
-    heads = parts.get("machine", [])
-    if not heads or heads[0]["quick"] or not heads[0]["cuda"]:
+def show_aims(runs: Sequence[Parts]) -> list[str]:
+    """Return the aims beside the newest figures; what is missed stays.
+
+    Args:
+        runs: The newest first. Tiny sizes and CPUs are left out.
+    """
+    measured = []
+    for parts in runs:
+        heads = parts.get("machine", [])
+        if heads and heads[0]["cuda"] and not heads[0]["quick"]:
+            measured.append(parts)
+    if not measured:
         return []
-    page = ["### Aims", "", "| aim | wanted | measured | |", "|---|---:|---:|---|"]
+    page = [
+        "## Aims",
+        "",
+        "Each figure is of the newest run below that measured it.",
+        "",
+        "| aim | wanted | measured | |",
+        "|---|---:|---:|---|",
+    ]
     for name, figure, aim, is_least in AIMS:
-        found = figure(parts)
-        if found is None:
-            page.append(f"| {name} | {'≥' if is_least else '≤'} {aim:,.0f} | | not measured |")
+        wanted = f"{'≥' if is_least else '≤'} {aim:,.0f}"
+        figures = [found for found in map(figure, measured) if found is not None]
+        if not figures:
+            page.append(f"| {name} | {wanted} | | not measured |")
             continue
+        found = figures[0]
         met = found >= aim if is_least else found <= aim
         shown = f"{found:,.0f}" if found >= 1000 else f"{found:.2f}"
-        page.append(
-            f"| {name} | {'≥' if is_least else '≤'} {aim:,.0f} | {shown} | {'met' if met else 'missed'} |"
-        )
+        page.append(f"| {name} | {wanted} | {shown} | {'met' if met else 'missed'} |")
     return [*page, ""]

@@ -28,15 +28,17 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Semaphore
 
 import numpy as np
+import torch
 from journal import Journal, Line
 from methods_table import Row, judged_role, render, short, validation_accuracy
 from numpy.typing import NDArray
@@ -185,6 +187,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--note", default="", help="sentence for the page, such as what else the machine was doing"
     )
     parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at the same time; with more than one their seconds and tokens/s mean nothing",
+    )
+    parser.add_argument(
         "--cache",
         type=Path,
         default=ROOT / "adapters/methods",
@@ -255,7 +263,7 @@ def run_job(job: Job, cache: Path) -> Line:
     """
     from lora_sentiment.train import train
 
-    folder = cache / "running"
+    folder = cache / job.key
     recipe = Recipe.load(
         job.recipe, [*job.overrides, f"output.dir={json.dumps(str(folder / 'adapter'))}"]
     )
@@ -298,8 +306,6 @@ def run_job(job: Job, cache: Path) -> Line:
 
 def machine() -> Line:
     """Return what a run was made on and with, and when."""
-    import torch
-
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         cpu = next(
@@ -340,6 +346,9 @@ def enter_process(log: Path) -> None:
 def run_isolated(job: Job, cache: Path) -> Line:
     """Run a job in a process of its own, so that its peak memory is no other run's."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if torch.cuda.is_available():
+        # Imports set CUDA up, and a process that is forked afterwards cannot use it.
+        method = "spawn"
     context = multiprocessing.get_context(method)
     # The server imports these once and never computes: every run is forked from it in no time.
     context.set_forkserver_preload(["lora_sentiment.train", "datasets"])
@@ -349,8 +358,14 @@ def run_isolated(job: Job, cache: Path) -> Line:
         return pool.submit(run_job, job, cache).result()
 
 
-def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal) -> None:
+def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal, slots: Semaphore) -> None:
     """Take a row's tries and final runs from the journal, and run what is missing unless only the table is asked for.
+
+    Args:
+        row: Filled in place.
+        arguments: The command line.
+        journal: Holds the finished runs.
+        slots: As many as runs may go on at the same time.
 
     Raises:
         LoraSentimentError: For a run that cannot be made.
@@ -367,7 +382,8 @@ def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal) -> None:
         if not kept:
             line = None
             if not arguments.render:
-                line = run_isolated(job, arguments.cache)
+                with slots:
+                    line = run_isolated(job, arguments.cache)
                 journal.append(line)
                 print(
                     f"{row.dataset} {row.method} {stage}, rate {rate:g}, seed {seed}: {show_run(line)}",
@@ -376,8 +392,9 @@ def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal) -> None:
         return line
 
     rates = RATES[METHODS[row.method][0]][: arguments.tries]
-    for rate in rates:
-        row.tries += filter(None, [have("try", FIRST_SEED, rate)])
+    with ThreadPoolExecutor(arguments.jobs) as threads:
+        tries = threads.map(lambda rate: have("try", FIRST_SEED, rate), rates)
+        row.tries += filter(None, tries)
     if len(row.tries) < len(rates):
         return
     for rate in row.rates:
@@ -391,8 +408,12 @@ def fill_row(row: Row, arguments: argparse.Namespace, journal: Journal) -> None:
     if not row.finals and row.dropped:
         # None held: the best of them is what this method gave.
         row.finals = [max(row.dropped, key=validation_accuracy)]
-    for seed in range(FIRST_SEED + 1, FIRST_SEED + arguments.seeds) if row.finals else ():
-        row.finals += filter(None, [have("final", seed, row.finals[0]["rate"])])
+    if row.finals:
+        rate = row.finals[0]["rate"]
+        others = range(FIRST_SEED + 1, FIRST_SEED + arguments.seeds)
+        with ThreadPoolExecutor(arguments.jobs) as threads:
+            finals = threads.map(lambda seed: have("final", seed, rate), others)
+            row.finals += filter(None, finals)
     if (
         row.finals
         and all("metrics" in line for line in row.finals)
@@ -439,18 +460,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method in arguments.methods or METHODS
     ]
     num_faults = 0
-    for row in rows:
-        try:
-            fill_row(row, arguments, journal)
-        except (LoraSentimentError, BrokenProcessPool) as error:
-            num_faults += 1
-            print(
-                f"{row.dataset} {row.method}: {error or type(error).__name__}",
-                file=sys.stderr,
-                flush=True,
-            )
-        if not arguments.render:
-            page.write_text(render(rows, arguments), encoding="utf-8")
+    slots = Semaphore(arguments.jobs)
+    threads = ThreadPoolExecutor(arguments.jobs)
+    filled = [threads.submit(fill_row, row, arguments, journal, slots) for row in rows]
+    try:
+        for row, done in zip(rows, filled, strict=True):
+            try:
+                done.result()
+            except (LoraSentimentError, BrokenProcessPool) as error:
+                num_faults += 1
+                print(
+                    f"{row.dataset} {row.method}: {error or type(error).__name__}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if not arguments.render:
+                page.write_text(render(rows, arguments), encoding="utf-8")
+    finally:
+        threads.shutdown(cancel_futures=True)
     page.write_text(render(rows, arguments), encoding="utf-8")
     print(page)
     return 1 if num_faults else 0

@@ -59,7 +59,6 @@ app = typer.Typer(
     help="Fine-tune small text encoders with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 EXIT_STOPPED = 75
@@ -761,7 +760,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     log.handlers = [handler]
     log.setLevel(logging.INFO if main_process else logging.WARNING)
     try:
-        app(arguments)
+        app(arguments, prog_name="lora-sentiment")
     except StoppedError as error:
         if main_process:
             typer.echo(str(error), err=True)

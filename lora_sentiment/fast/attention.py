@@ -48,8 +48,31 @@ def packed_attention(
         dropout_p: Probability of dropping an attention weight.
 
     Returns:
-        Shape of q.
+        Shape of q. Queries of a sequence without keys give 0 and get a gradient of 0.
     """
+    lengths = (max_length_q, max_length_k)
+    if cu_seq_lens_q is cu_seq_lens_k:
+        return _attend(q, k, v, cu_seq_lens_q, cu_seq_lens_k, *lengths, dropout_p)
+    # The memory-efficient kernel leaves the output and the gradient of such queries unset.
+    num_queries = cu_seq_lens_q.diff()
+    without_keys = cu_seq_lens_k.diff() == 0
+    without_keys = without_keys.repeat_interleave(num_queries, output_size=len(q))[:, None, None]
+    q = q.masked_fill(without_keys, 0.0)
+    mixed = _attend(q, k, v, cu_seq_lens_q, cu_seq_lens_k, *lengths, dropout_p)
+    return mixed.masked_fill(without_keys, 0.0)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    dropout_p: float,
+) -> Tensor:
+    """Choose the kernel of `packed_attention`."""
     if q.device.type != "cuda":
         return _masked_attention(q, k, v, cu_seq_lens_q, cu_seq_lens_k, dropout_p)
     if q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0):

@@ -205,9 +205,10 @@ class _Loop:
         self.num_steps = count_steps(len(train), config)
         ratios = learning_rate_ratios(model, method)
         self.adamw = make_optimizer(self.parameters, config, ratios=ratios)
-        self.optimizer = accelerator.prepare_optimizer(self.adamw)
         # A prepared schedule would step num_processes times for each update.
         self.schedule = make_schedule(self.adamw, config, num_steps=self.num_steps)
+        # After the schedule, which wraps `step`: with a gradient scaler Accelerate keeps `step`.
+        self.optimizer = accelerator.prepare_optimizer(self.adamw)
 
         reason = why_not_graphs(model, config, device=device, num_steps=self.num_steps)
         self.graphs = self._make_graphs() if reason is None else None

@@ -1,5 +1,6 @@
 """Attention on a GPU never goes to cuDNN; over packed rows it is that of each row alone."""
 
+import math
 import sys
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from lora_sentiment.adapter.folder import compute_probe
 from lora_sentiment.data.batches import Encoded, pad
-from lora_sentiment.fast import kernels
+from lora_sentiment.fast import attention, kernels
 from lora_sentiment.fast.attention import BACKENDS, attention_backends, packed_attention
 from lora_sentiment.fast.encoder import use_fast_encoder
 from lora_sentiment.models.inference import make_engine, predict_logits
@@ -255,6 +257,47 @@ def test_a_query_of_an_empty_sequence_disturbs_no_other():
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
 def test_on_a_gpu_a_query_of_an_empty_sequence_disturbs_no_other(gpu, dtype, bound):
     check_empty(gpu, dtype, bound)
+
+
+class PoisonQueries(Function):
+    """Make the output and the gradient of some queries NaN, as a kernel may that never sets them."""
+
+    @staticmethod
+    def forward(ctx, q, rows):
+        ctx.rows = rows
+        return q.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[ctx.rows] = math.nan
+        return grad, None
+
+
+def test_what_a_kernel_leaves_unset_for_a_query_without_keys_is_zero(monkeypatch):
+    plain = attention._masked_attention
+
+    def leave_unset(q, k, v, cu_seq_lens_q, cu_seq_lens_k, dropout_p):
+        rows = cu_seq_lens_k.diff() == 0  # one query of each sequence
+        mixed = plain(PoisonQueries.apply(q, rows), k, v, cu_seq_lens_q, cu_seq_lens_k, dropout_p)
+        return mixed.masked_fill(rows[:, None, None], math.nan)
+
+    monkeypatch.setattr(attention, "_masked_attention", leave_unset)
+    check_empty(CPU, torch.float32, 1e-6)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_gradient_is_read_from_memory_that_nothing_wrote(gpu):
+    """All memory is NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        for dtype, bound in ((torch.bfloat16, 0.02), (torch.float32, 1e-5)):
+            check_empty(gpu, dtype, bound)
+            lengths = MANY["empty ones at the end"]
+            check_packed(lengths, first_only=False, bound=bound, dtype=dtype, device=gpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def check_dropout(device, dtype, length=256, p=0.1):
