@@ -256,13 +256,17 @@ def export(
     ],
     out: OutArgument,
     format: Annotated[
-        Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")
+        Literal["safetensors", "onnx", "onnx-int8", "onnx-int8-weights"],
+        typer.Option(
+            help="What to write. onnx-int8 also computes in 8 bits; onnx-int8-weights only stores "
+            "weights in 8 bits."
+        ),
     ] = "onnx",
     into: IntoOption = None,
     base: BaseOption = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Most accuracy points (of 100) that int8 may cost; by default 0.5."),
+        typer.Option(help="Most accuracy points (of 100) that 8 bits may cost; by default 0.5."),
     ] = None,
     max_rows: RowsOption = 500,
     as_json: Json = False,
