@@ -9,7 +9,7 @@ RUN := $(VENV)/.ready-to-run
 READY := $(VENV)/.ready
 QUICK := adapters/quickstart
 
-.PHONY: quickstart test lint types quick slow gpu schema clean
+.PHONY: quickstart test lint types quick slow clients gpu schema docs clean
 
 # From nothing to an adapter, and two sentences answered by the one that ships; needs a package index and nothing else.
 quickstart: $(RUN)
@@ -60,6 +60,22 @@ quick: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# Other people's clients, in a folder of their own: those of JavaScript need npm, and older versions of Python's packages
+# stand beside this environment's own ones. A test whose client is absent skips.
+CLIENTS ?= $(VENV)/clients
+export CLIENTS
+clients: $(READY)
+	mkdir -p $(CLIENTS) && cp tests/clients/package.json $(CLIENTS)
+	! command -v npm > /dev/null || (cd $(CLIENTS) && ONNXRUNTIME_NODE_INSTALL=skip \
+	    ONNXRUNTIME_NODE_INSTALL_CUDA=skip npm install --no-audit --no-fund --no-package-lock)
+	$(BIN)/python -m venv $(CLIENTS)/old
+	$(CLIENTS)/old/bin/python -m pip install --quiet --no-deps \
+	    transformers==4.57.6 peft==0.13.2 tokenizers==0.22.2 huggingface_hub==0.36.2
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	    > "$$($(CLIENTS)/old/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(CLIENTS)/openvino openvino
+	PYTHONPATH=$(CLIENTS)/openvino $(BIN)/python -m pytest -m clients tests/clients
+
 # For a machine with a card and its own torch: no venv and no network. OUT: folder of all results. GPU_FLAGS: for
 # benchmarks/gpu.py, such as --base-small FOLDER --data imdb=FOLDER.
 OUT ?= benchmarks
@@ -67,8 +83,16 @@ GPU_FLAGS ?=
 gpu:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu_check.py --out "$(OUT)" $(GPU_FLAGS)
 
+# The site, in docs/_build. A warning is an error. No network once the packages are installed.
+$(VENV)/.ready-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.ready-docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
+
 schema: $(READY)
 	$(BIN)/lora-sentiment schema > recipes/schema.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build docs/generated build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,7 +60,6 @@ app = typer.Typer(
     help="Fine-tune small text encoders with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 EXIT_STOPPED = 75
@@ -258,13 +257,17 @@ def export(
     ],
     out: OutArgument,
     format: Annotated[
-        Literal["safetensors", "onnx", "onnx-int8"], typer.Option(help="What to write.")
+        Literal["safetensors", "onnx", "onnx-int8", "onnx-int8-weights"],
+        typer.Option(
+            help="What to write. onnx-int8 also computes in 8 bits; onnx-int8-weights only stores "
+            "weights in 8 bits."
+        ),
     ] = "onnx",
     into: IntoOption = None,
     base: BaseOption = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Most accuracy points (of 100) that int8 may cost; by default 0.5."),
+        typer.Option(help="Most accuracy points (of 100) that 8 bits may cost; by default 0.5."),
     ] = None,
     max_rows: RowsOption = 500,
     as_json: Json = False,
@@ -759,7 +762,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     log.handlers = [handler]
     log.setLevel(logging.INFO if main_process else logging.WARNING)
     try:
-        app(arguments)
+        app(arguments, prog_name="lora-sentiment")
     except StoppedError as error:
         if main_process:
             typer.echo(str(error), err=True)

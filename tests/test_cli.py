@@ -345,3 +345,10 @@ def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):
     code, _, err = call(capsys, "sweep", toy_recipe, "train.learning_rate=1e-2")
     assert code == 1
     assert "no key has several values" in err
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "lora_sentiment", "--show-completion", "bash"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "complete -o default" in shown
+    assert shown.rstrip().endswith("lora-sentiment")

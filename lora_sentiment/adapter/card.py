@@ -8,16 +8,19 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card
 from lora_sentiment.adapter.merge_record import MergeRecord
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED
+from lora_sentiment.adapter.safe_files import read_bytes
 from lora_sentiment.data.sources import is_on_hub
-from lora_sentiment.errors import one_line
+from lora_sentiment.errors import AdapterError, RecipeError, one_line
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.models.parameters import show_parameters
+from lora_sentiment.recipe.yaml_reader import parse_yaml
 from lora_sentiment.tasks import Task
 from lora_sentiment.training.report import report_roles
 
@@ -73,13 +76,37 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
     )
 
 
-def make_merged_card(name: str, labels: tuple[str, ...], record: MergeRecord, *, task: Task) -> str:
+def read_metadata(folder: Path) -> ModelCardData:
+    """Read the metadata of a folder's card. Without a card it is empty.
+
+    Raises:
+        AdapterError: If the metadata is malformed.
+    """
+    path = folder / "README.md"
+    block = None
+    if path.is_file():
+        block = REGEX_YAML_BLOCK.search(read_bytes(path).decode("utf-8", "replace"))
+    if block is None:
+        return ModelCardData()
+    try:
+        values = parse_yaml(block.group(2), str(path))
+        return ModelCardData(**(values or {}))
+    except (RecipeError, TypeError, ValueError) as error:
+        raise AdapterError(
+            f"{path}: its metadata cannot be read: {error}; correct it, or remove the file"
+        ) from error
+
+
+def make_merged_card(
+    name: str, labels: tuple[str, ...], record: MergeRecord, source: ModelCardData, *, task: Task
+) -> str:
     """Return the model card of a merged model.
 
     Args:
         name: Folder or Hub name to load it by.
         labels: Label names in order.
         record: The record in its `config.json`.
+        source: Metadata of the adapter's card, as `read_metadata` returns it.
         task: What the labels are.
     """
     targets = {
@@ -88,12 +115,13 @@ def make_merged_card(name: str, labels: tuple[str, ...], record: MergeRecord, *,
     }
     return _fill(
         "merged.md",
-        **_describe_record(record, library="transformers"),
+        **_describe_record(name, record, source, library="transformers"),
         name=name,
         kind=task.kind.format(labels=_quote(labels)),
         target=targets[record.into],
         dtype=record.dtype,
         reading=describe_reading(record, other="this pipeline"),
+        reader=_show_reader("read_merged_python.md", name, record),
         table=_show_compared(
             record,
             list(record.compared),
@@ -104,7 +132,7 @@ def make_merged_card(name: str, labels: tuple[str, ...], record: MergeRecord, *,
 
 
 def make_exported_card(
-    name: str, labels: tuple[str, ...], record: MergeRecord, *, task: Task
+    name: str, labels: tuple[str, ...], record: MergeRecord, source: ModelCardData, *, task: Task
 ) -> str:
     """Return the model card of a folder with ONNX files.
 
@@ -112,27 +140,37 @@ def make_exported_card(
         name: Folder or Hub name to load it by.
         labels: Label names in order.
         record: The record in its `config.json`.
+        source: Metadata of the merged model's card, as `read_metadata` returns it.
         task: What the labels are.
     """
     has_int8 = QUANTISED in record.files
+    code = (
+        {"file": QUANTISED, "js_dtype": "q8"} if has_int8 else {"file": PLAIN, "js_dtype": "fp32"}
+    )
     files = f"- `{PLAIN}`: fp32"
-    if has_int8:
+    if "onnx-int8-weights" in record.compared:
+        files += (
+            f"; `{QUANTISED}`: weights in 8 bits, computed in fp32. An answer does not depend on "
+            "the other texts of its batch"
+        )
+    elif has_int8:
         files += (
             f"; `{QUANTISED}`: int8 weights and activations. It scales activations by the largest "
             "value in a batch, so an answer depends on the other texts of its batch"
         )
     return _fill(
         "exported.md",
-        **_describe_record(record, library="transformers.js", tags=("onnx",)),
+        **_describe_record(name, record, source, library="transformers.js", tags=("onnx",)),
         name=name,
         kind=task.kind.format(labels=_quote(labels)),
         files=files,
-        file=QUANTISED if has_int8 else PLAIN,
-        js_dtype="q8" if has_int8 else "fp32",
+        **code,
         reading=describe_reading(record, other="another runtime"),
+        reader=_show_reader("read_exported_python.md", name, record, **code)
+        + _show_reader("read_exported_js.md", name, record, **code),
         table=_show_compared(
             record,
-            [form for form in ("onnx", "onnx-int8") if form in record.compared],
+            [form for form in record.compared if form.startswith("onnx")],
             form="file",
             accuracies={"merged": "accuracy of the merged model", "exported": "of the file"},
         ),
@@ -182,6 +220,16 @@ def show_cost(cost: Mapping[str, Any]) -> str:
         f"{cost['changed']:,} of {cost['rows']:,} validation texts are read differently, "
         f"{cost['flips']:,} labels change{accuracy}"
     )
+
+
+def _show_reader(template: str, name: str, record: MergeRecord, **code: str) -> str:
+    """Return code that cuts a text as training did, where the usual code does not."""
+    room = first = record.max_length - 2
+    if record.truncation == "head_tail":
+        first = room // 4
+    elif template != "read_exported_js.md":
+        return ""
+    return "\n" + _fill(template, name=name, first=first, room=room, **code)
 
 
 def _fill(template: str, **values: object) -> str:
@@ -239,6 +287,7 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
     return ModelCardData(
         model_name=name,
         base_model=card.base.name if card.base.revision else None,
+        license=bundled.LICENSE if card.base.name == bundled.NAME else None,
         library_name="peft" if is_peft else "lora-sentiment",
         pipeline_tag="text-classification",
         tags=["text-classification", card.base.model_type, card.method.kind],
@@ -249,24 +298,51 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
 
 
 def _describe_record(
-    record: MergeRecord, *, library: str, tags: tuple[str, ...] = ()
+    name: str,
+    record: MergeRecord,
+    source: ModelCardData,
+    *,
+    library: str,
+    tags: tuple[str, ...] = (),
 ) -> dict[str, str]:
     """Return the values that the templates of a merged and of an exported model share."""
     is_local = record.base == bundled.NAME or Path(record.base).is_absolute()
     metadata = ModelCardData(
+        model_name=name,
         base_model=None if is_local else record.base,
+        license=source.license,
+        datasets=source.datasets,
+        metrics=source.metrics,
+        eval_results=source.eval_results,
         library_name=library,
         pipeline_tag="text-classification",
         tags=["text-classification", record.model_type, *tags, record.method],
     )
+    origin = _fill(
+        "origin.md",
+        method=record.method,
+        adapter_sha256=record.adapter_sha256,
+        base=record.base,
+        base_sha256=record.base_sha256,
+        results=_list_results(source),
+    )
     return {
         "metadata": metadata.to_yaml(),
         "family": FAMILIES[record.model_type].name,
-        "method": record.method,
-        "adapter_sha256": record.adapter_sha256,
-        "base": record.base,
-        "base_sha256": record.base_sha256,
+        "origin": origin.rstrip("\n"),
     }
+
+
+def _list_results(source: ModelCardData) -> str:
+    """Return the adapter's results as a sentence."""
+    shown = []
+    for result in source.eval_results or []:
+        name = result.metric_name or result.metric_type
+        split = result.dataset_split or "unnamed split"
+        shown.append(
+            f"{name} {result.metric_value} ({one_line(str(result.dataset_name))}, {split})"
+        )
+    return one_line("; ".join(shown)) or "not known"
 
 
 def _make_table(heading: list[str], rows: list[list[str]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lora_sentiment.adapter.card import describe_reading, make_exported_card
+from lora_sentiment.adapter.card import describe_reading, make_exported_card, read_metadata
 from lora_sentiment.adapter.comparison import (
     JUDGED_ROWS,
     Reference,
@@ -18,7 +18,12 @@ from lora_sentiment.adapter.comparison import (
     without_reasons,
 )
 from lora_sentiment.adapter.folder import Card, load_card
-from lora_sentiment.adapter.graph import check_packages, quantise_graph, write_graph
+from lora_sentiment.adapter.graph import (
+    check_packages,
+    compress_weights,
+    quantise_graph,
+    write_graph,
+)
 from lora_sentiment.adapter.merge import (
     WEIGHTS,
     Into,
@@ -44,11 +49,13 @@ from lora_sentiment.models.inference import make_engine
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.model import ModelConfig
 
-Format = Literal["safetensors", "onnx", "onnx-int8"]
+Format = Literal["safetensors", "onnx", "onnx-int8", "onnx-int8-weights"]
+EIGHT_BIT = {"onnx-int8": quantise_graph, "onnx-int8-weights": compress_weights}
+"""How to write a file in 8 bits, by format."""
 COPIED = ("config.json", *TOKENIZER)
 SPEED_ROWS, SPEED_ROUNDS = 16, 5
 MAX_DROP = 0.5
-"""Most points of accuracy (of 100) that int8 may cost by default."""
+"""Most points of accuracy (of 100) that 8 bits may cost by default."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,11 @@ class Export:
 
     Attributes:
         folder: Its folder.
-        format: `safetensors`, `onnx` or `onnx-int8`.
+        format: One of `Format`.
         compared: The differences of each step: of the merge from the adapter, as in `Merge`, and of
-            `onnx` and `onnx-int8` from the merged model. Each has `probe` and `validation`, as
-            `Reference.compare` returns them. `onnx-int8` also has `drop`, in points.
-        texts_per_second: File name to speed, measured in turns. Empty unless the format is
-            `onnx-int8`.
+            the ONNX files from the merged model. Each has `probe` and `validation`, as
+            `Reference.compare` returns them. A file in 8 bits also has `drop`, in points.
+        texts_per_second: File name to speed, measured in turns. Empty unless a file has 8 bits.
         bytes: File name to size, of the weights.
         readings: As in `Merge`, of the merged model.
         reading: How texts were read in training, and which of it other runtimes do not do.
@@ -95,18 +101,19 @@ def export(
     """Write a model for other runtimes. Open it there and compare it with the merged model.
 
     In fp32, every logit must be within MAX_DIFFERENCE times max(1, standard deviation of the
-    logits). In int8, accuracy may be `max_drop` points lower, on JUDGED_ROWS rows of validation and
+    logits). In 8 bits, accuracy may be `max_drop` points lower, on JUDGED_ROWS rows of validation and
     train. Without such rows, that share of the bundled reviews may get another label.
 
     Args:
         adapter: An adapter folder, or for ONNX also a merged folder.
         out: The new folder. It appears when it is finished.
-        format: `safetensors` is `merge`. `onnx` writes `onnx/model.onnx` in fp32. `onnx-int8` also
-            writes `onnx/model_quantized.onnx`.
+        format: `safetensors` is `merge`. `onnx` writes `onnx/model.onnx` in fp32. The others also
+            write `onnx/model_quantized.onnx`: `onnx-int8-weights` stores weights in 8 bits and
+            computes in fp32, `onnx-int8` also computes in 8 bits.
         into: The weights that an adapter is merged into, as in `merge`.
         base: Place of an adapter's base, if it is not where the adapter says.
-        max_drop: Most points of accuracy (of 100) that int8 may cost, MAX_DROP by default. Only for
-            `onnx-int8`.
+        max_drop: Most points of accuracy (of 100) that 8 bits may cost, MAX_DROP by default. Only
+            for formats with 8 bits.
         max_rows: Most validation rows to compare on.
         progress: Whether to show bars.
 
@@ -119,7 +126,7 @@ def export(
     if format not in get_args(Format):
         raise ModelError(f"format: found {format!r}; allowed: {', '.join(get_args(Format))}")
     check_max_rows(max_rows)
-    if max_drop is not None and format != "onnx-int8":
+    if max_drop is not None and format not in EIGHT_BIT:
         raise ModelError(
             f"max_drop: found {max_drop} with format {format}, which loses nothing; leave it out"
         )
@@ -149,6 +156,7 @@ def export(
                 f"{adapter}: is not an adapter, so nothing is merged; leave out --base and --into"
             )
         record = _read_merged(merged)
+        source = read_metadata(merged)
         labels = read_labels(merged)
         for name in COPIED:
             shutil.copyfile(merged / name, aside / name)
@@ -158,7 +166,7 @@ def export(
             labels,
             card,
             max_rows=max_rows,
-            min_rows=JUDGED_ROWS if format == "onnx-int8" else 0,
+            min_rows=JUDGED_ROWS if format in EIGHT_BIT else 0,
             progress=progress,
         )
         (aside / "onnx").mkdir()
@@ -166,11 +174,13 @@ def export(
         engines = {PLAIN: open_session(aside / PLAIN)}
         compared = {"onnx": _compare_exact(reference, engines[PLAIN], out)}
         speed: dict[str, float] = {}
-        if format == "onnx-int8":
-            quantise_graph(aside / PLAIN, aside / QUANTISED)
+        if format in EIGHT_BIT:
+            EIGHT_BIT[format](aside / PLAIN, aside / QUANTISED)
             engines[QUANTISED] = open_session(aside / QUANTISED)
             allowed = MAX_DROP if max_drop is None else max_drop
-            compared["onnx-int8"] = _compare_int8(reference, engines[QUANTISED], out, allowed)
+            compared[format] = _compare_int8(
+                reference, engines[QUANTISED], out, format=format, max_drop=allowed
+            )
             rows = reference.rows
             speed = _measure_speed(engines, rows.get("validation", rows["probe"]))
         if card:
@@ -182,7 +192,7 @@ def export(
                 "files": {file: hash_file(aside / file) for file in engines},
             }
         )
-        readme = make_exported_card(out.name, labels, exported, task=read_task(aside))
+        readme = make_exported_card(out.name, labels, exported, source, task=read_task(aside))
         (aside / "README.md").write_text(readme, encoding="utf-8")
         write_merge_record(aside, exported)
     return Export(
@@ -257,13 +267,13 @@ def _compare_exact(reference: Reference, engine: Engine, out: Path) -> dict[str,
 
 
 def _compare_int8(
-    reference: Reference, engine: Engine, out: Path, max_drop: float
+    reference: Reference, engine: Engine, out: Path, *, format: Format, max_drop: float
 ) -> dict[str, Any]:
-    """Compare an int8 file with the merged model, and refuse a `drop` of more than `max_drop`."""
+    """Compare an 8-bit file with the merged model, and refuse a `drop` of more than `max_drop`."""
     compared = reference.compare(engine, "exported", exact=False)
     fault = find_fault(compared)
     if fault:
-        raise AdapterError(f"{out}: not written, because of the int8 file: {fault}")
+        raise AdapterError(f"{out}: not written, because of the 8-bit file: {fault}")
     name, rows, flips, lost = count_changes(compared, before="merged", after="exported")
     if lost is None:
         drop = 100 * flips / rows
@@ -277,9 +287,10 @@ def _compare_int8(
         change = f"accuracy falls by {drop:.2f} points"
         reason = ""
     if not drop <= max_drop:
+        other = "onnx-int8-weights or onnx" if format == "onnx-int8" else "onnx"
         raise AdapterError(
-            f"{out}: not written, because in int8 {change} on {rows:,} {name} rows, allowed "
-            f"{max_drop:g}{reason}; use --format onnx, or raise --max-drop"
+            f"{out}: not written, because in 8 bits {change} on {rows:,} {name} rows, "
+            f"allowed {max_drop:g}{reason}; use --format {other}, or raise --max-drop"
         )
     compared["drop"] = drop
     return compared

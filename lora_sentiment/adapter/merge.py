@@ -15,7 +15,12 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_sentiment.adapter.card import describe_reading, make_merged_card, show_cost
+from lora_sentiment.adapter.card import (
+    describe_reading,
+    make_merged_card,
+    read_metadata,
+    show_cost,
+)
 from lora_sentiment.adapter.comparison import (
     JUDGED_ROWS,
     Reference,
@@ -177,6 +182,7 @@ def merge_aside(
         ModelError: If the base cannot be loaded.
     """
     card = _check_source(adapter, into, base)
+    source = read_metadata(adapter)
     quantised = card.base.quantize != "none"
     loaded = load(adapter, base=base)
     encoder = TextEncoder.of(
@@ -240,7 +246,7 @@ def merge_aside(
         readings=readings,
         files={WEIGHTS: hash_file(aside / WEIGHTS)},
     )
-    readme = make_merged_card(out.name, tuple(card.labels), record, task=card.task)
+    readme = make_merged_card(out.name, tuple(card.labels), record, source, task=card.task)
     (aside / "README.md").write_text(readme, encoding="utf-8")
     write_merge_record(aside, record)
     reading = describe_reading(record, other="a stock pipeline")

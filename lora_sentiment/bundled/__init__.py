@@ -6,6 +6,8 @@ from pathlib import Path
 NAME = "bundled"
 """What `model.name` and `data.source` call the parts that ship."""
 BASE = Path(__file__).parent / "base"
+LICENSE = "apache-2.0"
+"""The licence of the base, as the Hub writes it: see PROVENANCE.md."""
 PATH_IN_CLONE = "lora_sentiment/bundled/base"
 """Where a clone of the repository has it."""
 REVIEWS = Path(__file__).parent / "reviews"

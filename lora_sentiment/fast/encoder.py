@@ -1,14 +1,15 @@
-"""The fast forward pass of DistilBERT: exact, for plain linears with or without LoRA, [CLS] alone.
+"""The fast forward pass: exact, for plain linears with or without LoRA, and for [CLS] alone.
 
-`use_fast_encoder` replaces the forward pass of one DistilBertModel and nothing else. It owns no
-parameter and no file format. Every forward pass reads adapters and trained weights from the
-modules. Prepared copies of frozen weights are made again when their sources change.
+It computes DistilBERT, BERT, RoBERTa and XLM-R. `use_fast_encoder` replaces the forward pass of one
+encoder and nothing else. It owns no parameter and no file format. Every forward pass reads adapters
+and trained weights from the modules. Prepared copies of frozen weights are made again when their
+sources change.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
@@ -16,13 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.distilbert.modeling_distilbert import (
-    DistilBertForSequenceClassification,
-    DistilBertModel,
-    DistilBertSelfAttention,
-    TransformerBlock,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lora_sentiment.errors import ModelError
 from lora_sentiment.fast.attention import packed_attention
@@ -38,12 +33,21 @@ from lora_sentiment.fast.kernels import (
     first_token_attention,
     linear,
 )
+from lora_sentiment.fast.layouts import (
+    ENCODERS,
+    Block,
+    Encoder,
+    find_encoder,
+    read_blocks,
+    read_embeddings,
+)
 
 FAST_DEVICES = ("cpu", "cuda")
 """Kinds of devices on which the fast forward pass was tested."""
 PLAIN_PARTS = {
     "word_embeddings": nn.Embedding,
     "position_embeddings": nn.Embedding,
+    "token_type_embeddings": nn.Embedding,
     "LayerNorm": nn.LayerNorm,
     "layer_norm": nn.LayerNorm,
 }
@@ -52,6 +56,9 @@ PLAIN_PARTS = {
 STOCK_ARGUMENTS = (
     "inputs_embeds",
     "position_ids",
+    "token_type_ids",
+    "encoder_hidden_states",
+    "past_key_values",
     "cu_seq_lens_q",
     "output_hidden_states",
     "output_attentions",
@@ -153,10 +160,10 @@ def _read_pair(module: Any, name: str, where: str) -> LowRank:
 
 
 def use_fast_encoder(model: nn.Module, *, compute_dtype: torch.dtype) -> str | None:
-    """Give the DistilBertModel inside `model` the fast forward pass, if that can compute it.
+    """Give the encoder inside `model` the fast forward pass, if that can compute it.
 
     Args:
-        model: A DistilBertForSequenceClassification, or a PeftModel around one.
+        model: A sequence classifier, or a PeftModel around one.
         compute_dtype: Dtype of the encoder's arithmetic. Its output is always fp32.
 
     Returns:
@@ -175,53 +182,57 @@ def use_fast_encoder(model: nn.Module, *, compute_dtype: torch.dtype) -> str | N
 
 
 def use_stock_encoder(model: nn.Module) -> None:
-    """Give the DistilBertModel inside `model` its own forward pass back."""
+    """Give the encoder inside `model` its own forward pass back."""
     for part in model.modules():
-        if isinstance(part, DistilBertModel) and _is_fast(part):
+        if _is_fast(part):
             del part.forward
 
 
 def takes_packed_rows(model: nn.Module) -> bool:
     """Return whether the forward pass of `model` takes rows without padding between them."""
     for part in model.modules():
-        if isinstance(part, DistilBertModel) and _is_fast(part):
+        if _is_fast(part):
             return has_packable_heads(part)
     return False
 
 
-def has_packable_heads(encoder: DistilBertModel) -> bool:
+def has_packable_heads(encoder: nn.Module) -> bool:
     """Return whether a GPU's attention kernels take the heads: their width is a multiple of 8."""
-    return (encoder.config.dim // encoder.config.n_heads) % 8 == 0
+    config: Any = encoder.config
+    head_dim: int = config.hidden_size // config.num_attention_heads
+    return head_dim % 8 == 0
 
 
 def _is_fast(module: nn.Module) -> bool:
     return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), FastForward)
 
 
-def _find_encoder(model: nn.Module) -> DistilBertModel:
+def _find_encoder(model: nn.Module) -> Encoder:
     kind = type(model).__name__
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         config = type(model.active_peft_config).__name__
         raise UnsupportedModelError(kind, f"{config} feeds embeddings, not input_ids")
-    classifiers = [
-        part for part in model.modules() if type(part) is DistilBertForSequenceClassification
-    ]
-    if len(classifiers) != 1 or type(classifiers[0].distilbert) is not DistilBertModel:
-        why = "holds no DistilBertForSequenceClassification over a plain DistilBertModel"
-        raise UnsupportedModelError(kind, why)
-    return classifiers[0].distilbert
+    encoder = find_encoder(model)
+    if encoder is None:
+        known = ", ".join(encoder_class.__name__ for encoder_class in ENCODERS.values())
+        raise UnsupportedModelError(kind, f"holds no sequence classifier over a plain {known}")
+    return encoder
 
 
-def _check_modules(encoder: DistilBertModel) -> None:
+def _check_modules(encoder: Encoder) -> None:
     """Refuse an encoder with a module that the fast forward pass would compute wrongly."""
     config = encoder.config
-    if config.activation != "gelu":
-        raise UnsupportedModelError("ffn.activation", f"{config.activation!r} is not 'gelu'")
+    # DistilBERT has its own name for the activation, and cannot be a decoder.
+    activation = getattr(config, "hidden_act", None) or config.activation
+    if activation != "gelu":
+        raise UnsupportedModelError("config", f"the activation {activation!r} is not 'gelu'")
+    if getattr(config, "is_decoder", False):
+        raise UnsupportedModelError("config", "is_decoder is set")
     if config.output_hidden_states or config.output_attentions:
         why = "output_hidden_states and output_attentions need every token of every layer"
         raise UnsupportedModelError("config", why)
     for name, module in encoder.named_modules():
-        where = name or "distilbert"
+        where = name or encoder.base_model_prefix
         if "forward" in module.__dict__:
             why = "its forward was replaced, for instance by an accelerate hook"
             raise UnsupportedModelError(where, why)
@@ -235,51 +246,34 @@ def _check_modules(encoder: DistilBertModel) -> None:
             if name.endswith(suffix) and type(module) is not expected:
                 why = f"{type(module).__name__} is not a plain {expected.__name__}"
                 raise UnsupportedModelError(where, why)
-    for index, block in enumerate(_blocks(encoder)):
-        _read_linears(index, block)
+    for block in read_blocks(encoder):
+        _read_linears(block)
 
 
-def _blocks(encoder: DistilBertModel) -> list[TransformerBlock]:
-    return cast(list[TransformerBlock], list(encoder.transformer.layer))
-
-
-def _read_linears(index: int, block: TransformerBlock) -> list[LowRank]:
-    """Read the six linears of a layer: q_lin, k_lin, v_lin, out_lin, lin1 and lin2."""
-    # Every forward pass reads them again, because PEFT replaces modules. `get_submodule` takes
-    # several times as long.
-    inner, ffn = block.attention, block.ffn
-    where = f"transformer.layer.{index}"
-    return [
-        low_rank(inner.q_lin, f"{where}.attention.q_lin"),
-        low_rank(inner.k_lin, f"{where}.attention.k_lin"),
-        low_rank(inner.v_lin, f"{where}.attention.v_lin"),
-        low_rank(inner.out_lin, f"{where}.attention.out_lin"),
-        low_rank(ffn.lin1, f"{where}.ffn.lin1"),
-        low_rank(ffn.lin2, f"{where}.ffn.lin2"),
-    ]
+def _read_linears(block: Block) -> list[LowRank]:
+    """Read the six linears of a block, in the order of `Block.linears`."""
+    return [low_rank(module, where) for where, module in block.linears.items()]
 
 
 def read_adapters(model: nn.Module) -> list[list[LowRank]]:
-    """Read the six linears of every layer of a model.
+    """Read the six linears of every block of a model, in the order of `Block.linears`.
 
     Raises:
         UnsupportedModelError: If one is not a linear with at most one low-rank pair.
     """
-    return [
-        _read_linears(index, block) for index, block in enumerate(_blocks(_find_encoder(model)))
-    ]
+    return [_read_linears(block) for block in read_blocks(_find_encoder(model))]
 
 
 class Linears(NamedTuple):
-    """The linears of one layer; qkv: (3 * dim, dim) stacks q_lin, k_lin and v_lin."""
+    """The linears of one layer; qkv: (3 * dim, dim) stacks query, key and value."""
 
     qkv: Linear
-    out_lin: Linear
+    out: Linear
     lin1: Linear
     lin2: Linear
 
 
-LinearsOfLayer = Callable[[int, TransformerBlock], Linears]
+LinearsOfLayer = Callable[[int, Block], Linears]
 
 
 class _Prepared(NamedTuple):
@@ -315,7 +309,7 @@ def _prepare(sources: tuple[Tensor, ...], dtype: torch.dtype) -> _Prepared:
 
 
 class FastForward:
-    """The forward pass that replaces DistilBertModel's; `forward` has the stock signature.
+    """The forward pass that replaces an encoder's; `forward` has the stock signature.
 
     Attributes:
         encoder: The model whose modules are read.
@@ -323,7 +317,7 @@ class FastForward:
         prepared: Stacked copies of frozen tensors by layer, position of the linear, and part.
     """
 
-    def __init__(self, encoder: DistilBertModel, compute_dtype: torch.dtype) -> None:
+    def __init__(self, encoder: Encoder, compute_dtype: torch.dtype) -> None:
         self.encoder = encoder
         self.dtype = compute_dtype
         self.prepared: dict[tuple[int, int, str], _Prepared] = {}
@@ -336,7 +330,7 @@ class FastForward:
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         """Encode input_ids: (batch, length) into last_hidden_state: (batch, 1, dim), that of [CLS].
 
         last_hidden_state is fp32. attention_mask: (batch, length) of 0 and 1, or None if every
@@ -360,7 +354,7 @@ class FastForward:
                 first = self.encode_packed(
                     input_ids[0], position_ids[0], cu_seq_lens_q, max_length_q
                 )
-            return BaseModelOutput(last_hidden_state=first.float()[:, None])
+            return self._pool(first[:, None])
         kwargs.update(position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q)
         given = [name for name, value in kwargs.items() if value is not None and value is not False]
         unsupported = [name for name in STOCK_ARGUMENTS if name in given]
@@ -378,7 +372,14 @@ class FastForward:
             )
         with torch.autocast(input_ids.device.type, enabled=False):
             hidden = self.encode(input_ids, attention_mask, self.linears)
-        return BaseModelOutput(last_hidden_state=hidden.float())
+        return self._pool(hidden)
+
+    def _pool(self, hidden: Tensor) -> BaseModelOutputWithPooling:
+        """Return [CLS], shape (batch, 1, dim), with the output of BERT's pooler for it."""
+        hidden = hidden.float()
+        pooler = getattr(self.encoder, "pooler", None)
+        pooled = None if pooler is None else pooler(hidden)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None, linears: LinearsOfLayer
@@ -392,15 +393,17 @@ class FastForward:
         """
         mask = self._additive_mask(attention_mask)
         x = self._embed(input_ids)
-        for index, block in enumerate(_blocks(self.encoder)):
-            if block.gradient_checkpointing and block.training:
+        blocks = read_blocks(self.encoder)
+        for index, block in enumerate(blocks):
+            is_last = index == len(blocks) - 1
+            if block.checkpoints:
                 # The backward pass reads the linears again: stacked weights are not kept until
                 # then.
                 x = checkpoint(
-                    self._encode_block, index, block, x, mask, linears, use_reentrant=False
+                    self._encode_block, index, block, is_last, x, mask, linears, use_reentrant=False
                 )
             else:
-                x = self._encode_block(index, block, x, mask, linears)
+                x = self._encode_block(index, block, is_last, x, mask, linears)
         return x
 
     def _additive_mask(self, attention_mask: Tensor | None) -> Tensor | None:
@@ -411,53 +414,61 @@ class FastForward:
         return mask.masked_fill_(attention_mask == 0, lowest)[:, None, None, :]
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        parts = self.encoder.embeddings
-        positions = parts.position_embeddings.weight[: input_ids.shape[1]]
-        x = self._norm(parts.LayerNorm, self._embed_words(input_ids) + positions)
+        parts = read_embeddings(self.encoder)
+        if parts.position_offset is None:
+            positions = parts.positions.weight[: input_ids.shape[1]]
+        else:
+            counts = input_ids != parts.position_offset
+            places = counts.cumsum(1) * counts + parts.position_offset
+            positions = _look_up(parts.positions, places)
+        x = self._norm(parts.norm, self._embed_words(input_ids) + positions)
         return dropout(x.to(self.dtype), self._p(parts.dropout))
 
     def _embed_words(self, input_ids: Tensor) -> Tensor:
-        words = self.encoder.embeddings.word_embeddings
-        return functional.embedding(input_ids, words.weight, words.padding_idx)
+        """Return the embeddings of tokens, with that of the first token type where there is one."""
+        parts = read_embeddings(self.encoder)
+        x = _look_up(parts.words, input_ids)
+        return x if parts.token_types is None else x + parts.token_types.weight[0]
 
     def _encode_block(
         self,
         index: int,
-        block: TransformerBlock,
+        block: Block,
+        is_last: bool,
         x: Tensor,
         mask: Tensor | None,
         linears: LinearsOfLayer,
     ) -> Tensor:
         own = linears(index, block)
-        is_last = index == len(self.encoder.transformer.layer) - 1
         attend = self._first_token_attends if is_last else self._all_attend
-        residual, mixed = attend(x, mask, own.qkv, block.attention)
-        x = self._norm(block.sa_layer_norm, linear(mixed, own.out_lin) + residual)
-        inner = feed_forward(x, own.lin1, own.lin2)
-        return self._norm(block.output_layer_norm, dropout(inner, self._p(block.ffn.dropout)) + x)
+        residual, mixed = attend(x, mask, own.qkv, block)
+        projected = dropout(linear(mixed, own.out), self._p(block.projection_dropout))
+        x = self._norm(block.attention_norm, projected + residual)
+        inner = dropout(feed_forward(x, own.lin1, own.lin2), self._p(block.output_dropout))
+        return self._norm(block.output_norm, inner + x)
 
     def _all_attend(
-        self, x: Tensor, mask: Tensor | None, qkv: Linear, module: DistilBertSelfAttention
+        self, x: Tensor, mask: Tensor | None, qkv: Linear, block: Block
     ) -> tuple[Tensor, Tensor]:
-        p = self._p(module.dropout)
-        return x, attention(linear(x, qkv), mask, num_heads=module.n_heads, dropout_p=p)
+        p = self._p(block.attention_dropout)
+        return x, attention(linear(x, qkv), mask, num_heads=block.num_heads, dropout_p=p)
 
     def _first_token_attends(
-        self, x: Tensor, mask: Tensor | None, qkv: Linear, module: DistilBertSelfAttention
+        self, x: Tensor, mask: Tensor | None, qkv: Linear, block: Block
     ) -> tuple[Tensor, Tensor]:
         # Only [CLS] of the last layer reaches the head. It needs the keys and values of all tokens.
-        first, p = x[:, :1], self._p(module.dropout)
+        first, p = x[:, :1], self._p(block.attention_dropout)
         query, keys_values = _split_query(qkv)
         q, kv = linear(first, query), linear(x, keys_values)
-        return first, first_token_attention(q, kv, mask, num_heads=module.n_heads, dropout_p=p)
+        return first, first_token_attention(q, kv, mask, num_heads=block.num_heads, dropout_p=p)
 
     def _norm(self, module: nn.LayerNorm, x: Tensor) -> Tensor:
         # Weight and bias differ in dtype if only one of them is trained.
         weight, bias = module.weight.to(x.dtype), module.bias.to(x.dtype)
         return functional.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
-    def _p(self, module: nn.Dropout) -> float:
-        return float(module.p) if self.encoder.training else 0.0
+    def _p(self, module: nn.Dropout | None) -> float:
+        return float(module.p) if module is not None and self.encoder.training else 0.0
 
     def encode_packed(
         self,
@@ -486,7 +497,7 @@ class FastForward:
             The first token of each sequence in the compute dtype, shape (num_sequences, dim).
         """
         x = self._embed_packed(input_ids, position_ids)
-        blocks = _blocks(self.encoder)
+        blocks = read_blocks(self.encoder)
         if layers is None:
             layers = [self.linears(index, block) for index, block in enumerate(blocks)]
         # The query of the last block is computed apart from its keys and values.
@@ -501,30 +512,38 @@ class FastForward:
             split = [[next(cast_linears) for _ in own] for own in split]
         for own, block in zip(split[:-1], blocks[:-1], strict=True):
             arguments = (block, own, x, cu_seq_lens, max_length)
-            if block.gradient_checkpointing and block.training:
+            if block.checkpoints:
                 x = checkpoint(self._encode_packed_block, *arguments, use_reentrant=False)
             else:
                 x = self._encode_packed_block(*arguments)
         return self._encode_first_tokens(blocks[-1], split[-1], x, cu_seq_lens, max_length)
 
     def _embed_packed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        parts = self.encoder.embeddings
+        parts = read_embeddings(self.encoder)
         words = self._embed_words(input_ids)
-        positions = functional.embedding(position_ids, parts.position_embeddings.weight)
+        places = position_ids
+        if parts.position_offset is not None:
+            # Count the tokens but for padding from the start of each sequence.
+            counts = input_ids != parts.position_offset
+            counted = counts.cumsum(0)
+            starts = torch.arange(len(input_ids), device=input_ids.device) - position_ids
+            before = (counted - counts.int())[starts]
+            places = (counted - before) * counts + parts.position_offset
+        positions = _look_up(parts.positions, places)
         # Only one of the two may be trained, in fp32.
         dtype = torch.promote_types(words.dtype, positions.dtype)
-        x = self._add_norm(parts.LayerNorm, positions.to(dtype), words.to(dtype)).to(self.dtype)
+        x = self._add_norm(parts.norm, positions.to(dtype), words.to(dtype)).to(self.dtype)
         return dropout(x, self._p(parts.dropout))
 
     def _encode_packed_block(
         self,
-        block: TransformerBlock,
+        block: Block,
         own: list[Linear],
         x: Tensor,
         cu_seq_lens: Tensor,
         max_length: int,
     ) -> Tensor:
-        num_heads = block.attention.n_heads
+        num_heads = block.num_heads
         qkv, *others = own
         q, k, v = linear(x, qkv).view(len(x), 3, num_heads, -1).unbind(1)
         mixed = packed_attention(
@@ -535,20 +554,20 @@ class FastForward:
             cu_seq_lens_k=cu_seq_lens,
             max_length_q=max_length,
             max_length_k=max_length,
-            dropout_p=self._p(block.attention.dropout),
+            dropout_p=self._p(block.attention_dropout),
         )
         return self._after_attention(block, others, x, mixed)
 
     def _encode_first_tokens(
         self,
-        block: TransformerBlock,
+        block: Block,
         own: list[Linear],
         x: Tensor,
         cu_seq_lens: Tensor,
         max_length: int,
     ) -> Tensor:
         """Compute the last block for the first token of each sequence, which the head reads."""
-        num_heads = block.attention.n_heads
+        num_heads = block.num_heads
         # An empty sequence at the end starts behind the last token.
         first = x.index_select(0, cu_seq_lens[:-1].clamp(max=len(x) - 1))
         query, keys_values, *others = own
@@ -562,39 +581,38 @@ class FastForward:
             cu_seq_lens_k=cu_seq_lens,
             max_length_q=1,
             max_length_k=max_length,
-            dropout_p=self._p(block.attention.dropout),
+            dropout_p=self._p(block.attention_dropout),
         )
         return self._after_attention(block, others, first, mixed)
 
-    def _after_attention(
-        self, block: TransformerBlock, own: list[Linear], x: Tensor, mixed: Tensor
-    ) -> Tensor:
+    def _after_attention(self, block: Block, own: list[Linear], x: Tensor, mixed: Tensor) -> Tensor:
         """Compute the part of a packed block that follows attention.
 
         Args:
             block: The block.
-            own: Its out_lin, lin1 and lin2.
+            own: Its linears after the attention.
             x: Input of the block, shape (num_tokens, dim).
             mixed: Output of attention, shape (num_tokens, num_heads, head_dim).
         """
-        out_lin, lin1, lin2 = own
-        projected = linear(mixed.reshape(x.shape), out_lin)
-        x = self._add_norm(block.sa_layer_norm, projected, x)
+        out, lin1, lin2 = own
+        projected = linear(mixed.reshape(x.shape), out)
+        p = self._p(block.projection_dropout)
+        x = self._add_norm(block.attention_norm, projected, x, p=p)
         inner = feed_forward(x, lin1, lin2)
-        return self._add_norm(block.output_layer_norm, inner, x, p=self._p(block.ffn.dropout))
+        return self._add_norm(block.output_norm, inner, x, p=self._p(block.output_dropout))
 
     def _add_norm(
         self, module: nn.LayerNorm, x: Tensor, residual: Tensor, *, p: float = 0.0
     ) -> Tensor:
         return dropout_add_norm(x, residual, module.weight, module.bias, p=p, eps=module.eps)
 
-    def linears(self, index: int, block: TransformerBlock) -> Linears:
+    def linears(self, index: int, block: Block) -> Linears:
         """Read the linears of one layer as they are now.
 
         Raises:
             UnsupportedModelError: If the fast forward pass cannot compute one of them.
         """
-        parts = _read_linears(index, block)
+        parts = _read_linears(block)
         return Linears(
             self._linear(index, 0, parts[:3]),
             self._linear(index, 1, parts[3:4]),
@@ -625,6 +643,10 @@ class FastForward:
         if ready is None or ready.stamp != _stamp(sources):
             ready = self.prepared[key] = _prepare(sources, self.dtype)
         return ready.stacked
+
+
+def _look_up(table: nn.Embedding, places: Tensor) -> Tensor:
+    return functional.embedding(places, table.weight, table.padding_idx)
 
 
 def _split_query(qkv: Linear) -> tuple[Linear, Linear]:

@@ -4,25 +4,23 @@ The idea is that of Punica (Chen et al. 2023). The products over segments of a b
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from lora_sentiment.fast.encoder import FastForward, Linears, read_adapters
 from lora_sentiment.fast.kernels import Segment
+from lora_sentiment.fast.layouts import Block, head_activation, read_blocks
 from lora_sentiment.fast.transfer import pack_on_device
 
 Logits = NDArray[np.float32]
 Place = tuple[int, int]
-"""A linear of the encoder: its layer, and its position among q_lin, k_lin, v_lin, out_lin, lin1 and
-lin2."""
+"""A linear of the encoder: its layer, and its position in `Block.linears`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +29,8 @@ class Parts:
 
     Attributes:
         pairs: A: (r, in_features) and B: (out_features, r) by linear. The scale is in B.
-        head: Weight and bias of pre_classifier: (dim, dim), and of classifier: (num_labels, dim).
+        head: Weight and bias of the first layer of the head: (dim, dim), and of the second:
+            (num_labels, dim).
     """
 
     pairs: dict[Place, tuple[Tensor, Tensor]]
@@ -55,7 +54,7 @@ def read_parts(
 
     Args:
         model: In eval mode. The weights of its base are those that all adapters share.
-        head: Its pre_classifier and classifier.
+        head: The two layers of its head.
         dtype: Compute dtype.
         device: Device that answers texts.
 
@@ -97,13 +96,13 @@ def compute_mixed(
     """
     order, groups = _group_texts(parts)
 
-    def linears(layer: int, block: TransformerBlock) -> Linears:
+    def linears(layer: int, block: Block) -> Linears:
         return _add_segments(base.linears(layer, block), layer, groups)
 
     with torch.inference_mode():
         mask = None if attention_mask is None else attention_mask[order]
         hidden = base.encode(input_ids[order], mask, linears)[:, 0]
-        return _apply_heads(hidden, groups, order)
+        return _apply_heads(hidden, groups, order, activation=head_activation(base.encoder))
 
 
 def compute_mixed_packed(
@@ -128,7 +127,7 @@ def compute_mixed_packed(
     ordered = [rows[row] for row in order]
     starts = [0, *itertools.accumulate(len(row) for row in ordered)]
     token_groups = [_Group(group.part, starts[group.first], starts[group.last]) for group in groups]
-    blocks = cast(list[TransformerBlock], list(base.encoder.transformer.layer))
+    blocks = read_blocks(base.encoder)
     with torch.inference_mode():
         packed = pack_on_device(ordered, device=base.encoder.device, pad_token_id=pad_token_id)
         plain = [base.linears(layer, block) for layer, block in enumerate(blocks)]
@@ -136,7 +135,7 @@ def compute_mixed_packed(
         # The last layer computes one row of each text.
         first_tokens = _add_segments(plain[-1], len(plain) - 1, groups)
         hidden = base.encode_packed(*packed, layers=layers, first_tokens=first_tokens)
-        return _apply_heads(hidden, groups, order)
+        return _apply_heads(hidden, groups, order, activation=head_activation(base.encoder))
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def _add_segments(own: Linears, layer: int, groups: Sequence[_Group]) -> Linears
             if pair is None:
                 continue
             A, B = pair
-            # q_lin, k_lin and v_lin are stacked in the first linear.
+            # Query, key and value are stacked in the first linear.
             start = position * dim if position < 3 else 0
             place = max(0, position - 2)
             segments[place].append(Segment(A, B, group.first, group.last, start, start + len(B)))
@@ -184,13 +183,20 @@ def _add_segments(own: Linears, layer: int, groups: Sequence[_Group]) -> Linears
     )
 
 
-def _apply_heads(hidden: Tensor, groups: Sequence[_Group], order: Sequence[int]) -> list[Logits]:
+def _apply_heads(
+    hidden: Tensor,
+    groups: Sequence[_Group],
+    order: Sequence[int],
+    *,
+    activation: Callable[[Tensor], Tensor],
+) -> list[Logits]:
     """Apply each adapter's head to its texts.
 
     Args:
         hidden: The first token of each text, adapter by adapter, shape (at least num_texts, dim).
         groups: The adapters and their rows.
         order: The text of each row.
+        activation: The function between the two layers of a head.
 
     Returns:
         The logits of each text.
@@ -199,7 +205,7 @@ def _apply_heads(hidden: Tensor, groups: Sequence[_Group], order: Sequence[int])
     for group in groups:
         weight1, bias1, weight2, bias2 = group.part.head
         inner = functional.linear(hidden[group.first : group.last], weight1, bias1)
-        logits.append(functional.linear(functional.relu(inner), weight2, bias2).float())
+        logits.append(functional.linear(activation(inner), weight2, bias2).float())
     # One copy for all adapters: each copy waits for the device.
     flat = torch.cat([each.flatten() for each in logits]).cpu().numpy()
     ends = list(itertools.accumulate(each.numel() for each in logits))

@@ -174,6 +174,7 @@ BERT = Family(
     shape=_BERT_SHAPE,
     token_types=True,
     adapters=("lora", "adalora", "ia3", "vera"),
+    fast=True,
     public={
         "google-bert/bert-base-uncased": {},
         "google-bert/bert-base-cased": {"vocab_size": 28996},
@@ -195,6 +196,7 @@ ROBERTA = Family(
     functions=(*_BERT_FUNCTIONS, "pad_token_id"),
     shape=_BERT_SHAPE,
     skips_positions=True,
+    fast=True,
     public={
         "FacebookAI/roberta-base": {"max_position_embeddings": 514, "type_vocab_size": 1},
     },
@@ -214,6 +216,7 @@ XLM_ROBERTA = Family(
     functions=(*_BERT_FUNCTIONS, "pad_token_id"),
     shape=_BERT_SHAPE,
     skips_positions=True,
+    fast=True,
     public={
         "FacebookAI/xlm-roberta-base": {
             "vocab_size": 250002,

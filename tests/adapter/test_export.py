@@ -1,7 +1,9 @@
 """Exports answer as the merged model does, in another runtime, and are not handed out where they
 don't."""
 
+import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -120,10 +122,23 @@ def stock_logits(merged: Path, ids, mask):
         ).logits.numpy()
 
 
+@pytest.fixture(scope="module")
+def compressed(exported, merged, tmp_path_factory):
+    """The folder of an export with weights in 8 bits, and what export returned."""
+    out = tmp_path_factory.mktemp("compressed") / "w"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            export_module,
+            "write_graph",
+            lambda model, path: shutil.copyfile(exported[0] / PLAIN, path),
+        )
+        return out, export(merged, out, format="onnx-int8-weights", max_drop=5)
+
+
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 3), (2, 16), (5, 7), (3, 64)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_graph_answers_any_batch_and_length_as_the_merged_model(
-    rows, length, padded, exported, merged
+    rows, length, padded, exported, compressed, merged
 ):
     generator = np.random.default_rng(0)
     ids = generator.integers(5, 50, size=(rows, length))
@@ -134,9 +149,30 @@ def test_a_graph_answers_any_batch_and_length_as_the_merged_model(
     np.testing.assert_allclose(session(ids, mask), expected, atol=1e-5, rtol=0)
     if not padded:
         np.testing.assert_array_equal(session(ids, None), session(ids, mask))
-    np.testing.assert_allclose(
-        open_session(exported[0] / QUANTISED).compute(ids, mask), expected, atol=0.5, rtol=0
-    )
+    for folder in (exported[0], compressed[0]):
+        found = open_session(folder / QUANTISED).compute(ids, mask)
+        np.testing.assert_allclose(found, expected, atol=0.5, rtol=0)
+
+
+def test_answers_of_8_bit_weights_do_not_depend_on_the_batch(compressed):
+    ids = np.random.default_rng(0).integers(5, 50, size=(8, 16))
+    mask = (np.arange(16) < np.arange(9, 17)[:, None]).astype(np.int64)
+    compute = open_session(compressed[0] / QUANTISED).compute
+    alone = [compute(ids[i : i + 1, : 9 + i], None)[0] for i in range(8)]
+    np.testing.assert_allclose(compute(ids, mask), alone, atol=1e-5, rtol=0)
+
+
+def test_8_bit_weights_are_stored_in_8_bits_and_said_to_be(compressed):
+    out, found = compressed
+    small, large = (onnx.load(out / name).graph for name in (QUANTISED, PLAIN))
+    kept = {tensor.name for tensor in small.initializer}
+    matrices = [tensor for tensor in large.initializer if len(tensor.dims) == 2]
+    assert not kept & {tensor.name for tensor in matrices if tensor.dims[1] == 32}
+    assert found.bytes[QUANTISED] < 0.6 * found.bytes[PLAIN]
+    assert 0 < found.compared["onnx-int8-weights"]["reviews"]["max_difference"] < 0.5
+    readme = (out / "README.md").read_text(encoding="utf-8")
+    assert "onnx-int8-weights | reviews, 600 rows" in readme
+    assert "does not depend on the other texts of its batch" in readme
 
 
 def test_the_axes_are_dynamic_and_everything_stands_in_one_file(exported):
@@ -183,9 +219,11 @@ def test_stock_transformers_reads_the_added_keys_in_silence(merged, recwarn, cap
 
 
 @pytest.mark.parametrize("name", [PLAIN, QUANTISED])
-def test_the_oldest_runtime_that_is_named_reads_a_graph(name, exported):
+@pytest.mark.parametrize("form", ["exported", "compressed"])
+def test_the_oldest_runtime_that_is_named_reads_a_graph(form, name, exported, compressed):
     """ONNX Runtime 1.15.1 was tried: it reads IR 8 and opset 18, and refuses IR 10."""
-    model = onnx.load(exported[0] / name)
+    folder, _ = exported if form == "exported" else compressed
+    model = onnx.load(folder / name)
     assert model.ir_version == 8
     versions = {opset.domain: opset.version for opset in model.opset_import}
     assert versions.pop("") == 18
@@ -229,6 +267,24 @@ def test_what_was_compared_is_recorded(exported, adapter):
     assert QUANTISED in readme
     assert "depends on the other texts of its batch" in readme
     assert 'pipeline("text-classification", "./e", { dtype: "q8" })' in readme
+
+
+def test_the_python_of_a_card_reads_head_and_tail_as_printed(exported, merged, traced, tmp_path):
+    copy = shutil.copytree(merged, tmp_path / "m")
+    record = read_merge_record(copy).model_copy(update={"truncation": "head_tail"})
+    write_merge_record(copy, record)
+    (copy / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    export(copy, tmp_path / "e", format="onnx")
+    readme = (tmp_path / "e/README.md").read_text(encoding="utf-8")
+    assert "license: mit\n" in readme
+    (code,) = re.findall(r"without this package:\n\n```python\n(.*?)```", readme, re.DOTALL)
+    names = {}
+    with contextlib.chdir(tmp_path):
+        exec(code, names)
+    texts = ["good<br />film", f"good {'so ' * 40}dull", "a " * 14, "a " * 15]
+    for text, answer in zip(texts, classifier.load(tmp_path / "e").predict(texts), strict=True):
+        assert names["classify_as_trained"](text) == pytest.approx(answer.scores, abs=1e-5)
+    assert "classify_as_trained" not in (exported[0] / "README.md").read_text(encoding="utf-8")
 
 
 def test_another_program_gets_our_labels_and_scores_without_torch(exported, adapter):
@@ -298,7 +354,8 @@ def test_int8_past_the_allowed_drop_leaves_nothing(adapter, merged, traced, tmp_
     with pytest.raises(
         AdapterError,
         match=r"% of labels change on 600 bundled review rows, allowed -1; accuracy cannot be "
-        r"measured, because no validation rows could be read, .*; use --format onnx",
+        r"measured, because no validation rows could be read, .*; use --format onnx-int8-weights or "
+        r"onnx, or raise",
     ):
         export(merged, tmp_path / "e", format="onnx-int8", max_drop=-1)
     assert list(tmp_path.iterdir()) == []
@@ -333,7 +390,7 @@ def test_what_cannot_be_exported_is_refused(
             adapter,
             {"format": "gguf"},
             ModelError,
-            "format: found 'gguf'; allowed: safetensors, onnx, onnx-int8",
+            "format: found 'gguf'; allowed: safetensors, onnx, onnx-int8, onnx-int8-weights",
         ),
         (adapter, {"format": "onnx", "max_rows": 0}, ModelError, "max_rows"),
         (merged, {"format": "onnx", "base": "x"}, ModelError, "leave out --base and --into"),

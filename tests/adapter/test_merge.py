@@ -1,11 +1,13 @@
 """A merged model answers as its adapter in stock transformers, or is refused."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -211,9 +213,8 @@ def test_the_record_names_adapter_and_base_and_what_was_compared(adapter, tmp_pa
 def test_the_card_names_a_base_of_the_hub_alone(adapter, tmp_path, base, line):
     merge(adapter, tmp_path / "out")
     record = read_merge_record(tmp_path / "out").model_copy(update={"base": base})
-    metadata = make_merged_card("out", ("negative", "positive"), record, task=SINGLE_LABEL).split(
-        "---\n"
-    )[1]
+    card = make_merged_card("out", LABELS, record, ModelCardData(), task=SINGLE_LABEL)
+    metadata = card.split("---\n")[1]
     assert (
         "".join(found for found in metadata.splitlines(True) if found.startswith("base_model"))
         == line
@@ -530,6 +531,72 @@ def test_a_text_cut_elsewhere_is_said_in_the_readme(adapter, tmp_path):
     alter_json(adapter, "card.json", truncation="head_tail")
     merge(adapter, tmp_path / "out")
     assert "this pipeline keeps the first tokens" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_python_of_a_card_reads_head_and_tail_as_printed(adapter, tmp_path, monkeypatch):
+    alter_json(adapter, "card.json", truncation="head_tail")
+    merge(adapter, tmp_path / "out")
+    (code,) = re.findall(
+        r"as training did:\n\n```python\n(.*?)```",
+        (tmp_path / "out/README.md").read_text(),
+        re.DOTALL,
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    texts = ["good<br />film", f"good {'so ' * 40}dull", f"{'a ' * 14}", f"{'a ' * 15}"]
+    for text, answer in zip(
+        texts, classifier.load(adapter, dtype="float32").predict(texts), strict=True
+    ):
+        assert names["classify_as_trained"](text) == pytest.approx(answer.scores, abs=1e-5)
+
+
+def test_a_card_has_no_reader_where_training_kept_the_first_tokens(merged):
+    assert "classify_as_trained" not in (merged / "README.md").read_text()
+
+
+METADATA = """---
+license: mit
+datasets:
+- a/b
+metrics:
+- accuracy
+model-index:
+- name: a
+  results:
+  - task:
+      type: text-classification
+    dataset:
+      name: a/b
+      type: a/b
+      split: test
+    metrics:
+    - type: accuracy
+      value: 0.9
+---
+# A card
+"""
+
+
+def test_licence_and_results_of_the_adapters_card_are_kept(adapter, tmp_path):
+    (adapter / "README.md").write_text(METADATA, encoding="utf-8")
+    merge(adapter, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert (card.data.license, card.data.datasets, card.data.metrics) == (
+        "mit", ["a/b"], ["accuracy"],
+    )  # fmt: skip
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.dataset_split) == (0.9, "test")
+    assert card.data.model_name == "out"
+    assert "results of the adapter: accuracy 0.9 (a/b, test)" in card.text
+
+
+@pytest.mark.parametrize(
+    "block", ["license: [", "a: &a [1]\nb: *a", "model-index: [{results: 3}]", "- 1", "1: 2"]
+)
+def test_malformed_metadata_of_a_card_is_refused(block, adapter, tmp_path):
+    (adapter / "README.md").write_text(f"---\n{block}\n---\n", encoding="utf-8")
+    refused(adapter, tmp_path / "out", "README.md: its metadata cannot be read: ")
 
 
 def test_what_is_not_finite_is_printed_as_that(capsys):

@@ -377,7 +377,7 @@ REFUSED = {
         "several adapters",
     ),
     "bias": (lambda: make_lora(lora_bias=True), "layer.0.attention.q_lin", "lora_bias"),
-    "activation": (lambda: make_lora(activation="relu"), "ffn.activation", "relu"),
+    "activation": (lambda: make_lora(activation="relu"), "config", "relu"),
     "hook": (lambda: hook(make_lora()), "layer.2.ffn", "hook"),
     "prompt": (
         lambda: get_peft_model(
@@ -393,7 +393,7 @@ REFUSED = {
         "PromptTuningConfig",
         "embeddings",
     ),
-    "no classifier": (lambda: nn.Linear(2, 2), "Linear", "no DistilBert"),
+    "no classifier": (lambda: nn.Linear(2, 2), "Linear", "no sequence classifier"),
 }
 
 

@@ -7,11 +7,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
-from transformers.models.distilbert.modeling_distilbert import DistilBertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
 
 from lora_sentiment.data.packing import pack_rows
 from lora_sentiment.fast import use_fast_encoder, use_stock_encoder
+from lora_sentiment.fast.layouts import ENCODERS
 
 ALL_LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 DIM, HIDDEN_DIM, NUM_LAYERS = 32, 80, 3
@@ -37,6 +46,34 @@ def make_classifier(
     return DistilBertForSequenceClassification(config)
 
 
+FAMILIES = {
+    "bert": (BertConfig, BertForSequenceClassification),
+    "roberta": (RobertaConfig, RobertaForSequenceClassification),
+    "xlm-roberta": (XLMRobertaConfig, XLMRobertaForSequenceClassification),
+}
+"""The other families that the fast forward pass computes."""
+
+
+def make_family(family: str, *, p: float = 0.0, **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    make_config, make_model = FAMILIES[family]
+    config = make_config(
+        vocab_size=100,
+        hidden_size=DIM,
+        intermediate_size=HIDDEN_DIM,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=202,
+        type_vocab_size=2,
+        initializer_range=0.2,
+        hidden_dropout_prob=p,
+        attention_probs_dropout_prob=p,
+        classifier_dropout=0.0,
+        **changes,
+    )
+    return make_model(config)
+
+
 def make_lora(
     target_modules: list[str] | None = None,
     *,
@@ -45,13 +82,17 @@ def make_lora(
     **changes: Any,
 ) -> PeftModel:
     """A LoRA model in training mode whose B are drawn at random: B = 0 would hide most mistakes."""
+    model = make_classifier(p=p, activation=activation)
+    heads = ["pre_classifier", "classifier"]
+    return add_lora(model, target_modules or ["q_lin", "v_lin"], heads=heads, **changes)
+
+
+def add_lora(
+    model: nn.Module, target_modules: list[str] | str, *, heads: list[str], **changes: Any
+) -> PeftModel:
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "task_type": "SEQ_CLS", **changes}
-    config = LoraConfig(
-        target_modules=target_modules or ["q_lin", "v_lin"],
-        modules_to_save=["pre_classifier", "classifier"],
-        **settings,
-    )
-    model = get_peft_model(make_classifier(p=p, activation=activation), config)
+    config = LoraConfig(target_modules=target_modules, modules_to_save=heads, **settings)
+    model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -82,14 +123,17 @@ def logits_and_grads(
     return logits.detach(), grads
 
 
-def find_encoder(model: nn.Module) -> DistilBertModel:
-    return next(module for module in model.modules() if isinstance(module, DistilBertModel))
+def find_encoder(model: nn.Module) -> nn.Module:
+    kinds = tuple(ENCODERS.values())
+    return next(module for module in model.modules() if isinstance(module, kinds))
 
 
 def largest_grad_distance(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
     assert expected.keys() == found.keys()
     # Softmax has no gradient for k's bias, and none at all with a single token: only rounding.
-    k_biases = [name for name in expected if "k_lin" in name and name.endswith("bias")]
+    k_biases = [
+        name for name in expected if ("k_lin" in name or ".key." in name) and name.endswith("bias")
+    ]
     assert all(max(expected[name].norm(), found[name].norm()) < 1e-6 for name in k_biases)
     big = [name for name, grad in expected.items() if grad.norm() > 1e-6]
     assert all(found[name].norm() < 1e-5 for name in expected.keys() - set(big))

@@ -341,9 +341,9 @@ def test_every_recipe_validates_against_class_and_schema(path):
     jsonschema.validate(values, make_schema())
 
 
-def test_the_readmes_recipe_is_a_recipe(write):
-    readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
-    recipe = Recipe.load(write(readme.split("```yaml\n")[1].split("```")[0]))
+def test_the_recipe_of_the_docs_is_a_recipe(write):
+    page = (RECIPES.parent / "docs/recipes.md").read_text(encoding="utf-8")
+    recipe = Recipe.load(write(page.split("```yaml\n")[1].split("```")[0]))
     shipped = Recipe.load(RECIPES / "imdb_lora.yaml")
     assert recipe.method == shipped.method
     assert recipe.model == shipped.model

@@ -39,7 +39,8 @@ KEPT = {
     "adapter_config.json", "adapter_model.safetensors", "card.json", "changed.safetensors", "config.json",
     "model.onnx", "model.safetensors", "recipe.yaml", "tokenizer.json",
 }  # fmt: skip
-WHOLE = ("merged", "onnx")
+# The record of `merged` and `onnx` has layout 1, that of `merged_2` has layout 2.
+WHOLE = ("merged", "onnx", "merged_2")
 COMMON = """\
 data: {source: train.csv}
 model: {name: ./base, max_length: 16, dtype: float32}
@@ -108,14 +109,14 @@ def open_saved(name: str, folder: Path) -> Classifier:
     """Load a saved folder. The base of an adapter is given, since its recorded path leads nowhere."""
     if name == "onnx":
         return load(folder)
-    if name == "merged":
+    if name.startswith("merged"):
         return load(folder, dtype="float32")
     return load(folder, base=str(BASE), dtype="float32")
 
 
 def write(name: str, out: Path) -> None:
     """Write one folder, and remove from it what loading does without."""
-    if name == "merged":
+    if name.startswith("merged"):
         merge(SAVED / "lora", out, base="./base")
     elif name == "onnx":
         export(SAVED / "lora", out, format="onnx", base="./base")
