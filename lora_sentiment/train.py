@@ -31,6 +31,7 @@ from lora_sentiment.data.report import (
     report_lines,
 )
 from lora_sentiment.data.rows import Data, Rows, load_all_judged, load_data
+from lora_sentiment.data.sources import Source, make_source, mark_as_given
 from lora_sentiment.errors import (
     DRAWING_FAULTS,
     DataError,
@@ -132,13 +133,18 @@ class _Results:
     faults: dict[str, DataError] = field(default_factory=dict)
 
 
-def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
+def train(
+    recipe: Recipe, *, data: Mapping[str, Any] | None = None, allow_changes: bool = False
+) -> Run:
     """Train a recipe and write its adapter folder.
 
     Every process of a launch calls this; the main one writes.
 
     Args:
         recipe: The recipe. Its `train.resume` says whether a stopped run is resumed.
+        data: Role to its table: a pandas DataFrame, a `datasets.Dataset` or a list of dicts. The
+            roles are those of `data.source`, which is not read then. Each process of a launch
+            gives the same tables.
         allow_changes: Resume although recipe, data, versions or machine differ from those of the
             checkpoint.
 
@@ -146,6 +152,10 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
         LoraSentimentError: For a mistake in recipe, launch, data, base or run.
         StoppedError: If SIGTERM or SIGINT stopped the training, after a checkpoint was saved.
     """
+    source = None
+    if data is not None:
+        source = make_source(data, for_training=True)
+        recipe = recipe.model_copy(update={"data": mark_as_given(recipe.data)})
     state = join_launch()
     with explain_lost_process(state):
         recipe, offline = resolve_offline(recipe)
@@ -156,7 +166,9 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> Run:
                 report_to=recipe.train.report_to,
                 run_folder=run_folder,
             )
-            return _run(recipe, accelerator, run_folder, offline, allow_changes=allow_changes)
+            return _run(
+                recipe, accelerator, run_folder, offline, source, allow_changes=allow_changes
+            )
 
 
 def _run(
@@ -164,6 +176,7 @@ def _run(
     accelerator: Accelerator,
     run_folder: Path,
     offline: str | None,
+    source: Source | None,
     *,
     allow_changes: bool,
 ) -> Run:
@@ -172,7 +185,7 @@ def _run(
     method = resolve_targets(recipe.method, check_base(recipe.model))
     recipe = recipe.model_copy(update={"method": method})
     refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=accelerator.device)
-    data = _load_data(recipe)
+    data = _load_data(recipe, source)
     setup = _load_model(recipe, data, dtype, accelerator)
     encoded = {
         "train": _encode(data.train, setup, recipe, accelerator),
@@ -227,8 +240,8 @@ def _run(
 # Load
 
 
-def _load_data(recipe: Recipe) -> Data:
-    data = load_data(recipe.data)
+def _load_data(recipe: Recipe, source: Source | None) -> Data:
+    data = load_data(recipe.data, source=source)
     log.info(
         "training on %s rows, validating on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
     )

@@ -20,6 +20,7 @@ from lora_sentiment.errors import AdapterError, RecipeError, one_line
 from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.models.parameters import show_parameters
+from lora_sentiment.recipe.data import FROM_PYTHON
 from lora_sentiment.recipe.yaml_reader import parse_yaml
 from lora_sentiment.tasks import Task
 from lora_sentiment.training.report import report_roles
@@ -55,6 +56,7 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         revision=card.base.revision,
         base_sha256=card.base.base_sha256,
         source=card.data.config.source,
+        repeats=_describe_repeating(card),
         max_length=card.max_length,
         truncation=card.truncation,
         results=_show_results(report),
@@ -262,6 +264,8 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
         name_of_folder = bundled.SOURCES[str(config.source)].name
         dataset_type = f"bundled-{name_of_folder}"
         dataset_name = f"the {name_of_folder} that ship with the package"
+    elif config.source == FROM_PYTHON:
+        dataset_type, dataset_name = "python-rows", FROM_PYTHON
     else:
         dataset_type, dataset_name = "local-files", "local files"
     # Validation chose the tensors and fitted the temperature. It is a result only if no other role
@@ -429,6 +433,16 @@ def _show_quantisation(card: Card) -> str:
     return (
         "quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
         f'bnb_4bit_quant_type="{card.base.quantize}", {double}, {skip})'
+    )
+
+
+def _describe_repeating(card: Card) -> str:
+    if card.data.config.source != FROM_PYTHON:
+        return "`recipe.yaml` repeats the run"
+    return (
+        "the rows came from Python and are not stored; `recipe.yaml` repeats the run with the same "
+        f"rows (SHA-256 of train `{card.data.train_sha256}`, of validation "
+        f"`{card.data.validation_sha256}`)"
     )
 
 

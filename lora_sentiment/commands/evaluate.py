@@ -1,6 +1,7 @@
 """Score a saved adapter, rebuilt from its folder alone."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from pydantic import ValidationError
 from lora_sentiment.adapter.folder import Card, load
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
-from lora_sentiment.data.sources import find_source, is_on_hub
+from lora_sentiment.data.sources import find_source, is_on_hub, make_source
 from lora_sentiment.errors import AdapterError, DataError
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import make_fast, predict_logits
-from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.data import FROM_PYTHON, DataConfig
 from lora_sentiment.training.processes import explain_lost_process, join_launch, make_accelerator
 
 log = logging.getLogger("lora_sentiment")
@@ -40,6 +41,7 @@ def evaluate(
     folder: Path,
     *,
     source: str | None = None,
+    data: Mapping[str, Any] | None = None,
     split: str = "test",
     text_column: str | None = None,
     label_column: str | None = None,
@@ -53,12 +55,14 @@ def evaluate(
     Args:
         folder: An adapter folder. Its base is found where the card says, and checked by its hash.
         source: Rows to score on instead of the recorded source: a file or a Hub data set.
+        data: Rows to score on instead of the recorded ones: role to its table, as `train` takes
+            them. `split` is the role.
         split: A judged role, such as `test`, or `validation` as training had it. Of `source`, the
             name of its split.
-        text_column: Column of `source` with the text, if it is not the recorded one.
-        label_column: Column of `source` with the label, if it is not the recorded one.
+        text_column: Column of `source` or `data` with the text, if it is not the recorded one.
+        label_column: Column of `source` or `data` with the label, if it is not the recorded one.
         encoding: Encoding of `source`, if it is not the recorded one.
-        on_bad_row: `error` or `drop`, for bad rows of `source`; by default as recorded.
+        on_bad_row: `error` or `drop`, for bad rows of `source` or `data`; by default as recorded.
         base: Where to find the base, if not where the card says.
         dtype: Compute dtype, as `model.dtype` of a recipe.
 
@@ -73,7 +77,9 @@ def evaluate(
         "on_bad_row": on_bad_row,
     }
     given = {name: value for name, value in reading.items() if value is not None}
-    if given and source is None:
+    if data is not None and (source is not None or encoding is not None):
+        raise DataError("evaluate: data replaces source, and has no encoding; leave these out")
+    if given and source is None and data is None:
         raise DataError(
             "found without another source; the recorded rows are read as in training",
             key=f"data.{next(iter(given))}",
@@ -85,9 +91,10 @@ def evaluate(
     card = loaded.card
     compute_dtype = resolve_dtype(dtype, accelerator.device)
     model = make_fast(loaded.model, dtype=compute_dtype, device=accelerator.device)
-    rows = (
-        _read_recorded(card, split) if source is None else _read_given(card, source, split, given)
-    )
+    if source is None and data is None:
+        rows = _read_recorded(card, split)
+    else:
+        rows = _read_given(card, source, data, split, given)
     is_main = accelerator.is_main_process
     encoder = TextEncoder.of(
         loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
@@ -103,9 +110,19 @@ def evaluate(
     return Evaluation(split=split, num_rows=len(rows), scores=scores)
 
 
-def _read_given(card: Card, source: str, split: str, given: dict[str, str]) -> Rows:
-    """Return the rows of a split of another source than the recorded one."""
-    if is_on_hub(source):
+def _read_given(
+    card: Card,
+    source: str | None,
+    data: Mapping[str, Any] | None,
+    split: str,
+    given: dict[str, str],
+) -> Rows:
+    """Return the rows of a split of another source than the recorded one, or of a table."""
+    tables = None
+    if data is not None:
+        tables = make_source(data, for_training=False)
+    place = FROM_PYTHON if source is None else source
+    if is_on_hub(place):
         prepare_hub()
     recorded = card.data.config.model_dump()
     if recorded["labels"] is None and is_on_hub(card.data.config.source):
@@ -113,18 +130,18 @@ def _read_given(card: Card, source: str, split: str, given: dict[str, str]) -> R
         recorded["labels"] = card.labels
     if "label_column" in given:
         recorded["label_columns"] = None
-    other = {"source": source, "splits": None, "config": None, "revision": None}
+    other = {"source": place, "splits": None, "config": None, "revision": None}
     try:
         config = DataConfig.model_validate(recorded | other | given)
     except ValidationError as error:
         first = error.errors()[0]
         fault = first.get("ctx", {}).get("error", first["msg"])
         raise DataError(f"evaluate: {'.'.join(map(str, first['loc']))} {fault}") from error
-    rows, counts = load_rows(config, split=split, labels=tuple(card.labels))
+    rows, counts = load_rows(config, split=split, labels=tuple(card.labels), source=tables)
     for fault, numbers in counts.dropped.items():
         log.warning(
             "%s: %s, DROPPED: %s rows, the first is row %s",
-            source, fault, f"{len(numbers):,}", f"{numbers[0]:,}",
+            place, fault, f"{len(numbers):,}", f"{numbers[0]:,}",
         )  # fmt: skip
     return rows
 

@@ -57,7 +57,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair. Some encodings of Python, such as raw_unicode_escape, decode to it."""
 
 
-def check_columns(columns: Sequence[str], path: Path) -> None:
+def check_columns(columns: Sequence[str], path: Path | str) -> None:
     """Refuse column names that are missing, equal, or not readable again."""
     if not columns:
         raise DataError(f"{path}: the table has no columns; it needs at least one, such as 'text'")

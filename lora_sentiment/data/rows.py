@@ -115,6 +115,7 @@ class Data:
         carved_test: Rows carved out of train for test, if the recipe says so and the source has no
             role to evaluate.
         counts: Counts of each split that was read.
+        source: Where the rows are.
     """
 
     config: DataConfig
@@ -124,6 +125,7 @@ class Data:
     judged: tuple[str, ...]
     carved_test: Rows | None
     counts: dict[str, Counts]
+    source: Source
 
     @cached_property
     def seen_texts(self) -> NDArray[np.uint64]:
@@ -131,7 +133,12 @@ class Data:
         return np.concatenate([self.train.digests, self.validation.digests])
 
 
-def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Data:
+def load_data(
+    config: DataConfig,
+    *,
+    labels: tuple[str, ...] | None = None,
+    source: Source | None = None,
+) -> Data:
     """Read train and validation, or carve validation out of train.
 
     A carved split is stratified, and equal texts stay on one side.
@@ -140,12 +147,13 @@ def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> D
         config: The recipe's `data` section.
         labels: Label names as an earlier training used them. None takes those of the recipe, of the
             source, or of the training rows, in this order.
+        source: Where the rows are. None finds those of `config`.
 
     Raises:
         DataError: A source, column, label or row cannot be used.
     """
     task = find_task(config.task)
-    source = find_source(config)
+    source = source or find_source(config)
     check_files(config, source)
     train, names, counts = _load_split(
         config,
@@ -192,11 +200,11 @@ def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> D
             seed=config.split_seed,
             key="data.validation_fraction",
         )
-    return Data(config, names, train, validation, source.judged, carved_test, all_counts)
+    return Data(config, names, train, validation, source.judged, carved_test, all_counts, source)
 
 
 def load_judged(
-    config: DataConfig, *, role: str, labels: tuple[str, ...]
+    config: DataConfig, *, role: str, labels: tuple[str, ...], source: Source | None = None
 ) -> tuple[Rows | None, Counts]:
     """Read the rows of a role that is evaluated at the end, or None if all its labels are hidden.
 
@@ -204,11 +212,12 @@ def load_judged(
         config: The recipe's `data` section.
         role: One of `Data.judged`.
         labels: Label names as training used them.
+        source: Where the rows are. None finds those of `config`.
 
     Raises:
         DataError: As `load_data`.
     """
-    source = find_source(config)
+    source = source or find_source(config)
     check_files(config, source)
     rows, _, counts = _load_split(
         config, source, role, labels=labels, max_rows=config.max_test_rows, may_be_hidden=True
@@ -240,7 +249,7 @@ def load_all_judged(config: DataConfig, data: Data) -> Judged:
         judged.rows["test"] = data.carved_test
     for role in data.judged:
         try:
-            rows, counts = load_judged(config, role=role, labels=data.labels)
+            rows, counts = load_judged(config, role=role, labels=data.labels, source=data.source)
         except DataError as error:
             judged.faults[role] = error
             continue
@@ -252,25 +261,28 @@ def load_all_judged(config: DataConfig, data: Data) -> Judged:
     return judged
 
 
-def load_rows(config: DataConfig, *, split: str, labels: tuple[str, ...]) -> tuple[Rows, Counts]:
-    """Read all rows of one split of a Hub data set by its own name, or of files.
+def load_rows(
+    config: DataConfig, *, split: str, labels: tuple[str, ...], source: Source | None = None
+) -> tuple[Rows, Counts]:
+    """Read all rows of one split of a Hub data set by its own name, of files, or of a table.
 
     Args:
         config: The recipe's `data` section; its source is text.
         split: Name of a split of the Hub data set, or a role of the bundled reviews. Not used for
             other files, which have one role.
         labels: Label names as training used them.
+        source: Tables in memory that hold the split. None finds the source of `config`.
 
     Raises:
         DataError: As `load_data`, and if the data set has no such split.
     """
-    splits = {split: split} if is_on_hub(config.source) else None
-    source = find_source(config.model_copy(update={"splits": splits}))
-    role = split if len(source.roles) > 1 else source.roles[0]
+    if source is None:
+        splits = {split: split} if is_on_hub(config.source) else None
+        source = find_source(config.model_copy(update={"splits": splits}))
+    role = source.roles[0] if len(source.roles) == 1 and not source.tables else split
     if role not in source.roles:
-        raise DataError(
-            f"split: found {show(split)}; {config.source!r} has {', '.join(source.roles)}"
-        )
+        held = "data" if source.tables else repr(config.source)
+        raise DataError(f"split: found {show(split)}; {held} has {', '.join(source.roles)}")
     check_files(config, source)
     rows, _, counts = _load_split(config, source, role, labels=labels)
     return rows, counts
@@ -441,7 +453,7 @@ def _load_split(
     texts = store_texts(_clean_texts(columns, values, faults, counts, clean=config.clean))
     counts.read = len(values)
     if not values:
-        raise DataError(f"{where}: has no rows; name another file or split")
+        raise DataError(f"{where}: has no rows; use another file, split or table")
     if may_be_hidden and labels and task.are_hidden(values, labels):
         counts.unlabelled = len(values)
         empty = np.empty(0, dtype=np.int64)

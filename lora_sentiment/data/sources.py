@@ -3,9 +3,9 @@
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,12 @@ from lora_sentiment.data.tables import (
 )
 from lora_sentiment.errors import DataError, did_you_mean, show, show_names
 from lora_sentiment.hub import explain_refusal, innermost
-from lora_sentiment.recipe.data import SPLITS, DataConfig
+from lora_sentiment.recipe.data import FROM_PYTHON, SPLITS, DataConfig, check_roles
 
 log = logging.getLogger("lora_sentiment")
 
 Columns = Iterator[tuple[list[Any], list[Any]]]
 """Texts and label values, some rows at a time."""
-HUB_CHUNK = 10_000
-"""Rows of a Hub data set that are in memory at a time."""
 SHOWN_FILES = 5
 """Files of a pattern that the log names."""
 HUB_PAGE = re.compile(
@@ -46,19 +44,21 @@ class Source:
     """Where the rows of each role are.
 
     Attributes:
-        files: Role to its files; empty for a Hub data set.
-        hub_splits: Role to the name of its split on the Hub; empty for files.
+        files: Role to its files; empty for others.
+        hub_splits: Role to the name of its split on the Hub; empty for others.
         hub: Name of the Hub data set, or None.
+        tables: Role to its table in memory; empty for others.
     """
 
     files: dict[str, list[Path]]
     hub_splits: dict[str, str]
     hub: str | None = None
+    tables: dict[str, Any] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """All roles, in the order of the recipe."""
-        return tuple(self.files or self.hub_splits)
+        return tuple(self.files or self.hub_splits or self.tables)
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -66,7 +66,9 @@ class Source:
         return tuple(role for role in self.roles if role not in ("train", "validation"))
 
     def where(self, role: str) -> str:
-        """Return the files of a role, or its data set and split, for messages."""
+        """Return the files of a role, its data set and split, or its table, for messages."""
+        if self.tables:
+            return f"data[{role!r}]"
         if self.hub:
             return f"{self.hub} [{self.hub_splits[role]}]"
         return ", ".join(str(path) for path in self.files[role])
@@ -80,6 +82,13 @@ def find_source(config: DataConfig) -> Source:
             for files.
     """
     source = config.source
+    if source == FROM_PYTHON:
+        raise DataError(
+            f"{FROM_PYTHON!r}: these rows are not stored; give them again in Python as "
+            "data={role: table}",
+            key="data.source",
+            advice={"data.source": ", or name files by {}"},
+        )
     if is_on_hub(source):
         return Source({}, _hub_splits(config), hub=str(source))
     for key in ("splits", "config", "revision"):
@@ -97,6 +106,37 @@ def find_source(config: DataConfig) -> Source:
     return Source({"train": _find_files(source)}, {})
 
 
+def make_source(data: Mapping[str, Any], *, for_training: bool) -> Source:
+    """Return a source of tables in memory.
+
+    Args:
+        data: Role to its table: a pandas DataFrame, a `datasets.Dataset` or a list of dicts.
+        for_training: Whether train must be among the roles, and misspelt roles are refused.
+
+    Raises:
+        DataError: A role cannot be used. Tables are checked by `check_files`.
+    """
+    if not isinstance(data, Mapping):
+        raise DataError(
+            f"data: found {type(data).__name__}; allowed: a dict from role to table, such as "
+            '{"train": table, "test": table}'
+        )
+    if for_training:
+        try:
+            check_roles(list(map(str, data)))
+        except ValueError as error:
+            raise DataError(f"data: {error}") from error
+    if not data:
+        raise DataError('data: is empty; name a table for a role, such as {"test": table}')
+    return Source({}, {}, tables=dict(data))
+
+
+def mark_as_given(config: DataConfig) -> DataConfig:
+    """Return a `data` section that says that its rows came from Python."""
+    update = {"source": FROM_PYTHON, "splits": None, "config": None, "revision": None}
+    return config.model_copy(update=update)
+
+
 def is_on_hub(source: str | dict[str, str]) -> bool:
     """Return whether `data.source` names a Hub data set, not files."""
     if not isinstance(source, str) or source in bundled.SOURCES:
@@ -108,7 +148,9 @@ def is_on_hub(source: str | dict[str, str]) -> bool:
 
 
 def check_files(config: DataConfig, source: Source) -> None:
-    """Refuse files without the recipe's columns before training starts."""
+    """Refuse files and tables without the recipe's columns before training starts."""
+    for role in source.tables:
+        _find_in_table(config, source, role)
     for paths in source.files.values():
         for path in paths:
             _find_columns(config, table_columns(path, **_reading(config)), str(path))
@@ -118,6 +160,10 @@ def read_columns(
     config: DataConfig, source: Source, role: str
 ) -> tuple[Columns, tuple[str, ...] | None]:
     """Return the text and label columns of a role, and the label names of the source or None."""
+    if source.tables:
+        table = source.tables[role]
+        columns = _find_in_table(config, source, role)
+        return _read_table(config, table, columns), _declared_names(table, columns[1])
     if source.hub is None:
         paths = source.files[role]
         pattern = config.source if isinstance(config.source, str) else config.source[role]
@@ -125,19 +171,36 @@ def read_columns(
             shown = show_names([str(path) for path in paths], most=SHOWN_FILES)
             log.info("%s: %r matches %d file(s): %s", role, pattern, len(paths), shown)
         return _read_files(config, paths), None
-    from datasets import ClassLabel, load_dataset
+    from datasets import load_dataset
 
     split = source.hub_splits[role]
     with _explain_hub(config):
         table = load_dataset(source.hub, config.config, split=split, revision=config.revision)
     columns = _find_columns(config, table.column_names, source.where(role))
-    feature = table.features[columns[1]]
+    return _read_hub(config, table, columns), _declared_names(table, columns[1])
+
+
+def _find_in_table(config: DataConfig, source: Source, role: str) -> list[str]:
+    """Return the names of the text and the label columns as a table in memory spells them."""
+    # Late, because `datasets` and pandas take a second, and rows of files need neither.
+    from lora_sentiment.data.python_tables import find_table_columns
+
+    where = source.where(role)
+    return _find_columns(config, find_table_columns(source.tables[role], where), where)
+
+
+def _declared_names(table: Any, label_column: str) -> tuple[str, ...] | None:
+    """Return the label names that a `datasets.Dataset` declares, or None."""
+    from datasets import ClassLabel, Dataset
+
+    if not isinstance(table, Dataset):
+        return None
+    feature = table.features[label_column]
     # A list of labels declares those of its members.
     feature = getattr(feature, "feature", feature)
-    names = None
-    if isinstance(feature, ClassLabel):
-        names = tuple(strip_blanks(name) for name in feature.names)
-    return _read_hub(config, table, columns), names
+    if not isinstance(feature, ClassLabel):
+        return None
+    return tuple(strip_blanks(name) for name in feature.names)
 
 
 def _reading(config: DataConfig) -> dict[str, Any]:
@@ -200,9 +263,15 @@ def _as_csv_writes(value: Any) -> Any:
 
 def _read_hub(config: DataConfig, table: Any, columns: list[str]) -> Columns:
     with _explain_hub(config):
-        for batch in table.select_columns(columns).with_format("arrow").iter(HUB_CHUNK):
-            labels = [batch[column].to_pylist() for column in columns[1:]]
-            yield batch[columns[0]].to_pylist(), _join_columns(config, labels)
+        yield from _read_table(config, table, columns)
+
+
+def _read_table(config: DataConfig, table: Any, columns: list[str]) -> Columns:
+    from lora_sentiment.data.python_tables import read_table_columns  # late, as above
+
+    for batch in read_table_columns(table, columns):
+        labels = [batch[column] for column in columns[1:]]
+        yield batch[columns[0]], _join_columns(config, labels)
 
 
 def _find_files(pattern: str) -> list[Path]:

@@ -13,6 +13,8 @@ from lora_sentiment.recipe.section import Names, Section
 
 SPLITS = ("train", "validation", "test")
 """Usual names of splits and roles."""
+FROM_PYTHON = "rows from Python"
+"""`data.source` of a run whose rows a Python program gave. Its blanks make it no name of the Hub."""
 REPORT_BLOCKS = (
     "schema",
     "parameters",
@@ -94,7 +96,7 @@ class DataConfig(Section):
                 "is empty; name a Hub data set, a file, a glob, or {train: .., test: ..}"
             )
         if isinstance(source, dict):
-            _check_roles(source)
+            check_roles(source)
         return source
 
     @field_validator("splits")
@@ -109,7 +111,7 @@ class DataConfig(Section):
                 "names splits of a Hub data set, but data.source names files by role already; set "
                 "data.splits=null"
             )
-        _check_roles(splits)
+        check_roles(splits)
         names = list(splits.values())
         for name in names:
             if names.count(name) > 1:
@@ -169,7 +171,7 @@ class DataConfig(Section):
         return self
 
 
-def _check_roles(roles: Iterable[str]) -> None:
+def check_roles(roles: Iterable[str]) -> None:
     """Refuse names that are no roles.
 
     Every name that is not in SPLITS is evaluated, so a misspelt name would go unnoticed.
