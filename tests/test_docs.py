@@ -24,7 +24,8 @@ from lora_sentiment.recipe.recipe import Recipe, make_schema
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+WRITTEN = [*PAGES, *(ROOT / name for name in OTHERS)]
 LANGUAGES = {"sh", "text", "python", "yaml", "js", "{toctree}", "{eval-rst}"}
 TOOLS = {".", "cp", "curl", "echo", "pip", "pipx", "printf", "uv", "uvx"}
 """Programs of others, whose options are not checked."""
