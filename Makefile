@@ -1,5 +1,5 @@
 PYTHON ?= python3
-# For pip, such as another index: see "Which torch" in the README.
+# For pip, such as another index: see "Which torch" in docs/quickstart.md.
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin

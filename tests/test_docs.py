@@ -24,9 +24,10 @@ from lora_sentiment.recipe.recipe import Recipe, make_schema
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+WRITTEN = [*PAGES, *(ROOT / name for name in OTHERS)]
 LANGUAGES = {"sh", "text", "python", "yaml", "js", "{toctree}", "{eval-rst}"}
-TOOLS = {".", "cp", "curl", "echo", "pip", "pipx", "uv", "uvx"}
+TOOLS = {".", "cp", "curl", "echo", "pip", "pipx", "printf", "uv", "uvx"}
 """Programs of others, whose options are not checked."""
 USERS = ("recipes/mine.yaml",)
 """Files that a reader makes."""

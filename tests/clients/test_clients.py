@@ -230,3 +230,17 @@ def test_a_thousand_raw_reviews_get_our_labels_everywhere(shared, node, tmp_path
     write_javascript(tmp_path / "onnx", tmp_path / "js")
     found = [dict(answer) for answer in node("js/reader.mjs", asked=texts)]
     check_scores(found, expected)
+
+
+def test_the_example_for_node_answers_as_we_do(folders, packages, tmp_path):
+    (tmp_path / "node_modules").symlink_to(packages)
+    shutil.copy(HERE.parents[1] / "examples/onnx_in_node.mjs", tmp_path)
+    folder = folders / "onnx-int8"
+    command = ["node", "onnx_in_node.mjs", folder, *SHORT]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for line, scores in zip(lines, predict_alone(folder / PLAIN), strict=True):
+        best = max(scores, key=scores.get)
+        assert line[0] == best
+        assert float(line[1]) == pytest.approx(scores[best], abs=1e-4)

@@ -1,0 +1,26 @@
+"""Train one recipe with several methods, and compare them.
+
+From the top of the repository: python examples/compare_methods.py RECIPE OUT [key=value ...]
+"""
+
+import sys
+from pathlib import Path
+
+from lora_sentiment import Recipe
+from lora_sentiment.commands.compare import compare, to_markdown
+from lora_sentiment.train import train
+
+METHODS = {
+    "lora": ["method={kind: lora, r: 8, target_modules: all-linear}"],
+    "lora_low_rank_head": ["method={kind: lora, r: 8}", "model.head=low_rank"],
+    "head": ["method={kind: head}"],
+    "full": ["method={kind: full}", "train.learning_rate=2e-4"],
+}
+
+path, out, *overrides = sys.argv[1:]
+folders = []
+for name, settings in METHODS.items():
+    folder = Path(out) / name
+    train(Recipe.load(path, [*settings, f"name={name}", f"output.dir={folder}", *overrides]))
+    folders.append(folder)
+print(to_markdown(compare(folders)))
