@@ -43,6 +43,7 @@ from lora_sentiment.models.wrap import make_trainable
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks import SINGLE_LABEL
 from lora_sentiment.training import loop
 from lora_sentiment.training.micro_batch import choose_max_tokens
 from lora_sentiment.training.processes import join_launch, make_accelerator
@@ -438,6 +439,7 @@ def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) ->
             model,
             train=job.rows,
             validation=take(job.rows, job.batches[0][-2:]),
+            task=SINGLE_LABEL,
             numbers=np.arange(len(job.rows)),
             config=TrainConfig(
                 batch_size=len(job.batches[0]), max_steps=steps, learning_rate=RATE, **more

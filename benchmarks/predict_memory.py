@@ -126,7 +126,7 @@ def make_classifier() -> Classifier:
         encoder,
         Engine(engine, 1024),
         clean=False,
-        temperature=None,
+        calibration=None,
         sha256="none",
     )
 

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,16 @@ from lora_sentiment.adapter.safe_files import (
     read_bytes,
     read_labels,
     read_object,
-    refuse_other_task,
+    read_task,
 )
 from lora_sentiment.cleaning import clean_text, remove_cleaning
 from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
-from lora_sentiment.errors import AdapterError, DataError, ModelError, show, show_names
+from lora_sentiment.errors import AdapterError, DataError, ModelError, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
 from lora_sentiment.models.families import FAMILIES, num_positions
-from lora_sentiment.tasks.single_label import softmax
+from lora_sentiment.tasks import SINGLE_LABEL, Task, find_task_of
+from lora_sentiment.tasks.task import Calibration
 
 WEIGHTS = "model.safetensors"
 EMPTY_TEXT = "text is empty"
@@ -50,15 +51,19 @@ class Prediction:
     """The answer to one text.
 
     Attributes:
-        label: The likeliest label, or None for a text without tokens.
+        label: The likeliest of single labels, or None for a text without tokens.
         score: Its probability, or None.
-        scores: The probability of every label, by name; empty without a label.
+        labels: The labels of a multi-label model, or None.
+        value: The value of a regression, or None.
+        scores: The probability of every label, or the value, by name; empty without an answer.
         error: Why there is no label, or None.
     """
 
-    label: str | None
-    score: float | None
-    scores: dict[str, float]
+    label: str | None = None
+    score: float | None = None
+    labels: list[str] | None = None
+    value: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -71,25 +76,32 @@ class Classifier:
         encoder: From a text to token ids.
         engine: From token ids to logits.
         clean: Whether texts are cleaned first, as in training.
-        temperature: Fitted on validation in training, or None if none is known.
+        calibration: What was fitted on validation in training, or None.
         sha256: Hash of everything that decides an answer.
         unverified: Facts that no hash confirms, one sentence each. Empty if every hash was checked.
+        task: What its labels are.
     """
 
     labels: tuple[str, ...]
     encoder: TextEncoder
     engine: Engine
     clean: bool
-    temperature: float | None
+    calibration: Calibration | None
     sha256: str
     unverified: tuple[str, ...] = ()
+    task: Task = SINGLE_LABEL
+
+    @property
+    def temperature(self) -> float | None:
+        """Fitted on validation in training, or None if none is known."""
+        temperature = (self.calibration or {}).get("temperature")
+        return temperature if isinstance(temperature, float) else None
 
     def __post_init__(self) -> None:
-        """Refuse labels that are empty or equal."""
-        if len(set(self.labels)) < max(2, len(self.labels)) or not all(self.labels):
-            raise AdapterError(
-                f"labels: found {show(self.labels)}; a classifier needs two or more different names"
-            )
+        """Refuse labels and thresholds that do not fit the task."""
+        fault = self.task.check_answers(self.labels, self.calibration)
+        if fault:
+            raise AdapterError(fault)
 
     def predict(
         self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False
@@ -113,11 +125,11 @@ class Classifier:
         pooled, are_empty = self._compute(texts, stride=stride, calibrated=calibrated)
         for scores, is_empty in zip(pooled, are_empty, strict=True):
             if is_empty:
-                predictions.append(Prediction(None, None, {}, error=EMPTY_TEXT))
+                predictions.append(Prediction(error=EMPTY_TEXT))
                 continue
-            best = int(scores.argmax())
+            answer = self.task.make_answer(scores, self.labels, self.calibration)
             named = dict(zip(self.labels, scores.tolist(), strict=True))
-            predictions.append(Prediction(self.labels[best], float(scores[best]), named))
+            predictions.append(Prediction(**answer, scores=named))
         return predictions
 
     def is_empty(self, text: str) -> bool:
@@ -178,7 +190,7 @@ class Classifier:
                     f"the model answers {logits.shape[1:]} values a text for {len(self.labels)} "
                     f"labels: {show_names(self.labels)}"
                 )
-            scores = softmax(logits, temperature=temperature)
+            scores = self.task.compute_scores(logits, temperature=temperature)
             num_windows = np.bincount(owners)[owners, None]
             np.add.at(pooled, start + np.array(owners), scores / num_windows)
         return pooled, are_empty
@@ -297,6 +309,7 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
         tuple(card.labels),
         TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
         prepare_engine(loaded.model, dtype, device),
+        task=card.task,
         clean=card.data.config.clean,
         calibration=card.calibration,
         weights=[card.sha256, dtype],
@@ -317,13 +330,13 @@ def _load_whole(
         form = "a merged model, which knows them"
         _refuse_options(path, form, labels=labels, max_length=max_length)
         check_merge_record(path, record, weights=WEIGHTS)
-    refuse_other_task(path)
+    task = read_task(path)
     check_whole_model(path)
     names = tuple(labels) if labels else read_labels(path)
     length = record.max_length if record else max_length or _find_max_length(path)
     config = ModelConfig(name=str(path), max_length=length, dtype="float32")
     with ExplainLibraryError(path):
-        base = load_base(config, labels=names)
+        base = load_base(config, labels=names, problem_type=task.head_type)
     check_finite(path / WEIGHTS, dict(base.model.named_parameters()))
     if record:
         encoder = _make_recorded_encoder(path, record)
@@ -333,6 +346,7 @@ def _load_whole(
         names,
         encoder,
         prepare_engine(base.model, dtype, join_launch().device),
+        task=task,
         **_get_recorded(record),
         weights=[
             record.files[WEIGHTS] if record else hash_file(path / WEIGHTS),
@@ -366,6 +380,7 @@ def _load_onnx(path: Path, max_length: int | None) -> Classifier:
         read_labels(folder),
         encoder,
         open_session(path),
+        task=read_task(folder),
         **_get_recorded(record),
         weights=[
             record.files[name] if record else hash_file(path),
@@ -406,11 +421,11 @@ def _load_stock_peft(
     if is_hub_name(config.place):
         prepare_hub()
     loaded = load_base(config, labels=tuple(labels))
-    if loaded.problem_type:
+    task = find_task_of(loaded.problem_type)
+    if task is None:
         raise AdapterError(
-            f"{path}: problem_type of its base {name!r} is {loaded.problem_type}; this package "
-            "answers for models of one label a text (single_label_classification) alone; run this "
-            "one with PEFT"
+            f"{path}: problem_type of its base {name!r} is {loaded.problem_type}, which this package "
+            "does not know; run this one with PEFT"
         )
     max_length = max_length or num_positions(loaded.config)
     files = [path / PEFT_WEIGHTS, path / PEFT_CONFIG]
@@ -419,6 +434,7 @@ def _load_stock_peft(
         tuple(labels),
         TextEncoder.of(loaded.tokenizer, max_length=max_length, truncation="head"),
         prepare_engine(model, dtype, join_launch().device),
+        task=task,
         weights=[loaded.sha256, *map(hash_file, files), dtype],
         unverified=(
             f"that {name!r} is the base it was trained on: the folder records no hash of it",
@@ -441,23 +457,24 @@ def _make_classifier(
     engine: Engine,
     *,
     weights: list[str],
+    task: Task,
     clean: bool = False,
-    calibration: dict[str, float] | None = None,
+    calibration: Calibration | None = None,
     unverified: tuple[str, ...] = (),
 ) -> Classifier:
     """Return a classifier. Its hash covers `weights` and everything else that decides an answer."""
-    temperature = (calibration or {}).get("temperature")
     decisive = [
         *weights,
         encoder.tokenizer.to_str(),
         encoder.max_length,
         encoder.truncation,
         clean,
-        temperature,
+        (calibration or {}).get("temperature"),
         *labels,
+        *task.get_decisive(calibration),
     ]
     sha256 = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    return Classifier(labels, encoder, engine, clean, temperature, sha256, unverified)
+    return Classifier(labels, encoder, engine, clean, calibration, sha256, unverified, task)
 
 
 def _find_max_length(folder: Path) -> int:

@@ -22,6 +22,7 @@ from lora_sentiment.errors import (
     RecipeError,
     StoppedError,
     TrainingError,
+    one_line,
 )
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.models.families import refuse_unknown_linears
@@ -394,7 +395,7 @@ def predict(
         return
     answers = predict_lines(classifier, texts or sys.stdin, stride=stride, calibrated=calibrated)
     for answer in answers:
-        typer.echo(show_answer(answer, all_scores=all_scores, as_json=as_json))
+        typer.echo(show_answer(answer, classifier.task, all_scores=all_scores, as_json=as_json))
 
 
 @app.command()
@@ -634,9 +635,10 @@ def _show_scores(scores: Mapping[str, Any]) -> None:
     """Print metrics with their intervals."""
     from lora_sentiment.evaluation.statistics import show_interval
 
-    width = max(map(len, scores))
+    names = {metric: one_line(metric, limit=60) for metric in scores}
+    width = max(map(len, names.values()))
     for metric, interval in scores.items():
-        typer.echo(f"  {metric:<{width}} {show_interval(interval)}")
+        typer.echo(f"  {names[metric]:<{width}} {show_interval(interval)}")
 
 
 def _explain(
@@ -664,7 +666,7 @@ def _explain(
     for text in texts:
         if classifier.is_empty(text):
             answer = Answer(text, None, EMPTY_TEXT)
-            typer.echo(show_answer(answer, all_scores=False, as_json=as_json))
+            typer.echo(show_answer(answer, classifier.task, all_scores=False, as_json=as_json))
             continue
         try:
             explanation = explain(classifier, text, **options)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ from lora_sentiment.errors import (
     ModelError,
     TrainingError,
     one_line,
-    show_names,
 )
+from lora_sentiment.evaluation.metric import show_metric
 from lora_sentiment.evaluation.statistics import Interval, show_interval
 from lora_sentiment.fast import use_fast_encoder, why_not_fused
 from lora_sentiment.files import publish, write_file_aside, write_json
@@ -54,18 +54,15 @@ from lora_sentiment.models.token_limits import inference_tokens, micro_batch_tok
 from lora_sentiment.models.wrap import (
     checkpoint_activations,
     frozen_tensors,
+    head_layers,
     make_head_dense,
     make_trainable,
     refuse_unfit,
 )
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks.metrics import check_metric, confusion_matrix, score_calibrated
-from lora_sentiment.tasks.single_label import (
-    TEMPERATURE_BOUNDS,
-    fit_temperature,
-    make_class_weights,
-)
+from lora_sentiment.tasks import find_task
+from lora_sentiment.tasks.task import Calibration
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import History
 from lora_sentiment.training.loop import fit, why_not_graphs
@@ -187,12 +184,10 @@ def _run(
 
     history = _fit(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
-    temperature = fit_temperature(logits, encoded["validation"].labels)
-    lowest, highest = TEMPERATURE_BOUNDS
-    log.info(
-        "temperature fitted on validation: %.3f, within %s to %s", temperature, lowest, highest
-    )
-    calibration = {"temperature": temperature}
+    task = find_task(recipe.data.task)
+    calibration, fitted = task.calibrate(logits, encoded["validation"].labels, data.labels)
+    if fitted:
+        log.info("%s", fitted)
 
     # The adapter is saved before the judged rows are read: a bad row there must not cost the run.
     folder, card = run_folder, None
@@ -208,9 +203,12 @@ def _run(
     _predict_judged(recipe, setup, results, accelerator)
     for role, role_logits in results.logits.items():
         labels = encoded[role].labels
-        results.scores[role] = score_calibrated(role_logits, labels, calibration=calibration)
-        accuracy = show_interval(results.scores[role]["accuracy"].as_dict())
-        log.info("%s: accuracy %s", role, accuracy)
+        results.scores[role] = task.score(
+            role_logits, labels, names=data.labels, calibration=calibration
+        )
+        best_known = task.shown[0]
+        shown = show_interval(results.scores[role][best_known].as_dict())
+        log.info("%s: %s %s", role, show_metric(best_known), shown)
 
     report: dict[str, Any] = {}
     if card is not None:
@@ -218,7 +216,7 @@ def _run(
         publish(folder, recipe.folder, overwrite=recipe.output.overwrite)
         remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
-        _draw(recipe, setup.data.labels, history, results, run_folder)
+        _draw(recipe, setup.data.labels, history, results, run_folder, calibration)
     if offline:
         log.warning("%s", offline)
     accelerator.end_training()
@@ -235,16 +233,13 @@ def _load_data(recipe: Recipe) -> Data:
         "training on %s rows, validating on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
     )
     # Before the base is loaded, which takes time that a wrong setting should not cost.
-    check_metric(
+    task = find_task(recipe.data.task)
+    task.check_metric(
         recipe.train.metric_for_best_model, labels=data.validation.labels, names=data.labels
     )
-    weights = make_class_weights(
-        recipe.train.class_weights, labels=data.train.labels, names=data.labels
-    )
-    if weights is not None:
-        pairs = zip(data.labels, weights, strict=True)
-        shown = [f"{one_line(name, limit=40)} {weight:.3g}" for name, weight in pairs]
-        log.info("class weights: %s", show_names(shown))
+    sentence = task.describe_objective(recipe.train, labels=data.train.labels, names=data.labels)
+    if sentence:
+        log.info("%s", sentence)
     return data
 
 
@@ -252,7 +247,8 @@ def _load_model(recipe: Recipe, data: Data, dtype: torch.dtype, accelerator: Acc
     """Load the base and make it trainable on this process's device."""
     device = accelerator.device
     set_seed(recipe.train.seed)
-    base = load_base(recipe.model, labels=data.labels, device=device)
+    head_type = find_task(recipe.data.task).head_type
+    base = load_base(recipe.model, labels=data.labels, problem_type=head_type, device=device)
     loading_peak = peak_memory(device)
     quantisation = None
     if recipe.model.quantize != "none":
@@ -402,6 +398,7 @@ def _fit(
         train=encoded["train"],
         validation=encoded["validation"],
         numbers=setup.data.train.numbers,
+        task=find_task(recipe.data.task),
         config=recipe.train,
         method=recipe.method,
         accelerator=accelerator,
@@ -420,6 +417,14 @@ def _fit(
             "this"
         )
     make_head_dense(setup.model)
+    objective = find_task(recipe.data.task).make_objective(
+        recipe.train,
+        labels=encoded["train"].labels,
+        names=setup.data.labels,
+        device=accelerator.device,
+    )
+    *_, last = head_layers(setup.model).values()
+    objective.fold_into(cast(nn.Linear, last))
     setup.max_tokens = history.max_tokens  # lower where memory ran out
     return history
 
@@ -454,7 +459,7 @@ def _save_adapter(
     setup: _Setup,
     accelerator: Accelerator,
     folder: Path,
-    calibration: dict[str, float],
+    calibration: Calibration | None,
     offline: str | None,
 ) -> adapter_folder.Card:
     """Write weights, tokenizer and card, and compare the reloaded model with the trained one."""
@@ -568,24 +573,31 @@ def _draw(
     history: History,
     results: _Results,
     run_folder: Path,
+    calibration: Calibration | None,
 ) -> None:
     """Draw the pictures of a finished adapter. One that cannot be drawn is a warning."""
     # Validation comes first, so it is the last role if no other was judged.
     role = "test" if "test" in results.logits else list(results.logits)[-1]
-    predicted = results.logits[role].argmax(axis=1)
-    matrix = confusion_matrix(results.encoded[role].labels, predicted, len(labels))
+    task = find_task(recipe.data.task)
     title = f"{recipe.name}: {role}"
     missing = []
-    for name in ("training.png", "confusion.png"):
+    for name in ("training.png", task.picture):
         try:
             # Late, because matplotlib may be broken, and that must not cost a training.
-            from lora_sentiment.evaluation.plots import plot_confusion, plot_training
+            from lora_sentiment.evaluation.plots import plot_training
 
             with write_file_aside(recipe.folder / name, folder=run_folder) as picture:
                 if name == "training.png":
                     plot_training(history, picture, title=recipe.name)
                 else:
-                    plot_confusion(matrix, picture, labels=labels, title=title)
+                    task.draw(
+                        results.logits[role],
+                        results.encoded[role].labels,
+                        picture,
+                        names=labels,
+                        title=title,
+                        calibration=calibration,
+                    )
         except DRAWING_FAULTS as error:
             reason = one_line(str(error)) or type(error).__name__
             log.warning("%s cannot be drawn: %s; the adapter is complete without it", name, reason)

@@ -27,13 +27,14 @@ def save_random(
     head=1.0,
     seed=1,
     max_length=16,
+    task="single_label",
     **model,
 ):
     """Save an adapter whose trained tensors are random. Return the model and its base.
 
     `probe` holds the token ids of the probe's texts. `record` names other rows than those of a Hub
-    data set `x/y`. `head` is a factor of the head's weights. Further options are the recipe's
-    `model` keys.
+    data set `x/y`, whose task is `task`. `head` is a factor of the head's weights. Further options
+    are the recipe's `model` keys.
     """
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
@@ -53,7 +54,9 @@ def save_random(
         model_config=config,
         method=method,
         data=record
-        or DataRecord(config=DataConfig(source="x/y"), train_sha256="0", validation_sha256="1"),
+        or DataRecord(
+            config=DataConfig(source="x/y", task=task), train_sha256="0", validation_sha256="1"
+        ),
         machine={"threads": 2},
         trained=compute_probe(trained, probe),
         tolerance=1e-4,

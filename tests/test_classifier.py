@@ -361,17 +361,16 @@ def test_a_text_without_tokens_gets_no_label(toy_adapter, form):
     good, *empty = classifier.predict(["good", *NO_TOKEN])
     assert good.label in classifier.labels
     assert good.error is None
-    assert empty == [Prediction(None, None, {}, error="text is empty")] * len(NO_TOKEN)
+    assert empty == [Prediction(error="text is empty")] * len(NO_TOKEN)
 
 
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classif"),
-        ({"problem_type": "regression"}, "problem_type is 'regression'"),
+        ({"problem_type": "regression"}, "a regression has one, the name of its value"),
         ({"problem_type": "token_classification"}, "problem_type is 'token_classification'"),
         ({"problem_type": ["x"]}, r"problem_type is \['x'\]"),
-        ({"id2label": {"0": "LABEL_0"}}, "has one label, so transformers runs it as a regression"),
+        ({"id2label": {"0": "LABEL_0"}}, "has one label and no problem_type"),
     ],
 )
 @pytest.mark.parametrize("form", ["merged", "onnx"])
@@ -384,7 +383,7 @@ def test_a_model_of_another_task_is_refused(tmp_path, form, facts, message):
         load(folder)
 
 
-def test_a_base_of_another_task_serves_training_but_no_stock_peft_folder(
+def test_a_base_of_another_task_serves_training_and_decides_a_stock_peft_folder(
     stock, tmp_path, tiny_base
 ):
     folder, _ = stock
@@ -394,5 +393,11 @@ def test_a_base_of_another_task_serves_training_but_no_stock_peft_folder(
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     loaded = load_base(ModelConfig(name=str(base), max_length=16), labels=("bad", "good"))
     assert loaded.config.problem_type is None
-    with pytest.raises(AdapterError, match=r"problem_type of its base .* is multi_label"):
-        load(folder, labels=["bad", "good"], base=str(base))
+    single = load(folder, labels=["bad", "good"], base=str(tiny_base))
+    multi = load(folder, labels=["bad", "good"], base=str(base))
+    one, many = single.probabilities(["good"])[0], multi.probabilities(["good"])[0]
+    # The same two logits: their softmax is the sigmoid of their difference.
+    assert np.log(many / (1 - many)) @ [-1, 1] == pytest.approx(np.log(one[1] / one[0]), abs=1e-4)
+    assert multi.predict(["good"])[0].labels == [
+        multi.labels[i] for i in np.flatnonzero(many >= 0.5)
+    ]

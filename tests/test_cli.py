@@ -9,6 +9,7 @@ import pytest
 from lora_sentiment import cli
 from lora_sentiment.classifier import Prediction
 from lora_sentiment.commands.predict import Answer, show_answer
+from lora_sentiment.tasks import SINGLE_LABEL
 from tests.conftest import write_csv
 
 
@@ -261,11 +262,14 @@ LABELS = ["two\nlines", "a\ttab", "\x1b[31mred\x1b[0m", "\u202ereversed", "a|b `
 @pytest.mark.parametrize("label", LABELS)
 def test_an_answer_is_one_line_whatever_its_label_holds(label):
     answer = Answer("a\ntext", Prediction(label, 0.75, {label: 0.75, "other": 0.25}), None)
-    line = show_answer(answer, all_scores=True, as_json=False)
+    line = show_answer(answer, SINGLE_LABEL, all_scores=True, as_json=False)
     assert line.split("\t")[1:] == ["0.7500", line.split("\t")[2], "a text"]
     assert len(line.splitlines()) == 1
     assert line.isprintable() or line.replace("\t", "").isprintable()
-    assert json.loads(show_answer(answer, all_scores=False, as_json=True))["label"] == label
+    assert (
+        json.loads(show_answer(answer, SINGLE_LABEL, all_scores=False, as_json=True))["label"]
+        == label
+    )
 
 
 @pytest.mark.parametrize("text", ["-1 star", "--bad film", "-x", "-- "])

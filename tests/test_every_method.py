@@ -36,6 +36,7 @@ from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import Method, PeftMethod
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks import SINGLE_LABEL
 from lora_sentiment.training.loop import fit
 from lora_sentiment.training.processes import make_accelerator
 from tests.conftest import toy_rows
@@ -172,6 +173,7 @@ def train(model, base, method, *, steps=3, eval_steps=None, rate=1e-2):
         model,
         train=encoded,
         validation=encoded,
+        task=SINGLE_LABEL,
         numbers=np.arange(48),
         config=TrainConfig(
             batch_size=48,

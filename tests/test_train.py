@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -293,7 +292,7 @@ def test_the_temperature_is_fitted_on_validation_and_kept_in_the_card(toy_recipe
         fitted.append((logits, labels))
         return 2.5
 
-    monkeypatch.setattr("lora_sentiment.train.fit_temperature", fit)
+    monkeypatch.setattr("lora_sentiment.tasks.single_label.fit_temperature", fit)
     found = run(toy_recipe)
     ((logits, labels),) = fitted
     assert load(found.adapter).card.calibration == {"temperature": 2.5}
@@ -527,7 +526,8 @@ def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, ca
     recipe = Recipe.load(toy_recipe)
     recipe.folder.mkdir()
     model_card = recipe.folder / "README.md"
-    shutil.copy(CARD_TEMPLATE, model_card)
+    template = CARD_TEMPLATE.read_text(encoding="utf-8")
+    model_card.write_text(template.replace("$picture_file", "confusion.png"), encoding="utf-8")
 
     def fail(history, path, **_):
         path.write_bytes(b"half a picture")
@@ -535,7 +535,7 @@ def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_training", fail)
     labels = ("good", "bad")
-    _draw(recipe, labels, History(), fake_results(labels), tmp_path)
+    _draw(recipe, labels, History(), fake_results(labels), tmp_path, None)
     assert {path.name for path in recipe.folder.iterdir()} == {"README.md", "confusion.png"}
     assert "training.png" not in model_card.read_text()
     assert model_card.read_text().count("confusion.png") == 1

@@ -21,17 +21,14 @@ from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.recipe.yaml_reader import parse_yaml
+from lora_sentiment.tasks import Task
 from lora_sentiment.training.report import report_roles
 
 SHOWN_LABELS = 20
 """Labels that a card names; `card.json` or `config.json` names all."""
+NO_VALUE = {"value": None}
+"""The interval of a metric that a role does not have."""
 TEMPLATES = Path(__file__).parent / "templates"
-_HUB_METRICS = {
-    "accuracy": "accuracy",
-    "macro_f1": "f1",
-    "mcc": "matthews_correlation",
-    "auroc": "roc_auc",
-}
 
 
 def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft: bool) -> str:
@@ -53,7 +50,6 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         metadata=_make_metadata(name, card, report, is_peft=is_peft),
         name=name,
         warning=f"> **{card.offline}.**\n\n" if card.offline else "",
-        labels=_quote(card.labels),
         method=card.method.kind,
         base=card.base.name,
         revision=card.base.revision,
@@ -72,6 +68,11 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         tokens_per_second=f"{train['tokens_per_second']:,.0f}",
         engine=train["engine"],
         calibration=_describe_calibration(card),
+        kind=card.task.kind.format(labels=_quote(card.labels)),
+        limits=card.task.limits.format(labels=_quote(card.labels)),
+        trust=card.task.trust,
+        picture=card.task.picture_text,
+        picture_file=card.task.picture,
     )
 
 
@@ -97,7 +98,7 @@ def read_metadata(folder: Path) -> ModelCardData:
 
 
 def make_merged_card(
-    name: str, labels: tuple[str, ...], record: MergeRecord, source: ModelCardData
+    name: str, labels: tuple[str, ...], record: MergeRecord, source: ModelCardData, *, task: Task
 ) -> str:
     """Return the model card of a merged model.
 
@@ -106,6 +107,7 @@ def make_merged_card(
         labels: Label names in order.
         record: The record in its `config.json`.
         source: Metadata of the adapter's card, as `read_metadata` returns it.
+        task: What the labels are.
     """
     targets = {
         "base": "the base as it was published",
@@ -115,7 +117,7 @@ def make_merged_card(
         "merged.md",
         **_describe_record(name, record, source, library="transformers"),
         name=name,
-        labels=_quote(labels),
+        kind=task.kind.format(labels=_quote(labels)),
         target=targets[record.into],
         dtype=record.dtype,
         reading=describe_reading(record, other="this pipeline"),
@@ -130,7 +132,7 @@ def make_merged_card(
 
 
 def make_exported_card(
-    name: str, labels: tuple[str, ...], record: MergeRecord, source: ModelCardData
+    name: str, labels: tuple[str, ...], record: MergeRecord, source: ModelCardData, *, task: Task
 ) -> str:
     """Return the model card of a folder with ONNX files.
 
@@ -139,6 +141,7 @@ def make_exported_card(
         labels: Label names in order.
         record: The record in its `config.json`.
         source: Metadata of the merged model's card, as `read_metadata` returns it.
+        task: What the labels are.
     """
     has_int8 = QUANTISED in record.files
     code = (
@@ -159,7 +162,7 @@ def make_exported_card(
         "exported.md",
         **_describe_record(name, record, source, library="transformers.js", tags=("onnx",)),
         name=name,
-        labels=_quote(labels),
+        kind=task.kind.format(labels=_quote(labels)),
         files=files,
         **code,
         reading=describe_reading(record, other="another runtime"),
@@ -210,10 +213,12 @@ def show_cost(cost: Mapping[str, Any]) -> str:
     """Show what another way of reading costs, as `compare_readings` returns it, or the reason."""
     if "reason" in cost:
         return str(cost["reason"])
+    accuracy = ""
+    if cost["accuracy_change"] is not None:
+        accuracy = f", and accuracy changes by {100 * cost['accuracy_change']:.2f} points"
     return (
         f"{cost['changed']:,} of {cost['rows']:,} validation texts are read differently, "
-        f"{cost['flips']:,} labels change, and accuracy changes by "
-        f"{100 * cost['accuracy_change']:.2f} points"
+        f"{cost['flips']:,} labels change{accuracy}"
     )
 
 
@@ -252,9 +257,11 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
     dataset = None
     if is_on_hub(config.source):
         dataset = dataset_type = dataset_name = str(config.source)
-    elif config.source == bundled.NAME:
+    elif str(config.source) in bundled.SOURCES:
         # Somebody else may own a data set of this name on the Hub.
-        dataset_type, dataset_name = "bundled-reviews", "the reviews that ship with the package"
+        name_of_folder = bundled.SOURCES[str(config.source)].name
+        dataset_type = f"bundled-{name_of_folder}"
+        dataset_name = f"the {name_of_folder} that ship with the package"
     else:
         dataset_type, dataset_name = "local-files", "local files"
     # Validation chose the tensors and fitted the temperature. It is a result only if no other role
@@ -262,16 +269,17 @@ def _make_metadata(name: str, card: Card, report: Mapping[str, Any], *, is_peft:
     roles = report_roles(report)
     judged = [role for role in roles if role != "validation"] or roles
     results = []
+    hub_metrics = card.task.hub_metrics
     for role in judged:
         for metric, interval in report[role].items():
-            if metric not in _HUB_METRICS or interval["value"] is None:
+            if metric not in hub_metrics or interval["value"] is None:
                 continue
             result = EvalResult(
                 task_type="text-classification",
                 dataset_type=dataset_type,
                 dataset_name=dataset_name,
                 dataset_split=(config.splits or {}).get(role, role),
-                metric_type=_HUB_METRICS[metric],
+                metric_type=hub_metrics[metric],
                 metric_name=metric,
                 metric_value=round(interval["value"], 4),
             )
@@ -348,7 +356,11 @@ def _show_results(report: Mapping[str, Any]) -> str:
     roles = report_roles(report)
     rows = []
     for metric in report[roles[0]]:
-        rows.append([metric, *(show_interval(report[role][metric]) for role in roles)])
+        name, slash, label = metric.partition("/")
+        # A label may hold the character that ends a cell.
+        shown = f"{name} of {_quote([label])}".replace("|", "\\|") if slash else name
+        cells = [show_interval(report[role].get(metric, NO_VALUE)) for role in roles]
+        rows.append([shown, *cells])
     return _make_table(["metric", *roles], rows)
 
 
@@ -423,9 +435,5 @@ def _show_quantisation(card: Card) -> str:
 def _describe_calibration(card: Card) -> str:
     if card.calibration is None:
         return ""
-    return (
-        f" Divide the logits by the temperature {card.calibration['temperature']:.3f}, fitted on "
-        "validation and kept in `card.json`, and they are the calibrated ones of "
-        "`calibrated_log_loss` and `calibrated_ece`; on validation itself these flatter, and no "
-        "decision changes."
-    )
+    task = card.task
+    return task.describe_calibration(card.calibration, card.labels)

@@ -15,6 +15,8 @@ from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import DataError
 from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.engine import Engine, compute_logits
+from lora_sentiment.tasks import Task, find_task
+from lora_sentiment.tasks.task import Calibration
 
 log = logging.getLogger("lora_sentiment")
 
@@ -39,6 +41,8 @@ class Reference:
             validation has too few. Without `validation`, the bundled `reviews`, if labels may
             change.
         logits: The answers to each part, shape (num_rows, num_labels).
+        task: What the labels are.
+        calibration: What was fitted on validation in training, or None.
         validation: The validation rows as texts, or None.
         raw_texts: The same texts as they stand in their source, before cleaning.
         missing: Why there are no validation rows, or None.
@@ -48,6 +52,8 @@ class Reference:
     name: str
     rows: dict[str, Encoded]
     logits: dict[str, NDArray[np.float32]]
+    task: Task
+    calibration: Calibration | None
     validation: Rows | None
     raw_texts: list[str]
     missing: str | None
@@ -78,19 +84,17 @@ class Reference:
                 "rows": len(encoded),
                 "max_difference": difference if np.isfinite(difference) else None,
                 "allowed": allowed if exact else None,
-                "flips": int((answers.argmax(axis=1) != expected.argmax(axis=1)).sum()),
+                "flips": int(self.task.find_flips(expected, answers, self.calibration).sum()),
             }
             if part in LABELLED:
-                figures[f"accuracy_{self.name}"] = _compute_accuracy(expected, encoded)
-                figures[f"accuracy_{name}"] = _compute_accuracy(answers, encoded)
+                for form, logits in ((self.name, expected), (name, answers)):
+                    is_right = self.task.find_right(logits, encoded.labels, self.calibration)
+                    if is_right is not None:
+                        figures[f"accuracy_{form}"] = float(is_right.mean())
             compared[part] = figures
         if self.missing is not None:
             compared["validation"] = {"reason": self.missing}
         return compared
-
-
-def _compute_accuracy(logits: NDArray[np.float32], encoded: Encoded) -> float:
-    return float((logits.argmax(axis=1) == encoded.labels).mean())
 
 
 def make_reference(
@@ -98,6 +102,8 @@ def make_reference(
     name: str,
     *,
     card: Card | None,
+    task: Task,
+    calibration: Calibration | None,
     encoder: TextEncoder,
     max_rows: int,
     min_rows: int = 0,
@@ -110,6 +116,8 @@ def make_reference(
         name: Its name in figures.
         card: The adapter's card, which holds the probe and names the rows. Without it, the bundled
             texts are the probe.
+        task: What the labels are.
+        calibration: What was fitted on validation in training, or None.
         encoder: From texts to inputs, as in training.
         max_rows: Most validation rows.
         min_rows: Rows to take if there are as many: those of validation, then those of train. If
@@ -139,43 +147,61 @@ def make_reference(
     logits = {}
     for part, encoded in rows.items():
         logits[part] = compute_logits(engine, encoded, progress=part if progress else None)
-    return Reference(name, rows, logits, parts.get("validation"), raw_texts, missing, progress)
+    return Reference(
+        name,
+        rows,
+        logits,
+        task,
+        calibration,
+        parts.get("validation"),
+        raw_texts,
+        missing,
+        progress,
+    )
 
 
 def compare_readings(
+    reference: Reference,
     engine: Engine,
     encoder: TextEncoder,
     one: list[NDArray[np.int32]],
     other: list[NDArray[np.int32]],
-    labels: NDArray[np.int64],
 ) -> dict[str, Any]:
     """Compute what reading the same texts in another way costs.
 
     Args:
+        reference: Its validation rows are the texts.
         engine: The model.
         encoder: Puts inputs together.
         one: The input of each text, read in one way.
         other: The input of each text, read in the other way.
-        labels: The label of each text, shape (num_texts,).
 
     Returns:
         `rows`, `changed` (texts that are read differently), `flips` (texts that get another label)
-        and `accuracy_change`.
+        and `accuracy_change`, which is null for a task without right and wrong.
     """
     changed = []
     for position, (input_ids, other_ids) in enumerate(zip(one, other, strict=True)):
         if not np.array_equal(input_ids, other_ids):
             changed.append(position)
-    figures = {"rows": len(one), "changed": len(changed), "flips": 0, "accuracy_change": 0.0}
-    if changed:
-        chosen = []
-        for inputs in (one, other):
-            packed = encoder.pack([inputs[position] for position in changed])
-            chosen.append(compute_logits(engine, packed).argmax(axis=1))
-        before, after = chosen
-        gained = (after == labels[changed]).sum() - (before == labels[changed]).sum()
-        figures["flips"] = int((before != after).sum())
-        figures["accuracy_change"] = float(gained / len(one))
+    figures: dict[str, Any] = {"rows": len(one), "changed": len(changed)}
+    assert reference.validation is not None
+    labels = reference.validation.labels[changed]
+    task, calibration = reference.task, reference.calibration
+    has_right = task.find_right(reference.logits["probe"][:0], labels[:0], calibration) is not None
+    figures |= {"flips": 0, "accuracy_change": 0.0 if has_right else None}
+    if not changed:
+        return figures
+    logits, num_right = [], []
+    for inputs in (one, other):
+        packed = encoder.pack([inputs[position] for position in changed])
+        logits.append(compute_logits(engine, packed))
+        is_right = task.find_right(logits[-1], labels, calibration)
+        num_right.append(None if is_right is None else int(is_right.sum()))
+    figures["flips"] = int(task.find_flips(logits[0], logits[1], calibration).sum())
+    before, after = num_right
+    gained = None if before is None or after is None else (after - before) / len(one)
+    figures["accuracy_change"] = gained
     return figures
 
 
@@ -209,8 +235,8 @@ def count_changes(
         rows are right, or None if no rows with labels could be read.
     """
     parts = [part for part in LABELLED if "rows" in compared.get(part, {})]
-    has_labels = bool(parts)
-    if not has_labels:
+    has_labels = bool(parts) and f"accuracy_{before}" in compared[parts[0]]
+    if not parts:
         parts = ["reviews"] if "reviews" in compared else ["probe"]
     rows, flips, lost = 0, 0, 0
     for part in parts:
@@ -255,11 +281,12 @@ def _load_labelled(
         raise DataError(
             f"{config.source}: changed since training, so its validation rows are other ones"
         )
-    rows = sample(data.validation, num_rows=max(max_rows, min_rows), seed=config.split_seed)
+    task = find_task(config.task)
+    rows = sample(data.validation, task, num_rows=max(max_rows, min_rows), seed=config.split_seed)
     parts = {"validation": rows}
     num_lacking = min_rows - len(rows)
     if num_lacking > 0 and data.train.fingerprint == card.data.train_sha256:
-        parts["train"] = sample(data.train, num_rows=num_lacking, seed=config.split_seed)
+        parts["train"] = sample(data.train, task, num_rows=num_lacking, seed=config.split_seed)
     raw_texts = list(rows.texts)
     if config.clean:
         role = "validation" if "validation" in data.counts else "train"

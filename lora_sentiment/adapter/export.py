@@ -39,7 +39,7 @@ from lora_sentiment.adapter.merge_record import (
     write_merge_record,
 )
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
-from lora_sentiment.adapter.safe_files import ExplainLibraryError, read_labels
+from lora_sentiment.adapter.safe_files import ExplainLibraryError, read_labels, read_task
 from lora_sentiment.cleaning import remove_cleaning
 from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
 from lora_sentiment.errors import AdapterError, ModelError
@@ -192,7 +192,7 @@ def export(
                 "files": {file: hash_file(aside / file) for file in engines},
             }
         )
-        readme = make_exported_card(out.name, labels, exported, source)
+        readme = make_exported_card(out.name, labels, exported, source, task=read_task(aside))
         (aside / "README.md").write_text(readme, encoding="utf-8")
         write_merge_record(aside, exported)
     return Export(
@@ -232,7 +232,7 @@ def _load_merged(
 ) -> tuple[Any, Reference]:
     """Load a merged model in fp32, whatever its dtype, and compute its answers to compare with."""
     config = ModelConfig(name=str(folder.resolve()), max_length=record.max_length, dtype="float32")
-    base = load_base(config, labels=labels)
+    base = load_base(config, labels=labels, problem_type=read_task(folder).head_type)
     base.model.eval()
     if record.cleaning_steps:
         with ExplainLibraryError(folder / "tokenizer.json"):
@@ -244,6 +244,8 @@ def _load_merged(
         make_engine(base.model),
         "merged",
         card=card,
+        task=read_task(folder),
+        calibration=record.calibration,
         encoder=encoder,
         max_rows=max_rows,
         min_rows=min_rows,

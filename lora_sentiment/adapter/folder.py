@@ -5,11 +5,11 @@ import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -32,6 +32,8 @@ from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.section import Section
+from lora_sentiment.tasks import Task, find_task
+from lora_sentiment.tasks.task import Calibration
 
 SCHEMA = 1
 PROBE_TOLERANCE = 1e-4
@@ -69,6 +71,11 @@ class DataRecord(Section):
     carved_test_sha256: str | None = None
     """Fingerprint of the test rows if they were carved out of train, or null."""
 
+    @property
+    def task(self) -> Task:
+        """What the labels are. Records of older versions have single labels."""
+        return find_task(self.config.task)
+
 
 class Probe(Section):
     """Token ids of texts of our own, and the fp32 logits that the adapter gave for them."""
@@ -84,8 +91,8 @@ class Card(Section):
 
     schema_: int = Field(alias="schema", ge=1)
     """Version of this file's layout."""
-    labels: list[str] = Field(min_length=2)
-    """Label names. The index of a name is its label."""
+    labels: list[str] = Field(min_length=1)
+    """Label names. The index of a name is its label. A regression has one: its column."""
     max_length: int = Field(ge=8)
     """Longest input in tokens."""
     truncation: Literal["head", "head_tail"]
@@ -102,8 +109,8 @@ class Card(Section):
     """The rows of training."""
     offline: str | dict[str, str] | None = None
     """Bundled parts that were used because no Hub answered. Older versions wrote a mapping."""
-    calibration: dict[str, float] | None
-    """Temperature fitted on validation, or null."""
+    calibration: Calibration | None
+    """What was fitted on validation: `temperature`, `thresholds`, or null."""
     versions: dict[str, str]
     """Package to version, of the packages that fix the bytes."""
     machine: dict[str, Any]
@@ -111,6 +118,18 @@ class Card(Section):
     micro-batches."""
     probe: Probe
     """Answers of this adapter to texts of our own."""
+
+    @property
+    def task(self) -> Task:
+        """What its labels are. Cards of older versions have single labels."""
+        return self.data.task
+
+    @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> Self:
+        fault = self.task.check_answers(self.labels, self.calibration)
+        if fault:
+            raise ValueError(fault)
+        return self
 
     @property
     def sha256(self) -> str:
@@ -121,6 +140,7 @@ class Card(Section):
             self.max_length,
             self.truncation,
             self.files,
+            *self.task.get_decisive(self.calibration),
         ]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -153,7 +173,7 @@ def save(
     machine: dict[str, Any],
     trained: Probe,
     tolerance: float,
-    calibration: dict[str, float] | None = None,
+    calibration: Calibration | None = None,
     offline: str | None = None,
 ) -> Card:
     """Write weights, tokenizer and card, and verify them.
@@ -173,7 +193,7 @@ def save(
         trained: Answers of the trained model to texts of our own, in its compute dtype.
         tolerance: Largest difference between a logit of the trained and of the rebuilt model, in
             units of max(1, largest logit). It allows for rounding of the compute dtype.
-        calibration: Temperature fitted on validation, or None.
+        calibration: What was fitted on validation, or None.
         offline: The sentence of `resolve_offline`, or None.
 
     Returns:
@@ -186,7 +206,7 @@ def save(
     # machine.
     config = model_config.model_copy(update={"dtype": "float32"})
     device = next(model.parameters()).device
-    fresh = load_base(config, labels=labels, device=device)
+    fresh = load_base(config, labels=labels, problem_type=data.task.head_type, device=device)
     if fresh.sha256 != base.sha256:
         raise AdapterError(
             f"the base {base.name!r} changed on disk during training; its hash was "
@@ -195,7 +215,7 @@ def save(
     if isinstance(method, LoraMethod) and method.changes_base:
         save_as_plain_lora(folder, model, fresh, method, config)
         # PEFT took the start values out of the fresh base.
-        fresh = load_base(config, labels=labels, device=device)
+        fresh = load_base(config, labels=labels, problem_type=data.task.head_type, device=device)
     else:
         save_weights(folder, model)
     # The settings of the tokenizer's last call must not be saved: other runtimes would cut every
@@ -320,10 +340,11 @@ def load(
     # Not as a Probe, which refuses logits that are not finite.
     answers = _answer(model, card.probe.input_ids)
     difference = _largest_difference(answers, card.probe.logits)
-    if not difference <= PROBE_TOLERANCE:
+    allowed = card.task.find_allowed_difference(np.array(card.probe.logits), PROBE_TOLERANCE)
+    if not difference <= allowed:
         raise AdapterError(
             f"{folder}: answers its probe differently than when it was saved (logits differ by "
-            f"{difference:.2g}, allowed {PROBE_TOLERANCE:g}); versions then: {card.versions}"
+            f"{difference:.2g}, allowed {allowed:g}); versions then: {card.versions}"
         )
     return Loaded(model=model, tokenizer=fresh.tokenizer, card=card)
 
@@ -332,7 +353,9 @@ def _load_recorded_base(config: ModelConfig, card: Card, device: torch.device | 
     if is_hub_name(config.place):
         prepare_hub()
     try:
-        return load_base(config, labels=tuple(card.labels), device=device)
+        return load_base(
+            config, labels=tuple(card.labels), problem_type=card.task.head_type, device=device
+        )
     except ModelError as error:
         raise ModelError(
             f"{error.message}; if the base is elsewhere now, name it with --base", key=error.key

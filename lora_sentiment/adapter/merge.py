@@ -198,6 +198,8 @@ def merge_aside(
         engine,
         "adapter",
         card=card,
+        task=card.task,
+        calibration=card.calibration,
         encoder=encoder,
         max_rows=max_rows,
         min_rows=0 if exact else JUDGED_ROWS,
@@ -244,7 +246,7 @@ def merge_aside(
         readings=readings,
         files={WEIGHTS: hash_file(aside / WEIGHTS)},
     )
-    readme = make_merged_card(out.name, tuple(card.labels), record, source)
+    readme = make_merged_card(out.name, tuple(card.labels), record, source, task=card.task)
     (aside / "README.md").write_text(readme, encoding="utf-8")
     write_merge_record(aside, record)
     reading = describe_reading(record, other="a stock pipeline")
@@ -289,7 +291,7 @@ def _make_merged(adapter: Path, loaded: Loaded, *, into: Into, base: str | None)
     config = ModelConfig(
         name=base or card.base.name, revision=revision, max_length=card.max_length, dtype="float32"
     )
-    plain = load_base(config, labels=tuple(card.labels))
+    plain = load_base(config, labels=tuple(card.labels), problem_type=card.task.head_type)
     if plain.sha256 != card.base.base_sha256:
         raise AdapterError(
             f"the base {config.name!r} changed on disk while {adapter} was being merged; try again"
@@ -363,10 +365,10 @@ def _measure_readings(
     raw = [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, truncation=True)["input_ids"]]
     every = np.arange(len(rows))
     cleaned = take_rows(own.encode(rows), every)
-    readings = {"stock": compare_readings(engine, own, cleaned, raw, rows.labels)}
+    readings = {"stock": compare_readings(reference, engine, own, cleaned, raw)}
     if measures_head:
         before = take_rows(reference.rows["validation"], every)
-        readings["head"] = compare_readings(engine, own, before, cleaned, rows.labels)
+        readings["head"] = compare_readings(reference, engine, own, before, cleaned)
     return readings
 
 

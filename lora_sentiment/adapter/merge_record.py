@@ -22,6 +22,7 @@ from lora_sentiment.errors import AdapterError
 from lora_sentiment.files import write_json
 from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.recipe.section import Section
+from lora_sentiment.tasks.task import Calibration
 
 KEY = "lora_sentiment"
 SCHEMA = 2
@@ -61,8 +62,8 @@ class MergeRecord(Section):
     cleaning_steps: int = Field(0, ge=0)
     """Number of steps of the normalizer in `tokenizer.json` that clean texts, for other programs.
     This package removes them and cleans by itself, which leaves nothing out."""
-    calibration: dict[str, float] | None
-    """Temperature fitted on validation, or null."""
+    calibration: Calibration | None
+    """What was fitted on validation, or null."""
     compared: dict[str, dict[str, Any]]
     """Differences from the adapter, by the form and the rows that were compared."""
     readings: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -6,6 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +24,13 @@ class Predictions:
 
     Attributes:
         logits: Shape (num_rows, num_labels).
-        labels: Shape (num_rows,).
+        labels: The labels of the rows, as their task has them.
         fingerprint: SHA-256 of the rows' texts and labels. Only equal rows can be paired.
     """
 
     logits: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     fingerprint: str
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether each row is right, shape (num_rows,)."""
-        return np.asarray(self.logits.argmax(axis=1) == self.labels)
 
 
 def save_predictions(folder: Path, predictions: Mapping[str, Predictions]) -> None:
@@ -42,7 +38,7 @@ def save_predictions(folder: Path, predictions: Mapping[str, Predictions]) -> No
     tensors: dict[str, NDArray[np.generic]] = {}
     for role, own in predictions.items():
         tensors[f"{role}.logits"] = own.logits
-        tensors[f"{role}.labels"] = own.labels.astype(np.int64)
+        tensors[f"{role}.labels"] = own.labels
         # Not as metadata: safetensors writes its keys in any order, and the bytes must repeat.
         fingerprint = bytes.fromhex(own.fingerprint)
         tensors[f"{role}.rows_sha256"] = np.frombuffer(fingerprint, dtype=np.uint8)

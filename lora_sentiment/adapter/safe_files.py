@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_sentiment.errors import AdapterError, show
 from lora_sentiment.files import LFS_FAULT, hash_file, is_lfs_pointer
+from lora_sentiment.tasks import TASKS, Task, find_task_of
 
 MAX_JSON_BYTES = 4 << 20
 """Largest JSON file. A card takes about 100 kB. Parsed JSON takes up to 20 times its bytes."""
@@ -206,35 +207,40 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def refuse_other_task(folder: Path) -> None:
-    """Refuse a whole model whose `config.json` says that softmax does not give its answers.
+def read_task(folder: Path) -> Task:
+    """Return the task of a whole model, as the `problem_type` in its `config.json` names it.
 
     Raises:
-        AdapterError: As `read_object`, and if the model is no single-label classifier.
+        AdapterError: As `read_object`, and if this package does not know the type, or the model has
+            one label and no type: transformers trains it as a regression and answers a sigmoid.
     """
     path = folder / "config.json"
     config = read_object(path)
-    task = config.get("problem_type")
-    if task not in (None, "single_label_classification"):
+    problem_type = config.get("problem_type")
+    task = find_task_of(problem_type)
+    if task is None:
+        known = ", ".join(str(known.problem_type) for known in TASKS)
         raise AdapterError(
-            f"{path}: problem_type is {show(task)}; this package answers for models of one label a "
-            "text (single_label_classification) alone; run this one with its own library"
+            f"{path}: problem_type is {show(problem_type)}; this package answers for {known}; run "
+            "this one with its own library"
         )
     labels = config.get("id2label", {})
-    if config.get("num_labels") == 1 or (isinstance(labels, dict) and len(labels) == 1):
+    has_one = config.get("num_labels") == 1 or (isinstance(labels, dict) and len(labels) == 1)
+    if has_one and problem_type is None:
         raise AdapterError(
-            f"{path}: has one label, so transformers runs it as a regression; this package answers "
-            "for classifiers of two or more labels alone; run this one with its own library"
+            f"{path}: has one label and no problem_type, so whether its answer is a number or a "
+            'probability is not known; write "problem_type": "regression" there if it is a number, '
+            "or run it with its own library"
         )
+    return task
 
 
 def read_labels(folder: Path) -> tuple[str, ...]:
     """Return the label names in the `config.json` of a whole model, in order.
 
     Raises:
-        AdapterError: As `refuse_other_task`, and if the labels are not numbered from 0.
+        AdapterError: As `read_object`, and if the labels are not numbered from 0.
     """
-    refuse_other_task(folder)
     path = folder / "config.json"
     # transformers leaves its own two names out.
     names = read_object(path).get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})

@@ -11,6 +11,14 @@ LICENSE = "apache-2.0"
 PATH_IN_CLONE = "lora_sentiment/bundled/base"
 """Where a clone of the repository has it."""
 REVIEWS = Path(__file__).parent / "reviews"
+SOURCES = {NAME: REVIEWS, "bundled-emotions": Path(__file__).parent / "emotions"}
+"""What `data.source` calls the texts that ship, and the folder of each."""
+STAND_INS = {
+    "single_label": {"source": NAME},
+    "multi_label": {"source": "bundled-emotions", "label_column": "emotions"},
+    "regression": {"source": NAME, "label_column": "stars"},
+}
+"""The `data` section that stands in for rows of each task where no Hub answers."""
 
 
 def probe_texts(num_texts: int = 32) -> list[str]:

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from lora_sentiment.adapter.predictions import load_predictions
 from lora_sentiment.adapter.safe_files import read_object
 from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, plan_recipe
 from lora_sentiment.errors import DRAWING_FAULTS, AdapterError, RecipeError, one_line
-from lora_sentiment.evaluation.statistics import mcnemar, paired_bootstrap
+from lora_sentiment.evaluation.metric import show_metric
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.sizes import count_parameters, make_meta_model
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod, UnfreezeMethod
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks import Task, find_task
 from lora_sentiment.training.report import report_roles
 
 log = logging.getLogger("lora_sentiment")
@@ -35,6 +37,7 @@ class Row:
 
     Attributes:
         name: Name of the run.
+        task: What its labels are.
         folder: Its adapter folder where one exists, else None.
         base: Hub name, or the folder's last part.
         method: What is trained, in short.
@@ -44,16 +47,19 @@ class Row:
         optimizer_bytes: AdamW's two moments.
         memory_bytes: Estimated peak of memory in use, interpreter and imports included.
         measured: What its run measured, from its report.json; None where it has not run. `role`
-            (test where there is one), `accuracy` and `macro_f1` with 95 % intervals, and of the
-            training `seconds`, `tokens_per_second` and `peak_memory_bytes`.
+            (test where there is one), the first two of the task's `shown` metrics with 95 %
+            intervals, such as `accuracy` and `macro_f1`, and of the training `seconds`,
+            `tokens_per_second` and `peak_memory_bytes`.
         paired: The run beside the first one on the same rows; None where that cannot be said.
-            `difference` is its accuracy minus that of the first, with a 95 % paired bootstrap
-            interval. `mcnemar` is the exact two-sided p value of both being equally accurate.
+            `difference` is its first metric minus that of the first, with a 95 % paired bootstrap
+            interval. `mcnemar` is the exact two-sided p value of both being equally accurate, and
+            `wilcoxon` that of a regression's absolute errors being alike.
             `num_rows` counts the rows.
         notes: What was assumed, and why something is missing.
     """
 
     name: str
+    task: Task
     folder: Path | None
     base: str
     method: str
@@ -68,7 +74,9 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
-        return {**asdict(self), "folder": str(self.folder) if self.folder else None}
+        fields = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+        fields |= {"task": self.task.name, "counts": asdict(self.counts)}
+        return {**fields, "folder": str(self.folder) if self.folder else None}
 
 
 def compare(paths: Sequence[Path]) -> list[Row]:
@@ -109,6 +117,7 @@ def _name_apart(rows: list[Row], paths: Sequence[Path]) -> list[Row]:
 def _make_row(path: Path) -> Row:
     """Read one recipe or adapter."""
     recipe, folder, notes = _find_run(path)
+    task = find_task(recipe.data.task)
     num_labels = _num_labels(folder) if folder else None
     # Not what this machine has, so that the same recipes give the same table everywhere.
     plan, assumed = plan_recipe(recipe, num_labels, this_machine=False)
@@ -122,6 +131,7 @@ def _make_row(path: Path) -> Row:
         base = Path(base).name
     return Row(
         name=one_line(recipe.name),
+        task=task,
         folder=folder if finished else None,
         base=base,
         method=describe(plan.method, recipe.model.head),
@@ -130,7 +140,7 @@ def _make_row(path: Path) -> Row:
         file_bytes=file_bytes or adapter_bytes(plan.config, recipe.method, recipe.model),
         optimizer_bytes=memory.optimizer,
         memory_bytes=BASELINE_BYTES + memory.peak,
-        measured=_read_report(folder) if folder and finished else None,
+        measured=_read_report(folder, task) if folder and finished else None,
         paired=None,
         notes=(*notes, *assumed),
     )
@@ -209,7 +219,7 @@ def _file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def _read_report(folder: Path) -> dict[str, Any]:
+def _read_report(folder: Path, task: Task) -> dict[str, Any]:
     """Read what a run measured: on test, else on the last role that was judged."""
     path = folder / "report.json"
     report = read_object(path)
@@ -221,8 +231,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
         train = report["train"]
         return {
             "role": role,
-            "accuracy": report[role]["accuracy"],
-            "macro_f1": report[role]["macro_f1"],
+            **{name: report[role][name] for name in task.shown[:2]},
             "seconds": train["seconds"],
             "tokens_per_second": train["tokens_per_second"],
             "peak_memory_bytes": train["peak_memory_bytes"],
@@ -244,12 +253,24 @@ def _pair(row: Row, first: Row) -> Row:
     if own.fingerprint != other.fingerprint:
         note = f"not paired with {first.name}: judged on other rows"
         return replace(row, notes=(*row.notes, note))
+    if row.task is not first.task:
+        note = f"not paired with {first.name}: its task is {first.task.name}"
+        return replace(row, notes=(*row.notes, note))
+    difference, p = row.task.compare_runs(
+        (own.logits, _read_calibration(row.folder)),
+        (other.logits, _read_calibration(first.folder)),
+        own.labels,
+    )
     paired = {
-        "difference": paired_bootstrap(own.correct, other.correct).as_dict(),
-        "mcnemar": mcnemar(own.correct, other.correct),
-        "num_rows": len(own.correct),
+        "difference": difference.as_dict(),
+        row.task.test[0]: p,
+        "num_rows": len(own.labels),
     }
     return replace(row, paired=paired)
+
+
+def _read_calibration(folder: Path) -> Any:
+    return read_object(folder / "card.json").get("calibration")
 
 
 def make_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -268,7 +289,10 @@ def make_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "optimizer": [_megabytes(row.optimizer_bytes) for row in rows],
         "memory, est.": [_gibibytes(row.memory_bytes) for row in rows],
     }
-    measured = [_measured_cells(row) for row in rows]
+    metrics: dict[str, None] = {}
+    for row in rows:
+        metrics |= dict.fromkeys(row.task.shown[:2])
+    measured = [_measured_cells(row, list(metrics)) for row in rows]
     for heading in measured[0]:
         columns[heading] = [cells[heading] for cells in measured]
     if len(set(columns["base"])) == 1 and len(rows) > 1:
@@ -278,19 +302,20 @@ def make_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     return {heading: cells for heading, cells in columns.items() if any(cells)}
 
 
-def _measured_cells(row: Row) -> dict[str, str]:
+def _measured_cells(row: Row, metrics: Sequence[str]) -> dict[str, str]:
     """Return a row's cells of what its run measured, by heading; empty where it has not run."""
-    headings = ("accuracy", "macro-F1", "time", "tokens/s", "memory", "against the first")
+    shown = [show_metric(name) for name in metrics]
+    headings = (*shown, "time", "tokens/s", "memory", "against the first")
     cells = dict.fromkeys(headings, "")
     if row.measured:
-        cells["accuracy"] = _percent(row.measured["accuracy"])
-        cells["macro-F1"] = _percent(row.measured["macro_f1"])
+        for name in row.task.shown[:2]:
+            cells[show_metric(name)] = _show(row.measured[name], row.task)
         cells["time"] = _time(row.measured["seconds"])
         cells["tokens/s"] = f"{row.measured['tokens_per_second']:,.0f}"
         cells["memory"] = _gibibytes(row.measured["peak_memory_bytes"])
     if row.paired:
-        difference = _percent(row.paired["difference"], sign="+")
-        cells["against the first"] = f"{difference}, p={row.paired['mcnemar']:.2g}"
+        difference = _show(row.paired["difference"], row.task, sign="+")
+        cells["against the first"] = f"{difference}, p={row.paired[row.task.test[0]]:.2g}"
     return cells
 
 
@@ -314,15 +339,23 @@ def make_notes(rows: Sequence[Row]) -> list[str]:
     roles = _measured_roles(rows)
     if roles:
         lines.append(
-            f"accuracy and macro-F1 on {roles} in %, brackets hold 95 % intervals of one run over "
-            "its rows"
+            f"{_list_metrics(rows)} on {roles}, brackets hold 95 % intervals of one run over its rows"
         )
     if any(row.paired for row in rows):
         lines.append(
-            f"against the first: accuracy minus that of {rows[0].name} on the same rows, paired; p "
-            "by McNemar"
+            f"against the first: {show_metric(rows[0].task.shown[0])} minus that of {rows[0].name} "
+            f"on the same rows, paired; p by {rows[0].task.test[1]}"
         )
     return lines
+
+
+def _list_metrics(rows: Sequence[Row]) -> str:
+    """Return the metrics of the table with their units, such as `accuracy and macro-F1 in %`."""
+    listed: dict[str, None] = {}
+    for row in rows:
+        names = " and ".join(show_metric(name) for name in row.task.shown[:2])
+        listed[f"{names} in %" if row.task.in_percent else names] = None
+    return "; ".join(listed)
 
 
 def _measured_roles(rows: Sequence[Row]) -> str:
@@ -358,10 +391,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     # matplotlib, only where there is something to draw.
     from lora_sentiment.evaluation.plots import ParetoPoint, plot_pareto
 
+    task = rows[0].task
+    metric = task.shown[0]
+    if not task.in_percent:
+        raise RecipeError(f"--plot: draws shares, and {task.name} has none; leave it out")
     points = []
     for row in rows:
-        if row.measured and row.measured["accuracy"]["value"] is not None:
-            accuracy = row.measured["accuracy"]
+        if row.measured and row.measured.get(metric, {}).get("value") is not None:
+            accuracy = row.measured[metric]
             point = ParetoPoint(
                 name=row.name,
                 trainable=row.counts.trainable,
@@ -376,10 +413,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             "--plot: none of these has a report.json, so there is no accuracy to draw; train one "
             "first"
         )
-    title = f"Trained parameters and accuracy on {_measured_roles(rows)} (area: peak memory)"
+    name = show_metric(metric)
+    title = f"Trained parameters and {name} on {_measured_roles(rows)} (area: peak memory)"
     try:
         with write_file_aside(path) as aside:
-            plot_pareto(points, aside, title=title)
+            plot_pareto(points, aside, title=title, metric=name)
     except DRAWING_FAULTS as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise RecipeError(
@@ -403,8 +441,10 @@ def _gibibytes(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB"
 
 
-def _percent(interval: Mapping[str, Any], sign: str = "") -> str:
+def _show(interval: Mapping[str, Any], task: Task, sign: str = "") -> str:
+    """Show an interval in per cent, or in the units of the task."""
     if interval["value"] is None:
         return "n/a"
-    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
+    factor = 100 if task.in_percent else 1
+    value, low, high = (factor * interval[key] for key in ("value", "low", "high"))
     return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"

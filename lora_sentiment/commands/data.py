@@ -17,8 +17,7 @@ from lora_sentiment.data.rows import load_all_judged, load_data
 from lora_sentiment.models.families import resolve_targets
 from lora_sentiment.models.load import check_base, load_tokenizer
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks.metrics import check_metric
-from lora_sentiment.tasks.single_label import make_class_weights
+from lora_sentiment.tasks import find_task
 from lora_sentiment.training.offline import resolve_offline
 
 log = logging.getLogger("lora_sentiment")
@@ -35,10 +34,11 @@ def describe_data(recipe: Recipe) -> DataReport:
     PartialState(cpu=not torch.accelerator.is_available())
     recipe, offline = resolve_offline(recipe)
     data = load_data(recipe.data)
-    check_metric(
+    task = find_task(recipe.data.task)
+    task.check_metric(
         recipe.train.metric_for_best_model, labels=data.validation.labels, names=data.labels
     )
-    make_class_weights(recipe.train.class_weights, labels=data.train.labels, names=data.labels)
+    task.describe_objective(recipe.train, labels=data.train.labels, names=data.labels)
     resolve_targets(recipe.method, check_base(recipe.model))
     tokenizer = load_tokenizer(recipe.model)
     max_length, truncation = recipe.model.max_length, recipe.model.truncation

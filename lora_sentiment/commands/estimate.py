@@ -25,6 +25,7 @@ from lora_sentiment.models.token_limits import micro_batch_tokens
 from lora_sentiment.models.wrap import refuse_unfit
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks import find_task
 
 BASELINE_BYTES = 585 * 2**20
 """Resident memory of the interpreter, the imports and one step of a toy model, measured with torch
@@ -176,8 +177,9 @@ def plan_recipe(
             precision.
     """
     model = recipe.model
-    if recipe.data.labels:
-        num_labels = len(recipe.data.labels)
+    named = find_task(recipe.data.task).count_outputs(recipe.data)
+    if named is not None:
+        num_labels = named
     config, assumed = find_base(model, num_labels)
     device: Literal["cpu", "cuda"] = "cpu"
     if this_machine and torch.cuda.is_available():

@@ -17,7 +17,6 @@ from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import make_fast, predict_logits
 from lora_sentiment.recipe.data import DataConfig
-from lora_sentiment.tasks.metrics import score_calibrated
 from lora_sentiment.training.processes import explain_lost_process, join_launch, make_accelerator
 
 log = logging.getLogger("lora_sentiment")
@@ -98,7 +97,9 @@ def evaluate(
         logits = predict_logits(
             model, encoded, accelerator=accelerator, progress=split if is_main else None
         )
-    scores = score_calibrated(logits, encoded.labels, calibration=card.calibration)
+    scores = card.task.score(
+        logits, encoded.labels, names=card.labels, calibration=card.calibration
+    )
     return Evaluation(split=split, num_rows=len(rows), scores=scores)
 
 
@@ -110,6 +111,8 @@ def _read_given(card: Card, source: str, split: str, given: dict[str, str]) -> R
     if recorded["labels"] is None and is_on_hub(card.data.config.source):
         # Older versions did not record that a Hub data set has put its names in order.
         recorded["labels"] = card.labels
+    if "label_column" in given:
+        recorded["label_columns"] = None
     other = {"source": source, "splits": None, "config": None, "revision": None}
     try:
         config = DataConfig.model_validate(recorded | other | given)

@@ -39,8 +39,8 @@ class Explanation:
     """The effect of each word of a text on the score of the text's label.
 
     Attributes:
-        label: The likeliest label of the whole text.
-        score: Its probability.
+        label: The likeliest label of the whole text, or the name of a regression's value.
+        score: Its probability, or the value.
         words: The words in order, separated by white space in the text.
         effects: One for each word: the score with the word minus the score without it. Above 0 the
             word speaks for the label, below 0 against it. The effects have no fixed sum.

@@ -38,6 +38,7 @@ from lora_sentiment.data.tables import (
 )
 from lora_sentiment.errors import DataError, did_you_mean, one_line, show_names
 from lora_sentiment.files import hash_file, lock_file, write_json
+from lora_sentiment.tasks import Task
 
 log = logging.getLogger("lora_sentiment")
 LINES_PER_WINDOW = 1000
@@ -68,7 +69,7 @@ class Summary:
     Attributes:
         rows: Rows of the input, and of the output.
         bad_rows: Rows with an error in place of a label.
-        labels: Rows of each label, in the classifier's order.
+        labels: Rows of each label, in the classifier's order; empty for a regression.
         parts: Parts that were joined.
         seconds: Wall time of this run, without the parts of an earlier run.
     """
@@ -105,19 +106,19 @@ def predict_lines(
         yield from _answer(classifier, window, stride=stride, calibrated=calibrated)
 
 
-def show_answer(answer: Answer, *, all_scores: bool, as_json: bool) -> str:
+def show_answer(answer: Answer, task: Task, *, all_scores: bool, as_json: bool) -> str:
     """Return the line that the command line prints for an answer."""
     prediction = answer.prediction
     if as_json:
         values: dict[str, Any] = {"error": answer.error}
         if prediction:
-            values = {"label": prediction.label, "score": prediction.score}
+            values = task.get_answer(prediction)
             if all_scores:
                 values["scores"] = prediction.scores
         return json.dumps({"text": answer.text, **values}, ensure_ascii=False)
     cells = ["-", str(answer.error)]
     if prediction:
-        cells = [one_line(str(prediction.label)), f"{prediction.score:.4f}"]
+        cells = [task.show_answer(task.get_answer(prediction))]
         if all_scores:
             scores = prediction.scores.items()
             cells.append(" ".join(f"{one_line(name)}={score:.4f}" for name, score in scores))
@@ -137,7 +138,8 @@ def show_summary(summary: Summary, output: Path) -> str:
         counts += f", {len(found) - SHOWN_LABELS:,} other labels {others:,}"
     if summary.bad_rows:
         counts += f"; {summary.bad_rows:,} with an error instead"
-    return f"{output}: {summary.rows:,} rows ({counts}) in {summary.seconds:,.1f} s"
+    counts = f" ({counts.removeprefix('; ')})" if counts else ""
+    return f"{output}: {summary.rows:,} rows{counts} in {summary.seconds:,.1f} s"
 
 
 def predict_file(
@@ -193,7 +195,7 @@ def predict_file(
     with _file_faults(output):
         if output.is_symlink():
             output = Path(os.path.realpath(output))  # the link stays, its target is replaced
-    new = _new_columns(classifier.labels, prefix=prefix, all_scores=all_scores)
+    new = _new_columns(classifier, prefix=prefix, all_scores=all_scores)
     folder = output.with_name(f"{output.name}.parts")
     rank, num_processes = _join_processes()
     locked = ExitStack()
@@ -208,7 +210,8 @@ def predict_file(
             raise DataError(f"another run is writing {output}; wait until it ends") from error
         _check_paths(input, output, resume=resume, overwrite=overwrite)
         types = _plan_columns(input, output, encoding, text_column, new)
-        num_rows = _try_output(input, output, encoding, text_column, types, new, classifier.labels)
+        cells = classifier.task.list_cells(classifier.labels)
+        num_rows = _try_output(input, output, encoding, text_column, types, new, cells)
         sha256 = hash_file(input)
         facts = {
             "input": input.name.encode(errors="backslashreplace").decode(),
@@ -235,14 +238,19 @@ def predict_file(
                 yield folder / f"part-{number:05d}.parquet", batch
 
     @_file_faults(output)
-    def join() -> Counter[str | None]:
+    def join() -> tuple[dict[str, int], int]:
         if hash_file(input) != sha256:
             raise DataError(f"{input}: changed while it was read; remove {folder}, and begin again")
-        label, *_, error = new
-        counts: Counter[str | None] = Counter()
+        task = classifier.task
+        *_, error = new
+        counts: Counter[str] = Counter()
+        num_bad = 0
         for path in folder.glob("part-*.parquet"):
-            counts.update(pq.read_table(path, columns=[label])[label].to_pylist())
-        columns = [name for name in types if name != error or counts[None]]
+            part = pq.read_table(path)
+            num_bad += len(part) - part[error].null_count
+            found = {name: part[f"{prefix}{name}"].to_pylist() for name in task.answer_columns}
+            counts.update(task.count_answers(found, classifier.labels))
+        columns = [name for name in types if name != error or num_bad]
         whole = folder / output.name
         with TableWriter(whole, columns=columns, types=types) as writer:
             for path, batch in read_batches():
@@ -250,7 +258,7 @@ def predict_file(
                 writer.write({name: filled[name] for name in columns})
         whole.replace(output)
         shutil.rmtree(folder)
-        return counts
+        return dict(counts), num_bad
 
     with locked, _file_faults(output):
         types, num_rows, sha256 = _run_on_main(prepare, num_processes)
@@ -268,13 +276,12 @@ def predict_file(
                 for first in range(0, len(texts), TOKENISE_ROWS):
                     few = texts[first : first + TOKENISE_ROWS]
                     for answer in _answer(classifier, few, stride=stride, calibrated=calibrated):
-                        _append(answer, answers, all_scores=all_scores)
+                        _append(answer, answers, classifier.task, all_scores=all_scores)
                     bar.update(len(few))
                 with TableWriter(path, columns=list(new), types=new) as writer:
                     writer.write(answers)
-        counts = _run_on_main(join, num_processes)
-    labels = {name: counts[name] for name in classifier.labels}
-    return Summary(num_rows, counts[None], labels, num_parts, time.perf_counter() - start)
+        counts, num_bad = _run_on_main(join, num_processes)
+    return Summary(num_rows, num_bad, counts, num_parts, time.perf_counter() - start)
 
 
 def _start_parts(folder: Path, facts: dict[str, Any], *, resume: bool) -> None:
@@ -321,22 +328,25 @@ def _check_parts(path: Path, facts: dict[str, Any], *, resume: bool) -> None:
     log.info("%s: going on after %d parts", folder, num_parts)
 
 
-def _new_columns(labels: Sequence[str], *, prefix: str, all_scores: bool) -> dict[str, pa.DataType]:
-    """Return the new columns with their types: the label first, the error last."""
-    scores = ["score"]
+def _new_columns(
+    classifier: Classifier, *, prefix: str, all_scores: bool
+) -> dict[str, pa.DataType]:
+    """Return the new columns with their types: those of the answer first, the error last."""
+    kinds = {str: pa.string(), float: pa.float64()}
+    types = {name: kinds[kind] for name, kind in classifier.task.answer_columns.items()}
     if all_scores:
-        scores += [f"score_{label}" for label in labels]
-    types = {"label": pa.string(), **dict.fromkeys(scores, pa.float64()), "error": pa.string()}
+        types |= {f"score_{label}": pa.float64() for label in classifier.labels}
+    types["error"] = pa.string()
     return {f"{prefix}{name}": kind for name, kind in types.items()}
 
 
-def _append(answer: Answer, columns: ColumnBatch, *, all_scores: bool) -> None:
+def _append(answer: Answer, columns: ColumnBatch, task: Task, *, all_scores: bool) -> None:
     """Append an answer to the new columns."""
     prediction = answer.prediction
     values: list[Any] = [None] * (len(columns) - 1)
     if prediction is not None:
         scores = prediction.scores.values() if all_scores else ()
-        values = [prediction.label, prediction.score, *scores]
+        values = [*task.to_columns(task.get_answer(prediction)), *scores]
     for column, value in zip(columns.values(), [*values, answer.error], strict=True):
         column.append(value)
 

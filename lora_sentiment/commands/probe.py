@@ -26,6 +26,7 @@ from lora_sentiment.models.sizes import MANY_STEPS
 from lora_sentiment.models.token_limits import inference_tokens
 from lora_sentiment.models.wrap import checkpoint_activations, frozen_tensors, make_trainable
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks import find_task
 from lora_sentiment.train import train  # noqa: F401 - the baseline has all the imports of a run
 from lora_sentiment.training.loop import fit
 from lora_sentiment.training.processes import join_launch, make_accelerator
@@ -141,13 +142,14 @@ def run_probe(recipe_path: str, result_path: str, num_labels: str) -> None:
     # Two micro-batches a step: the second meets the gradients of the first.
     step_rows = min(2 * rows, recipe.train.batch_size)
     steps = {"batch_size": step_rows, "max_steps": STEPS, "eval_steps": None, "report_to": ()}
-    texts = _make_texts(step_rows * STEPS, length, plan)
+    texts = _make_texts(recipe, step_rows * STEPS, length, plan)
     num_validation = max(1, inference_tokens(device.type) // length)
     fit(
         model,
         train=texts,
-        validation=_make_texts(num_validation, length, plan),
-        numbers=texts.labels,
+        validation=_make_texts(recipe, num_validation, length, plan),
+        numbers=np.arange(len(texts)),
+        task=find_task(recipe.data.task),
         config=recipe.train.model_copy(update=steps),
         method=recipe.method,
         accelerator=accelerator,
@@ -172,12 +174,13 @@ def _make_model(recipe: Recipe, plan: Plan, device: torch.device) -> nn.Module:
     return model
 
 
-def _make_texts(num_rows: int, length: int, plan: Plan) -> Encoded:
+def _make_texts(recipe: Recipe, num_rows: int, length: int, plan: Plan) -> Encoded:
     generator = np.random.default_rng(0)
     vocab_size = plan.config.vocab_size
     input_ids = generator.integers(vocab_size, size=num_rows * length, dtype=np.int32)
     offsets = np.arange(num_rows + 1, dtype=np.int64) * length
-    labels = np.arange(num_rows, dtype=np.int64) % plan.config.num_labels
+    task = find_task(recipe.data.task)
+    labels = task.make_toy_labels(num_rows, plan.config.num_labels)
     return Encoded(input_ids, offsets, labels, 0, 0)
 
 

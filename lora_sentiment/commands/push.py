@@ -38,6 +38,8 @@ ADAPTER_FILES = SHARED_FILES | {
     "recipe.yaml",
     "training.png",
     "confusion.png",
+    "labels.png",
+    "values.png",
 }
 MODEL_FILES = SHARED_FILES | {
     "config.json",
@@ -222,7 +224,7 @@ def _make_notes(name: str, card: Card | None, base: str, readme: str) -> list[st
         who = "whoever loads the adapter names theirs with --base; " if card else ""
         notes.append(f"the base was a folder of this machine: {who}its path {base} is in the files")
     source = card.data.config.source if card else bundled.NAME
-    if source != bundled.NAME and not is_on_hub(source):
+    if str(source) not in bundled.SOURCES and not is_on_hub(source):
         notes.append(
             f"the data were files of this machine: their paths {source} are in the files, but none "
             "of their text"

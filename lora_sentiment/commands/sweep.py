@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -25,6 +25,9 @@ from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.output import OutputConfig
 from lora_sentiment.recipe.recipe import Recipe, make_schema
 from lora_sentiment.recipe.yaml_reader import Dumper, parse_yaml
+
+if TYPE_CHECKING:
+    from lora_sentiment.tasks.task import Task
 
 log = logging.getLogger("lora_sentiment")
 
@@ -86,6 +89,7 @@ class Sweep:
     Attributes:
         axes: Keys with several values, in the order given.
         metric: The deciding metric: the recipe's train.metric_for_best_model on validation.
+        shown: The metrics that the table shows beside it.
         rows: Every run in the order of the grid, the last axis fastest.
         best: Position of the best in `rows`, or None if all diverged.
         command: The command that trains the best again and judges it, or None.
@@ -94,6 +98,7 @@ class Sweep:
 
     axes: tuple[str, ...]
     metric: str
+    shown: tuple[str, ...]
     rows: tuple[Row, ...]
     best: int | None
     command: str | None
@@ -137,13 +142,17 @@ def sweep(recipe_path: Path, assignments: Sequence[str]) -> Sweep:
             _run(trial.run)
         rows.append(_read_row(trial, earlier=ended))
     metric = trials[0].recipe.train.metric_for_best_model
-    best = _choose(rows, metric)
+    # Late: loads numpy, which a grid with a fault in it need not wait for.
+    from lora_sentiment.tasks import find_task
+
+    task = find_task(trials[0].recipe.data.task)
+    best = _choose(rows, metric, task)
     command = None
     if best is not None:
         launch = ("accelerate", "launch", "-m", "lora_sentiment.train")
         command = shlex.join([*launch, str(recipe_path), *trials[best].overrides])
-    notes = _make_notes(rows, best, trials[best or 0])
-    return Sweep(tuple(trials[0].values), metric, tuple(rows), best, command, notes)
+    notes = _make_notes(rows, best, trials[best or 0], tie=task.shown[-1])
+    return Sweep(tuple(trials[0].values), metric, task.shown, tuple(rows), best, command, notes)
 
 
 def make_trials(recipe_path: Path, assignments: Sequence[str]) -> list[Trial]:
@@ -406,38 +415,37 @@ def _read_row(trial: Trial, *, earlier: bool) -> Row:
         ) from error
 
 
-def _choose(rows: Sequence[Row], metric: str) -> int | None:
-    """Return the position of the best row: by the metric, then by log-loss, then the earliest."""
-    # Loads `evaluate`, which a grid with a fault in it need not wait for.
-    from lora_sentiment.tasks.metrics import METRICS
-
-    sign = 1 if METRICS[metric].greater_is_better else -1
+def _choose(rows: Sequence[Row], metric: str, task: "Task") -> int | None:
+    """Return the position of the best row: by the metric, ties by the last one shown."""
+    sign = 1 if task.find_metric(metric).greater_is_better else -1
+    tie_sign = 1 if task.find_metric(task.shown[-1]).greater_is_better else -1
     best, best_rank = None, (-math.inf, -math.inf)
     for position, row in enumerate(rows):
         if not row.validation:
             continue
-        log_loss = row.validation["log_loss"]["value"]
-        rank = (sign * row.validation[metric]["value"], -log_loss)
+        tie = tie_sign * row.validation[task.shown[-1]]["value"]
+        rank = (sign * row.validation[metric]["value"], tie)
         if rank > best_rank:
             best, best_rank = position, rank
     return best
 
 
-def _make_notes(rows: Sequence[Row], best: int | None, trial: Trial) -> tuple[str, ...]:
+def _make_notes(
+    rows: Sequence[Row], best: int | None, trial: Trial, *, tie: str
+) -> tuple[str, ...]:
     """Return what a reader must know of the rows.
 
     Args:
         rows: Every run.
         best: Position of the best, or None.
         trial: The trial of the best, or any.
+        tie: The metric that settles ties.
     """
     recipe = trial.recipe
     notes = ["every run diverged; lower train.learning_rate, or set model.dtype=float32"]
     if best is not None:
         metric = recipe.train.metric_for_best_model
-        notes = [
-            f"best: by {metric} on validation, ties by log_loss; being chosen flatters its score"
-        ]
+        notes = [f"best: by {metric} on validation, ties by {tie}; being chosen flatters its score"]
     if any(row.diverged for row in rows):
         notes.append(
             f"{rows[0].folder.parent}/*.diverged.txt say where a run diverged; delete such a file "
@@ -462,7 +470,7 @@ def make_columns(done: Sweep) -> dict[str, list[str]]:
     # Loads numpy, which a grid with a fault in it need not wait for.
     from lora_sentiment.evaluation.statistics import show_interval
 
-    metrics = dict.fromkeys([done.metric, "accuracy", "macro_f1", "log_loss"])
+    metrics = dict.fromkeys([done.metric, *done.shown])
     headings = ["best", *done.axes, *metrics, "best step", "time", "note"]
     columns: dict[str, list[str]] = {heading: [] for heading in headings}
     for position, row in enumerate(done.rows):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class Encoded:
     Attributes:
         input_ids: All rows one after another, [CLS] and [SEP] included, shape (num_tokens,).
         offsets: Row i is `input_ids[offsets[i]:offsets[i + 1]]`, shape (num_rows + 1,).
-        labels: Shape (num_rows,).
+        labels: Label of each row, as its task has them, first axis num_rows.
         truncated: Number of texts longer than max_length.
         pad_token_id: Fills the shorter rows of a batch.
         whole_lengths: Tokens of each text before truncation, [CLS] and [SEP] included, shape
@@ -63,7 +63,7 @@ class Encoded:
 
     input_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     truncated: int
     pad_token_id: int
     whole_lengths: NDArray[np.int64] | None = None
@@ -97,7 +97,7 @@ class Batch:
     Attributes:
         input_ids: Shape (num_rows, longest).
         attention_mask: 1 for tokens and 0 for padding, same shape. None if no row is padded.
-        labels: Shape (num_rows,).
+        labels: As in `Encoded`.
         index: Positions of the rows in their `Encoded`, shape (num_rows,).
         num_tokens: Tokens without padding.
     """
@@ -336,7 +336,7 @@ def make_batch(
     """Pad rows as `pad` does, to the next of `lengths`, and move them to a device."""
     import torch  # late: texts are tokenised without torch
 
-    def move(values: NDArray[np.int64]) -> torch.Tensor:
+    def move(values: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(values)
         if device.type == "cuda":
             # A copy from other memory may wait for all earlier work of the GPU.

@@ -6,7 +6,8 @@ from its own steps. Importing this module does not import torch.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +37,13 @@ class Packed:
         position_ids: Position of each token in its sequence, shape (size,).
         cu_seq_lens: Start of each sequence, then the end of the last one, shape (num_sequences +
             1,). The first `num_rows` sequences are rows.
-        labels: Shape (num_rows,). A missing row has NO_LABEL.
+        labels: First axis num_rows. A missing row has NO_LABEL, or nan among numbers.
     """
 
     input_ids: NDArray[np.int32]
     position_ids: NDArray[np.int32]
     cu_seq_lens: NDArray[np.int32]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,12 @@ def pack(encoded: Encoded, index: NDArray[np.int64], *, plan: PackPlan) -> Packe
         max_length=plan.max_length,
         pad_token_id=encoded.pad_token_id,
     )
-    packed.labels[: len(index)] = encoded.labels[index]
+    labels = encoded.labels[index]
+    missing = np.nan if labels.dtype.kind == "f" else NO_LABEL
+    filled = np.full((plan.num_rows, *labels.shape[1:]), missing, dtype=labels.dtype)
+    filled[: len(index)] = labels
     release_pages(encoded.input_ids.base)
-    return packed
+    return replace(packed, labels=filled)
 
 
 def pack_rows(

@@ -11,6 +11,7 @@ from lora_sentiment.cleaning import fold_name
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.rows import Counts, Data, Judged, Rows
 from lora_sentiment.errors import one_line, show, show_names
+from lora_sentiment.tasks import Task, find_task
 
 log = logging.getLogger("lora_sentiment")
 
@@ -31,6 +32,7 @@ def describe_role(
     encoded: Encoded,
     *,
     names: Sequence[str],
+    task: Task,
     max_length: int,
     read: Counts | None,
     seen_texts: NDArray[np.uint64] | None = None,
@@ -41,12 +43,14 @@ def describe_role(
         rows: The rows.
         encoded: Their token ids, with the lengths of whole texts.
         names: Label names.
+        task: The task of the labels.
         max_length: Most tokens of an input.
         read: Counts of reading them, or None if they were carved out of train.
         seen_texts: Digests of the texts that training uses, as `Rows.digests`. None for train.
 
     Returns:
-        `read`, `kept`, `cleaned` and `dropped`, or `carved_from`; then `rows`, `labels`,
+        `read`, `kept`, `cleaned` and `dropped`, or `carved_from`; then `rows`, what the task says
+        of the labels (`labels`: rows of each),
         `duplicates` (rows whose text stands earlier in the role), `seen` (rows whose text training
         uses) and `tokens` (with the lengths of whole texts, [CLS] and [SEP] included, and without
         these two the share of tokens that stand for unknown characters).
@@ -57,10 +61,11 @@ def describe_role(
         cleaned = {rule: count for rule, count in read.cleaned.items() if count}
         block = {"read": read.read, "kept": read.kept, "cleaned": cleaned, "dropped": dropped}
     block["rows"] = len(rows)
-    block["labels"] = {name: int((rows.labels == i).sum()) for i, name in enumerate(names)}
+    block |= task.describe_labels(rows.labels, names)
     first = rows.find_first_equal()
     is_repeated = first != np.arange(len(rows))
-    has_same_label = rows.labels[first] == rows.labels
+    is_same = rows.labels[first] == rows.labels
+    has_same_label = is_same.reshape(len(rows), -1).all(axis=1)
     block["duplicates"] = {
         "same_label": _count_rows(rows.numbers[is_repeated & has_same_label]),
         "other_label": _count_rows(rows.numbers[is_repeated & ~has_same_label]),
@@ -112,6 +117,7 @@ def describe_seen(data: Data, encoded: Mapping[str, Encoded], *, max_length: int
             data.train,
             encoded["train"],
             names=data.labels,
+            task=find_task(data.config.task),
             max_length=max_length,
             read=data.counts["train"],
         ),
@@ -119,6 +125,7 @@ def describe_seen(data: Data, encoded: Mapping[str, Encoded], *, max_length: int
             data.validation,
             encoded["validation"],
             names=data.labels,
+            task=find_task(data.config.task),
             max_length=max_length,
             read=data.counts.get("validation"),
             seen_texts=data.train.digests,
@@ -142,6 +149,7 @@ def describe_judged(
         judged.rows[role],
         encoded,
         names=data.labels,
+        task=find_task(data.config.task),
         max_length=max_length,
         read=judged.counts.get(role),
         seen_texts=data.seen_texts,
@@ -246,6 +254,11 @@ def _make_column(role: str, block: Mapping[str, Any]) -> dict[str, str]:
         if heading in column:
             heading = f"  {one_line(name, limit=30)} #{len(column) - 2}"
         column[heading] = f"{count:,}"
+    for heading, value in block.get("values", {}).items():
+        column[f"  value, {heading}"] = f"{value:.4g}"
+    if "labels_of_a_row" in block:
+        column["  no label"] = f"{block['labels_of_a_row']['none']:,}"
+        column["  labels of a row, mean"] = f"{block['labels_of_a_row']['mean']:.2f}"
     others = [count for _, count in counts[SHOWN_LABELS:]]
     if others:
         column[f"  {len(others)} more, each"] = f"{min(others):,} to {max(others):,}"

@@ -2,20 +2,18 @@
 
 import hashlib
 import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from sys import intern
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.cleaning import clean_text, fold_name, strip_blanks
+from lora_sentiment.cleaning import clean_text, strip_blanks
 from lora_sentiment.data.sources import (
     Columns,
     Source,
@@ -25,22 +23,13 @@ from lora_sentiment.data.sources import (
     read_columns,
 )
 from lora_sentiment.data.texts import Texts, encode_text, hash_texts, store_texts
-from lora_sentiment.errors import DataError, show, show_names
+from lora_sentiment.errors import DataError, show
 from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.tasks import Task, find_task
+from lora_sentiment.tasks.label_values import Fault, list_names
 
-INTEGER = re.compile(r"-?\d+")
-WHOLE = re.compile(r"[-+]?\d{1,18}([.,]0*)?")
-"""An integer, also as a table program writes it in a column with gaps: 1.0."""
-DECIMAL = re.compile(r"[-+]?(\d+[.,]\d*|[.,]\d+)([eE][-+]?\d+)?")
-UNKNOWN = -1
-"""Index of a label that is missing or has no name."""
 SHOWN_FAULTS = 5
 """Kinds of faults that a message names."""
-SHOWN_LABELS = 8
-"""Labels that a message names where all of them would be too many."""
-
-Fault = tuple[str, str]
-"""A kind of fault, which quotes no data, and a message."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +38,13 @@ class Rows:
 
     Attributes:
         texts: The cleaned text of each row.
-        labels: Label index of each row, shape (num_rows,).
+        labels: Label of each row, as its task has them: for `single_label` its index, shape
+            (num_rows,).
         numbers: Position of each row in its source, counted from 1, shape (num_rows,).
     """
 
     texts: Sequence[str]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     numbers: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -154,6 +144,7 @@ def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> D
     Raises:
         DataError: A source, column, label or row cannot be used.
     """
+    task = find_task(config.task)
     source = find_source(config)
     check_files(config, source)
     train, names, counts = _load_split(
@@ -164,30 +155,30 @@ def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> D
         max_rows=config.max_train_rows,
         for_training=True,
     )
-    if counts.own_names and config.labels is None:
+    if counts.own_names == names and config.labels is None:
         config = config.model_copy(update={"labels": names})
     all_counts = {"train": counts}
-    if len(np.unique(train.labels)) < 2:
-        label = show(names[train.labels[0]])
-        raise DataError(
-            f"{source.where('train')}: every row has the label {label}; a classifier needs two "
-            "labels"
-        )
+    fault = task.check_train(train.labels, names, config)
+    if fault:
+        raise DataError(f"{source.where('train')}: {fault}")
     carved_test = None
     is_test_carved = bool(config.test_fraction) and not source.judged
     carved_roles = ["validation"] if "validation" not in source.roles else []
     if is_test_carved:
         carved_roles.append("test")
-    _refuse_rare_labels(train, names, config, source, carved_roles)
+    _refuse_rare_labels(train, names, task, config, source, carved_roles)
     if is_test_carved:
         train, carved_test = carve(
             train,
             names,
+            task,
             fraction=config.test_fraction,
             seed=config.split_seed + 1,
             key="data.test_fraction",
         )
-        carved_test = sample(carved_test, num_rows=config.max_test_rows, seed=config.split_seed)
+        carved_test = sample(
+            carved_test, task, num_rows=config.max_test_rows, seed=config.split_seed
+        )
     if "validation" in source.roles:
         validation, _, all_counts["validation"] = _load_split(
             config, source, "validation", labels=names
@@ -196,6 +187,7 @@ def load_data(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> D
         train, validation = carve(
             train,
             names,
+            task,
             fraction=config.validation_fraction,
             seed=config.split_seed,
             key="data.validation_fraction",
@@ -305,13 +297,14 @@ def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[str]:
 
 
 def carve(
-    rows: Rows, names: Sequence[str], *, fraction: float, seed: int, key: str
+    rows: Rows, names: Sequence[str], task: Task, *, fraction: float, seed: int, key: str
 ) -> tuple[Rows, Rows]:
     """Split rows in two, stratified by label. Equal texts stay on one side.
 
     Args:
         rows: The rows to split.
         names: Label names, for messages.
+        task: The task of the labels.
         fraction: Share of each label's rows that goes to the second part.
         seed: Decides which rows.
         key: Recipe key of the fraction, for messages.
@@ -322,30 +315,33 @@ def carve(
     Raises:
         DataError: One part would hold no row of some label.
     """
-    generator = np.random.default_rng(seed)
     first = rows.find_first_equal()
     num_equal = np.bincount(first, minlength=len(rows))
     distinct = np.flatnonzero(num_equal)
-    # A text that occurs under two labels counts for the label of its first row.
-    distinct_labels = rows.labels[distinct]
     is_chosen = np.zeros(len(rows), dtype=bool)
-    for label in np.unique(distinct_labels):
-        texts = distinct[distinct_labels == label]
-        num_wanted = max(1, round(int(num_equal[texts].sum()) * fraction))
-        texts = texts[generator.permutation(len(texts))]
-        # Take the first texts in this order that together have as many rows as wanted.
-        num_texts = np.searchsorted(num_equal[texts].cumsum(), num_wanted) + 1
-        is_chosen[texts[:num_texts]] = True
+    # A text that occurs under two labels counts for the label of its first row.
+    is_chosen[distinct] = task.choose_texts(
+        rows.labels[distinct],
+        num_equal[distinct],
+        fraction=fraction,
+        generator=np.random.default_rng(seed),
+    )
     is_carved = is_chosen[first]
-    emptied = np.setdiff1d(rows.labels, rows.labels[~is_carved])
+    places, labels = task.find_occurrences(rows.labels)
+    emptied = np.setdiff1d(labels, labels[~is_carved[places]])
     if len(emptied):
-        fault = _explain_rare_labels(rows, names, emptied, fraction)
+        fault = _explain_rare_labels(labels, names, emptied, fraction)
         raise DataError(f"{fault}\nadd rows with these labels", advice={key: ", or lower {}"})
     return rows.take(np.flatnonzero(~is_carved)), rows.take(np.flatnonzero(is_carved))
 
 
 def _refuse_rare_labels(
-    rows: Rows, names: Sequence[str], config: DataConfig, source: Source, roles: list[str]
+    rows: Rows,
+    names: Sequence[str],
+    task: Task,
+    config: DataConfig,
+    source: Source,
+    roles: list[str],
 ) -> None:
     """Refuse labels with too few distinct texts for train and each role that is carved out of it.
 
@@ -354,17 +350,19 @@ def _refuse_rare_labels(
     """
     if not roles:
         return
-    first = rows.find_first_equal()
-    pairs = np.unique(np.stack([rows.labels, first]), axis=1)
+    places, labels = task.find_occurrences(rows.labels)
+    first = rows.find_first_equal()[places]
+    pairs = np.unique(np.stack([labels, first]), axis=1)
     present, num_texts = np.unique(pairs[0], return_counts=True)
     # A text that stands earlier under another label is carved with that label, or stays.
-    shared = rows.labels[rows.labels[first] != rows.labels]
+    codes = places * len(names) + labels
+    shared = labels[~np.isin(first * len(names) + labels, codes)]
     rare = np.setdiff1d(present[num_texts <= len(roles)], shared)
     if not len(rare):
         return
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
     fraction = sum(fractions[role] for role in roles)
-    fault = _explain_rare_labels(rows, names, rare, fraction)
+    fault = _explain_rare_labels(labels, names, rare, fraction)
     key = "data.splits" if source.hub else "data.source"
     named = ", ".join(f"{role}: .." for role in ("train", *roles))
     advice = {}
@@ -384,20 +382,20 @@ def _refuse_rare_labels(
 
 
 def _explain_rare_labels(
-    rows: Rows, names: Sequence[str], labels: NDArray[np.int64], fraction: float
+    labels: NDArray[np.int64], names: Sequence[str], rare: NDArray[np.int64], fraction: float
 ) -> str:
     """Count the labels of whose rows this fraction cannot be carved out."""
     counted = []
-    for label in labels.tolist():
-        num_rows = int((rows.labels == label).sum())
+    for label in rare.tolist():
+        num_rows = int((labels == label).sum())
         counted.append(f"{show(names[label])} ({num_rows:,})")
     fault = f"too few distinct texts to carve {100 * fraction:g}% out of"
-    if len(labels) == 1:
-        return f"label {show(names[labels[0]])} has {fault} its rows ({num_rows:,})"
-    return f"{len(labels)} labels have {fault} their rows: {', '.join(counted)}"
+    if len(rare) == 1:
+        return f"label {show(names[rare[0]])} has {fault} its rows ({num_rows:,})"
+    return f"{len(rare)} labels have {fault} their rows: {', '.join(counted)}"
 
 
-def sample(rows: Rows, *, num_rows: int | None, seed: int) -> Rows:
+def sample(rows: Rows, task: Task, *, num_rows: int | None, seed: int) -> Rows:
     """Return a stratified sample of rows in order. Each label keeps its share to within one row.
 
     All rows are returned if there are no more than `num_rows`, or if it is None.
@@ -407,7 +405,7 @@ def sample(rows: Rows, *, num_rows: int | None, seed: int) -> Rows:
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(rows))
     # Sorted by label, every k-th row is taken, which keeps the shares without rounding.
-    by_label = order[np.argsort(rows.labels[order], kind="stable")]
+    by_label = order[np.argsort(task.find_strata(rows.labels)[order], kind="stable")]
     taken = by_label[(np.arange(num_rows) * len(rows)) // num_rows]
     return rows.take(np.sort(taken))
 
@@ -434,6 +432,7 @@ def _load_split(
             `Counts.unlabelled` counts them.
         for_training: Whether dropping bad rows must leave a row of each label.
     """
+    task = find_task(config.task)
     where = source.where(role)
     columns, own_names = read_columns(config, source, role)
     counts = Counts(own_names=own_names)
@@ -443,48 +442,53 @@ def _load_split(
     counts.read = len(values)
     if not values:
         raise DataError(f"{where}: has no rows; name another file or split")
-    if may_be_hidden and labels and "-1" not in labels and all(v in (-1, "-1") for v in values):
+    if may_be_hidden and labels and task.are_hidden(values, labels):
         counts.unlabelled = len(values)
         empty = np.empty(0, dtype=np.int64)
         return Rows([], empty, empty), labels, counts
-    if own_names and labels and own_names != labels:
-        is_ordered = config.labels is not None
-        values = _rename(values, own_names, labels, where, is_ordered=is_ordered)
-    num_files = len(source.files.get(role, ()))
-    names = labels or own_names or _find_names(values, where, num_files=num_files)
-    is_ordered = config.labels is not None or own_names is not None
-    index = _index_labels(values, names, where, is_ordered=is_ordered)
-    for position in np.flatnonzero(index == UNKNOWN).tolist():
-        faults.setdefault(position, _explain_label(values[position], names))
+    read = task.read(
+        values,
+        config,
+        names=labels,
+        own_names=own_names,
+        where=where,
+        num_files=len(source.files.get(role, ())),
+    )
+    names = read.names
+    faults = read.faults | faults
     for position, (kind, _) in sorted(faults.items()):
         counts.dropped.setdefault(kind, []).append(position + 1)
     is_good = np.ones(len(values), dtype=bool)
     is_good[list(faults)] = False
-    lost = np.setdiff1d(np.arange(len(names) if for_training else 0), index[is_good])
+    lost = []
+    if faults and for_training:
+        left = task.count_labels(read.labels[is_good], names)
+        lost = [name for name, count in left.items() if not count]
     if faults and config.on_bad_row == "error":
-        may_drop = len(faults) < len(values) / 2 and not len(lost)
-        raise _bad_rows(where, faults, values, names, may_drop=may_drop)
+        may_drop = len(faults) < len(values) / 2 and not lost
+        raise _bad_rows(where, faults, may_drop=may_drop)
     if len(faults) == len(values):
         raise DataError(
             f"{where}: no usable row among {len(values)}: {', '.join(counts.dropped)}",
             advice={"data.on_bad_row": "; {}=error says which rows and why"},
         )
-    if faults and len(lost):
+    if lost:
         raise DataError(
-            f"{where}: no row is left for {_list([names[i] for i in lost])} after dropping "
+            f"{where}: no row is left for {list_names(lost)} after dropping "
             f"{len(faults):,} rows: {', '.join(counts.dropped)}; correct these rows",
             advice={"data.on_bad_row": "; {}=error says which rows and why"},
         )
-    rows = Rows(texts, index, np.arange(1, len(values) + 1))
+    rows = Rows(texts, read.labels, np.arange(1, len(values) + 1))
     if faults:
         rows = rows.take(np.flatnonzero(is_good))
-    sampled = sample(rows, num_rows=max_rows, seed=config.split_seed)
+    sampled = sample(rows, task, num_rows=max_rows, seed=config.split_seed)
     counts.kept = len(sampled)
-    unsampled = np.setdiff1d(rows.labels, sampled.labels)
+    before = task.find_occurrences(rows.labels)[1]
+    unsampled = np.setdiff1d(before, task.find_occurrences(sampled.labels)[1])
     if for_training and len(unsampled):
         raise DataError(
             f"{where}: a sample of {max_rows:,} rows holds no row of "
-            f"{_list([names[i] for i in unsampled])}",
+            f"{list_names([names[i] for i in unsampled])}",
             advice={"data.max_train_rows": "; set {} higher, or to null"},
         )
     return sampled, names, counts
@@ -514,73 +518,6 @@ def _clean_texts(
         values += [intern(value) if isinstance(value, str) else value for value in some_values]
 
 
-def _rename(
-    values: list[Any], own: tuple[str, ...], names: tuple[str, ...], where: str, *, is_ordered: bool
-) -> list[Any]:
-    """Turn integers of a data set with names of its own into our names.
-
-    If none of its names is ours, and ours are in order, the integers stay and count positions in
-    our names.
-    """
-    if set(own) <= set(names):
-        return [own[v] if isinstance(v, int) and 0 <= v < len(own) else v for v in values]
-    if set(own) & set(names) or len(own) != len(names) or not is_ordered:
-        raise DataError(
-            f"{where}: its labels are {', '.join(own)}, and not {', '.join(names)}; use rows with "
-            "the labels of the training"
-        )
-    return values
-
-
-def _label_text(value: Any) -> str:
-    """Return a label value as text, or an empty text for a value that is no label."""
-    return strip_blanks(str(value)) if isinstance(value, (str, int)) else ""
-
-
-def _find_names(values: list[Any], where: str, *, num_files: int) -> tuple[str, ...]:
-    """Return the sorted names of all label values.
-
-    Decimal numbers are refused: they are scores, or integers that a table program wrote as 1.0. So
-    are files with the integers 0, 1, .. beside files with as many words.
-    """
-    names = sorted({_label_text(value) for value in values} - {""}, key=_label_order)
-    decimals = [name for name in names if DECIMAL.fullmatch(name)]
-    if decimals and all(DECIMAL.fullmatch(name) or INTEGER.fullmatch(name) for name in names):
-        raise DataError(
-            f"{where}: the labels are decimal numbers, such as {min(decimals)}; a class is an "
-            "integer or a name: write integers, or state data.labels with every value in quotes if "
-            "they are names"
-        )
-    if not names:
-        raise DataError(
-            f"{where}: the label column holds neither text nor integers; its first value is "
-            f"{show(values[0])}"
-        )
-    if len(names) > max(100, len(values) // 2):
-        raise DataError(
-            f"{where}: the label column holds {len(names)} different values in {len(values)} rows; "
-            "is it the right column?"
-        )
-    integers = [name for name in names if INTEGER.fullmatch(name)]
-    words = [name for name in names if not INTEGER.fullmatch(name)]
-    if len(words) < 2 or integers != [str(i) for i in range(len(words))]:
-        return tuple(names)
-    texts = filter(None, map(_label_text, values))
-    is_integer = [bool(INTEGER.fullmatch(text)) for text in texts]
-    # Files of one kind follow one another, so the kind changes only between two files.
-    if sum(first != second for first, second in pairwise(is_integer)) < num_files:
-        raise DataError(
-            f"{where}: some labels are the integers {_list(integers)}, others the names "
-            f"{_list(words)}; which integer stands for which name is not known: write the names in "
-            "every row",
-            advice={
-                "data.labels": ", or, if the integers are labels of their own, state all labels "
-                "in {}"
-            },
-        )
-    return tuple(names)
-
-
 def _declared_names(config: DataConfig) -> tuple[str, ...] | None:
     """Return the label names of the recipe without blanks around them, or None."""
     if config.labels is None:
@@ -595,89 +532,6 @@ def _declared_names(config: DataConfig) -> tuple[str, ...] | None:
     return names
 
 
-def _list(names: Sequence[object]) -> str:
-    return show_names([str(name) for name in names], most=SHOWN_LABELS)
-
-
-def _list_positions(names: Sequence[str]) -> str:
-    return _list([f"{i}={name}" for i, name in enumerate(names)])
-
-
-def _label_order(name: str) -> tuple[int, int, str]:
-    # Python refuses to convert an integer of more than 4,300 digits, or of 640 if it is told to.
-    if re.fullmatch(r"-?\d{1,640}", name):
-        return (0, int(name), name)
-    return (1, 0, name)
-
-
-def _index_labels(
-    values: list[Any], names: tuple[str, ...], where: str, *, is_ordered: bool
-) -> NDArray[np.int64]:
-    """Return the index of each label value, or UNKNOWN: (num_rows,).
-
-    Args:
-        values: Label values of a role.
-        names: Label names.
-        where: The role, for messages.
-        is_ordered: Whether the recipe or the Hub data set orders the names. Then integers may
-            stand for them: 0 for the first name, 1 for the second.
-
-    Raises:
-        DataError: The values are integers for names that were only sorted, or integers that count
-            from another number.
-    """
-    index = {strip_blanks(name): i for i, name in enumerate(names)}
-    # Exact names come first: older versions kept blanks around them.
-    index |= {name: i for i, name in enumerate(names)}
-    index.pop("", None)
-    texts = {_label_text(value) for value in values} - {""}
-    if not texts <= index.keys() and all(WHOLE.fullmatch(text) for text in texts):
-        integers = sorted({int(re.split("[.,]", text)[0]) for text in texts})
-        if not any(INTEGER.fullmatch(name) for name in index):
-            if not is_ordered and not set(integers).isdisjoint(range(len(names))):
-                raise DataError(
-                    f"{where}: its labels are the integers {_list(integers)}, but the names of the "
-                    f"labels were only sorted, so {_list_positions(names)} would be a guess; write "
-                    "the names in the file, or train with data.labels, which lists the names in "
-                    "the order of the integers"
-                )
-            _refuse_other_start(integers, names, where, texts)
-            index = {str(i): i for i in range(len(names))} | index
-    found = np.full(len(values), UNKNOWN, dtype=np.int64)
-    for position, value in enumerate(values):
-        text = _label_text(value)
-        spelling = value if isinstance(value, str) else text
-        found[position] = index.get(spelling, index.get(text, UNKNOWN))
-    return found
-
-
-def _refuse_other_start(
-    integers: list[int], names: tuple[str, ...], where: str, texts: set[str]
-) -> None:
-    """Refuse integers that count names from another number than 0.
-
-    Raises:
-        DataError: Some integer is no position of a name, and all would be with 1 less, or with 1
-            more.
-    """
-    last = len(names) - 1
-    if integers[0] > 0 and integers[-1] == last + 1:
-        advice = "subtract 1 from each label"
-    # -1 is a hidden label too, unless all labels are there.
-    elif integers[0] == -1 and integers[-1] < last < len(integers):
-        advice = "add 1 to each label"
-    elif integers == [-1, 1] and last == 1:
-        advice = "write 0 for -1"
-    else:
-        return
-    if any(DECIMAL.fullmatch(text) for text in texts):
-        advice += " and write it without a decimal point"
-    raise DataError(
-        f"{where}: its labels are {_list(integers)}, but here they count from 0 to {last} "
-        f"({_list_positions(names)}); {advice}, or write the names in the file"
-    )
-
-
 def _explain_text(text: Any) -> Fault | None:
     """Return the fault of a text, or None."""
     if text is None:
@@ -689,45 +543,13 @@ def _explain_text(text: Any) -> Fault | None:
     return None
 
 
-def _explain_label(value: Any, names: tuple[str, ...]) -> Fault:
-    """Return the fault of a label that is missing or unknown."""
-    # In tables that know no other missing number it is a NaN.
-    is_nan = isinstance(value, float) and value != value
-    is_blank = isinstance(value, str) and not strip_blanks(value)
-    if value is None or is_blank or is_nan:
-        return "label is missing", "label is missing"
-    kind = "label is unknown"
-    if not isinstance(value, (str, int)):
-        kind = f"label is {type(value).__name__}"
-    message = f"label {show(value)} is none of {_list(names)}"
-    if DECIMAL.fullmatch(_label_text(value)) and WHOLE.fullmatch(_label_text(value)):
-        message += "; write integers without a decimal point"
-    return kind, message
-
-
-def _bad_rows(
-    where: str,
-    faults: dict[int, Fault],
-    values: list[Any],
-    names: tuple[str, ...],
-    *,
-    may_drop: bool,
-) -> DataError:
+def _bad_rows(where: str, faults: dict[int, Fault], *, may_drop: bool) -> DataError:
     numbers: dict[str, list[int]] = {}
     for position, (_, message) in sorted(faults.items()):
         numbers.setdefault(message, []).append(position + 1)
     lines = []
     for message, rows in list(numbers.items())[:SHOWN_FAULTS]:
         more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
-        kind, _ = faults[rows[0] - 1]
-        if kind == "label is unknown":
-            folded = fold_name(_label_text(values[rows[0] - 1]))
-            similar = [name for name in names if fold_name(name) == folded]
-            if similar:
-                message += (
-                    f"; it differs from {show(similar[0])} only in case, blanks or the form of a "
-                    "character"
-                )
         lines.append(f"{where}: row {rows[0]}: {message}{more}")
     if len(numbers) > SHOWN_FAULTS:
         lines.append(f"... and {len(numbers) - SHOWN_FAULTS} more kinds")

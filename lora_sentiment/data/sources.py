@@ -91,14 +91,15 @@ def find_source(config: DataConfig) -> Source:
             raise DataError(f"data.{key}: found {value!r}, but {source!r} are files{hint}")
     if isinstance(source, dict):
         return Source({role: _find_files(pattern) for role, pattern in source.items()}, {})
-    if source == bundled.NAME:
-        return Source({role: [bundled.REVIEWS / f"{role}.jsonl"] for role in SPLITS}, {})
+    if source in bundled.SOURCES:
+        folder = bundled.SOURCES[source]
+        return Source({role: [folder / f"{role}.jsonl"] for role in SPLITS}, {})
     return Source({"train": _find_files(source)}, {})
 
 
 def is_on_hub(source: str | dict[str, str]) -> bool:
     """Return whether `data.source` names a Hub data set, not files."""
-    if not isinstance(source, str) or source == bundled.NAME:
+    if not isinstance(source, str) or source in bundled.SOURCES:
         return False
     # A name without an owner, such as `imdb`, has no dot.
     is_hub_name = re.fullmatch(r"[\w-]+|[\w-][\w.-]*/[\w.-]+", source)
@@ -131,6 +132,8 @@ def read_columns(
         table = load_dataset(source.hub, config.config, split=split, revision=config.revision)
     columns = _find_columns(config, table.column_names, source.where(role))
     feature = table.features[columns[1]]
+    # A list of labels declares those of its members.
+    feature = getattr(feature, "feature", feature)
     names = None
     if isinstance(feature, ClassLabel):
         names = tuple(strip_blanks(name) for name in feature.names)
@@ -139,25 +142,27 @@ def read_columns(
 
 def _reading(config: DataConfig) -> dict[str, Any]:
     """Return how the tables of a recipe are read."""
-    needed = [config.text_column, config.label_column]
+    needed = [config.text_column, *config.label_cells]
     return {"encoding": config.encoding, "needed": needed, "others": False}
 
 
 def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
-    needed = [config.text_column, config.label_column]
+    needed = [config.text_column, *config.label_cells]
     for path in paths:
         note = describe_delimiter(path, encoding=config.encoding, needed=needed)
         if note:
             log.info("%s: %s", path, note)
         num_rows = num_quoted = num_doubled = 0
         for batch in read_table(path, **_reading(config)):
-            text_column, label_column = _find_columns(config, list(batch), str(path))
+            text_column, *label_columns = _find_columns(config, list(batch), str(path))
             texts = batch[text_column]
-            yield texts, [_as_csv_writes(value) for value in batch[label_column]]
+            yield texts, _join_columns(config, [batch[column] for column in label_columns])
             if note or not path.name.lower().endswith((".tsv", ".tsv.gz")):
                 continue
             num_rows += len(texts)
-            fields = [*texts, *batch[label_column]]
+            fields = list(texts)
+            for column in label_columns:
+                fields += batch[column]
             inner = [field[1:-1] for field in fields if _stands_in_quotes(field)]
             num_quoted += len(inner)
             num_doubled += sum('""' in field for field in inner)
@@ -167,6 +172,14 @@ def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
                 ".tsv without a quoted header; if they enclose fields, end the file's name in .csv",
                 path, f"{num_quoted:,}", f"{num_rows:,}",
             )  # fmt: skip
+
+
+def _join_columns(config: DataConfig, columns: list[list[Any]]) -> list[Any]:
+    """Return the label value of each row: with `label_columns`, the list of its cells."""
+    written = [[_as_csv_writes(value) for value in column] for column in columns]
+    if config.label_columns is None:
+        return written[0]
+    return [list(cells) for cells in zip(*written, strict=True)]
 
 
 def _stands_in_quotes(text: str) -> bool:
@@ -188,8 +201,8 @@ def _as_csv_writes(value: Any) -> Any:
 def _read_hub(config: DataConfig, table: Any, columns: list[str]) -> Columns:
     with _explain_hub(config):
         for batch in table.select_columns(columns).with_format("arrow").iter(HUB_CHUNK):
-            values = batch[columns[1]].to_pylist()
-            yield batch[columns[0]].to_pylist(), [_as_csv_writes(value) for value in values]
+            labels = [batch[column].to_pylist() for column in columns[1:]]
+            yield batch[columns[0]].to_pylist(), _join_columns(config, labels)
 
 
 def _find_files(pattern: str) -> list[Path]:
@@ -295,10 +308,12 @@ def _describe(error: BaseException) -> str:
 
 
 def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> list[str]:
-    """Return the names of the text and the label column as the source spells them."""
+    """Return the names of the text and the label columns as the source spells them."""
     found = []
-    for key in ("text_column", "label_column"):
-        column = getattr(config, key)
+    wanted = [("text_column", config.text_column)]
+    label_key = "label_columns" if config.label_columns else "label_column"
+    wanted += [(label_key, column) for column in config.label_cells]
+    for key, column in wanted:
         spelling = find_column(columns, column)
         if spelling is not None:
             found.append(spelling)

@@ -12,6 +12,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from numpy.typing import NDArray
 
 from lora_sentiment.errors import one_line
+from lora_sentiment.evaluation.metric import show_metric
 
 if TYPE_CHECKING:
     from lora_sentiment.training.history import History
@@ -29,7 +30,7 @@ _STYLE = style.context("default")
 
 @_STYLE
 def plot_training(history: "History", path: Path, *, title: str) -> None:
-    """Draw the loss of each step, its running mean, and log-loss and accuracy on validation."""
+    """Draw the loss of each step, its running mean, and two metrics on validation."""
     steps = np.array([point.step for point in history.steps])
     losses = np.array([point.loss for point in history.steps])
     window = max(1, len(losses) // 30)
@@ -39,13 +40,16 @@ def plot_training(history: "History", path: Path, *, title: str) -> None:
     axes.plot(steps, losses, color=GREY, linewidth=0.6, alpha=0.6)
     label = f"training loss (mean of {window} steps)"
     axes.plot(steps[window - 1 :], smooth, color=BLUE, label=label)
-    evaluated = [point.step for point in history.evaluations]
-    log_losses = [point.log_loss for point in history.evaluations]
-    axes.plot(evaluated, log_losses, "o--", color=ORANGE, label="validation log-loss")
+    if history.evaluations:
+        first, last = history.evaluations[0].scores
+        evaluated = [point.step for point in history.evaluations]
+        lasts = [point.scores[last] for point in history.evaluations]
+        axes.plot(evaluated, lasts, "o--", color=ORANGE, label=f"validation {show_metric(last)}")
+        title = f"{title} (labels: validation {show_metric(first)})"
     for point in history.evaluations:
         axes.annotate(
-            f"{point.accuracy:.1%}",
-            (point.step, point.log_loss),
+            f"{point.scores[first]:.3f}",
+            (point.step, point.scores[last]),
             textcoords="offset points",
             xytext=(0, 7),
             ha="right",
@@ -53,7 +57,7 @@ def plot_training(history: "History", path: Path, *, title: str) -> None:
     best = history.best_step
     axes.axvline(best, color=GREY, linestyle=":", label=f"kept: step {best}")
     axes.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
-    _set_title(axes, f"{title} (labels: validation accuracy)")
+    _set_title(axes, title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
@@ -98,6 +102,71 @@ def plot_confusion(
         look: dict[str, Any] = {"fontsize": min(10, 700 / num_labels), "parse_math": False}
         axes.set_xticks(range(num_labels), names, rotation=rotation, **look)
         axes.set_yticks(range(num_labels), names, **look)
+    _save(figure, path)
+
+
+@_STYLE
+def plot_labels(
+    *,
+    num_found: NDArray[np.int64],
+    num_missed: NDArray[np.int64],
+    num_wrong: NDArray[np.int64],
+    path: Path,
+    labels: Sequence[str],
+    title: str,
+) -> None:
+    """Draw for each label how often it was found, missed and given wrongly.
+
+    Args:
+        num_found: Rows with the label that got it, (num_labels,).
+        num_missed: Rows with the label that did not get it, (num_labels,).
+        num_wrong: Rows that got the label without having it, (num_labels,).
+        path: PNG file.
+        labels: Label names in order.
+        title: Title.
+    """
+    names = name_labels(labels) if len(labels) <= MAX_NAMES else []
+    figure = Figure(figsize=(8, 1.5 + min(0.35 * len(labels), 12)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(labels))
+    axes.barh(places, num_found, color=BLUE, label="found")
+    axes.barh(places, num_missed, left=num_found, color=GREY, label="missed")
+    left = num_found + num_missed
+    axes.barh(places, num_wrong, left=left, color=ORANGE, label="given wrongly")
+    if names:
+        look: dict[str, Any] = {"fontsize": min(10, 700 / len(labels)), "parse_math": False}
+        axes.set_yticks(places, names, **look)
+    axes.invert_yaxis()
+    axes.set(xlabel="rows")
+    _set_title(axes, title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+@_STYLE
+def plot_values(
+    truth: NDArray[np.float64], answers: NDArray[np.floating], path: Path, *, name: str, title: str
+) -> None:
+    """Draw answers against true values; on the line both are equal.
+
+    Args:
+        truth: Shape (num_rows,).
+        answers: Shape (num_rows,).
+        path: PNG file.
+        name: Name of the value.
+        title: Title.
+    """
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    ends = [float(truth.min()), float(truth.max())]
+    axes.plot(ends, ends, color=GREY, linestyle=":")
+    axes.scatter(truth, answers, s=12, alpha=0.4, color=BLUE, linewidths=0)
+    shown = _replace_missing(one_line(name, limit=40))
+    axes.set_xlabel(f"true {shown}", parse_math=False)
+    axes.set_ylabel(f"predicted {shown}", parse_math=False)
+    _set_title(axes, title)
+    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
@@ -156,8 +225,10 @@ class ParetoPoint:
 
 
 @_STYLE
-def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> None:
-    """Draw accuracy with its interval against trained parameters.
+def plot_pareto(
+    points: Sequence[ParetoPoint], path: Path, *, title: str, metric: str = "accuracy"
+) -> None:
+    """Draw accuracy, or another metric from 0 to 1, with its interval against trained parameters.
 
     The area of a point is its peak memory. The line joins the runs that no run with as few trained
     parameters beats.
@@ -187,7 +258,7 @@ def plot_pareto(points: Sequence[ParetoPoint], path: Path, *, title: str) -> Non
     axes.set(
         xscale="log",
         xlabel="trained parameters",
-        ylabel="accuracy in %, 95 % interval",
+        ylabel=f"{metric} in %, 95 % interval",
     )
     _set_title(axes, title)
     axes.margins(x=0.25, y=0.15)

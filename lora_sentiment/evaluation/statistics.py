@@ -4,7 +4,7 @@ A bootstrap resample is a row of weights: how often each row of the data was dra
 metric scores a chunk of resamples in a few array operations.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +145,43 @@ def paired_bootstrap(
     chunks = resample_weights(len(difference), num_resamples=num_resamples, seed=seed)
     resampled = np.concatenate([weights @ difference for weights in chunks]) / len(difference)
     return percentile_interval(difference.mean(), resampled, confidence=confidence)
+
+
+def paired_metric_bootstrap(
+    formula: Callable[[Any, Any, Any], NDArray[np.float64]],
+    scores_a: NDArray[np.float64],
+    scores_b: NDArray[np.float64],
+    labels: NDArray[Any],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Estimate a metric of model A minus that of model B on the same rows and resamples.
+
+    Args:
+        formula: As `evaluation.metric.Formula`.
+        scores_a: Scores of A, first axis num_rows.
+        scores_b: Scores of B.
+        labels: The labels of the rows.
+        confidence: Share of the resamples inside the interval.
+        num_resamples: Number of bootstrap resamples.
+        seed: Seed of the resamples.
+
+    Raises:
+        DataError: There are no rows.
+        RecipeError: `confidence` or `num_resamples` is out of range.
+    """
+
+    def differ(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return formula(scores_a, labels, weights) - formula(scores_b, labels, weights)
+
+    chunks = resample_weights(len(labels), num_resamples=num_resamples, seed=seed)
+    resampled = np.concatenate([differ(weights) for weights in chunks])
+    value = float(differ(np.ones((1, len(labels))))[0])
+    return percentile_interval(
+        value, resampled, confidence=confidence, undefined_if="the metric has no value"
+    )
 
 
 def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float:

@@ -34,6 +34,7 @@ from lora_sentiment.hub import explain_refusal, is_hub_name
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.families import FAMILIES, Family, family_of, num_positions
 from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.tasks import SINGLE_LABEL
 
 QUANTISING_DEVICES = ("cpu", "cuda", "xpu")
 """Kinds of devices on which a base may be quantised. On Apple's, bitsandbytes may run code from the
@@ -53,8 +54,7 @@ class Base:
         revision: Commit that the Hub resolved, or None for a folder.
         sha256: Hash of the unquantised encoder's tensors by name, shape and value.
         new_layers: The layers of the head that the checkpoint does not have.
-        problem_type: That of the checkpoint, if it is another one than of single labels. The model
-            forgets it, because a head of single labels is trained.
+        problem_type: That of the checkpoint, or None. The model has that of its head.
     """
 
     model: nn.Module
@@ -82,7 +82,11 @@ class Base:
 
 
 def load_base(
-    config: ModelConfig, *, labels: tuple[str, ...], device: torch.device | None = None
+    config: ModelConfig,
+    *,
+    labels: tuple[str, ...],
+    problem_type: str | None = None,
+    device: torch.device | None = None,
 ) -> Base:
     """Load the base of a recipe from the Hub, its cache or a folder.
 
@@ -91,6 +95,7 @@ def load_base(
     Args:
         config: The recipe's `model` section.
         labels: Label names in order. Their number is the size of the head.
+        problem_type: That of the head, as transformers names it. None stands for single labels.
         device: Device of the quantised linears; the CPU by default.
 
     Raises:
@@ -103,9 +108,10 @@ def load_base(
     with quiet(), _ExplainFailure(config):
         hf_config, revision = _find_config(config)
         own_labels = [str(label) for _, label in sorted(hf_config.id2label.items())]
-        problem_type = None
-        if hf_config.problem_type != "single_label_classification":
-            problem_type, hf_config.problem_type = hf_config.problem_type, None
+        own_problem_type = hf_config.problem_type
+        # A checkpoint of single labels may say so or say nothing, and stays as it is.
+        if problem_type is not None or own_problem_type != SINGLE_LABEL.problem_type:
+            hf_config.problem_type = problem_type
         hf_config.num_labels = len(labels)
         hf_config.id2label = dict(enumerate(labels))
         hf_config.label2id = {label: index for index, label in enumerate(labels)}
@@ -151,7 +157,7 @@ def load_base(
         revision=revision,
         sha256=sha256,
         new_layers=new_layers,
-        problem_type=problem_type,
+        problem_type=own_problem_type,
     )
 
 

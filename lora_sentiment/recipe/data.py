@@ -32,7 +32,8 @@ class DataConfig(Section):
 
     source: str | dict[str, str]
     """Hub data set, file, glob, files by role ({train: .., validation: .., test: ..}; see splits),
-    or `bundled`: the reviews that ship with the package."""
+    `bundled`: the reviews that ship with the package, or `bundled-emotions`: its texts with
+    emotions."""
     splits: dict[str, str] | None = None
     """Role to name of a split of the Hub data set: train, validation (otherwise carved out of
     train). Every other role is evaluated at the end."""
@@ -40,10 +41,17 @@ class DataConfig(Section):
     """Configuration of the Hub data set."""
     revision: str | None = None
     """Revision of the Hub data set."""
+    task: Literal["single_label", "multi_label", "regression"] = "single_label"
+    """What a label is: one of several names, any number of them, or a number."""
     text_column: str = "text"
     """Column that holds the text."""
     label_column: str = "label"
     """Column that holds the label, as text or as an integer."""
+    label_columns: Names | None = None
+    """For multi_label: columns of 0 and 1, one for each label, whose names are the labels."""
+    label_separator: str = ","
+    """For multi_label: separates the labels in a cell of label_column. A cell that is a list of
+    labels needs none."""
     labels: Names | None = None
     """Label names in order; by default those of the data set, otherwise sorted (integers
     numerically). Integers of a file stand for names only where the recipe or the data set orders
@@ -125,6 +133,31 @@ class DataConfig(Section):
         if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
             raise ValueError(f"found {list(labels)}; allowed: two or more names, each once")
         return labels
+
+    @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> Self:
+        if self.task != "multi_label" and self.label_columns is not None:
+            raise ValueError("label_columns are columns of 0 and 1; set task=multi_label")
+        if self.task != "multi_label" and self.label_separator != ",":
+            raise ValueError(
+                "label_separator is for several labels in a cell; set task=multi_label"
+            )
+        if self.task == "regression" and self.labels is not None:
+            raise ValueError("task regression has numbers and no label names; leave out labels")
+        if self.label_columns is None:
+            return self
+        if self.labels is not None:
+            raise ValueError("label_columns name the labels; leave out labels")
+        if len(set(self.label_columns)) != len(self.label_columns):
+            raise ValueError(f"label_columns: found {list(self.label_columns)}; name each once")
+        if self.text_column in self.label_columns:
+            raise ValueError(f"text_column {self.text_column!r} is among label_columns")
+        return self
+
+    @property
+    def label_cells(self) -> tuple[str, ...]:
+        """The columns that hold the labels."""
+        return self.label_columns or (self.label_column,)
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:

@@ -16,7 +16,7 @@ from lora_sentiment.recipe.method import METHODS, Method, why_not_quantised
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.output import OutputConfig
 from lora_sentiment.recipe.section import Section
-from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.recipe.train import METRICS, TrainConfig
 from lora_sentiment.recipe.yaml_reader import Dumper, parse_yaml
 
 
@@ -57,6 +57,17 @@ class Recipe(Section):
         # pydantic chooses a method's class by `kind` and has no default for it.
         if isinstance(values, dict) and isinstance(values.get("method", {}), dict):
             return {**values, "method": {"kind": "lora", **values.get("method", {})}}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_defaults_to_the_task(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+            return values
+        task = values["data"].get("task", "single_label")
+        train = values.get("train") or {}
+        if task in METRICS and isinstance(train, dict) and "metric_for_best_model" not in train:
+            return {**values, "train": {**train, "metric_for_best_model": METRICS[task][0]}}
         return values
 
     @classmethod
@@ -235,13 +246,13 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
 def _find_conflicts(values: dict[str, Any]) -> list[str]:
     """Return the conflicts between sections, also if other values of the recipe are wrong."""
     sections = {}
-    for name in ("model", "method", "train"):
+    for name in ("data", "model", "method", "train"):
         section = values.get(name)
         sections[name] = section if isinstance(section, dict) else {}
-    model, method, train = sections.values()
+    data, model, method, train = sections.values()
     kind = method.get("kind") or "lora"
     quantize = model.get("quantize") or "none"
-    faults = []
+    faults = _find_task_conflicts(data.get("task") or "single_label", train)
     if quantize != "none":
         reason = _why_not_quantised({**method, "kind": kind})
         if reason:
@@ -260,6 +271,26 @@ def _find_conflicts(values: dict[str, Any]) -> list[str]:
             stock_only.append(f"model.quantize={quantize}")
         for setting in stock_only:
             faults.append(f"train.engine: fast cannot run with {setting}; set train.engine=auto")
+    return faults
+
+
+def _find_task_conflicts(task: Any, train: dict[str, Any]) -> list[str]:
+    """Return the settings of training that do not fit the task."""
+    faults: list[str] = []
+    if task not in METRICS:
+        return faults  # reported as a fault of the section itself
+    metric = train.get("metric_for_best_model")
+    if metric not in (None, *METRICS[task]) and any(metric in names for names in METRICS.values()):
+        faults.append(
+            f"train.metric_for_best_model: {metric} is no metric of data.task={task}; allowed: "
+            f"{', '.join(METRICS[task])}"
+        )
+    if task == "regression":
+        for key in ("class_weights", "label_smoothing_factor"):
+            if train.get(key):
+                faults.append(f"train.{key}: is for labels, and data.task=regression has numbers")
+    elif train.get("huber_delta") is not None:
+        faults.append(f"train.huber_delta: is for data.task=regression, not {task}")
     return faults
 
 

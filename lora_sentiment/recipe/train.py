@@ -8,6 +8,20 @@ from pydantic import Field, field_validator, model_validator
 from lora_sentiment.errors import did_you_mean
 from lora_sentiment.recipe.section import Names, Section
 
+METRICS = {
+    "single_label": ("accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"),
+    "multi_label": (
+        "average_precision",
+        "macro_f1",
+        "micro_f1",
+        "samples_f1",
+        "subset_accuracy",
+        "log_loss",
+        "ece",
+    ),
+    "regression": ("mae", "rmse", "r2", "pearson", "spearman"),
+}
+"""The metrics of each task that may choose the best model. The first is the default."""
 TRACKERS = (
     "tensorboard",
     "wandb",
@@ -59,14 +73,32 @@ class TrainConfig(Section):
     class_weights: Literal["balanced"] | ClassWeights | None = None
     """Weight of each label in the training loss: balanced (rows / (labels * rows of the label)), or
     a list."""
+    huber_delta: float | None = Field(None, gt=0)
+    """For regression: Huber loss, linear from this error on, in standard deviations of the training
+    labels. Default: squared error."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the head's and the adapter's initial values, the order of rows, and dropout."""
     eval_steps: int | None = Field(None, ge=1)
     """Optimizer steps between evaluations on validation. Default: once an epoch."""
-    metric_for_best_model: Literal["accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece"] = (
-        "accuracy"
-    )
-    """Validation metric that chooses the tensors to keep."""
+    metric_for_best_model: Literal[
+        "accuracy",
+        "macro_f1",
+        "mcc",
+        "log_loss",
+        "auroc",
+        "ece",
+        "micro_f1",
+        "samples_f1",
+        "subset_accuracy",
+        "average_precision",
+        "mae",
+        "rmse",
+        "r2",
+        "pearson",
+        "spearman",
+    ] = "accuracy"
+    """Validation metric that chooses the tensors to keep. Default: accuracy for single_label,
+    average_precision for multi_label, mae for regression."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better one."""
     gradient_checkpointing: bool = False

@@ -32,7 +32,7 @@ from lora_sentiment.serve.messages import (
     TeiRequest,
 )
 from lora_sentiment.serve.metrics import Metrics
-from lora_sentiment.tasks.single_label import softmax
+from lora_sentiment.tasks.scores import sigmoid, softmax
 
 if TYPE_CHECKING:
     # Imports torch, which makes the app slow to load.
@@ -53,7 +53,7 @@ MAX_SHOWN_NAME = 100
 
 FUNCTIONS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.floating]]] = {
     "softmax": softmax,
-    "sigmoid": lambda logits: (1 + np.tanh(logits.astype(np.float64) / 2)) / 2,
+    "sigmoid": sigmoid,
     "none": lambda logits: logits,
 }
 """Functions that turn logits into scores."""
@@ -105,16 +105,16 @@ class Answerer:
             if text.is_empty:
                 predictions.append(NoLabel(error=EMPTY_TEXT))
                 continue
-            scores = softmax(logits)
+            scores = adapter.task.compute_scores(logits)
             ranked = _rank(adapter.labels, scores[0])[: request.top_k]
             effects = None
             if text.words is not None:
                 best = int(scores[0].argmax())
                 effects = (scores[0, best] - scores[1:, best]).tolist()
+            answer = adapter.task.make_answer(scores[0], adapter.labels, adapter.calibration)
             predictions.append(
                 Prediction(
-                    label=ranked[0].label,
-                    score=ranked[0].score,
+                    **answer,
                     top_k=ranked,
                     truncated=text.truncated,
                     words=text.words,
@@ -130,7 +130,7 @@ class Answerer:
         answers = await self._score(
             [row[0] if isinstance(row, list) else row for row in rows],
             request.adapter,
-            function="none" if request.raw_scores else "softmax",
+            function="none" if request.raw_scores else None,
             truncate=request.truncate,
             direction=direction and direction.lower(),
         )
@@ -146,7 +146,7 @@ class Answerer:
         return await self._score(
             [request.inputs] if isinstance(request.inputs, str) else request.inputs,
             adapter,
-            function=parameters.function_to_apply or "softmax",
+            function=parameters.function_to_apply,
             top_k=parameters.top_k,
         )
 
@@ -155,7 +155,7 @@ class Answerer:
         inputs: Sequence[str],
         name: str | None,
         *,
-        function: str,
+        function: str | None,
         top_k: int | None = None,
         truncate: bool | None = None,
         direction: str | None = None,
@@ -163,12 +163,13 @@ class Answerer:
         self._check_num_texts("inputs", inputs)
         adapter = choose_adapter(self._pool.adapters, name)
         texts = await self._tokenise(adapter, inputs, truncate=truncate, direction=direction)
+        compute_scores = FUNCTIONS[function] if function else adapter.task.compute_scores
         answers: list[Scores] = []
         for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
             if text.is_empty:
                 answers.append([NoLabel(error=EMPTY_TEXT)])
                 continue
-            (scores,) = FUNCTIONS[function](logits)
+            (scores,) = compute_scores(logits)
             answers.append(_rank(adapter.labels, scores)[:top_k])
         return answers
 

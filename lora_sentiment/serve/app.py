@@ -181,6 +181,7 @@ def _add_information(
         facts = [
             AdapterFacts(
                 name=name,
+                task=adapter.task.name,
                 labels=list(adapter.labels),
                 method=adapter.method,
                 form=adapter.form,

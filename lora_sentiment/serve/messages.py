@@ -224,12 +224,16 @@ class NoLabel(Section):
 class Prediction(Section):
     """The answer for one text."""
 
-    label: str = Field(examples=["pos"])
-    """The most likely label."""
-    score: float = Field(examples=[0.9975])
-    """Its probability."""
+    label: str | None = Field(default=None, examples=["pos"])
+    """The most likely of single labels. Null for other tasks."""
+    score: float | None = Field(default=None, examples=[0.9975])
+    """Its probability. Null for other tasks."""
+    labels: list[str] | None = None
+    """The labels of a multi-label adapter, of which there may be none. Null for other tasks."""
+    value: float | None = None
+    """The value of a regression. Null for other tasks."""
     top_k: list[Score]
-    """The most likely labels, best first."""
+    """The most likely labels, best first; for a regression its value under its name."""
     truncated: bool
     """Whether the text was longer than the adapter reads, and was cut."""
     words: list[str] | None = None
@@ -267,6 +271,8 @@ class AdapterFacts(Section):
 
     name: str = Field(examples=["imdb_small"])
     """Name that requests use."""
+    task: str = Field(examples=["single_label"])
+    """`single_label`, `multi_label` or `regression`."""
     labels: list[str] = Field(examples=[["neg", "pos"]])
     """Label names in order."""
     method: str = Field(examples=["lora"])

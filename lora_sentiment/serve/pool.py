@@ -42,6 +42,7 @@ from lora_sentiment.models.load import Base, load_base
 from lora_sentiment.models.token_limits import inference_tokens
 from lora_sentiment.models.wrap import head_layers
 from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.tasks.task import Calibration, Task
 from lora_sentiment.training.processes import join_launch
 from lora_sentiment.training.signals import is_out_of_memory
 
@@ -68,6 +69,8 @@ class LoadedAdapter:
         folder: Its folder.
         labels: Label names; the index of a name is its label.
         encoder: From a text to token ids.
+        task: What its labels are.
+        calibration: What was fitted on validation in training, or None.
         clean: Whether texts are cleaned first, as they were for training.
         sha256: Hash of everything that decides an answer.
         method: Training method.
@@ -80,6 +83,8 @@ class LoadedAdapter:
     folder: Path
     labels: tuple[str, ...]
     encoder: TextEncoder
+    task: Task
+    calibration: Calibration | None
     clean: bool
     sha256: str
     method: str
@@ -293,6 +298,8 @@ class Pool:
             encoder=TextEncoder.of(
                 loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
             ),
+            task=card.task,
+            calibration=card.calibration,
             clean=card.data.config.clean,
             sha256=card.sha256,
             method=card.method.kind,
@@ -338,7 +345,9 @@ class Pool:
         logits = np.array(self.compute([adapter] * len(inputs), adapter.encoder.pack(inputs)))
         difference = float(np.abs(logits - np.array(card.probe.logits)).max())
         # The comparison is false for NaN too.
-        if self._dtype == torch.float32 and not difference <= PROBE_TOLERANCE:
+        expected = np.array(card.probe.logits)
+        allowed = card.task.find_allowed_difference(expected, PROBE_TOLERANCE)
+        if self._dtype == torch.float32 and not difference <= allowed:
             raise AdapterError(
                 f"{adapter.folder}: its probe logits differ by {difference:.2g} from those that "
                 f"were saved; allowed: {PROBE_TOLERANCE:g}"

@@ -6,7 +6,8 @@ that resample. Each entry of `METRICS` is also an `evaluate.Metric`. Nothing her
 file or the network.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -14,18 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lora_sentiment.errors import DataError, ModelError, RecipeError, did_you_mean, show
-from lora_sentiment.evaluation.statistics import Interval, percentile_interval, resample_weights
-from lora_sentiment.tasks.single_label import check_labels, check_scores, softmax
+from lora_sentiment.evaluation.metric import Formula, Metric, score_metrics
+from lora_sentiment.evaluation.statistics import Interval
+from lora_sentiment.tasks.scores import check_labels, check_scores, softmax
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Formula = Callable[[Floats, Integers, Floats], Floats]
-"""(probabilities, labels, weights) -> the metric of each resample, nan where it is undefined:
-(num_resamples,).
-
-Probabilities are (num_rows, num_labels), labels (num_rows,). Weights are (num_resamples, num_rows):
-how often each resample holds each row. No resample is empty.
-"""
 CALIBRATED = ("log_loss", "ece")
 """The metrics that depend on the temperature. A temperature changes no decision."""
 FEW_ROWS = 50
@@ -34,37 +29,16 @@ NUM_BINS = 15
 """Bins of the expected calibration error."""
 
 
-class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no type hints
+class ClassificationMetric(Metric, evaluate.Metric):  # type: ignore[misc]  # no type hints
     """A formula of class probabilities and labels, usable as a metric of `evaluate`.
 
     `METRICS["accuracy"].compute(predictions=probabilities, references=labels)` returns
     `{"accuracy": ...}`.
-
-    Attributes:
-        name: Its key in `report.json`. `train.metric_for_best_model` lists the names it takes.
-        values: The formula.
-        greater_is_better: Whether the best checkpoint has the highest value.
-        undefined_if: When the formula gives nan, in words for the report.
-        needs_two_labels: Whether all models are equal on rows that hold one label only.
     """
 
-    name = ""
-
-    def __init__(
-        self,
-        name: str,
-        values: Formula,
-        *,
-        greater_is_better: bool = True,
-        undefined_if: str = "",
-        needs_two_labels: bool = False,
-    ) -> None:
-        self.name = name
-        self.values = values
-        self.greater_is_better = greater_is_better
-        self.undefined_if = undefined_if
-        self.needs_two_labels = needs_two_labels
-        super().__init__(keep_in_memory=True)
+    def __init__(self, name: str, values: Formula, **options: Any) -> None:
+        Metric.__init__(self, name, values, **options)
+        evaluate.Metric.__init__(self, keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
         features = {
@@ -90,10 +64,6 @@ class ClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate h
                 "predictions: found rows that are no probabilities; apply softmax to logits first"
             )
         return {self.name: self.value(probabilities, labels)}
-
-    def value(self, probabilities: Floats, labels: Integers) -> float:
-        """Return the metric of all rows, each counted once."""
-        return float(self.values(probabilities, labels, np.ones((1, len(labels))))[0])
 
 
 def accuracy(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
@@ -246,23 +216,18 @@ def score(
     metrics = [find_metric(name) for name in (METRICS if names is None else names)]
     logits, labels = check_scores(logits, labels)
     probabilities = softmax(logits, temperature=temperature)
-    resampled: dict[str, list[Floats]] = {metric.name: [] for metric in metrics}
-    for weights in resample_weights(len(labels), num_resamples=num_resamples, seed=seed):
-        for metric in metrics:
-            resampled[metric.name].append(metric.values(probabilities, labels, weights))
-    intervals = {}
-    for metric in metrics:
-        intervals[metric.name] = percentile_interval(
-            metric.value(probabilities, labels),
-            np.concatenate(resampled[metric.name]),
-            confidence=confidence,
-            undefined_if=metric.undefined_if,
-        )
-    return intervals
+    return score_metrics(
+        metrics,
+        probabilities,
+        labels,
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
 
 
 def score_calibrated(
-    logits: ArrayLike, labels: ArrayLike, *, calibration: Mapping[str, float] | None
+    logits: ArrayLike, labels: ArrayLike, *, calibration: Mapping[str, Any] | None
 ) -> dict[str, Interval]:
     """Score a classifier by every metric, and by the calibrated ones at its temperature.
 

@@ -3,13 +3,36 @@
 Importing this module does not import torch: a classifier saved as ONNX answers without torch.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_sentiment.errors import DataError, ModelError, RecipeError, show
+from lora_sentiment.errors import DataError, RecipeError, one_line, show, show_names
+from lora_sentiment.evaluation.metric import Metric
+from lora_sentiment.evaluation.statistics import Interval, mcnemar, paired_bootstrap
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks.label_values import (
+    UNKNOWN,
+    Fault,
+    explain_label,
+    find_names,
+    index_labels,
+    rename,
+)
+from lora_sentiment.tasks.scores import check_scores, softmax
+from lora_sentiment.tasks.task import (
+    Calibration,
+    Floats,
+    Integers,
+    Labels,
+    Objective,
+    ReadLabels,
+    Task,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -95,23 +118,6 @@ def make_class_weights(
     return np.asarray(len(labels) / (len(names) * counts), dtype=np.float32)
 
 
-def softmax(logits: ArrayLike, *, temperature: float = 1.0) -> NDArray[np.float64]:
-    """Turn logits into probabilities in float64, both of shape (num_rows, num_labels).
-
-    Raises:
-        ModelError: The temperature is not a positive, finite number.
-    """
-    if not 0 < temperature < np.inf:
-        raise ModelError(
-            f"temperature: found {temperature}; give a positive number; 1 leaves the logits as "
-            "they are"
-        )
-    scaled = np.asarray(logits, dtype=np.float64)
-    # The highest logit becomes 0, so that exp cannot overflow.
-    exponentials = np.exp((scaled - scaled.max(axis=1, keepdims=True)) / temperature)
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
-
-
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """Return the temperature within TEMPERATURE_BOUNDS that gives these rows the lowest log loss.
 
@@ -151,67 +157,214 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     return 1 / float(brentq(slope, 1 / highest, 1 / lowest, xtol=1e-12))
 
 
-def check_scores(
-    scores: ArrayLike, labels: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return logits or probabilities as float64 and labels as int64.
+class CrossEntropy(Objective):
+    """Cross-entropy, weighted by label if the recipe says so."""
 
-    Raises:
-        ModelError: The scores are not finite, or not of shape (num_rows, num_labels) with at least
-            two labels.
-        DataError: There are no rows, or the labels are not one integer from 0 to num_labels - 1 for
-            each row.
-    """
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ModelError(
-            f"logits or probabilities: found shape {scores.shape}; give (num_rows, num_labels), "
-            "num_labels 2 or more"
+    def __init__(
+        self, class_weights: NDArray[np.float32] | None, smoothing: float, device: "torch.device"
+    ) -> None:
+        import torch  # late: labels are read without torch
+
+        self.class_weights = class_weights
+        self.smoothing = smoothing
+        self.device_weights = None
+        if class_weights is not None:
+            self.device_weights = torch.from_numpy(class_weights).to(device)
+
+    def loss_sum(self, logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+        return loss_sum(
+            logits, labels, class_weights=self.device_weights, label_smoothing=self.smoothing
         )
-    if not len(scores):
-        raise DataError("there are no rows to score; give at least one row")
-    not_finite = np.flatnonzero(~np.isfinite(scores).all(axis=1))
-    if len(not_finite):
-        raise ModelError(
-            f"logits or probabilities: found nan or infinity in {_show_positions(not_finite)}; the "
-            "model has diverged or its dtype is too narrow"
+
+    def total_weight(self, labels: Labels) -> float:
+        return total_weight(labels, self.class_weights)
+
+
+class SingleLabel(Task):
+    """One label for each text."""
+
+    name = "single_label"
+    problem_type = "single_label_classification"
+    shown = ("accuracy", "macro_f1", "log_loss")
+    evaluated = ("accuracy", "log_loss")
+    picture = "confusion.png"
+    picture_text = "confusion matrix"
+    answer_columns: Mapping[str, type] = {"label": str, "score": float}
+    test = ("mcnemar", "McNemar")
+    hub_metrics: Mapping[str, str] = {
+        "accuracy": "accuracy",
+        "macro_f1": "f1",
+        "mcc": "matthews_correlation",
+        "auroc": "roc_auc",
+    }
+
+    @property
+    def head_type(self) -> str | None:
+        return None
+
+    def get_decisive(self, calibration: Calibration | None) -> list[Any]:
+        # A temperature changes no decision, and older versions hashed nothing of a task.
+        return []
+
+    def read(
+        self,
+        values: list[Any],
+        config: DataConfig,
+        *,
+        names: tuple[str, ...] | None,
+        own_names: tuple[str, ...] | None,
+        where: str,
+        num_files: int,
+    ) -> ReadLabels:
+        if own_names and names and own_names != names:
+            is_ordered = config.labels is not None
+            values = rename(values, own_names, names, where, is_ordered=is_ordered)
+        names = names or own_names or find_names(values, where, num_files=num_files)
+        is_ordered = config.labels is not None or own_names is not None
+        labels = index_labels(values, names, where, is_ordered=is_ordered)
+        faults = {}
+        explained: dict[str, Fault] = {}
+        for position in np.flatnonzero(labels == UNKNOWN).tolist():
+            key = repr(values[position])
+            if key not in explained:
+                explained[key] = explain_label(values[position], names)
+            faults[position] = explained[key]
+        return ReadLabels(names, labels, faults)
+
+    def are_hidden(self, values: list[Any], names: Sequence[str]) -> bool:
+        return "-1" not in names and all(value in (-1, "-1") for value in values)
+
+    def check_train(self, labels: Labels, names: Sequence[str], config: DataConfig) -> str | None:
+        if len(np.unique(labels)) >= 2:
+            return None
+        label = show(names[labels[0]])
+        return f"every row has the label {label}; a classifier needs two labels"
+
+    def find_occurrences(self, labels: Labels) -> tuple[Integers, Integers]:
+        return np.arange(len(labels)), labels
+
+    def find_strata(self, labels: Labels) -> Integers:
+        return labels
+
+    def make_toy_labels(self, num_rows: int, num_labels: int) -> Labels:
+        return np.arange(num_rows, dtype=np.int64) % num_labels
+
+    def make_objective(
+        self, config: TrainConfig, *, labels: Labels, names: Sequence[str], device: "torch.device"
+    ) -> Objective:
+        weights = make_class_weights(config.class_weights, labels=labels, names=names)
+        return CrossEntropy(weights, config.label_smoothing_factor, device)
+
+    def describe_objective(
+        self, config: TrainConfig, *, labels: Labels, names: Sequence[str]
+    ) -> str | None:
+        weights = make_class_weights(config.class_weights, labels=labels, names=names)
+        if weights is None:
+            return None
+        pairs = zip(names, weights, strict=True)
+        shown = [f"{one_line(name, limit=40)} {weight:.3g}" for name, weight in pairs]
+        return f"class weights: {show_names(shown)}"
+
+    def calibrate(
+        self, logits: NDArray[np.float32], labels: Labels, names: Sequence[str]
+    ) -> tuple[Calibration | None, str]:
+        temperature = fit_temperature(logits, labels)
+        lowest, highest = TEMPERATURE_BOUNDS
+        shown = f"temperature fitted on validation: {temperature:.3f}, within {lowest} to {highest}"
+        return {"temperature": temperature}, shown
+
+    def compute_scores(self, logits: NDArray[np.floating], *, temperature: float = 1.0) -> Floats:
+        return softmax(logits, temperature=temperature)
+
+    def make_answer(
+        self, scores: Floats, names: Sequence[str], calibration: Calibration | None
+    ) -> dict[str, Any]:
+        best = int(scores.argmax())
+        return {"label": names[best], "score": float(scores[best])}
+
+    def show_answer(self, answer: Mapping[str, Any]) -> str:
+        return f"{one_line(str(answer['label']))}\t{answer['score']:.4f}"
+
+    def count_answers(
+        self, columns: Mapping[str, Sequence[Any]], names: Sequence[str]
+    ) -> dict[str, int]:
+        labels = list(columns["label"])
+        return {name: labels.count(name) for name in names}
+
+    def find_flips(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        calibration: Calibration | None,
+    ) -> NDArray[np.bool_]:
+        return np.asarray(before.argmax(axis=1) != after.argmax(axis=1))
+
+    def find_right(
+        self, logits: NDArray[np.floating], labels: Labels, calibration: Calibration | None
+    ) -> NDArray[np.bool_] | None:
+        return np.asarray(logits.argmax(axis=1) == labels)
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        # Late: `evaluate` takes seconds, and answers need no metric.
+        from lora_sentiment.tasks.metrics import METRICS
+
+        return METRICS
+
+    def score(
+        self,
+        logits: NDArray[np.floating],
+        labels: Labels,
+        *,
+        names: Sequence[str],
+        calibration: Calibration | None,
+    ) -> dict[str, Interval]:
+        from lora_sentiment.tasks.metrics import score_calibrated  # late: as in `metrics`
+
+        return score_calibrated(logits, labels, calibration=calibration)
+
+    def make_metric_scores(
+        self, logits: NDArray[np.floating], labels: Labels, calibration: Calibration | None
+    ) -> Floats:
+        checked, _ = check_scores(logits, labels)
+        return softmax(checked)
+
+    def check_metric(self, name: str, *, labels: Labels, names: Sequence[str]) -> None:
+        from lora_sentiment.tasks.metrics import check_metric  # late: as in `metrics`
+
+        check_metric(name, labels=labels, names=names)
+
+    def compare_runs(
+        self,
+        own: tuple[NDArray[np.float32], Calibration | None],
+        other: tuple[NDArray[np.float32], Calibration | None],
+        labels: Labels,
+    ) -> tuple[Interval, float]:
+        is_right = own[0].argmax(axis=1) == labels
+        other_is_right = other[0].argmax(axis=1) == labels
+        difference = paired_bootstrap(is_right, other_is_right)
+        return difference, mcnemar(is_right, other_is_right)
+
+    def draw(
+        self,
+        logits: NDArray[np.float32],
+        labels: Labels,
+        path: Path,
+        *,
+        names: Sequence[str],
+        title: str,
+        calibration: Calibration | None,
+    ) -> None:
+        from lora_sentiment.evaluation.plots import plot_confusion  # late: matplotlib
+        from lora_sentiment.tasks.metrics import confusion_matrix
+
+        matrix = confusion_matrix(labels, logits.argmax(axis=1), len(names))
+        plot_confusion(matrix, path, labels=names, title=title)
+
+    def describe_calibration(self, calibration: Calibration, names: Iterable[str]) -> str:
+        return (
+            f" Divide the logits by the temperature {calibration['temperature']:.3f}, fitted on "
+            "validation and kept in `card.json`, and they are the calibrated ones of "
+            "`calibrated_log_loss` and `calibrated_ece`; on validation itself these flatter, and "
+            "no decision changes."
         )
-    labels = check_labels(labels, name="labels", num_labels=scores.shape[1])
-    if len(labels) != len(scores):
-        raise DataError(
-            f"found {len(scores)} rows of logits and {len(labels)} labels; give one label per row"
-        )
-    return scores, labels
-
-
-def check_labels(labels: ArrayLike, *, name: str, num_labels: int) -> NDArray[np.int64]:
-    """Return labels as int64.
-
-    Args:
-        labels: Integers from 0 to num_labels - 1, shape (num_rows,).
-        name: Name of the argument, for messages.
-        num_labels: Number of labels.
-
-    Raises:
-        DataError: The labels are not such integers.
-    """
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{name}: found {labels.dtype} values of shape {labels.shape}; give one integer per row"
-        )
-    outside = np.flatnonzero((labels < 0) | (labels >= num_labels))
-    if len(outside):
-        values = ", ".join(str(value) for value in np.unique(labels[outside])[:5])
-        raise DataError(
-            f"{name}: found {values} in {_show_positions(outside)}; allowed are 0 to "
-            f"{num_labels - 1}"
-        )
-    return labels.astype(np.int64)
-
-
-def _show_positions(positions: NDArray[np.int64]) -> str:
-    first = ", ".join(str(position) for position in positions[:5])
-    if len(positions) > 5:
-        return f"row {first} (counted from 0; {len(positions)} rows in all)"
-    return f"row {first} (counted from 0)"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from lora_sentiment.data.packing import Packed, PackPlan, cut_packed, pack
 from lora_sentiment.fast import GraphRunner, HostBuffers, attention_backends
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
-"""From logits (num_rows, num_labels) and labels (num_rows,) to the loss summed over rows."""
+"""From logits (num_rows, num_labels) and labels (num_rows, ...) to the loss summed over rows."""
 
 
 class PaddedBackward:
@@ -155,7 +155,7 @@ class PackedBackward:
                 cu_seq_lens_q=inputs.cu_seq_lens,
                 max_length_q=self.plan.max_length,
             ).logits
-        labels = inputs.labels.long()
+        labels = self._read_labels(inputs.labels)
         loss = self.loss_sum(logits[: len(labels)], labels) / inputs.total
         scaler = self.accelerator.scaler
         scaled = loss if scaler is None else scaler.scale(loss)
@@ -163,6 +163,12 @@ class PackedBackward:
         grads = torch.autograd.grad(scaled, self._parameters)
         torch._foreach_add_(self._gradients(), list(grads))
         self._loss.copy_(loss.detach())
+
+    def _read_labels(self, words: Tensor) -> Tensor:
+        """Return labels of the buffer in the shape and kind of the task."""
+        is_float = self.encoded.labels.dtype.kind == "f"
+        labels = words.view(torch.float32) if is_float else words.long()
+        return labels.view(-1, *self.encoded.labels.shape[1:])
 
     def _gradients(self) -> list[Tensor]:
         """Return the parameters' gradients, zero where there were none."""
@@ -179,7 +185,7 @@ class PackedBackward:
             packed.input_ids,
             packed.position_ids,
             packed.cu_seq_lens,
-            packed.labels.astype(np.int32),
+            _to_words(packed.labels),
             np.array([total], dtype=np.float32).view(np.int32),
         ]
         size = len(packed.input_ids)
@@ -193,6 +199,13 @@ class PackedBackward:
         inputs = self._inputs[size]
         self._host.send(fields, inputs.buffer)
         return inputs
+
+
+def _to_words(labels: NDArray[Any]) -> NDArray[np.int32]:
+    """Return labels as 32-bit words in one axis."""
+    is_float = labels.dtype.kind == "f"
+    words = labels.astype(np.float32).view(np.int32) if is_float else labels.astype(np.int32)
+    return words.reshape(-1)
 
 
 Backward = PaddedBackward | PackedBackward

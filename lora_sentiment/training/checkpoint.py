@@ -32,7 +32,7 @@ from lora_sentiment.training.history import History
 
 log = logging.getLogger("lora_sentiment")
 
-SCHEMA = 2
+SCHEMA = 3
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 RNG = "rng."
 """Prefix of the generators' states: tensors with one row for each process."""

@@ -18,10 +18,8 @@ COLUMNS = (
     "grad_norm",
     "tokens",
     "seconds",
-    "eval_accuracy",
-    "eval_log_loss",
-    "eval_best",
 )
+"""The columns of each line. The metrics of evaluations and `eval_best` follow."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ class EvalPoint:
     Attributes:
         step: Optimizer steps before it.
         epoch: Epochs before it.
-        accuracy: Accuracy.
-        log_loss: Log-loss.
+        scores: The task's `evaluated` metrics, by name.
         metric: The recipe's `train.metric_for_best_model`.
         best: Whether the model is the best so far.
         tokens: Tokens trained on before it.
@@ -75,8 +72,7 @@ class EvalPoint:
 
     step: int
     epoch: float
-    accuracy: float
-    log_loss: float
+    scores: dict[str, float]
     metric: float
     best: bool
     tokens: int
@@ -86,8 +82,7 @@ class EvalPoint:
         """Return the values for trackers, by column."""
         return {
             "epoch": self.epoch,
-            "eval_accuracy": self.accuracy,
-            "eval_log_loss": self.log_loss,
+            **{f"eval_{name}": score for name, score in self.scores.items()},
             "eval_best": int(self.best),
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -140,16 +135,18 @@ class MetricsFile:
     Args:
         path: The file. It is written anew from the history, so a resumed run repeats no line.
         history: The points so far.
+        metrics: Names of the metrics in evaluations.
 
     Raises:
         TrainingError: If the file cannot be written; so does `write`.
     """
 
-    def __init__(self, path: Path, history: History) -> None:
+    def __init__(self, path: Path, history: History, *, metrics: Sequence[str]) -> None:
         self.path = path
         with self._explain_errors():
             self.file = path.open("w", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, COLUMNS, restval="")
+        columns = [*COLUMNS, *(f"eval_{name}" for name in metrics), "eval_best"]
+        self.writer = csv.DictWriter(self.file, columns, restval="")
         with self._explain_errors():
             self.writer.writeheader()
         points: list[TrainPoint | EvalPoint] = [*history.steps, *history.evaluations]

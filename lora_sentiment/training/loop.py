@@ -20,6 +20,7 @@ from lora_sentiment.console import make_bar
 from lora_sentiment.data.batches import Encoded, plan_epoch, shard
 from lora_sentiment.data.packing import choose_sizes, plan_packing
 from lora_sentiment.errors import DivergedError, StoppedError, TrainingError
+from lora_sentiment.evaluation.metric import show_metric
 from lora_sentiment.fast import GraphRunner, takes_packed_rows
 from lora_sentiment.models.inference import packs_rows, predict_logits
 from lora_sentiment.models.wrap import (
@@ -31,8 +32,7 @@ from lora_sentiment.models.wrap import (
 )
 from lora_sentiment.recipe.method import Method
 from lora_sentiment.recipe.train import TrainConfig
-from lora_sentiment.tasks.metrics import METRICS, quick_score
-from lora_sentiment.tasks.single_label import loss_sum, make_class_weights, total_weight
+from lora_sentiment.tasks.task import Task
 from lora_sentiment.training.backward import Backward, PackedBackward, PaddedBackward
 from lora_sentiment.training.checkpoint import (
     Checkpoint,
@@ -106,6 +106,7 @@ def fit(
     train: Encoded,
     validation: Encoded,
     numbers: NDArray[np.int64],
+    task: Task,
     config: TrainConfig,
     method: Method,
     accelerator: Accelerator,
@@ -119,6 +120,7 @@ def fit(
         train: Rows to train on.
         validation: Rows that decide which tensors are best.
         numbers: Source row number of each training row, for messages, shape (num_rows,).
+        task: The task of the labels.
         config: The recipe's `train` section.
         method: The recipe's `method` section: learning rates, and work between steps.
         accelerator: Exchanges gradients and logits between processes, scales fp16 losses, logs.
@@ -132,7 +134,9 @@ def fit(
             resumed from.
         StoppedError: If a signal stopped the run, after a checkpoint was saved.
     """
-    loop = _Loop(model, train, validation, numbers, config, method, accelerator, max_tokens, store)
+    loop = _Loop(
+        model, train, validation, numbers, task, config, method, accelerator, max_tokens, store
+    )
     try:
         with loop.signals if store else nullcontext():
             return loop.run()
@@ -175,6 +179,7 @@ class _Loop:
         train: Encoded,
         validation: Encoded,
         numbers: NDArray[np.int64],
+        task: Task,
         config: TrainConfig,
         method: Method,
         accelerator: Accelerator,
@@ -185,6 +190,7 @@ class _Loop:
         self.train = train
         self.validation = validation
         self.numbers = numbers
+        self.task = task
         self.config = config
         self.method = method
         self.accelerator = accelerator
@@ -193,12 +199,9 @@ class _Loop:
         device = accelerator.device
 
         names = list(model.config.id2label.values())  # type: ignore[union-attr, operator]
-        self.class_weights = make_class_weights(
-            config.class_weights, labels=train.labels, names=names
+        self.objective = task.make_objective(
+            config, labels=train.labels, names=names, device=device
         )
-        self.device_class_weights = None
-        if self.class_weights is not None:
-            self.device_class_weights = torch.from_numpy(self.class_weights).to(device)
 
         self.parameters = trainable_tensors(model)
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
@@ -226,7 +229,8 @@ class _Loop:
         self.history = History(max_tokens=max_tokens)
         self.metrics: MetricsFile | None = None
         self.best = self._copy_tensors()
-        self.sign = 1 if METRICS[config.metric_for_best_model].greater_is_better else -1
+        self.eval_metrics = task.evaluated
+        self.sign = 1 if task.find_metric(config.metric_for_best_model).greater_is_better else -1
         self.best_metric = -math.inf
         self.waited = 0
         self.skipped = 0
@@ -269,7 +273,9 @@ class _Loop:
 
     def _open_metrics(self) -> None:
         if self.store and self.accelerator.is_main_process:
-            self.metrics = MetricsFile(self.store.run_folder / "metrics.csv", self.history)
+            self.metrics = MetricsFile(
+                self.store.run_folder / "metrics.csv", self.history, metrics=self.eval_metrics
+            )
             hide_later_steps(self.accelerator.trackers, self.done)
 
     def _take_steps(self) -> None:
@@ -375,7 +381,7 @@ class _Loop:
     ) -> torch.Tensor:
         """Add up the gradients of this process's micro-batches, and return their loss."""
         loss = torch.zeros((), device=self.accelerator.device)
-        total = total_weight(self.train.labels[index], self.class_weights)
+        total = self.objective.total_weight(self.train.labels[index])
         for part in parts:
             loss += self.backward.add_gradients(part, total=total)
         extra = penalty(self.model, self.method)
@@ -383,14 +389,6 @@ class _Loop:
             # Gradients are summed over processes, and every process has the whole penalty.
             self.accelerator.backward(extra / self.accelerator.num_processes)
         return loss
-
-    def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return loss_sum(
-            logits,
-            labels,
-            class_weights=self.device_class_weights,
-            label_smoothing=self.config.label_smoothing_factor,
-        )
 
     def _exchange_state(
         self, parts: Sequence[NDArray[np.int64]], *, failed: bool
@@ -525,7 +523,7 @@ class _Loop:
             return PaddedBackward(
                 self.model,
                 self.train,
-                loss_sum=self._loss_sum,
+                loss_sum=self.objective.loss_sum,
                 accelerator=self.accelerator,
                 lengths=self._padded_lengths(),
             )
@@ -545,7 +543,7 @@ class _Loop:
             self.model,
             self.train,
             plan=plan,
-            loss_sum=self._loss_sum,
+            loss_sum=self.objective.loss_sum,
             accelerator=self.accelerator,
             graphs=self.graphs,
         )
@@ -586,8 +584,12 @@ class _Loop:
                 f"step {step}: a logit of validation is nan or infinite; lower train.learning_rate "
                 f"(now {self.config.learning_rate:g}), or set model.dtype=float32"
             )
-        labels = self.validation.labels
-        metric = quick_score(logits, labels, self.config.metric_for_best_model)
+        logits = self.objective.to_units(logits)
+        names = dict.fromkeys([*self.eval_metrics, self.config.metric_for_best_model])
+        scores = {}
+        for name in names:
+            scores[name] = self.task.quick_score(logits, self.validation.labels, name)
+        metric = scores[self.config.metric_for_best_model]
         settled = is_settled(self.method, step=step, num_steps=self.num_steps)
         best = settled and self.sign * metric > self.best_metric
         if best:
@@ -601,8 +603,7 @@ class _Loop:
         point = EvalPoint(
             step=step,
             epoch=step / self.steps_per_epoch,
-            accuracy=quick_score(logits, labels, "accuracy"),
-            log_loss=quick_score(logits, labels, "log_loss"),
+            scores={name: scores[name] for name in self.eval_metrics},
             metric=metric,
             best=best,
             tokens=self.history.tokens,
@@ -611,10 +612,9 @@ class _Loop:
         self.history.evaluations.append(point)
         self._log(point)
         log.info(
-            "step %d: validation accuracy %.4f, log-loss %.4f%s",
+            "step %d: validation %s%s",
             step,
-            point.accuracy,
-            point.log_loss,
+            ", ".join(f"{show_metric(name)} {score:.4f}" for name, score in point.scores.items()),
             " (best so far)" if best else "",
         )
 

@@ -15,7 +15,7 @@ from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.training.processes import run_on_main
 
 log = logging.getLogger("lora_sentiment")
-_KEPT = {"source", "clean", "split_seed"}
+_KEPT = {"source", "clean", "split_seed", "task"}
 """Keys of `data` that mean the same for any rows. The source is replaced."""
 
 
@@ -126,7 +126,7 @@ def _describe_replacement(recipe: Recipe, names: dict[str, str], reason: str) ->
 def _replace(recipe: Recipe) -> Recipe:
     """Return the recipe with the bundled base and reviews, and an output folder of its own."""
     kept = recipe.data.model_dump(include=_KEPT)
-    data = DataConfig(**{**kept, "source": bundled.NAME})
+    data = DataConfig(**{**kept, **bundled.STAND_INS[recipe.data.task]})
     model = recipe.model.model_copy(update={"name": bundled.NAME, "revision": None})
     output = recipe.output.model_copy(update={"dir": f"{recipe.folder}-offline"})
     update = {"name": f"{recipe.name}-offline", "data": data, "model": model, "output": output}

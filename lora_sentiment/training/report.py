@@ -74,8 +74,7 @@ def _describe_evaluation(point: "EvalPoint") -> dict[str, Any]:
     return {
         "step": point.step,
         "epoch": point.epoch,
-        "accuracy": point.accuracy,
-        "log_loss": point.log_loss,
+        **point.scores,
         "metric": point.metric,
         "best": point.best,
     }

@@ -34,6 +34,7 @@ from lora_sentiment.files import write_json
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import HeadMethod, LoraMethod, Method
+from lora_sentiment.tasks import SINGLE_LABEL
 from tests.conftest import toy_rows, write_csv
 from tests.random_adapters import alter_json, save_random
 from tests.test_every_method import LABELS, METHODS, PAIRS
@@ -212,7 +213,8 @@ def test_the_record_names_adapter_and_base_and_what_was_compared(adapter, tmp_pa
 def test_the_card_names_a_base_of_the_hub_alone(adapter, tmp_path, base, line):
     merge(adapter, tmp_path / "out")
     record = read_merge_record(tmp_path / "out").model_copy(update={"base": base})
-    metadata = make_merged_card("out", LABELS, record, ModelCardData()).split("---\n")[1]
+    card = make_merged_card("out", LABELS, record, ModelCardData(), task=SINGLE_LABEL)
+    metadata = card.split("---\n")[1]
     assert (
         "".join(found for found in metadata.splitlines(True) if found.startswith("base_model"))
         == line
@@ -492,8 +494,8 @@ def test_a_base_that_moved_is_found_where_one_says(adapter, tiny_base, tmp_path)
 
 
 def test_a_base_that_changes_while_it_is_merged_is_refused(adapter, tmp_path, monkeypatch):
-    def load_changed(config, *, labels):
-        base = load_base(config, labels=labels)
+    def load_changed(config, **options):
+        base = load_base(config, **options)
         object.__setattr__(base, "sha256", "0")
         return base
 

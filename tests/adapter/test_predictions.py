@@ -36,11 +36,6 @@ def test_the_bytes_repeat_whatever_the_order(tmp_path):
     assert (tmp_path / PREDICTIONS).read_bytes() == first
 
 
-def test_a_row_is_right_where_its_largest_logit_is_its_label():
-    logits = np.array([[2, 1], [2, 1], [0, 1]], dtype=np.float32)
-    assert Predictions(logits, np.array([0, 1, 1]), "").correct.tolist() == [True, False, True]
-
-
 def test_a_folder_without_predictions_has_none(tmp_path):
     assert load_predictions(tmp_path) == {}
 

@@ -49,7 +49,7 @@ def make(clean=False, max_length=32, temperature=None):
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length, "head")
     return Classifier(
         labels=("negative", "positive"), encoder=encoder, engine=Engine(BagOfWords(), 1024), clean=clean,
-        temperature=temperature, sha256="0",
+        calibration=temperature and {"temperature": temperature}, sha256="0",
     )  # fmt: skip
 
 

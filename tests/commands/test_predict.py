@@ -47,7 +47,14 @@ def make_classifier(*, labels=LABELS, clean=False, temperature=None, sha256="abc
 
     engine.asked = 0
     encoder = TextEncoder(tokenizer, 2, 3, 0, max_length=8, truncation="head")
-    return Classifier(labels, encoder, Engine(engine, 8192), clean, temperature, sha256)
+    return Classifier(
+        labels,
+        encoder,
+        Engine(engine, 8192),
+        clean,
+        None if temperature is None else {"temperature": temperature},
+        sha256,
+    )
 
 
 def read(path):
@@ -441,7 +448,7 @@ def stopped(folder, after, output="out.csv", **options):
         classifier.encoder,
         Engine(engine, 8192),
         clean=False,
-        temperature=None,
+        calibration=None,
         sha256="abc",
     )
     with pytest.raises(StopError):
@@ -581,7 +588,7 @@ def classifier_during(act):
         classifier.encoder,
         Engine(engine, 8192),
         clean=False,
-        temperature=None,
+        calibration=None,
         sha256="abc",
     )
 
@@ -708,7 +715,7 @@ def test_no_more_than_a_part_is_judged_at_once(folder):
             return super().predict(texts, **options)
 
     watched = Watched(
-        LABELS, classifier.encoder, classifier.engine, clean=False, temperature=None, sha256="abc"
+        LABELS, classifier.encoder, classifier.engine, clean=False, calibration=None, sha256="abc"
     )
     predict(folder, classifier=watched, rows_per_part=7)
     assert max(longest) == 7

@@ -15,6 +15,7 @@ from lora_sentiment.data.report import (
 from lora_sentiment.data.rows import Counts, Rows
 from lora_sentiment.errors import LoraSentimentError, ModelError
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks import SINGLE_LABEL
 from tests.conftest import toy_rows, write_csv
 
 NAMES = ("bad", "good")
@@ -28,7 +29,14 @@ def describe(texts, labels, lengths=None, **values):
     encoded = Encoded(
         np.zeros(offsets[-1], np.int32), offsets, rows.labels, int((whole > 10).sum()), 0, whole
     )
-    return describe_role(rows, encoded, names=NAMES, max_length=10, **{"read": Counts(), **values})
+    return describe_role(
+        rows,
+        encoded,
+        names=NAMES,
+        task=SINGLE_LABEL,
+        max_length=10,
+        **{"read": Counts(), **values},
+    )
 
 
 def digests(texts):
@@ -93,7 +101,7 @@ def test_many_labels_share_a_line():
     rows = Rows([str(i) for i in range(30)], np.arange(30), np.arange(30))
     encoded = Encoded(np.zeros(30, np.int32), np.arange(31), rows.labels, 0, 0)
     names = [f"class {i}" for i in range(30)]
-    block = describe_role(rows, encoded, names=names, max_length=10, read=None)
+    block = describe_role(rows, encoded, names=names, task=SINGLE_LABEL, max_length=10, read=None)
     lines = report_lines({"train": block})
     assert lines[10].split() == ["22", "more,", "each", "1", "to", "1"]
     assert len(lines) <= 20
@@ -248,7 +256,7 @@ def test_a_label_takes_one_line_of_the_table_and_no_more_than_40_characters():
     names = ("yes\n| x |", "a\rb", "c\u2028d", "\x1b[31mred", "L" * 500, "L" * 400 + "M")
     rows = Rows([str(i) for i in range(6)], np.arange(6), np.arange(6))
     encoded = Encoded(np.zeros(6, np.int32), np.arange(7), rows.labels, 0, 0)
-    block = describe_role(rows, encoded, names=names, max_length=10, read=None)
+    block = describe_role(rows, encoded, names=names, task=SINGLE_LABEL, max_length=10, read=None)
     lines = report_lines({"train": block})
     assert all(line.isprintable() for line in lines)
     assert max(map(len, lines)) < 60

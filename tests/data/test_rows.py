@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_sentiment.cleaning import clean_text
-from lora_sentiment.data import rows as rows_module
 from lora_sentiment.data import sources
 from lora_sentiment.data.rows import (
     Rows,
@@ -26,6 +25,7 @@ from lora_sentiment.data.rows import (
 from lora_sentiment.data.tables import TableWriter, read_table
 from lora_sentiment.errors import DataError
 from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.tasks import SINGLE_LABEL, label_values
 from tests.conftest import toy_rows, write_csv
 
 
@@ -455,7 +455,7 @@ def test_labels_that_older_versions_kept_with_blanks_are_found_again(tmp_path):
     ],
 )
 def test_a_data_sets_own_names_are_matched_by_name_or_renamed(own, ours, expected):
-    assert rows_module._rename([0, 1, -1], own, ours, "x", is_ordered=True) == expected
+    assert label_values.rename([0, 1, -1], own, ours, "x", is_ordered=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_a_data_sets_own_names_are_matched_by_name_or_renamed(own, ours, expecte
 )
 def test_names_that_half_match_are_refused(own, ours, is_ordered):
     with pytest.raises(DataError, match="its labels are a, b"):
-        rows_module._rename([0], own, ours, "x", is_ordered=is_ordered)
+        label_values.rename([0], own, ours, "x", is_ordered=is_ordered)
 
 
 def test_a_glob_reads_all_its_files(toy):
@@ -517,23 +517,23 @@ labelled = st.lists(
 def test_a_carve_loses_no_row_and_keeps_duplicates_together(pairs, fraction, seed):
     rows = make_rows([t for t, _ in pairs], [label for _, label in pairs])
     try:
-        rest, carved = carve(rows, "abc", fraction=fraction, seed=seed, key="k")
+        rest, carved = carve(rows, "abc", SINGLE_LABEL, fraction=fraction, seed=seed, key="k")
     except DataError:
         return
     assert sorted([*rest.numbers, *carved.numbers]) == rows.numbers.tolist()
     assert not set(rest.texts) & set(carved.texts)
     assert (
-        carve(rows, "abc", fraction=fraction, seed=seed, key="k")[1].numbers.tolist()
+        carve(rows, "abc", SINGLE_LABEL, fraction=fraction, seed=seed, key="k")[1].numbers.tolist()
         == carved.numbers.tolist()
     )
 
 
 def test_a_carve_is_stratified_and_its_seed_decides():
     rows = make_rows(map(str, range(1000)), [int(i < 200) for i in range(1000)])
-    _, carved = carve(rows, "abc", fraction=0.1, seed=0, key="k")
+    _, carved = carve(rows, "abc", SINGLE_LABEL, fraction=0.1, seed=0, key="k")
     assert Counter(carved.labels.tolist()) == {0: 80, 1: 20}
     assert (
-        carve(rows, "abc", fraction=0.1, seed=1, key="k")[1].numbers.tolist()
+        carve(rows, "abc", SINGLE_LABEL, fraction=0.1, seed=1, key="k")[1].numbers.tolist()
         != carved.numbers.tolist()
     )
 
@@ -584,7 +584,7 @@ def test_a_label_of_repeated_texts_is_rare_and_stated_names_of_integers_stay(tmp
 @given(st.integers(10, 200), st.integers(1, 10), st.integers(0, 5))
 def test_a_sample_keeps_the_shares(num_rows, wanted, seed):
     rows = make_rows(map(str, range(num_rows)), [int(i % 5 == 0) for i in range(num_rows)])
-    taken = sample(rows, num_rows=wanted, seed=seed)
+    taken = sample(rows, SINGLE_LABEL, num_rows=wanted, seed=seed)
     assert len(taken) == wanted == len(set(taken.numbers.tolist()))
     assert abs(taken.labels.sum() - wanted * rows.labels.mean()) <= 1
 

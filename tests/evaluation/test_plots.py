@@ -25,7 +25,9 @@ LABELS = {
 def test_a_training_curve_is_drawn_and_repeats(tmp_path, num_steps):
     history = History(
         steps=[TrainPoint(i + 1, 1.0, 1 / (i + 1), 0.1, 1.0, 9, 1.0) for i in range(num_steps)],
-        evaluations=[EvalPoint(num_steps, 1.0, 0.9, 0.2, 0.9, True, 9, 1.0)],
+        evaluations=[
+            EvalPoint(num_steps, 1.0, {"accuracy": 0.9, "log_loss": 0.2}, 0.9, True, 9, 1.0)
+        ],
         best_step=num_steps,
     )
     for name in ("a.png", "b.png"):

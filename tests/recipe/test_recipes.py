@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from lora_sentiment.adapter.folder import load
 from lora_sentiment.models.families import find_public
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks import find_task
 from lora_sentiment.train import train
 from tests.conftest import BAD, FILLERS, GOOD
 from tests.tiny_families import save_family_base
@@ -23,6 +24,8 @@ RECIPES = sorted(FOLDER.rglob("*.yaml"))
 HUB = ("train", "test")
 SOURCES = {
     "bundled": ("text", "label", ("negative", "positive"), (*HUB, "validation")),
+    "bundled stars": ("text", "stars", (1, 2, 3, 4, 5), (*HUB, "validation")),
+    "bundled-emotions": ("text", "emotions", ("anger", "fear", "joy"), (*HUB, "validation")),
     "IMDB Dataset.csv": ("review", "sentiment", ("positive", "negative"), ()),
     "recipes/my_data.csv": ("message", "kind", ("complaint", "praise", "question"), ()),
     "stanfordnlp/imdb": ("text", "label", (0, 1), HUB),
@@ -61,6 +64,12 @@ def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return folders
 
 
+def name_source(recipe: Recipe) -> str:
+    """Return the key of a recipe's source."""
+    source = str(recipe.data.source)
+    return "bundled stars" if recipe.data.label_column == "stars" else source
+
+
 def base_of(recipe: Recipe, bases: dict[str, Path]) -> Path:
     """Return the tiny base that stands for a recipe's own."""
     public = find_public(recipe.model.name)
@@ -87,13 +96,13 @@ def write_rows(path: Path, source: str, *, num_rows: int, first: int) -> str:
 
 def roles_of(recipe: Recipe) -> dict[str, str]:
     """Return role to split of the recipe's source; a lone file has one."""
-    splits = SOURCES[str(recipe.data.source)][3]
+    splits = SOURCES[name_source(recipe)][3]
     return recipe.data.splits or {split: split for split in splits} or {"train": "train"}
 
 
 def toy_source(recipe: Recipe, folder: Path) -> list[str]:
     """Return the overrides that put toy files in place of a recipe's source, split for split."""
-    source = str(recipe.data.source)
+    source = name_source(recipe)
     files = {
         role: write_rows(
             folder / f"{split}.csv", source, num_rows=100 if role == "train" else 21, first=1000 * i
@@ -176,17 +185,19 @@ def test_a_recipe_runs(path, bases, tmp_path):
     report = json.loads((run.adapter / "report.json").read_text(encoding="utf-8"))
     assert report["train"]["steps"] == 2
     judged = {"validation", "test", *roles_of(recipe)} - {"train"}
-    assert all(0 <= report[role]["accuracy"]["value"] <= 1 for role in judged)
+    task = find_task(recipe.data.task)
+    assert all(0 <= report[role][task.shown[0]]["value"] <= 5 for role in judged)
     assert ("quantisation" in report) == (recipe.model.quantize != "none")
     card = load(run.adapter).card
-    assert len(card.labels) == len(SOURCES[str(recipe.data.source)][2])
+    num_labels = 1 if task.name == "regression" else len(SOURCES[name_source(recipe)][2])
+    assert len(card.labels) == num_labels
     assert recipe.data.labels in (None, tuple(card.labels))
 
 
 @every_recipe
 def test_a_recipe_uses_every_labelled_split_of_its_source(path):
     recipe = Recipe.load(path)
-    *_, splits = SOURCES[str(recipe.data.source)]
+    *_, splits = SOURCES[name_source(recipe)]
     assert set(roles_of(recipe).values()) - {"train"} == set(splits) - {"train"}
     # SST-2's dev is for judging: what is chosen on is carved from train.
     assert roles_of(recipe).get("dev") == (
@@ -231,6 +242,7 @@ FIVE_STEPS = """
 import json, sys
 from lora_sentiment.models.families import find_public
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks import find_task
 from lora_sentiment.train import train
 for path, *overrides in json.load(sys.stdin):
     recipe = Recipe.load(path, overrides)

@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.serve.config import Limits, ServeConfig
 from lora_sentiment.serve.run import Server, bind
+from lora_sentiment.tasks import SINGLE_LABEL, Task
 
 WORDS = [
     "[PAD]",
@@ -32,7 +33,7 @@ WORDS = [
 VOCABULARY = {word: number for number, word in enumerate(WORDS)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FakeAdapter:
     name: str
     labels: tuple[str, ...]
@@ -43,6 +44,8 @@ class FakeAdapter:
     form: str = "low-rank"
     num_parameters: int = 10
     method: str = "lora"
+    task: Task = SINGLE_LABEL
+    calibration: dict | None = None
 
 
 def make_adapter(

@@ -28,6 +28,8 @@ MIX = {
     },
     "one-layer": {"method": LoraMethod(r=3, layers_to_transform=(1,)), "labels": name_labels(4)},
     "head": {"method": HeadMethod(kind="head"), "labels": name_labels(3)},
+    "several": {"method": LoraMethod(r=4), "labels": name_labels(4), "task": "multi_label"},
+    "value": {"method": LoraMethod(r=2), "labels": ("stars",), "task": "regression"},
 }
 APART = {
     "dora": {"method": LoraMethod(r=4, use_dora=True), "labels": name_labels(3)},

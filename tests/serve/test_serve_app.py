@@ -18,6 +18,7 @@ from lora_sentiment.commands.explain import explain
 from lora_sentiment.models.engine import Engine
 from lora_sentiment.serve.app import EXAMPLES, EXAMPLES_HF, make_app
 from lora_sentiment.serve.config import Limits, ServeConfig
+from lora_sentiment.tasks import find_task
 from tests.serve.fake_pool import FakePool, answer, make_adapter
 
 KEY = "0123456789abcdef"
@@ -40,7 +41,8 @@ def make_classifier(served):
             [answer(served, row[:n].tolist()) for row, n in zip(input_ids, lengths, strict=True)]
         )
 
-    return Classifier(served.labels, served.encoder, Engine(engine, 1024), served.clean, None, "")
+    own = (served.labels, served.encoder, Engine(engine, 1024), served.clean)
+    return Classifier(*own, served.calibration, "", task=served.task)
 
 
 def ask(client, **body):
@@ -52,6 +54,11 @@ def ask(client, **body):
 def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once():
     served = [make_adapter(f"a{i}", [f"label{j}" for j in range(2 + i)], factor=0.1 + i, clean=i % 2 == 0,
                           truncation=("head", "head_tail")[i % 2]) for i in range(6)]  # fmt: skip
+    thresholds = {"thresholds": [0.2, 0.5, 0.8]}
+    served += [
+        make_adapter("many", "xyz", task=find_task("multi_label"), calibration=thresholds),
+        make_adapter("value", ["stars"], task=find_task("regression")),
+    ]
     texts = ["a good film", "bad<br />film", LONG, "good  good"]
     with make_client(*served) as client, ThreadPoolExecutor(6) as threads:
         found = list(
@@ -62,7 +69,8 @@ def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once(
         for expected, answered in zip(
             make_classifier(own).predict(texts), got["predictions"], strict=True
         ):
-            assert answered["label"] == expected.label == answered["top_k"][0]["label"]
+            for key in ("label", "score", "labels", "value"):
+                assert answered[key] == getattr(expected, key)
             assert {row["label"]: row["score"] for row in answered["top_k"]} == pytest.approx(
                 expected.scores
             )
@@ -310,8 +318,8 @@ def test_what_is_loaded_is_told():
     assert found["base"] == {"name": "fake", "sha256": "1" * 64}
     assert [row["name"] for row in found["adapters"]] == ["a", "b"]
     assert found["adapters"][0] == {
-        "name": "a", "labels": ["x", "y", "z"], "method": "lora", "form": "low-rank", "num_parameters": 10,
-        "max_length": 16, "truncation": "head", "sha256": "0" * 64,
+        "name": "a", "task": "single_label", "labels": ["x", "y", "z"], "method": "lora", "form": "low-rank",
+        "num_parameters": 10, "max_length": 16, "truncation": "head", "sha256": "0" * 64,
     }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from lora_sentiment.models.wrap import make_trainable
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks import SINGLE_LABEL
 from lora_sentiment.training import backward, checkpoint, loop
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.optimizer import count_steps
@@ -97,6 +98,7 @@ def fit_toy(
         model,
         train=toy["encoded"],
         validation=toy["encoded"],
+        task=SINGLE_LABEL,
         numbers=np.arange(NUM_ROWS),
         config=config,
         method=method,

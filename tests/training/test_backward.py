@@ -31,6 +31,7 @@ from lora_sentiment.recipe.method import (
 )
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks import SINGLE_LABEL
 from lora_sentiment.training import loop
 from lora_sentiment.training.backward import PackedBackward, PaddedBackward
 from lora_sentiment.training.checkpoint import Store
@@ -128,6 +129,7 @@ def run(tiny_base, monkeypatch):
             model,
             train=encoded,
             validation=encoded,
+            task=SINGLE_LABEL,
             numbers=np.arange(NUM_ROWS),
             config=TrainConfig(**settings),
             method=method,

@@ -22,6 +22,7 @@ from safetensors.torch import save as pack_tensors
 
 from lora_sentiment.errors import StoppedError, TrainingError
 from lora_sentiment.recipe.method import AdaloraMethod, FullMethod
+from lora_sentiment.tasks import SINGLE_LABEL
 from lora_sentiment.training import checkpoint, loop
 from lora_sentiment.training.checkpoint import (
     MANIFEST,
@@ -61,7 +62,9 @@ def make_progress(step: int) -> Progress:
     steps = [
         TrainPoint(number, 0.5, 0.1, 1e-3, float("inf"), 90, 1.5) for number in range(1, step + 1)
     ]
-    history = History(steps, [EvalPoint(1, 0.1, 0.5, 0.7, 0.5, True, 90, 1.5)], 1)
+    history = History(
+        steps, [EvalPoint(1, 0.1, {"accuracy": 0.5, "log_loss": 0.7}, 0.5, True, 90, 1.5)], 1
+    )
     history.cuts.append((1, 50))
     history.max_tokens = 50
     return Progress(
@@ -370,7 +373,7 @@ def test_another_schema_is_refused_by_its_number(tmp_path, schema):
     store = make_store(tmp_path)
     forge(save(store, 3)[0], schema=schema)
     with pytest.raises(
-        TrainingError, match=f"has schema {schema}, and this version reads schema 2; finish the run"
+        TrainingError, match=f"has schema {schema}, and this version reads schema 3; finish the run"
     ):
         load_checkpoint(store, LIKE)
 
@@ -529,7 +532,7 @@ def test_the_best_before_the_stop_stays_the_best_after_it(fit_here, monkeypatch,
     def give_scores():
         scores = iter([0.9, 0.5, 0.4])
         monkeypatch.setattr(
-            loop, "quick_score", lambda *given: next(scores) if given[2] == "mcc" else 0.5
+            SINGLE_LABEL, "quick_score", lambda *given: next(scores) if given[2] == "mcc" else 0.5
         )
 
     values = {"metric_for_best_model": "mcc", "max_steps": 9}  # evaluated after 4, 8 and 9
@@ -541,7 +544,7 @@ def test_the_best_before_the_stop_stays_the_best_after_it(fit_here, monkeypatch,
 
 
 def test_early_stopping_goes_on_as_it_would_have(fit_here, monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "quick_score", lambda *_: 0.5)
+    monkeypatch.setattr(SINGLE_LABEL, "quick_score", lambda *_: 0.5)
     values = {"early_stopping_patience": 2, "eval_steps": 1, "save_steps": 1}
     whole = fit_here("whole", **values)
     assert len(whole.steps) == 3

@@ -19,7 +19,15 @@ def train_point(step):
 
 
 def eval_point(step):
-    return EvalPoint(step, step / 2, 0.9, 0.3, 0.9, True, tokens=9 * step, seconds=step / 4)
+    return EvalPoint(
+        step,
+        step / 2,
+        {"accuracy": 0.9, "log_loss": 0.3},
+        0.9,
+        True,
+        tokens=9 * step,
+        seconds=step / 4,
+    )
 
 
 def read(path):
@@ -28,7 +36,7 @@ def read(path):
 
 
 def test_each_point_is_one_line_at_once(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.csv", History())
+    metrics = MetricsFile(tmp_path / "metrics.csv", History(), metrics=("accuracy", "log_loss"))
     metrics.write(train_point(1))
     metrics.write(eval_point(1))
     trained, evaluated = read(tmp_path / "metrics.csv")
@@ -44,14 +52,18 @@ def test_each_point_is_one_line_at_once(tmp_path):
 
 def test_a_resumed_run_writes_the_file_from_its_history_whatever_is_in_it(tmp_path):
     path = tmp_path / "metrics.csv"
-    whole = MetricsFile(path, History())
+    whole = MetricsFile(path, History(), metrics=("accuracy", "log_loss"))
     points = [train_point(1), train_point(2), eval_point(2), train_point(3)]
     for point in points:
         whole.write(point)
     whole.close()
     expected = path.read_bytes()
     path.write_bytes(expected + b"4,0.\xff")
-    again = MetricsFile(path, History([train_point(1), train_point(2)], [eval_point(2)]))
+    again = MetricsFile(
+        path,
+        History([train_point(1), train_point(2)], [eval_point(2)]),
+        metrics=("accuracy", "log_loss"),
+    )
     again.write(train_point(3))
     again.close()
     assert path.read_bytes() == expected
@@ -59,7 +71,7 @@ def test_a_resumed_run_writes_the_file_from_its_history_whatever_is_in_it(tmp_pa
 
 def test_a_folder_of_its_name_is_one_message(tmp_path):
     with pytest.raises(TrainingError, match=r"cannot be written: Is a directory; correct that"):
-        MetricsFile(tmp_path, History())
+        MetricsFile(tmp_path, History(), metrics=("accuracy", "log_loss"))
 
 
 def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
@@ -67,7 +79,7 @@ def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
         def writerow(self, row):
             raise OSError(28, "No space left on device")
 
-    metrics = MetricsFile(tmp_path / "metrics.csv", History())
+    metrics = MetricsFile(tmp_path / "metrics.csv", History(), metrics=("accuracy", "log_loss"))
     monkeypatch.setattr(metrics, "writer", FullDisk(metrics.file, history.COLUMNS))
     with pytest.raises(
         TrainingError,

@@ -14,6 +14,7 @@ from lora_sentiment.models.wrap import make_trainable, trainable_tensors
 from lora_sentiment.recipe.method import LoraMethod
 from lora_sentiment.recipe.model import ModelConfig
 from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks import SINGLE_LABEL, single_label
 from lora_sentiment.tasks.single_label import loss_sum
 from lora_sentiment.training import loop
 from lora_sentiment.training.loop import fit
@@ -46,6 +47,7 @@ def run(tiny_base):
             model,
             train=encoded,
             validation=encoded,
+            task=SINGLE_LABEL,
             numbers=np.arange(1, len(rows) + 1),
             config=TrainConfig(
                 **{"batch_size": 16, "learning_rate": 1e-2, "num_train_epochs": 1.0, **values}
@@ -62,7 +64,7 @@ def run(tiny_base):
 def test_a_learnable_toy_is_learned(run):
     _, history = run(num_train_epochs=8.0)
     assert history.steps[-1].loss < 0.5 * history.steps[0].loss
-    assert history.evaluations[-1].accuracy > 0.9
+    assert history.evaluations[-1].scores["accuracy"] > 0.9
 
 
 def test_steps_epochs_and_tokens_are_counted(run):
@@ -88,7 +90,7 @@ def test_the_best_tensors_are_kept(run, monkeypatch):
     def score(logits, labels, name):
         return next(scores) if name == "mcc" else 0.5
 
-    monkeypatch.setattr(loop, "quick_score", score)
+    monkeypatch.setattr(SINGLE_LABEL, "quick_score", score)
     clone = loop._Loop._evaluate
 
     def spy(self, step):
@@ -105,14 +107,16 @@ def test_the_best_tensors_are_kept(run, monkeypatch):
 def test_a_loss_is_better_when_lower(run, monkeypatch):
     scores = iter([0.9, 0.5, 0.7])
     monkeypatch.setattr(
-        loop, "quick_score", lambda logits, labels, name: next(scores) if name == "ece" else 0.5
+        SINGLE_LABEL,
+        "quick_score",
+        lambda logits, labels, name: next(scores) if name == "ece" else 0.5,
     )
     _, history = run(metric_for_best_model="ece", eval_steps=1, max_steps=3)
     assert history.best_step == 2
 
 
 def test_patience_stops_early(run, monkeypatch):
-    monkeypatch.setattr(loop, "quick_score", lambda logits, labels, name: 0.5)
+    monkeypatch.setattr(SINGLE_LABEL, "quick_score", lambda logits, labels, name: 0.5)
     _, history = run(early_stopping_patience=2, eval_steps=1, max_steps=6)
     assert history.stopped_early
     assert len(history.steps) == 3
@@ -269,7 +273,7 @@ def test_a_steps_loss_is_torchs_weighted_mean(run, monkeypatch):
         seen.append((logits.detach(), labels))
         return loss_sum(logits, labels, **values)
 
-    monkeypatch.setattr(loop, "loss_sum", spy)
+    monkeypatch.setattr(single_label, "loss_sum", spy)
     _, history = run(
         class_weights=(0.2, 3.0), label_smoothing_factor=0.1, batch_size=90, max_steps=1
     )

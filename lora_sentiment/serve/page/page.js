@@ -18,6 +18,13 @@ function percent(share) {
   return share < 0.0005 && share > 0 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`;
 }
 
+/** Return the answer of an adapter of any task as text: its label, its labels, or its value. */
+function tell({ label, labels, value, error }) {
+  if (error) return error;
+  if (labels) return labels.join(", ") || "no label";
+  return label ?? String(Number(value.toPrecision(4)));
+}
+
 /** Show an error, which screen readers say at once; "" takes it away. */
 function fail(error) {
   $("error").textContent = error.message ?? error;
@@ -125,7 +132,7 @@ async function predict() {
     const cards = answers.map((answer, i) => makeCard(names[i], answer, order));
     $("answers").replaceChildren(...cards);
     cards[0].querySelector(".bars").scrollIntoView({ block: "nearest" });
-    $("said").textContent = answers.map(({ label, score }, i) => `${names[i]}: ${label}, ${percent(score)}`).join("; ");
+    $("said").textContent = answers.map((own, i) => `${names[i]}: ${[tell(own), percent(own.score)].filter(Boolean).join(", ")}`).join("; ");
     if (!$("explain").checked) return;
     const explained = await Promise.all(names.map((name) => predictOne(text, name, true, signal)));
     explained.forEach((answer, i) => answer.words && cards[i].append(makeWhy(answer)));
@@ -138,21 +145,22 @@ async function predictOne(text, adapter, explain, signal) {
   const body = { texts: [text], adapter, top_k: Math.min(adapters.get(adapter)?.labels.length ?? 1, MOST_LABELS), explain };
   const start = performance.now();
   const { predictions } = await ask("predict", { body, signal });
-  const { label, error: reason } = predictions[0];
-  return { top_k: [], ...predictions[0], label: label ?? reason, milliseconds: Math.round(performance.now() - start) };
+  return { top_k: [], ...predictions[0], milliseconds: Math.round(performance.now() - start) };
 }
 
-function makeCard(name, { label, score, top_k, truncated, milliseconds }, order) {
+function makeCard(adapter, answer, order) {
+  const { label, labels, value, score, top_k, truncated, milliseconds } = answer;
   const time = make("span", "soft number", `${count(milliseconds)} ms`);
-  const head = make("header", "", make("h3", "", make("bdi", "", name)), time);
-  const verdict = make("p", "verdict", make("bdi", "", label), make("span", "number", percent(score)));
+  const head = make("header", "", make("h3", "", make("bdi", "", adapter)), time);
+  const verdict = make("p", "verdict", make("bdi", "", tell(answer)), make("span", "number", percent(score)));
   // Two adapters with the same labels show them in the same order.
   const same = order.length === top_k.length && top_k.every((own) => order.includes(own.label));
   const shown = same ? order.map((first) => top_k.find((own) => own.label === first)) : top_k;
-  const bars = shown.map((own) => makeBar(own.label, own.score, percent(own.score), own.label === label));
+  const best = (own) => own.label === label || Boolean(labels?.includes(own.label));
+  const bars = value == null ? shown.map((own) => makeBar(own.label, own.score, percent(own.score), best(own))) : [];
   const card = make("article", "card answer", head, verdict, make("ol", "bars", ...bars));
-  const others = (adapters.get(name)?.labels.length ?? 0) - top_k.length;
-  if (score !== null && others > 0) card.append(make("p", "soft", `${count(others)} other labels are less likely.`));
+  const others = (adapters.get(adapter)?.labels.length ?? 0) - top_k.length;
+  if (top_k.length && others > 0) card.append(make("p", "soft", `${count(others)} other labels are less likely.`));
   if (truncated) card.append(make("p", "soft", "The text is longer than this adapter reads, and was cut."));
   return card;
 }
@@ -167,7 +175,8 @@ function makeBar(label, share, text, best) {
 const LEVELS = 3;
 const MARKED = 0.1; // share of the largest effect below which a word stays unmarked, as in explain.py
 
-function makeWhy({ label, words, effects }) {
+function makeWhy({ top_k, value, words, effects }) {
+  const { label } = top_k[0];
   const largest = effects.reduce((most, effect) => Math.max(most, Math.abs(effect)), 0);
   const line = make("p", "words");
   line.dir = "auto";
@@ -178,7 +187,8 @@ function makeWhy({ label, words, effects }) {
     line.append(level ? makeMark(effects[i] > 0 ? "for" : "against", level, word, number) : word, " ");
   });
   const signs = [makeMark("for", 2, "for", "+"), " ", makeMark("against", 2, "against", "\u2212"), " "];
-  const rest = ": how far its probability falls (+) or rises (\u2212) without the word; small effects are unmarked";
+  const what = value == null ? "its probability" : "it";
+  const rest = `: how far ${what} falls (+) or rises (\u2212) without the word; small effects are unmarked`;
   return make("div", "why", line, make("p", "soft", ...signs, make("bdi", "", label), rest));
 }
 
@@ -262,9 +272,11 @@ async function openFile(file) {
 /** Forget the answers: the file, the column or the adapter is another. */
 function startAnew() {
   let prefix = "";
-  while (["label", "score"].some((title) => table.header.includes(prefix + title))) prefix += "predicted_";
-  const titles = [`${prefix}label`, `${prefix}score`];
-  Object.assign(table, { titles, answers: [], refused: [], next: 0, cut: 0, sums: new Map() });
+  const { task } = adapters.get($("table-adapter").value) ?? {};
+  const own = { multi_label: ["labels"], regression: ["value"] }[task] ?? ["label", "score"];
+  while (own.some((title) => table.header.includes(prefix + title))) prefix += "predicted_";
+  const titles = own.map((title) => prefix + title);
+  Object.assign(table, { own, titles, answers: [], refused: [], next: 0, cut: 0, sums: new Map() });
   const [size, added] = [count(table.rows.length), titles.join(" and ")];
   $("table-status").textContent = `${table.name}: ${size} rows; gets the columns ${added}.`;
   $("formulas").textContent = $("rate").textContent = "";
@@ -275,7 +287,8 @@ function startAnew() {
 
 function showRows() {
   const shown = table.rows.slice(0, PREVIEW).map((cells, i) => {
-    const { label = "", score } = table.answers[i] ?? {};
+    const { score } = table.answers[i] ?? {};
+    const label = table.answers[i] ? tell(table.answers[i]) : "";
     const clip = make("bdi", "clip", cells[$("column").value].slice(0, 300));
     const number = make("td", "number", percent(score));
     return make("tr", "", make("td", "", clip), make("td", "", make("bdi", "", label)), number);
@@ -344,7 +357,9 @@ function keep(table, chosen, { predictions }) {
   predictions.forEach((prediction, k) => {
     if (prediction.error) return;
     table.answers[chosen[k]] = prediction;
-    table.sums.set(prediction.label, (table.sums.get(prediction.label) ?? 0) + 1);
+    for (const label of prediction.labels ?? [prediction.label].filter(Boolean)) {
+      table.sums.set(label, (table.sums.get(label) ?? 0) + 1);
+    }
     table.cut += prediction.truncated;
   });
   table.next = chosen.at(-1) + 1;
@@ -398,7 +413,8 @@ function showOutcome() {
 }
 
 function labelledRows() {
-  const own = (i) => [table.answers[i]?.label ?? "", String(table.answers[i]?.score ?? "")];
+  const write = (cell) => (Array.isArray(cell) ? JSON.stringify(cell) : String(cell ?? ""));
+  const own = (i) => table.own.map((title) => write(table.answers[i]?.[title]));
   return [[...table.header, ...table.titles], ...table.rows.map((cells, i) => [...cells, ...own(i)])];
 }
 

@@ -1,0 +1,197 @@
+"""Every task on several methods: trained, saved, reloaded, merged, exported, and answered by other programs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from transformers import pipeline
+
+from lora_sentiment.adapter.export import export
+from lora_sentiment.adapter.merge import merge
+from lora_sentiment.classifier import load
+from lora_sentiment.commands.evaluate import evaluate
+from lora_sentiment.commands.predict import predict_file
+from lora_sentiment.data.rows import load_data
+from lora_sentiment.errors import DataError, RecipeError
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.train import train
+from tests.conftest import BAD, FILLERS, GOOD
+
+WORDS = {"good": GOOD, "bad": BAD, "odd": ("the", "a", "and", "so", "it", "quite")}
+COLUMNS = {"single_label": "label", "multi_label": "labels", "regression": "stars"}
+TEXTS = ["a good film", "the bad plot was awful", "so it was quite good and bad", "book"]
+
+
+def make_rows(num_rows):
+    """Texts with words of some kinds: their first kind, all kinds, and stars from 10 to 30."""
+    rows = []
+    for i in range(num_rows):
+        kinds = [kind for bit, kind in enumerate(WORDS) if (i >> bit) & 1]
+        words = [
+            FILLERS[i % 6],
+            *(WORDS[kind][i % 6] for kind in kinds),
+            "abcdefghijklmnop"[i % 16],
+        ]
+        stars = 20 + 10 * ("good" in kinds) - 10 * ("bad" in kinds)
+        text = " ".join(words) + "!" * (i // 16)
+        rows.append(
+            {
+                "text": text,
+                "label": "good" if "good" in kinds else "rest",
+                "labels": kinds,
+                "stars": stars,
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tasks") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(96)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, tiny_base, rows_file):
+    def train_task(task, kind="lora", *overrides):
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(
+            f"data: {{source: {rows_file}, task: {task}, label_column: {COLUMNS[task]}, test_fraction: 0.2}}\n"
+            f"model: {{name: {tiny_base}, max_length: 16, dtype: float32, dropout: 0.0}}\n"
+            f"method: {{kind: {kind}}}\n"
+            "train: {num_train_epochs: 6, batch_size: 24, learning_rate: 5e-3}\n"
+            f"output: {{dir: {tmp_path}/adapter}}\n",
+            encoding="utf-8",
+        )
+        return train(Recipe.load(recipe, overrides))
+
+    return train_task
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "head"])
+@pytest.mark.parametrize("task", COLUMNS)
+def test_every_task_goes_from_rows_to_other_programs(task, kind, run, tmp_path):
+    done = run(task, kind)
+    losses = np.array([point.loss for point in done.history.steps]).reshape(6, -1).mean(axis=1)
+    assert losses[-1] < losses[0]
+    adapter = load(done.adapter)
+    scores = adapter.probabilities(TEXTS)
+    again = evaluate(done.adapter, split="test")
+    report = json.loads((done.adapter / "report.json").read_text(encoding="utf-8"))
+    assert again.as_dict() == {"split": "test", "num_rows": again.num_rows, **report["test"]}
+    merged = merge(done.adapter, tmp_path / "merged").folder
+    exported = export(done.adapter, tmp_path / "onnx", format="onnx").folder
+    answers = adapter.predict(TEXTS)
+    for folder in (merged, exported):
+        other = load(folder)
+        assert other.task is adapter.task
+        np.testing.assert_allclose(other.probabilities(TEXTS), scores, atol=1e-5)
+        for one, same in zip(answers, other.predict(TEXTS), strict=True):
+            assert (one.label, one.labels) == (same.label, same.labels)
+    stock = pipeline("text-classification", model=str(merged), top_k=None)(TEXTS)
+    for row, own in zip(stock, scores, strict=True):
+        given = {answer["label"]: answer["score"] for answer in row}
+        np.testing.assert_allclose([given[name] for name in adapter.labels], own, atol=1e-5)
+
+
+def test_multi_label_thresholds_decide_and_a_row_may_have_no_label(run, tmp_path):
+    done = run("multi_label")
+    adapter = load(done.adapter)
+    assert adapter.labels == ("bad", "good", "odd")
+    thresholds = np.array(adapter.calibration["thresholds"])
+    for prediction, scores in zip(
+        adapter.predict(TEXTS), adapter.probabilities(TEXTS), strict=True
+    ):
+        assert prediction.labels == [
+            adapter.labels[i] for i in np.flatnonzero(scores >= thresholds)
+        ]
+    rows = tmp_path / "in.csv"
+    rows.write_text("text\ngood film\nbook\n", encoding="utf-8")
+    summary = predict_file(
+        adapter, input=rows, output=tmp_path / "out.csv", all_scores=True, progress=False
+    )
+    assert set(summary.labels) == {"bad", "good", "odd"}
+    header = (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header == "text,labels,score_bad,score_good,score_odd"
+
+
+def test_regression_answers_in_real_units(run, tmp_path):
+    done = run("regression", "full", "train.num_train_epochs=8", "train.huber_delta=1.0")
+    values = [prediction.value for prediction in load(done.adapter).predict(TEXTS)]
+    assert all(5 < value < 35 for value in values)
+    assert done.report["test"]["mae"]["value"] < 10
+    rows = tmp_path / "in.csv"
+    rows.write_text("text\ngood film\n", encoding="utf-8")
+    predict_file(load(done.adapter), input=rows, output=tmp_path / "out.csv", progress=False)
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8").startswith("text,value\n")
+
+
+BROKEN = {
+    "a third value": (
+        {"label_columns": ["x", "y"], "task": "multi_label"},
+        "text,x,y\na,0,1\nb,2,0\nc,1,1\n",
+        "row 2: column 'x': found '2'; allowed: 0 or 1",
+    ),
+    "text among numbers": (
+        {"label_column": "n", "task": "regression"},
+        "text,n\na,1.5\nb,good\nc,2\n",
+        "row 2: column 'n': found 'good'; allowed: a finite number",
+    ),
+    "a label outside": (
+        {"label_column": "l", "task": "multi_label", "labels": ["x", "y"]},
+        'text,l\na,"x,y"\nb,x\nc,"x,z"\n',
+        "row 3: column 'l': label 'z' is none of x, y",
+    ),
+    "one class in a column": (
+        {"label_columns": ["x", "y"], "task": "multi_label"},
+        "text,x,y\na,0,1\nb,0,0\n",
+        "rows 1 to 2, column 'x': no row has the label 'x'",
+    ),
+    "one number": (
+        {"label_column": "n", "task": "regression"},
+        "text,n\na,3\nb,3\n",
+        "rows 1 to 2, column 'n': every value is 3",
+    ),
+    "a missing number": (
+        {"label_column": "n", "task": "regression"},
+        "text,n\na,3\nb,\nc,4\n",
+        "row 2: column 'n': is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "content", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_labels_are_told_by_row_and_column(config, content, message, tmp_path):
+    (tmp_path / "d.csv").write_text(content, encoding="utf-8")
+    values = {**config, "source": str(tmp_path / "d.csv")}
+    for key in ("label_columns", "labels"):
+        if key in values:
+            values[key] = tuple(values[key])
+    with pytest.raises(DataError) as caught:
+        load_data(DataConfig(**values))
+    lines = [line for line in str(caught.value).splitlines() if re.search(r": rows? \d", line)]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+CONFLICTS = {
+    "train.metric_for_best_model: accuracy is no metric of data.task=regression": (
+        "regression", ["train.metric_for_best_model=accuracy"]),
+    "train.class_weights: is for labels": ("regression", ["train.class_weights=balanced"]),
+    "train.huber_delta: is for data.task=regression": ("multi_label", ["train.huber_delta=1.0"]),
+    "label_columns are columns of 0 and 1": ("single_label", ["data.label_columns=[a, b]"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", CONFLICTS)
+def test_settings_of_another_task_are_refused(message, tmp_path):
+    task, overrides = CONFLICTS[message]
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"data: {{source: a/b, task: {task}}}\nmodel: {{name: bundled}}\n", encoding="utf-8"
+    )
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(path, overrides)
