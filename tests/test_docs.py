@@ -152,6 +152,12 @@ def test_the_readme_is_a_page():
     assert len(text.split()) <= 1200
 
 
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    names = {path.stem for path in PAGES} - {"README", "index"}
+    assert [name for name in sorted(names) if f"\n{name}\n" not in index] == []
+
+
 def find_anchors(path: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and MyST make them."""
     found = set()
