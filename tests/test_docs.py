@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 WRITTEN = [*PAGES, *(ROOT / name for name in OTHERS)]
-LANGUAGES = {"sh", "text", "python", "yaml", "js", "{toctree}", "{eval-rst}"}
+LANGUAGES = {"sh", "text", "python", "yaml", "js", "bibtex", "{toctree}", "{eval-rst}"}
 TOOLS = {".", "cp", "curl", "echo", "pip", "pipx", "printf", "uv", "uvx"}
 """Programs of others, whose options are not checked."""
 USERS = ("recipes/mine.yaml",)
@@ -150,6 +150,12 @@ def test_the_readme_is_a_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1200
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    names = {path.stem for path in PAGES} - {"README", "index"}
+    assert [name for name in sorted(names) if f"\n{name}\n" not in index] == []
 
 
 def find_anchors(path: Path) -> set[str]:

@@ -309,11 +309,21 @@ def test_the_temperature_lowers_the_log_loss_of_validation(finished):
     assert validation["calibrated_log_loss"]["value"] < validation["log_loss"]["value"]
 
 
+@pytest.fixture
+def no_base(monkeypatch):
+    """A run that loads its base fails."""
+    monkeypatch.setattr(
+        "lora_sentiment.train._load_model", lambda *_: pytest.fail("the base is loaded")
+    )
+
+
+@pytest.mark.usefixtures("no_base")
 def test_a_wrong_number_of_class_weights_is_refused_before_the_base_is_loaded(toy_recipe):
     with pytest.raises(RecipeError, match=r"found 3 weights; .* in this order: negative, positive"):
-        run(toy_recipe, "train.class_weights=[1, 2, 3]", "model.name=./nowhere")
+        run(toy_recipe, "train.class_weights=[1, 2, 3]")
 
 
+@pytest.mark.usefixtures("no_base")
 @pytest.mark.parametrize("setting", ["metric_for_best_model=auroc", "metric_for_best_model=mcc"])
 @pytest.mark.parametrize("patience", ["null", "2"])
 def test_a_metric_that_validation_cannot_serve_is_refused_before_the_base_is_loaded(
@@ -325,7 +335,7 @@ def test_a_metric_that_validation_cannot_serve_is_refused_before_the_base_is_loa
     roles = f"data.source={{train: {toy}/train.csv, validation: {toy}/one.csv}}"
     stopping = f"train.early_stopping_patience={patience}"
     with pytest.raises(DataError, match=r"validation: all 10 rows .* none has 'negative'"):
-        run(toy_recipe, roles, f"train.{setting}", stopping, "model.name=./nowhere")
+        run(toy_recipe, roles, f"train.{setting}", stopping)
 
 
 def test_training_warns_of_unknown_tokens_and_of_labels_that_may_be_one(toy_recipe, caplog):

@@ -18,6 +18,7 @@ from lora_sentiment.commands.compare import (
 )
 from lora_sentiment.errors import AdapterError, LoraSentimentError, RecipeError
 from lora_sentiment.evaluation.statistics import mcnemar, paired_bootstrap
+from lora_sentiment.models.families import FAMILIES, resolve_targets
 from lora_sentiment.recipe.method import METHODS
 from lora_sentiment.recipe.recipe import Recipe
 
@@ -182,7 +183,8 @@ def test_columns_without_anything_to_say_are_left_out(runs):
     ids=str,
 )
 def test_a_method_in_a_few_words(method, head, words):
-    assert describe(METHODS[method["kind"]](**method), head) == words
+    whole = resolve_targets(METHODS[method["kind"]](**method), FAMILIES["distilbert"])
+    assert describe(whole, head) == words
 
 
 def test_the_picture_shows_what_ran(runs, tmp_path):
