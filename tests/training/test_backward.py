@@ -471,6 +471,7 @@ def make_loop(tiny_base, monkeypatch):
             encoded,
             encoded,
             np.arange(NUM_ROWS),
+            SINGLE_LABEL,
             TrainConfig(**{"batch_size": 16, "max_steps": 8, **values}),
             LORA,
             accelerator,
@@ -497,6 +498,8 @@ def test_the_log_says_whether_graphs_run_and_why_not(make_loop, caplog, fast, va
     assert (found.graphs is not None) == (told == "CUDA graphs: on")
     assert (found.graphed_update is not None) == (found.graphs is not None)
     assert found._packs_rows() == fast
+    # Each reading of losses waits for the GPU.
+    assert found.read_steps == loop.GPU_READ_STEPS >= 10
 
 
 def test_on_a_cpu_nothing_of_it_runs_and_nothing_is_said(run, caplog):
