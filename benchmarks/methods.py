@@ -285,7 +285,8 @@ def run_job(job: Job, cache: Path) -> Line:
     try:
         done = train(recipe)
         if job.stage == "final":
-            line["right"] = pack(load_predictions(done.adapter)[judged_role(done.report)].correct)
+            judged = load_predictions(done.adapter)[judged_role(done.report)]
+            line["right"] = pack(judged.logits.argmax(axis=1) == judged.labels)
     except TrainingError as error:
         return line | machine() | {"failed": str(error)}
     finally:

@@ -11,11 +11,10 @@ from typing import Any
 from lora_sentiment.adapter.file_size import adapter_bytes
 from lora_sentiment.adapter.predictions import load_predictions
 from lora_sentiment.adapter.safe_files import read_object
-from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, find_base, plan_recipe
+from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, plan_recipe, resolve_recipe
 from lora_sentiment.errors import DRAWING_FAULTS, AdapterError, RecipeError, one_line
 from lora_sentiment.evaluation.metric import show_metric
 from lora_sentiment.files import write_file_aside
-from lora_sentiment.models.families import family_of, resolve_targets
 from lora_sentiment.models.memory import estimate_memory
 from lora_sentiment.models.parameters import ParameterCounts
 from lora_sentiment.models.sizes import count_parameters, make_meta_model
@@ -205,10 +204,7 @@ def _why_other(folder: Path, recipe: Recipe) -> str | None:
     if not (folder / "recipe.yaml").is_file():
         return f"{folder} holds no run"
     ran = Recipe.load(folder / "recipe.yaml")
-    # A run writes the default linears by name.
-    family = family_of(find_base(recipe.model, None)[0])
-    method = resolve_targets(recipe.method, family)
-    wanted = recipe.model_copy(update={"method": method})
+    wanted = resolve_recipe(recipe)
     if ran.model_dump(exclude={"output"}) != wanted.model_dump(exclude={"output"}):
         return (
             f"{folder} was made by another version of this recipe and is not shown; name the "

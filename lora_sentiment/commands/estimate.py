@@ -161,6 +161,17 @@ def find_base(model: ModelConfig, num_labels: int | None) -> tuple[Any, list[str
     return config, assumed
 
 
+def resolve_recipe(recipe: Recipe) -> Recipe:
+    """Return a recipe with the adapted linears by name, as a run saves it.
+
+    Raises:
+        ModelError: As `find_base`, or if the method does not fit the base.
+    """
+    family = family_of(find_base(recipe.model, None)[0])
+    method = resolve_targets(recipe.method, family)
+    return recipe.model_copy(update={"method": method})
+
+
 def plan_recipe(
     recipe: Recipe, num_labels: int | None = None, *, this_machine: bool = True
 ) -> tuple[Plan, tuple[str, ...]]:

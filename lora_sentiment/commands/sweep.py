@@ -351,11 +351,15 @@ def _leave_out_judged(config: DataConfig, *, where: str) -> DataConfig:
 
 def _has_ended(run: Recipe) -> bool:
     """Return whether a run finished or diverged earlier. Refuse a folder of something else."""
+    # Late, because a sweep that is refused needs no torch.
+    from lora_sentiment.commands.estimate import resolve_recipe
+
     if not run.folder.exists():
         return _diverged_file(run).is_file()
     if (run.folder / "report.json").is_file() and (run.folder / "recipe.yaml").is_file():
         ran = Recipe.load(run.folder / "recipe.yaml")
-        if ran.model_dump(exclude={"output"}) == run.model_dump(exclude={"output"}):
+        wanted = resolve_recipe(run)
+        if ran.model_dump(exclude={"output"}) == wanted.model_dump(exclude={"output"}):
             return True
     raise AdapterError(
         f"{run.folder}: holds something else than this sweep's run; move it away, or delete it"

@@ -70,7 +70,7 @@ def base(tiny_base):
 def cached_base(base, monkeypatch):
     """What `load` gets instead of reading the base each time; another one cannot be loaded."""
 
-    def load_cached(config, *, labels, device=None):
+    def load_cached(config, *, labels, problem_type=None, device=None):
         if (config.name, config.revision, config.quantize) != (
             base.name,
             None,

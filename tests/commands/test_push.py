@@ -127,7 +127,10 @@ def exported(tmp_path):
         '```python\nimport lora_sentiment\n\nlora_sentiment.load("merged.model/onnx/model.onnx")\n```\n'
         '```js\npipeline("text-classification", "./merged.model", { dtype: "q8" });\n```\n'
     )
-    write_json(folder / "config.json", {"dim": 8, "n_layers": 1, "id2label": {"0": "a", "1": "b"}})
+    write_json(
+        folder / "config.json",
+        {"model_type": "distilbert", "dim": 8, "n_layers": 1, "id2label": {"0": "a", "1": "b"}},
+    )
     record = MergeRecord(
         schema=2, adapter_sha256="1", base_sha256="2", base="distilbert/x", method="lora", into="base", dtype="float32",
         max_length=16, truncation="head", clean=True, calibration=None, compared={},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_sentiment import train as train_module
+from lora_sentiment.commands.estimate import resolve_recipe
 from lora_sentiment.commands.sweep import make_columns, make_trials, sweep
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import AdapterError, DataError, ModelError, RecipeError
@@ -435,7 +436,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_runs(
     folder.mkdir(parents=True)
     other = trials[0].run if left == "another run" else trials[1].run
     if left != "nothing":
-        (folder / "recipe.yaml").write_text(other.to_yaml(), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(resolve_recipe(other).to_yaml(), encoding="utf-8")
         (folder / "report.json").write_text(
             "{}" if left == "another run" else '{"valid', encoding="utf-8"
         )
