@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -349,6 +350,10 @@ def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):
 
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "lora_sentiment", "--show-completion", "bash"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Without a terminal there is no shell to detect.
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "True"}
+    shown = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout
     assert "complete -o default" in shown
     assert shown.rstrip().endswith("lora-sentiment")

@@ -249,7 +249,7 @@ def test_the_example_of_the_page_runs(toy_recipe, tmp_path, monkeypatch, capsys)
     (example,) = [fence.text for fence in find_fences(page) if fence.language == "python"]
     (tmp_path / "recipes").mkdir()
     toy_recipe.rename(tmp_path / "recipes/mine.yaml")
-    write_csv(tmp_path / "mine.csv", toy_rows(60))
+    write_csv(tmp_path / "recipes/my_data.csv", toy_rows(60))
     monkeypatch.chdir(tmp_path)
     exec(example, {})
     assert "'value'" in capsys.readouterr().out
