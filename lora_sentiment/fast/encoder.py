@@ -36,6 +36,7 @@ from lora_sentiment.fast.kernels import (
 from lora_sentiment.fast.layouts import (
     ENCODERS,
     Block,
+    Embeddings,
     Encoder,
     find_encoder,
     read_blocks,
@@ -421,14 +422,8 @@ class FastForward:
             counts = input_ids != parts.position_offset
             places = counts.cumsum(1) * counts + parts.position_offset
             positions = _look_up(parts.positions, places)
-        x = self._norm(parts.norm, self._embed_words(input_ids) + positions)
+        x = self._norm(parts.norm, _embed_words(parts, input_ids) + positions)
         return dropout(x.to(self.dtype), self._p(parts.dropout))
-
-    def _embed_words(self, input_ids: Tensor) -> Tensor:
-        """Return the embeddings of tokens, with that of the first token type where there is one."""
-        parts = read_embeddings(self.encoder)
-        x = _look_up(parts.words, input_ids)
-        return x if parts.token_types is None else x + parts.token_types.weight[0]
 
     def _encode_block(
         self,
@@ -520,7 +515,7 @@ class FastForward:
 
     def _embed_packed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         parts = read_embeddings(self.encoder)
-        words = self._embed_words(input_ids)
+        words = _embed_words(parts, input_ids)
         places = position_ids
         if parts.position_offset is not None:
             # Count the tokens but for padding from the start of each sequence.
@@ -643,6 +638,12 @@ class FastForward:
         if ready is None or ready.stamp != _stamp(sources):
             ready = self.prepared[key] = _prepare(sources, self.dtype)
         return ready.stacked
+
+
+def _embed_words(parts: Embeddings, input_ids: Tensor) -> Tensor:
+    """Return the embeddings of tokens, with that of the first token type where there is one."""
+    x = _look_up(parts.words, input_ids)
+    return x if parts.token_types is None else x + parts.token_types.weight[0]
 
 
 def _look_up(table: nn.Embedding, places: Tensor) -> Tensor:

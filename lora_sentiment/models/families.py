@@ -4,7 +4,7 @@ This module imports no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_sentiment.errors import ModelError, did_you_mean
@@ -201,22 +201,10 @@ ROBERTA = Family(
         "FacebookAI/roberta-base": {"max_position_embeddings": 514, "type_vocab_size": 1},
     },
 )
-XLM_ROBERTA = Family(
+XLM_ROBERTA = replace(
+    ROBERTA,
     model_type="xlm-roberta",
     name="XLM-RoBERTa",
-    encoder="roberta",
-    blocks="encoder.layer",
-    linears=_BERT_LINEARS,
-    query_value=("query", "value"),
-    ia3=("key", "value", "output.dense"),
-    feed_forward=("intermediate.dense", "output.dense"),
-    head=("classifier.dense", "classifier.out_proj"),
-    saved_modules=("classifier",),
-    dropouts=_BERT_DROPOUTS,
-    functions=(*_BERT_FUNCTIONS, "pad_token_id"),
-    shape=_BERT_SHAPE,
-    skips_positions=True,
-    fast=True,
     public={
         "FacebookAI/xlm-roberta-base": {
             "vocab_size": 250002,
