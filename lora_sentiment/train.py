@@ -381,6 +381,8 @@ def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator)
         setup.base.tokenizer,
         max_length=recipe.model.max_length,
         truncation=recipe.model.truncation,
+        reads_pairs=recipe.data.reads_pairs,
+        has_types=setup.base.family.token_types,
     )
     # The first process of a machine tokenises; the others read the ids that it kept.
     with accelerator.local_main_process_first():

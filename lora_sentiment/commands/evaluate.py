@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_sentiment.adapter.folder import Card, load
-from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub, make_source
 from lora_sentiment.errors import AdapterError, DataError
@@ -96,10 +95,7 @@ def evaluate(
     else:
         rows = _read_given(card, source, data, split, given)
     is_main = accelerator.is_main_process
-    encoder = TextEncoder.of(
-        loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
-    )
-    encoded = encoder.encode(rows, progress=is_main)
+    encoded = loaded.make_encoder().encode(rows, progress=is_main)
     with explain_lost_process(state):
         logits = predict_logits(
             model, encoded, accelerator=accelerator, progress=split if is_main else None

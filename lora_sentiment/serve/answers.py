@@ -1,10 +1,9 @@
 """Answer requests: tokenise and queue the texts, and turn logits into labels and scores."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.classifier import EMPTY_TEXT, tokenise
-from lora_sentiment.cleaning import clean_text
+from lora_sentiment.classifier import EMPTY_TEXT, clean_parts, tokenise
 from lora_sentiment.commands.explain import find_words, leave_each_out
-from lora_sentiment.data.batches import TextEncoder
+from lora_sentiment.data.batches import TextEncoder, TokenIds
+from lora_sentiment.data.texts import Text, split_text
 from lora_sentiment.serve.batching import Ids, Queue, call_in_thread
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import (
@@ -187,7 +186,7 @@ class Answerer:
     async def _tokenise(
         self,
         adapter: "LoadedAdapter",
-        texts: Sequence[str],
+        texts: Sequence[Text],
         *,
         explain: bool = False,
         truncate: bool | None = None,
@@ -201,7 +200,7 @@ class Answerer:
         # Each text has at least two tokens. A request that cannot be queued is not tokenised.
         self._queue.check(2 * len(texts))
         limits = self._limits
-        num_characters = sum(map(len, texts))
+        num_characters = sum(map(_count_characters, texts))
         if explain:
             most = num_characters * (1 + limits.max_explained_words)
             num_characters = min(most, MAX_EXPLAINED_CHARACTERS)
@@ -269,7 +268,7 @@ def choose_adapter(adapters: Mapping[str, "LoadedAdapter"], name: str | None) ->
 
 def tokenise_texts(
     adapter: "LoadedAdapter",
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     max_words: int | None = None,
     truncate: bool = True,
@@ -297,19 +296,21 @@ def tokenise_texts(
     num_characters = 0
     for place, text in enumerate(texts):
         if adapter.clean:
-            text = clean_text(text, Counter())
-        words = []
+            text = clean_parts(text)
+        words = None
+        variants = [text]
         if max_words is not None:
             words = find_words(text)
-            num_characters += len(text) * (1 + len(words))
+            num_characters += _count_characters(text) * (1 + len(words))
             _check_explained(place, len(words), max_words, num_characters)
-        variants = [text, *leave_each_out(text, words)]
+            variants += leave_each_out(text)
         token_ids = list(tokenise(encoder, variants, clean=False))
-        truncated = len(token_ids[0]) > encoder.room
+        num_tokens = encoder.count(token_ids[0]) + encoder.num_special
+        truncated = num_tokens > encoder.max_length
         if truncated and not truncate:
             raise RefusalError(
                 "TooLarge",
-                f"texts[{place}]: has {len(token_ids[0]) + 2:,} tokens; the adapter reads "
+                f"texts[{place}]: has {num_tokens:,} tokens; the adapter reads "
                 f"{encoder.max_length:,}",
             )
         tokenised.append(
@@ -317,7 +318,7 @@ def tokenise_texts(
                 inputs=[encoder.frame(_truncate(encoder, ids, direction)) for ids in token_ids],
                 truncated=truncated,
                 is_empty=encoder.is_empty(token_ids[0]),
-                words=None if max_words is None else [word.group() for word in words],
+                words=words,
             )
         )
     return tokenised
@@ -339,12 +340,21 @@ def _check_explained(place: int, num_words: int, max_words: int, num_characters:
         )
 
 
-def _truncate(encoder: TextEncoder, ids: list[int], direction: str | None) -> list[int]:
+def _truncate(encoder: TextEncoder, ids: TokenIds, direction: str | None) -> TokenIds:
+    if direction is None:
+        return encoder.truncate(ids)
+    keeps_first = replace(encoder, truncation="head")
     if direction == "right":
-        return ids[: encoder.room]
-    if direction == "left":
-        return ids[max(0, len(ids) - encoder.room) :]
-    return encoder.truncate(ids)
+        return keeps_first.truncate(ids)
+    return _reverse(keeps_first.truncate(_reverse(ids)))
+
+
+def _reverse(ids: TokenIds) -> TokenIds:
+    return ids[::-1] if isinstance(ids, list) else (ids[0][::-1], ids[1][::-1])
+
+
+def _count_characters(text: Text) -> int:
+    return sum(map(len, split_text(text)))
 
 
 def _rank(labels: Sequence[str], scores: NDArray[np.floating]) -> list[Score]:
