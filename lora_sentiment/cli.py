@@ -68,6 +68,7 @@ EXIT_STOPPED = 75
 OPTIONS = {
     "data.source": "source",
     "data.text_column": "text_column",
+    "data.text_pair_column": "text_pair_column",
     "data.label_column": "label_column",
     "data.encoding": "encoding",
     "data.on_bad_row": "on_bad_row",
@@ -174,6 +175,9 @@ def evaluate(
     text_column: Annotated[
         str | None, typer.Option(help="Column of --source with the text.")
     ] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of --source with the second text of a pair.")
+    ] = None,
     label_column: Annotated[
         str | None, typer.Option(help="Column of --source with the label.")
     ] = None,
@@ -194,6 +198,7 @@ def evaluate(
         source=source,
         split=split,
         text_column=text_column,
+        text_pair_column=text_pair_column,
         label_column=label_column,
         encoding=encoding,
         on_bad_row=on_bad_row,
@@ -308,7 +313,9 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TEXT]...", help="Texts; without any, the lines of standard input."
+            metavar="[TEXT]...",
+            help="Texts; without any, the lines of standard input. A pair has a tab between its "
+            "two texts.",
         ),
     ] = None,
     input: Annotated[
@@ -318,6 +325,9 @@ def predict(
         Path | None, typer.Option(help="Table to write: the input's columns and the new ones.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of --input to answer.")] = "text",
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of --input with the second text of a pair.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of --input.")] = "utf-8",
     prefix: Annotated[str, typer.Option(help="Start of the new columns' names.")] = "",
     all_scores: Annotated[
@@ -374,6 +384,7 @@ def predict(
             input=input,
             output=output,
             text_column=text_column,
+            text_pair_column=text_pair_column,
             encoding=encoding,
             prefix=prefix,
             all_scores=all_scores,
@@ -657,15 +668,19 @@ def _explain(
     """
     from lora_sentiment.classifier import EMPTY_TEXT
     from lora_sentiment.commands.explain import explain, to_html, to_rich
-    from lora_sentiment.commands.predict import Answer, show_answer
+    from lora_sentiment.commands.predict import Answer, find_error, parse_line, show_answer
 
     if html and html.exists() and not overwrite:
         raise DataError(f"{html}: exists already; give another name, or --overwrite")
     explanations = []
     num_faults = 0
-    for text in texts:
-        if classifier.is_empty(text):
-            answer = Answer(text, None, EMPTY_TEXT)
+    for line in texts:
+        text = parse_line(line, reads_pairs=classifier.encoder.reads_pairs)
+        fault = find_error(text, clean=classifier.clean)
+        if fault is None and classifier.is_empty(text):
+            fault = EMPTY_TEXT
+        if fault:
+            answer = Answer(text, None, fault)
             typer.echo(show_answer(answer, classifier.task, all_scores=False, as_json=as_json))
             continue
         try:
@@ -715,7 +730,7 @@ def _refuse_ignored_options(context: typer.Context) -> None:
         )
     if "input" in given:
         return
-    of_tables = ["text_column", "encoding", "prefix", "rows_per_part", "resume"]
+    of_tables = ["text_column", "text_pair_column", "encoding", "prefix", "rows_per_part", "resume"]
     if "html" not in given:
         of_tables.append("overwrite")
     ignored = [f"--{name.replace('_', '-')}" for name in of_tables if name in given]

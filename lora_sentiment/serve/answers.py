@@ -29,6 +29,7 @@ from lora_sentiment.serve.messages import (
     Score,
     Scores,
     TeiRequest,
+    TextPair,
 )
 from lora_sentiment.serve.metrics import Metrics
 from lora_sentiment.tasks.scores import sigmoid, softmax
@@ -98,7 +99,8 @@ class Answerer:
             return await self._answer_tei(request)
         self._check_num_texts("texts", request.texts)
         adapter = choose_adapter(self._pool.adapters, request.adapter)
-        texts = await self._tokenise(adapter, request.texts, explain=request.explain)
+        given = read_texts("texts", adapter, request.texts)
+        texts = await self._tokenise(adapter, given, explain=request.explain)
         predictions: list[Prediction | NoLabel] = []
         for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
             if text.is_empty:
@@ -126,8 +128,10 @@ class Answerer:
         """Answer one input, or a batch of inputs, with every label, best first."""
         rows = request.inputs if isinstance(request.inputs, list) else [request.inputs]
         direction = request.truncation_direction
+        # A list of strings is one input, of one or two texts.
+        inputs = rows if isinstance(rows[0], list) else [rows]
         answers = await self._score(
-            [row[0] if isinstance(row, list) else row for row in rows],
+            [tuple(row) for row in inputs],
             request.adapter,
             function="none" if request.raw_scores else None,
             truncate=request.truncate,
@@ -143,7 +147,7 @@ class Answerer:
         """
         parameters = request.parameters or HfParameters()
         return await self._score(
-            [request.inputs] if isinstance(request.inputs, str) else request.inputs,
+            request.inputs if isinstance(request.inputs, list) else [request.inputs],
             adapter,
             function=parameters.function_to_apply,
             top_k=parameters.top_k,
@@ -151,7 +155,7 @@ class Answerer:
 
     async def _score(
         self,
-        inputs: Sequence[str],
+        inputs: Sequence[str | TextPair | tuple[str, ...]],
         name: str | None,
         *,
         function: str | None,
@@ -161,7 +165,8 @@ class Answerer:
     ) -> list[Scores]:
         self._check_num_texts("inputs", inputs)
         adapter = choose_adapter(self._pool.adapters, name)
-        texts = await self._tokenise(adapter, inputs, truncate=truncate, direction=direction)
+        given = read_texts("inputs", adapter, inputs)
+        texts = await self._tokenise(adapter, given, truncate=truncate, direction=direction)
         compute_scores = FUNCTIONS[function] if function else adapter.task.compute_scores
         answers: list[Scores] = []
         for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
@@ -264,6 +269,37 @@ def choose_adapter(adapters: Mapping[str, "LoadedAdapter"], name: str | None) ->
     raise RefusalError(
         "NotFound", f"adapter: {name[:MAX_SHOWN_NAME]!r} is not loaded; allowed: {names}"
     )
+
+
+def read_texts(
+    key: str, adapter: "LoadedAdapter", inputs: Sequence[str | TextPair | tuple[str, ...]]
+) -> list[Text]:
+    """Return the texts of a request, pairs as tuples.
+
+    Args:
+        key: The request's key, for messages.
+        adapter: The adapter that answers.
+        inputs: A text as a string or as a tuple of one; a pair as a tuple of two.
+
+    Raises:
+        RefusalError: If one is a text for an adapter that reads pairs, or the other way round.
+    """
+    texts: list[Text] = []
+    for place, given in enumerate(inputs):
+        parts = (given,) if isinstance(given, str) else given
+        if isinstance(parts, TextPair):
+            parts = (parts.text, parts.text_pair)
+        is_pair = len(parts) == 2
+        if is_pair != adapter.encoder.reads_pairs:
+            found, allowed = "a pair of texts", "single texts"
+            if not is_pair:
+                found, allowed = "a single text", 'pairs {"text": "..", "text_pair": ".."}'
+            raise RefusalError(
+                "Validation",
+                f"{key}[{place}]: found {found}; the adapter {adapter.name!r} reads {allowed}",
+            )
+        texts.append((parts[0], parts[1]) if is_pair else parts[0])
+    return texts
 
 
 def tokenise_texts(

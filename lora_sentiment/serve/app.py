@@ -188,6 +188,7 @@ def _add_information(
                 num_parameters=adapter.num_parameters,
                 max_length=adapter.encoder.max_length,
                 truncation=adapter.encoder.truncation,
+                reads_pairs=adapter.encoder.reads_pairs,
                 sha256=adapter.sha256,
             )
             for name, adapter in sorted(pool.adapters.items())

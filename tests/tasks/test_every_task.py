@@ -107,6 +107,8 @@ def walk(task, kind, of, run, folder):
     merged = merge(done.adapter, folder / "merged").folder
     assert_same_answers(load(merged), adapter, texts)
     given = texts
+    for place in (done.adapter, merged):
+        assert ("pair" in (place / "README.md").read_text(encoding="utf-8")) == (of == "pair")
     if of == "pair":
         given = [{"text": first, "text_pair": second} for first, second in texts]
     stock = pipeline("text-classification", model=str(merged), top_k=None)
