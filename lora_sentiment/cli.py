@@ -106,6 +106,7 @@ RowsOption = Annotated[
         help="Most validation rows to compare on; 500 for a quantised base or another dtype.",
     ),
 ]
+FoldsOption = Annotated[int, typer.Option(min=2, help="Number of folds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -590,6 +591,32 @@ def sweep(
     if done.command is None:
         raise TrainingError("every run diverged, so there is no best one")
     typer.echo(done.command)
+
+
+@app.command()
+def cross_validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    folds: FoldsOption = 5,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep the adapter of each fold.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train once for each fold without its rows, predict them, and score all rows that are not judged.
+
+    Under a launcher: accelerate launch -m lora_sentiment cross-validate RECIPE.
+    """
+    loaded = Recipe.load(recipe, overrides or ())
+    from lora_sentiment.commands import cross_validate as validation
+
+    done = validation.cross_validate(loaded, num_folds=folds, keep_models=keep_models)
+    if done is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+        return
+    show_table(validation.make_columns(done), validation.make_notes(done), left=validation.LEFT)
 
 
 @app.command()

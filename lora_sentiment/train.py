@@ -134,7 +134,11 @@ class _Results:
 
 
 def train(
-    recipe: Recipe, *, data: Mapping[str, Any] | None = None, allow_changes: bool = False
+    recipe: Recipe,
+    *,
+    data: Mapping[str, Any] | None = None,
+    allow_changes: bool = False,
+    end_launch: bool = True,
 ) -> Run:
     """Train a recipe and write its adapter folder.
 
@@ -147,6 +151,8 @@ def train(
             gives the same tables.
         allow_changes: Resume although recipe, data, versions or machine differ from those of the
             checkpoint.
+        end_launch: Disconnect the processes of a launch at the end. False lets another `train`
+            follow.
 
     Raises:
         LoraSentimentError: For a mistake in recipe, launch, data, base or run.
@@ -166,9 +172,12 @@ def train(
                 report_to=recipe.train.report_to,
                 run_folder=run_folder,
             )
-            return _run(
+            run = _run(
                 recipe, accelerator, run_folder, offline, source, allow_changes=allow_changes
             )
+    if end_launch:
+        state.destroy_process_group()
+    return run
 
 
 def _run(
@@ -232,7 +241,8 @@ def _run(
         _draw(recipe, setup.data.labels, history, results, run_folder, calibration)
     if offline:
         log.warning("%s", offline)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     _refuse_faults(results, recipe.folder)
     return Run(recipe.folder, history, report)
 

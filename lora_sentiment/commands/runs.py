@@ -86,6 +86,8 @@ def is_finished(run: Recipe) -> bool:
 def train_run(run: Recipe, *, data: Mapping[str, Any] | None = None) -> None:
     """Train a run, which leaves its adapter folder. A stopped run resumes from its checkpoint.
 
+    Every process of a launch calls this. The launch stays, so that another run can follow.
+
     Args:
         run: The recipe, in a folder of its own.
         data: Role to its table, as `train` takes it, in the place of `data.source`.
@@ -95,18 +97,21 @@ def train_run(run: Recipe, *, data: Mapping[str, Any] | None = None) -> None:
     """
     from lora_sentiment.train import train
     from lora_sentiment.training.checkpoint import list_checkpoints
-    from lora_sentiment.training.processes import join_launch
+    from lora_sentiment.training.processes import join_launch, run_on_main
     from lora_sentiment.training.report import reset_peak_memory
     from lora_sentiment.training.run_folder import name_run_folder
 
-    run_folder = name_run_folder(run)
-    if run_folder.exists() and not list_checkpoints(run_folder):
-        # `train` refuses such a folder, because it may hold a finished adapter.
-        shutil.rmtree(run_folder)
+    def clear() -> None:
+        run_folder = name_run_folder(run)
+        if run_folder.exists() and not list_checkpoints(run_folder):
+            # `train` refuses such a folder, because it may hold a finished adapter.
+            shutil.rmtree(run_folder)
+
     reset_peak_memory(join_launch().device)
+    run_on_main(clear)
     try:
         # Bundled data must not decide on a recipe for other data.
-        train(run.model_copy(update={"offline": "error"}), data=data)
+        train(run.model_copy(update={"offline": "error"}), data=data, end_launch=False)
     finally:
         gc.collect()  # a model is in reference cycles, and the next one needs its memory
 
