@@ -331,6 +331,13 @@ def predict(
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Use the temperature fitted at training.")
     ] = False,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="Give the set of labels that holds the right one with this probability, such as "
+            "0.95; needs data.calibration_fraction at training."
+        ),
+    ] = None,
     rows_per_part: Annotated[int, typer.Option(min=1, help="Rows in memory at once.")] = 10_000,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last whole part of a stopped run.")
@@ -369,6 +376,8 @@ def predict(
     if is_main():
         for sentence in classifier.unverified:
             typer.echo(f"unverified: {sentence}", err=True)
+        if coverage is not None:
+            _show_short_labels(classifier, coverage)
     if input and output:
         summary = predict_file(
             classifier,
@@ -380,6 +389,7 @@ def predict(
             all_scores=all_scores,
             stride=stride,
             calibrated=calibrated,
+            coverage=coverage,
             rows_per_part=rows_per_part,
             resume=resume,
             overwrite=overwrite,
@@ -394,7 +404,9 @@ def predict(
         options: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
         _explain(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **options)
         return
-    answers = predict_lines(classifier, texts or sys.stdin, stride=stride, calibrated=calibrated)
+    answers = predict_lines(
+        classifier, texts or sys.stdin, stride=stride, calibrated=calibrated, coverage=coverage
+    )
     for answer in answers:
         typer.echo(show_answer(answer, classifier.task, all_scores=all_scores, as_json=as_json))
 
@@ -717,6 +729,14 @@ def _explain(
         raise DataError(f"{num_faults} of {num_texts} texts could not be explained")
 
 
+def _show_short_labels(classifier: "Classifier", coverage: float) -> None:
+    """Say which labels stand in every set for want of calibration rows."""
+    classifier.find_set_thresholds(coverage)
+    short = classifier.task.describe_sets(classifier.calibration or {}, coverage, classifier.labels)
+    if short:
+        typer.echo(f"note: {short}", err=True)
+
+
 def _refuse_ignored_options(context: typer.Context) -> None:
     """Refuse options of `predict` that would be ignored.
 
@@ -736,6 +756,8 @@ def _refuse_ignored_options(context: typer.Context) -> None:
         raise RecipeError("predict: --explain is for texts and standard input, not for --input")
     if "html" in given and "explain" not in given:
         raise RecipeError("predict: --html writes explanations; add --explain")
+    if {"explain", "coverage"} <= given:
+        raise RecipeError("predict: --explain gives no label sets; leave out --coverage")
     if {"explain", "all_scores"} <= given:
         raise RecipeError(
             "predict: --explain shows the likeliest label's score; leave out --all-scores"

@@ -196,10 +196,7 @@ def _run(
     refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=accelerator.device)
     data = _load_data(recipe, source)
     setup = _load_model(recipe, data, dtype, accelerator)
-    encoded = {
-        "train": _encode(data.train, setup, recipe, accelerator),
-        "validation": _encode(data.validation, setup, recipe, accelerator),
-    }
+    encoded = {role: _encode(rows, setup, recipe, accelerator) for role, rows in data.seen.items()}
     data_report = describe_seen(data, encoded, max_length=recipe.model.max_length)
     _log_lines(report_lines(data_report))
     log_warnings(data_report)
@@ -209,6 +206,12 @@ def _run(
     task = find_task(recipe.data.task)
     calibration, fitted = task.calibrate(logits, encoded["validation"].labels, data.labels)
     if fitted:
+        log.info("%s", fitted)
+    if "calibration" in encoded:
+        unchosen = _predict(setup, encoded["calibration"], "calibration", accelerator)
+        calibration, fitted = task.calibrate_sets(
+            calibration, unchosen, encoded["calibration"].labels, data.labels
+        )
         log.info("%s", fitted)
 
     # The adapter is saved before the judged rows are read: a bad row there must not cost the run.

@@ -43,7 +43,7 @@ def describe_data(recipe: Recipe) -> DataReport:
     tokenizer = load_tokenizer(recipe.model)
     max_length, truncation = recipe.model.max_length, recipe.model.truncation
     encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
-    encoded = {"train": encoder.encode(data.train), "validation": encoder.encode(data.validation)}
+    encoded = {role: encoder.encode(rows) for role, rows in data.seen.items()}
     report = describe_seen(data, encoded, max_length=max_length)
     judged = load_all_judged(recipe.data, data)
     for fault in judged.faults.values():

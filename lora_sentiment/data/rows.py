@@ -117,6 +117,7 @@ class Data:
             role to evaluate.
         counts: Counts of each split that was read.
         source: Where the rows are.
+        calibration: Rows carved out of train to calibrate label sets, if the recipe says so.
     """
 
     config: DataConfig
@@ -127,11 +128,20 @@ class Data:
     carved_test: Rows | None
     counts: dict[str, Counts]
     source: Source
+    calibration: Rows | None = None
+
+    @cached_property
+    def seen(self) -> dict[str, Rows]:
+        """The rows that training uses, by role."""
+        seen = {"train": self.train, "validation": self.validation}
+        if self.calibration is not None:
+            seen["calibration"] = self.calibration
+        return seen
 
     @cached_property
     def seen_texts(self) -> NDArray[np.uint64]:
-        """Digests of the texts of train and validation."""
-        return np.concatenate([self.train.digests, self.validation.digests])
+        """Digests of the texts that training uses."""
+        return np.concatenate([rows.digests for rows in self.seen.values()])
 
 
 def load_data(
@@ -175,6 +185,8 @@ def load_data(
     carved_roles = ["validation"] if "validation" not in source.roles else []
     if is_test_carved:
         carved_roles.append("test")
+    if config.calibration_fraction:
+        carved_roles.append("calibration")
     _refuse_rare_labels(train, names, task, config, source, carved_roles)
     if is_test_carved:
         train, carved_test = carve(
@@ -201,7 +213,28 @@ def load_data(
             seed=config.split_seed,
             key="data.validation_fraction",
         )
-    return Data(config, names, train, validation, source.judged, carved_test, all_counts, source)
+    calibration = None
+    if config.calibration_fraction:
+        # Last, so that test and validation are the rows that they are without it.
+        train, calibration = carve(
+            train,
+            names,
+            task,
+            fraction=config.calibration_fraction,
+            seed=config.split_seed + 2,
+            key="data.calibration_fraction",
+        )
+    return Data(
+        config,
+        names,
+        train,
+        validation,
+        source.judged,
+        carved_test,
+        all_counts,
+        source,
+        calibration,
+    )
 
 
 def load_judged(
@@ -404,18 +437,26 @@ def _refuse_rare_labels(
     rare = np.setdiff1d(present[num_texts <= len(roles)], shared)
     if not len(rare):
         return
-    fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
+    fractions = {
+        "validation": config.validation_fraction,
+        "test": config.test_fraction,
+        "calibration": config.calibration_fraction,
+    }
     fraction = sum(fractions[role] for role in roles)
     fault = _explain_rare_labels(labels, names, rare, fraction)
     key = "data.splits" if source.hub else "data.source"
-    named = ", ".join(f"{role}: .." for role in ("train", *roles))
+    named_roles = [role for role in roles if role != "calibration"]
+    named = ", ".join(f"{role}: .." for role in ("train", *named_roles))
     advice = {}
     if config.max_train_rows:
         advice["data.max_train_rows"] = ", or set {} higher"
-    advice[key] = (
-        f", or name rows for {' and '.join(roles)}, which need not hold every label: "
-        f"{{}}={{{named}}}"
-    )
+    if config.calibration_fraction:
+        advice["data.calibration_fraction"] = ", or set {}=0"
+    if named_roles:
+        advice[key] = (
+            f", or name rows for {' and '.join(named_roles)}, which need not hold every label: "
+            f"{{}}={{{named}}}"
+        )
     others = np.setdiff1d(present, rare)
     # Integers that stand for names would stand for other names if one were left out.
     if config.labels is None and len(others) >= 2:

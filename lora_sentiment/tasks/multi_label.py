@@ -256,7 +256,9 @@ class MultiLabel(Task):
         thresholds = (calibration or {}).get("thresholds")
         if thresholds is None:
             return super().check_answers(names, calibration)
-        numbers = thresholds if isinstance(thresholds, list) else []
+        numbers = []
+        if isinstance(thresholds, list):
+            numbers = [number for number in thresholds if isinstance(number, float)]
         if len(numbers) == len(names) and all(0 <= number <= 1 for number in numbers):
             return super().check_answers(names, calibration)
         return f"thresholds: found {thresholds}; allowed: {len(names)} numbers from 0 to 1"
