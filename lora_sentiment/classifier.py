@@ -38,7 +38,7 @@ from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
 from lora_sentiment.models.families import FAMILIES, num_positions
 from lora_sentiment.tasks import SINGLE_LABEL, Task, find_task_of
-from lora_sentiment.tasks.task import Calibration
+from lora_sentiment.tasks.task import Calibration, get_temperature, make_label_set
 
 WEIGHTS = "model.safetensors"
 EMPTY_TEXT = "text is empty"
@@ -58,6 +58,8 @@ class Prediction:
         value: The value of a regression, or None.
         scores: The probability of every label, or the value, by name; empty without an answer.
         error: Why there is no label, or None.
+        label_set: The labels that cannot be ruled out at the coverage that was asked for, in the
+            classifier's order. None if none was asked for.
     """
 
     label: str | None = None
@@ -66,6 +68,12 @@ class Prediction:
     value: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    label_set: list[str] | None = None
+
+    @property
+    def is_certain(self) -> bool | None:
+        """Whether the label set holds exactly one label. None without a label set."""
+        return None if self.label_set is None else len(self.label_set) == 1
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,7 @@ class Classifier:
     @property
     def temperature(self) -> float | None:
         """Fitted on validation in training, or None if none is known."""
-        temperature = (self.calibration or {}).get("temperature")
-        return temperature if isinstance(temperature, float) else None
+        return get_temperature(self.calibration)
 
     def __post_init__(self) -> None:
         """Refuse labels and thresholds that do not fit the task."""
@@ -105,7 +112,12 @@ class Classifier:
             raise AdapterError(fault)
 
     def predict(
-        self, texts: Sequence[Text], *, stride: int | None = None, calibrated: bool = False
+        self,
+        texts: Sequence[Text],
+        *,
+        stride: int | None = None,
+        calibrated: bool = False,
+        coverage: float | None = None,
     ) -> list[Prediction]:
         """Answer texts, in their order.
 
@@ -118,14 +130,21 @@ class Classifier:
             stride: Read a longer text whole, in windows that share this many tokens, and average
                 their probabilities. None cuts a longer text as in training.
             calibrated: Divide logits by the temperature that was fitted in training.
+            coverage: Give each text the set of labels that holds the right one with at least this
+                probability, from 0.5 to 0.99, for new rows drawn as the calibration rows of the
+                training were. It implies `calibrated`.
 
         Raises:
             DataError: If the texts are not a list of strings, or of pairs for a model of pairs.
-            ModelError: If the stride is too large or the model reads pairs, or there is no
-                temperature.
+            ModelError: If the stride is too large or the model reads pairs, there is no
+                temperature, or the model has no label sets at this coverage.
             AdapterError: If the model's number of logits is not its number of labels.
         """
         predictions = []
+        thresholds = None
+        if coverage is not None:
+            thresholds = self.find_set_thresholds(coverage, stride=stride)
+        calibrated = calibrated or coverage is not None
         pooled, are_empty = self._compute(texts, stride=stride, calibrated=calibrated)
         for scores, is_empty in zip(pooled, are_empty, strict=True):
             if is_empty:
@@ -133,8 +152,26 @@ class Classifier:
                 continue
             answer = self.task.make_answer(scores, self.labels, self.calibration)
             named = dict(zip(self.labels, scores.tolist(), strict=True))
-            predictions.append(Prediction(**answer, scores=named))
+            label_set = None
+            if thresholds is not None:
+                label_set = make_label_set(scores, thresholds, self.labels)
+            predictions.append(Prediction(**answer, scores=named, label_set=label_set))
         return predictions
+
+    def find_set_thresholds(
+        self, coverage: float, *, stride: int | None = None
+    ) -> NDArray[np.float64]:
+        """Return for each label the largest score of a label set that holds it: (num_labels,).
+
+        Raises:
+            ModelError: The model has no label sets at this coverage, or a stride is given.
+        """
+        if stride is not None:
+            raise ModelError(
+                "coverage: label sets were calibrated on texts that are cut as in training; leave "
+                "out stride or coverage"
+            )
+        return self.task.find_set_thresholds(self.calibration, coverage)
 
     def is_empty(self, text: Text) -> bool:
         """Return whether the tokenizer leaves no token of a text, which then gets no label."""

@@ -107,6 +107,7 @@ RowsOption = Annotated[
         help="Most validation rows to compare on; 500 for a quantised base or another dtype.",
     ),
 ]
+FoldsOption = Annotated[int, typer.Option(min=2, help="Number of folds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -340,6 +341,13 @@ def predict(
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Use the temperature fitted at training.")
     ] = False,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="Give the set of labels that holds the right one with this probability, such as "
+            "0.95; needs data.calibration_fraction at training."
+        ),
+    ] = None,
     rows_per_part: Annotated[int, typer.Option(min=1, help="Rows in memory at once.")] = 10_000,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last whole part of a stopped run.")
@@ -378,6 +386,8 @@ def predict(
     if is_main():
         for sentence in classifier.unverified:
             typer.echo(f"unverified: {sentence}", err=True)
+        if coverage is not None:
+            _show_short_labels(classifier, coverage)
     if input and output:
         summary = predict_file(
             classifier,
@@ -390,6 +400,7 @@ def predict(
             all_scores=all_scores,
             stride=stride,
             calibrated=calibrated,
+            coverage=coverage,
             rows_per_part=rows_per_part,
             resume=resume,
             overwrite=overwrite,
@@ -404,7 +415,9 @@ def predict(
         options: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
         _explain(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **options)
         return
-    answers = predict_lines(classifier, texts or sys.stdin, stride=stride, calibrated=calibrated)
+    answers = predict_lines(
+        classifier, texts or sys.stdin, stride=stride, calibrated=calibrated, coverage=coverage
+    )
     for answer in answers:
         typer.echo(show_answer(answer, classifier.task, all_scores=all_scores, as_json=as_json))
 
@@ -604,6 +617,32 @@ def sweep(
 
 
 @app.command()
+def cross_validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    folds: FoldsOption = 5,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep the adapter of each fold.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train once for each fold without its rows, predict them, and score all rows that are not judged.
+
+    Under a launcher: accelerate launch -m lora_sentiment cross-validate RECIPE.
+    """
+    loaded = Recipe.load(recipe, overrides or ())
+    from lora_sentiment.commands import cross_validate as validation
+
+    done = validation.cross_validate(loaded, num_folds=folds, keep_models=keep_models)
+    if done is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+        return
+    show_table(validation.make_columns(done), validation.make_notes(done), left=validation.LEFT)
+
+
+@app.command()
 def doctor(
     hub: Annotated[
         bool, typer.Option("--hub/--no-hub", help="Ask whether the Hub can be reached.")
@@ -705,6 +744,14 @@ def _explain(
         raise DataError(f"{num_faults} of {num_texts} texts could not be explained")
 
 
+def _show_short_labels(classifier: "Classifier", coverage: float) -> None:
+    """Say which labels stand in every set for want of calibration rows."""
+    classifier.find_set_thresholds(coverage)
+    short = classifier.task.describe_sets(classifier.calibration or {}, coverage, classifier.labels)
+    if short:
+        typer.echo(f"note: {short}", err=True)
+
+
 def _refuse_ignored_options(context: typer.Context) -> None:
     """Refuse options of `predict` that would be ignored.
 
@@ -724,6 +771,8 @@ def _refuse_ignored_options(context: typer.Context) -> None:
         raise RecipeError("predict: --explain is for texts and standard input, not for --input")
     if "html" in given and "explain" not in given:
         raise RecipeError("predict: --html writes explanations; add --explain")
+    if {"explain", "coverage"} <= given:
+        raise RecipeError("predict: --explain gives no label sets; leave out --coverage")
     if {"explain", "all_scores"} <= given:
         raise RecipeError(
             "predict: --explain shows the likeliest label's score; leave out --all-scores"

@@ -134,7 +134,11 @@ class _Results:
 
 
 def train(
-    recipe: Recipe, *, data: Mapping[str, Any] | None = None, allow_changes: bool = False
+    recipe: Recipe,
+    *,
+    data: Mapping[str, Any] | None = None,
+    allow_changes: bool = False,
+    end_launch: bool = True,
 ) -> Run:
     """Train a recipe and write its adapter folder.
 
@@ -147,6 +151,8 @@ def train(
             gives the same tables.
         allow_changes: Resume although recipe, data, versions or machine differ from those of the
             checkpoint.
+        end_launch: Disconnect the processes of a launch at the end. False lets another `train`
+            follow.
 
     Raises:
         LoraSentimentError: For a mistake in recipe, launch, data, base or run.
@@ -166,9 +172,12 @@ def train(
                 report_to=recipe.train.report_to,
                 run_folder=run_folder,
             )
-            return _run(
+            run = _run(
                 recipe, accelerator, run_folder, offline, source, allow_changes=allow_changes
             )
+    if end_launch:
+        state.destroy_process_group()
+    return run
 
 
 def _run(
@@ -187,10 +196,7 @@ def _run(
     refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=accelerator.device)
     data = _load_data(recipe, source)
     setup = _load_model(recipe, data, dtype, accelerator)
-    encoded = {
-        "train": _encode(data.train, setup, recipe, accelerator),
-        "validation": _encode(data.validation, setup, recipe, accelerator),
-    }
+    encoded = {role: _encode(rows, setup, recipe, accelerator) for role, rows in data.seen.items()}
     data_report = describe_seen(data, encoded, max_length=recipe.model.max_length)
     _log_lines(report_lines(data_report))
     log_warnings(data_report)
@@ -200,6 +206,12 @@ def _run(
     task = find_task(recipe.data.task)
     calibration, fitted = task.calibrate(logits, encoded["validation"].labels, data.labels)
     if fitted:
+        log.info("%s", fitted)
+    if "calibration" in encoded:
+        unchosen = _predict(setup, encoded["calibration"], "calibration", accelerator)
+        calibration, fitted = task.calibrate_sets(
+            calibration, unchosen, encoded["calibration"].labels, data.labels
+        )
         log.info("%s", fitted)
 
     # The adapter is saved before the judged rows are read: a bad row there must not cost the run.
@@ -232,7 +244,8 @@ def _run(
         _draw(recipe, setup.data.labels, history, results, run_folder, calibration)
     if offline:
         log.warning("%s", offline)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     _refuse_faults(results, recipe.folder)
     return Run(recipe.folder, history, report)
 

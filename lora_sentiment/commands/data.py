@@ -49,7 +49,7 @@ def describe_data(recipe: Recipe) -> DataReport:
         reads_pairs=recipe.data.reads_pairs,
         has_types=family.token_types,
     )
-    encoded = {"train": encoder.encode(data.train), "validation": encoder.encode(data.validation)}
+    encoded = {role: encoder.encode(rows) for role, rows in data.seen.items()}
     report = describe_seen(data, encoded, max_length=max_length)
     judged = load_all_judged(recipe.data, data)
     for fault in judged.faults.values():

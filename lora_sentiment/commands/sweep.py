@@ -1,6 +1,5 @@
 """Train a grid of recipes one after another, and choose the best on validation. Resumable."""
 
-import gc
 import hashlib
 import itertools
 import json
@@ -9,7 +8,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from lora_sentiment.errors import AdapterError, DataError, DivergedError, RecipeError
+from lora_sentiment.commands.runs import is_finished, leave_out_judged, read_result, train_run
+from lora_sentiment.errors import DataError, DivergedError, RecipeError
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.output import OutputConfig
@@ -307,7 +306,10 @@ def _make_runs(trials: Sequence[Trial]) -> list[Trial]:
     for trial in trials:
         key = trial.recipe.data.model_dump_json()
         if key not in data:
-            data[key] = _leave_out_judged(trial.recipe.data, where=str(trial))
+            try:
+                data[key] = leave_out_judged(trial.recipe.data)
+            except DataError as error:
+                raise DataError(f"{error} (with {trial})") from error
         run = trial.recipe.model_copy(update={"data": data[key]})
         facts = json.dumps(run.model_dump(mode="json", exclude={"name", "output"}), sort_keys=True)
         digest = hashlib.sha256(facts.encode()).hexdigest()
@@ -324,99 +326,33 @@ def _make_runs(trials: Sequence[Trial]) -> list[Trial]:
     return list(made.values())
 
 
-def _leave_out_judged(config: DataConfig, *, where: str) -> DataConfig:
-    """Return a `data` section with the same train and validation rows, and none to judge."""
-    from lora_sentiment.data.sources import find_source, is_on_hub
-    from lora_sentiment.hub import prepare_hub
-
-    if is_on_hub(config.source):
-        prepare_hub()
-    try:
-        source = find_source(config)
-    except DataError as error:
-        raise DataError(f"{error} (with {where})") from error
-    if not source.judged:
-        return config
-    kept = [role for role in source.roles if role not in source.judged]
-    # Without a judged role, test_fraction would now carve a test split out of train.
-    update: dict[str, Any] = {"test_fraction": 0.0, "max_test_rows": None}
-    if source.hub:
-        update["splits"] = {role: source.hub_splits[role] for role in kept}
-    elif isinstance(config.source, dict):
-        update["source"] = {role: config.source[role] for role in kept}
-    else:  # the bundled reviews: one name for a file of each role
-        update["source"] = {role: str(source.files[role][0]) for role in kept}
-    return config.model_copy(update=update)
-
-
-def _has_ended(run: Recipe) -> bool:
-    """Return whether a run finished or diverged earlier. Refuse a folder of something else."""
-    # Late, because a sweep that is refused needs no torch.
-    from lora_sentiment.commands.estimate import resolve_recipe
-
-    if not run.folder.exists():
-        return _diverged_file(run).is_file()
-    if (run.folder / "report.json").is_file() and (run.folder / "recipe.yaml").is_file():
-        ran = Recipe.load(run.folder / "recipe.yaml")
-        wanted = resolve_recipe(run)
-        if ran.model_dump(exclude={"output"}) == wanted.model_dump(exclude={"output"}):
-            return True
-    raise AdapterError(
-        f"{run.folder}: holds something else than this sweep's run; move it away, or delete it"
-    )
-
-
 def _diverged_file(run: Recipe) -> Path:
     return run.folder.with_name(run.folder.name + ".diverged.txt")
 
 
+def _has_ended(run: Recipe) -> bool:
+    """Return whether a run finished or diverged earlier. Refuse a folder of something else."""
+    return is_finished(run) or _diverged_file(run).is_file()
+
+
 def _run(recipe: Recipe) -> None:
     """Train one run. It leaves its adapter folder, or a file that says where it diverged."""
-    # Late, because a mistake in the grid must not wait for torch.
-    from lora_sentiment.train import train
-    from lora_sentiment.training.checkpoint import list_checkpoints
-    from lora_sentiment.training.processes import join_launch
-    from lora_sentiment.training.report import reset_peak_memory
-    from lora_sentiment.training.run_folder import name_run_folder
-
-    run_folder = name_run_folder(recipe)
-    if run_folder.exists() and not list_checkpoints(run_folder):
-        # `train` refuses such a folder, because it may hold a finished adapter.
-        shutil.rmtree(run_folder)
-    reset_peak_memory(join_launch().device)
     try:
-        # Bundled data must not decide on a recipe for other data.
-        train(recipe.model_copy(update={"offline": "error"}))
+        train_run(recipe)
     except DivergedError as error:
         log.warning("diverged: %s", error)
         with write_file_aside(_diverged_file(recipe)) as file:
             file.write_text(f"{error}\n", encoding="utf-8")
-    gc.collect()  # a model is in reference cycles, and the next one needs its memory
 
 
 def _read_row(trial: Trial, *, earlier: bool) -> Row:
     """Read the result of a run that ended."""
     folder = trial.run.folder
-    if not folder.exists():
-        reason = _diverged_file(trial.run).read_text(encoding="utf-8").strip()
-        return Row(trial.values, folder, None, None, None, None, reason, earlier)
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        return Row(
-            trial.values,
-            folder,
-            validation=report["validation"],
-            validation_sha256=card["data"]["validation_sha256"],
-            best_step=report["train"]["best_step"],
-            seconds=report["train"]["seconds"],
-            diverged=None,
-            earlier=earlier,
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{folder}: its figures cannot be read ({error}); delete it to run it again"
-        ) from error
+    if folder.exists():
+        result = asdict(read_result(folder))
+        return Row(trial.values, folder, **result, diverged=None, earlier=earlier)
+    reason = _diverged_file(trial.run).read_text(encoding="utf-8").strip()
+    return Row(trial.values, folder, None, None, None, None, reason, earlier)
 
 
 def _choose(rows: Sequence[Row], metric: str, task: "Task") -> int | None:

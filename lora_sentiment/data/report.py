@@ -105,32 +105,25 @@ def describe_unlabelled(unlabelled: Mapping[str, int]) -> DataReport:
 
 
 def describe_seen(data: Data, encoded: Mapping[str, Encoded], *, max_length: int) -> DataReport:
-    """Count the rows of train and validation.
+    """Count the rows that training uses.
 
     Args:
         data: The rows.
         encoded: Their token ids, by role.
         max_length: Most tokens of an input.
     """
-    return {
-        "train": describe_role(
-            data.train,
-            encoded["train"],
+    report = {}
+    for role, rows in data.seen.items():
+        report[role] = describe_role(
+            rows,
+            encoded[role],
             names=data.labels,
             task=find_task(data.config.task),
             max_length=max_length,
-            read=data.counts["train"],
-        ),
-        "validation": describe_role(
-            data.validation,
-            encoded["validation"],
-            names=data.labels,
-            task=find_task(data.config.task),
-            max_length=max_length,
-            read=data.counts.get("validation"),
-            seen_texts=data.train.digests,
-        ),
-    }
+            read=data.counts.get(role),
+            seen_texts=None if role == "train" else data.train.digests,
+        )
+    return report
 
 
 def describe_judged(

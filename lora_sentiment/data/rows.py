@@ -20,6 +20,7 @@ from lora_sentiment.data.sources import (
     check_files,
     find_source,
     is_on_hub,
+    mark_as_given,
     read_columns,
 )
 from lora_sentiment.data.texts import Text, Texts, encode_text, hash_texts, store_texts
@@ -121,6 +122,7 @@ class Data:
             role to evaluate.
         counts: Counts of each split that was read.
         source: Where the rows are.
+        calibration: Rows carved out of train to calibrate label sets, if the recipe says so.
     """
 
     config: DataConfig
@@ -131,11 +133,20 @@ class Data:
     carved_test: Rows | None
     counts: dict[str, Counts]
     source: Source
+    calibration: Rows | None = None
+
+    @cached_property
+    def seen(self) -> dict[str, Rows]:
+        """The rows that training uses, by role."""
+        seen = {"train": self.train, "validation": self.validation}
+        if self.calibration is not None:
+            seen["calibration"] = self.calibration
+        return seen
 
     @cached_property
     def seen_texts(self) -> NDArray[np.uint64]:
-        """Digests of the texts of train and validation."""
-        return np.concatenate([self.train.digests, self.validation.digests])
+        """Digests of the texts that training uses."""
+        return np.concatenate([rows.digests for rows in self.seen.values()])
 
 
 def load_data(
@@ -179,6 +190,8 @@ def load_data(
     carved_roles = ["validation"] if "validation" not in source.roles else []
     if is_test_carved:
         carved_roles.append("test")
+    if config.calibration_fraction:
+        carved_roles.append("calibration")
     _refuse_rare_labels(train, names, task, config, source, carved_roles)
     if is_test_carved:
         train, carved_test = carve(
@@ -205,7 +218,28 @@ def load_data(
             seed=config.split_seed,
             key="data.validation_fraction",
         )
-    return Data(config, names, train, validation, source.judged, carved_test, all_counts, source)
+    calibration = None
+    if config.calibration_fraction:
+        # Last, so that test and validation are the rows that they are without it.
+        train, calibration = carve(
+            train,
+            names,
+            task,
+            fraction=config.calibration_fraction,
+            seed=config.split_seed + 2,
+            key="data.calibration_fraction",
+        )
+    return Data(
+        config,
+        names,
+        train,
+        validation,
+        source.judged,
+        carved_test,
+        all_counts,
+        source,
+        calibration,
+    )
 
 
 def load_judged(
@@ -313,6 +347,37 @@ def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[Text]:
     return [raw[number] for number in rows.numbers.tolist()]
 
 
+def make_table(
+    config: DataConfig, rows: Rows, *, role: str, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return rows as a table for `train(recipe, data={role: table})`, with uncleaned texts.
+
+    Args:
+        config: The recipe's `data` section.
+        rows: Rows of one role.
+        role: The role in the source. That of rows carved out of train is train.
+        names: Label names in order.
+    """
+    if config.label_columns:
+        cells = rows.labels.tolist()
+    else:
+        cells = [[value] for value in find_task(config.task).to_values(rows.labels, names)]
+    columns = (config.text_column, *config.label_cells)
+    texts = load_raw_texts(config, rows, role=role)
+    table = []
+    for text, row_cells in zip(texts, cells, strict=True):
+        table.append(dict(zip(columns, (text, *row_cells), strict=True)))
+    return table
+
+
+def make_table_config(config: DataConfig, names: Sequence[str]) -> DataConfig:
+    """Return a `data` section that reads all rows of tables of `make_table`, with equal labels."""
+    update: dict[str, Any] = {"max_train_rows": None, "max_test_rows": None, "test_fraction": 0.0}
+    if config.task != "regression" and config.label_columns is None:
+        update["labels"] = tuple(names)
+    return mark_as_given(config.model_copy(update=update))
+
+
 def carve(
     rows: Rows, names: Sequence[str], task: Task, *, fraction: float, seed: int, key: str
 ) -> tuple[Rows, Rows]:
@@ -377,18 +442,26 @@ def _refuse_rare_labels(
     rare = np.setdiff1d(present[num_texts <= len(roles)], shared)
     if not len(rare):
         return
-    fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
+    fractions = {
+        "validation": config.validation_fraction,
+        "test": config.test_fraction,
+        "calibration": config.calibration_fraction,
+    }
     fraction = sum(fractions[role] for role in roles)
     fault = _explain_rare_labels(labels, names, rare, fraction)
     key = "data.splits" if source.hub else "data.source"
-    named = ", ".join(f"{role}: .." for role in ("train", *roles))
+    named_roles = [role for role in roles if role != "calibration"]
+    named = ", ".join(f"{role}: .." for role in ("train", *named_roles))
     advice = {}
     if config.max_train_rows:
         advice["data.max_train_rows"] = ", or set {} higher"
-    advice[key] = (
-        f", or name rows for {' and '.join(roles)}, which need not hold every label: "
-        f"{{}}={{{named}}}"
-    )
+    if config.calibration_fraction:
+        advice["data.calibration_fraction"] = ", or set {}=0"
+    if named_roles:
+        advice[key] = (
+            f", or name rows for {' and '.join(named_roles)}, which need not hold every label: "
+            f"{{}}={{{named}}}"
+        )
     others = np.setdiff1d(present, rare)
     # Integers that stand for names would stand for other names if one were left out.
     if config.labels is None and len(others) >= 2:

@@ -73,6 +73,9 @@ class DataConfig(Section):
     """Share of train carved out for validation, stratified, if there is no validation split."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of train carved out for test if there is no split to evaluate; 0 means no test."""
+    calibration_fraction: float = Field(0.0, ge=0, lt=1)
+    """For single_label: share of train carved out, after test and validation, to calibrate the label
+    sets of `predict --coverage`; 0 means no label sets. These rows choose and train nothing."""
     split_seed: int = Field(0, ge=0)
     """Seed of the carved splits and of row samples. train.seed does not change which rows are
     used."""
@@ -147,6 +150,11 @@ class DataConfig(Section):
         if self.task != "multi_label" and self.label_separator != ",":
             raise ValueError(
                 "label_separator is for several labels in a cell; set task=multi_label"
+            )
+        if self.task != "single_label" and self.calibration_fraction:
+            raise ValueError(
+                f"calibration_fraction is for label sets, which task {self.task} does not have; "
+                "leave it out"
             )
         if self.task == "regression" and self.labels is not None:
             raise ValueError("task regression has numbers and no label names; leave out labels")

@@ -15,6 +15,7 @@ from lora_sentiment.classifier import EMPTY_TEXT, clean_parts, tokenise
 from lora_sentiment.commands.explain import find_words, leave_each_out
 from lora_sentiment.data.batches import TextEncoder, TokenIds
 from lora_sentiment.data.texts import Text, split_text
+from lora_sentiment.errors import ModelError
 from lora_sentiment.serve.batching import Ids, Queue, call_in_thread
 from lora_sentiment.serve.config import Limits
 from lora_sentiment.serve.messages import (
@@ -33,6 +34,7 @@ from lora_sentiment.serve.messages import (
 )
 from lora_sentiment.serve.metrics import Metrics
 from lora_sentiment.tasks.scores import sigmoid, softmax
+from lora_sentiment.tasks.task import get_temperature, make_label_set
 
 if TYPE_CHECKING:
     # Imports torch, which makes the app slow to load.
@@ -100,13 +102,25 @@ class Answerer:
         self._check_num_texts("texts", request.texts)
         adapter = choose_adapter(self._pool.adapters, request.adapter)
         given = read_texts("texts", adapter, request.texts)
+        thresholds = None
+        temperature = 1.0
+        if request.coverage is not None:
+            try:
+                thresholds = adapter.task.find_set_thresholds(adapter.calibration, request.coverage)
+            except ModelError as error:
+                raise RefusalError("Validation", error.message) from error
+            temperature = get_temperature(adapter.calibration) or 1.0
         texts = await self._tokenise(adapter, given, explain=request.explain)
         predictions: list[Prediction | NoLabel] = []
         for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
             if text.is_empty:
                 predictions.append(NoLabel(error=EMPTY_TEXT))
                 continue
-            scores = adapter.task.compute_scores(logits)
+            scores = adapter.task.compute_scores(logits, temperature=temperature)
+            label_set = is_certain = None
+            if thresholds is not None:
+                label_set = make_label_set(scores[0], thresholds, adapter.labels)
+                is_certain = len(label_set) == 1
             ranked = _rank(adapter.labels, scores[0])[: request.top_k]
             effects = None
             if text.words is not None:
@@ -116,6 +130,8 @@ class Answerer:
             predictions.append(
                 Prediction(
                     **answer,
+                    label_set=label_set,
+                    is_certain=is_certain,
                     top_k=ranked,
                     truncated=text.truncated,
                     words=text.words,

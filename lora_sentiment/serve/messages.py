@@ -135,6 +135,9 @@ class PredictRequest(RequestBody):
     explain: bool = False
     """Whether to return the effect of each word on the score. The model runs once more for each
     word."""
+    coverage: float | None = Field(default=None, gt=0, lt=1, examples=[0.95])
+    """Probability with which the label set holds the right label. The scores are calibrated then.
+    For adapters with `has_label_sets`."""
 
 
 OneOrTwo = Annotated[list[Text], Field(min_length=1, max_length=2, fail_fast=True)]
@@ -265,6 +268,10 @@ class Prediction(Section):
     """The labels of a multi-label adapter, of which there may be none. Null for other tasks."""
     value: float | None = None
     """The value of a regression. Null for other tasks."""
+    label_set: list[str] | None = None
+    """With `coverage`: the labels that cannot be ruled out, of which there may be none."""
+    is_certain: bool | None = None
+    """With `coverage`: whether the set holds exactly one label."""
     top_k: list[Score]
     """The most likely labels, best first; for a regression its value under its name."""
     truncated: bool
@@ -320,6 +327,8 @@ class AdapterFacts(Section):
     """Which tokens of a longer text stay."""
     reads_pairs: bool = Field(examples=[False])
     """Whether an input is a pair of texts."""
+    has_label_sets: bool
+    """Whether requests may name a `coverage`."""
     sha256: str
     """Hash of everything that decides an answer."""
 

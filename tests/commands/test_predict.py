@@ -1,3 +1,4 @@
+import dataclasses
 import datetime
 import fcntl
 import gzip
@@ -20,7 +21,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from lora_sentiment.classifier import Classifier
-from lora_sentiment.commands.predict import predict_file, predict_lines, show_answer
+from lora_sentiment.commands.predict import (
+    predict_file,
+    predict_lines,
+    show_answer,
+    show_summary,
+)
 from lora_sentiment.data import tables
 from lora_sentiment.data.batches import PairTemplate, TextEncoder
 from lora_sentiment.data.tables import TableWriter, read_table
@@ -809,3 +815,54 @@ def test_a_file_is_predicted_without_torch(tmp_path):
 def test_progress_counts_every_row(folder, capsys):
     predict(folder, progress=True, rows_per_part=10)
     assert "50/50" in capsys.readouterr().err
+
+
+# Label sets
+
+
+def make_sets(low, high):
+    """A calibration by which a label stands in a set if its probability is at least 1 - its threshold."""
+    return {
+        "temperature": 2.0,
+        "coverages": [0.9],
+        "label_rows": [50.0, 8.0],
+        "label_thresholds": [[low], [high]],
+    }
+
+
+@pytest.mark.parametrize("output", ["out.csv", "out.jsonl", "out.parquet"])
+@pytest.mark.parametrize(
+    ("thresholds", "expected"),
+    [((0.0, 0.0), []), ((0.0, 1.0), ["positive"]), ((1.0, 1.0), ["negative", "positive"])],
+)
+def test_a_coverage_adds_the_label_set_and_whether_it_is_one_label(
+    folder, output, thresholds, expected
+):
+    classifier = dataclasses.replace(make_classifier(), calibration=make_sets(*thresholds))
+    summary = predict(folder, output=output, classifier=classifier, coverage=0.9, all_scores=True)
+    found = read(folder / output)
+    assert list(found)[2:6] == ["label", "score", "label_set", "is_certain"]
+    assert [json.loads(cell) for cell in found["label_set"]] == [expected] * 50
+    assert {str(cell).lower() for cell in found["is_certain"]} == {str(len(expected) == 1).lower()}
+    assert summary.uncertain == (0 if len(expected) == 1 else 50)
+    told = show_summary(summary, folder / output)
+    assert f"; {summary.uncertain} with a label set of not exactly one label" in told
+    answered = classifier.predict(read(folder / "in.csv")["text"], calibrated=True)
+    assert list(map(float, found["score"])) == [answer.score for answer in answered]
+
+
+def test_a_line_shows_its_label_set():
+    classifier = dataclasses.replace(make_classifier(), calibration=make_sets(1.0, 1.0))
+    answers = list(predict_lines(classifier, ["good film"], coverage=0.9))
+    shown = show_answer(answers[0], classifier.task, all_scores=False, as_json=False)
+    assert shown.split("\t")[2:] == ["{negative, positive}", "good film"]
+    shown = show_answer(answers[0], classifier.task, all_scores=False, as_json=True)
+    assert json.loads(shown)["label_set"] == ["negative", "positive"]
+    assert json.loads(shown)["is_certain"] is False
+
+
+def test_parts_of_another_coverage_are_not_gone_on_with(folder):
+    stopped(folder, 25, rows_per_part=10)
+    classifier = dataclasses.replace(make_classifier(), calibration=make_sets(1.0, 1.0))
+    with pytest.raises(DataError, match=r"coverage was None and is 0\.9"):
+        predict(folder, classifier=classifier, rows_per_part=10, resume=True, coverage=0.9)

@@ -36,7 +36,7 @@ def done(tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    def refuse(recipe):
+    def refuse(recipe, **_):
         raise AssertionError(f"{recipe.name} was trained")
 
     monkeypatch.setattr(train_module, "train", refuse)
@@ -449,7 +449,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_runs(
     told = (
         "its figures cannot be read"
         if left == "half a report"
-        else "holds something else than this sweep's run"
+        else "holds something else than this run"
     )
     assert str(caught.value).startswith(f"{folder}: {told}")
 
@@ -470,7 +470,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(toy_recipe, monkeypatch):
     grid = ["train.seed=[1, 2, 3]", "train.max_steps=2"]
     started = []
 
-    def train(recipe):
+    def train(recipe, **_):
         started.append(recipe.folder)
         if len(started) == 2:
             raise KeyboardInterrupt

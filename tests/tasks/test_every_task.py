@@ -23,6 +23,7 @@ from tests.tiny_families import save_family_base
 
 WORDS = {"good": GOOD, "bad": BAD, "odd": ("the", "a", "and", "so", "it", "quite")}
 COLUMNS = {"single_label": "label", "multi_label": "labels", "regression": "stars"}
+CALIBRATION = {"single_label": 0.2, "multi_label": 0, "regression": 0}
 TEXTS = ["a good film", "the bad plot was awful", "so it was quite good and bad", "book"]
 PAIRS = [("a good film", "it was bad"), ("the", "awful plot and so it was quite good and bad"),
          ("so it was quite good and bad and so it was", "a plot"), ("book", "good")]  # fmt: skip
@@ -95,7 +96,7 @@ def run(tmp_path, bases, rows_file):
 
 def walk(task, kind, of, run, folder):
     """Train, save, reload, evaluate and merge; return the adapter, its folder, its texts and their scores."""
-    done = run(task, kind, of=of)
+    done = run(task, kind, f"data.calibration_fraction={CALIBRATION[task]}", of=of)
     texts = INPUTS[of][1]
     losses = np.array([point.loss for point in done.history.steps]).reshape(6, -1).mean(axis=1)
     assert losses[-1] < losses[0]
@@ -124,6 +125,9 @@ def assert_same_answers(other, adapter, texts):
     np.testing.assert_allclose(other.probabilities(texts), expected, atol=1e-5)
     for one, same in zip(adapter.predict(texts), other.predict(texts), strict=True):
         assert (one.label, one.labels) == (same.label, same.labels)
+    if CALIBRATION[adapter.task.name]:
+        sets = [answer.label_set for answer in adapter.predict(texts, coverage=0.6)]
+        assert [answer.label_set for answer in other.predict(texts, coverage=0.6)] == sets
 
 
 SHORT = [("single_label", "full", "pair"), ("multi_label", "lora", "pair"), ("regression", "head", "text")]  # fmt: skip

@@ -1,0 +1,137 @@
+"""Train one recipe in a folder of its own, without rows to judge: a run of a sweep, or a fold."""
+
+import gc
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_sentiment.errors import AdapterError
+from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.recipe import Recipe
+
+# Late imports: a command that is refused needs no torch.
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The figures of a finished run.
+
+    Attributes:
+        validation: Metric to value and 95 % interval, as in report.json.
+        validation_sha256: Fingerprint of the validation rows.
+        best_step: The optimizer step whose tensors were kept.
+        seconds: Time of training.
+    """
+
+    validation: Mapping[str, Any]
+    validation_sha256: str
+    best_step: int
+    seconds: float
+
+
+def leave_out_judged(config: DataConfig) -> DataConfig:
+    """Return a `data` section with the same train and validation rows, and none to judge.
+
+    A Hub data set is asked for the names of its splits. No row is read.
+
+    Raises:
+        DataError: If the source cannot be found.
+    """
+    from lora_sentiment.data.sources import find_source, is_on_hub
+    from lora_sentiment.hub import prepare_hub
+
+    if is_on_hub(config.source):
+        prepare_hub()
+    source = find_source(config)
+    if not source.judged:
+        return config
+    kept = [role for role in source.roles if role not in source.judged]
+    # Without a judged role, test_fraction would now carve a test split out of train.
+    update: dict[str, Any] = {"test_fraction": 0.0, "max_test_rows": None}
+    if source.hub:
+        update["splits"] = {role: source.hub_splits[role] for role in kept}
+    elif isinstance(config.source, dict):
+        update["source"] = {role: config.source[role] for role in kept}
+    else:  # the bundled reviews: one name for a file of each role
+        update["source"] = {role: str(source.files[role][0]) for role in kept}
+    return config.model_copy(update=update)
+
+
+def is_finished(run: Recipe) -> bool:
+    """Return whether a run finished earlier.
+
+    Args:
+        run: The recipe. Where its rows are Python's, its `data` went through `mark_as_given`.
+
+    Raises:
+        AdapterError: If its folder holds something else.
+    """
+    from lora_sentiment.commands.estimate import resolve_recipe
+
+    if not run.folder.exists():
+        return False
+    if (run.folder / "report.json").is_file() and (run.folder / "recipe.yaml").is_file():
+        ran = Recipe.load(run.folder / "recipe.yaml")
+        wanted = resolve_recipe(run)
+        if ran.model_dump(exclude={"output"}) == wanted.model_dump(exclude={"output"}):
+            return True
+    raise AdapterError(
+        f"{run.folder}: holds something else than this run; move it away, or delete it"
+    )
+
+
+def train_run(run: Recipe, *, data: Mapping[str, Any] | None = None) -> None:
+    """Train a run, which leaves its adapter folder. A stopped run resumes from its checkpoint.
+
+    Every process of a launch calls this. The launch stays, so that another run can follow.
+
+    Args:
+        run: The recipe, in a folder of its own.
+        data: Role to its table, as `train` takes it, in the place of `data.source`.
+
+    Raises:
+        LoraSentimentError: As `train`.
+    """
+    from lora_sentiment.train import train
+    from lora_sentiment.training.checkpoint import list_checkpoints
+    from lora_sentiment.training.processes import join_launch, run_on_main
+    from lora_sentiment.training.report import reset_peak_memory
+    from lora_sentiment.training.run_folder import name_run_folder
+
+    def clear() -> None:
+        run_folder = name_run_folder(run)
+        if run_folder.exists() and not list_checkpoints(run_folder):
+            # `train` refuses such a folder, because it may hold a finished adapter.
+            shutil.rmtree(run_folder)
+
+    reset_peak_memory(join_launch().device)
+    run_on_main(clear)
+    try:
+        # Bundled data must not decide on a recipe for other data.
+        train(run.model_copy(update={"offline": "error"}), data=data, end_launch=False)
+    finally:
+        gc.collect()  # a model is in reference cycles, and the next one needs its memory
+
+
+def read_result(folder: Path) -> RunResult:
+    """Read the figures of a finished run from its adapter folder.
+
+    Raises:
+        AdapterError: If they cannot be read.
+    """
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        return RunResult(
+            validation=report["validation"],
+            validation_sha256=card["data"]["validation_sha256"],
+            best_step=report["train"]["best_step"],
+            seconds=report["train"]["seconds"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{folder}: its figures cannot be read ({error}); delete it to run it again"
+        ) from error
