@@ -23,7 +23,14 @@ from lora_sentiment.data.sources import (
     mark_as_given,
     read_columns,
 )
-from lora_sentiment.data.texts import Text, Texts, encode_text, hash_texts, store_texts
+from lora_sentiment.data.texts import (
+    Text,
+    Texts,
+    encode_text,
+    hash_texts,
+    split_text,
+    store_texts,
+)
 from lora_sentiment.errors import DataError, show
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.tasks import Task, find_task
@@ -362,11 +369,11 @@ def make_table(
         cells = rows.labels.tolist()
     else:
         cells = [[value] for value in find_task(config.task).to_values(rows.labels, names)]
-    columns = (config.text_column, *config.label_cells)
+    columns = (*config.text_cells, *config.label_cells)
     texts = load_raw_texts(config, rows, role=role)
     table = []
     for text, row_cells in zip(texts, cells, strict=True):
-        table.append(dict(zip(columns, (text, *row_cells), strict=True)))
+        table.append(dict(zip(columns, (*split_text(text), *row_cells), strict=True)))
     return table
 
 
