@@ -68,6 +68,7 @@ EXIT_STOPPED = 75
 OPTIONS = {
     "data.source": "source",
     "data.text_column": "text_column",
+    "data.text_pair_column": "text_pair_column",
     "data.label_column": "label_column",
     "data.encoding": "encoding",
     "data.on_bad_row": "on_bad_row",
@@ -106,6 +107,7 @@ RowsOption = Annotated[
         help="Most validation rows to compare on; 500 for a quantised base or another dtype.",
     ),
 ]
+FoldsOption = Annotated[int, typer.Option(min=2, help="Number of folds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -174,6 +176,9 @@ def evaluate(
     text_column: Annotated[
         str | None, typer.Option(help="Column of --source with the text.")
     ] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of --source with the second text of a pair.")
+    ] = None,
     label_column: Annotated[
         str | None, typer.Option(help="Column of --source with the label.")
     ] = None,
@@ -194,6 +199,7 @@ def evaluate(
         source=source,
         split=split,
         text_column=text_column,
+        text_pair_column=text_pair_column,
         label_column=label_column,
         encoding=encoding,
         on_bad_row=on_bad_row,
@@ -308,7 +314,9 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TEXT]...", help="Texts; without any, the lines of standard input."
+            metavar="[TEXT]...",
+            help="Texts; without any, the lines of standard input. A pair has a tab between its "
+            "two texts.",
         ),
     ] = None,
     input: Annotated[
@@ -318,6 +326,9 @@ def predict(
         Path | None, typer.Option(help="Table to write: the input's columns and the new ones.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of --input to answer.")] = "text",
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of --input with the second text of a pair.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of --input.")] = "utf-8",
     prefix: Annotated[str, typer.Option(help="Start of the new columns' names.")] = "",
     all_scores: Annotated[
@@ -330,6 +341,13 @@ def predict(
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Use the temperature fitted at training.")
     ] = False,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="Give the set of labels that holds the right one with this probability, such as "
+            "0.95; needs data.calibration_fraction at training."
+        ),
+    ] = None,
     rows_per_part: Annotated[int, typer.Option(min=1, help="Rows in memory at once.")] = 10_000,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last whole part of a stopped run.")
@@ -368,17 +386,21 @@ def predict(
     if is_main():
         for sentence in classifier.unverified:
             typer.echo(f"unverified: {sentence}", err=True)
+        if coverage is not None:
+            _show_short_labels(classifier, coverage)
     if input and output:
         summary = predict_file(
             classifier,
             input=input,
             output=output,
             text_column=text_column,
+            text_pair_column=text_pair_column,
             encoding=encoding,
             prefix=prefix,
             all_scores=all_scores,
             stride=stride,
             calibrated=calibrated,
+            coverage=coverage,
             rows_per_part=rows_per_part,
             resume=resume,
             overwrite=overwrite,
@@ -393,7 +415,9 @@ def predict(
         options: dict[str, Any] = {"stride": stride, "calibrated": calibrated}
         _explain(classifier, lines, html=html, overwrite=overwrite, as_json=as_json, **options)
         return
-    answers = predict_lines(classifier, texts or sys.stdin, stride=stride, calibrated=calibrated)
+    answers = predict_lines(
+        classifier, texts or sys.stdin, stride=stride, calibrated=calibrated, coverage=coverage
+    )
     for answer in answers:
         typer.echo(show_answer(answer, classifier.task, all_scores=all_scores, as_json=as_json))
 
@@ -643,6 +667,32 @@ def sweep(
 
 
 @app.command()
+def cross_validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    folds: FoldsOption = 5,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep the adapter of each fold.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train once for each fold without its rows, predict them, and score all rows that are not judged.
+
+    Under a launcher: accelerate launch -m lora_sentiment cross-validate RECIPE.
+    """
+    loaded = Recipe.load(recipe, overrides or ())
+    from lora_sentiment.commands import cross_validate as validation
+
+    done = validation.cross_validate(loaded, num_folds=folds, keep_models=keep_models)
+    if done is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+        return
+    show_table(validation.make_columns(done), validation.make_notes(done), left=validation.LEFT)
+
+
+@app.command()
 def doctor(
     hub: Annotated[
         bool, typer.Option("--hub/--no-hub", help="Ask whether the Hub can be reached.")
@@ -707,15 +757,19 @@ def _explain(
     """
     from lora_sentiment.classifier import EMPTY_TEXT
     from lora_sentiment.commands.explain import explain, to_html, to_rich
-    from lora_sentiment.commands.predict import Answer, show_answer
+    from lora_sentiment.commands.predict import Answer, find_error, parse_line, show_answer
 
     if html and html.exists() and not overwrite:
         raise DataError(f"{html}: exists already; give another name, or --overwrite")
     explanations = []
     num_faults = 0
-    for text in texts:
-        if classifier.is_empty(text):
-            answer = Answer(text, None, EMPTY_TEXT)
+    for line in texts:
+        text = parse_line(line, reads_pairs=classifier.encoder.reads_pairs)
+        fault = find_error(text, clean=classifier.clean)
+        if fault is None and classifier.is_empty(text):
+            fault = EMPTY_TEXT
+        if fault:
+            answer = Answer(text, None, fault)
             typer.echo(show_answer(answer, classifier.task, all_scores=False, as_json=as_json))
             continue
         try:
@@ -740,6 +794,14 @@ def _explain(
         raise DataError(f"{num_faults} of {num_texts} texts could not be explained")
 
 
+def _show_short_labels(classifier: "Classifier", coverage: float) -> None:
+    """Say which labels stand in every set for want of calibration rows."""
+    classifier.find_set_thresholds(coverage)
+    short = classifier.task.describe_sets(classifier.calibration or {}, coverage, classifier.labels)
+    if short:
+        typer.echo(f"note: {short}", err=True)
+
+
 def _refuse_ignored_options(context: typer.Context) -> None:
     """Refuse options of `predict` that would be ignored.
 
@@ -759,13 +821,15 @@ def _refuse_ignored_options(context: typer.Context) -> None:
         raise RecipeError("predict: --explain is for texts and standard input, not for --input")
     if "html" in given and "explain" not in given:
         raise RecipeError("predict: --html writes explanations; add --explain")
+    if {"explain", "coverage"} <= given:
+        raise RecipeError("predict: --explain gives no label sets; leave out --coverage")
     if {"explain", "all_scores"} <= given:
         raise RecipeError(
             "predict: --explain shows the likeliest label's score; leave out --all-scores"
         )
     if "input" in given:
         return
-    of_tables = ["text_column", "encoding", "prefix", "rows_per_part", "resume"]
+    of_tables = ["text_column", "text_pair_column", "encoding", "prefix", "rows_per_part", "resume"]
     if "html" not in given:
         of_tables.append("overwrite")
     ignored = [f"--{name.replace('_', '-')}" for name in of_tables if name in given]

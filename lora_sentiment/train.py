@@ -139,6 +139,7 @@ def train(
     data: Mapping[str, Any] | None = None,
     allow_changes: bool = False,
     on_evaluation: Callable[[Sequence[EvalPoint]], None] | None = None,
+    end_launch: bool = True,
 ) -> Run:
     """Train a recipe and write its adapter folder.
 
@@ -153,6 +154,8 @@ def train(
             checkpoint.
         on_evaluation: Called on every process after each evaluation, with all of the run. What it
             raises ends the run, which leaves no adapter.
+        end_launch: Disconnect the processes of a launch at the end. False lets another `train`
+            follow.
 
     Raises:
         LoraSentimentError: For a mistake in recipe, launch, data, base or run.
@@ -172,7 +175,7 @@ def train(
                 report_to=recipe.train.report_to,
                 run_folder=run_folder,
             )
-            return _run(
+            run = _run(
                 recipe,
                 accelerator,
                 run_folder,
@@ -181,6 +184,9 @@ def train(
                 allow_changes=allow_changes,
                 on_evaluation=on_evaluation,
             )
+    if end_launch:
+        state.destroy_process_group()
+    return run
 
 
 def _run(
@@ -198,10 +204,7 @@ def _run(
     refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=accelerator.device)
     data = _load_data(recipe, source)
     setup = _load_model(recipe, data, dtype, accelerator)
-    encoded = {
-        "train": _encode(data.train, setup, recipe, accelerator),
-        "validation": _encode(data.validation, setup, recipe, accelerator),
-    }
+    encoded = {role: _encode(rows, setup, recipe, accelerator) for role, rows in data.seen.items()}
     data_report = describe_seen(data, encoded, max_length=recipe.model.max_length)
     _log_lines(report_lines(data_report))
     log_warnings(data_report)
@@ -211,6 +214,12 @@ def _run(
     task = find_task(recipe.data.task)
     calibration, fitted = task.calibrate(logits, encoded["validation"].labels, data.labels)
     if fitted:
+        log.info("%s", fitted)
+    if "calibration" in encoded:
+        unchosen = _predict(setup, encoded["calibration"], "calibration", accelerator)
+        calibration, fitted = task.calibrate_sets(
+            calibration, unchosen, encoded["calibration"].labels, data.labels
+        )
         log.info("%s", fitted)
 
     # The adapter is saved before the judged rows are read: a bad row there must not cost the run.
@@ -243,7 +252,8 @@ def _run(
         _draw(recipe, setup.data.labels, history, results, run_folder, calibration)
     if offline:
         log.warning("%s", offline)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     _refuse_faults(results, recipe.folder)
     return Run(recipe.folder, history, report)
 
@@ -392,6 +402,8 @@ def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator)
         setup.base.tokenizer,
         max_length=recipe.model.max_length,
         truncation=recipe.model.truncation,
+        reads_pairs=recipe.data.reads_pairs,
+        has_types=setup.base.family.token_types,
     )
     # The first process of a machine tokenises; the others read the ids that it kept.
     with accelerator.local_main_process_first():

@@ -186,6 +186,7 @@ def test_bytes_that_are_no_text_are_an_error_of_their_line(capsys, toy_adapter, 
         ),
         (["text", "--overwrite"], "--overwrite: only with --input"),
         (["text", "--explain", "--all-scores"], "leave out --all-scores"),
+        (["text", "--explain", "--coverage", "0.9"], "leave out --coverage"),
     ],
 )
 def test_options_of_predict_that_would_be_ignored_are_refused(

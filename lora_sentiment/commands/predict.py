@@ -42,6 +42,8 @@ from lora_sentiment.tasks import Task
 
 log = logging.getLogger("lora_sentiment")
 LINES_PER_WINDOW = 1000
+PARTS = ("text", "text_pair")
+"""Names of the two texts of a pair, in answers."""
 SHOWN_LABELS = 20
 """Labels that the line about a table counts; of more, the most frequent."""
 _T = TypeVar("_T")
@@ -52,7 +54,8 @@ class Answer:
     """The answer for one text.
 
     Attributes:
-        text: The text as given. It is None if it was missing, and of any type in a table.
+        text: The text as given, or the pair of texts. It is None if it was missing, and of any type
+            in a table.
         prediction: The label and scores, or None if the text cannot be answered.
         error: Why the text cannot be answered, or None.
     """
@@ -70,6 +73,7 @@ class Summary:
         rows: Rows of the input, and of the output.
         bad_rows: Rows with an error in place of a label.
         labels: Rows of each label, in the classifier's order; empty for a regression.
+        uncertain: Rows whose label set has not exactly one label. None without a coverage.
         parts: Parts that were joined.
         seconds: Wall time of this run, without the parts of an earlier run.
     """
@@ -79,6 +83,7 @@ class Summary:
     labels: dict[str, int]
     parts: int
     seconds: float
+    uncertain: int | None = None
 
 
 def predict_lines(
@@ -87,23 +92,35 @@ def predict_lines(
     *,
     stride: int | None = None,
     calibrated: bool = False,
+    coverage: float | None = None,
 ) -> Iterator[Answer]:
     """Answer lines one by one, in their order, reading at most 1,000 ahead.
 
     A line without tokens is answered too, with an error, so that answers and lines can be paired.
+    For a model of pairs, a line holds two texts with a tab between them.
 
     Args:
         classifier: The model.
         lines: Lines with or without their line ends.
         stride: As in `Classifier.predict`.
         calibrated: As in `Classifier.predict`.
+        coverage: As in `Classifier.predict`.
 
     Raises:
-        ModelError: If the stride leaves no room, or there is no temperature.
+        ModelError: If the stride leaves no room, there is no temperature, or there are no label
+            sets at the coverage.
     """
-    texts = (line.rstrip("\r\n") for line in lines)
+    options = {"stride": stride, "calibrated": calibrated, "coverage": coverage}
+    reads_pairs = classifier.encoder.reads_pairs
+    texts = (parse_line(line, reads_pairs=reads_pairs) for line in lines)
     while window := list(islice(texts, LINES_PER_WINDOW)):
-        yield from _answer(classifier, window, stride=stride, calibrated=calibrated)
+        yield from _answer(classifier, window, options)
+
+
+def parse_line(line: str, *, reads_pairs: bool) -> Any:
+    """Return the text of a line, or the parts between its tabs, which are two if it is a pair."""
+    text = line.rstrip("\r\n")
+    return tuple(text.split("\t")) if reads_pairs else text
 
 
 def show_answer(answer: Answer, task: Task, *, all_scores: bool, as_json: bool) -> str:
@@ -113,16 +130,20 @@ def show_answer(answer: Answer, task: Task, *, all_scores: bool, as_json: bool) 
         values: dict[str, Any] = {"error": answer.error}
         if prediction:
             values = task.get_answer(prediction)
+            values |= _get_set(prediction)
             if all_scores:
                 values["scores"] = prediction.scores
-        return json.dumps({"text": answer.text, **values}, ensure_ascii=False)
+        texts = dict(zip(PARTS, _split(answer.text), strict=False))
+        return json.dumps({**texts, **values}, ensure_ascii=False)
     cells = ["-", str(answer.error)]
     if prediction:
         cells = [task.show_answer(task.get_answer(prediction))]
+        if prediction.label_set is not None:
+            cells.append(f"{{{', '.join(map(one_line, prediction.label_set))}}}")
         if all_scores:
             scores = prediction.scores.items()
             cells.append(" ".join(f"{one_line(name)}={score:.4f}" for name, score in scores))
-    return "\t".join([*cells, one_line(answer.text)])
+    return "\t".join([*cells, *map(one_line, _split(answer.text))])
 
 
 def show_summary(summary: Summary, output: Path) -> str:
@@ -136,6 +157,8 @@ def show_summary(summary: Summary, output: Path) -> str:
     if len(found) > SHOWN_LABELS:
         others = sum(count for _, count in found[SHOWN_LABELS:])
         counts += f", {len(found) - SHOWN_LABELS:,} other labels {others:,}"
+    if summary.uncertain is not None:
+        counts += f"; {summary.uncertain:,} with a label set of not exactly one label"
     if summary.bad_rows:
         counts += f"; {summary.bad_rows:,} with an error instead"
     counts = f" ({counts.removeprefix('; ')})" if counts else ""
@@ -148,10 +171,12 @@ def predict_file(
     input: Path,
     output: Path,
     text_column: str = "text",
+    text_pair_column: str | None = None,
     encoding: str = "utf-8",
     all_scores: bool = False,
     stride: int | None = None,
     calibrated: bool = False,
+    coverage: float | None = None,
     prefix: str = "",
     rows_per_part: int = 10_000,
     resume: bool = False,
@@ -171,10 +196,13 @@ def predict_file(
         output: Another such file, in the format of its name. From parquet to parquet, columns keep
             their Arrow types.
         text_column: The column that is answered.
+        text_pair_column: For a model of pairs, the column of the second texts.
         encoding: Encoding of a text file. The output is UTF-8.
         all_scores: Write the probability of every label too, in columns `score_<label>`.
         stride: As in `Classifier.predict`.
         calibrated: As in `Classifier.predict`.
+        coverage: As in `Classifier.predict`. The columns `label_set`, a JSON list, and
+            `is_certain`, whether it has exactly one label, are written too.
         prefix: Start of the name of every new column.
         rows_per_part: Rows in memory at once, and the most that a killed run loses.
         resume: Go on with the parts of an earlier run, of the same input, model and options.
@@ -185,17 +213,20 @@ def predict_file(
         DataError: If the input is damaged or lacks the column, a new column's name is taken, the
             output exists or cannot be written or hold a value, or another run is writing it or left
             parts that this one cannot use.
-        ModelError: If the stride leaves no room, or there is no temperature.
+        ModelError: As `predict_lines`.
     """
     start = time.perf_counter()
     if rows_per_part < 1:
         raise DataError(f"rows_per_part: found {rows_per_part}; it must be at least 1")
     # Refuse options that do not fit the model before there is work to lose.
-    classifier.probabilities([], stride=stride, calibrated=calibrated)
+    options = {"stride": stride, "calibrated": calibrated, "coverage": coverage}
+    _answer(classifier, [], options)
+    text_columns = _choose_columns(classifier, text_column, text_pair_column)
     with _file_faults(output):
         if output.is_symlink():
             output = Path(os.path.realpath(output))  # the link stays, its target is replaced
-    new = _new_columns(classifier, prefix=prefix, all_scores=all_scores)
+    has_sets = coverage is not None
+    new = _new_columns(classifier, prefix=prefix, all_scores=all_scores, has_sets=has_sets)
     folder = output.with_name(f"{output.name}.parts")
     rank, num_processes = _join_processes()
     locked = ExitStack()
@@ -209,9 +240,11 @@ def predict_file(
         except Timeout as error:
             raise DataError(f"another run is writing {output}; wait until it ends") from error
         _check_paths(input, output, resume=resume, overwrite=overwrite)
-        types = _plan_columns(input, output, encoding, text_column, new)
+        types = _plan_columns(input, output, encoding, text_columns, new)
         cells = classifier.task.list_cells(classifier.labels)
-        num_rows = _try_output(input, output, encoding, text_column, types, new, cells)
+        if has_sets:
+            cells.append(json.dumps(list(classifier.labels), ensure_ascii=False))
+        num_rows = _try_output(input, output, encoding, text_columns, types, new, cells)
         sha256 = hash_file(input)
         facts = {
             "input": input.name.encode(errors="backslashreplace").decode(),
@@ -220,36 +253,40 @@ def predict_file(
             "rows_per_part": rows_per_part,
             "text_column": text_column,
             "all_scores": all_scores,
-            "stride": stride,
-            "calibrated": calibrated,
+            **options,
             "prefix": prefix,
             "model_sha256": classifier.sha256,
             "labels": list(classifier.labels),
         }
+        if text_pair_column is not None:
+            facts["text_pair_column"] = text_pair_column
         _start_parts(folder, facts, resume=resume)
         return types, num_rows, sha256
 
     def read_batches() -> Iterator[tuple[Path, ColumnBatch]]:
         batches = read_table(
-            input, encoding=encoding, rows_per_batch=rows_per_part, needed=[text_column]
+            input, encoding=encoding, rows_per_batch=rows_per_part, needed=text_columns
         )
         for number, batch in enumerate(batches):
             if num_rows:
                 yield folder / f"part-{number:05d}.parquet", batch
 
     @_file_faults(output)
-    def join() -> tuple[dict[str, int], int]:
+    def join() -> tuple[dict[str, int], int, int | None]:
         if hash_file(input) != sha256:
             raise DataError(f"{input}: changed while it was read; remove {folder}, and begin again")
         task = classifier.task
         *_, error = new
         counts: Counter[str] = Counter()
         num_bad = 0
+        num_uncertain = 0 if has_sets else None
         for path in folder.glob("part-*.parquet"):
             part = pq.read_table(path)
             num_bad += len(part) - part[error].null_count
             found = {name: part[f"{prefix}{name}"].to_pylist() for name in task.answer_columns}
             counts.update(task.count_answers(found, classifier.labels))
+            if num_uncertain is not None:
+                num_uncertain += part[f"{prefix}is_certain"].to_pylist().count(False)
         columns = [name for name in types if name != error or num_bad]
         whole = folder / output.name
         with TableWriter(whole, columns=columns, types=types) as writer:
@@ -258,7 +295,7 @@ def predict_file(
                 writer.write({name: filled[name] for name in columns})
         whole.replace(output)
         shutil.rmtree(folder)
-        return dict(counts), num_bad
+        return dict(counts), num_bad, num_uncertain
 
     with locked, _file_faults(output):
         types, num_rows, sha256 = _run_on_main(prepare, num_processes)
@@ -266,7 +303,8 @@ def predict_file(
         show = progress and rank == 0
         with make_bar(num_rows, desc="predicting", unit="rows", show=show) as bar:
             for path, batch in read_batches():
-                texts = batch[find_column(list(batch), text_column) or text_column]
+                cells = [batch[find_column(list(batch), name) or name] for name in text_columns]
+                texts = list(zip(*cells, strict=True)) if text_pair_column else cells[0]
                 is_own = num_parts % num_processes == rank
                 num_parts += 1
                 if not is_own or path.is_file():
@@ -275,13 +313,14 @@ def predict_file(
                 answers: ColumnBatch = {name: [] for name in new}
                 for first in range(0, len(texts), TOKENISE_ROWS):
                     few = texts[first : first + TOKENISE_ROWS]
-                    for answer in _answer(classifier, few, stride=stride, calibrated=calibrated):
+                    for answer in _answer(classifier, few, options):
                         _append(answer, answers, classifier.task, all_scores=all_scores)
                     bar.update(len(few))
                 with TableWriter(path, columns=list(new), types=new) as writer:
                     writer.write(answers)
-        counts, num_bad = _run_on_main(join, num_processes)
-    return Summary(num_rows, num_bad, counts, num_parts, time.perf_counter() - start)
+        counts, num_bad, num_uncertain = _run_on_main(join, num_processes)
+    seconds = time.perf_counter() - start
+    return Summary(num_rows, num_bad, counts, num_parts, seconds, num_uncertain)
 
 
 def _start_parts(folder: Path, facts: dict[str, Any], *, resume: bool) -> None:
@@ -329,11 +368,13 @@ def _check_parts(path: Path, facts: dict[str, Any], *, resume: bool) -> None:
 
 
 def _new_columns(
-    classifier: Classifier, *, prefix: str, all_scores: bool
+    classifier: Classifier, *, prefix: str, all_scores: bool, has_sets: bool
 ) -> dict[str, pa.DataType]:
     """Return the new columns with their types: those of the answer first, the error last."""
     kinds = {str: pa.string(), float: pa.float64()}
     types = {name: kinds[kind] for name, kind in classifier.task.answer_columns.items()}
+    if has_sets:
+        types |= {"label_set": pa.string(), "is_certain": pa.bool_()}
     if all_scores:
         types |= {f"score_{label}": pa.float64() for label in classifier.labels}
     types["error"] = pa.string()
@@ -345,10 +386,21 @@ def _append(answer: Answer, columns: ColumnBatch, task: Task, *, all_scores: boo
     prediction = answer.prediction
     values: list[Any] = [None] * (len(columns) - 1)
     if prediction is not None:
-        scores = prediction.scores.values() if all_scores else ()
-        values = [*task.to_columns(task.get_answer(prediction)), *scores]
+        values = task.to_columns(task.get_answer(prediction))
+        if prediction.label_set is not None:
+            label_set = json.dumps(prediction.label_set, ensure_ascii=False)
+            values += [label_set, prediction.is_certain]
+        if all_scores:
+            values += prediction.scores.values()
     for column, value in zip(columns.values(), [*values, answer.error], strict=True):
         column.append(value)
+
+
+def _get_set(prediction: Prediction) -> dict[str, Any]:
+    """Return the label set as values for JSON, or nothing without one."""
+    if prediction.label_set is None:
+        return {}
+    return {"label_set": prediction.label_set, "is_certain": prediction.is_certain}
 
 
 def _join_processes() -> tuple[int, int]:
@@ -385,6 +437,27 @@ def _file_faults(output: Path) -> Iterator[None]:
         ) from error
 
 
+def _choose_columns(
+    classifier: Classifier, text_column: str, text_pair_column: str | None
+) -> list[str]:
+    """Return the columns that a model reads.
+
+    Raises:
+        DataError: The second column of a pair is missing, or the model reads no pairs.
+    """
+    if classifier.encoder.reads_pairs == (text_pair_column is not None):
+        return [text_column] if text_pair_column is None else [text_column, text_pair_column]
+    if text_pair_column is None:
+        raise DataError(
+            "this model reads pairs of texts; name the column of the second texts with "
+            "--text-pair-column"
+        )
+    raise DataError(
+        f"--text-pair-column: found {text_pair_column!r}, but this model reads single texts; leave "
+        "it out"
+    )
+
+
 def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) -> None:
     if not output.exists():
         return
@@ -400,21 +473,26 @@ def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) ->
 
 
 def _plan_columns(
-    input: Path, output: Path, encoding: str, text_column: str, new: Mapping[str, pa.DataType]
+    input: Path,
+    output: Path,
+    encoding: str,
+    text_columns: Sequence[str],
+    new: Mapping[str, pa.DataType],
 ) -> dict[str, pa.DataType]:
     """Return the output's columns with their types, which only parquet has.
 
     Raises:
         DataError: If the input has no text column, or has a new column's name.
     """
-    columns = table_columns(input, encoding=encoding, needed=[text_column])
-    if find_column(columns, text_column) is None:
-        hint = did_you_mean(text_column, columns)
-        raise DataError(
-            f"{input}: has no column {text_column!r}; the columns are {show_names(columns)}{hint}; "
-            "give --text-column"
-        )
-    note = describe_delimiter(input, encoding=encoding, needed=[text_column])
+    columns = table_columns(input, encoding=encoding, needed=text_columns)
+    for option, name in zip(("--text-column", "--text-pair-column"), text_columns, strict=False):
+        if find_column(columns, name) is None:
+            hint = did_you_mean(name, columns)
+            raise DataError(
+                f"{input}: has no column {name!r}; the columns are {show_names(columns)}{hint}; "
+                f"give {option}"
+            )
+    note = describe_delimiter(input, encoding=encoding, needed=text_columns)
     if note:
         log.info("%s: %s", input, note)
     taken = [repr(name) for name in new if name in columns]
@@ -424,7 +502,7 @@ def _plan_columns(
             "such as predicted_, for the new ones"
         )
     if output.name.lower().endswith(".parquet"):
-        return {**table_types(input, encoding=encoding, needed=[text_column]), **new}
+        return {**table_types(input, encoding=encoding, needed=text_columns), **new}
     return {**dict.fromkeys(columns, pa.string()), **new}
 
 
@@ -432,7 +510,7 @@ def _try_output(
     input: Path,
     output: Path,
     encoding: str,
-    text_column: str,
+    text_columns: Sequence[str],
     types: Mapping[str, pa.DataType],
     new: Mapping[str, pa.DataType],
     labels: Sequence[str],
@@ -442,6 +520,9 @@ def _try_output(
     # The widest values that a row may get, because the length of a line is limited.
     widest: ColumnBatch = {name: [1 / 3e-300] for name in new}
     for name, kind in new.items():
+        if kind == pa.bool_():
+            sample[name] = [False] * len(labels)
+            widest[name] = [False]
         if kind == pa.string():
             sample[name] = list(labels)
             widest[name] = [max(*labels, "-" * 64, key=len)]
@@ -453,7 +534,7 @@ def _try_output(
             raise DataError(f"{fault} {error}") from error
     num_rows = 0
     with TableWriter(output, columns=list(types), types=types, dry=True) as trial:
-        for batch in read_table(input, encoding=encoding, needed=[text_column]):
+        for batch in read_table(input, encoding=encoding, needed=text_columns):
             count = len(next(iter(batch.values())))
             num_rows += count
             filled = {name: values * count for name, values in widest.items()}
@@ -465,12 +546,18 @@ def _try_output(
 
 
 def _answer(
-    classifier: Classifier, texts: Sequence[Any], *, stride: int | None, calibrated: bool
+    classifier: Classifier, texts: Sequence[Any], options: Mapping[str, Any]
 ) -> list[Answer]:
-    """Answer texts, in their order. A text that cannot be answered gets an error."""
-    errors = [_find_error(text, clean=classifier.clean) for text in texts]
+    """Answer texts, in their order. A text that cannot be answered gets an error.
+
+    Args:
+        classifier: The model.
+        texts: The texts.
+        options: Arguments of `Classifier.predict`.
+    """
+    errors = [find_error(text, clean=classifier.clean) for text in texts]
     good = [text for text, error in zip(texts, errors, strict=True) if error is None]
-    predictions = iter(classifier.predict(good, stride=stride, calibrated=calibrated))
+    predictions = iter(classifier.predict(good, **options))
     answers = []
     for text, error in zip(texts, errors, strict=True):
         if error is not None:
@@ -482,14 +569,22 @@ def _answer(
     return answers
 
 
-def _find_error(text: Any, *, clean: bool) -> str | None:
-    """Return why a text cannot be tokenised, or None."""
-    if text is None:
-        return "text is missing"
-    if not isinstance(text, str):
-        return f"text is {type(text).__name__}, not a string"
-    # Python decodes bytes of standard input that are not UTF-8 to these. No tokenizer takes them,
-    # and cleaning removes them.
-    if not clean and re.search("[\ud800-\udfff]", text):
-        return "text is no Unicode"
+def _split(text: Any) -> tuple[Any, ...]:
+    """Return the parts of a text, which are two for a pair."""
+    return text if isinstance(text, tuple) else (text,)
+
+
+def find_error(text: Any, *, clean: bool) -> str | None:
+    """Return why a text or a pair cannot be tokenised, or None."""
+    if isinstance(text, tuple) and len(text) != len(PARTS):
+        return "the model reads pairs: give two texts with a tab between them"
+    for name, part in zip(PARTS, _split(text), strict=False):
+        if part is None:
+            return f"{name} is missing"
+        if not isinstance(part, str):
+            return f"{name} is {type(part).__name__}, not a string"
+        # Python decodes bytes of standard input that are not UTF-8 to these. No tokenizer takes
+        # them, and cleaning removes them.
+        if not clean and re.search("[\ud800-\udfff]", part):
+            return f"{name} is no Unicode"
     return None

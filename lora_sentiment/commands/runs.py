@@ -2,13 +2,12 @@
 
 import gc
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_sentiment.errors import AdapterError, RecipeError, TrainingError
+from lora_sentiment.errors import AdapterError, TrainingError
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.recipe import Recipe
 
@@ -16,19 +15,6 @@ if TYPE_CHECKING:
     from lora_sentiment.training.history import EvalPoint
 
 # Late imports: a command that is refused needs no torch.
-
-
-def refuse_launch(verb: str) -> None:
-    """Refuse several processes: `train` ends their process group, so there is no second run.
-
-    Raises:
-        RecipeError: If a launcher started this process and others.
-    """
-    num_launched = os.environ.get("WORLD_SIZE", "1")
-    if num_launched != "1":
-        raise RecipeError(
-            f"{verb}: found {num_launched} processes; it runs in one: start it without a launcher"
-        )
 
 
 def leave_out_judged(config: DataConfig) -> DataConfig:
@@ -90,6 +76,8 @@ def train_run(
 ) -> None:
     """Train a run, which leaves its adapter folder. A stopped run resumes from its checkpoint.
 
+    Every process of a launch calls this. The launch stays, so that another run can follow.
+
     Args:
         run: The recipe, in a folder of its own.
         data: Role to its table, as `train` takes it, in the place of `data.source`.
@@ -100,20 +88,29 @@ def train_run(
     """
     from lora_sentiment.train import train
     from lora_sentiment.training.checkpoint import list_checkpoints
-    from lora_sentiment.training.processes import join_launch
+    from lora_sentiment.training.processes import join_launch, run_on_main
     from lora_sentiment.training.report import reset_peak_memory
     from lora_sentiment.training.run_folder import name_run_folder
     from lora_sentiment.training.signals import is_out_of_memory
 
     gc.collect()  # the model of the run before is in reference cycles, and memory is needed
-    run_folder = name_run_folder(run)
-    if run_folder.exists() and not list_checkpoints(run_folder):
-        # `train` refuses such a folder, because it may hold a finished adapter.
-        shutil.rmtree(run_folder)
+
+    def clear() -> None:
+        run_folder = name_run_folder(run)
+        if run_folder.exists() and not list_checkpoints(run_folder):
+            # `train` refuses such a folder, because it may hold a finished adapter.
+            shutil.rmtree(run_folder)
+
     reset_peak_memory(join_launch().device)
+    run_on_main(clear)
     try:
         # Bundled data must not decide on a recipe for other data.
-        train(run.model_copy(update={"offline": "error"}), data=data, on_evaluation=on_evaluation)
+        train(
+            run.model_copy(update={"offline": "error"}),
+            data=data,
+            on_evaluation=on_evaluation,
+            end_launch=False,
+        )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

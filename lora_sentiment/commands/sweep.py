@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import re
 import shlex
 import shutil
@@ -27,7 +28,6 @@ from lora_sentiment.commands.runs import (
     is_finished,
     leave_out_judged,
     read_result,
-    refuse_launch,
     train_run,
 )
 from lora_sentiment.errors import (
@@ -110,7 +110,11 @@ def sweep(
         StoppedError: If a signal stopped a run, after a checkpoint was saved.
     """
     deadline = time.monotonic() + (budget or math.inf)
-    refuse_launch("sweep")
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched != "1":
+        raise RecipeError(
+            f"sweep: found {launched} processes; it runs in one: start it without a launcher"
+        )
     space = Space.parse(recipe_path, assignments)
     points = space.list_points()
     if sampler is None:

@@ -271,6 +271,11 @@ def _find_conflicts(values: dict[str, Any]) -> list[str]:
             faults.append(
                 f"model.quantize: {quantize} cannot be used: {reason}; set model.quantize=none"
             )
+    if data.get("text_pair_column") is not None and model.get("truncation") == "head_tail":
+        faults.append(
+            "model.truncation: head_tail keeps both ends of one text, and data.text_pair_column "
+            "makes pairs, of which the longer text is cut at its end; set model.truncation=head"
+        )
     if kind == "full" and model.get("head") in ("classifier", "low_rank"):
         faults.append("model.head: method full trains the whole head; set model.head=full")
     if train.get("engine") == "fast":

@@ -47,6 +47,7 @@ from lora_sentiment.serve.middleware import (
     Middleware,
     make_refusal,
 )
+from lora_sentiment.tasks.label_sets import has_label_sets
 
 if TYPE_CHECKING:
     # Imports torch, which makes the app slow to load.
@@ -188,6 +189,8 @@ def _add_information(
                 num_parameters=adapter.num_parameters,
                 max_length=adapter.encoder.max_length,
                 truncation=adapter.encoder.truncation,
+                reads_pairs=adapter.encoder.reads_pairs,
+                has_label_sets=has_label_sets(adapter.calibration),
                 sha256=adapter.sha256,
             )
             for name, adapter in sorted(pool.adapters.items())

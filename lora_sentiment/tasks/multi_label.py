@@ -202,6 +202,9 @@ class MultiLabel(Task):
             },
         }
 
+    def to_values(self, labels: Labels, names: Sequence[str]) -> list[Any]:
+        return [[names[i] for i in np.flatnonzero(row).tolist()] for row in labels]
+
     def find_strata(self, labels: Labels) -> Integers:
         _, sets = np.unique(labels, axis=0, return_inverse=True)
         return np.asarray(sets.reshape(-1), dtype=np.int64)
@@ -253,7 +256,9 @@ class MultiLabel(Task):
         thresholds = (calibration or {}).get("thresholds")
         if thresholds is None:
             return super().check_answers(names, calibration)
-        numbers = thresholds if isinstance(thresholds, list) else []
+        numbers = []
+        if isinstance(thresholds, list):
+            numbers = [number for number in thresholds if isinstance(number, float)]
         if len(numbers) == len(names) and all(0 <= number <= 1 for number in numbers):
             return super().check_answers(names, calibration)
         return f"thresholds: found {thresholds}; allowed: {len(names)} numbers from 0 to 1"

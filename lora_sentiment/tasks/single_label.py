@@ -15,6 +15,14 @@ from lora_sentiment.evaluation.metric import Metric
 from lora_sentiment.evaluation.statistics import Interval, mcnemar, paired_bootstrap
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.train import TrainConfig
+from lora_sentiment.tasks.label_sets import (
+    check_label_sets,
+    describe_label_sets,
+    describe_short_labels,
+    find_set_thresholds,
+    fit_label_sets,
+    has_label_sets,
+)
 from lora_sentiment.tasks.label_values import (
     UNKNOWN,
     Fault,
@@ -32,6 +40,7 @@ from lora_sentiment.tasks.task import (
     Objective,
     ReadLabels,
     Task,
+    get_temperature,
 )
 
 if TYPE_CHECKING:
@@ -203,8 +212,8 @@ class SingleLabel(Task):
         return None
 
     def get_decisive(self, calibration: Calibration | None) -> list[Any]:
-        # A temperature changes no decision, and older versions hashed nothing of a task.
-        return []
+        # A temperature alone changes no decision, and older versions hashed nothing of a task.
+        return [calibration] if has_label_sets(calibration) else []
 
     def read(
         self,
@@ -243,6 +252,9 @@ class SingleLabel(Task):
     def find_occurrences(self, labels: Labels) -> tuple[Integers, Integers]:
         return np.arange(len(labels)), labels
 
+    def to_values(self, labels: Labels, names: Sequence[str]) -> list[Any]:
+        return [names[label] for label in labels.tolist()]
+
     def find_strata(self, labels: Labels) -> Integers:
         return labels
 
@@ -272,6 +284,30 @@ class SingleLabel(Task):
         lowest, highest = TEMPERATURE_BOUNDS
         shown = f"temperature fitted on validation: {temperature:.3f}, within {lowest} to {highest}"
         return {"temperature": temperature}, shown
+
+    def calibrate_sets(
+        self,
+        calibration: Calibration | None,
+        logits: NDArray[np.float32],
+        labels: Labels,
+        names: Sequence[str],
+    ) -> tuple[Calibration, str]:
+        probabilities = softmax(logits, temperature=get_temperature(calibration) or 1.0)
+        sets = fit_label_sets(probabilities, labels)
+        calibration = {**(calibration or {}), **sets}
+        return calibration, describe_label_sets(calibration, names)
+
+    def check_answers(self, names: Sequence[str], calibration: Calibration | None) -> str | None:
+        fault = super().check_answers(names, calibration)
+        return fault or check_label_sets(calibration, len(names))
+
+    def find_set_thresholds(self, calibration: Calibration | None, coverage: float) -> Floats:
+        return find_set_thresholds(calibration, coverage)
+
+    def describe_sets(
+        self, calibration: Calibration, coverage: float, names: Sequence[str]
+    ) -> str | None:
+        return describe_short_labels(calibration, coverage, names)
 
     def compute_scores(self, logits: NDArray[np.floating], *, temperature: float = 1.0) -> Floats:
         return softmax(logits, temperature=temperature)
@@ -362,9 +398,12 @@ class SingleLabel(Task):
         plot_confusion(matrix, path, labels=names, title=title)
 
     def describe_calibration(self, calibration: Calibration, names: Iterable[str]) -> str:
-        return (
+        told = (
             f" Divide the logits by the temperature {calibration['temperature']:.3f}, fitted on "
             "validation and kept in `card.json`, and they are the calibrated ones of "
             "`calibrated_log_loss` and `calibrated_ece`; on validation itself these flatter, and "
             "no decision changes."
         )
+        if has_label_sets(calibration):
+            told += " Label sets were calibrated on rows that chose nothing (`predict --coverage`)."
+        return told
