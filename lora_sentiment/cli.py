@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lora_sentiment import __version__
 from lora_sentiment.console import is_main, show_rich, show_table
 from lora_sentiment.errors import (
     DataError,
@@ -57,7 +58,6 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     name="lora-sentiment",
     cls=_Verbs,
-    help="Fine-tune small text encoders with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -108,6 +108,24 @@ RowsOption = Annotated[
 ]
 FoldsOption = Annotated[int, typer.Option(min=2, help="Number of folds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune small text encoders with LoRA, evaluate them, and export them."""
 
 
 @app.command()
