@@ -347,7 +347,7 @@ def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):
     assert code == 0
     lines = out.splitlines()
     assert "learning_rate" in lines[0]
-    assert lines[-1].startswith("accelerate launch -m lora_sentiment.train")
+    assert lines[-1].startswith("lora-sentiment train ")
     code, _, err = call(capsys, "sweep", toy_recipe, "train.learning_rate=1e-2")
     assert code == 1
     assert "no key has several values" in err
