@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from lora_sentiment.adapter.safe_files import (
     read_task,
 )
 from lora_sentiment.cleaning import clean_text, remove_cleaning
-from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder
+from lora_sentiment.data.batches import TOKENISE_ROWS, TextEncoder, TokenIds, read_template
+from lora_sentiment.data.texts import Text, split_text
 from lora_sentiment.errors import AdapterError, DataError, ModelError, show_names
 from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
@@ -41,7 +42,7 @@ from lora_sentiment.tasks.task import Calibration, get_temperature, make_label_s
 
 WEIGHTS = "model.safetensors"
 EMPTY_TEXT = "text is empty"
-"""Why a text without tokens has no label, in all answers."""
+"""Why a text without tokens has no label, or a pair with such a text, in all answers."""
 TOKENISE_CHARACTERS = 2**16
 """Most characters that the tokenizer gets in one call, but for a longer text alone."""
 
@@ -112,7 +113,7 @@ class Classifier:
 
     def predict(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         *,
         stride: int | None = None,
         calibrated: bool = False,
@@ -120,10 +121,12 @@ class Classifier:
     ) -> list[Prediction]:
         """Answer texts, in their order.
 
-        A text of which the tokenizer leaves no token, such as blanks, gets no label.
+        A text of which the tokenizer leaves no token, such as blanks, gets no label. Neither does a
+        pair with such a text.
 
         Args:
-            texts: A list of strings of any length.
+            texts: A list of strings of any length. For a model of pairs, a list of tuples
+                (text, text_pair).
             stride: Read a longer text whole, in windows that share this many tokens, and average
                 their probabilities. None cuts a longer text as in training.
             calibrated: Divide logits by the temperature that was fitted in training.
@@ -132,9 +135,9 @@ class Classifier:
                 training were. It implies `calibrated`.
 
         Raises:
-            DataError: If the texts are not a list of strings.
-            ModelError: If the stride is too large, there is no temperature, or the model has no
-                label sets at this coverage.
+            DataError: If the texts are not a list of strings, or of pairs for a model of pairs.
+            ModelError: If the stride is too large or the model reads pairs, there is no
+                temperature, or the model has no label sets at this coverage.
             AdapterError: If the model's number of logits is not its number of labels.
         """
         predictions = []
@@ -170,13 +173,14 @@ class Classifier:
             )
         return self.task.find_set_thresholds(self.calibration, coverage)
 
-    def is_empty(self, text: str) -> bool:
+    def is_empty(self, text: Text) -> bool:
         """Return whether the tokenizer leaves no token of a text, which then gets no label."""
-        ids = next(tokenise(self.encoder, [text], clean=self.clean))
+        texts = check_texts([text], reads_pairs=self.encoder.reads_pairs)
+        ids = next(tokenise(self.encoder, texts, clean=self.clean))
         return self.encoder.is_empty(ids)
 
     def probabilities(
-        self, texts: Sequence[str], *, stride: int | None = None, calibrated: bool = False
+        self, texts: Sequence[Text], *, stride: int | None = None, calibrated: bool = False
     ) -> NDArray[np.float64]:
         """Compute the probability of each label.
 
@@ -199,16 +203,20 @@ class Classifier:
         return self._compute(texts, stride=stride, calibrated=calibrated)[0]
 
     def _compute(
-        self, texts: Sequence[str], *, stride: int | None, calibrated: bool
+        self, texts: Sequence[Text], *, stride: int | None, calibrated: bool
     ) -> tuple[NDArray[np.float64], list[bool]]:
         """Compute as `probabilities`, and also return of each text whether it has no token."""
         if calibrated and self.temperature is None:
             raise ModelError("calibrated: this model was saved without a temperature; leave it out")
+        if stride is not None and self.encoder.reads_pairs:
+            raise ModelError(
+                "stride: is for single texts, and this model reads pairs; leave it out"
+            )
         room = self.encoder.room
         if stride is not None and (not isinstance(stride, int) or not 0 <= stride < room):
             raise ModelError(f"stride: found {stride}; allowed: 0 to {room - 1} tokens")
         temperature = self.temperature if calibrated and self.temperature else 1.0
-        texts = _check_texts(texts)
+        texts = check_texts(texts, reads_pairs=self.encoder.reads_pairs)
         pooled = np.zeros((len(texts), len(self.labels)))
         are_empty: list[bool] = []
         for start in range(0, len(texts), TOKENISE_ROWS):
@@ -218,8 +226,8 @@ class Classifier:
             for owner, ids in enumerate(tokenise(self.encoder, some, clean=self.clean)):
                 are_empty.append(self.encoder.is_empty(ids))
                 windows = [self.encoder.truncate(ids)]
-                if stride is not None:
-                    windows = self.encoder.windows(ids, stride=stride)
+                if stride is not None and isinstance(ids, list):
+                    windows = [*self.encoder.windows(ids, stride=stride)]
                 inputs += [self.encoder.frame(window) for window in windows]
                 owners += [owner] * len(windows)
             logits = compute_logits(self.engine, self.encoder.pack(inputs))
@@ -234,46 +242,74 @@ class Classifier:
         return pooled, are_empty
 
 
-def tokenise(encoder: TextEncoder, texts: Iterable[str], *, clean: bool) -> Iterator[list[int]]:
+def tokenise(encoder: TextEncoder, texts: Iterable[Text], *, clean: bool) -> Iterator[TokenIds]:
     """Clean texts and yield the token ids of each, before they are cut.
 
     The texts are taken some at a time.
 
     Args:
         encoder: From a text to token ids.
-        texts: The texts.
+        texts: The texts, or pairs of texts if the encoder reads pairs.
         clean: Whether to clean them, as in training.
 
     Raises:
         DataError: If a text holds half of a surrogate pair.
     """
-    some: list[str] = []
+    some: list[Text] = []
     size = 0
     for text in texts:
         if clean:
-            text = clean_text(text, Counter())
-        if re.search("[\ud800-\udfff]", text):
-            raise DataError(
-                "texts: one holds half of a surrogate pair, which no tokenizer takes; decode it as "
-                "UTF-8"
-            )
+            text = clean_parts(text)
+        for part in split_text(text):
+            if re.search("[\ud800-\udfff]", part):
+                raise DataError(
+                    "texts: one holds half of a surrogate pair, which no tokenizer takes; decode "
+                    "it as UTF-8"
+                )
+            size += len(part)
         some.append(text)
-        size += len(text)
         if size >= TOKENISE_CHARACTERS:
             yield from encoder.tokenise(some)
             some, size = [], 0
     yield from encoder.tokenise(some)
 
 
-def _check_texts(texts: Sequence[str]) -> list[str]:
-    """Return texts as a list, and refuse other types."""
+def clean_parts(text: Text) -> Text:
+    """Return a text cleaned, or a pair with both texts cleaned."""
+    if isinstance(text, str):
+        return clean_text(text, Counter())
+    return clean_text(text[0], Counter()), clean_text(text[1], Counter())
+
+
+def check_texts(texts: Sequence[Any], *, reads_pairs: bool) -> list[Text]:
+    """Return texts as a list, pairs as tuples.
+
+    Raises:
+        DataError: If one is no string, or no pair of strings where pairs are read.
+    """
+    example = "('Is it good?', 'Yes.')" if reads_pairs else "'A lovely film.'"
     if isinstance(texts, str):
-        raise DataError("texts: found one string; give a list, as in predict(['A lovely film.'])")
-    listed = list(texts)
-    for place, text in enumerate(listed):
-        if not isinstance(text, str):
-            raise DataError(f"texts[{place}]: found a {type(text).__name__}; give a string")
+        raise DataError(f"texts: found one string; give a list, as in predict([{example}])")
+    listed: list[Text] = []
+    for place, text in enumerate(texts):
+        if reads_pairs and _is_pair(text):
+            listed.append((text[0], text[1]))
+        elif isinstance(text, str) and not reads_pairs:
+            listed.append(text)
+        else:
+            found = "pair of texts" if _is_pair(text) else type(text).__name__
+            wanted = "pairs of texts: give tuples" if reads_pairs else "single texts: give strings"
+            raise DataError(
+                f"texts[{place}]: found a {found}; this model reads {wanted}, as in "
+                f"predict([{example}])"
+            )
     return listed
+
+
+def _is_pair(text: Any) -> bool:
+    if not isinstance(text, list | tuple) or len(text) != 2:
+        return False
+    return isinstance(text[0], str) and isinstance(text[1], str)
 
 
 def load(
@@ -345,7 +381,7 @@ def _load_adapter(path: Path, base: str | None, dtype: str) -> Classifier:
     card = loaded.card
     return _make_classifier(
         tuple(card.labels),
-        TextEncoder.of(loaded.tokenizer, max_length=card.max_length, truncation=card.truncation),
+        loaded.make_encoder(),
         prepare_engine(loaded.model, dtype, device),
         task=card.task,
         clean=card.data.config.clean,
@@ -510,6 +546,7 @@ def _make_classifier(
         (calibration or {}).get("temperature"),
         *labels,
         *task.get_decisive(calibration),
+        *([asdict(encoder.template)] if encoder.template else []),
     ]
     sha256 = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     return Classifier(labels, encoder, engine, clean, calibration, sha256, unverified, task)
@@ -544,8 +581,14 @@ def _make_recorded_encoder(folder: Path, record: MergeRecord) -> TextEncoder:
     if record.cleaning_steps:
         with ExplainLibraryError(folder / "tokenizer.json"):
             remove_cleaning(tokenizer, record.cleaning_steps)
+    has_types = FAMILIES[record.model_type].token_types
+    template = read_template(tokenizer, has_types=has_types) if record.reads_pairs else None
     return TextEncoder(
-        tokenizer, *special, max_length=record.max_length, truncation=record.truncation
+        tokenizer,
+        *special,
+        max_length=record.max_length,
+        truncation=record.truncation,
+        template=template,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lora_sentiment import __version__
 from lora_sentiment.console import is_main, show_rich, show_table
 from lora_sentiment.errors import (
     DataError,
@@ -57,7 +58,6 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     name="lora-sentiment",
     cls=_Verbs,
-    help="Fine-tune small text encoders with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -68,6 +68,7 @@ EXIT_STOPPED = 75
 OPTIONS = {
     "data.source": "source",
     "data.text_column": "text_column",
+    "data.text_pair_column": "text_pair_column",
     "data.label_column": "label_column",
     "data.encoding": "encoding",
     "data.on_bad_row": "on_bad_row",
@@ -106,7 +107,26 @@ RowsOption = Annotated[
         help="Most validation rows to compare on; 500 for a quantised base or another dtype.",
     ),
 ]
+FoldsOption = Annotated[int, typer.Option(min=2, help="Number of folds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune small text encoders with LoRA, evaluate them, and export them."""
 
 
 @app.command()
@@ -174,6 +194,9 @@ def evaluate(
     text_column: Annotated[
         str | None, typer.Option(help="Column of --source with the text.")
     ] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of --source with the second text of a pair.")
+    ] = None,
     label_column: Annotated[
         str | None, typer.Option(help="Column of --source with the label.")
     ] = None,
@@ -203,6 +226,7 @@ def evaluate(
         source=source,
         split=split,
         text_column=text_column,
+        text_pair_column=text_pair_column,
         label_column=label_column,
         encoding=encoding,
         on_bad_row=on_bad_row,
@@ -320,7 +344,9 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TEXT]...", help="Texts; without any, the lines of standard input."
+            metavar="[TEXT]...",
+            help="Texts; without any, the lines of standard input. A pair has a tab between its "
+            "two texts.",
         ),
     ] = None,
     input: Annotated[
@@ -330,6 +356,9 @@ def predict(
         Path | None, typer.Option(help="Table to write: the input's columns and the new ones.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of --input to answer.")] = "text",
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of --input with the second text of a pair.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of --input.")] = "utf-8",
     prefix: Annotated[str, typer.Option(help="Start of the new columns' names.")] = "",
     all_scores: Annotated[
@@ -395,6 +424,7 @@ def predict(
             input=input,
             output=output,
             text_column=text_column,
+            text_pair_column=text_pair_column,
             encoding=encoding,
             prefix=prefix,
             all_scores=all_scores,
@@ -598,22 +628,98 @@ def sweep(
     assignments: Annotated[
         list[str],
         typer.Argument(
-            metavar="KEY=[VALUE, VALUE]...", help="Keys with several values, and overrides."
+            metavar="KEY=AXIS...",
+            help="Axes: KEY=[A, B], KEY=log(LOW, HIGH), KEY=uniform(LOW, HIGH), KEY=int(LOW, "
+            "HIGH). KEY=VALUE is an override.",
         ),
     ],
+    sampler: Annotated[
+        Literal["grid", "random", "tpe"] | None,
+        typer.Option(
+            help="grid runs every combination of lists, and is the default for lists without "
+            "--trials and --budget; else tpe. random and tpe stop runs that fall behind the median."
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Trials, those of earlier starts included. Without a grid or a budget 20.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time, such as 90s, 20min or 2h, after which no trial starts. The running one "
+            "ends, and --seeds come on top. Each start has the whole budget."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds of the best: it is trained again with the next ones.")
+    ] = 1,
+    write: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Write the recipe with the best values to this file."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Draw Optuna's plots into this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train every combination of some values, choose on validation, and show the best command."""
-    from lora_sentiment.commands import sweep as sweeping
+    """Search the best values of some keys with Optuna, and choose on validation.
 
-    done = sweeping.sweep(recipe, assignments)
+    A sweep that was stopped goes on when it is started again. No judged row is read.
+    """
+    try:
+        from lora_sentiment.commands import sweep as sweeping
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"sweep needs an extra ({error}): pip install 'lora_sentiment[search]'"
+        ) from error
+    done = sweeping.sweep(
+        recipe,
+        assignments,
+        sampler=sampler,
+        num_trials=trials,
+        budget=sweeping.parse_seconds(budget) if budget else None,
+        num_seeds=seeds,
+        write=write,
+        plots=plots,
+    )
+    if as_json:
+        typer.echo(json.dumps(done))
+        return
+    show_table(sweeping.make_columns(done), sweeping.make_notes(done), left=sweeping.LEFT)
+    if not done["best"]:
+        raise TrainingError("no trial is finished, so there is no best one")
+    typer.echo(done["command"])
+
+
+@app.command()
+def cross_validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    folds: FoldsOption = 5,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep the adapter of each fold.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train once for each fold without its rows, predict them, and score all rows that are not judged.
+
+    Under a launcher: accelerate launch -m lora_sentiment cross-validate RECIPE.
+    """
+    loaded = Recipe.load(recipe, overrides or ())
+    from lora_sentiment.commands import cross_validate as validation
+
+    done = validation.cross_validate(loaded, num_folds=folds, keep_models=keep_models)
+    if done is None:
+        return
     if as_json:
         typer.echo(json.dumps(done.as_dict()))
         return
-    show_table(sweeping.make_columns(done), list(done.notes), left=sweeping.LEFT)
-    if done.command is None:
-        raise TrainingError("every run diverged, so there is no best one")
-    typer.echo(done.command)
+    show_table(validation.make_columns(done), validation.make_notes(done), left=validation.LEFT)
 
 
 @app.command()
@@ -681,15 +787,19 @@ def _explain(
     """
     from lora_sentiment.classifier import EMPTY_TEXT
     from lora_sentiment.commands.explain import explain, to_html, to_rich
-    from lora_sentiment.commands.predict import Answer, show_answer
+    from lora_sentiment.commands.predict import Answer, find_error, parse_line, show_answer
 
     if html and html.exists() and not overwrite:
         raise DataError(f"{html}: exists already; give another name, or --overwrite")
     explanations = []
     num_faults = 0
-    for text in texts:
-        if classifier.is_empty(text):
-            answer = Answer(text, None, EMPTY_TEXT)
+    for line in texts:
+        text = parse_line(line, reads_pairs=classifier.encoder.reads_pairs)
+        fault = find_error(text, clean=classifier.clean)
+        if fault is None and classifier.is_empty(text):
+            fault = EMPTY_TEXT
+        if fault:
+            answer = Answer(text, None, fault)
             typer.echo(show_answer(answer, classifier.task, all_scores=False, as_json=as_json))
             continue
         try:
@@ -749,7 +859,7 @@ def _refuse_ignored_options(context: typer.Context) -> None:
         )
     if "input" in given:
         return
-    of_tables = ["text_column", "encoding", "prefix", "rows_per_part", "resume"]
+    of_tables = ["text_column", "text_pair_column", "encoding", "prefix", "rows_per_part", "resume"]
     if "html" not in given:
         of_tables.append("overwrite")
     ignored = [f"--{name.replace('_', '-')}" for name in of_tables if name in given]

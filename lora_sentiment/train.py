@@ -5,7 +5,7 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -66,7 +66,7 @@ from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks import find_task
 from lora_sentiment.tasks.task import Calibration
 from lora_sentiment.training.checkpoint import Store
-from lora_sentiment.training.history import History
+from lora_sentiment.training.history import EvalPoint, History
 from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.micro_batch import choose_max_tokens
 from lora_sentiment.training.offline import resolve_offline
@@ -136,7 +136,12 @@ class _Results:
 
 
 def train(
-    recipe: Recipe, *, data: Mapping[str, Any] | None = None, allow_changes: bool = False
+    recipe: Recipe,
+    *,
+    data: Mapping[str, Any] | None = None,
+    allow_changes: bool = False,
+    on_evaluation: Callable[[Sequence[EvalPoint]], None] | None = None,
+    end_launch: bool = True,
 ) -> Run:
     """Train a recipe and write its adapter folder.
 
@@ -149,6 +154,10 @@ def train(
             gives the same tables.
         allow_changes: Resume although recipe, data, versions or machine differ from those of the
             checkpoint.
+        on_evaluation: Called on every process after each evaluation, with all of the run. What it
+            raises ends the run, which leaves no adapter.
+        end_launch: Disconnect the processes of a launch at the end. False lets another `train`
+            follow.
 
     Raises:
         LoraSentimentError: For a mistake in recipe, launch, data, base or run.
@@ -168,9 +177,18 @@ def train(
                 report_to=recipe.train.report_to,
                 run_folder=run_folder,
             )
-            return _run(
-                recipe, accelerator, run_folder, offline, source, allow_changes=allow_changes
+            run = _run(
+                recipe,
+                accelerator,
+                run_folder,
+                offline,
+                source,
+                allow_changes=allow_changes,
+                on_evaluation=on_evaluation,
             )
+    if end_launch:
+        state.destroy_process_group()
+    return run
 
 
 def _run(
@@ -179,8 +197,7 @@ def _run(
     run_folder: Path,
     offline: str | None,
     source: Source | None,
-    *,
-    allow_changes: bool,
+    **fitting: Any,
 ) -> Run:
     """Load, train, save, evaluate and publish."""
     dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
@@ -194,7 +211,7 @@ def _run(
     _log_lines(report_lines(data_report))
     log_warnings(data_report)
 
-    history = _fit(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
+    history = _fit(recipe, setup, encoded, run_folder, accelerator, **fitting)
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
     task = find_task(recipe.data.task)
     calibration, fitted = task.calibrate(logits, encoded["validation"].labels, data.labels)
@@ -238,7 +255,8 @@ def _run(
         _draw(recipe, card, history, results, run_folder)
     if offline:
         log.warning("%s", offline)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     _refuse_faults(results, recipe.folder)
     return Run(recipe.folder, history, report)
 
@@ -387,6 +405,8 @@ def _encode(rows: Rows, setup: _Setup, recipe: Recipe, accelerator: Accelerator)
         setup.base.tokenizer,
         max_length=recipe.model.max_length,
         truncation=recipe.model.truncation,
+        reads_pairs=recipe.data.reads_pairs,
+        has_types=setup.base.family.token_types,
     )
     # The first process of a machine tokenises; the others read the ids that it kept.
     with accelerator.local_main_process_first():
@@ -404,6 +424,7 @@ def _fit(
     accelerator: Accelerator,
     *,
     allow_changes: bool,
+    on_evaluation: Callable[[Sequence[EvalPoint]], None] | None,
 ) -> History:
     """Train the model and leave it with its best tensors and a dense head."""
     frozen = hash_tensors(frozen_tensors(setup.model).items())
@@ -429,6 +450,7 @@ def _fit(
             allow_changes=allow_changes,
             limit=recipe.train.save_total_limit,
         ),
+        on_evaluation=on_evaluation,
     )
     if hash_tensors(frozen_tensors(setup.model).items()) != frozen:
         raise TrainingError(

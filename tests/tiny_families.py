@@ -72,8 +72,11 @@ def make_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         pad, unk, cls, sep, mask = special
     ends = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
+    pair = f"{cls} $A {sep} $B:1 {sep}:1"
+    if "roberta" in model_type:
+        pair = f"{cls} $A {sep} {sep} $B {sep}"
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}", special_tokens=ends
+        single=f"{cls} $A {sep}", pair=pair, special_tokens=ends
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -13,7 +13,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from lora_sentiment import bundled
 from lora_sentiment.adapter.folder import Card
 from lora_sentiment.adapter.merge_record import MergeRecord
-from lora_sentiment.adapter.onnx import PLAIN, QUANTISED
+from lora_sentiment.adapter.onnx import INPUTS, PLAIN, QUANTISED, TYPES
 from lora_sentiment.adapter.safe_files import read_bytes
 from lora_sentiment.data.sources import is_on_hub
 from lora_sentiment.errors import AdapterError, RecipeError, one_line
@@ -29,6 +29,13 @@ SHOWN_LABELS = 20
 """Labels that a card names; `card.json` or `config.json` names all."""
 NO_VALUE = {"value": None}
 """The interval of a metric that a role does not have."""
+EXAMPLES = {False: '"A lovely film."', True: '("Is it good?", "Yes, very.")'}
+"""Texts to answer in Python, by whether an input is a pair."""
+STOCK_EXAMPLES = {
+    False: '["A lovely film."]',
+    True: '[{"text": "Is it good?", "text_pair": "Yes, very."}]',
+}
+"""Texts to answer with a stock pipeline, by whether an input is a pair."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -60,7 +67,7 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         max_length=card.max_length,
         truncation=card.truncation,
         results=_show_results(report),
-        usage=_show_usage(name, card, is_peft=is_peft),
+        usage=_show_usage(name, card, is_peft=is_peft) + _describe_pairs(name, card),
         parameters=show_parameters(report["parameters"]),
         quantisation=quantisation,
         steps=f"{train['steps']:,}",
@@ -119,6 +126,7 @@ def make_merged_card(
         "merged.md",
         **_describe_record(name, record, source, library="transformers"),
         name=name,
+        example=STOCK_EXAMPLES[record.reads_pairs],
         kind=task.kind.format(labels=_quote(labels)),
         target=targets[record.into],
         dtype=record.dtype,
@@ -149,6 +157,12 @@ def make_exported_card(
     code = (
         {"file": QUANTISED, "js_dtype": "q8"} if has_int8 else {"file": PLAIN, "js_dtype": "fp32"}
     )
+    javascript = _fill("use_exported_js.md", name=name, **code)
+    if record.reads_pairs:
+        javascript = "Pairs were not tried with transformers.js.\n"
+    inputs = list(INPUTS)
+    if record.reads_pairs and FAMILIES[record.model_type].token_types:
+        inputs.append(TYPES)
     files = f"- `{PLAIN}`: fp32"
     if "onnx-int8-weights" in record.compared:
         files += (
@@ -166,7 +180,10 @@ def make_exported_card(
         name=name,
         kind=task.kind.format(labels=_quote(labels)),
         files=files,
+        inputs=", ".join(f"`{name}`" for name in inputs[:-1]) + f" and `{inputs[-1]}`",
+        example=EXAMPLES[record.reads_pairs],
         **code,
+        javascript=javascript,
         reading=describe_reading(record, other="another runtime"),
         reader=_show_reader("read_exported_python.md", name, record, **code)
         + _show_reader("read_exported_js.md", name, record, **code),
@@ -187,6 +204,8 @@ def describe_reading(record: MergeRecord, *, other: str) -> str:
         other: The other runtime, such as "a stock pipeline".
     """
     text = f"A text is cut at {record.max_length} tokens"
+    if record.reads_pairs:
+        text = f"A pair of texts is cut at {record.max_length} tokens, the longer text first"
     if "head" in record.readings:
         text += (
             ", its first ones stay. Training kept the first quarter and the last three quarters: "
@@ -226,6 +245,8 @@ def show_cost(cost: Mapping[str, Any]) -> str:
 
 def _show_reader(template: str, name: str, record: MergeRecord, **code: str) -> str:
     """Return code that cuts a text as training did, where the usual code does not."""
+    if record.reads_pairs:
+        return ""
     room = first = record.max_length - 2
     if record.truncation == "head_tail":
         first = room // 4
@@ -419,6 +440,15 @@ def _show_usage(name: str, card: Card, *, is_peft: bool) -> str:
         quantisation=quantisation,
     )
     return usage.rstrip("\n")
+
+
+def _describe_pairs(name: str, card: Card) -> str:
+    if not card.reads_pairs:
+        return ""
+    return (
+        "\n\nAn input is a pair of texts, as `tokenizer(text, text_pair, truncation=True)` joins it: "
+        f'`lora_sentiment.load("{name}").predict([{EXAMPLES[True]}])`.'
+    )
 
 
 def _show_quantisation(card: Card) -> str:

@@ -12,6 +12,7 @@ from lora_sentiment.bundled import probe_texts, review_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, load_raw_texts, sample
 from lora_sentiment.data.sources import is_on_hub
+from lora_sentiment.data.texts import Text
 from lora_sentiment.errors import DataError
 from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.engine import Engine, compute_logits
@@ -44,7 +45,7 @@ class Reference:
         task: What the labels are.
         calibration: What was fitted on validation in training, or None.
         validation: The validation rows as texts, or None.
-        raw_texts: The same texts as they stand in their source, before cleaning.
+        raw_texts: The same texts, or pairs of texts, as they stand in their source, before cleaning.
         missing: Why there are no validation rows, or None.
         progress: Whether to show bars.
     """
@@ -55,7 +56,7 @@ class Reference:
     task: Task
     calibration: Calibration | None
     validation: Rows | None
-    raw_texts: list[str]
+    raw_texts: list[Text]
     missing: str | None
     progress: bool
 
@@ -127,10 +128,10 @@ def make_reference(
     if card:
         inputs = [np.array(ids, dtype=np.int32) for ids in card.probe.input_ids]
     else:
-        inputs = [encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(probe_texts())]
+        inputs = _make_inputs(encoder, probe_texts())
     rows = {"probe": encoder.pack(inputs)}
     parts: dict[str, Rows] = {}
-    raw_texts: list[str] = []
+    raw_texts: list[Text] = []
     missing = None
     try:
         parts, raw_texts = _load_labelled(card, max_rows, min_rows)
@@ -139,10 +140,7 @@ def make_reference(
     except DataError as error:
         missing = error.message
         if min_rows:
-            inputs = [
-                encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(review_texts())
-            ]
-            rows["reviews"] = encoder.pack(inputs)
+            rows["reviews"] = encoder.pack(_make_inputs(encoder, review_texts()))
         log.info("compared without validation rows: %s", missing)
     logits = {}
     for part, encoded in rows.items():
@@ -203,6 +201,14 @@ def compare_readings(
     gained = None if before is None or after is None else (after - before) / len(one)
     figures["accuracy_change"] = gained
     return figures
+
+
+def _make_inputs(encoder: TextEncoder, texts: list[str]) -> list[NDArray[np.int32]]:
+    """Return the inputs of bundled texts. Where pairs are read, each text with the next one."""
+    given: list[Text] = [*texts]
+    if encoder.reads_pairs:
+        given = [*zip(texts, [*texts[1:], texts[0]], strict=True)]
+    return [encoder.frame(encoder.truncate(ids)) for ids in encoder.tokenise(given)]
 
 
 def find_fault(compared: dict[str, Any]) -> str | None:
@@ -267,7 +273,7 @@ def without_reasons(compared: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
 
 def _load_labelled(
     card: Card | None, max_rows: int, min_rows: int
-) -> tuple[dict[str, Rows], list[str]]:
+) -> tuple[dict[str, Rows], list[Text]]:
     """Return the rows of `validation`, and of `train` if needed, and the raw validation texts."""
     if card is None:
         raise DataError(

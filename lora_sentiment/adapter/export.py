@@ -41,10 +41,11 @@ from lora_sentiment.adapter.merge_record import (
 from lora_sentiment.adapter.onnx import PLAIN, QUANTISED, open_session
 from lora_sentiment.adapter.safe_files import ExplainLibraryError, read_labels, read_task
 from lora_sentiment.cleaning import remove_cleaning
-from lora_sentiment.data.batches import Encoded, TextEncoder, cut, pad
+from lora_sentiment.data.batches import Encoded, TextEncoder, cut
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, write_aside
 from lora_sentiment.models.engine import Engine
+from lora_sentiment.models.families import FAMILIES
 from lora_sentiment.models.inference import make_engine
 from lora_sentiment.models.load import load_base
 from lora_sentiment.recipe.model import ModelConfig
@@ -170,7 +171,8 @@ def export(
             progress=progress,
         )
         (aside / "onnx").mkdir()
-        write_graph(model, aside / PLAIN)
+        has_types = record.reads_pairs and FAMILIES[record.model_type].token_types
+        write_graph(model, aside / PLAIN, has_types=has_types)
         engines = {PLAIN: open_session(aside / PLAIN)}
         compared = {"onnx": _compare_exact(reference, engines[PLAIN], out)}
         speed: dict[str, float] = {}
@@ -238,7 +240,11 @@ def _load_merged(
         with ExplainLibraryError(folder / "tokenizer.json"):
             remove_cleaning(base.tokenizer.backend_tokenizer, record.cleaning_steps)
     encoder = TextEncoder.of(
-        base.tokenizer, max_length=record.max_length, truncation=record.truncation
+        base.tokenizer,
+        max_length=record.max_length,
+        truncation=record.truncation,
+        reads_pairs=record.reads_pairs,
+        has_types=base.family.token_types,
     )
     reference = make_reference(
         make_engine(base.model),
@@ -303,9 +309,8 @@ def _measure_speed(engines: dict[str, Engine], rows: Encoded) -> dict[str, float
     for _ in range(SPEED_ROUNDS):
         for name, engine in engines.items():
             parts = cut(few, rows.lengths, max_tokens=engine.max_tokens)
-            batches = [pad(rows, part) for part in parts]
             start = time.perf_counter()
-            for batch in batches:
-                engine.compute(*batch)
+            for part in parts:
+                engine.answer(rows, part)
             seconds[name].append(time.perf_counter() - start)
     return {name: len(few) / float(np.median(taken)) for name, taken in seconds.items()}

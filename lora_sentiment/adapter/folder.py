@@ -22,11 +22,12 @@ from lora_sentiment.adapter.weights import (
     save_as_plain_lora,
     save_weights,
 )
+from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.fast import attention_backends
 from lora_sentiment.files import hash_file, write_json
 from lora_sentiment.hub import is_hub_name, prepare_hub
-from lora_sentiment.models.families import num_positions
+from lora_sentiment.models.families import FAMILIES, num_positions
 from lora_sentiment.models.load import Base, check_length, hash_tokenizer, load_base
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import LoraMethod, Method, PeftMethod
@@ -124,6 +125,11 @@ class Card(Section):
         """What its labels are. Cards of older versions have single labels."""
         return self.data.task
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether an input is a pair of texts."""
+        return self.data.config.reads_pairs
+
     @model_validator(mode="after")
     def _labels_fit_the_task(self) -> Self:
         fault = self.task.check_answers(self.labels, self.calibration)
@@ -141,6 +147,7 @@ class Card(Section):
             self.truncation,
             self.files,
             *self.task.get_decisive(self.calibration),
+            *(["pairs"] if self.reads_pairs else []),
         ]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -159,6 +166,17 @@ class Loaded:
     model: nn.Module
     tokenizer: PreTrainedTokenizerFast
     card: Card
+
+    def make_encoder(self) -> TextEncoder:
+        """Return its way from texts to inputs, as in training."""
+        card = self.card
+        return TextEncoder.of(
+            self.tokenizer,
+            max_length=card.max_length,
+            truncation=card.truncation,
+            reads_pairs=card.reads_pairs,
+            has_types=FAMILIES[card.base.model_type].token_types,
+        )
 
 
 def save(
@@ -223,7 +241,12 @@ def save(
     base.tokenizer.backend_tokenizer.no_truncation()
     base.tokenizer.backend_tokenizer.no_padding()
     base.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    write_tokenizer_config(folder, base.tokenizer, max_length=model_config.max_length)
+    write_tokenizer_config(
+        folder,
+        base.tokenizer,
+        max_length=model_config.max_length,
+        has_types=data.config.reads_pairs and base.family.token_types,
+    )
     probe = compute_probe(rebuild(folder, fresh, method, config), trained.input_ids)
     largest = max(1.0, float(np.abs(np.array(probe.logits)).max()))
     difference = _largest_difference(probe.logits, trained.logits) / largest
@@ -265,19 +288,28 @@ def save(
 
 
 def write_tokenizer_config(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, *, max_length: int
+    folder: Path, tokenizer: PreTrainedTokenizerFast, *, max_length: int, has_types: bool
 ) -> None:
     """Write the `tokenizer_config.json` with which stock transformers reads `tokenizer.json`.
 
     With BertTokenizer or DistilBertTokenizer in it, transformers 5 makes a normalizer of its own,
     and transformers 4 makes token types, which DistilBERT does not take. The other families take a
     text without types as the first of a pair.
+
+    Args:
+        folder: Where to write it.
+        tokenizer: The tokenizer.
+        max_length: Most tokens of an input.
+        has_types: Whether inputs are pairs, and the model knows types of tokens.
     """
+    names = ["input_ids", "attention_mask"]
+    if has_types:
+        names.insert(1, "token_type_ids")
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask"],
+            "model_input_names": names,
             "model_max_length": max_length,
             **tokenizer.special_tokens_map,
         },

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_sentiment.adapter.onnx import INPUTS, OUTPUT
+from lora_sentiment.adapter.onnx import INPUTS, OUTPUT, TYPES
 from lora_sentiment.errors import ModelError
 from lora_sentiment.models.families import DISTILBERT, family_of
 
@@ -78,12 +78,13 @@ def check_packages() -> None:
         )
 
 
-def write_graph(model: Any, path: Path) -> None:
+def write_graph(model: Any, path: Path, *, has_types: bool = False) -> None:
     """Write a classifier as one ONNX file. Its inputs may have any batch size and length.
 
     Args:
         model: A stock sequence classifier in fp32 and eval mode. It is left unchanged.
         path: The new file.
+        has_types: Whether types of tokens are an input.
 
     Raises:
         ModelError: If torch cannot trace it.
@@ -97,6 +98,9 @@ def write_graph(model: Any, path: Path) -> None:
     example = torch.ones(2, 16, dtype=torch.int64)
     mask = torch.ones_like(example)
     mask[1, 8:] = 0
+    inputs = dict(zip(INPUTS, (example, mask), strict=True))
+    if has_types:
+        inputs[TYPES] = 1 - mask
     try:
         if family is DISTILBERT:
             layers[-1] = FirstTokenBlock(last)
@@ -105,10 +109,10 @@ def write_graph(model: Any, path: Path) -> None:
         with _quiet():
             program = torch.onnx.export(
                 model,
-                kwargs=dict(zip(INPUTS, (example, mask), strict=True)),
-                input_names=INPUTS,
+                kwargs=inputs,
+                input_names=list(inputs),
                 output_names=[OUTPUT],
-                dynamic_shapes={name: {0: "batch", 1: "length"} for name in INPUTS},
+                dynamic_shapes={name: {0: "batch", 1: "length"} for name in inputs},
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,

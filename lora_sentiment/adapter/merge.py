@@ -39,7 +39,8 @@ from lora_sentiment.adapter.merge_record import (
 )
 from lora_sentiment.adapter.weights import rebuild
 from lora_sentiment.cleaning import add_cleaning
-from lora_sentiment.data.batches import TextEncoder, take_rows
+from lora_sentiment.data.batches import SECOND_TYPE, TextEncoder, take_rows
+from lora_sentiment.data.texts import split_text
 from lora_sentiment.errors import AdapterError, ModelError
 from lora_sentiment.files import hash_file, write_aside
 from lora_sentiment.models.dtype import DTYPES
@@ -185,9 +186,7 @@ def merge_aside(
     source = read_metadata(adapter)
     quantised = card.base.quantize != "none"
     loaded = load(adapter, base=base)
-    encoder = TextEncoder.of(
-        loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
-    )
+    encoder = loaded.make_encoder()
     exact = not quantised and dtype == "float32"
     engine = make_engine(loaded.model)
     if card.base.quantize == "int8":
@@ -239,6 +238,7 @@ def merge_aside(
         dtype=dtype,
         max_length=card.max_length,
         truncation=own_encoder.truncation,
+        reads_pairs=card.reads_pairs,
         clean=card.data.config.clean,
         cleaning_steps=cleaning_steps,
         calibration=card.calibration,
@@ -361,8 +361,15 @@ def _measure_readings(
         unknown = {"reason": "not measured, because the validation rows could not be read"}
         return {"stock": unknown, "head": unknown} if measures_head else {"stock": unknown}
     # Files of JSON can hold half of a surrogate pair, which a stock tokenizer refuses.
-    texts = [text.encode("utf-8", "replace").decode() for text in reference.raw_texts]
-    raw = [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, truncation=True)["input_ids"]]
+    texts = []
+    for text in reference.raw_texts:
+        parts = [part.encode("utf-8", "replace").decode() for part in split_text(text)]
+        texts.append(tuple(parts) if own.reads_pairs else parts[0])
+    read = tokenizer(texts, truncation=True)
+    raw = [np.array(ids, dtype=np.int32) for ids in read["input_ids"]]
+    if "token_type_ids" in read:
+        types = [np.array(kinds, dtype=np.int32) for kinds in read["token_type_ids"]]
+        raw = [ids + SECOND_TYPE * kinds for ids, kinds in zip(raw, types, strict=True)]
     every = np.arange(len(rows))
     cleaned = take_rows(own.encode(rows), every)
     readings = {"stock": compare_readings(reference, engine, own, cleaned, raw)}
@@ -389,7 +396,12 @@ def _save_model(folder: Path, model: nn.Module, loaded: Loaded) -> tuple[str, in
     tokenizer.no_padding()
     cleaning_steps = add_cleaning(tokenizer) if loaded.card.data.config.clean else 0
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_tokenizer_config(folder, loaded.tokenizer, max_length=loaded.card.max_length)
+    write_tokenizer_config(
+        folder,
+        loaded.tokenizer,
+        max_length=loaded.card.max_length,
+        has_types=loaded.make_encoder().has_types,
+    )
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest(), cleaning_steps
 
 

@@ -57,6 +57,8 @@ class MergeRecord(Section):
     """Longest input in tokens."""
     truncation: Literal["head", "head_tail"]
     """Which tokens of a longer text stay."""
+    reads_pairs: bool = False
+    """Whether an input is a pair of texts."""
     clean: bool
     """Whether texts are cleaned before they are tokenised, as in training."""
     cleaning_steps: int = Field(0, ge=0)

@@ -14,8 +14,9 @@ from lora_sentiment.models.token_limits import inference_tokens
 PLAIN, QUANTISED = "onnx/model.onnx", "onnx/model_quantized.onnx"
 """The paths in which text-embeddings-inference and transformers.js look. `q8` of transformers.js is
 the second."""
-INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
-"""The names of inputs and output that transformers.js and text-embeddings-inference use."""
+INPUTS, TYPES, OUTPUT = ("input_ids", "attention_mask"), "token_type_ids", "logits"
+"""The names of inputs and output that transformers.js and text-embeddings-inference use. A file has
+TYPES too if it reads pairs and its base knows types of tokens."""
 
 
 def open_session(path: Path) -> Engine:
@@ -43,18 +44,25 @@ def open_session(path: Path) -> Engine:
         ) from error
     inputs = [tensor.name for tensor in session.get_inputs()]
     outputs = [tensor.name for tensor in session.get_outputs()]
-    if sorted(inputs) != sorted(INPUTS) or OUTPUT not in outputs:
+    has_types = TYPES in inputs
+    expected = [*INPUTS, TYPES] if has_types else list(INPUTS)
+    if sorted(inputs) != sorted(expected) or OUTPUT not in outputs:
         raise AdapterError(
             f"{path}: has the inputs {', '.join(inputs)} and the outputs {', '.join(outputs)}; a "
             f"classifier of this package has {', '.join(INPUTS)} and {OUTPUT}"
         )
 
     def answer(
-        input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None,
+        token_type_ids: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        given = dict(zip(INPUTS, (input_ids, mask), strict=True))
+        if has_types:
+            given[TYPES] = np.zeros_like(mask) if token_type_ids is None else token_type_ids
         try:
-            (logits,) = session.run([OUTPUT], dict(zip(INPUTS, (input_ids, mask), strict=True)))
+            (logits,) = session.run([OUTPUT], given)
         except faults as error:
             raise AdapterError(
                 f"{path}: ONNX Runtime cannot compute it: {_first_line(error)}"

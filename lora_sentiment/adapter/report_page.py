@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lora_sentiment.adapter.card import NO_VALUE, TEMPLATES
 from lora_sentiment.adapter.folder import Card
 from lora_sentiment.data.report import list_cells, list_notes
+from lora_sentiment.data.texts import Text
 from lora_sentiment.errors import one_line
 from lora_sentiment.evaluation.metric import score_metrics, show_metric
 from lora_sentiment.evaluation.statistics import Interval, show_interval
@@ -44,7 +45,7 @@ class JudgedRows:
         labels: The labels of the rows, as their task has them.
         lengths: Tokens of each whole text, (num_rows,).
         numbers: Position of each row in its source, counted from 1, (num_rows,).
-        texts: The texts, or None for a page that holds no text.
+        texts: The texts or pairs, or None for a page that holds no text.
     """
 
     role: str
@@ -52,7 +53,7 @@ class JudgedRows:
     labels: NDArray[Any]
     lengths: NDArray[np.int64]
     numbers: NDArray[np.int64]
-    texts: Sequence[str] | None = None
+    texts: Sequence[Text] | None = None
 
 
 def make_report_page(
@@ -264,7 +265,8 @@ def _show_errors(card: Card, judged: JudgedRows) -> str:
             f"{judged.lengths[row]:,}",
         ]
         if judged.texts is not None:
-            cells.append(judged.texts[row])
+            text = judged.texts[row]
+            cells.append(text if isinstance(text, str) else " | ".join(text))
         rows.append(cells)
     heading = ["row", "label", "answer", "tokens"]
     if judged.texts is not None:

@@ -39,10 +39,16 @@ def describe_data(recipe: Recipe) -> DataReport:
         recipe.train.metric_for_best_model, labels=data.validation.labels, names=data.labels
     )
     task.describe_objective(recipe.train, labels=data.train.labels, names=data.labels)
-    resolve_targets(recipe.method, check_base(recipe.model))
-    tokenizer = load_tokenizer(recipe.model)
-    max_length, truncation = recipe.model.max_length, recipe.model.truncation
-    encoder = TextEncoder.of(tokenizer, max_length=max_length, truncation=truncation)
+    family = check_base(recipe.model)
+    resolve_targets(recipe.method, family)
+    max_length = recipe.model.max_length
+    encoder = TextEncoder.of(
+        load_tokenizer(recipe.model),
+        max_length=max_length,
+        truncation=recipe.model.truncation,
+        reads_pairs=recipe.data.reads_pairs,
+        has_types=family.token_types,
+    )
     encoded = {role: encoder.encode(rows) for role, rows in data.seen.items()}
     report = describe_seen(data, encoded, max_length=max_length)
     judged = load_all_judged(recipe.data, data)

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from lora_sentiment.adapter.folder import Card, load
 from lora_sentiment.adapter.report_page import JudgedRows, make_report_page
 from lora_sentiment.adapter.safe_files import read_object
-from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub, make_source
 from lora_sentiment.errors import AdapterError, DataError
@@ -48,6 +47,7 @@ def evaluate(
     data: Mapping[str, Any] | None = None,
     split: str = "test",
     text_column: str | None = None,
+    text_pair_column: str | None = None,
     label_column: str | None = None,
     encoding: str | None = None,
     on_bad_row: str | None = None,
@@ -67,6 +67,8 @@ def evaluate(
         split: A judged role, such as `test`, or `validation` as training had it. Of `source`, the
             name of its split.
         text_column: Column of `source` or `data` with the text, if it is not the recorded one.
+        text_pair_column: Column of `source` or `data` with the second text of a pair, if it is not
+            the recorded one.
         label_column: Column of `source` or `data` with the label, if it is not the recorded one.
         encoding: Encoding of `source`, if it is not the recorded one.
         on_bad_row: `error` or `drop`, for bad rows of `source` or `data`; by default as recorded.
@@ -86,6 +88,7 @@ def evaluate(
         _check_page(html, folder, with_texts=with_texts, overwrite=overwrite)
     reading = {
         "text_column": text_column,
+        "text_pair_column": text_pair_column,
         "label_column": label_column,
         "encoding": encoding,
         "on_bad_row": on_bad_row,
@@ -110,10 +113,7 @@ def evaluate(
     else:
         rows = _read_given(card, source, data, split, given)
     is_main = accelerator.is_main_process
-    encoder = TextEncoder.of(
-        loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
-    )
-    encoded = encoder.encode(rows, progress=is_main)
+    encoded = loaded.make_encoder().encode(rows, progress=is_main)
     with explain_lost_process(state):
         logits = predict_logits(
             model, encoded, accelerator=accelerator, progress=split if is_main else None
@@ -192,6 +192,11 @@ def _read_given(
     place = FROM_PYTHON if source is None else source
     if is_on_hub(place):
         prepare_hub()
+    if "text_pair_column" in given and not card.reads_pairs:
+        raise DataError(
+            f"found {given['text_pair_column']!r}, but the adapter reads single texts; leave it out",
+            key="data.text_pair_column",
+        )
     recorded = card.data.config.model_dump()
     if recorded["labels"] is None and is_on_hub(card.data.config.source):
         # Older versions did not record that a Hub data set has put its names in order.

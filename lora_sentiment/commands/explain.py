@@ -4,18 +4,17 @@ This module imports no torch.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from rich.text import Text
+from rich.text import Text as RichText
 
-from lora_sentiment.classifier import EMPTY_TEXT, Classifier
-from lora_sentiment.cleaning import clean_text
+from lora_sentiment.classifier import EMPTY_TEXT, Classifier, check_texts, clean_parts
+from lora_sentiment.data.texts import Text, split_text
 from lora_sentiment.errors import DataError, one_line
 
 LEVELS = 3
@@ -58,7 +57,7 @@ class Explanation:
 
 def explain(
     classifier: Classifier,
-    text: str,
+    text: Text,
     *,
     max_words: int = 512,
     stride: int | None = None,
@@ -66,14 +65,15 @@ def explain(
 ) -> Explanation:
     """Measure each word's effect by leaving it out (occlusion, Zeiler and Fergus 2014).
 
-    If the classifier cleans texts, the words are those of the cleaned text. A text of one word is
-    compared with the empty text, which the model reads as [CLS] [SEP]. A word that was cut off a
+    If the classifier cleans texts, the words are those of the cleaned text. The words of a pair are
+    those of its first text, then those of its second. A text of one word is compared with the empty
+    text, which the model reads as [CLS] [SEP]. A word that was cut off a
     long text has the effect 0. Without another word, cut words move up, and its effect includes
     them.
 
     Args:
         classifier: The model. It is asked once, with one text more than there are words.
-        text: A text of at least one word.
+        text: A text of at least one word, or a pair of texts for a model of pairs.
         max_words: Most words of a text. Time grows with their square.
         stride: As in `Classifier.predict`.
         calibrated: As in `Classifier.predict`.
@@ -82,9 +82,10 @@ def explain(
         DataError: If the text has no token, no word or too many words.
         ModelError: As `Classifier.predict`.
     """
+    (text,) = check_texts([text], reads_pairs=classifier.encoder.reads_pairs)
     if classifier.clean:
         # Only once: cleaning undoes escaped entities, and a second time could undo more.
-        text, classifier = clean_text(text, Counter()), replace(classifier, clean=False)
+        text, classifier = clean_parts(text), replace(classifier, clean=False)
     if classifier.is_empty(text):
         raise DataError(f"explain: {EMPTY_TEXT}")
     words = find_words(text)
@@ -93,31 +94,40 @@ def explain(
             f"explain: the text has {len(words):,} words; allowed: 1 to {max_words:,}, because the "
             "model is asked again without each; give a shorter part of it, or raise max_words"
         )
-    texts = [text, *leave_each_out(text, words)]
+    texts = [text, *leave_each_out(text)]
     scores = classifier.probabilities(texts, stride=stride, calibrated=calibrated)
     best = int(scores[0].argmax())
     effects = (scores[0, best] - scores[1:, best]).tolist()
     label, score = classifier.labels[best], float(scores[0, best])
-    return Explanation(label, score, [word.group() for word in words], effects)
+    return Explanation(label, score, words, effects)
 
 
-def find_words(text: str) -> list[re.Match[str]]:
-    """Return the places of a text's words, which white space separates."""
-    return list(re.finditer(r"\S+", text))
+def find_words(text: Text) -> list[str]:
+    """Return a text's words, which white space separates, or those of both texts of a pair."""
+    words: list[str] = []
+    for part in split_text(text):
+        words += re.findall(r"\S+", part)
+    return words
 
 
-def leave_each_out(text: str, words: Iterable[re.Match[str]]) -> Iterator[str]:
+def leave_each_out(text: Text) -> Iterator[Text]:
     """Yield the text without each of its words in turn."""
-    return (text[: word.start()] + text[word.end() :] for word in words)
+    for side, part in enumerate(split_text(text)):
+        for word in re.finditer(r"\S+", part):
+            shorter = part[: word.start()] + part[word.end() :]
+            if isinstance(text, str):
+                yield shorter
+            else:
+                yield (shorter, text[1]) if side == 0 else (text[0], shorter)
 
 
-def to_rich(explanation: Explanation) -> Text:
+def to_rich(explanation: Explanation) -> RichText:
     """Return an explanation for a terminal: the answer, the words, a legend.
 
     A marked word has its effect as a signed number, so that colour alone means nothing.
     """
     label = one_line(explanation.label)
-    shown = Text(f"{label} {explanation.score:.4f}\n")
+    shown = RichText(f"{label} {explanation.score:.4f}\n")
     for number, (word, effect, level) in enumerate(_levels(explanation)):
         if number:
             shown.append(" ")

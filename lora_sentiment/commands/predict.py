@@ -42,6 +42,8 @@ from lora_sentiment.tasks import Task
 
 log = logging.getLogger("lora_sentiment")
 LINES_PER_WINDOW = 1000
+PARTS = ("text", "text_pair")
+"""Names of the two texts of a pair, in answers."""
 SHOWN_LABELS = 20
 """Labels that the line about a table counts; of more, the most frequent."""
 _T = TypeVar("_T")
@@ -52,7 +54,8 @@ class Answer:
     """The answer for one text.
 
     Attributes:
-        text: The text as given. It is None if it was missing, and of any type in a table.
+        text: The text as given, or the pair of texts. It is None if it was missing, and of any type
+            in a table.
         prediction: The label and scores, or None if the text cannot be answered.
         error: Why the text cannot be answered, or None.
     """
@@ -94,6 +97,7 @@ def predict_lines(
     """Answer lines one by one, in their order, reading at most 1,000 ahead.
 
     A line without tokens is answered too, with an error, so that answers and lines can be paired.
+    For a model of pairs, a line holds two texts with a tab between them.
 
     Args:
         classifier: The model.
@@ -107,9 +111,16 @@ def predict_lines(
             sets at the coverage.
     """
     options = {"stride": stride, "calibrated": calibrated, "coverage": coverage}
-    texts = (line.rstrip("\r\n") for line in lines)
+    reads_pairs = classifier.encoder.reads_pairs
+    texts = (parse_line(line, reads_pairs=reads_pairs) for line in lines)
     while window := list(islice(texts, LINES_PER_WINDOW)):
         yield from _answer(classifier, window, options)
+
+
+def parse_line(line: str, *, reads_pairs: bool) -> Any:
+    """Return the text of a line, or the parts between its tabs, which are two if it is a pair."""
+    text = line.rstrip("\r\n")
+    return tuple(text.split("\t")) if reads_pairs else text
 
 
 def show_answer(answer: Answer, task: Task, *, all_scores: bool, as_json: bool) -> str:
@@ -122,7 +133,8 @@ def show_answer(answer: Answer, task: Task, *, all_scores: bool, as_json: bool) 
             values |= _get_set(prediction)
             if all_scores:
                 values["scores"] = prediction.scores
-        return json.dumps({"text": answer.text, **values}, ensure_ascii=False)
+        texts = dict(zip(PARTS, _split(answer.text), strict=False))
+        return json.dumps({**texts, **values}, ensure_ascii=False)
     cells = ["-", str(answer.error)]
     if prediction:
         cells = [task.show_answer(task.get_answer(prediction))]
@@ -131,7 +143,7 @@ def show_answer(answer: Answer, task: Task, *, all_scores: bool, as_json: bool) 
         if all_scores:
             scores = prediction.scores.items()
             cells.append(" ".join(f"{one_line(name)}={score:.4f}" for name, score in scores))
-    return "\t".join([*cells, one_line(answer.text)])
+    return "\t".join([*cells, *map(one_line, _split(answer.text))])
 
 
 def show_summary(summary: Summary, output: Path) -> str:
@@ -159,6 +171,7 @@ def predict_file(
     input: Path,
     output: Path,
     text_column: str = "text",
+    text_pair_column: str | None = None,
     encoding: str = "utf-8",
     all_scores: bool = False,
     stride: int | None = None,
@@ -183,6 +196,7 @@ def predict_file(
         output: Another such file, in the format of its name. From parquet to parquet, columns keep
             their Arrow types.
         text_column: The column that is answered.
+        text_pair_column: For a model of pairs, the column of the second texts.
         encoding: Encoding of a text file. The output is UTF-8.
         all_scores: Write the probability of every label too, in columns `score_<label>`.
         stride: As in `Classifier.predict`.
@@ -207,6 +221,7 @@ def predict_file(
     # Refuse options that do not fit the model before there is work to lose.
     options = {"stride": stride, "calibrated": calibrated, "coverage": coverage}
     _answer(classifier, [], options)
+    text_columns = _choose_columns(classifier, text_column, text_pair_column)
     with _file_faults(output):
         if output.is_symlink():
             output = Path(os.path.realpath(output))  # the link stays, its target is replaced
@@ -225,11 +240,11 @@ def predict_file(
         except Timeout as error:
             raise DataError(f"another run is writing {output}; wait until it ends") from error
         _check_paths(input, output, resume=resume, overwrite=overwrite)
-        types = _plan_columns(input, output, encoding, text_column, new)
+        types = _plan_columns(input, output, encoding, text_columns, new)
         cells = classifier.task.list_cells(classifier.labels)
         if has_sets:
             cells.append(json.dumps(list(classifier.labels), ensure_ascii=False))
-        num_rows = _try_output(input, output, encoding, text_column, types, new, cells)
+        num_rows = _try_output(input, output, encoding, text_columns, types, new, cells)
         sha256 = hash_file(input)
         facts = {
             "input": input.name.encode(errors="backslashreplace").decode(),
@@ -243,12 +258,14 @@ def predict_file(
             "model_sha256": classifier.sha256,
             "labels": list(classifier.labels),
         }
+        if text_pair_column is not None:
+            facts["text_pair_column"] = text_pair_column
         _start_parts(folder, facts, resume=resume)
         return types, num_rows, sha256
 
     def read_batches() -> Iterator[tuple[Path, ColumnBatch]]:
         batches = read_table(
-            input, encoding=encoding, rows_per_batch=rows_per_part, needed=[text_column]
+            input, encoding=encoding, rows_per_batch=rows_per_part, needed=text_columns
         )
         for number, batch in enumerate(batches):
             if num_rows:
@@ -286,7 +303,8 @@ def predict_file(
         show = progress and rank == 0
         with make_bar(num_rows, desc="predicting", unit="rows", show=show) as bar:
             for path, batch in read_batches():
-                texts = batch[find_column(list(batch), text_column) or text_column]
+                cells = [batch[find_column(list(batch), name) or name] for name in text_columns]
+                texts = list(zip(*cells, strict=True)) if text_pair_column else cells[0]
                 is_own = num_parts % num_processes == rank
                 num_parts += 1
                 if not is_own or path.is_file():
@@ -419,6 +437,27 @@ def _file_faults(output: Path) -> Iterator[None]:
         ) from error
 
 
+def _choose_columns(
+    classifier: Classifier, text_column: str, text_pair_column: str | None
+) -> list[str]:
+    """Return the columns that a model reads.
+
+    Raises:
+        DataError: The second column of a pair is missing, or the model reads no pairs.
+    """
+    if classifier.encoder.reads_pairs == (text_pair_column is not None):
+        return [text_column] if text_pair_column is None else [text_column, text_pair_column]
+    if text_pair_column is None:
+        raise DataError(
+            "this model reads pairs of texts; name the column of the second texts with "
+            "--text-pair-column"
+        )
+    raise DataError(
+        f"--text-pair-column: found {text_pair_column!r}, but this model reads single texts; leave "
+        "it out"
+    )
+
+
 def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) -> None:
     if not output.exists():
         return
@@ -434,21 +473,26 @@ def _check_paths(input: Path, output: Path, *, resume: bool, overwrite: bool) ->
 
 
 def _plan_columns(
-    input: Path, output: Path, encoding: str, text_column: str, new: Mapping[str, pa.DataType]
+    input: Path,
+    output: Path,
+    encoding: str,
+    text_columns: Sequence[str],
+    new: Mapping[str, pa.DataType],
 ) -> dict[str, pa.DataType]:
     """Return the output's columns with their types, which only parquet has.
 
     Raises:
         DataError: If the input has no text column, or has a new column's name.
     """
-    columns = table_columns(input, encoding=encoding, needed=[text_column])
-    if find_column(columns, text_column) is None:
-        hint = did_you_mean(text_column, columns)
-        raise DataError(
-            f"{input}: has no column {text_column!r}; the columns are {show_names(columns)}{hint}; "
-            "give --text-column"
-        )
-    note = describe_delimiter(input, encoding=encoding, needed=[text_column])
+    columns = table_columns(input, encoding=encoding, needed=text_columns)
+    for option, name in zip(("--text-column", "--text-pair-column"), text_columns, strict=False):
+        if find_column(columns, name) is None:
+            hint = did_you_mean(name, columns)
+            raise DataError(
+                f"{input}: has no column {name!r}; the columns are {show_names(columns)}{hint}; "
+                f"give {option}"
+            )
+    note = describe_delimiter(input, encoding=encoding, needed=text_columns)
     if note:
         log.info("%s: %s", input, note)
     taken = [repr(name) for name in new if name in columns]
@@ -458,7 +502,7 @@ def _plan_columns(
             "such as predicted_, for the new ones"
         )
     if output.name.lower().endswith(".parquet"):
-        return {**table_types(input, encoding=encoding, needed=[text_column]), **new}
+        return {**table_types(input, encoding=encoding, needed=text_columns), **new}
     return {**dict.fromkeys(columns, pa.string()), **new}
 
 
@@ -466,7 +510,7 @@ def _try_output(
     input: Path,
     output: Path,
     encoding: str,
-    text_column: str,
+    text_columns: Sequence[str],
     types: Mapping[str, pa.DataType],
     new: Mapping[str, pa.DataType],
     labels: Sequence[str],
@@ -490,7 +534,7 @@ def _try_output(
             raise DataError(f"{fault} {error}") from error
     num_rows = 0
     with TableWriter(output, columns=list(types), types=types, dry=True) as trial:
-        for batch in read_table(input, encoding=encoding, needed=[text_column]):
+        for batch in read_table(input, encoding=encoding, needed=text_columns):
             count = len(next(iter(batch.values())))
             num_rows += count
             filled = {name: values * count for name, values in widest.items()}
@@ -511,7 +555,7 @@ def _answer(
         texts: The texts.
         options: Arguments of `Classifier.predict`.
     """
-    errors = [_find_error(text, clean=classifier.clean) for text in texts]
+    errors = [find_error(text, clean=classifier.clean) for text in texts]
     good = [text for text, error in zip(texts, errors, strict=True) if error is None]
     predictions = iter(classifier.predict(good, **options))
     answers = []
@@ -525,14 +569,22 @@ def _answer(
     return answers
 
 
-def _find_error(text: Any, *, clean: bool) -> str | None:
-    """Return why a text cannot be tokenised, or None."""
-    if text is None:
-        return "text is missing"
-    if not isinstance(text, str):
-        return f"text is {type(text).__name__}, not a string"
-    # Python decodes bytes of standard input that are not UTF-8 to these. No tokenizer takes them,
-    # and cleaning removes them.
-    if not clean and re.search("[\ud800-\udfff]", text):
-        return "text is no Unicode"
+def _split(text: Any) -> tuple[Any, ...]:
+    """Return the parts of a text, which are two for a pair."""
+    return text if isinstance(text, tuple) else (text,)
+
+
+def find_error(text: Any, *, clean: bool) -> str | None:
+    """Return why a text or a pair cannot be tokenised, or None."""
+    if isinstance(text, tuple) and len(text) != len(PARTS):
+        return "the model reads pairs: give two texts with a tab between them"
+    for name, part in zip(PARTS, _split(text), strict=False):
+        if part is None:
+            return f"{name} is missing"
+        if not isinstance(part, str):
+            return f"{name} is {type(part).__name__}, not a string"
+        # Python decodes bytes of standard input that are not UTF-8 to these. No tokenizer takes
+        # them, and cleaning removes them.
+        if not clean and re.search("[\ud800-\udfff]", part):
+            return f"{name} is no Unicode"
     return None

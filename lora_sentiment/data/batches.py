@@ -6,10 +6,10 @@ Importing this module does not import torch: a classifier saved as ONNX answers 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from lora_sentiment.console import make_bar
 from lora_sentiment.data.cache import Part, keep_ids
 from lora_sentiment.data.rows import Rows
-from lora_sentiment.data.texts import hash_texts, release_pages
+from lora_sentiment.data.texts import Text, hash_texts, release_pages
+from lora_sentiment.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,17 @@ LAYOUT = 1
 Raise it whenever the same texts, tokenizer and settings give other ids or lengths, or another file
 format. Otherwise old ids are used.
 """
+SECOND_TYPE = 1 << 30
+"""Added to the id of each token of type 1, where the base knows types of tokens. So one array holds
+both, on disk, in a batch and on its way to a GPU. `split_types` takes them apart."""
+Ids = TypeVar("Ids", NDArray[np.int64], "torch.Tensor")
+TokenIds = list[int] | tuple[list[int], list[int]]
+"""The ids of a text, or of the two texts of a pair, without special tokens."""
+
+
+def split_types(input_ids: Ids) -> tuple[Ids, Ids]:
+    """Return the token ids and the token types of ids that hold both, of the same shape."""
+    return input_ids % SECOND_TYPE, input_ids // SECOND_TYPE
 
 
 @dataclass(frozen=True)
@@ -51,14 +63,16 @@ class Encoded:
     """Token ids of many texts in one flat array.
 
     Attributes:
-        input_ids: All rows one after another, [CLS] and [SEP] included, shape (num_tokens,).
+        input_ids: All rows one after another, special tokens included, shape (num_tokens,).
         offsets: Row i is `input_ids[offsets[i]:offsets[i + 1]]`, shape (num_rows + 1,).
         labels: Label of each row, as its task has them, first axis num_rows.
         truncated: Number of texts longer than max_length.
         pad_token_id: Fills the shorter rows of a batch.
-        whole_lengths: Tokens of each text before truncation, [CLS] and [SEP] included, shape
+        whole_lengths: Tokens of each text before truncation, special tokens included, shape
             (num_rows,). None if unknown.
         unk_token_id: Stands for characters that the tokenizer does not know. None if it knows all.
+        num_special: Special tokens of a row.
+        has_types: Whether ids of type 1 have SECOND_TYPE added.
     """
 
     input_ids: NDArray[np.int32]
@@ -68,6 +82,8 @@ class Encoded:
     pad_token_id: int
     whole_lengths: NDArray[np.int64] | None = None
     unk_token_id: int | None = None
+    num_special: int = 2
+    has_types: bool = False
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -84,7 +100,7 @@ class Encoded:
         if self.unk_token_id is None:
             return num_unknown
         for start in range(0, len(self.input_ids), COUNTED_IDS):
-            part = self.input_ids[start : start + COUNTED_IDS]
+            part = self.input_ids[start : start + COUNTED_IDS] % SECOND_TYPE
             num_unknown += int(np.count_nonzero(part == self.unk_token_id))
             release_pages(self.input_ids.base)
         return num_unknown
@@ -97,6 +113,7 @@ class Batch:
     Attributes:
         input_ids: Shape (num_rows, longest).
         attention_mask: 1 for tokens and 0 for padding, same shape. None if no row is padded.
+        token_type_ids: 1 for the tokens of type 1, same shape. None if all types are 0.
         labels: As in `Encoded`.
         index: Positions of the rows in their `Encoded`, shape (num_rows,).
         num_tokens: Tokens without padding.
@@ -104,9 +121,70 @@ class Batch:
 
     input_ids: "torch.Tensor"
     attention_mask: "torch.Tensor | None"
+    token_type_ids: "torch.Tensor | None"
     labels: "torch.Tensor"
     index: NDArray[np.int64]
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """What a tokenizer puts around the two texts of a pair. Ids have their types added.
+
+    Attributes:
+        start: Ids before the first text.
+        between: Ids between the two.
+        end: Ids after the second text.
+        second_type: SECOND_TYPE if the second text's tokens are of type 1, else 0.
+    """
+
+    start: tuple[int, ...]
+    between: tuple[int, ...]
+    end: tuple[int, ...]
+    second_type: int
+
+    @property
+    def num_special(self) -> int:
+        """Special tokens of a pair."""
+        return len(self.start) + len(self.between) + len(self.end)
+
+    def fill(self, first: list[int], second: list[int]) -> list[int]:
+        """Return the ids of a pair."""
+        typed = [token + self.second_type for token in second]
+        return [*self.start, *first, *self.between, *typed, *self.end]
+
+
+def read_template(tokenizer: Tokenizer, *, has_types: bool) -> PairTemplate:
+    """Read how a tokenizer joins two texts.
+
+    Args:
+        tokenizer: The tokenizer, without truncation and padding.
+        has_types: Whether the model knows types of tokens.
+
+    Raises:
+        ModelError: The tokenizer puts nothing before, between or after the texts.
+    """
+    encoding = tokenizer.encode("a", "a")
+    parts: dict[str, list[int]] = {"start": [], "between": [], "end": []}
+    place, second_type = "start", 0
+    for token, kind, owner in zip(
+        encoding.ids, encoding.type_ids, encoding.sequence_ids, strict=True
+    ):
+        added = SECOND_TYPE * kind if has_types else 0
+        if owner == 0:
+            place = "between"
+        elif owner == 1:
+            place, second_type = "end", added
+        else:
+            parts[place].append(token + added)
+    if not all(parts.values()):
+        raise ModelError(
+            "the base's tokenizer has no template that joins a pair of texts; choose another base, "
+            "or join the texts in the data and leave out data.text_pair_column",
+            key="model.name",
+        )
+    start, between, end = (tuple(ids) for ids in parts.values())
+    return PairTemplate(start, between, end, second_type)
 
 
 @dataclass(frozen=True)
@@ -124,6 +202,7 @@ class TextEncoder:
             Classification?", section 5.3.1).
         unk_token_id: Stands for characters that the tokenizer does not know. None if it knows all,
             or nobody counts them.
+        template: Joins pairs of texts. None means that an input is a single text.
     """
 
     tokenizer: Tokenizer
@@ -133,6 +212,7 @@ class TextEncoder:
     max_length: int
     truncation: Literal["head", "head_tail"]
     unk_token_id: int | None = None
+    template: PairTemplate | None = None
 
     @classmethod
     def of(
@@ -141,11 +221,25 @@ class TextEncoder:
         *,
         max_length: int,
         truncation: Literal["head", "head_tail"],
+        reads_pairs: bool = False,
+        has_types: bool = False,
     ) -> "TextEncoder":
-        """Return the encoder of a transformers tokenizer, after removing its own truncation."""
+        """Return the encoder of a transformers tokenizer, after removing its own truncation.
+
+        Args:
+            tokenizer: The tokenizer.
+            max_length: As the attribute.
+            truncation: As the attribute.
+            reads_pairs: Whether an input is a pair of texts.
+            has_types: Whether the model knows types of tokens, which only pairs need.
+
+        Raises:
+            ModelError: As `read_template`.
+        """
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
+        template = read_template(backend, has_types=has_types) if reads_pairs else None
         return cls(
             backend,
             cls_token_id=int(tokenizer.cls_token_id),
@@ -154,24 +248,58 @@ class TextEncoder:
             max_length=max_length,
             truncation=truncation,
             unk_token_id=tokenizer.unk_token_id,
+            template=template,
         )
 
     @property
-    def room(self) -> int:
-        """Tokens of an input without [CLS] and [SEP]."""
-        return self.max_length - 2
+    def reads_pairs(self) -> bool:
+        """Whether an input is a pair of texts."""
+        return self.template is not None
 
-    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return all ids of each text, without [CLS] and [SEP]."""
+    @property
+    def has_types(self) -> bool:
+        """Whether the tokens of a second text are of type 1."""
+        return self.template is not None and self.template.second_type > 0
+
+    @property
+    def num_special(self) -> int:
+        """Special tokens of an input."""
+        return 2 if self.template is None else self.template.num_special
+
+    @property
+    def room(self) -> int:
+        """Tokens of an input without special tokens."""
+        return self.max_length - self.num_special
+
+    def tokenise(self, texts: Sequence[Text]) -> list[TokenIds]:
+        """Return all ids of each text, without special tokens."""
+        if self.template is None:
+            return list(self._tokenise(texts))
+        sides = [self._tokenise([text[side] for text in texts]) for side in (0, 1)]
+        return list(zip(*sides, strict=True))
+
+    def _tokenise(self, texts: Sequence[Any]) -> list[list[int]]:
         encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def is_empty(self, ids: list[int]) -> bool:
-        """Return whether a text has no token, or only those that frame and fill an input."""
-        return set(ids) <= {self.cls_token_id, self.sep_token_id, self.pad_token_id}
+    def count(self, ids: TokenIds) -> int:
+        """Return the number of tokens of a text, without special tokens."""
+        return len(ids) if isinstance(ids, list) else len(ids[0]) + len(ids[1])
 
-    def truncate(self, ids: list[int]) -> list[int]:
-        """Return the ids of a text that fit into one input."""
+    def is_empty(self, ids: TokenIds) -> bool:
+        """Return whether a text, or one of a pair, has no token, or special ones alone."""
+        special = {self.cls_token_id, self.sep_token_id, self.pad_token_id}
+        parts = [ids] if isinstance(ids, list) else ids
+        return any(set(part) <= special for part in parts)
+
+    def truncate(self, ids: TokenIds) -> TokenIds:
+        """Return the ids of a text that fit into one input.
+
+        Of a pair, the longer text is cut first, as `longest_first` of tokenizers does.
+        """
+        if not isinstance(ids, list):
+            lengths = _cut_longest(len(ids[0]), len(ids[1]), room=self.room)
+            return ids[0][: lengths[0]], ids[1][: lengths[1]]
         if len(ids) <= self.room:
             return ids
         num_first = self.room if self.truncation == "head" else self.room // 4
@@ -188,9 +316,12 @@ class TextEncoder:
         starts = [*range(0, last_start, self.room - stride), last_start]
         return [ids[start : start + self.room] for start in starts]
 
-    def frame(self, ids: list[int]) -> NDArray[np.int32]:
-        """Put [CLS] and [SEP] around the ids of one input."""
-        return np.array([self.cls_token_id, *ids, self.sep_token_id], dtype=np.int32)
+    def frame(self, ids: TokenIds) -> NDArray[np.int32]:
+        """Put [CLS] and [SEP] around the ids of one input, or join a pair by its template."""
+        if isinstance(ids, list):
+            return np.array([self.cls_token_id, *ids, self.sep_token_id], dtype=np.int32)
+        assert self.template is not None
+        return np.array(self.template.fill(*ids), dtype=np.int32)
 
     def encode(self, rows: Rows, *, progress: bool = False) -> Encoded:
         """Return the truncated token ids of rows, with their labels.
@@ -220,6 +351,8 @@ class TextEncoder:
             pad_token_id=self.pad_token_id,
             whole_lengths=whole_lengths,
             unk_token_id=self.unk_token_id,
+            num_special=self.num_special,
+            has_types=self.has_types,
         )
 
     def _encode_parts(self, rows: Rows, *, progress: bool) -> Iterator[Part]:
@@ -227,7 +360,7 @@ class TextEncoder:
             for start in range(0, len(rows), TOKENISE_ROWS):
                 texts = self.tokenise(rows.texts[start : start + TOKENISE_ROWS])
                 inputs = [self.frame(self.truncate(ids)) for ids in texts]
-                whole_lengths = [len(ids) + 2 for ids in texts]
+                whole_lengths = [self.count(ids) + self.num_special for ids in texts]
                 yield np.concatenate(inputs), np.array(whole_lengths, dtype=np.int64)
                 bar.update(len(texts))
 
@@ -242,6 +375,8 @@ class TextEncoder:
             self.truncation,
             version("tokenizers"),
         ]
+        if self.template is not None:
+            settings.append(asdict(self.template))
         return hash_texts(hashlib.sha256(json.dumps(settings).encode()), rows.texts)
 
     def pack(
@@ -251,7 +386,20 @@ class TextEncoder:
         offsets = np.cumsum([0, *map(len, inputs)], dtype=np.int64)
         if labels is None:
             labels = np.full(len(inputs), -1, dtype=np.int64)
-        return Encoded(np.concatenate(inputs), offsets, labels, 0, self.pad_token_id)
+        input_ids = np.concatenate(inputs)
+        # The inputs may be those of several adapters of one base.
+        has_types = int(input_ids.max()) >= SECOND_TYPE
+        return Encoded(input_ids, offsets, labels, 0, self.pad_token_id, has_types=has_types)
+
+
+def _cut_longest(first: int, second: int, *, room: int) -> tuple[int, int]:
+    """Return the lengths of two texts after cutting the longer one first, then both alike."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second, room // 2)
+    if first <= second:
+        return shorter, room - shorter
+    return room - shorter, shorter
 
 
 def plan_epoch(
@@ -303,14 +451,13 @@ def take_rows(encoded: Encoded, index: NDArray[np.int64]) -> list[NDArray[np.int
     return [encoded.input_ids[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def pad(
-    encoded: Encoded, index: NDArray[np.int64], *, to: Sequence[int] | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """Pad rows to the longest among them, or to the next of the ascending lengths `to`.
+Padded = tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64] | None]
+"""input_ids, attention_mask and token_type_ids, each of shape (num_rows, longest). The mask is None
+if no row is padded, and the types are None if all are 0."""
 
-    Returns:
-        (input_ids, attention_mask), both (num_rows, longest). The mask is None if no row is padded.
-    """
+
+def pad(encoded: Encoded, index: NDArray[np.int64], *, to: Sequence[int] | None = None) -> Padded:
+    """Pad rows to the longest among them, or to the next of the ascending lengths `to`."""
     lengths = encoded.lengths[index]
     longest = int(lengths.max())
     for length in to or ():
@@ -321,9 +468,12 @@ def pad(
     for padded, ids in zip(input_ids, take_rows(encoded, index), strict=True):
         padded[: len(ids)] = ids
     release_pages(encoded.input_ids.base)
-    if lengths.min() == longest:
-        return input_ids, None
-    return input_ids, (np.arange(longest) < lengths[:, None]).astype(np.int64)
+    mask = types = None
+    if encoded.has_types:
+        input_ids, types = split_types(input_ids)
+    if lengths.min() < longest:
+        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+    return input_ids, mask, types
 
 
 def make_batch(
@@ -343,10 +493,11 @@ def make_batch(
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
-    input_ids, mask = pad(encoded, index, to=lengths)
+    input_ids, mask, types = pad(encoded, index, to=lengths)
     return Batch(
         input_ids=move(input_ids),
         attention_mask=None if mask is None else move(mask),
+        token_type_ids=None if types is None else move(types),
         labels=move(encoded.labels[index]),
         index=index,
         num_tokens=int(encoded.lengths[index].sum()),

@@ -52,8 +52,8 @@ def describe_role(
         `read`, `kept`, `cleaned` and `dropped`, or `carved_from`; then `rows`, what the task says
         of the labels (`labels`: rows of each),
         `duplicates` (rows whose text stands earlier in the role), `seen` (rows whose text training
-        uses) and `tokens` (with the lengths of whole texts, [CLS] and [SEP] included, and without
-        these two the share of tokens that stand for unknown characters).
+        uses) and `tokens` (with the lengths of whole texts, special tokens included, and without
+        these the share of tokens that stand for unknown characters).
     """
     block: dict[str, Any] = {"carved_from": "train"}
     if read is not None:
@@ -80,7 +80,7 @@ def describe_role(
         shown_lengths[f"{share:.0%}"] = int(length)
     shown_lengths["longest"] = int(lengths.max())
     num_tokens = int(encoded.offsets[-1])
-    num_of_texts = num_tokens - 2 * len(rows)
+    num_of_texts = num_tokens - encoded.num_special * len(rows)
     block["tokens"] = {
         "tokens": num_tokens,
         "max_length": max_length,

@@ -20,9 +20,17 @@ from lora_sentiment.data.sources import (
     check_files,
     find_source,
     is_on_hub,
+    mark_as_given,
     read_columns,
 )
-from lora_sentiment.data.texts import Texts, encode_text, hash_texts, store_texts
+from lora_sentiment.data.texts import (
+    Text,
+    Texts,
+    encode_text,
+    hash_texts,
+    split_text,
+    store_texts,
+)
 from lora_sentiment.errors import DataError, show
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.tasks import Task, find_task
@@ -37,13 +45,13 @@ class Rows:
     """Labelled texts of one split.
 
     Attributes:
-        texts: The cleaned text of each row.
+        texts: The cleaned text of each row, or its pair of texts.
         labels: Label of each row, as its task has them: for `single_label` its index, shape
             (num_rows,).
         numbers: Position of each row in its source, counted from 1, shape (num_rows,).
     """
 
-    texts: Sequence[str]
+    texts: Sequence[Text]
     labels: NDArray[Any]
     numbers: NDArray[np.int64]
 
@@ -53,7 +61,7 @@ class Rows:
     def take(self, index: NDArray[np.int64]) -> "Rows":
         """Return the rows at these positions, in this order."""
         if isinstance(self.texts, Texts):
-            texts: Sequence[str] = self.texts.take(index)
+            texts: Sequence[Text] = self.texts.take(index)
         else:
             texts = [self.texts[i] for i in index]
         return Rows(texts, self.labels[index], self.numbers[index])
@@ -74,9 +82,14 @@ class Rows:
         return np.asarray(first[group], dtype=np.int64)
 
 
-def digest_text(text: str) -> int:
+def digest_text(text: Text) -> int:
     """Return 64 bits of BLAKE2b. Among a million texts the chance of a collision is 3e-8."""
-    return int.from_bytes(hashlib.blake2b(encode_text(text), digest_size=8).digest())
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(text, str):
+        digest.update(encode_text(text))
+    else:
+        hash_texts(digest, [text])
+    return int.from_bytes(digest.digest())
 
 
 @dataclass
@@ -321,7 +334,7 @@ def load_rows(
     return rows, counts
 
 
-def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[str]:
+def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[Text]:
     """Return the texts of rows as they stand in their source, before cleaning.
 
     Args:
@@ -339,6 +352,37 @@ def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[str]:
             if number in wanted:
                 raw[number] = text
     return [raw[number] for number in rows.numbers.tolist()]
+
+
+def make_table(
+    config: DataConfig, rows: Rows, *, role: str, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return rows as a table for `train(recipe, data={role: table})`, with uncleaned texts.
+
+    Args:
+        config: The recipe's `data` section.
+        rows: Rows of one role.
+        role: The role in the source. That of rows carved out of train is train.
+        names: Label names in order.
+    """
+    if config.label_columns:
+        cells = rows.labels.tolist()
+    else:
+        cells = [[value] for value in find_task(config.task).to_values(rows.labels, names)]
+    columns = (*config.text_cells, *config.label_cells)
+    texts = load_raw_texts(config, rows, role=role)
+    table = []
+    for text, row_cells in zip(texts, cells, strict=True):
+        table.append(dict(zip(columns, (*split_text(text), *row_cells), strict=True)))
+    return table
+
+
+def make_table_config(config: DataConfig, names: Sequence[str]) -> DataConfig:
+    """Return a `data` section that reads all rows of tables of `make_table`, with equal labels."""
+    update: dict[str, Any] = {"max_train_rows": None, "max_test_rows": None, "test_fraction": 0.0}
+    if config.task != "regression" and config.label_columns is None:
+        update["labels"] = tuple(names)
+    return mark_as_given(config.model_copy(update=update))
 
 
 def carve(
@@ -491,7 +535,10 @@ def _load_split(
     counts = Counts(own_names=own_names)
     values: list[Any] = []
     faults: dict[int, Fault] = {}
-    texts = store_texts(_clean_texts(columns, values, faults, counts, clean=config.clean))
+    texts = store_texts(
+        _clean_texts(columns, values, faults, counts, config),
+        are_pairs=config.reads_pairs,
+    )
     counts.read = len(values)
     if not values:
         raise DataError(f"{where}: has no rows; use another file, split or table")
@@ -548,26 +595,35 @@ def _load_split(
 
 
 def _clean_texts(
-    columns: Columns, values: list[Any], faults: dict[int, Fault], counts: Counts, *, clean: bool
+    columns: Columns,
+    values: list[Any],
+    faults: dict[int, Fault],
+    counts: Counts,
+    config: DataConfig,
 ) -> Iterator[str]:
-    """Yield cleaned texts, empty where a text has a fault.
+    """Yield cleaned texts, empty where a text has a fault. Of a pair, yield one after the other.
 
     Args:
         columns: Texts and label values of some rows at a time.
         values: Every label value is added. Equal strings become one object.
         faults: Every fault of a text is added, by position.
         counts: Cleaned texts are counted.
-        clean: Whether to clean.
+        config: The recipe's `data` section.
     """
+    is_pair = config.reads_pairs
     for some_texts, some_values in columns:
         for position, text in enumerate(some_texts, start=len(values)):
-            if isinstance(text, str) and clean:
-                text = clean_text(text, counts.cleaned)
-            fault = _explain_text(text)
-            if fault:
-                faults[position] = fault
-                text = ""
-            yield text
+            parts = text if is_pair else (text,)
+            for column, part in zip(config.text_cells, parts, strict=True):
+                if isinstance(part, str) and config.clean:
+                    part = clean_text(part, counts.cleaned)
+                fault = _explain_text(part)
+                if fault and is_pair:
+                    fault = (fault[0], f"column {column!r}: {fault[1]}")
+                if fault:
+                    faults.setdefault(position, fault)
+                    part = ""
+                yield part
         values += [intern(value) if isinstance(value, str) else value for value in some_values]
 
 

@@ -1,4 +1,4 @@
-"""Find the rows of a recipe: files or a Hub data set, their splits, and their two columns."""
+"""Find the rows of a recipe: files or a Hub data set, their splits, and their columns."""
 
 import logging
 import os
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_sentiment import bundled
 from lora_sentiment.cleaning import strip_blanks
-from lora_sentiment.data.lines import find_column
+from lora_sentiment.data.lines import ColumnBatch, find_column
 from lora_sentiment.data.tables import (
     FORMATS,
     SPREADSHEETS,
@@ -27,7 +27,7 @@ from lora_sentiment.recipe.data import FROM_PYTHON, SPLITS, DataConfig, check_ro
 log = logging.getLogger("lora_sentiment")
 
 Columns = Iterator[tuple[list[Any], list[Any]]]
-"""Texts and label values, some rows at a time."""
+"""Texts and label values, some rows at a time. A pair of texts is a tuple of two cells."""
 SHOWN_FILES = 5
 """Files of a pattern that the log names."""
 HUB_PAGE = re.compile(
@@ -163,7 +163,7 @@ def read_columns(
     if source.tables:
         table = source.tables[role]
         columns = _find_in_table(config, source, role)
-        return _read_table(config, table, columns), _declared_names(table, columns[1])
+        return _read_table(config, table, columns), _declared_names(table, columns.labels[0])
     if source.hub is None:
         paths = source.files[role]
         pattern = config.source if isinstance(config.source, str) else config.source[role]
@@ -177,10 +177,10 @@ def read_columns(
     with _explain_hub(config):
         table = load_dataset(source.hub, config.config, split=split, revision=config.revision)
     columns = _find_columns(config, table.column_names, source.where(role))
-    return _read_hub(config, table, columns), _declared_names(table, columns[1])
+    return _read_hub(config, table, columns), _declared_names(table, columns.labels[0])
 
 
-def _find_in_table(config: DataConfig, source: Source, role: str) -> list[str]:
+def _find_in_table(config: DataConfig, source: Source, role: str) -> "_Found":
     """Return the names of the text and the label columns as a table in memory spells them."""
     # Late, because `datasets` and pandas take a second, and rows of files need neither.
     from lora_sentiment.data.python_tables import find_table_columns
@@ -205,27 +205,26 @@ def _declared_names(table: Any, label_column: str) -> tuple[str, ...] | None:
 
 def _reading(config: DataConfig) -> dict[str, Any]:
     """Return how the tables of a recipe are read."""
-    needed = [config.text_column, *config.label_cells]
+    needed = [*config.text_cells, *config.label_cells]
     return {"encoding": config.encoding, "needed": needed, "others": False}
 
 
 def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
-    needed = [config.text_column, *config.label_cells]
+    needed = [*config.text_cells, *config.label_cells]
     for path in paths:
         note = describe_delimiter(path, encoding=config.encoding, needed=needed)
         if note:
             log.info("%s: %s", path, note)
         num_rows = num_quoted = num_doubled = 0
         for batch in read_table(path, **_reading(config)):
-            text_column, *label_columns = _find_columns(config, list(batch), str(path))
-            texts = batch[text_column]
-            yield texts, _join_columns(config, [batch[column] for column in label_columns])
+            columns = _find_columns(config, list(batch), str(path))
+            yield _join_columns(config, columns, batch)
             if note or not path.name.lower().endswith((".tsv", ".tsv.gz")):
                 continue
-            num_rows += len(texts)
-            fields = list(texts)
-            for column in label_columns:
+            fields = []
+            for column in (*columns.texts, *columns.labels):
                 fields += batch[column]
+            num_rows += len(batch[column])
             inner = [field[1:-1] for field in fields if _stands_in_quotes(field)]
             num_quoted += len(inner)
             num_doubled += sum('""' in field for field in inner)
@@ -237,12 +236,19 @@ def _read_files(config: DataConfig, paths: list[Path]) -> Columns:
             )  # fmt: skip
 
 
-def _join_columns(config: DataConfig, columns: list[list[Any]]) -> list[Any]:
-    """Return the label value of each row: with `label_columns`, the list of its cells."""
-    written = [[_as_csv_writes(value) for value in column] for column in columns]
+def _join_columns(
+    config: DataConfig, columns: "_Found", batch: ColumnBatch
+) -> tuple[list[Any], list[Any]]:
+    """Return the text of each row, or its pair, and its label: the list of its `label_columns`."""
+    texts = batch[columns.texts[0]]
+    if config.reads_pairs:
+        texts = list(zip(texts, batch[columns.texts[1]], strict=True))
+    written = []
+    for column in columns.labels:
+        written.append([_as_csv_writes(value) for value in batch[column]])
     if config.label_columns is None:
-        return written[0]
-    return [list(cells) for cells in zip(*written, strict=True)]
+        return texts, written[0]
+    return texts, [list(cells) for cells in zip(*written, strict=True)]
 
 
 def _stands_in_quotes(text: str) -> bool:
@@ -261,17 +267,16 @@ def _as_csv_writes(value: Any) -> Any:
     return str(value) if is_word else value
 
 
-def _read_hub(config: DataConfig, table: Any, columns: list[str]) -> Columns:
+def _read_hub(config: DataConfig, table: Any, columns: "_Found") -> Columns:
     with _explain_hub(config):
         yield from _read_table(config, table, columns)
 
 
-def _read_table(config: DataConfig, table: Any, columns: list[str]) -> Columns:
+def _read_table(config: DataConfig, table: Any, columns: "_Found") -> Columns:
     from lora_sentiment.data.python_tables import read_table_columns  # late, as above
 
-    for batch in read_table_columns(table, columns):
-        labels = [batch[column] for column in columns[1:]]
-        yield batch[columns[0]], _join_columns(config, labels)
+    for batch in read_table_columns(table, [*columns.texts, *columns.labels]):
+        yield _join_columns(config, columns, batch)
 
 
 def _find_files(pattern: str) -> list[Path]:
@@ -376,10 +381,22 @@ def _describe(error: BaseException) -> str:
     )
 
 
-def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> list[str]:
+class _Found(NamedTuple):
+    """The names of columns as a source spells them.
+
+    Attributes:
+        texts: The column of the text, or the two of a pair.
+        labels: The columns of the labels.
+    """
+
+    texts: list[str]
+    labels: list[str]
+
+
+def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> _Found:
     """Return the names of the text and the label columns as the source spells them."""
     found = []
-    wanted = [("text_column", config.text_column)]
+    wanted = list(zip(("text_column", "text_pair_column"), config.text_cells, strict=False))
     label_key = "label_columns" if config.label_columns else "label_column"
     wanted += [(label_key, column) for column in config.label_cells]
     for key, column in wanted:
@@ -403,4 +420,5 @@ def _find_columns(config: DataConfig, columns: Sequence[str], where: str) -> lis
             f"{where}: no column {column!r}; the columns are {shown}{hint}; {advice}",
             advice={f"data.{key}": ", or set {}"},
         )
-    return found
+    num_texts = len(config.text_cells)
+    return _Found(found[:num_texts], found[num_texts:])

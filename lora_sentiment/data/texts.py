@@ -1,4 +1,7 @@
-"""Texts on disk: one unnamed, memory-mapped file, and where each text lies in it."""
+"""Texts on disk: one unnamed, memory-mapped file, and where each text lies in it.
+
+A text is a string. With `data.text_pair_column` it is a pair of strings.
+"""
 
 import mmap
 import tempfile
@@ -11,6 +14,8 @@ from numpy.typing import NDArray
 
 from lora_sentiment.errors import DataError
 
+Text = str | tuple[str, str]
+"""A text, or a pair of texts."""
 _CHUNK = 1000
 """Texts that an iteration holds in memory at a time."""
 
@@ -20,10 +25,16 @@ def encode_text(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def hash_texts(digest: Any, texts: Iterable[str]) -> str:
+def split_text(text: Text) -> tuple[str, ...]:
+    """Return the parts of a text: itself, or the two of a pair."""
+    return (text,) if isinstance(text, str) else text
+
+
+def hash_texts(digest: Any, texts: Iterable[Text]) -> str:
     """Add texts to a hash and return its hexadecimal digest."""
     for text in texts:
-        digest.update(encode_text(f"{len(text)}:{text}"))
+        for part in split_text(text):
+            digest.update(encode_text(f"{len(part)}:{part}"))
     return str(digest.hexdigest())
 
 
@@ -38,12 +49,12 @@ def release_pages(mapped: object) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
-class Texts(Sequence[str]):
+class Texts(Sequence[Text]):
     """A sequence of texts in a memory-mapped file. Subsets share the file.
 
     Args:
         mapped: The bytes of the file, texts in UTF-8.
-        starts: Where each text begins, shape (num_texts,).
+        starts: Where each text begins, shape (num_texts,), or (num_texts, 2) of pairs.
         ends: Where each text ends, same shape.
     """
 
@@ -58,18 +69,23 @@ class Texts(Sequence[str]):
         return len(self._starts)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Text: ...
     @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: slice) -> list[Text]: ...
+    def __getitem__(self, index: int | slice) -> Text | list[Text]:
         if isinstance(index, slice):
             texts = [self[i] for i in range(*index.indices(len(self)))]
             release_pages(self._mapped)
             return texts
-        content = self._mapped[self._starts[index] : self._ends[index]]
-        return content.decode("utf-8", "surrogatepass")
+        if self._starts.ndim == 1:
+            return self._read(self._starts[index], self._ends[index])
+        (start, pair_start), (end, pair_end) = self._starts[index], self._ends[index]
+        return self._read(start, end), self._read(pair_start, pair_end)
 
-    def __iter__(self) -> Iterator[str]:
+    def _read(self, start: int, end: int) -> str:
+        return self._mapped[start:end].decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[Text]:
         for start in range(0, len(self), _CHUNK):
             yield from self[start : start + _CHUNK]
 
@@ -78,8 +94,12 @@ class Texts(Sequence[str]):
         return Texts(self._mapped, self._starts[index], self._ends[index])
 
 
-def store_texts(texts: Iterable[str]) -> Texts:
+def store_texts(texts: Iterable[str], *, are_pairs: bool = False) -> Texts:
     """Write texts to a file without a name. The system deletes it with the last of its `Texts`.
+
+    Args:
+        texts: The texts, or of each pair its first and then its second text.
+        are_pairs: Whether two texts are a pair.
 
     Raises:
         DataError: The file cannot be written.
@@ -102,4 +122,7 @@ def store_texts(texts: Iterable[str]) -> Texts:
             "free some room, or set TMPDIR to another folder"
         ) from error
     ends = np.array(boundaries, dtype=np.int64)
-    return Texts(mapped, ends[:-1], ends[1:])
+    starts, ends = ends[:-1], ends[1:]
+    if are_pairs:
+        starts, ends = starts.reshape(-1, 2), ends.reshape(-1, 2)
+    return Texts(mapped, starts, ends)

@@ -57,7 +57,6 @@ PLAIN_PARTS = {
 STOCK_ARGUMENTS = (
     "inputs_embeds",
     "position_ids",
-    "token_type_ids",
     "encoder_hidden_states",
     "past_key_values",
     "cu_seq_lens_q",
@@ -327,6 +326,7 @@ class FastForward:
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
@@ -336,7 +336,7 @@ class FastForward:
 
         last_hidden_state is fp32. attention_mask: (batch, length) of 0 and 1, or None if every
         token counts. None is faster than a mask of ones: finding out that all are ones would wait
-        for a GPU.
+        for a GPU. token_type_ids: as input_ids, or None if all are 0.
 
         With cu_seq_lens_q the sequences are packed, as `encode_packed` describes: input_ids and
         position_ids are (1, num_tokens), and last_hidden_state is (num_sequences, 1, dim).
@@ -345,6 +345,7 @@ class FastForward:
             ModelError: If an argument needs the stock forward pass, or an adapter was changed into
                 one that this pass cannot compute.
         """
+        self._check_types(input_ids, token_type_ids)
         if (
             input_ids is not None
             and position_ids is not None
@@ -353,7 +354,11 @@ class FastForward:
         ):
             with torch.autocast(input_ids.device.type, enabled=False):
                 first = self.encode_packed(
-                    input_ids[0], position_ids[0], cu_seq_lens_q, max_length_q
+                    input_ids[0],
+                    position_ids[0],
+                    cu_seq_lens_q,
+                    max_length_q,
+                    token_type_ids=None if token_type_ids is None else token_type_ids[0],
                 )
             return self._pool(first[:, None])
         kwargs.update(position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q)
@@ -362,8 +367,8 @@ class FastForward:
         if input_ids is None or unsupported:
             names = ", ".join(unsupported) or "no input_ids"
             raise ModelError(
-                f"the fast forward pass was given {names}; it takes input_ids and attention_mask "
-                "only: use the stock forward pass"
+                f"the fast forward pass was given {names}; it takes input_ids, attention_mask and "
+                "token_type_ids only: use the stock forward pass"
             )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ModelError(
@@ -372,8 +377,22 @@ class FastForward:
                 "the shapes must agree: use the stock forward pass for other masks"
             )
         with torch.autocast(input_ids.device.type, enabled=False):
-            hidden = self.encode(input_ids, attention_mask, self.linears)
+            hidden = self.encode(input_ids, attention_mask, self.linears, token_type_ids)
         return self._pool(hidden)
+
+    def _check_types(self, input_ids: Tensor | None, token_type_ids: Tensor | None) -> None:
+        """Refuse types of another shape than the ids, or for an encoder without types."""
+        if token_type_ids is None or input_ids is None:
+            return
+        if token_type_ids.shape != input_ids.shape:
+            raise ModelError(
+                "the fast forward pass was given token_type_ids of shape "
+                f"{tuple(token_type_ids.shape)} for input_ids of shape {tuple(input_ids.shape)}"
+            )
+        if read_embeddings(self.encoder).token_types is None:
+            raise ModelError(
+                f"{type(self.encoder).__name__} has no types of tokens; leave out token_type_ids"
+            )
 
     def _pool(self, hidden: Tensor) -> BaseModelOutputWithPooling:
         """Return [CLS], shape (batch, 1, dim), with the output of BERT's pooler for it."""
@@ -383,7 +402,11 @@ class FastForward:
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None, linears: LinearsOfLayer
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        linears: LinearsOfLayer,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Encode padded rows as `forward` does, and return [CLS] in the compute dtype.
 
@@ -391,9 +414,10 @@ class FastForward:
             input_ids: Token ids, shape (batch, length).
             attention_mask: Shape (batch, length), or None if every token counts.
             linears: Returns the linears of a layer.
+            token_type_ids: Shape (batch, length), or None if all are 0.
         """
         mask = self._additive_mask(attention_mask)
-        x = self._embed(input_ids)
+        x = self._embed(input_ids, token_type_ids)
         blocks = read_blocks(self.encoder)
         for index, block in enumerate(blocks):
             is_last = index == len(blocks) - 1
@@ -414,7 +438,7 @@ class FastForward:
         lowest = torch.finfo(self.dtype).min
         return mask.masked_fill_(attention_mask == 0, lowest)[:, None, None, :]
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         parts = read_embeddings(self.encoder)
         if parts.position_offset is None:
             positions = parts.positions.weight[: input_ids.shape[1]]
@@ -422,7 +446,7 @@ class FastForward:
             counts = input_ids != parts.position_offset
             places = counts.cumsum(1) * counts + parts.position_offset
             positions = _look_up(parts.positions, places)
-        x = self._norm(parts.norm, _embed_words(parts, input_ids) + positions)
+        x = self._norm(parts.norm, _embed_words(parts, input_ids, token_type_ids) + positions)
         return dropout(x.to(self.dtype), self._p(parts.dropout))
 
     def _encode_block(
@@ -472,6 +496,7 @@ class FastForward:
         cu_seq_lens: Tensor,
         max_length: int,
         *,
+        token_type_ids: Tensor | None = None,
         layers: Sequence[Linears] | None = None,
         first_tokens: Linears | None = None,
     ) -> Tensor:
@@ -483,6 +508,7 @@ class FastForward:
             cu_seq_lens: Where each sequence starts, and the end of the last one, int32, shape
                 (num_sequences + 1,). A sequence may be empty.
             max_length: Most tokens of a sequence.
+            token_type_ids: Type of each token, shape (num_tokens,), or None if all are 0.
             layers: The linears of each layer, their segments counted in tokens; by default those of
                 the modules.
             first_tokens: The linears of the last layer for the first token of each sequence, their
@@ -491,7 +517,7 @@ class FastForward:
         Returns:
             The first token of each sequence in the compute dtype, shape (num_sequences, dim).
         """
-        x = self._embed_packed(input_ids, position_ids)
+        x = self._embed_packed(input_ids, position_ids, token_type_ids)
         blocks = read_blocks(self.encoder)
         if layers is None:
             layers = [self.linears(index, block) for index, block in enumerate(blocks)]
@@ -513,9 +539,11 @@ class FastForward:
                 x = self._encode_packed_block(*arguments)
         return self._encode_first_tokens(blocks[-1], split[-1], x, cu_seq_lens, max_length)
 
-    def _embed_packed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def _embed_packed(
+        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None
+    ) -> Tensor:
         parts = read_embeddings(self.encoder)
-        words = _embed_words(parts, input_ids)
+        words = _embed_words(parts, input_ids, token_type_ids)
         places = position_ids
         if parts.position_offset is not None:
             # Count the tokens but for padding from the start of each sequence.
@@ -640,10 +668,14 @@ class FastForward:
         return ready.stacked
 
 
-def _embed_words(parts: Embeddings, input_ids: Tensor) -> Tensor:
-    """Return the embeddings of tokens, with that of the first token type where there is one."""
+def _embed_words(parts: Embeddings, input_ids: Tensor, types: Tensor | None) -> Tensor:
+    """Return the embeddings of tokens, with those of their types. Without types, all are 0."""
     x = _look_up(parts.words, input_ids)
-    return x if parts.token_types is None else x + parts.token_types.weight[0]
+    if parts.token_types is None:
+        return x
+    return x + (
+        parts.token_types.weight[0] if types is None else _look_up(parts.token_types, types)
+    )
 
 
 def _look_up(table: nn.Embedding, places: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_sentiment.data.batches import split_types
 from lora_sentiment.fast.encoder import FastForward, Linears, read_adapters
 from lora_sentiment.fast.kernels import Segment
 from lora_sentiment.fast.layouts import Block, head_activation, read_blocks
@@ -78,7 +79,11 @@ def read_parts(
 
 
 def compute_mixed(
-    base: FastForward, input_ids: Tensor, attention_mask: Tensor | None, parts: Sequence[Parts]
+    base: FastForward,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    parts: Sequence[Parts],
+    token_type_ids: Tensor | None = None,
 ) -> list[Logits]:
     """Answer texts, each by its own adapter.
 
@@ -90,6 +95,7 @@ def compute_mixed(
         input_ids: Shape (num_texts, length).
         attention_mask: Same shape, or None if no text is padded.
         parts: Each text's adapter.
+        token_type_ids: Same shape, or None if all are 0.
 
     Returns:
         The logits of each text, shape (num_labels of its adapter,).
@@ -101,7 +107,8 @@ def compute_mixed(
 
     with torch.inference_mode():
         mask = None if attention_mask is None else attention_mask[order]
-        hidden = base.encode(input_ids[order], mask, linears)[:, 0]
+        types = None if token_type_ids is None else token_type_ids[order]
+        hidden = base.encode(input_ids[order], mask, linears, types)[:, 0]
         return _apply_heads(hidden, groups, order, activation=head_activation(base.encoder))
 
 
@@ -111,6 +118,7 @@ def compute_mixed_packed(
     parts: Sequence[Parts],
     *,
     pad_token_id: int,
+    has_types: bool = False,
 ) -> list[Logits]:
     """Answer texts as `compute_mixed` does, without padding between them.
 
@@ -119,6 +127,7 @@ def compute_mixed_packed(
         rows: Token ids of each text.
         parts: Each text's adapter.
         pad_token_id: Fills up to a round number of tokens.
+        has_types: As `Encoded.has_types`.
 
     Returns:
         The logits of each text, shape (num_labels of its adapter,).
@@ -130,11 +139,17 @@ def compute_mixed_packed(
     blocks = read_blocks(base.encoder)
     with torch.inference_mode():
         packed = pack_on_device(ordered, device=base.encoder.device, pad_token_id=pad_token_id)
+        types = None
+        if has_types:
+            input_ids, types = split_types(packed.input_ids)
+            packed = packed._replace(input_ids=input_ids)
         plain = [base.linears(layer, block) for layer, block in enumerate(blocks)]
         layers = [_add_segments(own, layer, token_groups) for layer, own in enumerate(plain)]
         # The last layer computes one row of each text.
         first_tokens = _add_segments(plain[-1], len(plain) - 1, groups)
-        hidden = base.encode_packed(*packed, layers=layers, first_tokens=first_tokens)
+        hidden = base.encode_packed(
+            *packed, token_type_ids=types, layers=layers, first_tokens=first_tokens
+        )
         return _apply_heads(hidden, groups, order, activation=head_activation(base.encoder))
 
 

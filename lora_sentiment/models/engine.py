@@ -1,6 +1,6 @@
 """A forward pass behind numpy arrays: token ids in, logits out. This module imports no torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,17 +17,17 @@ class Engine:
     """A forward pass, and the size of its batches.
 
     Attributes:
-        compute: Returns logits of shape (num_rows, num_labels) for input_ids and attention_mask,
-            both of shape (num_rows, length). The mask is None if no row is padded.
+        compute: Returns logits of shape (num_rows, num_labels) for input_ids, attention_mask and
+            token_type_ids, as `pad` returns them. The types are left out if all are 0.
         max_tokens: Most tokens of one call, padding included, unless one row is longer. Larger
             batches work, but are slower.
-        compute_rows: Returns logits for the token ids of each row, without padding between rows.
-            None if rows must be padded.
+        compute_rows: Returns logits for the token ids of each row, without padding between rows,
+            and `has_types` of `Encoded`. None if rows must be padded.
     """
 
-    compute: Callable[[NDArray[np.int64], NDArray[np.int64] | None], NDArray[np.float32]]
+    compute: Callable[..., NDArray[np.float32]]
     max_tokens: int
-    compute_rows: Callable[[Sequence[NDArray[np.int32]]], NDArray[np.float32]] | None = None
+    compute_rows: Callable[..., NDArray[np.float32]] | None = None
 
     def cut(self, index: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Cut rows into batches of at most `max_tokens` tokens, longest first."""
@@ -39,8 +39,11 @@ class Engine:
     def answer(self, encoded: Encoded, index: NDArray[np.int64]) -> NDArray[np.float32]:
         """Compute the logits of one batch, shape (num_rows, num_labels)."""
         if self.compute_rows is None:
-            return self.compute(*pad(encoded, index))
-        logits = self.compute_rows(take_rows(encoded, index))
+            input_ids, mask, types = pad(encoded, index)
+            if types is None:
+                return self.compute(input_ids, mask)
+            return self.compute(input_ids, mask, types)
+        logits = self.compute_rows(take_rows(encoded, index), has_types=encoded.has_types)
         release_pages(encoded.input_ids.base)
         return logits
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_sentiment.console import make_bar
-from lora_sentiment.data.batches import Encoded, cut, make_batch, shard, take_rows
+from lora_sentiment.data.batches import Encoded, cut, make_batch, shard, split_types, take_rows
 from lora_sentiment.data.packing import cut_packed
 from lora_sentiment.data.texts import release_pages
 from lora_sentiment.fast import (
@@ -68,12 +68,19 @@ def predict_logits(
                 if packs:
                     rows = take_rows(encoded, part)
                     output = compute_packed(
-                        model, rows, device=device, pad_token_id=encoded.pad_token_id, host=host
+                        model,
+                        rows,
+                        device=device,
+                        pad_token_id=encoded.pad_token_id,
+                        has_types=encoded.has_types,
+                        host=host,
                     )
                     release_pages(encoded.input_ids.base)
                 else:
                     batch = make_batch(encoded, part, device=device)
-                    output = _compute_padded(model, batch.input_ids, batch.attention_mask)
+                    output = compute_padded(
+                        model, batch.input_ids, batch.attention_mask, batch.token_type_ids
+                    )
             outputs.append(output.float())
             bar.update(int(lengths[part].sum()))
         if parts:
@@ -98,6 +105,7 @@ def compute_packed(
     *,
     device: torch.device,
     pad_token_id: int,
+    has_types: bool = False,
     host: HostBuffers | None = None,
 ) -> Tensor:
     """Compute the logits of rows in one forward pass without padding between them.
@@ -107,6 +115,7 @@ def compute_packed(
         rows: Token ids of each row.
         device: The model's device.
         pad_token_id: Fills up to a round number of tokens.
+        has_types: As `Encoded.has_types`.
         host: Buffers for many calls in a row; by default new ones.
 
     Returns:
@@ -114,7 +123,7 @@ def compute_packed(
     """
     packed = pack_on_device(rows, device=device, pad_token_id=pad_token_id, host=host)
     logits: Tensor = model(
-        input_ids=packed.input_ids[None],
+        **name_ids(packed.input_ids[None], has_types=has_types),
         position_ids=packed.position_ids[None],
         cu_seq_lens_q=packed.cu_seq_lens,
         max_length_q=packed.max_length,
@@ -122,9 +131,21 @@ def compute_packed(
     return logits[: len(rows)]
 
 
-def _compute_padded(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def name_ids(input_ids: Tensor, *, has_types: bool) -> dict[str, Tensor]:
+    """Return ids as arguments of a model. A model without pairs gets no token types."""
+    if not has_types:
+        return {"input_ids": input_ids}
+    ids, types = split_types(input_ids)
+    return {"input_ids": ids, "token_type_ids": types}
+
+
+def compute_padded(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, types: Tensor | None
+) -> Tensor:
+    """Compute the logits of rows that are padded to equal length, as `pad` returns them."""
+    given = {} if types is None else {"token_type_ids": types}
     with attention_backends(input_ids.device):
-        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
     return logits
 
 
@@ -165,17 +186,24 @@ def make_engine(model: nn.Module, *, autocast: torch.dtype = torch.float32) -> E
         ):
             yield
 
+    def send(values: NDArray[np.int64] | None) -> Tensor | None:
+        return None if values is None else torch.from_numpy(values).to(device)
+
     def compute(
-        input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None,
+        token_type_ids: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
-        mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
+        ids = torch.from_numpy(input_ids).to(device)
         with computing():
-            logits = _compute_padded(model, torch.from_numpy(input_ids).to(device), mask)
+            logits = compute_padded(model, ids, send(attention_mask), send(token_type_ids))
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
-    def compute_rows(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+    def compute_rows(
+        rows: Sequence[NDArray[np.int32]], *, has_types: bool = False
+    ) -> NDArray[np.float32]:
         with computing():
-            logits = compute_packed(model, rows, device=device, pad_token_id=0)
+            logits = compute_packed(model, rows, device=device, pad_token_id=0, has_types=has_types)
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
     max_tokens = inference_tokens(device.type)

@@ -4,6 +4,7 @@ import codecs
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import combinations
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -47,6 +48,9 @@ class DataConfig(Section):
     """What a label is: one of several names, any number of them, or a number."""
     text_column: str = "text"
     """Column that holds the text."""
+    text_pair_column: str | None = None
+    """Column that holds the second text of a pair, such as an answer to a question. The tokenizer
+    joins the two, and the longer one is cut first."""
     label_column: str = "label"
     """Column that holds the label, as text or as an integer."""
     label_columns: Names | None = None
@@ -160,8 +164,9 @@ class DataConfig(Section):
             raise ValueError("label_columns name the labels; leave out labels")
         if len(set(self.label_columns)) != len(self.label_columns):
             raise ValueError(f"label_columns: found {list(self.label_columns)}; name each once")
-        if self.text_column in self.label_columns:
-            raise ValueError(f"text_column {self.text_column!r} is among label_columns")
+        for column in self.text_cells:
+            if column in self.label_columns:
+                raise ValueError(f"the text's column {column!r} is among label_columns")
         return self
 
     @property
@@ -169,13 +174,28 @@ class DataConfig(Section):
         """The columns that hold the labels."""
         return self.label_columns or (self.label_column,)
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether each row has a pair of texts."""
+        return self.text_pair_column is not None
+
+    @property
+    def text_cells(self) -> tuple[str, ...]:
+        """The columns that hold the text, or the two texts of a pair."""
+        if self.text_pair_column is None:
+            return (self.text_column,)
+        return (self.text_column, self.text_pair_column)
+
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:
-        if self.text_column == self.label_column:
-            raise ValueError(
-                f"text_column and label_column are both {self.text_column!r}; name the column of "
-                "each"
-            )
+        columns = {"text_column": self.text_column, "label_column": self.label_column}
+        if self.text_pair_column is not None:
+            columns["text_pair_column"] = self.text_pair_column
+        for (key, column), (other_key, other) in combinations(columns.items(), 2):
+            if column == other:
+                raise ValueError(
+                    f"{key} and {other_key} are both {column!r}; name the column of each"
+                )
         return self
 
 

@@ -118,6 +118,18 @@ class Recipe(Section):
         return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
+def apply_overrides(path: Path, overrides: Iterable[str]) -> str:
+    """Return a recipe file with overrides applied, as YAML without defaults and comments.
+
+    Raises:
+        RecipeError: If the file or an override is no YAML.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
 def _make_name(text: str) -> str:
     """Return a text as the name of a run: `my recipe (2)` becomes `my-recipe-2`."""
     characters = []
@@ -259,6 +271,11 @@ def _find_conflicts(values: dict[str, Any]) -> list[str]:
             faults.append(
                 f"model.quantize: {quantize} cannot be used: {reason}; set model.quantize=none"
             )
+    if data.get("text_pair_column") is not None and model.get("truncation") == "head_tail":
+        faults.append(
+            "model.truncation: head_tail keeps both ends of one text, and data.text_pair_column "
+            "makes pairs, of which the longer text is cut at its end; set model.truncation=head"
+        )
     if kind == "full" and model.get("head") in ("classifier", "low_rank"):
         faults.append("model.head: method full trains the whole head; set model.head=full")
     if train.get("engine") == "fast":

@@ -1,10 +1,9 @@
 """Answer requests: tokenise and queue the texts, and turn logits into labels and scores."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.classifier import EMPTY_TEXT, tokenise
-from lora_sentiment.cleaning import clean_text
+from lora_sentiment.classifier import EMPTY_TEXT, clean_parts, tokenise
 from lora_sentiment.commands.explain import find_words, leave_each_out
-from lora_sentiment.data.batches import TextEncoder
+from lora_sentiment.data.batches import TextEncoder, TokenIds
+from lora_sentiment.data.texts import Text, split_text
 from lora_sentiment.errors import ModelError
 from lora_sentiment.serve.batching import Ids, Queue, call_in_thread
 from lora_sentiment.serve.config import Limits
@@ -31,6 +30,7 @@ from lora_sentiment.serve.messages import (
     Score,
     Scores,
     TeiRequest,
+    TextPair,
 )
 from lora_sentiment.serve.metrics import Metrics
 from lora_sentiment.tasks.scores import sigmoid, softmax
@@ -101,6 +101,7 @@ class Answerer:
             return await self._answer_tei(request)
         self._check_num_texts("texts", request.texts)
         adapter = choose_adapter(self._pool.adapters, request.adapter)
+        given = read_texts("texts", adapter, request.texts)
         thresholds = None
         temperature = 1.0
         if request.coverage is not None:
@@ -109,7 +110,7 @@ class Answerer:
             except ModelError as error:
                 raise RefusalError("Validation", error.message) from error
             temperature = get_temperature(adapter.calibration) or 1.0
-        texts = await self._tokenise(adapter, request.texts, explain=request.explain)
+        texts = await self._tokenise(adapter, given, explain=request.explain)
         predictions: list[Prediction | NoLabel] = []
         for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
             if text.is_empty:
@@ -143,8 +144,10 @@ class Answerer:
         """Answer one input, or a batch of inputs, with every label, best first."""
         rows = request.inputs if isinstance(request.inputs, list) else [request.inputs]
         direction = request.truncation_direction
+        # A list of strings is one input, of one or two texts.
+        inputs = rows if isinstance(rows[0], list) else [rows]
         answers = await self._score(
-            [row[0] if isinstance(row, list) else row for row in rows],
+            [tuple(row) for row in inputs],
             request.adapter,
             function="none" if request.raw_scores else None,
             truncate=request.truncate,
@@ -160,7 +163,7 @@ class Answerer:
         """
         parameters = request.parameters or HfParameters()
         return await self._score(
-            [request.inputs] if isinstance(request.inputs, str) else request.inputs,
+            request.inputs if isinstance(request.inputs, list) else [request.inputs],
             adapter,
             function=parameters.function_to_apply,
             top_k=parameters.top_k,
@@ -168,7 +171,7 @@ class Answerer:
 
     async def _score(
         self,
-        inputs: Sequence[str],
+        inputs: Sequence[str | TextPair | tuple[str, ...]],
         name: str | None,
         *,
         function: str | None,
@@ -178,7 +181,8 @@ class Answerer:
     ) -> list[Scores]:
         self._check_num_texts("inputs", inputs)
         adapter = choose_adapter(self._pool.adapters, name)
-        texts = await self._tokenise(adapter, inputs, truncate=truncate, direction=direction)
+        given = read_texts("inputs", adapter, inputs)
+        texts = await self._tokenise(adapter, given, truncate=truncate, direction=direction)
         compute_scores = FUNCTIONS[function] if function else adapter.task.compute_scores
         answers: list[Scores] = []
         for text, logits in zip(texts, await self._compute(adapter, texts), strict=True):
@@ -203,7 +207,7 @@ class Answerer:
     async def _tokenise(
         self,
         adapter: "LoadedAdapter",
-        texts: Sequence[str],
+        texts: Sequence[Text],
         *,
         explain: bool = False,
         truncate: bool | None = None,
@@ -217,7 +221,7 @@ class Answerer:
         # Each text has at least two tokens. A request that cannot be queued is not tokenised.
         self._queue.check(2 * len(texts))
         limits = self._limits
-        num_characters = sum(map(len, texts))
+        num_characters = sum(map(_count_characters, texts))
         if explain:
             most = num_characters * (1 + limits.max_explained_words)
             num_characters = min(most, MAX_EXPLAINED_CHARACTERS)
@@ -283,9 +287,40 @@ def choose_adapter(adapters: Mapping[str, "LoadedAdapter"], name: str | None) ->
     )
 
 
+def read_texts(
+    key: str, adapter: "LoadedAdapter", inputs: Sequence[str | TextPair | tuple[str, ...]]
+) -> list[Text]:
+    """Return the texts of a request, pairs as tuples.
+
+    Args:
+        key: The request's key, for messages.
+        adapter: The adapter that answers.
+        inputs: A text as a string or as a tuple of one; a pair as a tuple of two.
+
+    Raises:
+        RefusalError: If one is a text for an adapter that reads pairs, or the other way round.
+    """
+    texts: list[Text] = []
+    for place, given in enumerate(inputs):
+        parts = (given,) if isinstance(given, str) else given
+        if isinstance(parts, TextPair):
+            parts = (parts.text, parts.text_pair)
+        is_pair = len(parts) == 2
+        if is_pair != adapter.encoder.reads_pairs:
+            found, allowed = "a pair of texts", "single texts"
+            if not is_pair:
+                found, allowed = "a single text", 'pairs {"text": "..", "text_pair": ".."}'
+            raise RefusalError(
+                "Validation",
+                f"{key}[{place}]: found {found}; the adapter {adapter.name!r} reads {allowed}",
+            )
+        texts.append((parts[0], parts[1]) if is_pair else parts[0])
+    return texts
+
+
 def tokenise_texts(
     adapter: "LoadedAdapter",
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     max_words: int | None = None,
     truncate: bool = True,
@@ -313,19 +348,21 @@ def tokenise_texts(
     num_characters = 0
     for place, text in enumerate(texts):
         if adapter.clean:
-            text = clean_text(text, Counter())
-        words = []
+            text = clean_parts(text)
+        words = None
+        variants = [text]
         if max_words is not None:
             words = find_words(text)
-            num_characters += len(text) * (1 + len(words))
+            num_characters += _count_characters(text) * (1 + len(words))
             _check_explained(place, len(words), max_words, num_characters)
-        variants = [text, *leave_each_out(text, words)]
+            variants += leave_each_out(text)
         token_ids = list(tokenise(encoder, variants, clean=False))
-        truncated = len(token_ids[0]) > encoder.room
+        num_tokens = encoder.count(token_ids[0]) + encoder.num_special
+        truncated = num_tokens > encoder.max_length
         if truncated and not truncate:
             raise RefusalError(
                 "TooLarge",
-                f"texts[{place}]: has {len(token_ids[0]) + 2:,} tokens; the adapter reads "
+                f"texts[{place}]: has {num_tokens:,} tokens; the adapter reads "
                 f"{encoder.max_length:,}",
             )
         tokenised.append(
@@ -333,7 +370,7 @@ def tokenise_texts(
                 inputs=[encoder.frame(_truncate(encoder, ids, direction)) for ids in token_ids],
                 truncated=truncated,
                 is_empty=encoder.is_empty(token_ids[0]),
-                words=None if max_words is None else [word.group() for word in words],
+                words=words,
             )
         )
     return tokenised
@@ -355,12 +392,21 @@ def _check_explained(place: int, num_words: int, max_words: int, num_characters:
         )
 
 
-def _truncate(encoder: TextEncoder, ids: list[int], direction: str | None) -> list[int]:
+def _truncate(encoder: TextEncoder, ids: TokenIds, direction: str | None) -> TokenIds:
+    if direction is None:
+        return encoder.truncate(ids)
+    keeps_first = replace(encoder, truncation="head")
     if direction == "right":
-        return ids[: encoder.room]
-    if direction == "left":
-        return ids[max(0, len(ids) - encoder.room) :]
-    return encoder.truncate(ids)
+        return keeps_first.truncate(ids)
+    return _reverse(keeps_first.truncate(_reverse(ids)))
+
+
+def _reverse(ids: TokenIds) -> TokenIds:
+    return ids[::-1] if isinstance(ids, list) else (ids[0][::-1], ids[1][::-1])
+
+
+def _count_characters(text: Text) -> int:
+    return sum(map(len, split_text(text)))
 
 
 def _rank(labels: Sequence[str], scores: NDArray[np.floating]) -> list[Score]:

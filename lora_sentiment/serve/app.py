@@ -189,6 +189,7 @@ def _add_information(
                 num_parameters=adapter.num_parameters,
                 max_length=adapter.encoder.max_length,
                 truncation=adapter.encoder.truncation,
+                reads_pairs=adapter.encoder.reads_pairs,
                 has_label_sets=has_label_sets(adapter.calibration),
                 sha256=adapter.sha256,
             )

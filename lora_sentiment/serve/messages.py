@@ -38,6 +38,8 @@ STATUSES: dict[ErrorType, int] = {
 MALFORMED = "the body is not JSON"
 OWN_FORM, TEI_FORM = "own", "tei"
 """Forms of a request to `/predict`."""
+SINGLE, PAIR = "single", "pair"
+"""Kinds of an input."""
 SHOWN_KEY = 60
 """Characters of an unknown key that an error shows."""
 
@@ -96,15 +98,36 @@ class RequestBody(Section):
         return body
 
 
+class TextPair(RequestBody):
+    """A pair of texts, in the words of Hugging Face."""
+
+    text: Text
+    """The first text, such as a question."""
+    text_pair: Text
+    """The second text, such as an answer."""
+
+
+def _get_kind(item: Any) -> str:
+    """Return the kind of an input: a text or a pair."""
+    return PAIR if isinstance(item, dict | TextPair) else SINGLE
+
+
+AnyText = Annotated[
+    Annotated[Text, Tag(SINGLE)] | Annotated[TextPair, Tag(PAIR)], Discriminator(_get_kind)
+]
+"""A text, or a pair for an adapter that reads pairs."""
+
+
 class PredictRequest(RequestBody):
     """Texts for one adapter."""
 
-    texts: list[Text] = Field(
+    texts: list[AnyText] = Field(
         min_length=1,
         fail_fast=True,
         examples=[["A lovely film.", "Dull, long and not worth a cent."]],
     )
-    """Texts to label. Each is cleaned and cut as in training."""
+    """Texts to label. Each is cleaned and cut as in training. For an adapter that reads pairs: pairs
+    of `text` and `text_pair`."""
     adapter: Text | None = Field(default=None, examples=["imdb_small"])
     """Name of the adapter. May be left out if only one is loaded."""
     top_k: int = Field(default=1, ge=1)
@@ -117,16 +140,18 @@ class PredictRequest(RequestBody):
     For adapters with `has_label_sets`."""
 
 
-OneText = Annotated[list[Text], Field(min_length=1, max_length=1, fail_fast=True)]
+OneOrTwo = Annotated[list[Text], Field(min_length=1, max_length=2, fail_fast=True)]
 
 
 class TeiRequest(RequestBody):
     """A request of text-embeddings-inference. docs/serving.md lists the differences from it."""
 
-    inputs: Text | OneText | Annotated[list[OneText], Field(min_length=1, fail_fast=True)] = Field(
-        examples=["A lovely film.", [["A lovely film."], ["Dull, long and not worth a cent."]]]
+    inputs: Text | OneOrTwo | Annotated[list[OneOrTwo], Field(min_length=1, fail_fast=True)] = (
+        Field(
+            examples=["A lovely film.", [["A lovely film."], ["Dull, long and not worth a cent."]]]
+        )
     )
-    """One text, or a batch of texts, each in a list of its own."""
+    """One text, or a batch of texts, each in a list of its own. A list of two texts is a pair."""
     adapter: Text | None = None
     """Name of the adapter. May be left out if only one is loaded."""
     truncate: bool | None = None
@@ -161,10 +186,11 @@ class HfParameters(RequestBody):
 class HfRequest(RequestBody):
     """A request of Hugging Face's `InferenceClient`."""
 
-    inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] = Field(
+    inputs: AnyText | Annotated[list[AnyText], Field(min_length=1, fail_fast=True)] = Field(
         examples=["A lovely film.", ["A lovely film.", "Dull, long and not worth a cent."]]
     )
-    """One text, or a list of texts."""
+    """One text, or a list of texts. For an adapter that reads pairs: pairs of `text` and
+    `text_pair`."""
     parameters: HfParameters | None = None
     """Which scores to return."""
 
@@ -192,12 +218,19 @@ def explain_invalid_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
         # The other keys are those of pydantic's types.
         del keys[1:]
         if kind != "surrogate":
-            message = "allowed: one text, or a list of texts"
+            message = (
+                'allowed: one text, or a pair {"text": "..", "text_pair": ".."}, or a list of these'
+            )
             if form == TEI_FORM:
                 message = (
-                    'allowed: one text, or a batch [["first text"], ["second text"]]; text pairs '
-                    "are not supported"
+                    'allowed: one text, or a pair ["..", ".."], or a batch of lists of one or two '
+                    "texts"
                 )
+    elif keys[0] == "texts" and len(keys) > 2:
+        # The third key is the kind of input.
+        del keys[2]
+        if keys[-1] not in TextPair.model_fields and kind not in ("surrogate", "unknown_key"):
+            message = 'allowed: a text, or a pair {"text": "..", "text_pair": ".."}'
     place = str(keys[0])
     for key in keys[1:]:
         place += f"[{key}]"
@@ -292,6 +325,8 @@ class AdapterFacts(Section):
     """Most tokens of a text that it reads, including [CLS] and [SEP]."""
     truncation: str = Field(examples=["head_tail"])
     """Which tokens of a longer text stay."""
+    reads_pairs: bool = Field(examples=[False])
+    """Whether an input is a pair of texts."""
     has_label_sets: bool
     """Whether requests may name a `coverage`."""
     sha256: str

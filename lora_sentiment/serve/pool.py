@@ -271,12 +271,18 @@ class Pool:
         if self._packs:
             rows = take_rows(encoded, index)
             return compute_mixed_packed(
-                self._forward, rows, parts, pad_token_id=encoded.pad_token_id
+                self._forward,
+                rows,
+                parts,
+                pad_token_id=encoded.pad_token_id,
+                has_types=encoded.has_types,
             )
-        input_ids, mask = pad(encoded, index)
-        ids = torch.from_numpy(input_ids).to(self._device)
-        padding = None if mask is None else torch.from_numpy(mask).to(self._device)
-        return compute_mixed(self._forward, ids, padding, parts)
+        padded = []
+        for values in pad(encoded, index):
+            padded.append(None if values is None else torch.from_numpy(values).to(self._device))
+        input_ids, mask, types = padded
+        assert input_ids is not None
+        return compute_mixed(self._forward, input_ids, mask, parts, types)
 
     def _load(self, folder: Path) -> LoadedAdapter:
         card = load_card(folder)
@@ -295,9 +301,7 @@ class Pool:
             name=folder.name,
             folder=folder,
             labels=tuple(card.labels),
-            encoder=TextEncoder.of(
-                loaded.tokenizer, max_length=card.max_length, truncation=card.truncation
-            ),
+            encoder=loaded.make_encoder(),
             task=card.task,
             calibration=card.calibration,
             clean=card.data.config.clean,

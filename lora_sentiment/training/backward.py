@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_sentiment.data.batches import Encoded, cut, make_batch
 from lora_sentiment.data.packing import Packed, PackPlan, cut_packed, pack
-from lora_sentiment.fast import GraphRunner, HostBuffers, attention_backends
+from lora_sentiment.fast import GraphRunner, HostBuffers
+from lora_sentiment.models.inference import compute_padded, name_ids
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 """From logits (num_rows, num_labels) and labels (num_rows, ...) to the loss summed over rows."""
@@ -73,10 +74,10 @@ class PaddedBackward:
         """
         device = self.accelerator.device
         batch = make_batch(self.encoded, part, device=device, lengths=self.lengths)
-        with self.accelerator.autocast(), attention_backends(device):
-            logits = self.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask
-            ).logits
+        with self.accelerator.autocast():
+            logits = compute_padded(
+                self.model, batch.input_ids, batch.attention_mask, batch.token_type_ids
+            )
         loss = self.loss_sum(logits, batch.labels) / total
         self.accelerator.backward(loss)
         return loss.detach()
@@ -150,7 +151,7 @@ class PackedBackward:
     def _compute(self, inputs: _Inputs) -> None:
         with self.accelerator.autocast():
             logits = self.model(
-                input_ids=inputs.input_ids[None],
+                **name_ids(inputs.input_ids[None], has_types=self.encoded.has_types),
                 position_ids=inputs.position_ids[None],
                 cu_seq_lens_q=inputs.cu_seq_lens,
                 max_length_q=self.plan.max_length,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lora_sentiment.commands.predict import (
     show_summary,
 )
 from lora_sentiment.data import tables
-from lora_sentiment.data.batches import TextEncoder
+from lora_sentiment.data.batches import PairTemplate, TextEncoder
 from lora_sentiment.data.tables import TableWriter, read_table
 from lora_sentiment.errors import DataError, ModelError
 from lora_sentiment.models.engine import Engine
@@ -89,6 +90,79 @@ def folder(tmp_path):
         {"id": [f"0{i}" for i in range(50)], "text": [text for text, _ in toy_rows(50)]},
     )
     return tmp_path
+
+
+# Pairs
+
+PAIRS = [("a good film", "it was so"), ("awful", "bad plot"), ("great", "")]
+
+
+def make_pair_classifier():
+    classifier = make_classifier()
+    template = PairTemplate((2,), (3,), (3,), 0)
+    return replace(classifier, encoder=replace(classifier.encoder, template=template))
+
+
+def test_a_table_of_pairs_is_answered_as_the_pairs_are(tmp_path):
+    table = {"q": [first for first, _ in PAIRS], "a": [second for _, second in PAIRS]}
+    write(tmp_path / "in.jsonl", {**table, "a": [*table["a"][:2], None]})
+    classifier = make_pair_classifier()
+    options = {"text_column": "q", "text_pair_column": "a", "classifier": classifier}
+    summary = predict(tmp_path, "in.jsonl", **options)
+    found = read(tmp_path / "out.csv")
+    expected = classifier.predict(PAIRS)
+    assert [prediction.error for prediction in expected] == [None, None, "text is empty"]
+    assert found["label"][:2] == [prediction.label for prediction in expected[:2]]
+    assert (summary.bad_rows, found["error"]) == (1, ["", "", "text_pair is missing"])
+
+
+def test_the_columns_must_be_those_that_the_model_reads(tmp_path):
+    write(tmp_path / "in.csv", {"text": ["a"], "b": ["c"]})
+    with pytest.raises(DataError, match=r"reads pairs of texts; name .* --text-pair-column"):
+        predict(tmp_path, classifier=make_pair_classifier())
+    with pytest.raises(DataError, match=r"--text-pair-column: found 'b', but .* single texts"):
+        predict(tmp_path, text_pair_column="b")
+    with pytest.raises(DataError, match=r"no column 'd'.*give --text-pair-column"):
+        predict(tmp_path, classifier=make_pair_classifier(), text_pair_column="d")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_line_of_a_pair_has_a_tab_between_its_texts():
+    classifier = make_pair_classifier()
+    answers = list(predict_lines(classifier, ["a good film\tit was so\n", "alone\n"]))
+    label = classifier.predict(PAIRS[:1])[0].label
+    assert answers[0].prediction.label == label
+    assert answers[1].error == "the model reads pairs: give two texts with a tab between them"
+    shown = show_answer(answers[0], classifier.task, all_scores=False, as_json=False)
+    assert shown.split("\t")[2:] == ["a good film", "it was so"]
+    as_json = json.loads(show_answer(answers[0], classifier.task, all_scores=False, as_json=True))
+    assert (as_json["text"], as_json["text_pair"]) == PAIRS[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "texts", "message"),
+    [
+        (
+            make_pair_classifier,
+            ["alone"],
+            "found a str; this model reads pairs of texts: give tuples",
+        ),
+        (make_pair_classifier, [("a", 3)], "found a tuple; this model reads pairs"),
+        (
+            make_classifier,
+            [("a", "b")],
+            "found a pair of texts; this model reads single texts: give strings",
+        ),
+    ],
+)
+def test_python_is_told_what_the_model_reads(make, texts, message):
+    with pytest.raises(DataError, match=message):
+        make().predict(texts)
+
+
+def test_windows_are_of_single_texts():
+    with pytest.raises(ModelError, match="stride: is for single texts"):
+        make_pair_classifier().predict(PAIRS, stride=2)
 
 
 # What is written

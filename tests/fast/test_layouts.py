@@ -22,6 +22,7 @@ from tests.fast.toy_encoder import (
     assert_exact,
     find_encoder,
     make_batch,
+    make_classifier,
     make_family,
     packed_logits,
     train,
@@ -137,14 +138,25 @@ def test_two_adapters_of_one_base_answer_in_one_batch_as_each_alone(family, pack
         assert found[row] == pytest.approx(expected[owner][row].numpy(), abs=1e-5)
 
 
-def test_token_types_take_the_stock_forward_pass():
-    model = make_family("bert").eval()
+@pytest.mark.parametrize("is_trained_whole", [False, True])
+def test_token_types_give_the_numbers_of_the_stock_encoder(is_trained_whole, packed):
+    model = make_lora_of("bert", "all-linear")
+    if is_trained_whole:
+        model = train(make_family("bert"), "")
     ids, mask = make_batch(9)
+    types = (torch.arange(9) > 3).long().expand_as(ids)
+    assert_exact(model, ids, mask, packed=packed, types=types)
+
+
+def test_token_types_that_do_not_fit_are_refused():
+    model = make_family("bert").eval()
+    ids, _ = make_batch(9)
     assert use_fast_encoder(model, compute_dtype=torch.float32) is None
-    with pytest.raises(ModelError, match="token_type_ids"):
-        model(input_ids=ids, attention_mask=mask, token_type_ids=torch.ones_like(ids))
-    use_stock_encoder(model)
-    model(input_ids=ids, attention_mask=mask, token_type_ids=torch.ones_like(ids))
+    with pytest.raises(ModelError, match="token_type_ids of shape"):
+        model(input_ids=ids, token_type_ids=torch.ones_like(ids[:, :4]))
+    encoder = make_classifier().distilbert
+    with pytest.raises(ModelError, match="DistilBertModel has no types of tokens"):
+        FastForward(encoder, torch.float32).forward(ids, token_type_ids=torch.ones_like(ids))
 
 
 @pytest.mark.parametrize(

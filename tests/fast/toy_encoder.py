@@ -18,9 +18,11 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
+from lora_sentiment.data.batches import SECOND_TYPE
 from lora_sentiment.data.packing import pack_rows
 from lora_sentiment.fast import use_fast_encoder, use_stock_encoder
 from lora_sentiment.fast.layouts import ENCODERS
+from lora_sentiment.models.inference import compute_padded, name_ids
 
 ALL_LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 DIM, HIDDEN_DIM, NUM_LAYERS = 32, 80, 3
@@ -110,13 +112,18 @@ def make_batch(length: int, *, padded: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def logits_and_grads(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, packed: bool = False
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    packed: bool = False,
+    types: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     if packed:
-        logits = packed_logits(model, input_ids, attention_mask)
+        logits = packed_logits(model, input_ids, attention_mask, types)
     else:
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits = compute_padded(model, input_ids, attention_mask, types)
     # Of one label: with two, rows cancel in the gradient of the classifier's bias.
     functional.cross_entropy(logits.float(), torch.ones_like(input_ids[:, 0])).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -151,9 +158,13 @@ def train(model: nn.Module, *names: str, only: bool = False) -> nn.Module:
     return model.train()
 
 
-def packed_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def packed_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, types: Tensor | None = None
+) -> Tensor:
     """Logits of the rows of a padded batch, packed with an absent row and padding."""
     lengths = attention_mask.sum(dim=1).tolist()
+    if types is not None:
+        input_ids = input_ids + SECOND_TYPE * types
     ids = input_ids.cpu().numpy().astype(np.int32)
     rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     longest = max(lengths)
@@ -169,7 +180,7 @@ def packed_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     flat, positions, ends = (torch.from_numpy(each).to(input_ids.device) for each in arrays)
     assert ends[-1] == ends[-2]
     logits = model(
-        input_ids=flat[None],
+        **name_ids(flat[None], has_types=types is not None),
         position_ids=positions[None],
         cu_seq_lens_q=ends,
         max_length_q=longest,
@@ -184,11 +195,14 @@ def assert_exact(
     attention_mask: Tensor,
     *,
     packed: bool = False,
+    types: Tensor | None = None,
     bound: float = 1e-5,
 ) -> None:
     use_stock_encoder(model)
-    logits, grads = logits_and_grads(model, input_ids, attention_mask)
+    logits, grads = logits_and_grads(model, input_ids, attention_mask, types=types)
     assert use_fast_encoder(model, compute_dtype=torch.float32) is None
-    found, found_grads = logits_and_grads(model, input_ids, attention_mask, packed=packed)
+    found, found_grads = logits_and_grads(
+        model, input_ids, attention_mask, packed=packed, types=types
+    )
     torch.testing.assert_close(found, logits, rtol=0, atol=bound)
     assert largest_grad_distance(grads, found_grads) <= 10 * bound

@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from lora_sentiment.data.batches import Encoded, TextEncoder
+from lora_sentiment.classifier import Classifier
+from lora_sentiment.data.batches import Encoded, PairTemplate, TextEncoder
+from lora_sentiment.models.engine import Engine
 from lora_sentiment.serve.config import Limits, ServeConfig
 from lora_sentiment.serve.run import Server, bind
 from lora_sentiment.tasks import SINGLE_LABEL, Task
@@ -53,7 +55,10 @@ def make_adapter(
 ) -> FakeAdapter:
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    encoder = TextEncoder(tokenizer, 2, 3, 0, max_length, values.pop("truncation", "head"))
+    # [CLS] A [SEP] B [SEP], without types.
+    template = PairTemplate((2,), (3,), (3,), 0) if values.pop("reads_pairs", False) else None
+    truncation = values.pop("truncation", "head")
+    encoder = TextEncoder(tokenizer, 2, 3, 0, max_length, truncation, template=template)
     return FakeAdapter(name, tuple(labels), encoder, **values)
 
 
@@ -63,6 +68,19 @@ def answer(adapter: FakeAdapter, ids: Sequence[int]) -> np.ndarray:
         [np.cos(adapter.factor * (label + 1) * sum(i * (place + 1) for place, i in enumerate(ids))) * 3 for label, _ in
          enumerate(adapter.labels)], dtype=np.float32,
     )  # fmt: skip
+
+
+def make_classifier(served: FakeAdapter) -> Classifier:
+    """A classifier that answers as one adapter of the pool."""
+
+    def engine(input_ids, mask):
+        lengths = np.full(len(input_ids), input_ids.shape[1]) if mask is None else mask.sum(1)
+        return np.stack(
+            [answer(served, row[:n].tolist()) for row, n in zip(input_ids, lengths, strict=True)]
+        )
+
+    own = (served.labels, served.encoder, Engine(engine, 1024), served.clean)
+    return Classifier(*own, served.calibration, "", task=served.task)
 
 
 class FakePool:

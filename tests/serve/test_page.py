@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 
-from tests.serve.fake_pool import running
+from lora_sentiment.tasks import find_task
+from tests.serve import fake_pool
+from tests.serve.fake_pool import make_classifier, running
 
 PAGE = files("lora_sentiment.serve").joinpath("page")
 FLAGS = (
@@ -278,7 +280,7 @@ def test_the_page_is_small_and_self_contained():
         name: PAGE.joinpath(name).read_text(encoding="utf-8")
         for name in ("index.html", "page.css", "page.js")
     }
-    assert sum(len(text.encode()) for text in sources.values()) < 32_000
+    assert sum(len(text.encode()) for text in sources.values()) < 33_000
     # 'http://www.w3.org/2000/svg' is the name of a language, which nothing fetches.
     joined = "".join(sources.values()).replace("http://www.w3.org/2000/svg", "")
     assert (
@@ -705,6 +707,60 @@ def test_our_own_server_and_the_page_fit_together(our_server, toy_adapter, make_
     assert [row[:2] for row in downloaded_rows(page)[1:]] == [
         list(row) for row in zip(texts, labels, strict=True)
     ]
+
+
+def make_fake(name: str, labels: Any, **options: Any) -> Any:
+    return fake_pool.make_adapter(name, labels, **options)
+
+
+EVERY_TASK = {
+    "one": make_fake("one", ["no", "yes"]),
+    "many": make_fake(
+        "many",
+        "xyz",
+        task=find_task("multi_label"),
+        calibration={"thresholds": [0.2, 0.5, 0.8]},
+    ),
+    "value": make_fake("value", ["stars"], task=find_task("regression")),
+    "answers": make_fake("answers", ["no", "yes"], reads_pairs=True),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_TASK)
+def test_the_page_shows_the_answer_of_every_task_and_of_a_pair(name, make_page):
+    adapter = EVERY_TASK[name]
+    pairs = [("a good film", "the bad film"), ("bad film", "good"), ("the", "a film")]
+    texts = pairs if adapter.encoder.reads_pairs else [first for first, _ in pairs]
+    expected = make_classifier(adapter).predict(texts)
+    told = []
+    for row in expected:
+        value = None if row.value is None else f"{row.value:.4g}"
+        told.append(row.label or value or ", ".join(row.labels or []) or "no label")
+    with running(fake_pool.FakePool(*EVERY_TASK.values())) as server:
+        page = make_page(f"{server.address}/")
+        page.wait_for_selector("#adapter option", state="attached")
+        page.locator("#adapter").select_option(name)
+        second = page.get_by_label("Second text", exact=True)
+        assert second.is_visible() == adapter.encoder.reads_pairs
+        if adapter.encoder.reads_pairs:
+            second.fill(pairs[0][1])
+        predict(page, pairs[0][0])
+        assert page.locator(".verdict bdi").inner_text() == told[0]
+        words = " ".join(pairs[0] if adapter.encoder.reads_pairs else pairs[0][:1])
+        assert page.locator(".words").inner_text().split()[0] == words.split()[0]
+        choose(page, "a.csv", "q,a\n" + "".join(f"{first},{second}\n" for first, second in pairs))
+        page.locator("#table-adapter").select_option(name)
+        page.locator("#column").select_option("0")
+        if adapter.encoder.reads_pairs:
+            page.locator("#pair-column").select_option("1")
+        label(page)
+        shown = page.locator("#preview tbody td:nth-child(2)").all_inner_texts()
+        header, *rows = downloaded_rows(page)
+    assert shown == told
+    assert header[2:] == list(adapter.task.answer_columns)
+    for row, own in zip(rows, expected, strict=True):
+        cells = adapter.task.to_columns(adapter.task.get_answer(own))
+        assert row[2] == str(cells[0]).replace('", "', '","') or float(row[2]) == cells[0]
 
 
 def test_everything_works_with_the_keyboard_alone(page):

@@ -1,18 +1,22 @@
 import gc
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from lora_sentiment.adapter.folder import DataRecord
 from lora_sentiment.classifier import load
 from lora_sentiment.errors import AdapterError, ModelError
+from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import FullMethod, HeadMethod, Ia3Method, LoraMethod
 from lora_sentiment.serve import pool as pool_module
 from lora_sentiment.serve.pool import load_pool
 from tests.conftest import toy_rows
 from tests.random_adapters import name_labels, save_random
+from tests.tiny_families import save_family_base
 
 TEXTS = [text for text, _ in toy_rows(24)] + ["good", "", "so " * 40]
 MIX = {
@@ -103,6 +107,48 @@ def test_packed_rows_of_many_adapters_answer_as_padded_ones(pool, monkeypatch, m
     for logits, expected in zip(compute(pool, pairs), padded, strict=True):
         assert logits.dtype == np.float32
         np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pairs_and_single_texts_of_one_base_with_token_types_share_a_batch(
+    packed, tmp_path, monkeypatch
+):
+    base = save_family_base(tmp_path / "base", "bert")
+    pairs = DataRecord(
+        config=DataConfig(source="x/y", text_pair_column="b"),
+        train_sha256="0",
+        validation_sha256="1",
+    )
+    method = LoraMethod(r=4, target_modules=("query", "value"))
+    for seed, (name, record) in enumerate({"single": None, "pair": pairs}.items()):
+        save_random(
+            tmp_path / name, base, method, labels=name_labels(2), seed=seed, head=0.3, record=record
+        )
+    folders = {name: tmp_path / name for name in ("single", "pair")}
+    pool = make_pool(folders.values())
+    monkeypatch.setattr(pool, "_packs", packed)
+    texts = {"single": TEXTS[:6], "pair": list(zip(TEXTS[:6], TEXTS[6:12], strict=True))}
+    asked = [
+        (name, text)
+        for row in range(6)
+        for name, own in texts.items()
+        for text in own[row : row + 1]
+    ]
+    found = compute(pool, asked)
+    assert all(adapter.form == "low-rank" for adapter in pool.adapters.values())
+    for name, folder in folders.items():
+        task = pool.adapters[name].task
+        logits = np.stack([row for row, (own, _) in zip(found, asked, strict=True) if own == name])
+        expected = load(folder, dtype="float32").probabilities(texts[name])
+        np.testing.assert_allclose(task.compute_scores(logits), expected, atol=1e-5)
+    # Without their types the pairs have other scores.
+    classifier = load(folders["pair"], dtype="float32")
+    flat = replace(classifier.encoder.template, second_type=0, end=(3,))
+    without = replace(classifier, encoder=replace(classifier.encoder, template=flat))
+    assert (
+        np.abs(without.probabilities(texts["pair"]) - classifier.probabilities(texts["pair"])).max()
+        > 1e-3
+    )
 
 
 def test_a_gpu_is_warmed_up_by_every_adapter_at_a_few_sizes_and_by_a_full_batch(

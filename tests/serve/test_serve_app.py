@@ -13,13 +13,11 @@ from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from lora_sentiment import __version__
-from lora_sentiment.classifier import Classifier
 from lora_sentiment.commands.explain import explain
-from lora_sentiment.models.engine import Engine
 from lora_sentiment.serve.app import EXAMPLES, EXAMPLES_HF, make_app
 from lora_sentiment.serve.config import Limits, ServeConfig
 from lora_sentiment.tasks import find_task
-from tests.serve.fake_pool import FakePool, answer, make_adapter
+from tests.serve.fake_pool import FakePool, answer, make_adapter, make_classifier
 
 KEY = "0123456789abcdef"
 LONG = " ".join(f"w{i}" for i in range(30))
@@ -32,17 +30,6 @@ def make_client(*served, key=None, **limits):
     )
     app = make_app(FakePool(*(served or [make_adapter("one")])), config)
     return TestClient(app)
-
-
-def make_classifier(served):
-    def engine(input_ids, mask):
-        lengths = np.full(len(input_ids), input_ids.shape[1]) if mask is None else mask.sum(1)
-        return np.stack(
-            [answer(served, row[:n].tolist()) for row, n in zip(input_ids, lengths, strict=True)]
-        )
-
-    own = (served.labels, served.encoder, Engine(engine, 1024), served.clean)
-    return Classifier(*own, served.calibration, "", task=served.task)
 
 
 def ask(client, **body):
@@ -84,6 +71,71 @@ def test_every_answer_equals_that_of_its_adapter_alone_however_many_ask_at_once(
             False,
         ]
         assert got["predictions"][0]["words"] is None
+
+
+PAIR = ("a good film", "the bad film")
+LONG_PAIR = (LONG, "the bad film")
+
+
+def test_pairs_are_answered_in_every_shape_as_by_their_adapter_alone():
+    served = make_adapter("one", "abc", reads_pairs=True)
+    expected = [row.scores for row in make_classifier(served).predict([PAIR, LONG_PAIR])]
+    named = [{"text": first, "text_pair": second} for first, second in (PAIR, LONG_PAIR)]
+    with make_client(served, make_adapter("single")) as client:
+        own = ask(client, texts=named, adapter="one", top_k=3)["predictions"]
+        hf = client.post("/?adapter=one", json={"inputs": named}).json()
+        hf_single = client.post("/?adapter=one", json={"inputs": named[0]}).json()
+        tei = ask(client, inputs=[list(PAIR), list(LONG_PAIR)], adapter="one")
+        tei_single = ask(client, inputs=list(PAIR), adapter="one")
+        facts = {
+            row["name"]: row["reads_pairs"] for row in client.get("/adapters").json()["adapters"]
+        }
+    assert [row["truncated"] for row in own] == [False, True]
+    assert (hf_single, tei_single) == (hf[:1], tei[0])
+    for shape in ([row["top_k"] for row in own], hf, tei):
+        for rows, scores in zip(shape, expected, strict=True):
+            assert {row["label"]: row["score"] for row in rows} == pytest.approx(scores)
+    assert facts == {"one": True, "single": False}
+
+
+def test_a_pair_is_explained_word_by_word_and_an_empty_side_has_no_label():
+    served = make_adapter("one", "abc", reads_pairs=True)
+    texts = [{"text": "a good", "text_pair": "bad film"}, {"text": "good", "text_pair": " "}]
+    with make_client(served) as client:
+        found, empty = ask(client, texts=texts, explain=True)["predictions"]
+    expected = explain(make_classifier(served), ("a good", "bad film"))
+    assert found["words"] == expected.words == ["a", "good", "bad", "film"]
+    assert found["effects"] == pytest.approx(expected.effects)
+    assert empty == {"label": None, "score": None, "error": "text is empty"}
+
+
+def test_of_a_pair_the_ends_stay_where_the_first_tokens_are_cut():
+    served = make_adapter("one", reads_pairs=True)
+    words = LONG.split()
+    with make_client(served) as client:
+        found = ask(client, inputs=list(LONG_PAIR), truncation_direction="Left")
+        assert found == ask(client, inputs=[" ".join(words[-10:]), LONG_PAIR[1]])
+
+
+PAIRS_REFUSED = {
+    'texts[0]: found a single text; the adapter \'one\' reads pairs {"text": "..", "text_pair": ".."}':
+        {"texts": ["a"]},
+    'inputs[1]: found a single text; the adapter \'one\' reads pairs {"text": "..", "text_pair": ".."}':
+        {"inputs": [["a", "b"], ["a"]]},
+    'texts[0]: allowed: a text, or a pair {"text": "..", "text_pair": ".."}': {"texts": [3]},
+    "texts[0][text_pair]: Field required": {"texts": [{"text": "a"}]},
+    "texts[0]: unknown key 'pair'; did you mean 'text_pair'? (allowed: text, text_pair)":
+        {"texts": [{"text": "a", "pair": "b"}]},
+    'inputs: allowed: one text, or a pair ["..", ".."], or a batch of lists of one or two texts':
+        {"inputs": ["a", "b", "c"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", PAIRS_REFUSED)
+def test_what_is_no_pair_is_refused_in_one_sentence(error):
+    with make_client(make_adapter("one", reads_pairs=True)) as client:
+        refused = client.post("/predict", json=PAIRS_REFUSED[error])
+    assert (refused.status_code, refused.json()["error"]) == (422, error)
 
 
 def test_a_coverage_gives_label_sets_and_calibrated_scores_or_is_refused():
@@ -156,14 +208,16 @@ def test_the_words_of_text_embeddings_inference_are_understood(inputs, batch):
         assert {row["label"]: row["score"] for row in first} == pytest.approx(expected)
 
 
+ALLOWED = 'allowed: one text, or a pair {"text": "..", "text_pair": ".."}, or a list of these'
 HF_REFUSED = (
-    ({"inputs": [["a"], ["b"]]}, "inputs: allowed: one text, or a list of texts"),
-    ({"inputs": []}, "inputs: allowed: one text, or a list of texts"),
-    ({"inputs": None}, "inputs: allowed: one text, or a list of texts"),
-    ({"parameters": {}}, "inputs: allowed: one text, or a list of texts"),
+    ({"inputs": [["a"], ["b"]]}, f"inputs: {ALLOWED}"),
+    ({"inputs": []}, f"inputs: {ALLOWED}"),
+    ({"inputs": None}, f"inputs: {ALLOWED}"),
+    ({"parameters": {}}, f"inputs: {ALLOWED}"),
+    ({"inputs": {"text": "a"}}, f"inputs: {ALLOWED}"),
     (
         {"inputs": {"text": "a", "text_pair": "b"}},
-        "inputs: allowed: one text, or a list of texts",
+        "inputs[0]: found a pair of texts; the adapter 'one' reads single texts",
     ),
     ({"texts": ["a"]}, "unknown key 'texts' (allowed: inputs, parameters)"),
     (["a"], 'the body must be a JSON object, such as {"inputs": ["A lovely film."]}'),
@@ -351,7 +405,8 @@ def test_what_is_loaded_is_told():
     assert [row["name"] for row in found["adapters"]] == ["a", "b"]
     assert found["adapters"][0] == {
         "name": "a", "task": "single_label", "labels": ["x", "y", "z"], "method": "lora", "form": "low-rank",
-        "num_parameters": 10, "max_length": 16, "truncation": "head", "has_label_sets": False, "sha256": "0" * 64,
+        "num_parameters": 10, "max_length": 16, "truncation": "head", "reads_pairs": False, "has_label_sets": False,
+        "sha256": "0" * 64,
     }  # fmt: skip
 
 

@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from transformers import pipeline
+from onnxruntime import InferenceSession
+from transformers import AutoTokenizer, pipeline
 
 from lora_sentiment.adapter.export import export
 from lora_sentiment.adapter.merge import merge
@@ -18,14 +19,23 @@ from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.train import train
 from tests.conftest import BAD, FILLERS, GOOD
+from tests.tiny_families import save_family_base
 
 WORDS = {"good": GOOD, "bad": BAD, "odd": ("the", "a", "and", "so", "it", "quite")}
 COLUMNS = {"single_label": "label", "multi_label": "labels", "regression": "stars"}
+CALIBRATION = {"single_label": 0.2, "multi_label": 0, "regression": 0}
 TEXTS = ["a good film", "the bad plot was awful", "so it was quite good and bad", "book"]
+PAIRS = [("a good film", "it was bad"), ("the", "awful plot and so it was quite good and bad"),
+         ("so it was quite good and bad and so it was", "a plot"), ("book", "good")]  # fmt: skip
+# DistilBERT has no types of tokens. BERT has, and other names and dropouts.
+INPUTS = {"text": ("distilbert", TEXTS), "pair": ("bert", PAIRS)}
 
 
 def make_rows(num_rows):
-    """Texts with words of some kinds: their first kind, all kinds, and stars from 10 to 30."""
+    """Texts with words of some kinds: their first kind, all kinds, and stars from 10 to 30.
+
+    The first half of the words is `first`, the others are `second`.
+    """
     rows = []
     for i in range(num_rows):
         kinds = [kind for bit, kind in enumerate(WORDS) if (i >> bit) & 1]
@@ -36,9 +46,12 @@ def make_rows(num_rows):
         ]
         stars = 20 + 10 * ("good" in kinds) - 10 * ("bad" in kinds)
         text = " ".join(words) + "!" * (i // 16)
+        half = 1 + i % len(words[1:])
         rows.append(
             {
                 "text": text,
+                "first": " ".join(words[:half]),
+                "second": " ".join(words[half:]) + "!" * (i // 16),
                 "label": "good" if "good" in kinds else "rest",
                 "labels": kinds,
                 "stars": stars,
@@ -54,13 +67,23 @@ def rows_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, tiny_base):
+    bert = save_family_base(tmp_path_factory.mktemp("base") / "bert", "bert")
+    return {"distilbert": tiny_base, "bert": bert}
+
+
 @pytest.fixture
-def run(tmp_path, tiny_base, rows_file):
-    def train_task(task, kind="lora", *overrides):
+def run(tmp_path, bases, rows_file):
+    def train_task(task, kind="lora", *overrides, of="text"):
         recipe = tmp_path / "r.yaml"
+        columns = "text_column: text"
+        if of == "pair":
+            columns = "text_column: first, text_pair_column: second"
         recipe.write_text(
-            f"data: {{source: {rows_file}, task: {task}, label_column: {COLUMNS[task]}, test_fraction: 0.2}}\n"
-            f"model: {{name: {tiny_base}, max_length: 16, dtype: float32, dropout: 0.0}}\n"
+            f"data: {{source: {rows_file}, task: {task}, label_column: {COLUMNS[task]}, test_fraction: 0.2,\n"
+            f"       {columns}}}\n"
+            f"model: {{name: {bases[INPUTS[of][0]]}, max_length: 16, dtype: float32, dropout: 0.0}}\n"
             f"method: {{kind: {kind}}}\n"
             "train: {num_train_epochs: 6, batch_size: 24, learning_rate: 5e-3}\n"
             f"output: {{dir: {tmp_path}/adapter}}\n",
@@ -71,34 +94,64 @@ def run(tmp_path, tiny_base, rows_file):
     return train_task
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", "head"])
-@pytest.mark.parametrize("task", COLUMNS)
-def test_every_task_goes_from_rows_to_other_programs(task, kind, run, tmp_path):
-    has_sets = task == "single_label"
-    done = run(task, kind, f"data.calibration_fraction={0.2 if has_sets else 0}")
+def walk(task, kind, of, run, folder):
+    """Train, save, reload, evaluate and merge; return the adapter, its folder, its texts and their scores."""
+    done = run(task, kind, f"data.calibration_fraction={CALIBRATION[task]}", of=of)
+    texts = INPUTS[of][1]
     losses = np.array([point.loss for point in done.history.steps]).reshape(6, -1).mean(axis=1)
     assert losses[-1] < losses[0]
     adapter = load(done.adapter)
-    scores = adapter.probabilities(TEXTS)
+    scores = adapter.probabilities(texts)
     again = evaluate(done.adapter, split="test")
     report = json.loads((done.adapter / "report.json").read_text(encoding="utf-8"))
     assert again.as_dict() == {"split": "test", "num_rows": again.num_rows, **report["test"]}
-    merged = merge(done.adapter, tmp_path / "merged").folder
-    exported = export(done.adapter, tmp_path / "onnx", format="onnx").folder
-    answers = adapter.predict(TEXTS)
-    for folder in (merged, exported):
-        other = load(folder)
-        assert other.task is adapter.task
-        np.testing.assert_allclose(other.probabilities(TEXTS), scores, atol=1e-5)
-        for one, same in zip(answers, other.predict(TEXTS), strict=True):
-            assert (one.label, one.labels) == (same.label, same.labels)
-        if has_sets:
-            sets = [answer.label_set for answer in adapter.predict(TEXTS, coverage=0.6)]
-            assert [answer.label_set for answer in other.predict(TEXTS, coverage=0.6)] == sets
-    stock = pipeline("text-classification", model=str(merged), top_k=None)(TEXTS)
-    for row, own in zip(stock, scores, strict=True):
-        given = {answer["label"]: answer["score"] for answer in row}
-        np.testing.assert_allclose([given[name] for name in adapter.labels], own, atol=1e-5)
+    merged = merge(done.adapter, folder / "merged").folder
+    assert_same_answers(load(merged), adapter, texts)
+    given = texts
+    for place in (done.adapter, merged):
+        assert ("pair" in (place / "README.md").read_text(encoding="utf-8")) == (of == "pair")
+    if of == "pair":
+        given = [{"text": first, "text_pair": second} for first, second in texts]
+    stock = pipeline("text-classification", model=str(merged), top_k=None)
+    for answer, own in zip(stock(given, truncation=True), scores, strict=True):
+        row = {part["label"]: part["score"] for part in answer}
+        np.testing.assert_allclose([row[name] for name in adapter.labels], own, atol=1e-5)
+    return adapter, done.adapter, texts, scores
+
+
+def assert_same_answers(other, adapter, texts):
+    assert other.task is adapter.task
+    expected = adapter.probabilities(texts)
+    np.testing.assert_allclose(other.probabilities(texts), expected, atol=1e-5)
+    for one, same in zip(adapter.predict(texts), other.predict(texts), strict=True):
+        assert (one.label, one.labels) == (same.label, same.labels)
+    if CALIBRATION[adapter.task.name]:
+        sets = [answer.label_set for answer in adapter.predict(texts, coverage=0.6)]
+        assert [answer.label_set for answer in other.predict(texts, coverage=0.6)] == sets
+
+
+SHORT = [("single_label", "full", "pair"), ("multi_label", "lora", "pair"), ("regression", "head", "text")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "kind", "of"), SHORT)
+def test_every_task_goes_from_rows_to_a_stock_pipeline(task, kind, of, run, tmp_path):
+    walk(task, kind, of, run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", INPUTS)
+@pytest.mark.parametrize("kind", ["lora", "full", "head"])
+@pytest.mark.parametrize("task", COLUMNS)
+def test_every_task_goes_from_rows_to_other_programs(task, kind, of, run, tmp_path):
+    adapter, folder, texts, scores = walk(task, kind, of, run, tmp_path)
+    exported = export(folder, tmp_path / "onnx", format="onnx").folder
+    assert_same_answers(load(exported), adapter, texts)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    session = InferenceSession(exported / "onnx/model.onnx")
+    for text, own in zip(texts, scores, strict=True):
+        parts = (text,) if of == "text" else text
+        logits = session.run(None, dict(tokenizer(*parts, truncation=True, return_tensors="np")))[0]
+        np.testing.assert_allclose(adapter.task.compute_scores(logits)[0], own, atol=1e-5)
 
 
 def test_multi_label_thresholds_decide_and_a_row_may_have_no_label(run, tmp_path):

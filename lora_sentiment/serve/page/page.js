@@ -25,6 +25,15 @@ function tell({ label, labels, value, error }) {
   return label ?? String(Number(value.toPrecision(4)));
 }
 
+/** Return what an adapter is asked: a text, or a pair where it reads pairs. */
+function makeInput(adapter, text, pair) {
+  return readsPairs(adapter) ? { text, text_pair: pair } : text;
+}
+
+function readsPairs(adapter) {
+  return Boolean(adapters.get(adapter)?.reads_pairs);
+}
+
 /** Show an error, which screen readers say at once; "" takes it away. */
 function fail(error) {
   $("error").textContent = error.message ?? error;
@@ -100,6 +109,9 @@ function showLabels() {
     const shown = labels?.slice(0, MOST_LABELS).join(", ");
     $(`${id}-labels`).textContent = name ? `Labels of ${name}: ${shown}${labels.length > MOST_LABELS ? ", ..." : ""}` : "";
   }
+  const pairs = ["adapter", "other"].some((id) => readsPairs($(id).value));
+  Object.assign($("text-pair"), { hidden: !pairs, disabled: !pairs, required: pairs });
+  $("examples").hidden = pairs;
 }
 
 /** Do what a user asked for and show its error; where an adapter is gone, look what is loaded. */
@@ -142,7 +154,7 @@ async function predict() {
 }
 
 async function predictOne(text, adapter, explain, signal) {
-  const body = { texts: [text], adapter, top_k: Math.min(adapters.get(adapter)?.labels.length ?? 1, MOST_LABELS), explain };
+  const body = { texts: [makeInput(adapter, text, $("text-pair").value)], adapter, top_k: Math.min(adapters.get(adapter)?.labels.length ?? 1, MOST_LABELS), explain };
   const start = performance.now();
   const { predictions } = await ask("predict", { body, signal });
   return { top_k: [], ...predictions[0], milliseconds: Math.round(performance.now() - start) };
@@ -262,9 +274,12 @@ async function openFile(file) {
   if (odd >= 0) refuse(`${found}; a cell that holds "${separator}" needs quotes.`);
   if (!rows.length) refuse(`${name}: has no rows.`);
   table = { name, header, rows, separator, newline, mark };
-  $("column").replaceChildren(...header.map((title, i) => new Option(title || `column ${i + 1}`, i)));
   const lengths = header.map((_, i) => rows.slice(0, 100).reduce((sum, cells) => sum + cells[i].length, 0));
-  $("column").value = lengths.indexOf(Math.max(...lengths)); // texts are long
+  const longest = [...lengths.keys()].sort((one, other) => lengths[other] - lengths[one]); // texts are long
+  for (const [id, chosen] of [["column", longest[0]], ["pair-column", longest[1] ?? longest[0]]]) {
+    $(id).replaceChildren(...header.map((title, i) => new Option(title || `column ${i + 1}`, i)));
+    $(id).value = chosen;
+  }
   $("table").hidden = false;
   startAnew();
 }
@@ -273,6 +288,7 @@ async function openFile(file) {
 function startAnew() {
   let prefix = "";
   const { task } = adapters.get($("table-adapter").value) ?? {};
+  $("pair-field").hidden = !readsPairs($("table-adapter").value);
   const own = { multi_label: ["labels"], regression: ["value"] }[task] ?? ["label", "score"];
   while (own.some((title) => table.header.includes(prefix + title))) prefix += "predicted_";
   const titles = own.map((title) => prefix + title);
@@ -302,14 +318,14 @@ function showRows() {
   $("counts").replaceChildren(...bars);
 }
 
-/** Return the numbers of the next rows with a text, as many as one request takes. */
-function nextRows(table, column, most) {
+/** Return the numbers of the next rows with a text in each column, as many as one request takes. */
+function nextRows(table, columns, most) {
   const chosen = [];
   let characters = 0;
   for (let i = table.next; i < table.rows.length && chosen.length < most; i += 1) {
-    const text = table.rows[i][column];
-    if (!text.trim()) continue;
-    characters += text.length;
+    const texts = columns.map((column) => table.rows[i][column]);
+    if (!texts.every((text) => text.trim())) continue;
+    characters += texts.join("").length;
     if (chosen.length && characters > MOST_CHARACTERS) break;
     chosen.push(i);
   }
@@ -318,7 +334,8 @@ function nextRows(table, column, most) {
 
 /** Label what has no label yet; `table` stays the one that was begun with. */
 async function labelRows(table, signal) {
-  const [column, adapter] = [$("column").value, $("table-adapter").value];
+  const adapter = $("table-adapter").value;
+  const columns = [$("column").value, ...(readsPairs(adapter) ? [$("pair-column").value] : [])];
   const [start, first] = [performance.now(), table.next];
   const show = () => {
     const speed = Math.round((1000 * (table.next - first)) / (performance.now() - start));
@@ -327,8 +344,8 @@ async function labelRows(table, signal) {
     showRows();
   };
   let most = MOST_TEXTS;
-  for (let chosen; (chosen = nextRows(table, column, most)).length; ) {
-    const texts = chosen.map((i) => table.rows[i][column]);
+  for (let chosen; (chosen = nextRows(table, columns, most)).length; ) {
+    const texts = chosen.map((i) => makeInput(adapter, ...columns.map((column) => table.rows[i][column])));
     try {
       keep(table, chosen, await ask("predict", { body: { texts, adapter }, signal }));
     } catch (error) {
@@ -383,7 +400,7 @@ async function runTable() {
 
 function showRunning(on) {
   const focused = [$("start"), $("cancel")].includes(document.activeElement);
-  for (const id of ["file", "column", "table-adapter"]) $(id).disabled = on;
+  for (const id of ["file", "column", "pair-column", "table-adapter"]) $(id).disabled = on;
   $("cancel").hidden = !on;
   $("download").hidden = on || !table.next;
   $("start").hidden = on || table.next >= table.rows.length;
@@ -460,6 +477,7 @@ on($("start"), "click", () => attempt(runTable));
 on($("cancel"), "click", () => running.abort());
 on($("download"), "click", download);
 on($("column"), "change", startAnew);
+on($("pair-column"), "change", startAnew);
 on($("table-adapter"), "change", startAnew);
 on($("file"), "change", ({ target }) => {
   take([...target.files]);
