@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lora_sentiment import __version__
 from lora_sentiment.console import is_main, show_rich, show_table
 from lora_sentiment.errors import (
     DataError,
@@ -57,7 +58,6 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     name="lora-sentiment",
     cls=_Verbs,
-    help="Fine-tune small text encoders with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -109,6 +109,24 @@ RowsOption = Annotated[
 ]
 FoldsOption = Annotated[int, typer.Option(min=2, help="Number of folds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune small text encoders with LoRA, evaluate them, and export them."""
 
 
 @app.command()
@@ -189,9 +207,18 @@ def evaluate(
     ] = None,
     base: BaseOption = None,
     dtype: DtypeOption = "auto",
+    html: Annotated[
+        Path | None, typer.Option(help="Write the report page of these rows to this file.")
+    ] = None,
+    with_texts: Annotated[
+        bool, typer.Option("--with-texts", help="Show the texts of errors; with --html.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --html.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score an adapter, rebuilt from its folder alone. The base is checked by its hash."""
+    if html is None and (with_texts or overwrite):
+        raise RecipeError("evaluate: --with-texts and --overwrite are of --html; name a page")
     from lora_sentiment.commands.evaluate import evaluate as run_evaluate
 
     evaluation = run_evaluate(
@@ -205,6 +232,9 @@ def evaluate(
         on_bad_row=on_bad_row,
         base=base,
         dtype=dtype,
+        html=html,
+        with_texts=with_texts,
+        overwrite=overwrite,
     )
     if not is_main():
         return

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lora_sentiment import cli
+from lora_sentiment import __version__, cli
 from lora_sentiment.classifier import Prediction
 from lora_sentiment.commands.predict import Answer, show_answer
 from lora_sentiment.tasks import SINGLE_LABEL
@@ -30,6 +30,10 @@ def test_validate_shows_the_resolved_recipe(capsys, toy_recipe):
 
 def test_validate_as_json(capsys, toy_recipe):
     assert json.loads(call(capsys, "validate", toy_recipe, "--json")[1])["name"] == "toy"
+
+
+def test_the_version_is_printed(capsys):
+    assert call(capsys, "--version") == (0, f"{__version__}\n", "")
 
 
 def test_a_users_mistake_is_a_message_without_a_traceback(capsys, toy_recipe):
