@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lora_sentiment import __version__
 from lora_sentiment.console import is_main, show_rich, show_table
 from lora_sentiment.errors import (
     DataError,
@@ -57,7 +58,6 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     name="lora-sentiment",
     cls=_Verbs,
-    help="Fine-tune small text encoders with LoRA, evaluate them, and export them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -109,6 +109,24 @@ RowsOption = Annotated[
 ]
 FoldsOption = Annotated[int, typer.Option(min=2, help="Number of folds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune small text encoders with LoRA, evaluate them, and export them."""
 
 
 @app.command()
@@ -602,22 +620,72 @@ def sweep(
     assignments: Annotated[
         list[str],
         typer.Argument(
-            metavar="KEY=[VALUE, VALUE]...", help="Keys with several values, and overrides."
+            metavar="KEY=AXIS...",
+            help="Axes: KEY=[A, B], KEY=log(LOW, HIGH), KEY=uniform(LOW, HIGH), KEY=int(LOW, "
+            "HIGH). KEY=VALUE is an override.",
         ),
     ],
+    sampler: Annotated[
+        Literal["grid", "random", "tpe"] | None,
+        typer.Option(
+            help="grid runs every combination of lists, and is the default for lists without "
+            "--trials and --budget; else tpe. random and tpe stop runs that fall behind the median."
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Trials, those of earlier starts included. Without a grid or a budget 20.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time, such as 90s, 20min or 2h, after which no trial starts. The running one "
+            "ends, and --seeds come on top. Each start has the whole budget."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds of the best: it is trained again with the next ones.")
+    ] = 1,
+    write: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Write the recipe with the best values to this file."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Draw Optuna's plots into this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train every combination of some values, choose on validation, and show the best command."""
-    from lora_sentiment.commands import sweep as sweeping
+    """Search the best values of some keys with Optuna, and choose on validation.
 
-    done = sweeping.sweep(recipe, assignments)
+    A sweep that was stopped goes on when it is started again. No judged row is read.
+    """
+    try:
+        from lora_sentiment.commands import sweep as sweeping
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"sweep needs an extra ({error}): pip install 'lora_sentiment[search]'"
+        ) from error
+    done = sweeping.sweep(
+        recipe,
+        assignments,
+        sampler=sampler,
+        num_trials=trials,
+        budget=sweeping.parse_seconds(budget) if budget else None,
+        num_seeds=seeds,
+        write=write,
+        plots=plots,
+    )
     if as_json:
-        typer.echo(json.dumps(done.as_dict()))
+        typer.echo(json.dumps(done))
         return
-    show_table(sweeping.make_columns(done), list(done.notes), left=sweeping.LEFT)
-    if done.command is None:
-        raise TrainingError("every run diverged, so there is no best one")
-    typer.echo(done.command)
+    show_table(sweeping.make_columns(done), sweeping.make_notes(done), left=sweeping.LEFT)
+    if not done["best"]:
+        raise TrainingError("no trial is finished, so there is no best one")
+    typer.echo(done["command"])
 
 
 @app.command()

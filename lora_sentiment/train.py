@@ -5,7 +5,7 @@ accelerate launch -m lora_sentiment.train RECIPE [key=value ...]
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -75,7 +75,7 @@ from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks import find_task
 from lora_sentiment.tasks.task import Calibration, Objective
 from lora_sentiment.training.checkpoint import Store
-from lora_sentiment.training.history import History
+from lora_sentiment.training.history import EvalPoint, History
 from lora_sentiment.training.loop import fit, why_not_graphs
 from lora_sentiment.training.micro_batch import choose_max_tokens
 from lora_sentiment.training.offline import resolve_offline
@@ -155,6 +155,7 @@ def train(
     *,
     data: Mapping[str, Any] | None = None,
     allow_changes: bool = False,
+    on_evaluation: Callable[[Sequence[EvalPoint]], None] | None = None,
     end_launch: bool = True,
 ) -> Run:
     """Train a recipe and write its adapter folder.
@@ -168,6 +169,8 @@ def train(
             gives the same tables.
         allow_changes: Resume although recipe, data, versions or machine differ from those of the
             checkpoint.
+        on_evaluation: Called on every process after each evaluation, with all of the run. What it
+            raises ends the run, which leaves no adapter.
         end_launch: Disconnect the processes of a launch at the end. False lets another `train`
             follow.
 
@@ -190,7 +193,13 @@ def train(
                 run_folder=run_folder,
             )
             run = _run(
-                recipe, accelerator, run_folder, offline, source, allow_changes=allow_changes
+                recipe,
+                accelerator,
+                run_folder,
+                offline,
+                source,
+                allow_changes=allow_changes,
+                on_evaluation=on_evaluation,
             )
     if end_launch:
         state.destroy_process_group()
@@ -203,8 +212,7 @@ def _run(
     run_folder: Path,
     offline: str | None,
     source: Source | None,
-    *,
-    allow_changes: bool,
+    **fitting: Any,
 ) -> Run:
     """Load, train, save, evaluate and publish."""
     dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
@@ -222,7 +230,7 @@ def _run(
     _log_lines(report_lines(data_report))
     log_warnings(data_report)
 
-    history = _fit(recipe, setup, encoded, run_folder, accelerator, allow_changes=allow_changes)
+    history = _fit(recipe, setup, encoded, run_folder, accelerator, **fitting)
     logits = _predict(setup, encoded["validation"], "validation", accelerator)
     task = find_task(recipe.data.task)
     calibration, fitted = task.calibrate(logits, encoded["validation"].labels, data.labels)
@@ -461,6 +469,7 @@ def _fit(
     accelerator: Accelerator,
     *,
     allow_changes: bool,
+    on_evaluation: Callable[[Sequence[EvalPoint]], None] | None,
 ) -> History:
     """Train the model and leave it with its best tensors and a dense head."""
     frozen = hash_tensors(frozen_tensors(setup.model).items())
@@ -486,6 +495,7 @@ def _fit(
             allow_changes=allow_changes,
             limit=recipe.train.save_total_limit,
         ),
+        on_evaluation=on_evaluation,
     )
     if hash_tensors(frozen_tensors(setup.model).items()) != frozen:
         raise TrainingError(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lora_sentiment import cli
+from lora_sentiment import __version__, cli
 from lora_sentiment.classifier import Prediction
 from lora_sentiment.commands.predict import Answer, show_answer
 from lora_sentiment.tasks import SINGLE_LABEL
@@ -30,6 +30,10 @@ def test_validate_shows_the_resolved_recipe(capsys, toy_recipe):
 
 def test_validate_as_json(capsys, toy_recipe):
     assert json.loads(call(capsys, "validate", toy_recipe, "--json")[1])["name"] == "toy"
+
+
+def test_the_version_is_printed(capsys):
+    assert call(capsys, "--version") == (0, f"{__version__}\n", "")
 
 
 def test_a_users_mistake_is_a_message_without_a_traceback(capsys, toy_recipe):
@@ -343,7 +347,7 @@ def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):
     assert code == 0
     lines = out.splitlines()
     assert "learning_rate" in lines[0]
-    assert lines[-1].startswith("accelerate launch -m lora_sentiment.train")
+    assert lines[-1].startswith("lora-sentiment train ")
     code, _, err = call(capsys, "sweep", toy_recipe, "train.learning_rate=1e-2")
     assert code == 1
     assert "no key has several values" in err

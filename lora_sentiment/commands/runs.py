@@ -3,33 +3,18 @@
 import gc
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_sentiment.errors import AdapterError
+from lora_sentiment.errors import AdapterError, TrainingError
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.recipe import Recipe
 
+if TYPE_CHECKING:
+    from lora_sentiment.training.history import EvalPoint
+
 # Late imports: a command that is refused needs no torch.
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The figures of a finished run.
-
-    Attributes:
-        validation: Metric to value and 95 % interval, as in report.json.
-        validation_sha256: Fingerprint of the validation rows.
-        best_step: The optimizer step whose tensors were kept.
-        seconds: Time of training.
-    """
-
-    validation: Mapping[str, Any]
-    validation_sha256: str
-    best_step: int
-    seconds: float
 
 
 def leave_out_judged(config: DataConfig) -> DataConfig:
@@ -83,7 +68,12 @@ def is_finished(run: Recipe) -> bool:
     )
 
 
-def train_run(run: Recipe, *, data: Mapping[str, Any] | None = None) -> None:
+def train_run(
+    run: Recipe,
+    *,
+    data: Mapping[str, Any] | None = None,
+    on_evaluation: "Callable[[Sequence[EvalPoint]], None] | None" = None,
+) -> None:
     """Train a run, which leaves its adapter folder. A stopped run resumes from its checkpoint.
 
     Every process of a launch calls this. The launch stays, so that another run can follow.
@@ -91,15 +81,19 @@ def train_run(run: Recipe, *, data: Mapping[str, Any] | None = None) -> None:
     Args:
         run: The recipe, in a folder of its own.
         data: Role to its table, as `train` takes it, in the place of `data.source`.
+        on_evaluation: As `train` takes it.
 
     Raises:
-        LoraSentimentError: As `train`.
+        LoraSentimentError: As `train`, and where memory ran out.
     """
     from lora_sentiment.train import train
     from lora_sentiment.training.checkpoint import list_checkpoints
     from lora_sentiment.training.processes import join_launch, run_on_main
     from lora_sentiment.training.report import reset_peak_memory
     from lora_sentiment.training.run_folder import name_run_folder
+    from lora_sentiment.training.signals import is_out_of_memory
+
+    gc.collect()  # the model of the run before is in reference cycles, and memory is needed
 
     def clear() -> None:
         run_folder = name_run_folder(run)
@@ -111,13 +105,26 @@ def train_run(run: Recipe, *, data: Mapping[str, Any] | None = None) -> None:
     run_on_main(clear)
     try:
         # Bundled data must not decide on a recipe for other data.
-        train(run.model_copy(update={"offline": "error"}), data=data, end_launch=False)
-    finally:
-        gc.collect()  # a model is in reference cycles, and the next one needs its memory
+        train(
+            run.model_copy(update={"offline": "error"}),
+            data=data,
+            on_evaluation=on_evaluation,
+            end_launch=False,
+        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(f"memory ran out: {error}") from error
 
 
-def read_result(folder: Path) -> RunResult:
+def read_result(folder: Path) -> dict[str, Any]:
     """Read the figures of a finished run from its adapter folder.
+
+    Returns:
+        validation: Metric to value and 95 % interval, as in report.json.
+        validation_sha256: Fingerprint of the validation rows.
+        best_step: The optimizer step whose tensors were kept.
+        seconds: Time of training.
 
     Raises:
         AdapterError: If they cannot be read.
@@ -125,12 +132,12 @@ def read_result(folder: Path) -> RunResult:
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        return RunResult(
-            validation=report["validation"],
-            validation_sha256=card["data"]["validation_sha256"],
-            best_step=report["train"]["best_step"],
-            seconds=report["train"]["seconds"],
-        )
+        return {
+            "validation": report["validation"],
+            "validation_sha256": card["data"]["validation_sha256"],
+            "best_step": report["train"]["best_step"],
+            "seconds": report["train"]["seconds"],
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
             f"{folder}: its figures cannot be read ({error}); delete it to run it again"

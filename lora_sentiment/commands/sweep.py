@@ -1,446 +1,508 @@
-"""Train a grid of recipes one after another, and choose the best on validation. Resumable."""
+"""Search the settings of a recipe with Optuna, and choose the best on validation. Resumable."""
 
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
 import re
 import shlex
-import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import shutil
+import sqlite3
+import statistics
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
-from lora_sentiment.commands.runs import is_finished, leave_out_judged, read_result, train_run
-from lora_sentiment.errors import DataError, DivergedError, RecipeError
+from lora_sentiment.commands.runs import (
+    is_finished,
+    leave_out_judged,
+    read_result,
+    train_run,
+)
+from lora_sentiment.errors import (
+    DRAWING_FAULTS,
+    AdapterError,
+    DivergedError,
+    LoraSentimentError,
+    RecipeError,
+    StoppedError,
+    TrainingError,
+    one_line,
+)
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.output import OutputConfig
-from lora_sentiment.recipe.recipe import Recipe, make_schema
-from lora_sentiment.recipe.yaml_reader import Dumper, parse_yaml
+from lora_sentiment.recipe.recipe import Recipe, apply_overrides
+from lora_sentiment.recipe.yaml_reader import parse_yaml, show_yaml
 
 if TYPE_CHECKING:
-    from lora_sentiment.tasks.task import Task
+    from lora_sentiment.training.history import EvalPoint
 
 log = logging.getLogger("lora_sentiment")
 
-MAX_RUNS = 1000
-"""Most runs of one grid. A longer grid is taken for a mistake."""
+Sampler = Literal["grid", "random", "tpe"]
+Axis = CategoricalDistribution | FloatDistribution | IntDistribution
+Point = dict[str, Any]
+"""Axis to its value: a number, or the YAML of another value."""
+Row = dict[str, Any]
+"""How a trial ended: values, folder, state and reason, and if it is finished `read_result`."""
+
+MAX_TRIALS = 1000
+"""Most trials. A longer grid is taken for a mistake."""
+NUM_TRIALS = 20
+"""Trials where nothing else ends the sweep."""
+MAX_FAILURES = 3
+"""Failed trials at the start of a sweep that end it: the mistake is in all of them."""
+STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+"""Optuna's states. All others are failures there."""
 LEFT = ("best", "note")
 """Columns of the table that are aligned to the left."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One combination of the grid.
+def sweep(
+    recipe_path: Path,
+    assignments: Sequence[str],
+    *,
+    sampler: Sampler | None = None,
+    num_trials: int | None = None,
+    budget: float | None = None,
+    num_seeds: int = 1,
+    write: Path | None = None,
+    plots: Path | None = None,
+) -> dict[str, Any]:
+    """Train combinations of values one after another, and choose the best on validation.
 
-    Attributes:
-        values: Axis to its value.
-        overrides: The overrides of the recipe, in the order given.
-        recipe: The recipe with these overrides.
-        run: The recipe that is trained: without rows to judge at the end, in a folder of its own.
-    """
-
-    values: Mapping[str, Any]
-    overrides: tuple[str, ...]
-    recipe: Recipe
-    run: Recipe
-
-    def __str__(self) -> str:
-        return _show_all(self.values)
-
-
-@dataclass(frozen=True)
-class Row:
-    """The result of one run. For a run that diverged, the scores are None.
-
-    Attributes:
-        values: Axis to its value.
-        folder: The run's adapter folder.
-        validation: Metric to value and 95 % interval, as in report.json.
-        validation_sha256: Fingerprint of the validation rows.
-        best_step: The optimizer step whose tensors were kept.
-        seconds: Time of training.
-        diverged: Where loss, gradient or logits stopped being finite, or None.
-        earlier: Whether an earlier sweep ran it.
-    """
-
-    values: Mapping[str, Any]
-    folder: Path
-    validation: Mapping[str, Any] | None
-    validation_sha256: str | None
-    best_step: int | None
-    seconds: float | None
-    diverged: str | None
-    earlier: bool
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A finished sweep.
-
-    Attributes:
-        axes: Keys with several values, in the order given.
-        metric: The deciding metric: the recipe's train.metric_for_best_model on validation.
-        shown: The metrics that the table shows beside it.
-        rows: Every run in the order of the grid, the last axis fastest.
-        best: Position of the best in `rows`, or None if all diverged.
-        command: The command that trains the best again and judges it, or None.
-        notes: What a reader of the rows must know.
-    """
-
-    axes: tuple[str, ...]
-    metric: str
-    shown: tuple[str, ...]
-    rows: tuple[Row, ...]
-    best: int | None
-    command: str | None
-    notes: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures for JSON."""
-        rows = [asdict(row) | {"folder": str(row.folder)} for row in self.rows]
-        return asdict(self) | {"rows": rows}
-
-
-def sweep(recipe_path: Path, assignments: Sequence[str]) -> Sweep:
-    """Train every combination of a grid, one after another, and choose the best on validation.
-
-    Each run has a folder of its own under `<output.dir>.sweep`. A run that finished or diverged
-    there is not run again, so a stopped sweep goes on where it was.
+    Each run has a folder of its own under `<output.dir>.sweep`, and the study is in `study.db`
+    there. A trial that ended is not run again, so a stopped sweep goes on where it was.
 
     Args:
         recipe_path: Recipe file.
-        assignments: `key=value` is an override. `key=[a, b]` is an axis of the grid. For a key that
-            takes a list, a list of lists is an axis.
+        assignments: `key=value` is an override. `key=[a, b]` is an axis; for a key that takes a
+            list, a list of lists is one. `key=log(a, b)`, `key=uniform(a, b)` and `key=int(a, b)`
+            are axes with a range.
+        sampler: By default `grid` where all axes are lists and nothing else ends the sweep.
+        num_trials: Trials, those of earlier starts included.
+        budget: Seconds after which no further trial starts.
+        num_seeds: Seeds of the best: it is trained again with the next ones.
+        write: Where the recipe with the best values is written.
+        plots: Folder for Optuna's plots.
+
+    Returns:
+        metrics: The deciding metric, then those that the table shows beside it.
+        rows: Every trial in the order in which they ran.
+        best: The best row, or None if no trial is finished.
+        seeds: The best row, and those of its runs with other seeds.
+        command: The command that trains the best and judges it.
 
     Raises:
-        LoraSentimentError: For all mistakes of the grid at once, before anything runs. Later for
-            any error of a run but divergence.
+        LoraSentimentError: For a mistake, before anything runs. Later if the first trials fail.
+        StoppedError: If a signal stopped a run, after a checkpoint was saved.
     """
+    deadline = time.monotonic() + (budget or math.inf)
     launched = os.environ.get("WORLD_SIZE", "1")
     if launched != "1":
-        # `train` ends the process group.
         raise RecipeError(
             f"sweep: found {launched} processes; it runs in one: start it without a launcher"
         )
-    trials = make_trials(recipe_path, assignments)
-    # All folders first: a fault of the last one must not show after the other runs.
-    earlier = [_has_ended(trial.run) for trial in trials]
-    rows = []
-    for number, (trial, ended) in enumerate(zip(trials, earlier, strict=True), start=1):
-        suffix = " (ran earlier)" if ended else ""
-        log.info("run %d of %d: %s%s", number, len(trials), trial, suffix)
-        if not ended:
-            _run(trial.run)
-        rows.append(_read_row(trial, earlier=ended))
-    metric = trials[0].recipe.train.metric_for_best_model
-    # Late: loads numpy, which a grid with a fault in it need not wait for.
+    space = Space.parse(recipe_path, assignments)
+    points = space.list_points()
+    if sampler is None:
+        sampler = "tpe" if num_trials or budget or space.has_ranges else "grid"
+    if sampler == "grid" and (space.has_ranges or len(points) > MAX_TRIALS):
+        raise RecipeError(
+            f"sweep: a grid has no ranges, and at most {MAX_TRIALS:,} combinations; give shorter "
+            "lists, or --sampler tpe"
+        )
+    if num_seeds > 1 and "train.seed" in space.axes:
+        raise RecipeError("sweep: --seeds varies train.seed, which is an axis; leave one out")
+    run = space.check(points)
+    # Late: these load numpy and torch, which a mistake need not wait for.
     from lora_sentiment.tasks import find_task
+    from lora_sentiment.training.run_folder import lock_folder
 
-    task = find_task(trials[0].recipe.data.task)
-    best = _choose(rows, metric, task)
-    command = None
-    if best is not None:
-        launch = ("accelerate", "launch", "-m", "lora_sentiment.train")
-        command = shlex.join([*launch, str(recipe_path), *trials[best].overrides])
-    notes = _make_notes(rows, best, trials[best or 0], tie=task.shown[-1])
-    return Sweep(tuple(trials[0].values), metric, task.shown, tuple(rows), best, command, notes)
-
-
-def make_trials(recipe_path: Path, assignments: Sequence[str]) -> list[Trial]:
-    """Return every combination of a grid, the last axis fastest, without running anything.
-
-    A Hub data set is asked for the names of its splits. No row is read.
-
-    Raises:
-        RecipeError: For all mistakes of recipe, assignments and combinations.
-        DataError: If a data source cannot be found.
-    """
-    choices = _read_choices(assignments)
-    if all(len(choice.values) == 1 for choice in choices):
-        Recipe.load(recipe_path, [choice.texts[0] for choice in choices])
-        raise RecipeError(_no_axis(recipe_path, choices))
-    num_runs = math.prod(len(choice.values) for choice in choices)
-    if num_runs > MAX_RUNS:
-        raise RecipeError(
-            f"the grid has {num_runs:,} combinations; at most {MAX_RUNS:,} are run; leave values "
-            "out"
-        )
-    faults: dict[str, list[str]] = {}
-    trials = []
-    for picked in itertools.product(*(range(len(choice.values)) for choice in choices)):
-        values = {}
-        overrides = []  # in the order given: `method={..}` before `method.r=4` differs from after
-        for choice, position in zip(choices, picked, strict=True):
-            overrides.append(choice.texts[position])
-            if len(choice.values) > 1:
-                values[choice.key] = choice.values[position]
-        try:
-            recipe = Recipe.load(recipe_path, overrides)
-        except RecipeError as error:
-            for fault in error.faults:
-                faults.setdefault(fault, []).append(_show_all(values))
-        else:
-            trials.append(Trial(values, tuple(overrides), recipe, run=recipe))
-    if faults:
-        raise RecipeError(*(_place(fault, where, num_runs) for fault, where in faults.items()))
-    _refuse_unlike([trial.recipe for trial in trials])
-    return _make_runs(trials)
-
-
-class _Choice(NamedTuple):
-    """One assignment: its key, its values, and each value as an override."""
-
-    key: str
-    values: list[Any]
-    texts: list[str]
-
-
-def _read_choices(assignments: Sequence[str]) -> list[_Choice]:
-    """Tell axes from plain overrides.
-
-    Raises:
-        RecipeError: If a key stands twice or a list is empty.
-    """
-    choices, faults = [], []
-    keys: Counter[str] = Counter()
-    for text in assignments:
-        key, _, written = text.partition("=")
-        keys[key] += 1
-        try:
-            value = parse_yaml(written, key)
-        except RecipeError:
-            value = None  # loading the recipe reports it, with every other mistake
-        if not isinstance(value, list) or _is_one_value(key, value):
-            choices.append(_Choice(key, [value], [text]))
-        elif value:
-            choices.append(_Choice(key, value, [f"{key}={_show(item)}" for item in value]))
-        else:
-            faults.append(
-                f"{key}: found an empty list; give it two values or more, or leave it out"
-            )
-    for key, count in keys.items():
-        if count > 1:
-            faults.append(f"{key}: stands {count} times; give it once")
-    if faults:
-        raise RecipeError(*faults)
-    return choices
-
-
-def _is_one_value(key: str, items: Sequence[Any]) -> bool:
-    """Return whether a list is one value of a key, not several values."""
-    # No list of a recipe holds lists or nulls, so a list that does holds values of the key.
-    if any(item is None or isinstance(item, list) for item in items):
-        return False
-    return _takes_list(key)
-
-
-def _takes_list(key: str) -> bool:
-    """Return whether a list can be one value of a key, by the recipe's schema."""
-    schema = make_schema()
-    nodes: list[Any] = [schema]
-    for part in key.split("."):
-        inner = (node.get("properties", {}) for node in _alternatives(nodes, schema))
-        nodes = [found[part] for found in inner if part in found]
-    return any(node.get("type") == "array" for node in _alternatives(nodes, schema))
-
-
-def _alternatives(nodes: Sequence[Any], schema: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the plain schemas behind a JSON schema's references and alternatives."""
-    for node in nodes:
-        inner = [*node.get("anyOf", ()), *node.get("oneOf", ())]
-        if "$ref" in node:
-            inner.append(schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
-        if inner:
-            yield from _alternatives(inner, schema)
-        else:
-            yield node
-
-
-def _no_axis(path: Path, choices: Sequence[_Choice]) -> str:
-    hint = ""
-    lists = [choice.key for choice in choices if isinstance(choice.values[0], list)]
-    if lists:
-        hint = (
-            f"; to vary {', '.join(lists)}, which takes a list, give a list of lists: [[..], [..]]"
-        )
-    return (
-        f"{path}: no key has several values; give one a list, such as 'train.learning_rate=[1e-4, "
-        f"5e-4]'{hint}"
-    )
-
-
-def _place(fault: str, where: list[str], num_runs: int) -> str:
-    """Say in which combinations a mistake is, unless it is in all."""
-    if len(where) == num_runs:
-        return fault
-    more = f" and {len(where) - 1} more of {num_runs} combinations" if len(where) > 1 else ""
-    return f"{fault} (with {where[0]}{more})"
-
-
-def _refuse_unlike(recipes: Sequence[Recipe]) -> None:
-    """Refuse axes that leave no choice between the runs."""
-    if len({recipe.train.metric_for_best_model for recipe in recipes}) > 1:
-        raise RecipeError(
-            "train.metric_for_best_model: is no axis; one metric decides which run is best: choose "
-            "it"
-        )
-    if len({(recipe.name, recipe.output.model_dump_json()) for recipe in recipes}) > 1:
-        raise RecipeError(
-            "name, output: are no axes; every run gets a folder of its own under <output.dir>.sweep"
-        )
-
-
-def _make_runs(trials: Sequence[Trial]) -> list[Trial]:
-    """Give every trial its run: without rows to judge, in a folder named by values and hash."""
-    data: dict[str, DataConfig] = {}
-    made: dict[str, Trial] = {}
-    faults = []
-    for trial in trials:
-        key = trial.recipe.data.model_dump_json()
-        if key not in data:
-            try:
-                data[key] = leave_out_judged(trial.recipe.data)
-            except DataError as error:
-                raise DataError(f"{error} (with {trial})") from error
-        run = trial.recipe.model_copy(update={"data": data[key]})
-        facts = json.dumps(run.model_dump(mode="json", exclude={"name", "output"}), sort_keys=True)
-        digest = hashlib.sha256(facts.encode()).hexdigest()
-        if digest in made:
-            faults.append(f"{made[digest]} and {trial} are the same run; leave one of them out")
-        words = [f"{key.rsplit('.', 1)[-1]}-{_show(value)}" for key, value in trial.values.items()]
-        safe = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words).replace("+", ""))
-        name = f"{safe[:60].strip('-._')}-{digest[:8]}"
-        folder = trial.recipe.folder.with_name(trial.recipe.folder.name + ".sweep") / name
-        run = run.model_copy(update={"name": name, "output": OutputConfig(dir=str(folder))})
-        made[digest] = replace(trial, run=run)
-    if faults:
-        raise RecipeError(*faults)
-    return list(made.values())
-
-
-def _diverged_file(run: Recipe) -> Path:
-    return run.folder.with_name(run.folder.name + ".diverged.txt")
-
-
-def _has_ended(run: Recipe) -> bool:
-    """Return whether a run finished or diverged earlier. Refuse a folder of something else."""
-    return is_finished(run) or _diverged_file(run).is_file()
-
-
-def _run(recipe: Recipe) -> None:
-    """Train one run. It leaves its adapter folder, or a file that says where it diverged."""
-    try:
-        train_run(recipe)
-    except DivergedError as error:
-        log.warning("diverged: %s", error)
-        with write_file_aside(_diverged_file(recipe)) as file:
-            file.write_text(f"{error}\n", encoding="utf-8")
-
-
-def _read_row(trial: Trial, *, earlier: bool) -> Row:
-    """Read the result of a run that ended."""
-    folder = trial.run.folder
-    if folder.exists():
-        result = asdict(read_result(folder))
-        return Row(trial.values, folder, **result, diverged=None, earlier=earlier)
-    reason = _diverged_file(trial.run).read_text(encoding="utf-8").strip()
-    return Row(trial.values, folder, None, None, None, None, reason, earlier)
-
-
-def _choose(rows: Sequence[Row], metric: str, task: "Task") -> int | None:
-    """Return the position of the best row: by the metric, ties by the last one shown."""
+    metric = run.train.metric_for_best_model
+    task = find_task(run.data.task)
     sign = 1 if task.find_metric(metric).greater_is_better else -1
-    tie_sign = 1 if task.find_metric(task.shown[-1]).greater_is_better else -1
-    best, best_rank = None, (-math.inf, -math.inf)
-    for position, row in enumerate(rows):
-        if not row.validation:
-            continue
-        tie = tie_sign * row.validation[task.shown[-1]]["value"]
-        rank = (sign * row.validation[metric]["value"], tie)
-        if rank > best_rank:
-            best, best_rank = position, rank
-    return best
+    folder = run.folder.parent
+    with ExitStack() as locked:
+        lock_folder(folder, locked)
+        try:
+            study = _load_study(folder, f"{run.name} {space.axes}", maximize=sign > 0)
+            if sampler == "grid":
+                study.pruner = optuna.pruners.NopPruner()
+                num_trials = num_trials or len(points)
+            _enqueue(study, points if sampler == "grid" else [])
+            num_trials = num_trials or (MAX_TRIALS if budget else NUM_TRIALS)
+            rows = _search(study, space, sampler, metric, num_trials, deadline)
+            if plots:
+                _draw(study, plots, metric)
+        except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
+            raise AdapterError(
+                f"{folder}/study.db: cannot be used ({one_line(str(error), limit=200)}); make room, "
+                "or delete it: runs that are finished are read again"
+            ) from error
+
+    def rank(row: Row) -> tuple[float, float]:
+        scores = row["validation"]
+        # The metric that settles ties is a loss in every task.
+        return sign * scores[metric]["value"], -scores[task.shown[-1]]["value"]
+
+    best = max((row for row in rows if row["state"] == "finished"), key=rank, default=None)
+    metrics = list(dict.fromkeys([metric, *task.shown]))
+    done: dict[str, Any] = {"metrics": metrics, "rows": rows, "best": best}
+    done |= {"seeds": [], "command": ""}
+    if best:
+        chosen = space.apply(best["values"])
+        done["command"] = shlex.join(
+            ["lora-sentiment", "train", str(recipe_path), *chosen.values()]
+        )
+        if write:
+            with write_file_aside(write) as aside:
+                aside.write_text(apply_overrides(recipe_path, chosen.values()), encoding="utf-8")
+        done["seeds"] = [best]
+        if num_seeds > 1:
+            seeds = range(run.train.seed + 1, run.train.seed + num_seeds)
+            chosen["train.seed"] = f"train.seed={list(seeds)}"
+            chosen["output.dir"] = f"output.dir={best['folder']}"
+            done["seeds"] += sweep(recipe_path, list(chosen.values()))["rows"]
+    return done
 
 
-def _make_notes(
-    rows: Sequence[Row], best: int | None, trial: Trial, *, tie: str
-) -> tuple[str, ...]:
-    """Return what a reader must know of the rows.
+@dataclass(frozen=True)
+class Space:
+    """The settings of a sweep.
 
-    Args:
-        rows: Every run.
-        best: Position of the best, or None.
-        trial: The trial of the best, or any.
-        tie: The metric that settles ties.
+    Attributes:
+        recipe_path: Recipe file.
+        overrides: Key to its assignment, in the order given.
+        axes: Key to its axis, for those that have one.
     """
-    recipe = trial.recipe
-    notes = ["every run diverged; lower train.learning_rate, or set model.dtype=float32"]
-    if best is not None:
-        metric = recipe.train.metric_for_best_model
-        notes = [f"best: by {metric} on validation, ties by {tie}; being chosen flatters its score"]
-    if any(row.diverged for row in rows):
-        notes.append(
-            f"{rows[0].folder.parent}/*.diverged.txt say where a run diverged; delete such a file "
-            "to run it again"
-        )
-    if len({row.validation_sha256 for row in rows if row.validation_sha256}) > 1:
-        notes.append(
-            "the runs were not judged on the same validation rows, so their figures are only "
-            "roughly alike"
-        )
-    if trial.run.data.test_fraction:
-        notes.append(
-            "data.test_fraction: no run trained on the test split, nor did the choice look at it"
-        )
-    if best is not None and recipe.folder.exists() and not recipe.output.overwrite:
-        notes.append(f"{recipe.folder} exists: set output.overwrite=true or another output.dir")
-    return tuple(notes)
+
+    recipe_path: Path
+    overrides: Mapping[str, str]
+    axes: Mapping[str, Axis]
+
+    @classmethod
+    def parse(cls, recipe_path: Path, assignments: Sequence[str]) -> "Space":
+        """Tell axes from plain overrides.
+
+        Raises:
+            RecipeError: If there is no axis, a key stands twice, or an axis is wrong.
+        """
+        overrides = {text.partition("=")[0]: text for text in assignments}
+        if len(overrides) < len(assignments):
+            raise RecipeError("sweep: a key stands twice; give each key once")
+        axes = {}
+        for key, text in overrides.items():
+            axis = _parse_axis(text)
+            if axis:
+                axes[key] = axis
+        plain = [text for key, text in overrides.items() if key not in axes]
+        for key in list(axes):
+            # A list that the key itself takes is one value.
+            if _loads(recipe_path, [*plain, overrides[key]]):
+                del axes[key]
+        if not axes:
+            Recipe.load(recipe_path, assignments)
+            raise RecipeError(
+                f"{recipe_path}: no key has several values; give one a list, such as "
+                "'train.learning_rate=[1e-4, 5e-4]', a list of lists if it takes a list, or a "
+                "range, such as 'train.learning_rate=log(1e-4, 5e-3)'"
+            )
+        return cls(recipe_path, overrides, axes)
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether an axis is a range."""
+        return any(not isinstance(axis, CategoricalDistribution) for axis in self.axes.values())
+
+    def list_points(self) -> list[Point]:
+        """Return the combinations, the last axis fastest. A range has its ends there."""
+        values: list[Sequence[Any]] = []
+        for axis in self.axes.values():
+            if isinstance(axis, CategoricalDistribution):
+                values.append(axis.choices)
+            else:
+                values.append((axis.low, axis.high))
+        points = itertools.islice(itertools.product(*values), MAX_TRIALS + 1)
+        return [dict(zip(self.axes, point, strict=True)) for point in points]
+
+    def apply(self, point: Point) -> dict[str, str]:
+        """Return key to override, in the order given."""
+        return {**self.overrides, **{key: f"{key}={value}" for key, value in point.items()}}
+
+    def make_run(self, point: Point) -> Recipe:
+        """Return the run of a point: without rows to judge, in a folder of its own."""
+        recipe = Recipe.load(self.recipe_path, self.apply(point).values())
+        data = _leave_out_judged(recipe.data.model_dump_json())
+        run = recipe.model_copy(update={"data": data})
+        facts = run.model_dump_json(exclude={"name", "output"})
+        name = f"run-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+        output = OutputConfig(dir=f"{recipe.folder}.sweep/{name}")
+        return run.model_copy(update={"name": name, "output": output})
+
+    def check(self, points: Sequence[Point]) -> Recipe:
+        """Return the first run.
+
+        Raises:
+            RecipeError: If a combination is refused, or they cannot be compared.
+            DataError: If a data source cannot be found.
+        """
+        runs = []
+        for point in points:
+            try:
+                runs.append(self.make_run(point))
+            except LoraSentimentError as error:
+                raise type(error)(f"{error} (with {_show(point)})") from error
+        if len({(run.folder.parent, run.train.metric_for_best_model) for run in runs}) > 1:
+            raise RecipeError(
+                "name, output and train.metric_for_best_model are no axes: one metric decides, and "
+                "every run gets a folder of its own under <output.dir>.sweep"
+            )
+        return runs[0]
 
 
-def make_columns(done: Sweep) -> dict[str, list[str]]:
-    """Return the table, heading to cells, without columns whose cells are all empty."""
-    # Loads numpy, which a grid with a fault in it need not wait for.
+def _parse_axis(text: str) -> Axis | None:
+    """Return the axis of an assignment, or None for a plain value.
+
+    A number is a choice of Optuna as it is, so that plots have a numeric axis. Another value is
+    its YAML: the study's file holds no lists.
+
+    Raises:
+        RecipeError: If the axis is wrong.
+    """
+    key, _, written = text.partition("=")
+    found = re.fullmatch(r"\s*(log|uniform|int)\(([^,]*),([^,]*)\)\s*", written)
+    try:
+        if found:
+            kind, low, high = found.groups()
+            if kind == "int":
+                return IntDistribution(int(low), int(high))
+            return FloatDistribution(float(low), float(high), log=kind == "log")
+        values = parse_yaml(written, key)
+        if not isinstance(values, list) or not values:
+            return None
+        choices = []
+        for value in values:
+            choices.append(value if type(value) in (int, float) else show_yaml(value))
+        return CategoricalDistribution(list(dict.fromkeys(choices)))
+    except ValueError as error:
+        raise RecipeError(
+            f"{key}: found {one_line(written, limit=60)} ({error}); allowed: a list of values, "
+            "log(LOW, HIGH), uniform(LOW, HIGH), or int(LOW, HIGH)"
+        ) from error
+
+
+def _loads(recipe_path: Path, overrides: Sequence[str]) -> bool:
+    try:
+        Recipe.load(recipe_path, overrides)
+    except RecipeError:
+        return False
+    return True
+
+
+@cache
+def _leave_out_judged(data: str) -> DataConfig:
+    """Return a `data` section without judged rows. The Hub is asked once for each section."""
+    return leave_out_judged(DataConfig.model_validate_json(data))
+
+
+def _load_study(folder: Path, settings: str, *, maximize: bool) -> optuna.Study:
+    """Load the study of a folder, or make it.
+
+    Raises:
+        RecipeError: If it is a study of other settings.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = optuna.storages.RDBStorage(
+        # The path is not in the URL, where some characters have a meaning.
+        "sqlite:///study.db",
+        engine_kwargs={"creator": lambda: sqlite3.connect(folder / "study.db")},
+    )
+    study = optuna.create_study(
+        study_name="sweep",
+        storage=storage,
+        load_if_exists=True,
+        direction="maximize" if maximize else "minimize",
+        pruner=optuna.pruners.MedianPruner(),
+    )
+    if study.user_attrs.get("settings", settings) != settings:
+        raise RecipeError(
+            f"{folder}: holds a sweep of another recipe, other overrides or other axes; move it "
+            "away, or set another output.dir"
+        )
+    study.set_user_attr("settings", settings)
+    return study
+
+
+def _enqueue(study: optuna.Study, points: Sequence[Point]) -> None:
+    """Enqueue the trials that were killed, then what is left of a grid."""
+    for trial in study.get_trials(states=[TrialState.RUNNING]):
+        # In this order: what is enqueued twice is not run twice, and nothing is lost.
+        study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
+        study.tell(trial.number, state=TrialState.FAIL)
+    for point in points:
+        study.enqueue_trial(point, skip_if_exists=True)
+
+
+def _search(
+    study: optuna.Study,
+    space: Space,
+    sampler: Sampler,
+    metric: str,
+    num_trials: int,
+    deadline: float,
+) -> list[Row]:
+    """Run trials until there are enough, or the deadline has passed; return all, earlier ones too.
+
+    Raises:
+        TrainingError: If the first trials fail.
+    """
+    samplers = optuna.samplers
+    make_sampler = samplers.TPESampler if sampler == "tpe" else samplers.RandomSampler
+    rows: list[Row] = []
+    for ended in study.get_trials():
+        if "row" in ended.user_attrs:  # else it was killed, or waits
+            rows.append(ended.user_attrs["row"])
+    for number in range(len(rows), num_trials):
+        if time.monotonic() > deadline:
+            break
+        # Seeded by number: a sweep that was killed draws what it would have drawn.
+        study.sampler = make_sampler(seed=number)
+        trial = study.ask(dict(space.axes))
+        log.info("trial %d of %d: %s", number + 1, num_trials, _show(trial.params))
+        row: Row = {"values": trial.params, "folder": "", "state": "repeated", "reason": "repeated"}
+        if all(other["values"] != trial.params for other in rows):
+            row |= _train(space, trial, metric)
+        trial.set_user_attr("row", row)
+        rows.append(row)
+        if row["state"] == "finished":
+            study.tell(trial, row["validation"][metric]["value"])
+        else:
+            study.tell(trial, state=STATES.get(row["state"], TrialState.FAIL))
+            log.warning("%s", row["reason"])
+        failed = [row for row in rows if row["state"] == "failed"]
+        if len(rows) == len(failed) == MAX_FAILURES:
+            raise TrainingError(f"the first {MAX_FAILURES} trials failed: {row['reason']}")
+    return rows
+
+
+def _train(space: Space, trial: optuna.Trial, metric: str) -> Row:
+    """Train a trial, unless its run is finished, and return how it ended."""
+    # Late, as torch.
+    from lora_sentiment.training.run_folder import name_run_folder
+
+    reported: list[float] = []
+
+    def report(evaluations: Sequence["EvalPoint"]) -> None:
+        # By number: steps of different batch sizes cannot be compared.
+        for point in evaluations[len(reported) :]:
+            reported.append(point.metric)
+            trial.report(point.metric, len(reported))
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"pruned at step {evaluations[-1].step:,}")
+
+    try:
+        run = space.make_run(trial.params)
+        if not is_finished(run):
+            train_run(run, on_evaluation=report)
+        result = read_result(run.folder)
+        if result["validation"][metric]["value"] is None:
+            raise TrainingError(f"{metric} is undefined on validation")
+    except optuna.TrialPruned as pruned:
+        shutil.rmtree(name_run_folder(run))
+        return {"state": "pruned", "reason": str(pruned)}
+    except StoppedError:
+        raise
+    except LoraSentimentError as error:
+        state = "diverged" if isinstance(error, DivergedError) else "failed"
+        return {"state": state, "reason": f"{state}: {one_line(str(error))}"}
+    return {"state": "finished", "reason": "", "folder": str(run.folder), **result}
+
+
+def make_columns(done: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the table, heading to cells."""
+    # Loads numpy, which a mistake need not wait for.
     from lora_sentiment.evaluation.statistics import show_interval
 
-    metrics = dict.fromkeys([done.metric, *done.shown])
-    headings = ["best", *done.axes, *metrics, "best step", "time", "note"]
-    columns: dict[str, list[str]] = {heading: [] for heading in headings}
-    for position, row in enumerate(done.rows):
-        cells = {"best": "*"} if position == done.best else {}
-        for axis in done.axes:
-            cells[axis] = _show(row.values[axis])
-        if row.validation is None:
-            cells["note"] = "diverged"
-        else:
-            for metric in metrics:
-                cells[metric] = show_interval(row.validation[metric])
-            cells["best step"] = f"{row.best_step:,}"
-            cells["time"] = f"{row.seconds:,.0f} s"
-        for heading in headings:
-            columns[heading].append(cells.get(heading, ""))
-    return {heading: cells for heading, cells in columns.items() if any(cells)}
+    columns: dict[str, list[str]] = {}
+    for row in done["rows"]:
+        cells = {"best": "*" if row == done["best"] else ""}
+        for axis, value in row["values"].items():
+            cells[axis] = f"{value:.4g}" if isinstance(value, float) else str(value)
+        for metric in done["metrics"]:
+            has_scores = row["state"] == "finished"
+            cells[metric] = show_interval(row["validation"][metric]) if has_scores else ""
+        cells["time"] = f"{row['seconds']:,.0f} s" if "seconds" in row else ""
+        cells["note"] = row["reason"]
+        for heading, cell in cells.items():
+            columns.setdefault(heading, []).append(cell)
+    return columns
 
 
-def _show(value: Any) -> str:
-    """Return a value as YAML on one line, which an override reads back equal."""
-    text = yaml.dump(
-        [value],
-        Dumper=Dumper,
-        default_flow_style=True,
-        width=sys.maxsize,
-        sort_keys=False,
-        allow_unicode=True,
-    )
-    return text.strip()[1:-1]
+def make_notes(done: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the table must know."""
+    notes = []
+    metric, tie = done["metrics"][0], done["metrics"][-1]
+    if done["best"]:
+        notes.append(
+            f"best: by {metric} on validation, ties by {tie}; being chosen flatters its score"
+        )
+    scores = []
+    for row in done["seeds"]:
+        if row["state"] == "finished":
+            scores.append(row["validation"][metric]["value"])
+    if len(scores) > 1:
+        mean, deviation = statistics.mean(scores), statistics.stdev(scores)
+        notes.append(
+            f"the best with {len(scores)} seeds: {metric} {mean:.4f} on average, standard "
+            f"deviation {deviation:.4f}"
+        )
+    return notes
 
 
-def _show_all(values: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_show(value)}" for key, value in values.items())
+def _draw(study: optuna.Study, folder: Path, metric: str) -> None:
+    """Draw Optuna's plots. One that cannot be drawn is a warning."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("optimization_history", "slice", "parallel_coordinate", "param_importances"):
+        try:
+            with matplotlib.rc_context(), warnings.catch_warnings(action="ignore"):
+                getattr(plots, f"plot_{name}")(study, target_name=metric)
+                with write_file_aside(folder / f"{name}.png") as aside:
+                    pyplot.savefig(aside, bbox_inches="tight", dpi=80)
+        except DRAWING_FAULTS as error:
+            log.warning("%s.png cannot be drawn: %s", name, one_line(str(error)))
+        pyplot.close("all")
+
+
+def _show(values: Point) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def parse_seconds(text: str) -> float:
+    """Return a time such as `90s`, `20min` or `1.5h` in seconds.
+
+    Raises:
+        RecipeError: If it is none.
+    """
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?(s|min|h)", text)
+    if not found or not float(found[1]):
+        raise RecipeError(f"--budget: found {text}; give a number with s, min or h, such as 20min")
+    return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]]

@@ -118,6 +118,18 @@ class Recipe(Section):
         return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
+def apply_overrides(path: Path, overrides: Iterable[str]) -> str:
+    """Return a recipe file with overrides applied, as YAML without defaults and comments.
+
+    Raises:
+        RecipeError: If the file or an override is no YAML.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
 def _make_name(text: str) -> str:
     """Return a text as the name of a run: `my recipe (2)` becomes `my-recipe-2`."""
     characters = []

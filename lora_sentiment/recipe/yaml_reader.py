@@ -1,6 +1,7 @@
 """Read YAML 1.2's core schema, and write strings so that no reader takes them for another type."""
 
 import re
+import sys
 from typing import Any
 
 import yaml
@@ -86,3 +87,16 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{where}:{place} is no valid YAML: {problem}") from None
+
+
+def show_yaml(value: Any) -> str:
+    """Return a value as YAML on one line, which `parse_yaml` reads back equal."""
+    text = yaml.dump(
+        [value],
+        Dumper=Dumper,
+        default_flow_style=True,
+        width=sys.maxsize,
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    return text.strip()[1:-1]

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -112,6 +112,7 @@ def fit(
     accelerator: Accelerator,
     max_tokens: int,
     store: Store | None = None,
+    on_evaluation: Callable[[Sequence[EvalPoint]], None] | None = None,
 ) -> History:
     """Train a model in place and leave it with the tensors that were best on validation.
 
@@ -127,6 +128,7 @@ def fit(
         max_tokens: Most padded tokens of a micro-batch; halved where memory runs out.
         store: Where checkpoints and `metrics.csv` are written. Without it there are none, and
             signals are not handled.
+        on_evaluation: Called after each evaluation with all of them. What it raises ends the run.
 
     Raises:
         DivergedError: If a loss, a gradient or a logit is not finite.
@@ -137,6 +139,7 @@ def fit(
     loop = _Loop(
         model, train, validation, numbers, task, config, method, accelerator, max_tokens, store
     )
+    loop.on_evaluation = on_evaluation
     try:
         with loop.signals if store else nullcontext():
             return loop.run()
@@ -171,6 +174,7 @@ class _Loop:
         best: The best tensors so far.
         unread: Steps whose losses and norms were not read from the device.
         stop_signal: The signal that all processes know of; empty without one.
+        on_evaluation: Called after each evaluation with all of them.
     """
 
     def __init__(
@@ -242,6 +246,7 @@ class _Loop:
         self.read_steps = 1 if reads_each else GPU_READ_STEPS
         self.signals = StopSignals()
         self.stop_signal = ""
+        self.on_evaluation: Callable[[Sequence[EvalPoint]], None] | None = None
 
     @staticmethod
     def _make_graphs() -> GraphRunner:
@@ -617,6 +622,8 @@ class _Loop:
             ", ".join(f"{show_metric(name)} {score:.4f}" for name, score in point.scores.items()),
             " (best so far)" if best else "",
         )
+        if self.on_evaluation:
+            self.on_evaluation(self.history.evaluations)
 
     def _copy_tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.parameters.items()}

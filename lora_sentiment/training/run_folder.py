@@ -64,21 +64,34 @@ def _prepare(recipe: Recipe, run_folder: Path, locked: ExitStack) -> None:
         raise RecipeError(
             f"{folder}: is no adapter folder, so it is not replaced; set another output.dir"
         )
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        locked.enter_context(lock_file(run_folder / LOCK))
-    except Timeout as error:
-        raise RecipeError(
-            f"{run_folder}: another run is at work here; wait, or set another output.dir"
-        ) from error
-    except OSError as error:
-        raise RecipeError(f"output.dir: {run_folder} cannot be made: {error.strerror}") from error
+    lock_folder(run_folder, locked)
     try:
         _clear(recipe, run_folder)
     except OSError as error:
         raise RecipeError(
             f"output.dir: {run_folder} cannot be cleared: {error.strerror}"
         ) from error
+
+
+def lock_folder(folder: Path, locked: ExitStack) -> None:
+    """Make a folder and lock it.
+
+    Args:
+        folder: Its place is decided by `output.dir`.
+        locked: Releases the lock at its end.
+
+    Raises:
+        RecipeError: If another run has the lock, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        locked.enter_context(lock_file(folder / LOCK))
+    except Timeout as error:
+        raise RecipeError(
+            f"{folder}: another run is at work here; wait, or set another output.dir"
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"output.dir: {folder} cannot be made: {error.strerror}") from error
 
 
 def _clear(recipe: Recipe, run_folder: Path) -> None:

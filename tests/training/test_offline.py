@@ -20,7 +20,7 @@ from lora_sentiment import cli, hub
 from lora_sentiment.adapter.merge import merge
 from lora_sentiment.classifier import load
 from lora_sentiment.commands.evaluate import evaluate
-from lora_sentiment.commands.sweep import make_trials
+from lora_sentiment.commands.sweep import sweep
 from lora_sentiment.data.rows import load_data
 from lora_sentiment.data.sources import find_source
 from lora_sentiment.errors import DataError, LoraSentimentError, ModelError
@@ -333,7 +333,7 @@ def test_a_dead_hub_is_asked_once_for_a_sweep(calls):
     with pytest.raises(
         DataError, match=r"'nobody/rows': no Hub answers .*Error: .* not in the cache"
     ):
-        make_trials(ROOT / "recipes/imdb_lora.yaml", ["data.source=nobody/rows", "method.r=[4, 8]"])
+        sweep(ROOT / "recipes/imdb_lora.yaml", ["data.source=nobody/rows", "method.r=[4, 8]"])
     assert len(calls) == 1
 
 

@@ -288,7 +288,8 @@ def test_a_sweep_is_stopped_with_its_run_and_goes_on_in_it(toy_recipe, monkeypat
         signal_at(3, signal.SIGINT)
         with pytest.raises(StoppedError):
             sweep_module.sweep(toy_recipe, grid)
-    first = next((toy_recipe.parent / "adapter.sweep").iterdir())
+    (first,) = (toy_recipe.parent / "adapter.sweep").glob("*.run")
     assert (first / "checkpoints/step-00000003").is_dir()
-    assert [row.earlier for row in sweep_module.sweep(toy_recipe, grid).rows] == [False, False]
+    states = [row["state"] for row in sweep_module.sweep(toy_recipe, grid)["rows"]]
+    assert states == ["finished", "finished"]
     assert len(read_metrics(first)) == 5
