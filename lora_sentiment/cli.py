@@ -211,9 +211,18 @@ def evaluate(
     ] = None,
     base: BaseOption = None,
     dtype: DtypeOption = "auto",
+    html: Annotated[
+        Path | None, typer.Option(help="Write the report page of these rows to this file.")
+    ] = None,
+    with_texts: Annotated[
+        bool, typer.Option("--with-texts", help="Show the texts of errors; with --html.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --html.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score an adapter, rebuilt from its folder alone. The base is checked by its hash."""
+    if html is None and (with_texts or overwrite):
+        raise RecipeError("evaluate: --with-texts and --overwrite are of --html; name a page")
     from lora_sentiment.commands.evaluate import evaluate as run_evaluate
 
     evaluation = run_evaluate(
@@ -227,6 +236,9 @@ def evaluate(
         on_bad_row=on_bad_row,
         base=base,
         dtype=dtype,
+        html=html,
+        with_texts=with_texts,
+        overwrite=overwrite,
     )
     if not is_main():
         return

@@ -30,6 +30,7 @@ from lora_sentiment.adapter.parent import (
     start_base,
 )
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
+from lora_sentiment.adapter.report_page import REPORT_PAGE, JudgedRows, make_report_page
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.report import (
@@ -145,6 +146,7 @@ class _Results:
     encoded: dict[str, Encoded]
     logits: dict[str, NDArray[np.float32]]
     fingerprints: dict[str, str]
+    numbers: dict[str, NDArray[np.int64]]
     scores: dict[str, Mapping[str, Interval]] = field(default_factory=dict)
     faults: dict[str, DataError] = field(default_factory=dict)
     parent: dict[str, Any] | None = None
@@ -253,6 +255,7 @@ def _run(
         encoded,
         {"validation": logits},
         {"validation": data.validation.fingerprint},
+        {"validation": data.validation.numbers},
     )
     _predict_judged(recipe, setup, results, accelerator)
     for role, role_logits in results.logits.items():
@@ -272,7 +275,7 @@ def _run(
         publish(folder, recipe.folder, overwrite=recipe.output.overwrite)
         remove_checkpoints(run_folder)
         log.info("saved and verified: %s", recipe.folder)
-        _draw(recipe, setup.data.labels, history, results, run_folder, calibration)
+        _draw(recipe, card, history, results, run_folder)
     if offline:
         log.warning("%s", offline)
     for tracker in accelerator.trackers:
@@ -609,6 +612,7 @@ def _predict_judged(
     for role, rows in judged.rows.items():
         encoded = _encode(rows, setup, recipe, accelerator)
         results.encoded[role] = encoded
+        results.numbers[role] = rows.numbers
         results.report[role] = describe_judged(
             setup.data, judged, role, encoded, max_length=recipe.model.max_length
         )
@@ -694,34 +698,36 @@ def _save_report(
 
 def _draw(
     recipe: Recipe,
-    labels: tuple[str, ...],
+    card: adapter_folder.Card,
     history: History,
     results: _Results,
     run_folder: Path,
-    calibration: Calibration | None,
 ) -> None:
-    """Draw the pictures of a finished adapter. One that cannot be drawn is a warning."""
+    """Draw the pictures and the page of a finished adapter. One that fails is a warning."""
     # Validation comes first, so it is the last role if no other was judged.
     role = "test" if "test" in results.logits else list(results.logits)[-1]
     task = find_task(recipe.data.task)
     title = f"{recipe.name}: {role}"
     missing = []
-    for name in ("training.png", task.picture):
+    for name in ("training.png", task.picture, REPORT_PAGE):
         try:
             # Late, because matplotlib may be broken, and that must not cost a training.
             from lora_sentiment.evaluation.plots import plot_training
 
             with write_file_aside(recipe.folder / name, folder=run_folder) as picture:
-                if name == "training.png":
+                if name == REPORT_PAGE:
+                    page = _make_page(recipe, card, results, role)
+                    picture.write_text(page, encoding="utf-8")
+                elif name == "training.png":
                     plot_training(history, picture, title=recipe.name)
                 else:
                     task.draw(
                         results.logits[role],
                         results.encoded[role].labels,
                         picture,
-                        names=labels,
+                        names=card.labels,
                         title=title,
-                        calibration=calibration,
+                        calibration=card.calibration,
                     )
         except DRAWING_FAULTS as error:
             reason = one_line(str(error)) or type(error).__name__
@@ -732,6 +738,28 @@ def _draw(
             _leave_out_pictures(recipe.folder / "README.md", missing, run_folder)
         except OSError as error:
             log.warning("README.md still shows %s: %s", ", ".join(missing), error.strerror)
+
+
+def _make_page(recipe: Recipe, card: adapter_folder.Card, results: _Results, role: str) -> str:
+    """Return the report page of a finished adapter, which shows its pictures and holds no text."""
+    encoded = results.encoded[role]
+    judged = JudgedRows(
+        role,
+        results.logits[role],
+        encoded.labels,
+        encoded.lengths if encoded.whole_lengths is None else encoded.whole_lengths,
+        results.numbers[role],
+    )
+    pictures = {"training curve": recipe.folder / "training.png"}
+    pictures[f"{card.task.picture_text} on {role}"] = recipe.folder / card.task.picture
+    return make_report_page(
+        recipe.name,
+        card,
+        judged,
+        scores=results.scores,
+        data=results.report,
+        pictures=pictures,
+    )
 
 
 def _leave_out_pictures(model_card: Path, names: list[str], run_folder: Path) -> None:

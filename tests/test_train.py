@@ -38,6 +38,7 @@ FILES = {
     "confusion.png",
     "predictions.safetensors",
     "recipe.yaml",
+    "report.html",
     "report.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -128,7 +129,8 @@ def test_the_same_recipe_twice_gives_the_same_bytes(toy_recipe):
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], check=True)
     # The others hold seconds and the name of the folder; of the pictures see test_plots.py.
-    names = FILES - {"report.json", "README.md", "recipe.yaml", "confusion.png", "training.png"}
+    varying = {"report.json", "README.md", "recipe.yaml"}
+    names = FILES - varying - {"confusion.png", "training.png", "report.html"}
     weights = {"adapter_model.safetensors", "adapter_config.json"}
     for name in names:
         assert (first / "lora" / name).read_bytes() == (second / "lora" / name).read_bytes(), name
@@ -544,13 +546,14 @@ def test_a_picture_that_fails_is_a_warning(toy_recipe, tmp_path, monkeypatch, ca
         raise fault
 
     monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_training", fail)
-    labels = ("good", "bad")
-    _draw(recipe, labels, History(), fake_results(labels), tmp_path, None)
+    card = SimpleNamespace(labels=("good", "bad"), calibration=None)
+    _draw(recipe, card, History(), fake_results(card.labels), tmp_path)
     assert {path.name for path in recipe.folder.iterdir()} == {"README.md", "confusion.png"}
-    assert "training.png" not in model_card.read_text()
     assert model_card.read_text().count("confusion.png") == 1
     assert not list(tmp_path.glob(".*.png"))
-    assert "training.png cannot be drawn" in caplog.text
+    for name in ("training.png", "report.html"):  # of the page, the fake rows lack everything
+        assert f"{name} cannot be drawn" in caplog.text
+        assert name not in model_card.read_text()
 
 
 def test_a_run_that_is_stopped_while_it_draws_leaves_a_whole_adapter(toy_recipe, monkeypatch):

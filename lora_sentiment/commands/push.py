@@ -22,6 +22,7 @@ from lora_sentiment.adapter.merge_record import (
 )
 from lora_sentiment.adapter.peft_file import PEFT_CONFIG
 from lora_sentiment.adapter.predictions import PREDICTIONS
+from lora_sentiment.adapter.report_page import REPORT_PAGE
 from lora_sentiment.adapter.safe_files import check_files
 from lora_sentiment.adapter.weights import CHANGED_WEIGHTS, PEFT_WEIGHTS
 from lora_sentiment.data.sources import is_on_hub
@@ -33,6 +34,7 @@ ADAPTER_FILES = SHARED_FILES | {
     PEFT_CONFIG,
     CHANGED_WEIGHTS,
     PREDICTIONS,
+    REPORT_PAGE,
     "card.json",
     "report.json",
     "recipe.yaml",

@@ -342,6 +342,12 @@ class SingleLabel(Task):
     ) -> NDArray[np.bool_] | None:
         return np.asarray(logits.argmax(axis=1) == labels)
 
+    def measure_distances(self, logits: NDArray[np.floating], labels: Labels) -> Floats:
+        return np.asarray(1 - softmax(logits)[np.arange(len(labels)), labels])
+
+    def show_label(self, label: Any, names: Sequence[str]) -> str:
+        return str(names[label])
+
     @property
     def metrics(self) -> Mapping[str, Metric]:
         # Late: `evaluate` takes seconds, and answers need no metric.

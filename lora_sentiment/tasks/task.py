@@ -360,6 +360,14 @@ class Task:
         """Return whether each row is answered rightly, or None where answers are not right or wrong."""
         return None
 
+    def measure_distances(self, logits: NDArray[np.floating], labels: Labels) -> Floats:
+        """Return how far each row's scores are from its label, (num_rows,)."""
+        raise NotImplementedError
+
+    def show_label(self, label: Any, names: Sequence[str]) -> str:
+        """Return the label of a row as text."""
+        raise NotImplementedError
+
     def find_allowed_difference(self, logits: NDArray[np.floating], tolerance: float) -> float:
         """Return the largest difference of a logit between two computations of one model."""
         return tolerance
