@@ -11,6 +11,7 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 from lora_sentiment.adapter.folder import load_card
+from lora_sentiment.adapter.parent import choose_labels, resolve_parent
 from lora_sentiment.adapter.predictions import PREDICTIONS, load_predictions
 from lora_sentiment.commands.runs import leave_out_judged, train_rows
 from lora_sentiment.console import is_main
@@ -86,7 +87,8 @@ def predict_out_of_fold(recipe: Recipe, *, num_folds: int, keep_models: bool = F
         AdapterError: A folder holds a fold of another recipe or of other rows.
         LoraSentimentError: As `train`.
     """
-    data = load_data(leave_out_judged(recipe.data))
+    recipe = resolve_parent(recipe)
+    data = load_data(leave_out_judged(recipe.data), labels=choose_labels(recipe))
     # Rows of a validation file are numbered on from those of train.
     num_read = data.counts["train"].read
     parts = dict(data.seen)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lora_sentiment.adapter.parent import choose_labels, resolve_parent
 from lora_sentiment.commands.runs import leave_out_judged, read_result, train_rows
 from lora_sentiment.console import is_main
 from lora_sentiment.data.rows import load_data, sample
@@ -35,7 +36,8 @@ def learning_curve(recipe: Recipe) -> pd.DataFrame:
     Raises:
         LoraSentimentError: As `load_data` and `train`.
     """
-    data = load_data(leave_out_judged(recipe.data))
+    recipe = resolve_parent(recipe)
+    data = load_data(leave_out_judged(recipe.data), labels=choose_labels(recipe))
     task = find_task(recipe.data.task)
     parts = [data.train]
     for _ in range(3):
