@@ -288,10 +288,10 @@ def _run(
 
 
 def _load_data(recipe: Recipe, source: Source | Data | None) -> Data:
-    if isinstance(source, Data):
-        data = source
-    else:
-        data = load_data(recipe.data, labels=choose_labels(recipe), source=source)
+    labels = choose_labels(recipe)
+    data = (
+        source if isinstance(source, Data) else load_data(recipe.data, labels=labels, source=source)
+    )
     log.info(
         "training on %s rows, validating on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
     )
