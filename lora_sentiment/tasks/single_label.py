@@ -236,7 +236,7 @@ class SingleLabel(Task):
         for position in np.flatnonzero(labels == UNKNOWN).tolist():
             key = repr(values[position])
             if key not in explained:
-                explained[key] = explain_label(values[position], names)
+                explained[key] = explain_label(values[position], names, config.label_column)
             faults[position] = explained[key]
         return ReadLabels(names, labels, faults)
 
@@ -246,14 +246,13 @@ class SingleLabel(Task):
     def check_train(self, labels: Labels, names: Sequence[str], config: DataConfig) -> str | None:
         if len(np.unique(labels)) >= 2:
             return None
-        label = show(names[labels[0]])
-        return f"every row has the label {label}; a classifier needs two labels"
+        return (
+            f"rows 1 to {len(labels):,}, column {config.label_column!r}: every row has the label "
+            f"{show(names[labels[0]])}; a classifier needs two labels"
+        )
 
     def find_occurrences(self, labels: Labels) -> tuple[Integers, Integers]:
         return np.arange(len(labels)), labels
-
-    def to_values(self, labels: Labels, names: Sequence[str]) -> list[Any]:
-        return [names[label] for label in labels.tolist()]
 
     def find_strata(self, labels: Labels) -> Integers:
         return labels
@@ -386,6 +385,12 @@ class SingleLabel(Task):
         other_is_right = other[0].argmax(axis=1) == labels
         difference = paired_bootstrap(is_right, other_is_right)
         return difference, mcnemar(is_right, other_is_right)
+
+    def narrow(
+        self, run: tuple[NDArray[np.float32], Calibration | None], labels: Labels, num_labels: int
+    ) -> tuple[tuple[NDArray[np.float32], Calibration | None], Labels]:
+        is_known = labels < num_labels
+        return (run[0][is_known], run[1]), labels[is_known]
 
     def draw(
         self,

@@ -89,6 +89,9 @@ class Objective:
     def fold_into(self, layer: "torch.nn.Linear") -> None:
         """Fold what the loss scaled into the last layer of the head, in place."""
 
+    def unfold_from(self, layer: "torch.nn.Linear") -> None:
+        """Undo `fold_into`, so that a saved head can be trained further."""
+
 
 class Task:
     """All that depends on the kind of label.
@@ -186,10 +189,6 @@ class Task:
     def describe_labels(self, labels: Labels, names: Sequence[str]) -> dict[str, Any]:
         """Return the facts about the labels of a role for the data report, by key."""
         return {"labels": self.count_labels(labels, names)}
-
-    def to_values(self, labels: Labels, names: Sequence[str]) -> list[Any]:
-        """Return labels as values of a label column, from which `read` makes the same labels."""
-        return list(labels.tolist())
 
     def find_strata(self, labels: Labels) -> Integers:
         """Return the stratum of each row, (num_rows,): a sample keeps the shares of strata."""
@@ -462,6 +461,21 @@ class Task:
             and the p value of `test`.
         """
         raise NotImplementedError
+
+    def narrow(
+        self, run: tuple[NDArray[np.float32], Calibration | None], labels: Labels, num_labels: int
+    ) -> tuple[tuple[NDArray[np.float32], Calibration | None], Labels]:
+        """Leave out what a model with only the first labels could not have answered.
+
+        Args:
+            run: Logits and calibration of a model.
+            labels: Labels of the rows.
+            num_labels: Number of the first labels.
+
+        Returns:
+            The run and the labels of what is left.
+        """
+        return run, labels
 
     # Pictures and cards
 
