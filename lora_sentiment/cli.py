@@ -160,7 +160,7 @@ def train(
             "remove one of the two"
         )
     from lora_sentiment.train import train as run_train
-    from lora_sentiment.training.report import report_roles
+    from lora_sentiment.training.report import report_roles, show_progress
 
     run = run_train(loaded, allow_changes=allow_changes)
     if not run.report:
@@ -178,6 +178,10 @@ def train(
     for role in report_roles(run.report):
         typer.echo(f"{role} (95 % intervals)")
         _show_scores(run.report[role])
+        if "parent" in run.report:
+            typer.echo(
+                f"  against {loaded.model.adapter}: {show_progress(run.report['parent'][role])}"
+            )
 
 
 @app.command()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_sentiment.adapter.folder import load_card
+from lora_sentiment.adapter.parent import choose_labels, resolve_parent
 from lora_sentiment.adapter.predictions import load_predictions
 from lora_sentiment.commands.runs import is_finished, leave_out_judged, train_run
 from lora_sentiment.data.rows import Rows, load_data, make_table, make_table_config
@@ -142,7 +143,8 @@ def fold_rows(recipe: Recipe, *, num_folds: int) -> FoldedRows:
     Raises:
         DataError: As `load_data`, or if a label has too few texts.
     """
-    data = load_data(leave_out_judged(recipe.data))
+    recipe = resolve_parent(recipe)
+    data = load_data(leave_out_judged(recipe.data), labels=choose_labels(recipe))
     second = "validation" if "validation" in data.source.roles else "train"
     roles, texts, table = [], [], []
     for role, rows in (("train", data.train), (second, data.validation)):

@@ -56,7 +56,7 @@ Axis = CategoricalDistribution | FloatDistribution | IntDistribution
 Point = dict[str, Any]
 """Axis to its value: a number, or the YAML of another value."""
 Row = dict[str, Any]
-"""How a trial ended: values, folder, state and reason, and if it is finished `read_result`."""
+"""How a trial ended: values, folder, state and reason. If it finished, score and `read_result`."""
 
 MAX_TRIALS = 1000
 """Most trials. A longer grid is taken for a mistake."""
@@ -124,8 +124,12 @@ def sweep(
             f"sweep: a grid has no ranges, and at most {MAX_TRIALS:,} combinations; give shorter "
             "lists, or --sampler tpe"
         )
+    if not num_trials:
+        num_trials = len(points) if sampler == "grid" else MAX_TRIALS if budget else NUM_TRIALS
     if num_seeds > 1 and "train.seed" in space.axes:
         raise RecipeError("sweep: --seeds varies train.seed, which is an axis; leave one out")
+    if write and not write.parent.is_dir():
+        raise RecipeError(f"--write {write}: there is no folder {write.parent}; make it first")
     run = space.check(points)
     # Late: these load numpy and torch, which a mistake need not wait for.
     from lora_sentiment.tasks import find_task
@@ -133,18 +137,15 @@ def sweep(
 
     metric = run.train.metric_for_best_model
     task = find_task(run.data.task)
+    metrics = list(dict.fromkeys([metric, *task.shown]))
     sign = 1 if task.find_metric(metric).greater_is_better else -1
     folder = run.folder.parent
     with ExitStack() as locked:
         lock_folder(folder, locked)
         try:
             study = _load_study(folder, f"{run.name} {space.axes}", maximize=sign > 0)
-            if sampler == "grid":
-                study.pruner = optuna.pruners.NopPruner()
-                num_trials = num_trials or len(points)
             _enqueue(study, points if sampler == "grid" else [])
-            num_trials = num_trials or (MAX_TRIALS if budget else NUM_TRIALS)
-            rows = _search(study, space, sampler, metric, num_trials, deadline)
+            rows = _search(study, space, metric, sampler, num_trials, deadline)
             if plots:
                 _draw(study, plots, metric)
         except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
@@ -154,19 +155,21 @@ def sweep(
             ) from error
 
     def rank(row: Row) -> tuple[float, float]:
-        scores = row["validation"]
         # The metric that settles ties is a loss in every task.
-        return sign * scores[metric]["value"], -scores[task.shown[-1]]["value"]
+        return sign * row["score"], -row["validation"][task.shown[-1]]["value"]
 
-    best = max((row for row in rows if row["state"] == "finished"), key=rank, default=None)
-    metrics = list(dict.fromkeys([metric, *task.shown]))
-    done: dict[str, Any] = {"metrics": metrics, "rows": rows, "best": best}
-    done |= {"seeds": [], "command": ""}
+    best = max((row for row in rows if "score" in row), key=rank, default=None)
+    done: dict[str, Any] = {
+        "metrics": metrics,
+        "rows": rows,
+        "best": best,
+        "seeds": [],
+        "command": "",
+    }
     if best:
         chosen = space.apply(best["values"])
-        done["command"] = shlex.join(
-            ["lora-sentiment", "train", str(recipe_path), *chosen.values()]
-        )
+        verb = ["lora-sentiment", "train", str(recipe_path)]
+        done["command"] = shlex.join([*verb, *chosen.values()])
         if write:
             with write_file_aside(write) as aside:
                 aside.write_text(apply_overrides(recipe_path, chosen.values()), encoding="utf-8")
@@ -359,8 +362,8 @@ def _enqueue(study: optuna.Study, points: Sequence[Point]) -> None:
 def _search(
     study: optuna.Study,
     space: Space,
-    sampler: Sampler,
     metric: str,
+    sampler: Sampler,
     num_trials: int,
     deadline: float,
 ) -> list[Row]:
@@ -371,6 +374,8 @@ def _search(
     """
     samplers = optuna.samplers
     make_sampler = samplers.TPESampler if sampler == "tpe" else samplers.RandomSampler
+    if sampler == "grid":
+        study.pruner = optuna.pruners.NopPruner()
     rows: list[Row] = []
     for ended in study.get_trials():
         if "row" in ended.user_attrs:  # else it was killed, or waits
@@ -385,15 +390,12 @@ def _search(
         row: Row = {"values": trial.params, "folder": "", "state": "repeated", "reason": "repeated"}
         if all(other["values"] != trial.params for other in rows):
             row |= _train(space, trial, metric)
-        trial.set_user_attr("row", row)
-        rows.append(row)
-        if row["state"] == "finished":
-            study.tell(trial, row["validation"][metric]["value"])
-        else:
-            study.tell(trial, state=STATES.get(row["state"], TrialState.FAIL))
+        if row["reason"]:
             log.warning("%s", row["reason"])
-        failed = [row for row in rows if row["state"] == "failed"]
-        if len(rows) == len(failed) == MAX_FAILURES:
+        trial.set_user_attr("row", row)
+        study.tell(trial, row.get("score"), STATES.get(row["state"], TrialState.FAIL))
+        rows.append(row)
+        if len(rows) == MAX_FAILURES and all(row["state"] == "failed" for row in rows):
             raise TrainingError(f"the first {MAX_FAILURES} trials failed: {row['reason']}")
     return rows
 
@@ -418,7 +420,8 @@ def _train(space: Space, trial: optuna.Trial, metric: str) -> Row:
         if not is_finished(run):
             train_run(run, on_evaluation=report)
         result = read_result(run.folder)
-        if result["validation"][metric]["value"] is None:
+        score = result["validation"][metric]["value"]
+        if score is None:
             raise TrainingError(f"{metric} is undefined on validation")
     except optuna.TrialPruned as pruned:
         shutil.rmtree(name_run_folder(run))
@@ -428,7 +431,8 @@ def _train(space: Space, trial: optuna.Trial, metric: str) -> Row:
     except LoraSentimentError as error:
         state = "diverged" if isinstance(error, DivergedError) else "failed"
         return {"state": state, "reason": f"{state}: {one_line(str(error))}"}
-    return {"state": "finished", "reason": "", "folder": str(run.folder), **result}
+    ended = {"state": "finished", "reason": "", "folder": str(run.folder), "score": score}
+    return {**ended, **result}
 
 
 def make_columns(done: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -442,9 +446,8 @@ def make_columns(done: Mapping[str, Any]) -> dict[str, list[str]]:
         for axis, value in row["values"].items():
             cells[axis] = f"{value:.4g}" if isinstance(value, float) else str(value)
         for metric in done["metrics"]:
-            has_scores = row["state"] == "finished"
-            cells[metric] = show_interval(row["validation"][metric]) if has_scores else ""
-        cells["time"] = f"{row['seconds']:,.0f} s" if "seconds" in row else ""
+            cells[metric] = show_interval(row["validation"][metric]) if "score" in row else ""
+        cells["time"] = f"{row['seconds']:,.0f} s" if "score" in row else ""
         cells["note"] = row["reason"]
         for heading, cell in cells.items():
             columns.setdefault(heading, []).append(cell)
@@ -453,16 +456,11 @@ def make_columns(done: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def make_notes(done: Mapping[str, Any]) -> list[str]:
     """Return what a reader of the table must know."""
+    metric, *_, tie = done["metrics"]
+    scores = [row["score"] for row in done["seeds"] if "score" in row]
     notes = []
-    metric, tie = done["metrics"][0], done["metrics"][-1]
-    if done["best"]:
-        notes.append(
-            f"best: by {metric} on validation, ties by {tie}; being chosen flatters its score"
-        )
-    scores = []
-    for row in done["seeds"]:
-        if row["state"] == "finished":
-            scores.append(row["validation"][metric]["value"])
+    if scores:
+        notes = [f"best: by {metric} on validation, ties by {tie}; being chosen flatters its score"]
     if len(scores) > 1:
         mean, deviation = statistics.mean(scores), statistics.stdev(scores)
         notes.append(
@@ -480,9 +478,9 @@ def _draw(study: optuna.Study, folder: Path, metric: str) -> None:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("optimization_history", "slice", "parallel_coordinate", "param_importances"):
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with matplotlib.rc_context(), warnings.catch_warnings(action="ignore"):
                 getattr(plots, f"plot_{name}")(study, target_name=metric)
                 with write_file_aside(folder / f"{name}.png") as aside:

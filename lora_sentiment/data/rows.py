@@ -546,8 +546,8 @@ def _load_split(
     )
     names = read.names
     faults = read.faults | faults
-    for position, (kind, _) in sorted(faults.items()):
-        counts.dropped.setdefault(kind, []).append(position + 1)
+    for position, fault in sorted(faults.items()):
+        counts.dropped.setdefault(fault.kind, []).append(position + 1)
     is_good = np.ones(len(values), dtype=bool)
     is_good[list(faults)] = False
     lost = []
@@ -600,16 +600,13 @@ def _clean_texts(
         counts: Cleaned texts are counted.
         config: The recipe's `data` section.
     """
-    is_pair = config.reads_pairs
     for some_texts, some_values in columns:
         for position, text in enumerate(some_texts, start=len(values)):
-            parts = text if is_pair else (text,)
+            parts = text if config.reads_pairs else (text,)
             for column, part in zip(config.text_cells, parts, strict=True):
                 if isinstance(part, str) and config.clean:
                     part = clean_text(part, counts.cleaned)
-                fault = _explain_text(part)
-                if fault and is_pair:
-                    fault = (fault[0], f"column {column!r}: {fault[1]}")
+                fault = _explain_text(part, column if config.reads_pairs else None)
                 if fault:
                     faults.setdefault(position, fault)
                     part = ""
@@ -631,25 +628,26 @@ def _declared_names(config: DataConfig) -> tuple[str, ...] | None:
     return names
 
 
-def _explain_text(text: Any) -> Fault | None:
-    """Return the fault of a text, or None."""
+def _explain_text(text: Any, column: str | None) -> Fault | None:
+    """Return the fault of a text, or None. The column is named where there are two of texts."""
     if text is None:
-        return "text is missing", "text is missing"
+        return Fault("text is missing", "text is missing", column)
     if not isinstance(text, str):
-        return "text is no string", f"text is {type(text).__name__}, not a string"
+        return Fault("text is no string", f"text is {type(text).__name__}, not a string", column)
     if not text.strip():
-        return "text is empty", "text is empty"
+        return Fault("text is empty", "text is empty", column)
     return None
 
 
 def _bad_rows(where: str, faults: dict[int, Fault], *, may_drop: bool) -> DataError:
-    numbers: dict[str, list[int]] = {}
-    for position, (_, message) in sorted(faults.items()):
-        numbers.setdefault(message, []).append(position + 1)
+    numbers: dict[Fault, list[int]] = {}
+    for position, fault in sorted(faults.items()):
+        numbers.setdefault(fault, []).append(position + 1)
     lines = []
-    for message, rows in list(numbers.items())[:SHOWN_FAULTS]:
+    for fault, rows in list(numbers.items())[:SHOWN_FAULTS]:
         more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
-        lines.append(f"{where}: row {rows[0]}: {message}{more}")
+        column = "" if fault.column is None else f"; column {fault.column!r}"
+        lines.append(f"{where}: row {rows[0]}: {fault.message}{more}{column}")
     if len(numbers) > SHOWN_FAULTS:
         lines.append(f"... and {len(numbers) - SHOWN_FAULTS} more kinds")
     lines.append("correct them")

@@ -183,6 +183,7 @@ def _add_information(
             AdapterFacts(
                 name=name,
                 task=adapter.task.name,
+                answer_columns=list(adapter.task.answer_columns),
                 labels=list(adapter.labels),
                 method=adapter.method,
                 form=adapter.form,

@@ -228,7 +228,7 @@ class SingleLabel(Task):
         for position in np.flatnonzero(labels == UNKNOWN).tolist():
             key = repr(values[position])
             if key not in explained:
-                explained[key] = explain_label(values[position], names)
+                explained[key] = explain_label(values[position], names, config.label_column)
             faults[position] = explained[key]
         return ReadLabels(names, labels, faults)
 
@@ -238,8 +238,10 @@ class SingleLabel(Task):
     def check_train(self, labels: Labels, names: Sequence[str], config: DataConfig) -> str | None:
         if len(np.unique(labels)) >= 2:
             return None
-        label = show(names[labels[0]])
-        return f"every row has the label {label}; a classifier needs two labels"
+        return (
+            f"rows 1 to {len(labels):,}, column {config.label_column!r}: every row has the label "
+            f"{show(names[labels[0]])}; a classifier needs two labels"
+        )
 
     def find_occurrences(self, labels: Labels) -> tuple[Integers, Integers]:
         return np.arange(len(labels)), labels
@@ -354,6 +356,12 @@ class SingleLabel(Task):
         other_is_right = other[0].argmax(axis=1) == labels
         difference = paired_bootstrap(is_right, other_is_right)
         return difference, mcnemar(is_right, other_is_right)
+
+    def narrow(
+        self, run: tuple[NDArray[np.float32], Calibration | None], labels: Labels, num_labels: int
+    ) -> tuple[tuple[NDArray[np.float32], Calibration | None], Labels]:
+        is_known = labels < num_labels
+        return (run[0][is_known], run[1]), labels[is_known]
 
     def draw(
         self,

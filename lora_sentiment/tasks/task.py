@@ -78,6 +78,9 @@ class Objective:
     def fold_into(self, layer: "torch.nn.Linear") -> None:
         """Fold what the loss scaled into the last layer of the head, in place."""
 
+    def unfold_from(self, layer: "torch.nn.Linear") -> None:
+        """Undo `fold_into`, so that a saved head can be trained further."""
+
 
 class Task:
     """All that depends on the kind of label.
@@ -411,6 +414,21 @@ class Task:
             and the p value of `test`.
         """
         raise NotImplementedError
+
+    def narrow(
+        self, run: tuple[NDArray[np.float32], Calibration | None], labels: Labels, num_labels: int
+    ) -> tuple[tuple[NDArray[np.float32], Calibration | None], Labels]:
+        """Leave out what a model with only the first labels could not have answered.
+
+        Args:
+            run: Logits and calibration of a model.
+            labels: Labels of the rows.
+            num_labels: Number of the first labels.
+
+        Returns:
+            The run and the labels of what is left.
+        """
+        return run, labels
 
     # Pictures and cards
 

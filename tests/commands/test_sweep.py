@@ -231,6 +231,7 @@ def test_a_fault_is_told_before_anything_runs(toy_recipe, trainer, assignments, 
     [
         ({"sampler": "grid"}, "a grid has no ranges"),
         ({"num_seeds": 2}, "--seeds varies train.seed, which is an axis"),
+        ({"write": Path("nowhere/best.yaml")}, "there is no folder nowhere; make it first"),
     ],
 )
 def test_options_that_do_not_fit_the_axes_are_refused(toy_recipe, trainer, options, message):

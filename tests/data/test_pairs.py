@@ -105,10 +105,10 @@ def test_a_table_of_the_rows_reads_back_as_the_same_pairs(tmp_path):
 
 
 BROKEN = {
-    "an empty second text": ({"answer": "  "}, "row 3: column 'answer': text is empty"),
-    "an empty first text": ({"question": ""}, "row 3: column 'question': text is empty"),
-    "a missing second text": ({"answer": None}, "row 3: column 'answer': text is missing"),
-    "a number": ({"answer": 3}, "row 3: column 'answer': text is int, not a string"),
+    "an empty second text": ({"answer": "  "}, "row 3: text is empty; column 'answer'"),
+    "an empty first text": ({"question": ""}, "row 3: text is empty; column 'question'"),
+    "a missing second text": ({"answer": None}, "row 3: text is missing; column 'answer'"),
+    "a number": ({"answer": 3}, "row 3: text is int, not a string; column 'answer'"),
 }
 
 

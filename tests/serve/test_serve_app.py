@@ -398,7 +398,8 @@ def test_what_is_loaded_is_told():
     assert found["base"] == {"name": "fake", "sha256": "1" * 64}
     assert [row["name"] for row in found["adapters"]] == ["a", "b"]
     assert found["adapters"][0] == {
-        "name": "a", "task": "single_label", "labels": ["x", "y", "z"], "method": "lora", "form": "low-rank",
+        "name": "a", "task": "single_label", "answer_columns": ["label", "score"], "labels": ["x", "y", "z"],
+        "method": "lora", "form": "low-rank",
         "num_parameters": 10, "max_length": 16, "truncation": "head", "reads_pairs": False, "has_label_sets": False,
         "sha256": "0" * 64,
     }  # fmt: skip

@@ -298,10 +298,10 @@ async function openFile(file) {
 /** Forget the answers: the file, the column or the adapter is another. */
 function startAnew() {
   let prefix = "";
-  const { task } = adapters.get($("table-adapter").value) ?? {};
+  const { answer_columns: answers = ["label", "score"] } = adapters.get($("table-adapter").value) ?? {};
   $("pair-field").hidden = !readsPairs($("table-adapter").value);
-  const own = { multi_label: ["labels"], regression: ["value"] }[task] ?? ["label", "score"];
-  if (takeCoverage("table-coverage", $("table-adapter").value).coverage) own.push("label_set", "is_certain");
+  const sets = takeCoverage("table-coverage", $("table-adapter").value).coverage ? ["label_set", "is_certain"] : [];
+  const own = [...answers, ...sets];
   while (own.some((title) => table.header.includes(prefix + title))) prefix += "predicted_";
   const titles = own.map((title) => prefix + title);
   Object.assign(table, { own, titles, answers: [], refused: [], next: 0, cut: 0, sums: new Map() });
