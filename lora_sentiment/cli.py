@@ -547,9 +547,30 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json 
 
 
 @app.command()
-def data(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+def data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    suspects: Annotated[
+        Path | None,
+        typer.Option(help="Train on folds, and write the rows with likely wrong labels as csv."),
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Number of folds of --suspects; by default 5.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Read a recipe's rows; show balance, lengths, duplicates, bad rows and leaks."""
     loaded = Recipe.load(recipe, overrides or ())
+    if suspects:
+        from lora_sentiment.commands.suspects import find_suspects
+
+        counts = find_suspects(loaded, suspects, num_folds=folds or 5)
+        if is_main():
+            shown = ", ".join(f"{reason}: {count:,}" for reason, count in counts.items())
+            typer.echo(json.dumps(counts) if as_json else f"{suspects}: {shown or 'no suspect'}")
+        return
+    if folds:
+        raise RecipeError("data: --folds is for --suspects; name its file, or leave it out")
     from lora_sentiment.commands.data import describe_data
     from lora_sentiment.data.report import report_lines
 
@@ -714,18 +735,25 @@ def cross_validate(
 ) -> None:
     """Train once for each fold without its rows, predict them, and score all rows that are not judged.
 
-    Under a launcher: accelerate launch -m lora_sentiment cross-validate RECIPE.
+    Under a launcher: accelerate launch -m lora_sentiment.cli cross-validate RECIPE.
     """
     loaded = Recipe.load(recipe, overrides or ())
-    from lora_sentiment.commands import cross_validate as validation
+    from lora_sentiment.commands.cross_validate import cross_validate as run_folds
 
-    done = validation.cross_validate(loaded, num_folds=folds, keep_models=keep_models)
-    if done is None:
-        return
-    if as_json:
-        typer.echo(json.dumps(done.as_dict()))
-        return
-    show_table(validation.make_columns(done), validation.make_notes(done), left=validation.LEFT)
+    _show_figures(run_folds(loaded, num_folds=folds, keep_models=keep_models), as_json=as_json)
+
+
+@app.command()
+def learning_curve(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Train on 1/8, 1/4, 1/2 and all rows, and score each run on the same validation rows."""
+    loaded = Recipe.load(recipe, overrides or ())
+    from lora_sentiment.commands.learning_curve import learning_curve as run_curve
+
+    _show_figures(run_curve(loaded), as_json=as_json)
 
 
 @app.command()
@@ -765,6 +793,12 @@ def show_compared(compared: Mapping[str, Any]) -> None:
                 if key.startswith("accuracy"):
                     cells.append(f"{key.replace('_', ' ')} {value:.4f}")
             typer.echo(f"{form:<11} {facts['rows']:,} {part} rows: {', '.join(cells)}")
+
+
+def _show_figures(figures: Any, *, as_json: bool) -> None:
+    """Print a DataFrame of figures, or JSON: heading of the row to heading of the column to figure."""
+    if is_main():
+        typer.echo(figures.to_json(orient="index") if as_json else figures.round(4).to_string())
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:

@@ -156,7 +156,7 @@ class _Results:
 def train(
     recipe: Recipe,
     *,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | Data | None = None,
     allow_changes: bool = False,
     on_evaluation: Callable[[Sequence[EvalPoint]], None] | None = None,
     end_launch: bool = True,
@@ -169,7 +169,7 @@ def train(
         recipe: The recipe. Its `train.resume` says whether a stopped run is resumed.
         data: Role to its table: a pandas DataFrame, a `datasets.Dataset` or a list of dicts. The
             roles are those of `data.source`, which is not read then. Each process of a launch
-            gives the same tables.
+            gives the same tables. Or the rows themselves, as `load_data` reads them.
         allow_changes: Resume although recipe, data, versions or machine differ from those of the
             checkpoint.
         on_evaluation: Called on every process after each evaluation, with all of the run. What it
@@ -181,9 +181,9 @@ def train(
         LoraSentimentError: For a mistake in recipe, launch, data, base or run.
         StoppedError: If SIGTERM or SIGINT stopped the training, after a checkpoint was saved.
     """
-    source = None
+    source: Source | Data | None = None
     if data is not None:
-        source = make_source(data, for_training=True)
+        source = data if isinstance(data, Data) else make_source(data, for_training=True)
         recipe = recipe.model_copy(update={"data": mark_as_given(recipe.data)})
     state = join_launch()
     with explain_lost_process(state):
@@ -214,7 +214,7 @@ def _run(
     accelerator: Accelerator,
     run_folder: Path,
     offline: str | None,
-    source: Source | None,
+    source: Source | Data | None,
     **fitting: Any,
 ) -> Run:
     """Load, train, save, evaluate and publish."""
@@ -291,8 +291,11 @@ def _run(
 # Load
 
 
-def _load_data(recipe: Recipe, source: Source | None) -> Data:
-    data = load_data(recipe.data, labels=choose_labels(recipe), source=source)
+def _load_data(recipe: Recipe, source: Source | Data | None) -> Data:
+    labels = choose_labels(recipe)
+    data = (
+        source if isinstance(source, Data) else load_data(recipe.data, labels=labels, source=source)
+    )
     log.info(
         "training on %s rows, validating on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
     )

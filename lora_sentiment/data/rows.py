@@ -20,7 +20,6 @@ from lora_sentiment.data.sources import (
     check_files,
     find_source,
     is_on_hub,
-    mark_as_given,
     read_columns,
 )
 from lora_sentiment.data.texts import (
@@ -28,7 +27,6 @@ from lora_sentiment.data.texts import (
     Texts,
     encode_text,
     hash_texts,
-    split_text,
     store_texts,
 )
 from lora_sentiment.errors import DataError, show
@@ -350,37 +348,6 @@ def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[Text]:
             if number in wanted:
                 raw[number] = text
     return [raw[number] for number in rows.numbers.tolist()]
-
-
-def make_table(
-    config: DataConfig, rows: Rows, *, role: str, names: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Return rows as a table for `train(recipe, data={role: table})`, with uncleaned texts.
-
-    Args:
-        config: The recipe's `data` section.
-        rows: Rows of one role.
-        role: The role in the source. That of rows carved out of train is train.
-        names: Label names in order.
-    """
-    if config.label_columns:
-        cells = rows.labels.tolist()
-    else:
-        cells = [[value] for value in find_task(config.task).to_values(rows.labels, names)]
-    columns = (*config.text_cells, *config.label_cells)
-    texts = load_raw_texts(config, rows, role=role)
-    table = []
-    for text, row_cells in zip(texts, cells, strict=True):
-        table.append(dict(zip(columns, (*split_text(text), *row_cells), strict=True)))
-    return table
-
-
-def make_table_config(config: DataConfig, names: Sequence[str]) -> DataConfig:
-    """Return a `data` section that reads all rows of tables of `make_table`, with equal labels."""
-    update: dict[str, Any] = {"max_train_rows": None, "max_test_rows": None, "test_fraction": 0.0}
-    if config.task != "regression" and config.label_columns is None:
-        update["labels"] = tuple(names)
-    return mark_as_given(config.model_copy(update=update))
 
 
 def carve(

@@ -202,9 +202,6 @@ class MultiLabel(Task):
             },
         }
 
-    def to_values(self, labels: Labels, names: Sequence[str]) -> list[Any]:
-        return [[names[i] for i in np.flatnonzero(row).tolist()] for row in labels]
-
     def find_strata(self, labels: Labels) -> Integers:
         _, sets = np.unique(labels, axis=0, return_inverse=True)
         return np.asarray(sets.reshape(-1), dtype=np.int64)

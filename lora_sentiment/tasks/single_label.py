@@ -246,9 +246,6 @@ class SingleLabel(Task):
     def find_occurrences(self, labels: Labels) -> tuple[Integers, Integers]:
         return np.arange(len(labels)), labels
 
-    def to_values(self, labels: Labels, names: Sequence[str]) -> list[Any]:
-        return [names[label] for label in labels.tolist()]
-
     def find_strata(self, labels: Labels) -> Integers:
         return labels
 

@@ -179,10 +179,6 @@ class Task:
         """Return the facts about the labels of a role for the data report, by key."""
         return {"labels": self.count_labels(labels, names)}
 
-    def to_values(self, labels: Labels, names: Sequence[str]) -> list[Any]:
-        """Return labels as values of a label column, from which `read` makes the same labels."""
-        return list(labels.tolist())
-
     def find_strata(self, labels: Labels) -> Integers:
         """Return the stratum of each row, (num_rows,): a sample keeps the shares of strata."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lora_sentiment.data.batches import TextEncoder, pad, split_types
-from lora_sentiment.data.rows import load_data, make_table
+from lora_sentiment.data.rows import load_data
 from lora_sentiment.data.sources import make_source, mark_as_given
 from lora_sentiment.errors import DataError, ModelError
 from lora_sentiment.recipe.data import DataConfig
@@ -95,13 +95,6 @@ def test_both_texts_count_for_duplicates_leaks_and_fingerprints(tmp_path):
     other = load_data(write_rows(tmp_path / "e.jsonl", moved))
     swapped = load_data(write_rows(tmp_path / "f.jsonl"))
     assert other.train.fingerprint != swapped.train.fingerprint
-
-
-def test_a_table_of_the_rows_reads_back_as_the_same_pairs(tmp_path):
-    config = write_rows(tmp_path / "d.jsonl")
-    data = load_data(config)
-    table = make_table(config, data.train, role="train", names=data.labels)
-    assert [(row["question"], row["answer"]) for row in table] == list(data.train.texts)
 
 
 BROKEN = {
