@@ -182,7 +182,7 @@ def ask_peft(
     """Answer rows in batches, each row by the adapter of its name."""
     found: dict[int, np.ndarray] = {}
     for index in batches:
-        input_ids, mask = pad(encoded, index)
+        input_ids, mask, _ = pad(encoded, index)
         with torch.inference_mode():
             logits = stock(
                 input_ids=torch.from_numpy(input_ids),

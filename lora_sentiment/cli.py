@@ -160,7 +160,7 @@ def train(
             "remove one of the two"
         )
     from lora_sentiment.train import train as run_train
-    from lora_sentiment.training.report import report_roles
+    from lora_sentiment.training.report import report_roles, show_progress
 
     run = run_train(loaded, allow_changes=allow_changes)
     if not run.report:
@@ -178,6 +178,10 @@ def train(
     for role in report_roles(run.report):
         typer.echo(f"{role} (95 % intervals)")
         _show_scores(run.report[role])
+        if "parent" in run.report:
+            typer.echo(
+                f"  against {loaded.model.adapter}: {show_progress(run.report['parent'][role])}"
+            )
 
 
 @app.command()
@@ -213,12 +217,11 @@ def evaluate(
     with_texts: Annotated[
         bool, typer.Option("--with-texts", help="Show the texts of errors; with --html.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --html.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score an adapter, rebuilt from its folder alone. The base is checked by its hash."""
-    if html is None and (with_texts or overwrite):
-        raise RecipeError("evaluate: --with-texts and --overwrite are of --html; name a page")
+    if html is None and with_texts:
+        raise RecipeError("evaluate: --with-texts shows texts on a page; name it with --html")
     from lora_sentiment.commands.evaluate import evaluate as run_evaluate
 
     evaluation = run_evaluate(
@@ -234,7 +237,6 @@ def evaluate(
         dtype=dtype,
         html=html,
         with_texts=with_texts,
-        overwrite=overwrite,
     )
     if not is_main():
         return
@@ -410,14 +412,18 @@ def predict(
         show_answer,
         show_summary,
     )
+    from lora_sentiment.tasks.label_sets import describe_short_labels
 
     names = [name.strip() for name in labels.split(",")] if labels else None
     classifier = load(model, labels=names, base=base, max_length=max_length, dtype=dtype)
     if is_main():
         for sentence in classifier.unverified:
             typer.echo(f"unverified: {sentence}", err=True)
-        if coverage is not None:
-            _show_short_labels(classifier, coverage)
+    if coverage is not None:
+        classifier.predict([], stride=stride, coverage=coverage)
+        short = describe_short_labels(classifier.calibration, coverage, classifier.labels)
+        if short and is_main():
+            typer.echo(f"note: {short}", err=True)
     if input and output:
         summary = predict_file(
             classifier,
@@ -541,9 +547,30 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json 
 
 
 @app.command()
-def data(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+def data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    suspects: Annotated[
+        Path | None,
+        typer.Option(help="Train on folds, and write the rows with likely wrong labels as csv."),
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Number of folds of --suspects; by default 5.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Read a recipe's rows; show balance, lengths, duplicates, bad rows and leaks."""
     loaded = Recipe.load(recipe, overrides or ())
+    if suspects:
+        from lora_sentiment.commands.suspects import find_suspects
+
+        counts = find_suspects(loaded, suspects, num_folds=folds or 5)
+        if is_main():
+            shown = ", ".join(f"{reason}: {count:,}" for reason, count in counts.items())
+            typer.echo(json.dumps(counts) if as_json else f"{suspects}: {shown or 'no suspect'}")
+        return
+    if folds:
+        raise RecipeError("data: --folds is for --suspects; name its file, or leave it out")
     from lora_sentiment.commands.data import describe_data
     from lora_sentiment.data.report import report_lines
 
@@ -708,18 +735,25 @@ def cross_validate(
 ) -> None:
     """Train once for each fold without its rows, predict them, and score all rows that are not judged.
 
-    Under a launcher: accelerate launch -m lora_sentiment cross-validate RECIPE.
+    Under a launcher: accelerate launch -m lora_sentiment.cli cross-validate RECIPE.
     """
     loaded = Recipe.load(recipe, overrides or ())
-    from lora_sentiment.commands import cross_validate as validation
+    from lora_sentiment.commands.cross_validate import cross_validate as run_folds
 
-    done = validation.cross_validate(loaded, num_folds=folds, keep_models=keep_models)
-    if done is None:
-        return
-    if as_json:
-        typer.echo(json.dumps(done.as_dict()))
-        return
-    show_table(validation.make_columns(done), validation.make_notes(done), left=validation.LEFT)
+    _show_figures(run_folds(loaded, num_folds=folds, keep_models=keep_models), as_json=as_json)
+
+
+@app.command()
+def learning_curve(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Train on 1/8, 1/4, 1/2 and all rows, and score each run on the same validation rows."""
+    loaded = Recipe.load(recipe, overrides or ())
+    from lora_sentiment.commands.learning_curve import learning_curve as run_curve
+
+    _show_figures(run_curve(loaded), as_json=as_json)
 
 
 @app.command()
@@ -759,6 +793,12 @@ def show_compared(compared: Mapping[str, Any]) -> None:
                 if key.startswith("accuracy"):
                     cells.append(f"{key.replace('_', ' ')} {value:.4f}")
             typer.echo(f"{form:<11} {facts['rows']:,} {part} rows: {', '.join(cells)}")
+
+
+def _show_figures(figures: Any, *, as_json: bool) -> None:
+    """Print a DataFrame of figures, or JSON: heading of the row to heading of the column to figure."""
+    if is_main():
+        typer.echo(figures.to_json(orient="index") if as_json else figures.round(4).to_string())
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:
@@ -822,14 +862,6 @@ def _explain(
     if num_faults:
         num_texts = len(explanations) + num_faults
         raise DataError(f"{num_faults} of {num_texts} texts could not be explained")
-
-
-def _show_short_labels(classifier: "Classifier", coverage: float) -> None:
-    """Say which labels stand in every set for want of calibration rows."""
-    classifier.find_set_thresholds(coverage)
-    short = classifier.task.describe_sets(classifier.calibration or {}, coverage, classifier.labels)
-    if short:
-        typer.echo(f"note: {short}", err=True)
 
 
 def _refuse_ignored_options(context: typer.Context) -> None:

@@ -19,8 +19,18 @@ from torch import nn
 
 from lora_sentiment.adapter import folder as adapter_folder
 from lora_sentiment.adapter.card import make_model_card
+from lora_sentiment.adapter.parent import (
+    Parent,
+    choose_labels,
+    compare_with_parent,
+    get_parent_tensors,
+    load_parent,
+    resolve_parent,
+    start_adapters,
+    start_base,
+)
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
-from lora_sentiment.adapter.report_page import REPORT_PAGE, JudgedRows, make_report_page
+from lora_sentiment.adapter.report_page import REPORT_PAGE, make_report_page
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.report import (
@@ -46,7 +56,7 @@ from lora_sentiment.fast import use_fast_encoder, why_not_fused
 from lora_sentiment.files import publish, write_file_aside, write_json
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.families import resolve_targets
-from lora_sentiment.models.inference import predict_logits
+from lora_sentiment.models.inference import make_fast, predict_logits
 from lora_sentiment.models.load import Base, check_base, hash_tensors, hash_tokenizer, load_base
 from lora_sentiment.models.memory import Plan
 from lora_sentiment.models.parameters import ParameterCounts
@@ -64,7 +74,8 @@ from lora_sentiment.models.wrap import (
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks import find_task
-from lora_sentiment.tasks.task import Calibration
+from lora_sentiment.tasks.label_sets import LABEL_SCORES, describe_short_labels, fit_label_scores
+from lora_sentiment.tasks.task import Calibration, Objective, get_temperature
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import EvalPoint, History
 from lora_sentiment.training.loop import fit, why_not_graphs
@@ -78,7 +89,12 @@ from lora_sentiment.training.processes import (
     make_accelerator,
     refuse_differences,
 )
-from lora_sentiment.training.report import make_report, peak_memory, reset_peak_memory
+from lora_sentiment.training.report import (
+    make_report,
+    peak_memory,
+    reset_peak_memory,
+    show_progress,
+)
 from lora_sentiment.training.run_folder import (
     explain_full_disk,
     lock_run_folder,
@@ -120,6 +136,7 @@ class _Setup:
     max_tokens: int
     quantisation: Quantisation | None
     loading_peak: int
+    parent: adapter_folder.Card | None
 
 
 @dataclass
@@ -133,12 +150,13 @@ class _Results:
     numbers: dict[str, NDArray[np.int64]]
     scores: dict[str, Mapping[str, Interval]] = field(default_factory=dict)
     faults: dict[str, DataError] = field(default_factory=dict)
+    parent: dict[str, Any] | None = None
 
 
 def train(
     recipe: Recipe,
     *,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | Data | None = None,
     allow_changes: bool = False,
     on_evaluation: Callable[[Sequence[EvalPoint]], None] | None = None,
     end_launch: bool = True,
@@ -151,7 +169,7 @@ def train(
         recipe: The recipe. Its `train.resume` says whether a stopped run is resumed.
         data: Role to its table: a pandas DataFrame, a `datasets.Dataset` or a list of dicts. The
             roles are those of `data.source`, which is not read then. Each process of a launch
-            gives the same tables.
+            gives the same tables. Or the rows themselves, as `load_data` reads them.
         allow_changes: Resume although recipe, data, versions or machine differ from those of the
             checkpoint.
         on_evaluation: Called on every process after each evaluation, with all of the run. What it
@@ -163,9 +181,9 @@ def train(
         LoraSentimentError: For a mistake in recipe, launch, data, base or run.
         StoppedError: If SIGTERM or SIGINT stopped the training, after a checkpoint was saved.
     """
-    source = None
+    source: Source | Data | None = None
     if data is not None:
-        source = make_source(data, for_training=True)
+        source = data if isinstance(data, Data) else make_source(data, for_training=True)
         recipe = recipe.model_copy(update={"data": mark_as_given(recipe.data)})
     state = join_launch()
     with explain_lost_process(state):
@@ -196,16 +214,20 @@ def _run(
     accelerator: Accelerator,
     run_folder: Path,
     offline: str | None,
-    source: Source | None,
+    source: Source | Data | None,
     **fitting: Any,
 ) -> Run:
     """Load, train, save, evaluate and publish."""
     dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
+    recipe = resolve_parent(recipe)
     method = resolve_targets(recipe.method, check_base(recipe.model))
     recipe = recipe.model_copy(update={"method": method})
     refuse_unfit(recipe.method, recipe.model, dtype=dtype, device=accelerator.device)
+    parent = None
+    if recipe.model.adapter is not None:
+        parent = load_parent(recipe, device=accelerator.device)
     data = _load_data(recipe, source)
-    setup = _load_model(recipe, data, dtype, accelerator)
+    setup = _load_model(recipe, data, dtype, accelerator, parent)
     encoded = {role: _encode(rows, setup, recipe, accelerator) for role, rows in data.seen.items()}
     data_report = describe_seen(data, encoded, max_length=recipe.model.max_length)
     _log_lines(report_lines(data_report))
@@ -219,10 +241,13 @@ def _run(
         log.info("%s", fitted)
     if "calibration" in encoded:
         unchosen = _predict(setup, encoded["calibration"], "calibration", accelerator)
-        calibration, fitted = task.calibrate_sets(
-            calibration, unchosen, encoded["calibration"].labels, data.labels
+        scores = task.compute_scores(unchosen, temperature=get_temperature(calibration) or 1.0)
+        label_scores = fit_label_scores(scores, encoded["calibration"].labels)
+        calibration = {**(calibration or {}), LABEL_SCORES: label_scores}
+        short = describe_short_labels(calibration, 0.95, data.labels)
+        log.info(
+            "label sets: calibrated on rows that chose nothing; %s", short or "enough for 95 %"
         )
-        log.info("%s", fitted)
 
     # The adapter is saved before the judged rows are read: a bad row there must not cost the run.
     folder, card = run_folder, None
@@ -245,6 +270,8 @@ def _run(
         best_known = task.shown[0]
         shown = show_interval(results.scores[role][best_known].as_dict())
         log.info("%s: %s %s", role, show_metric(best_known), shown)
+    if setup.parent:
+        results.parent = _compare_with_parent(recipe, setup, results, calibration, accelerator)
 
     report: dict[str, Any] = {}
     if card is not None:
@@ -264,8 +291,11 @@ def _run(
 # Load
 
 
-def _load_data(recipe: Recipe, source: Source | None) -> Data:
-    data = load_data(recipe.data, source=source)
+def _load_data(recipe: Recipe, source: Source | Data | None) -> Data:
+    labels = choose_labels(recipe)
+    data = (
+        source if isinstance(source, Data) else load_data(recipe.data, labels=labels, source=source)
+    )
     log.info(
         "training on %s rows, validating on %s", f"{len(data.train):,}", f"{len(data.validation):,}"
     )
@@ -280,7 +310,13 @@ def _load_data(recipe: Recipe, source: Source | None) -> Data:
     return data
 
 
-def _load_model(recipe: Recipe, data: Data, dtype: torch.dtype, accelerator: Accelerator) -> _Setup:
+def _load_model(
+    recipe: Recipe,
+    data: Data,
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+    parent: Parent | None,
+) -> _Setup:
     """Load the base and make it trainable on this process's device."""
     device = accelerator.device
     set_seed(recipe.train.seed)
@@ -296,10 +332,20 @@ def _load_model(recipe: Recipe, data: Data, dtype: torch.dtype, accelerator: Acc
         # The peak held an unquantised base for the measurement, which is not the run's.
         reset_peak_memory(device)
     num_steps = count_steps(len(data.train), recipe.train)
+    tensors = {}
+    if parent:
+        tensors = get_parent_tensors(parent)
+        base = start_base(base, parent.card, tensors)
     model = make_trainable(base, recipe.method, recipe.model, dtype=dtype, num_steps=num_steps)
     model = model.to(device)
+    if parent:
+        start_adapters(model, tensors)
+        objective = _make_objective(recipe, data, accelerator)
+        objective.unfold_from(_last_layer(model))
     parameters = count_parameters(model)
     head = "new head" if base.new_head else "its own head"
+    if parent:
+        head = f"head and tensors of {parent.folder}, {parent.card.sha256[:12]}"
     log.info("base %s (%s): %s", base.name, head, parameters)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
@@ -316,7 +362,16 @@ def _load_model(recipe: Recipe, data: Data, dtype: torch.dtype, accelerator: Acc
         f"{max_tokens:,}",
     )
     return _Setup(
-        data, base, model, parameters, dtype, engine, max_tokens, quantisation, loading_peak
+        data,
+        base,
+        model,
+        parameters,
+        dtype,
+        engine,
+        max_tokens,
+        quantisation,
+        loading_peak,
+        parent.card if parent else None,
     )
 
 
@@ -458,16 +513,20 @@ def _fit(
             "this"
         )
     make_head_dense(setup.model)
-    objective = find_task(recipe.data.task).make_objective(
-        recipe.train,
-        labels=encoded["train"].labels,
-        names=setup.data.labels,
-        device=accelerator.device,
-    )
-    *_, last = head_layers(setup.model).values()
-    objective.fold_into(cast(nn.Linear, last))
+    _make_objective(recipe, setup.data, accelerator).fold_into(_last_layer(setup.model))
     setup.max_tokens = history.max_tokens  # lower where memory ran out
     return history
+
+
+def _make_objective(recipe: Recipe, data: Data, accelerator: Accelerator) -> Objective:
+    return find_task(recipe.data.task).make_objective(
+        recipe.train, labels=data.train.labels, names=data.labels, device=accelerator.device
+    )
+
+
+def _last_layer(model: nn.Module) -> nn.Linear:
+    *_, last = head_layers(model).values()
+    return cast(nn.Linear, last)
 
 
 def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str, Any]:
@@ -482,6 +541,8 @@ def _settings(recipe: Recipe, setup: _Setup, *, frozen_sha256: str) -> dict[str,
         "frozen_sha256": frozen_sha256,
         "tokenizer_sha256": hash_tokenizer(setup.base.tokenizer),
     }
+    if setup.parent:
+        facts["parent_sha256"] = setup.parent.sha256
     max_tokens: int | None = setup.max_tokens
     device = next(setup.model.parameters()).device
     if device.type == "cuda" and recipe.train.max_tokens_per_micro_batch is None:
@@ -525,6 +586,7 @@ def _save_adapter(
         ),
         machine=describe_machine(setup.dtype, max_tokens=setup.max_tokens),
         offline=offline,
+        parent_sha256=setup.parent.sha256 if setup.parent else None,
         calibration=calibration,
         trained=trained,
         # The reloaded model is fp32. bf16 keeps eight bits of a value.
@@ -573,6 +635,37 @@ def _predict(
     return predict_logits(setup.model, rows, accelerator=accelerator, progress=progress)
 
 
+def _compare_with_parent(
+    recipe: Recipe,
+    setup: _Setup,
+    results: _Results,
+    calibration: Calibration | None,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Let the parent answer the rows of validation and of the judged roles, and compare."""
+    task, device = find_task(recipe.data.task), accelerator.device
+    parent = load_parent(recipe, device=device)
+    model = make_fast(parent.model, dtype=setup.dtype, device=device)
+    old_names = tuple(parent.card.labels)
+    compared: dict[str, Any] = {
+        "sha256": parent.card.sha256,
+        "new_labels": list(setup.data.labels[len(old_names) :]),
+    }
+    for role, logits in results.logits.items():
+        encoded = results.encoded[role]
+        before = predict_logits(model, encoded, accelerator=accelerator)
+        compared[role] = compare_with_parent(
+            task,
+            (before, parent.card.calibration),
+            (logits, calibration),
+            encoded.labels,
+            old_names=old_names,
+            names=setup.data.labels,
+        )
+        log.info("%s: %s", role, show_progress(compared[role]))
+    return compared
+
+
 def _save_report(
     recipe: Recipe,
     setup: _Setup,
@@ -594,6 +687,7 @@ def _save_report(
         quantisation=setup.quantisation,
         offline=offline,
         peak_memory_bytes=max(setup.loading_peak, peak_memory(device)),
+        parent=results.parent,
     )
     if setup.quantisation:
         log.info("quantisation: %s", report["quantisation"]["verdict"])
@@ -621,15 +715,26 @@ def _draw(
     role = "test" if "test" in results.logits else list(results.logits)[-1]
     task = find_task(recipe.data.task)
     title = f"{recipe.name}: {role}"
+    pictures = ("training.png", task.picture)
     missing = []
-    for name in ("training.png", task.picture, REPORT_PAGE):
+    for name in (*pictures, REPORT_PAGE):
         try:
             # Late, because matplotlib may be broken, and that must not cost a training.
             from lora_sentiment.evaluation.plots import plot_training
 
             with write_file_aside(recipe.folder / name, folder=run_folder) as picture:
                 if name == REPORT_PAGE:
-                    page = _make_page(recipe, card, results, role)
+                    page = make_report_page(
+                        recipe.name,
+                        card,
+                        role,
+                        results.logits[role],
+                        results.encoded[role],
+                        results.numbers[role],
+                        scores=results.scores,
+                        pictures={name: recipe.folder / name for name in pictures},
+                        data=report_lines(results.report),
+                    )
                     picture.write_text(page, encoding="utf-8")
                 elif name == "training.png":
                     plot_training(history, picture, title=recipe.name)
@@ -651,28 +756,6 @@ def _draw(
             _leave_out_pictures(recipe.folder / "README.md", missing, run_folder)
         except OSError as error:
             log.warning("README.md still shows %s: %s", ", ".join(missing), error.strerror)
-
-
-def _make_page(recipe: Recipe, card: adapter_folder.Card, results: _Results, role: str) -> str:
-    """Return the report page of a finished adapter, which shows its pictures and holds no text."""
-    encoded = results.encoded[role]
-    judged = JudgedRows(
-        role,
-        results.logits[role],
-        encoded.labels,
-        encoded.lengths if encoded.whole_lengths is None else encoded.whole_lengths,
-        results.numbers[role],
-    )
-    pictures = {"training curve": recipe.folder / "training.png"}
-    pictures[f"{card.task.picture_text} on {role}"] = recipe.folder / card.task.picture
-    return make_report_page(
-        recipe.name,
-        card,
-        judged,
-        scores=results.scores,
-        data=results.report,
-        pictures=pictures,
-    )
 
 
 def _leave_out_pictures(model_card: Path, names: list[str], run_folder: Path) -> None:

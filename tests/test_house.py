@@ -25,7 +25,8 @@ def test_every_library_that_is_imported_is_declared():
     ]
     extras = project["optional-dependencies"]
     # The CUDA build of torch brings Triton; without it nothing needs Triton.
-    declared = [*project["dependencies"], *extras["onnx"], *extras["serve"], "triton"]
+    used = [*extras["onnx"], *extras["search"], *extras["serve"]]
+    declared = [*project["dependencies"], *used, "triton"]
     names = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in declared}
     found = set()
     for path in MODULES:

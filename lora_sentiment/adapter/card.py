@@ -23,7 +23,7 @@ from lora_sentiment.models.parameters import show_parameters
 from lora_sentiment.recipe.data import FROM_PYTHON
 from lora_sentiment.recipe.yaml_reader import parse_yaml
 from lora_sentiment.tasks import Task
-from lora_sentiment.training.report import report_roles
+from lora_sentiment.training.report import report_roles, show_progress
 
 SHOWN_LABELS = 20
 """Labels that a card names; `card.json` or `config.json` names all."""
@@ -70,6 +70,7 @@ def make_model_card(name: str, card: Card, report: Mapping[str, Any], *, is_peft
         usage=_show_usage(name, card, is_peft=is_peft) + _describe_pairs(name, card),
         parameters=show_parameters(report["parameters"]),
         quantisation=quantisation,
+        parent=_describe_parent(card, report),
         steps=f"{train['steps']:,}",
         best_step=f"{train['best_step']:,}",
         tokens=f"{train['tokens']:,}",
@@ -474,6 +475,17 @@ def _describe_repeating(card: Card) -> str:
         f"rows (SHA-256 of train `{card.data.train_sha256}`, of validation "
         f"`{card.data.validation_sha256}`)"
     )
+
+
+def _describe_parent(card: Card, report: Mapping[str, Any]) -> str:
+    """Return what the training went on from and what it changed, as a line of a list."""
+    if card.parent_sha256 is None:
+        return ""
+    text = f"- went on from the adapter with SHA-256 `{card.parent_sha256}`"
+    for role, compared in report.get("parent", {}).items():
+        if isinstance(compared, Mapping):
+            text += f"; {role}: {show_progress(compared)}"
+    return f"{text}\n"
 
 
 def _describe_calibration(card: Card) -> str:

@@ -108,6 +108,8 @@ class Card(Section):
     """File name to SHA-256, of every file that decides an answer."""
     data: DataRecord
     """The rows of training."""
+    parent_sha256: str | None = None
+    """Hash of the adapter that the training went on from, as its `Card.sha256`, or null."""
     offline: str | dict[str, str] | None = None
     """Bundled parts that were used because no Hub answered. Older versions wrote a mapping."""
     calibration: Calibration | None
@@ -193,6 +195,7 @@ def save(
     tolerance: float,
     calibration: Calibration | None = None,
     offline: str | None = None,
+    parent_sha256: str | None = None,
 ) -> Card:
     """Write weights, tokenizer and card, and verify them.
 
@@ -213,6 +216,7 @@ def save(
             units of max(1, largest logit). It allows for rounding of the compute dtype.
         calibration: What was fitted on validation, or None.
         offline: The sentence of `resolve_offline`, or None.
+        parent_sha256: Hash of the adapter that the training went on from, or None.
 
     Returns:
         The card that was written.
@@ -277,6 +281,7 @@ def save(
         tokenizer_sha256=hash_tokenizer(base.tokenizer),
         files={path.name: hash_file(path) for path in decisive},
         data=data,
+        parent_sha256=parent_sha256,
         offline=offline,
         calibration=calibration,
         versions={name: version(name) for name in PACKAGES},

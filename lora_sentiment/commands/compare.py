@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_sentiment.adapter.file_size import adapter_bytes
+from lora_sentiment.adapter.parent import resolve_parent
 from lora_sentiment.adapter.predictions import load_predictions
 from lora_sentiment.adapter.safe_files import read_object
 from lora_sentiment.commands.estimate import BASELINE_BYTES, cut_rows, plan_recipe, resolve_recipe
@@ -152,7 +153,7 @@ def _find_run(path: Path) -> tuple[Recipe, Path | None, list[str]]:
         if not (path / "recipe.yaml").is_file():
             raise AdapterError(f"{path}: is no adapter folder of this package (no recipe.yaml)")
         return Recipe.load(path / "recipe.yaml"), path, []
-    recipe = Recipe.load(path)
+    recipe = resolve_parent(Recipe.load(path))
     if not recipe.folder.is_dir():
         return recipe, None, []
     reason = _why_other(recipe.folder, recipe)

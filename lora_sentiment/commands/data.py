@@ -5,6 +5,7 @@ import logging
 import torch
 from accelerate import PartialState
 
+from lora_sentiment.adapter.parent import choose_labels, resolve_parent
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.report import (
     DataReport,
@@ -33,7 +34,8 @@ def describe_data(recipe: Recipe) -> DataReport:
     """
     PartialState(cpu=not torch.accelerator.is_available())
     recipe, offline = resolve_offline(recipe)
-    data = load_data(recipe.data)
+    recipe = resolve_parent(recipe)
+    data = load_data(recipe.data, labels=choose_labels(recipe))
     task = find_task(recipe.data.task)
     task.check_metric(
         recipe.train.metric_for_best_model, labels=data.validation.labels, names=data.labels

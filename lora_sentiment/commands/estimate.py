@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
+from lora_sentiment.adapter.parent import resolve_parent
 from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.families import family_of, find_public, resolve_targets
@@ -167,6 +168,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     Raises:
         ModelError: As `find_base`, or if the method does not fit the base.
     """
+    recipe = resolve_parent(recipe)
     family = family_of(find_base(recipe.model, None)[0])
     method = resolve_targets(recipe.method, family)
     return recipe.model_copy(update={"method": method})
@@ -260,6 +262,7 @@ def estimate(recipe: Recipe, *, budget: int | None = None) -> Estimate:
         ModelError: If the base's shape is not known, or the method does not fit the base or its
             precision.
     """
+    recipe = resolve_parent(recipe)
     plan, assumed = plan_recipe(recipe)
     longest = recipe.model.max_length
     cuts = []

@@ -3,15 +3,18 @@
 import gc
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sentiment.errors import AdapterError, TrainingError
 from lora_sentiment.recipe.data import DataConfig
+from lora_sentiment.recipe.output import OutputConfig
 from lora_sentiment.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
+    from lora_sentiment.data.rows import Data
     from lora_sentiment.training.history import EvalPoint
 
 # Late imports: a command that is refused needs no torch.
@@ -68,10 +71,43 @@ def is_finished(run: Recipe) -> bool:
     )
 
 
+def train_rows(recipe: Recipe, data: "Data", folder: Path, *, needed: str = "report.json") -> None:
+    """Train a recipe on rows that were read, unless it did so earlier and left a file.
+
+    Every process of a launch calls this.
+
+    Args:
+        recipe: The recipe.
+        data: The rows.
+        folder: The run's own folder.
+        needed: Name of the file.
+
+    Raises:
+        LoraSentimentError: As `is_finished` and `train`.
+    """
+    from lora_sentiment.data.sources import mark_as_given
+    from lora_sentiment.training.processes import join_launch, run_on_main
+
+    # The name tells the run from one on other rows.
+    parts = [data.train, data.validation, data.carved_test]
+    names = [recipe.name, *(rows.fingerprint[:8] for rows in parts if rows)]
+    config = mark_as_given(data.config)
+    update = {
+        "name": "-".join(names),
+        "data": config,
+        "offline": "error",
+        "output": OutputConfig(dir=str(folder), overwrite=True),
+    }
+    run = recipe.model_copy(update=update)
+    join_launch()
+    if not run_on_main(lambda: is_finished(run) and (folder / needed).exists()):
+        train_run(run, data=replace(data, config=config))
+
+
 def train_run(
     run: Recipe,
     *,
-    data: Mapping[str, Any] | None = None,
+    data: "Data | None" = None,
     on_evaluation: "Callable[[Sequence[EvalPoint]], None] | None" = None,
 ) -> None:
     """Train a run, which leaves its adapter folder. A stopped run resumes from its checkpoint.
@@ -80,7 +116,7 @@ def train_run(
 
     Args:
         run: The recipe, in a folder of its own.
-        data: Role to its table, as `train` takes it, in the place of `data.source`.
+        data: Its rows, in the place of `data.source`.
         on_evaluation: As `train` takes it.
 
     Raises:

@@ -159,13 +159,8 @@ def sweep(
         return sign * row["score"], -row["validation"][task.shown[-1]]["value"]
 
     best = max((row for row in rows if "score" in row), key=rank, default=None)
-    done: dict[str, Any] = {
-        "metrics": metrics,
-        "rows": rows,
-        "best": best,
-        "seeds": [],
-        "command": "",
-    }
+    done: dict[str, Any] = {"metrics": metrics, "rows": rows, "best": best}
+    done |= {"seeds": [], "command": ""}
     if best:
         chosen = space.apply(best["values"])
         verb = ["lora-sentiment", "train", str(recipe_path)]
@@ -352,11 +347,24 @@ def _load_study(folder: Path, settings: str, *, maximize: bool) -> optuna.Study:
 def _enqueue(study: optuna.Study, points: Sequence[Point]) -> None:
     """Enqueue the trials that were killed, then what is left of a grid."""
     for trial in study.get_trials(states=[TrialState.RUNNING]):
+        if "row" in trial.user_attrs:
+            _tell(study, trial.number, trial.user_attrs["row"])
+            continue
+        fixed = trial.system_attrs.get("fixed_params", {}) | trial.params
+        again = optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            system_attrs={"fixed_params": fixed},
+            intermediate_values=trial.intermediate_values,
+        )
         # In this order: what is enqueued twice is not run twice, and nothing is lost.
-        study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
+        study.add_trial(again)
         study.tell(trial.number, state=TrialState.FAIL)
     for point in points:
         study.enqueue_trial(point, skip_if_exists=True)
+
+
+def _tell(study: optuna.Study, number: int, row: Row) -> None:
+    study.tell(number, row.get("score"), STATES.get(row["state"], TrialState.FAIL))
 
 
 def _search(
@@ -386,14 +394,14 @@ def _search(
         # Seeded by number: a sweep that was killed draws what it would have drawn.
         study.sampler = make_sampler(seed=number)
         trial = study.ask(dict(space.axes))
-        log.info("trial %d of %d: %s", number + 1, num_trials, _show(trial.params))
+        log.info("trial %d: %s", number + 1, _show(trial.params))
         row: Row = {"values": trial.params, "folder": "", "state": "repeated", "reason": "repeated"}
         if all(other["values"] != trial.params for other in rows):
             row |= _train(space, trial, metric)
         if row["reason"]:
             log.warning("%s", row["reason"])
         trial.set_user_attr("row", row)
-        study.tell(trial, row.get("score"), STATES.get(row["state"], TrialState.FAIL))
+        _tell(study, trial.number, row)
         rows.append(row)
         if len(rows) == MAX_FAILURES and all(row["state"] == "failed" for row in rows):
             raise TrainingError(f"the first {MAX_FAILURES} trials failed: {row['reason']}")
@@ -405,7 +413,7 @@ def _train(space: Space, trial: optuna.Trial, metric: str) -> Row:
     # Late, as torch.
     from lora_sentiment.training.run_folder import name_run_folder
 
-    reported: list[float] = []
+    reported = [*trial.study.get_trials()[trial.number].intermediate_values.values()]
 
     def report(evaluations: Sequence["EvalPoint"]) -> None:
         # By number: steps of different batch sizes cannot be compared.

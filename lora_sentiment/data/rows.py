@@ -20,7 +20,6 @@ from lora_sentiment.data.sources import (
     check_files,
     find_source,
     is_on_hub,
-    mark_as_given,
     read_columns,
 )
 from lora_sentiment.data.texts import (
@@ -28,7 +27,6 @@ from lora_sentiment.data.texts import (
     Texts,
     encode_text,
     hash_texts,
-    split_text,
     store_texts,
 )
 from lora_sentiment.errors import DataError, show
@@ -197,8 +195,6 @@ def load_data(
     carved_roles = ["validation"] if "validation" not in source.roles else []
     if is_test_carved:
         carved_roles.append("test")
-    if config.calibration_fraction:
-        carved_roles.append("calibration")
     _refuse_rare_labels(train, names, task, config, source, carved_roles)
     if is_test_carved:
         train, carved_test = carve(
@@ -354,37 +350,6 @@ def load_raw_texts(config: DataConfig, rows: Rows, *, role: str) -> list[Text]:
     return [raw[number] for number in rows.numbers.tolist()]
 
 
-def make_table(
-    config: DataConfig, rows: Rows, *, role: str, names: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Return rows as a table for `train(recipe, data={role: table})`, with uncleaned texts.
-
-    Args:
-        config: The recipe's `data` section.
-        rows: Rows of one role.
-        role: The role in the source. That of rows carved out of train is train.
-        names: Label names in order.
-    """
-    if config.label_columns:
-        cells = rows.labels.tolist()
-    else:
-        cells = [[value] for value in find_task(config.task).to_values(rows.labels, names)]
-    columns = (*config.text_cells, *config.label_cells)
-    texts = load_raw_texts(config, rows, role=role)
-    table = []
-    for text, row_cells in zip(texts, cells, strict=True):
-        table.append(dict(zip(columns, (*split_text(text), *row_cells), strict=True)))
-    return table
-
-
-def make_table_config(config: DataConfig, names: Sequence[str]) -> DataConfig:
-    """Return a `data` section that reads all rows of tables of `make_table`, with equal labels."""
-    update: dict[str, Any] = {"max_train_rows": None, "max_test_rows": None, "test_fraction": 0.0}
-    if config.task != "regression" and config.label_columns is None:
-        update["labels"] = tuple(names)
-    return mark_as_given(config.model_copy(update=update))
-
-
 def carve(
     rows: Rows, names: Sequence[str], task: Task, *, fraction: float, seed: int, key: str
 ) -> tuple[Rows, Rows]:
@@ -449,26 +414,18 @@ def _refuse_rare_labels(
     rare = np.setdiff1d(present[num_texts <= len(roles)], shared)
     if not len(rare):
         return
-    fractions = {
-        "validation": config.validation_fraction,
-        "test": config.test_fraction,
-        "calibration": config.calibration_fraction,
-    }
+    fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
     fraction = sum(fractions[role] for role in roles)
     fault = _explain_rare_labels(labels, names, rare, fraction)
     key = "data.splits" if source.hub else "data.source"
-    named_roles = [role for role in roles if role != "calibration"]
-    named = ", ".join(f"{role}: .." for role in ("train", *named_roles))
+    named = ", ".join(f"{role}: .." for role in ("train", *roles))
     advice = {}
     if config.max_train_rows:
         advice["data.max_train_rows"] = ", or set {} higher"
-    if config.calibration_fraction:
-        advice["data.calibration_fraction"] = ", or set {}=0"
-    if named_roles:
-        advice[key] = (
-            f", or name rows for {' and '.join(named_roles)}, which need not hold every label: "
-            f"{{}}={{{named}}}"
-        )
+    advice[key] = (
+        f", or name rows for {' and '.join(roles)}, which need not hold every label: "
+        f"{{}}={{{named}}}"
+    )
     others = np.setdiff1d(present, rare)
     # Integers that stand for names would stand for other names if one were left out.
     if config.labels is None and len(others) >= 2:
@@ -556,8 +513,8 @@ def _load_split(
     )
     names = read.names
     faults = read.faults | faults
-    for position, (kind, _) in sorted(faults.items()):
-        counts.dropped.setdefault(kind, []).append(position + 1)
+    for position, fault in sorted(faults.items()):
+        counts.dropped.setdefault(fault.kind, []).append(position + 1)
     is_good = np.ones(len(values), dtype=bool)
     is_good[list(faults)] = False
     lost = []
@@ -610,16 +567,13 @@ def _clean_texts(
         counts: Cleaned texts are counted.
         config: The recipe's `data` section.
     """
-    is_pair = config.reads_pairs
     for some_texts, some_values in columns:
         for position, text in enumerate(some_texts, start=len(values)):
-            parts = text if is_pair else (text,)
+            parts = text if config.reads_pairs else (text,)
             for column, part in zip(config.text_cells, parts, strict=True):
                 if isinstance(part, str) and config.clean:
                     part = clean_text(part, counts.cleaned)
-                fault = _explain_text(part)
-                if fault and is_pair:
-                    fault = (fault[0], f"column {column!r}: {fault[1]}")
+                fault = _explain_text(part, column if config.reads_pairs else None)
                 if fault:
                     faults.setdefault(position, fault)
                     part = ""
@@ -641,25 +595,26 @@ def _declared_names(config: DataConfig) -> tuple[str, ...] | None:
     return names
 
 
-def _explain_text(text: Any) -> Fault | None:
-    """Return the fault of a text, or None."""
+def _explain_text(text: Any, column: str | None) -> Fault | None:
+    """Return the fault of a text, or None. The column is named where there are two of texts."""
     if text is None:
-        return "text is missing", "text is missing"
+        return Fault("text is missing", "text is missing", column)
     if not isinstance(text, str):
-        return "text is no string", f"text is {type(text).__name__}, not a string"
+        return Fault("text is no string", f"text is {type(text).__name__}, not a string", column)
     if not text.strip():
-        return "text is empty", "text is empty"
+        return Fault("text is empty", "text is empty", column)
     return None
 
 
 def _bad_rows(where: str, faults: dict[int, Fault], *, may_drop: bool) -> DataError:
-    numbers: dict[str, list[int]] = {}
-    for position, (_, message) in sorted(faults.items()):
-        numbers.setdefault(message, []).append(position + 1)
+    numbers: dict[Fault, list[int]] = {}
+    for position, fault in sorted(faults.items()):
+        numbers.setdefault(fault, []).append(position + 1)
     lines = []
-    for message, rows in list(numbers.items())[:SHOWN_FAULTS]:
+    for fault, rows in list(numbers.items())[:SHOWN_FAULTS]:
         more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
-        lines.append(f"{where}: row {rows[0]}: {message}{more}")
+        column = "" if fault.column is None else f"; column {fault.column!r}"
+        lines.append(f"{where}: row {rows[0]}: {fault.message}{more}{column}")
     if len(numbers) > SHOWN_FAULTS:
         lines.append(f"... and {len(numbers) - SHOWN_FAULTS} more kinds")
     lines.append("correct them")

@@ -15,6 +15,8 @@ from lora_sentiment.errors import one_line
 from lora_sentiment.evaluation.metric import show_metric
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from lora_sentiment.training.history import History
 
 MAX_CELLS = 25
@@ -262,6 +264,28 @@ def plot_pareto(
     )
     _set_title(axes, title)
     axes.margins(x=0.25, y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+@_STYLE
+def plot_learning_curve(figures: "DataFrame", path: Path, *, metric: str, title: str) -> None:
+    """Draw a metric with its interval against the number of training rows.
+
+    Args:
+        figures: As `learning_curve` returns them.
+        path: PNG file.
+        metric: Name of the metric.
+        title: Title.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    ends = [figures["value"] - figures["low"], figures["high"] - figures["value"]]
+    axes.errorbar(figures.index, figures["value"], yerr=ends, fmt="o-", color=BLUE, capsize=3)
+    axes.set(xscale="log", xlabel="training rows", ylabel=f"validation {show_metric(metric)}, 95 %")
+    axes.set_xticks(figures.index, figures.index)
+    axes.minorticks_off()
+    _set_title(axes, title)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

@@ -25,6 +25,7 @@ REPORT_BLOCKS = (
     "seen_rows",
     "tokens",
     "offline",
+    "parent",
 )
 """Keys of report.json that are no role, and those that its `data` block had in older versions. No
 role may have such a name, because each evaluated role is a key of report.json too."""

@@ -17,6 +17,9 @@ class ModelConfig(Section):
 
     name: str = Field(min_length=1)
     """Base checkpoint: a Hub name, a folder, or `bundled`, the small base that ships."""
+    adapter: str | None = None
+    """Adapter folder that the training goes on from, on new rows. Its labels may get new ones after
+    them. `method`, `max_length`, `truncation` and `quantize` are its own if left out."""
     revision: str | None = None
     """Revision of the Hub checkpoint. The commit that was used is recorded."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

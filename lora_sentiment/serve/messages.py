@@ -313,6 +313,8 @@ class AdapterFacts(Section):
     """Name that requests use."""
     task: str = Field(examples=["single_label"])
     """`single_label`, `multi_label` or `regression`."""
+    answer_columns: list[str] = Field(examples=[["label", "score"]])
+    """Names of the columns that hold its answer in a table."""
     labels: list[str] = Field(examples=[["neg", "pos"]])
     """Label names in order."""
     method: str = Field(examples=["lora"])

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,19 @@ UNKNOWN = -1
 SHOWN_LABELS = 8
 """Labels that a message names where all of them would be too many."""
 
-Fault = tuple[str, str]
-"""A kind of fault, which quotes no data, and a message."""
+
+class Fault(NamedTuple):
+    """Why a row cannot be used.
+
+    Attributes:
+        kind: The kind of fault, which quotes no data.
+        message: What was found and what is allowed.
+        column: The column, if the message does not name it.
+    """
+
+    kind: str
+    message: str
+    column: str | None = None
 
 
 def rename(
@@ -175,13 +186,13 @@ def _refuse_other_start(
     )
 
 
-def explain_label(value: Any, names: tuple[str, ...]) -> Fault:
+def explain_label(value: Any, names: tuple[str, ...], column: str) -> Fault:
     """Return the fault of a label that is missing or unknown."""
     # In tables that know no other missing number it is a NaN.
     is_nan = isinstance(value, float) and value != value
     is_blank = isinstance(value, str) and not strip_blanks(value)
     if value is None or is_blank or is_nan:
-        return "label is missing", "label is missing"
+        return Fault("label is missing", "label is missing", column)
     kind = "label is unknown"
     if not isinstance(value, (str, int)):
         kind = f"label is {type(value).__name__}"
@@ -194,4 +205,4 @@ def explain_label(value: Any, names: tuple[str, ...]) -> Fault:
         message += (
             f"; it differs from {show(similar[0])} only in case, blanks or the form of a character"
         )
-    return kind, message
+    return Fault(kind, message, column)

@@ -150,7 +150,7 @@ class MultiLabel(Task):
             cell = _split_cell(value, config.label_separator, own_names)
             if cell is None:
                 kind = f"label is {type(value).__name__}"
-                faults[position] = (
+                faults[position] = Fault(
                     kind,
                     f"column {config.label_column!r}: found {show(value)}; allowed: a list of "
                     f"labels, or labels with {config.label_separator!r} between them",
@@ -171,7 +171,7 @@ class MultiLabel(Task):
                 message = f"label {show(label)} is none of {list_names(names)}"
                 faults.setdefault(
                     position,
-                    ("label is unknown", f"column {config.label_column!r}: {message}"),
+                    Fault("label is unknown", f"column {config.label_column!r}: {message}"),
                 )
         return ReadLabels(names, labels, faults)
 
@@ -201,9 +201,6 @@ class MultiLabel(Task):
                 "mean": float(num_labels.mean()),
             },
         }
-
-    def to_values(self, labels: Labels, names: Sequence[str]) -> list[Any]:
-        return [[names[i] for i in np.flatnonzero(row).tolist()] for row in labels]
 
     def find_strata(self, labels: Labels) -> Integers:
         _, sets = np.unique(labels, axis=0, return_inverse=True)
@@ -306,12 +303,6 @@ class MultiLabel(Task):
     ) -> NDArray[np.bool_] | None:
         return np.asarray((decide(sigmoid(logits), calibration) == labels).all(axis=1))
 
-    def measure_distances(self, logits: NDArray[np.floating], labels: Labels) -> Floats:
-        return np.asarray(np.abs(sigmoid(logits) - labels).max(axis=1))
-
-    def show_label(self, label: Any, names: Sequence[str]) -> str:
-        return self.show_answer({"labels": [names[i] for i in np.flatnonzero(label).tolist()]})
-
     # Scores
 
     @property
@@ -358,6 +349,13 @@ class MultiLabel(Task):
         difference = paired_metric_bootstrap(_macro_f1, scores[0], scores[1], labels)
         is_right = [(one[:, 1] == labels).all(axis=1) for one in scores]
         return difference, mcnemar(is_right[0], is_right[1])
+
+    def narrow(
+        self, run: tuple[NDArray[np.float32], Calibration | None], labels: Labels, num_labels: int
+    ) -> tuple[tuple[NDArray[np.float32], Calibration | None], Labels]:
+        thresholds = get_thresholds(run[1], run[0].shape[1])[:num_labels]
+        calibration: Calibration = {"thresholds": thresholds.tolist()}
+        return (run[0][:, :num_labels], calibration), labels[:, :num_labels]
 
     # Pictures and cards
 
@@ -412,7 +410,7 @@ def _read_columns(values: list[Any], columns: Sequence[str]) -> ReadLabels:
                 found = "is missing" if missing else f"found {show(cell)}"
                 kind = "label is missing" if missing else "label is neither 0 nor 1"
                 message = f"column {columns[i]!r}: {found}; allowed: 0 or 1"
-                faults.setdefault(position, (kind, message))
+                faults.setdefault(position, Fault(kind, message))
     return ReadLabels(tuple(columns), labels, faults)
 
 

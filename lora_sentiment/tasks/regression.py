@@ -76,6 +76,13 @@ class ScaledError(Objective):
             layer.weight.mul_(self.deviation)
             layer.bias.mul_(self.deviation).add_(self.mean)
 
+    def unfold_from(self, layer: "torch.nn.Linear") -> None:
+        import torch  # late: as above
+
+        with torch.no_grad():
+            layer.weight.div_(self.deviation)
+            layer.bias.sub_(self.mean).div_(self.deviation)
+
 
 class Regression(Task):
     """A number for each text."""
@@ -116,10 +123,10 @@ class Regression(Task):
                 continue
             is_nan = isinstance(value, float) and value != value
             if value is None or is_nan or (isinstance(value, str) and not value.strip()):
-                faults[position] = ("label is missing", f"column {column!r}: is missing")
+                faults[position] = Fault("label is missing", f"column {column!r}: is missing")
             else:
                 message = f"column {column!r}: found {show(value)}; allowed: a finite number"
-                faults[position] = ("label is no number", message)
+                faults[position] = Fault("label is no number", message)
         return ReadLabels(names or (column,), labels, faults)
 
     def count_outputs(self, config: DataConfig) -> int | None:
@@ -215,12 +222,6 @@ class Regression(Task):
     def find_allowed_difference(self, logits: NDArray[np.floating], tolerance: float) -> float:
         # Real units may be thousands, of which fp32 has seven digits.
         return tolerance * max(1.0, float(np.std(logits)), float(np.abs(logits).max()) / 100)
-
-    def measure_distances(self, logits: NDArray[np.floating], labels: Labels) -> Floats:
-        return np.asarray(np.abs(logits[:, 0].astype(np.float64) - labels))
-
-    def show_label(self, label: Any, names: Sequence[str]) -> str:
-        return f"{label:g}"
 
     # Scores
 

@@ -49,7 +49,8 @@ def resolve_offline(recipe: Recipe) -> tuple[Recipe, str | None]:
             f"the Hub cannot be asked: {answer.text}; correct HF_ENDPOINT, the proxy (HTTPS_PROXY: "
             f"its address or login) or SSL_CERT_FILE; not in the cache: {asked}"
         )
-    may_replace = len(names) == 2
+    # An adapter that the training goes on from belongs to its own base.
+    may_replace = len(names) == 2 and recipe.model.adapter is None
     if recipe.offline == "error" or not may_replace:
         hint = ""
         if may_replace:

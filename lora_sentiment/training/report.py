@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_sentiment.evaluation.metric import show_metric
+from lora_sentiment.evaluation.statistics import show_interval
 from lora_sentiment.recipe.data import REPORT_BLOCKS
 
 if TYPE_CHECKING:  # `compare` and `--help` need `report_roles` and load no torch
@@ -30,6 +32,7 @@ def make_report(
     quantisation: "Quantisation | None",
     offline: str | None,
     peak_memory_bytes: int,
+    parent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make the report of a finished run.
 
@@ -43,6 +46,7 @@ def make_report(
         quantisation: Savings and costs of a quantised base; None without one.
         offline: The sentence of `resolve_offline`, or None.
         peak_memory_bytes: Peak memory, in bytes.
+        parent: The adapter that the training went on from, and its answers; None without one.
     """
     report: dict[str, Any] = {"schema": SCHEMA}
     for role, metrics in scores.items():
@@ -64,6 +68,8 @@ def make_report(
     }
     if quantisation:
         report["quantisation"] = quantisation.as_dict()
+    if parent:
+        report["parent"] = dict(parent)
     if offline:
         report["offline"] = offline
     report["data"] = data
@@ -78,6 +84,20 @@ def _describe_evaluation(point: "EvalPoint") -> dict[str, Any]:
         "metric": point.metric,
         "best": point.best,
     }
+
+
+def show_progress(compared: Mapping[str, Any]) -> str:
+    """Return the comparison of a role with the parent, as `compare_with_parent` made it, as a line."""
+    if "difference" not in compared:
+        return "no row has a label of the adapter before"
+    metric = compared["difference"]["metric"]
+    before, after = (compared[key][metric]["value"] for key in ("before", "after"))
+    test, p = list(compared["difference"].items())[-1]
+    difference = show_interval(compared["difference"])
+    return (
+        f"{compared['rows']:,} rows, {show_metric(metric)} {before:.4f} before and {after:.4f} now: "
+        f"difference {difference}, {test} p = {p:.2g}"
+    )
 
 
 def report_roles(report: Mapping[str, Any]) -> list[str]:

@@ -1,114 +1,86 @@
 """Folds: every row is predicted once, by a run that has not seen its text, and a stopped call goes on."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
 from lora_sentiment import train as train_module
+from lora_sentiment.commands import cross_validate as validation
 from lora_sentiment.commands.cross_validate import (
     OUT_OF_FOLD,
     cross_validate,
-    fold_rows,
-    make_columns,
-    make_folds,
-    predict_folds,
+    predict_out_of_fold,
 )
-from lora_sentiment.data.rows import Rows, load_data, make_table, make_table_config
-from lora_sentiment.data.sources import make_source
+from lora_sentiment.commands.suspects import find_suspects
+from lora_sentiment.data.rows import Data
 from lora_sentiment.errors import AdapterError, DataError, TrainingError
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks import find_task
-from tests.conftest import toy_rows, write_csv
+from tests.conftest import free_port, toy_rows, write_csv
 
-NAMES = ("a", "b", "c")
+ROOT = Path(__file__).parents[2]
 
 
-def make_labels(task: str, num_rows: int) -> np.ndarray:
+def find_folds(path: Path, task: str, monkeypatch, num_folds: int = 5) -> list[Data]:
+    """The rows that the run of each fold would be given."""
+    given = []
+    monkeypatch.setattr(validation, "train_rows", lambda recipe, data, *_, **__: given.append(data))
+    monkeypatch.setattr(validation, "is_main", lambda: False)
+    document = {"name": "toy", "data": {"source": str(path), "task": task}}
+    recipe = Recipe.model_validate({**document, "model": {"name": "bundled"}})
+    assert predict_out_of_fold(recipe, num_folds=num_folds) == []
+    return given
+
+
+def draw_labels(task: str, num_rows: int) -> list:
+    """Labels of a task as a csv file has them, half of which are rare."""
     generator = np.random.default_rng(0)
-    if task == "multi_label":
-        return (generator.random((num_rows, 3)) < [0.5, 0.2, 0.05]).astype(np.int64)
+    shares, names = [0.6, 0.3, 0.1], np.array(["x", "y", "z"])
     if task == "regression":
-        return generator.normal(size=num_rows)
-    return generator.choice(3, size=num_rows, p=[0.6, 0.3, 0.1])
-
-
-def fold_toy(task: str, texts: list[str], num_folds: int) -> tuple[Rows, np.ndarray]:
-    rows = Rows(texts, make_labels(task, len(texts)), np.arange(1, len(texts) + 1))
-    folds = make_folds(rows, find_task(task), num_folds=num_folds, seed=0, names=NAMES)
-    return rows, folds
-
-
-@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
-def test_folds_are_even_stratified_and_keep_equal_texts_together(task):
-    # Every seventh text stands three times, under labels that differ.
-    texts = [f"text {i if i % 7 else i % 21}" for i in range(1001)]
-    rows, folds = fold_toy(task, texts, 5)
-    of_text: dict[str, set] = {}
-    for text, fold in zip(texts, folds.tolist(), strict=True):
-        of_text.setdefault(text, set()).add(fold)
-    assert all(len(found) == 1 for found in of_text.values())
-
-    _, folds = fold_toy(task, [f"text {i}" for i in range(1001)], 5)
-    sizes = np.bincount(folds)[1:]
-    assert sizes.sum() == 1001
-    assert sizes.min() >= 190
-    means = [rows.labels[folds == fold].mean(axis=0) for fold in range(1, 6)]
-    # One row of a label more or less in two hundred; regression deals within ten ranges.
-    assert np.ptp(means, axis=0).max() < (0.15 if task == "regression" else 0.025)
+        return generator.normal(size=num_rows).round(3).tolist()
+    if task == "single_label":
+        return generator.choice(names, size=num_rows, p=shares).tolist()
+    return [",".join(names[generator.random(3) < shares]) for _ in range(num_rows)]
 
 
 @pytest.mark.parametrize(
-    ("texts", "labels", "message"),
-    [
-        (list("abcdefg"), [0, 0, 0, 0, 1, 1, 2], "b, c: too few distinct texts for 2 folds"),
-        (list("abcdee"), [0, 0, 0, 0, 1, 1], "b: too few distinct texts for 2 folds"),
-    ],
+    ("task", "spread"), [("single_label", 0.03), ("multi_label", 0.03), ("regression", 0.2)]
 )
-def test_a_label_with_too_few_texts_is_refused_before_training(texts, labels, message):
-    rows = Rows(texts, np.array(labels), np.arange(1, len(texts) + 1))
-    with pytest.raises(DataError, match=message):
-        make_folds(rows, find_task("single_label"), num_folds=2, seed=0, names=NAMES)
+def test_folds_are_even_stratified_and_keep_equal_texts_together(
+    task, spread, tmp_path, monkeypatch
+):
+    """Of 1,001 rows some texts stand twice, under labels that differ."""
+    texts = [f"text {i % 950}" for i in range(1001)]
+    table = pd.DataFrame({"text": texts, "label": draw_labels(task, 1001)})
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    folds = find_folds(tmp_path / "rows.csv", task, monkeypatch)
+    held = np.concatenate([data.carved_test.numbers for data in folds])
+    assert sorted(held.tolist()) == list(range(1, 1002))
+    assert [len(data.carved_test) for data in folds] == pytest.approx([200] * 5, abs=5)
+    for data in folds:
+        parts = [data.train, data.validation, data.carved_test]
+        assert sum(map(len, parts)) == 1001
+        assert len(data.validation) == pytest.approx(80, abs=5)
+        train, validation, held = (set(part.texts) for part in parts)
+        assert len(train | validation | held) == len(train) + len(validation) + len(held)
+    shares = []
+    for data in folds:
+        labels = data.carved_test.labels
+        shares.append((np.eye(3)[labels] if task == "single_label" else labels).mean(axis=0))
+    assert np.ptp(shares, axis=0).max() < spread
 
 
-def test_more_folds_than_texts_are_refused():
-    rows = Rows(list("aabb"), np.array([1.0, 1.0, 2.0, 2.0]), np.arange(1, 5))
-    with pytest.raises(DataError, match="2 distinct texts are too few for 3 stratified folds"):
-        make_folds(rows, find_task("regression"), num_folds=3, seed=0, names=("stars",))
-
-
-@pytest.mark.parametrize(
-    ("header", "cells", "values"),
-    [
-        ("label", ["1", "2", "2"], {"labels": ["2", "1"]}),
-        ("label", ["x,y", "", "y"], {"task": "multi_label"}),
-        ("x,y", ["1,0", "0,0", "1,1"], {"task": "multi_label", "label_columns": ["x", "y"]}),
-        ("label", ["0.1", "-3", "1e9"], {"task": "regression"}),
-    ],
-)
-def test_a_table_of_rows_reads_back_equal(tmp_path, header, cells, values):
-    """With texts that cleaning changes, and would change again."""
-    path = tmp_path / "rows.csv"
-    texts = ["a &amp;lt; b", "one<br>two", "c"] * 20
-    lines = [f"text,{header}"]
-    for i, text in enumerate(texts):
-        cell = cells[i % 3] if header == "x,y" else f'"{cells[i % 3]}"'
-        lines.append(f'"{text} {i}",{cell}')
-    path.write_text("\n".join(lines), encoding="utf-8")
-    document = {"data": {"source": str(path), **values}, "model": {"name": "bundled"}}
-    config = Recipe.model_validate(document | {"name": "toy"}).data
-    data = load_data(config)
-    tables = {
-        role: make_table(data.config, rows, role="train", names=data.labels)
-        for role, rows in (("train", data.train), ("validation", data.validation))
-    }
-    source = make_source(tables, for_training=True)
-    again = load_data(make_table_config(data.config, data.labels), source=source)
-    assert again.labels == data.labels
-    assert again.train.fingerprint == data.train.fingerprint
-    assert again.validation.fingerprint == data.validation.fingerprint
+def test_a_label_with_too_few_texts_is_refused_before_training(tmp_path, monkeypatch):
+    rows = [*((f"text {i}", "xy"[i % 2]) for i in range(40)), ("a", "z"), ("b", "z")]
+    path = write_csv(tmp_path / "rows.csv", rows)
+    with pytest.raises(DataError, match=r"label 'z' has too few .*(?s:.)* or lower --folds"):
+        find_folds(path, "single_label", monkeypatch, num_folds=3)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +105,7 @@ def done(recipe):
     train = train_module.train
 
     def fail_in_the_second(run, **values):
-        if run.folder.name == "fold-2":
+        if run.folder.name == "2-of-3":
             raise TrainingError("stopped")
         return train(run, **values)
 
@@ -150,60 +122,90 @@ def done(recipe):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "train", note)
         found = cross_validate(recipe, num_folds=3)
-    assert trained == ["fold-2", "fold-3"]
+    assert trained == ["2-of-3", "3-of-3"]
     return found
 
 
 def test_each_of_1001_rows_has_one_prediction_and_no_model_is_kept(recipe, done):
-    found = load_file(done.predictions)
-    assert found["row"].tolist() == list(range(1, 1002))
+    folder = Path(f"{recipe.folder}.folds")
+    found = load_file(folder / OUT_OF_FOLD)
+    assert sorted(found["row"].tolist()) == list(range(1, 1002))
     assert np.isfinite(found["logits"]).all()
     assert not found["is_validation"].any()
-    assert np.bincount(found["fold"]).tolist()[1:] == pytest.approx([333, 334, 334], abs=3)
-    assert [path.name for path in done.predictions.parent.iterdir()] == [OUT_OF_FOLD]
+    sizes = np.bincount(found["fold"])[1:]
+    assert sizes.tolist() == pytest.approx([333, 334, 334], abs=3)
+    # Rows 992 to 1001 repeat the first ten, in the same fold.
+    place = np.argsort(found["row"])
+    assert (found["text"][place[:10]] == found["text"][place[-10:]]).all()
+    assert (found["fold"][place[:10]] == found["fold"][place[-10:]]).all()
+    assert not [*folder.glob("*/adapter*"), *folder.glob("*/token*")]
     is_right = found["logits"].argmax(axis=1) == found["labels"]
-    assert done.all_rows["accuracy"].value == pytest.approx(is_right.mean())
+    accuracy = done.loc["accuracy"]
+    assert accuracy["value"] == pytest.approx(is_right.mean())
+    assert accuracy["low"] < accuracy["value"] < accuracy["high"]
     means = [is_right[found["fold"] == fold].mean() for fold in (1, 2, 3)]
-    assert done.folds["accuracy"] == pytest.approx(means)
-    assert done.means["accuracy"] == pytest.approx(np.mean(means))
-    assert json.loads(json.dumps(done.as_dict()))["num_rows"] == 1001
-    assert make_columns(done)["metric"][0] == "accuracy"
+    assert accuracy[["fold 1", "fold 2", "fold 3"]].tolist() == pytest.approx(means)
+    assert accuracy["mean"] == pytest.approx(np.mean(means))
 
 
-def test_a_finished_call_trains_nothing_and_other_folds_are_refused(recipe, done, monkeypatch):
+def test_a_finished_call_trains_nothing(recipe, done, monkeypatch):
     monkeypatch.setattr(train_module, "train", None)
-    again = cross_validate(recipe, num_folds=3)
-    assert again.as_dict() == done.as_dict()
-    changes = {
-        "number of folds": (recipe, 4),
-        "train.learning_rate": (
-            recipe.model_copy(
-                update={"train": recipe.train.model_copy(update={"learning_rate": 0.5})}
-            ),
-            3,
-        ),
-    }
-    for name, (changed, num_folds) in changes.items():
-        with pytest.raises(AdapterError, match=f"folds with another {name}; delete or move"):
-            cross_validate(changed, num_folds=num_folds)
+    assert cross_validate(recipe, num_folds=3).equals(done)
 
 
-def test_other_rows_and_a_broken_file_are_refused(recipe, done, tmp_path):
-    folder = Path(f"{recipe.folder}.folds")
-    source = recipe.data.source["train"]
-    written = Path(source).read_text(encoding="utf-8")
-    saved = (folder / OUT_OF_FOLD).read_bytes()
-    try:
-        Path(source).write_text(written.replace("good", "bad", 1), encoding="utf-8")
-        with pytest.raises(AdapterError, match="another text or label of a row"):
-            cross_validate(recipe, num_folds=3)
-        Path(source).write_text(written, encoding="utf-8")
-        (folder / OUT_OF_FOLD).write_bytes(saved[:100])
-        with pytest.raises(AdapterError, match="cannot be read"):
-            cross_validate(recipe, num_folds=3)
-    finally:
-        Path(source).write_text(written, encoding="utf-8")
-        (folder / OUT_OF_FOLD).write_bytes(saved)
+@pytest.mark.parametrize("change", ["a key", "a label"])
+def test_a_folder_of_other_folds_is_refused(recipe, done, change):
+    source = Path(recipe.data.source["train"])
+    text = source.read_text(encoding="utf-8")
+    changed = recipe
+    if change == "a key":
+        changed = recipe.model_copy(
+            update={"train": recipe.train.model_copy(update={"learning_rate": 0.5})}
+        )
+    else:
+        source.write_text(text.replace("positive", "negative", 1), encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"1-of-3: holds something else .* delete it"):
+        cross_validate(changed, num_folds=3)
+    source.write_text(text, encoding="utf-8")
+
+
+def test_suspects_take_the_finished_folds_and_hold_no_text(recipe, done, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_module, "train", None)
+    find_suspects(recipe, tmp_path / "out.csv", num_folds=3)
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert len(table)
+    assert set(table["likely"]) <= {"positive", "negative"}
+    assert not {text for text, _ in toy_rows(1001)} & set(table.astype(str).to_numpy().ravel())
+
+
+@pytest.mark.slow  # two processes import everything
+def test_two_processes_give_the_predictions_of_one(recipe, tmp_path):
+    """Other rows are batched together, so the last bits of a logit differ."""
+    overrides = ["model.dropout=0", "model.attention_dropout=0", "model.seq_classif_dropout=0"]
+    overrides += [f"data.source={recipe.data.source['train']}"]
+    (tmp_path / "toy.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), "-m", "lora_sentiment.cli", "cross-validate"]
+    command += [str(tmp_path / "toy.yaml"), "--folds", "3", "--json", *overrides]
+    ended = subprocess.run(
+        [*command, f"output.dir={tmp_path}/two"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stderr
+    own = [*overrides, f"output.dir={tmp_path}/one"]
+    figures = cross_validate(Recipe.load(tmp_path / "toy.yaml", own), num_folds=3)
+    one, two = (load_file(tmp_path / f"{name}.folds" / OUT_OF_FOLD) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one.keys() - {"logits"}:
+        assert (one[name] == two[name]).all(), name
+    assert two["logits"] == pytest.approx(one["logits"], abs=1e-4)
+    assert json.loads(ended.stdout)["accuracy"]["mean"] == pytest.approx(
+        figures.loc["accuracy", "mean"], abs=1e-9
+    )
 
 
 def test_rows_of_a_validation_file_are_in_folds_too_and_models_can_be_kept(tiny_base, tmp_path):
@@ -222,11 +224,11 @@ def test_rows_of_a_validation_file_are_in_folds_too_and_models_can_be_kept(tiny_
         "output": {"dir": str(tmp_path / "adapter")},
     }
     recipe = Recipe.model_validate(document)
-    folded = fold_rows(recipe, num_folds=2)
-    found = predict_folds(folded, keep_models=True)
-    assert np.isfinite(found.logits).all()
-    assert folded.roles == ["train"] * 40 + ["validation"] * 20
-    assert folded.rows.numbers.tolist() == [*range(1, 41), *range(1, 21)]
-    for fold in (1, 2):
-        assert (tmp_path / f"adapter.folds/fold-{fold}/card.json").is_file()
-    assert cross_validate(recipe, num_folds=2).num_rows == 60
+    folders = predict_out_of_fold(recipe, num_folds=2)
+    assert not (folders[0] / "README.md").exists()
+    folders = predict_out_of_fold(recipe, num_folds=2, keep_models=True)
+    assert all((folder / "adapter_model.safetensors").is_file() for folder in folders)
+    found = load_file(folders[0].with_name(OUT_OF_FOLD))
+    assert sorted(found["row"][found["is_validation"]].tolist()) == list(range(1, 21))
+    assert sorted(found["row"][~found["is_validation"]].tolist()) == list(range(1, 41))
+    assert cross_validate(recipe, num_folds=2).loc["macro_f1"].notna().all()

@@ -711,6 +711,7 @@ def test_a_trial_that_was_killed_before_it_was_told_is_not_run_again(
     def tell(*_, **__):
         raise KeyboardInterrupt
 
+    trainer.evaluations = 2
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "tell", tell)
         with pytest.raises(KeyboardInterrupt):
@@ -718,6 +719,10 @@ def test_a_trial_that_was_killed_before_it_was_told_is_not_run_again(
     found = sweep(toy_recipe, GRID)
     assert len(trainer.ran) == 4
     assert [row["state"] for row in found["rows"]].count("finished") == 4
+    storage = f"sqlite:///{toy_recipe.parent}/adapter.sweep/study.db"
+    study = optuna.load_study(study_name="sweep", storage=storage)
+    kept = [trial for trial in study.get_trials() if trial.state.name == "COMPLETE"]
+    assert [len(trial.intermediate_values) for trial in kept] == [2, 2, 2, 2]
 
 
 def test_a_run_stopped_before_its_last_rename_is_run_again(toy_recipe):

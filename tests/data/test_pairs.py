@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lora_sentiment.data.batches import TextEncoder, pad, split_types
-from lora_sentiment.data.rows import load_data, make_table
+from lora_sentiment.data.rows import load_data
 from lora_sentiment.data.sources import make_source, mark_as_given
 from lora_sentiment.errors import DataError, ModelError
 from lora_sentiment.recipe.data import DataConfig
@@ -97,18 +97,11 @@ def test_both_texts_count_for_duplicates_leaks_and_fingerprints(tmp_path):
     assert other.train.fingerprint != swapped.train.fingerprint
 
 
-def test_a_table_of_the_rows_reads_back_as_the_same_pairs(tmp_path):
-    config = write_rows(tmp_path / "d.jsonl")
-    data = load_data(config)
-    table = make_table(config, data.train, role="train", names=data.labels)
-    assert [(row["question"], row["answer"]) for row in table] == list(data.train.texts)
-
-
 BROKEN = {
-    "an empty second text": ({"answer": "  "}, "row 3: column 'answer': text is empty"),
-    "an empty first text": ({"question": ""}, "row 3: column 'question': text is empty"),
-    "a missing second text": ({"answer": None}, "row 3: column 'answer': text is missing"),
-    "a number": ({"answer": 3}, "row 3: column 'answer': text is int, not a string"),
+    "an empty second text": ({"answer": "  "}, "row 3: text is empty; column 'answer'"),
+    "an empty first text": ({"question": ""}, "row 3: text is empty; column 'question'"),
+    "a missing second text": ({"answer": None}, "row 3: text is missing; column 'answer'"),
+    "a number": ({"answer": 3}, "row 3: text is int, not a string; column 'answer'"),
 }
 
 

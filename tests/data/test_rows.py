@@ -132,7 +132,8 @@ def test_a_missing_number_is_a_missing_label(tmp_path):
         pa.table({"text": list("ab"), "label": [float("nan"), 1.0]}), tmp_path / "a.parquet"
     )
     with pytest.raises(
-        DataError, match=r"row 1: label is missing\n.*row 2: label '1\.0' is none of 0, 1"
+        DataError,
+        match=r"row 1: label is missing; column 'label'\n.*row 2: label '1\.0' is none of 0, 1",
     ):
         load_rows(DataConfig(source=str(tmp_path / "a.parquet")), split="test", labels=("0", "1"))
 
@@ -327,9 +328,9 @@ def test_a_label_that_nearly_is_a_name_is_told_with_the_name(tmp_path, value):
         load_rows(DataConfig(source=str(path)), split="test", labels=("neg", "pos"))
     lines = str(caught.value).splitlines()
     assert lines[0].endswith(
-        "it differs from 'neg' only in case, blanks or the form of a character"
+        "it differs from 'neg' only in case, blanks or the form of a character; column 'label'"
     )
-    assert lines[1].endswith("label 'poss' is none of neg, pos")
+    assert lines[1].endswith("label 'poss' is none of neg, pos; column 'label'")
 
 
 @pytest.mark.parametrize("values", [["1,00", "2,00"], ["4,5", "1,5"], ["0,5", "1"], ["1.0", ",5"]])
@@ -544,7 +545,6 @@ def test_a_carve_is_stratified_and_its_seed_decides():
         ({"a": 9, "b": 9, "rare0": 1, "rare1": 1}, {}, {"rare0": 1, "rare1": 1}),
         ({"a": 9, "b": 9, "c": 1}, {"validation_fraction": 0.01}, {"c": 1}),
         ({"a": 9, "b": 9, "c": 2, "d": 1}, {"test_fraction": 0.1}, {"c": 2, "d": 1}),
-        ({"a": 9, "b": 9, "c": 2}, {"calibration_fraction": 0.1}, {"c": 2}),
         ({"a": 9, **{f"x{i:02}": 1 for i in range(40)}}, {}, {f"x{i:02}": 1 for i in range(40)}),
         ({"0": 9, "1": 9, "2": 1}, {}, {"2": 1}),
     ],

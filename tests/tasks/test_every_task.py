@@ -212,6 +212,26 @@ BROKEN = {
         "text,n\na,3\nb,3\n",
         "rows 1 to 2, column 'n': every value is 3",
     ),
+    "a single label outside": (
+        {"label_column": "l", "labels": ["x", "y"]},
+        "text,l\na,x\nb,z\nc,y\n",
+        "row 2: label 'z' is none of x, y; column 'l'",
+    ),
+    "a missing single label": (
+        {"label_column": "l"},
+        "text,l\na,x\nb,\nc,y\n",
+        "row 2: label is missing; column 'l'",
+    ),
+    "one single label": (
+        {"label_column": "l"},
+        "text,l\na,x\nb,x\n",
+        "rows 1 to 2, column 'l': every row has the label 'x'",
+    ),
+    "an empty pair": (
+        {"text_pair_column": "q", "label_column": "l"},
+        "text,q,l\na,b,x\nc, ,y\n",
+        "row 2: text is empty; column 'q'",
+    ),
     "a missing number": (
         {"label_column": "n", "task": "regression"},
         "text,n\na,3\nb,\nc,4\n",

@@ -1,0 +1,66 @@
+"""A learning curve: nested parts of the training rows, judged on one set of validation rows."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_sentiment import train as train_module
+from lora_sentiment.cli import main
+from lora_sentiment.commands.learning_curve import PICTURE, learning_curve
+from lora_sentiment.recipe.recipe import Recipe
+from tests.conftest import toy_rows, write_csv
+
+
+def write_recipe(folder, tiny_base, rows) -> str:
+    write_csv(folder / "train.csv", rows)
+    path = folder / "toy.yaml"
+    path.write_text(
+        f"data: {{source: {{train: {folder}/train.csv, test: {folder}/test.csv}}}}\n"
+        f"model: {{name: {tiny_base}, max_length: 16, dtype: float32}}\n"
+        f"train: {{batch_size: 16, max_steps: 2}}\noutput: {{dir: {folder}/adapter}}\n",
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def done(tiny_base, tmp_path_factory):
+    """A recipe without its test file, its curve, and the rows of each run."""
+    path = write_recipe(tmp_path_factory.mktemp("curve"), tiny_base, toy_rows(90))
+    given = []
+    train = train_module.train
+
+    def note(recipe, **values):
+        given.append(values["data"])
+        return train(recipe, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "train", note)
+        figures = learning_curve(Recipe.load(path))
+    return path, figures, given
+
+
+def test_parts_are_nested_and_stratified_and_all_are_judged_on_the_same_rows(done):
+    _, figures, given = done
+    assert figures.index.tolist() == [10, 20, 41, 82]
+    for smaller, larger in itertools.pairwise(given):
+        assert set(smaller.train.numbers) < set(larger.train.numbers)
+    assert len({data.validation.fingerprint for data in given}) == 1
+    for data in given:
+        assert data.train.labels.mean() == pytest.approx(0.5, abs=1 / len(data.train))
+    assert ((figures["low"] <= figures["value"]) & (figures["value"] <= figures["high"])).all()
+
+
+def test_a_finished_curve_trains_nothing_and_is_drawn(done, monkeypatch, capsys):
+    path, figures, _ = done
+    monkeypatch.setattr(train_module, "train", None)
+    picture = Path(path).with_name("adapter.curve") / PICTURE
+    picture.unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["learning-curve", path, "--json"])
+    assert ended.value.code == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["82"]["value"] == pytest.approx(figures.loc[82, "value"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
