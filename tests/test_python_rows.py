@@ -246,7 +246,7 @@ def test_what_is_no_table_is_told_in_one_message(toy_recipe, tmp_path, data, mes
 
 def test_the_example_of_the_page_runs(toy_recipe, tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    (example,) = [fence.text for fence in find_fences(page) if fence.language == "python"]
+    example = next(fence.text for fence in find_fences(page) if fence.language == "python")
     (tmp_path / "recipes").mkdir()
     toy_recipe.rename(tmp_path / "recipes/mine.yaml")
     write_csv(tmp_path / "recipes/my_data.csv", toy_rows(60))
