@@ -201,13 +201,15 @@ def render(lines: list[Line], command: str) -> str:
     every = [row for line in lines for rows in line["results"].values() for row in rows]
     outside = [row for row in every if not row["low"] <= row["coverage"] <= row["high"]]
     page.append(
-        f"{len(every) - len(outside)} of {len(every)} achieved coverages lie in their interval. Chance alone leaves one "
-        "interval of a hundred."
+        f"{len(every) - len(outside)} of {len(every)} achieved coverages lie in their interval. By chance "
+        "alone one of a hundred does not."
     )
     for row in outside:
         nearest = min((row["low"], row["high"]), key=lambda end: abs(end - row["coverage"]))
         rows = round((row["coverage"] - nearest) * row["rows"])
-        page.append(f"One of {row['rows']:,} rows leaves it by {rows:+} row(s).")
+        page.append(
+            f"Outside: {row['coverage']:.4f} of {row['rows']:,} rows, beyond the end by {rows:+} row(s)."
+        )
     page.append("")
     versions = ", ".join(f"{name} {number}" for name, number in lines[-1]["versions"].items())
     machine = f"{platform.system()}, {os.cpu_count()} cores, other work beside it"
