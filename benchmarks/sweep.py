@@ -7,12 +7,11 @@ python benchmarks/sweep.py --base FOLDER --data FOLDER
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from methods import machine
 from methods_table import compare_rows
 
 from lora_sentiment.adapter.predictions import load_predictions
@@ -64,7 +63,7 @@ def main() -> None:
     done = sweep(RECIPE, [*common, *AXES], num_trials=arguments.trials, write=best)
     defaults = train_seeds(Recipe.load(RECIPE, common), arguments.work / "defaults")
     chosen = train_seeds(Recipe.load(best), arguments.work / "chosen")
-    arguments.out.write_text(render(done, defaults, chosen), encoding="utf-8")
+    arguments.out.write_text(render(arguments, done, defaults, chosen), encoding="utf-8")
 
 
 def train_seeds(recipe: Recipe, folder: Path) -> npt.NDArray[np.bool_]:
@@ -81,14 +80,21 @@ def train_seeds(recipe: Recipe, folder: Path) -> npt.NDArray[np.bool_]:
     return np.array(right)
 
 
-def render(done: dict, defaults: npt.NDArray[np.bool_], chosen: npt.NDArray[np.bool_]) -> str:
+def render(
+    arguments: argparse.Namespace,
+    done: dict,
+    defaults: npt.NDArray[np.bool_],
+    chosen: npt.NDArray[np.bool_],
+) -> str:
     """Return the page."""
+    facts = machine()
     states = [row["state"] for row in done["rows"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     lines = [
         "# A sweep beside the recipe's own values",
         "",
-        f"`python {shlex.join(sys.argv)}`",
+        f"`python benchmarks/sweep.py --base FOLDER --data FOLDER --rows {arguments.rows} --trials {arguments.trials}",
+        f"--max-length {arguments.max_length}`, with {Path(arguments.base).name}. {facts['machine']}, {facts['date']}.",
         "",
         f"`sweep` on `recipes/sst2_lora.yaml` with `{'`, `'.join(AXES)}`: {len(states)} trials, {counts}.",
         f"Its choice is `{json.dumps(done['best']['values'])}`.",

@@ -10,6 +10,7 @@ judged rows. A run whose folder exists in --cache is not trained again.
 
 import argparse
 import json
+import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,8 +61,9 @@ def main() -> None:
     page = [
         "# Several labels, and numbers",
         "",
-        f"`python benchmarks/tasks.py --base {arguments.base}`, seed 0, {platform.machine()}, "
-        f"{datetime.now(UTC).date().isoformat()}. 95 % bootstrap intervals over the judged rows.",
+        f"`python benchmarks/tasks.py --base {Path(arguments.base).name}`, seed 0, {platform.machine()}, "
+        f"{os.cpu_count()} cores, {datetime.now(UTC).date().isoformat()}. 95 % bootstrap intervals over the "
+        "judged rows.",
         "",
         *compare_emotions(arguments.cache / EMOTIONS),
         "",

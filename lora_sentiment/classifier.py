@@ -38,7 +38,8 @@ from lora_sentiment.files import hash_file
 from lora_sentiment.models.engine import Engine, compute_logits
 from lora_sentiment.models.families import FAMILIES, num_positions
 from lora_sentiment.tasks import SINGLE_LABEL, Task, find_task_of
-from lora_sentiment.tasks.task import Calibration, get_temperature, make_label_set
+from lora_sentiment.tasks.label_sets import find_set_thresholds, make_label_set
+from lora_sentiment.tasks.task import Calibration, get_temperature
 
 WEIGHTS = "model.safetensors"
 EMPTY_TEXT = "text is empty"
@@ -131,7 +132,7 @@ class Classifier:
                 their probabilities. None cuts a longer text as in training.
             calibrated: Divide logits by the temperature that was fitted in training.
             coverage: Give each text the set of labels that holds the right one with at least this
-                probability, from 0.5 to 0.99, for new rows drawn as the calibration rows of the
+                probability, for new rows drawn as the calibration rows of the
                 training were. It implies `calibrated`.
 
         Raises:
@@ -143,8 +144,13 @@ class Classifier:
         predictions = []
         thresholds = None
         if coverage is not None:
-            thresholds = self.find_set_thresholds(coverage, stride=stride)
-        calibrated = calibrated or coverage is not None
+            if stride is not None:
+                raise ModelError(
+                    "coverage: label sets were calibrated on texts that are cut as in training; "
+                    "leave out stride or coverage"
+                )
+            thresholds = find_set_thresholds(self.calibration, coverage)
+            calibrated = True
         pooled, are_empty = self._compute(texts, stride=stride, calibrated=calibrated)
         for scores, is_empty in zip(pooled, are_empty, strict=True):
             if is_empty:
@@ -157,21 +163,6 @@ class Classifier:
                 label_set = make_label_set(scores, thresholds, self.labels)
             predictions.append(Prediction(**answer, scores=named, label_set=label_set))
         return predictions
-
-    def find_set_thresholds(
-        self, coverage: float, *, stride: int | None = None
-    ) -> NDArray[np.float64]:
-        """Return for each label the largest score of a label set that holds it: (num_labels,).
-
-        Raises:
-            ModelError: The model has no label sets at this coverage, or a stride is given.
-        """
-        if stride is not None:
-            raise ModelError(
-                "coverage: label sets were calibrated on texts that are cut as in training; leave "
-                "out stride or coverage"
-            )
-        return self.task.find_set_thresholds(self.calibration, coverage)
 
     def is_empty(self, text: Text) -> bool:
         """Return whether the tokenizer leaves no token of a text, which then gets no label."""

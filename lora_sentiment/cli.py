@@ -217,12 +217,11 @@ def evaluate(
     with_texts: Annotated[
         bool, typer.Option("--with-texts", help="Show the texts of errors; with --html.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --html.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score an adapter, rebuilt from its folder alone. The base is checked by its hash."""
-    if html is None and (with_texts or overwrite):
-        raise RecipeError("evaluate: --with-texts and --overwrite are of --html; name a page")
+    if html is None and with_texts:
+        raise RecipeError("evaluate: --with-texts shows texts on a page; name it with --html")
     from lora_sentiment.commands.evaluate import evaluate as run_evaluate
 
     evaluation = run_evaluate(
@@ -238,7 +237,6 @@ def evaluate(
         dtype=dtype,
         html=html,
         with_texts=with_texts,
-        overwrite=overwrite,
     )
     if not is_main():
         return
@@ -414,14 +412,18 @@ def predict(
         show_answer,
         show_summary,
     )
+    from lora_sentiment.tasks.label_sets import describe_short_labels
 
     names = [name.strip() for name in labels.split(",")] if labels else None
     classifier = load(model, labels=names, base=base, max_length=max_length, dtype=dtype)
     if is_main():
         for sentence in classifier.unverified:
             typer.echo(f"unverified: {sentence}", err=True)
-        if coverage is not None:
-            _show_short_labels(classifier, coverage)
+    if coverage is not None:
+        classifier.predict([], stride=stride, coverage=coverage)
+        short = describe_short_labels(classifier.calibration, coverage, classifier.labels)
+        if short and is_main():
+            typer.echo(f"note: {short}", err=True)
     if input and output:
         summary = predict_file(
             classifier,
@@ -861,14 +863,6 @@ def _explain(
     if num_faults:
         num_texts = len(explanations) + num_faults
         raise DataError(f"{num_faults} of {num_texts} texts could not be explained")
-
-
-def _show_short_labels(classifier: "Classifier", coverage: float) -> None:
-    """Say which labels stand in every set for want of calibration rows."""
-    classifier.find_set_thresholds(coverage)
-    short = classifier.task.describe_sets(classifier.calibration or {}, coverage, classifier.labels)
-    if short:
-        typer.echo(f"note: {short}", err=True)
 
 
 def _refuse_ignored_options(context: typer.Context) -> None:

@@ -30,7 +30,7 @@ from lora_sentiment.adapter.parent import (
     start_base,
 )
 from lora_sentiment.adapter.predictions import Predictions, save_predictions
-from lora_sentiment.adapter.report_page import REPORT_PAGE, JudgedRows, make_report_page
+from lora_sentiment.adapter.report_page import REPORT_PAGE, make_report_page
 from lora_sentiment.bundled import probe_texts
 from lora_sentiment.data.batches import Encoded, TextEncoder
 from lora_sentiment.data.report import (
@@ -74,7 +74,8 @@ from lora_sentiment.models.wrap import (
 from lora_sentiment.recipe.method import PeftMethod
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks import find_task
-from lora_sentiment.tasks.task import Calibration, Objective
+from lora_sentiment.tasks.label_sets import LABEL_SCORES, describe_short_labels, fit_label_scores
+from lora_sentiment.tasks.task import Calibration, Objective, get_temperature
 from lora_sentiment.training.checkpoint import Store
 from lora_sentiment.training.history import EvalPoint, History
 from lora_sentiment.training.loop import fit, why_not_graphs
@@ -240,10 +241,13 @@ def _run(
         log.info("%s", fitted)
     if "calibration" in encoded:
         unchosen = _predict(setup, encoded["calibration"], "calibration", accelerator)
-        calibration, fitted = task.calibrate_sets(
-            calibration, unchosen, encoded["calibration"].labels, data.labels
+        scores = task.compute_scores(unchosen, temperature=get_temperature(calibration) or 1.0)
+        label_scores = fit_label_scores(scores, encoded["calibration"].labels)
+        calibration = {**(calibration or {}), LABEL_SCORES: label_scores}
+        short = describe_short_labels(calibration, 0.95, data.labels)
+        log.info(
+            "label sets: calibrated on rows that chose nothing; %s", short or "enough for 95 %"
         )
-        log.info("%s", fitted)
 
     # The adapter is saved before the judged rows are read: a bad row there must not cost the run.
     folder, card = run_folder, None
@@ -711,15 +715,26 @@ def _draw(
     role = "test" if "test" in results.logits else list(results.logits)[-1]
     task = find_task(recipe.data.task)
     title = f"{recipe.name}: {role}"
+    pictures = ("training.png", task.picture)
     missing = []
-    for name in ("training.png", task.picture, REPORT_PAGE):
+    for name in (*pictures, REPORT_PAGE):
         try:
             # Late, because matplotlib may be broken, and that must not cost a training.
             from lora_sentiment.evaluation.plots import plot_training
 
             with write_file_aside(recipe.folder / name, folder=run_folder) as picture:
                 if name == REPORT_PAGE:
-                    page = _make_page(recipe, card, results, role)
+                    page = make_report_page(
+                        recipe.name,
+                        card,
+                        role,
+                        results.logits[role],
+                        results.encoded[role],
+                        results.numbers[role],
+                        scores=results.scores,
+                        pictures={name: recipe.folder / name for name in pictures},
+                        data=report_lines(results.report),
+                    )
                     picture.write_text(page, encoding="utf-8")
                 elif name == "training.png":
                     plot_training(history, picture, title=recipe.name)
@@ -741,28 +756,6 @@ def _draw(
             _leave_out_pictures(recipe.folder / "README.md", missing, run_folder)
         except OSError as error:
             log.warning("README.md still shows %s: %s", ", ".join(missing), error.strerror)
-
-
-def _make_page(recipe: Recipe, card: adapter_folder.Card, results: _Results, role: str) -> str:
-    """Return the report page of a finished adapter, which shows its pictures and holds no text."""
-    encoded = results.encoded[role]
-    judged = JudgedRows(
-        role,
-        results.logits[role],
-        encoded.labels,
-        encoded.lengths if encoded.whole_lengths is None else encoded.whole_lengths,
-        results.numbers[role],
-    )
-    pictures = {"training curve": recipe.folder / "training.png"}
-    pictures[f"{card.task.picture_text} on {role}"] = recipe.folder / card.task.picture
-    return make_report_page(
-        recipe.name,
-        card,
-        judged,
-        scores=results.scores,
-        data=results.report,
-        pictures=pictures,
-    )
 
 
 def _leave_out_pictures(model_card: Path, names: list[str], run_folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Draw the pictures of the page that the README shows: `python scripts/page_pictures.py [ADAPTER ADAPTER]`.
 
+`python scripts/page_pictures.py --report PAGE.html` draws a report page as examples/report.png instead.
+
 A real server on a free port answers a real browser (Debian's package chromium, through Playwright). The two adapters
 are by default the one that ships and that of recipes/my_data.yaml, which is trained in half a minute. The letters are
 those of the machine's own fonts.
@@ -56,8 +58,23 @@ def draw(
     context.close()
 
 
+def draw_report(page_file: Path, path: Path) -> None:
+    """Save a picture of a report page down to its first errors."""
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        page = browser.new_page(viewport={"width": 900, "height": 800})
+        page.goto(page_file.resolve().as_uri())
+        top = page.get_by_role("heading", name="Errors on").bounding_box()["y"]
+        area = {"x": 0, "y": 0, "width": 900, "height": top + 260}
+        page.screenshot(path=path, full_page=True, clip=area)
+        browser.close()
+
+
 def main() -> None:
     """Serve, draw, stop."""
+    if sys.argv[1:2] == ["--report"]:
+        draw_report(Path(sys.argv[2]), ROOT / "examples/report.png")
+        return
     adapters = sys.argv[1:] or [str(ROOT / adapter) for adapter in ADAPTERS]
     command = [sys.executable, "-m", "lora_sentiment.cli", "serve", *adapters, "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

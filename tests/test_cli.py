@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lora_sentiment import __version__, cli
+from lora_sentiment import __version__, cli, commands
 from lora_sentiment.classifier import Prediction
 from lora_sentiment.commands.predict import Answer, show_answer
 from lora_sentiment.tasks import SINGLE_LABEL
@@ -351,6 +351,16 @@ def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):
     code, _, err = call(capsys, "sweep", toy_recipe, "train.learning_rate=1e-2")
     assert code == 1
     assert "no key has several values" in err
+
+
+def test_a_sweep_without_optuna_names_the_extra(capsys, toy_recipe, monkeypatch):
+    monkeypatch.delitem(sys.modules, "lora_sentiment.commands.sweep", raising=False)
+    monkeypatch.delattr(commands, "sweep", raising=False)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    code, _, err = call(capsys, "sweep", toy_recipe, "method.r=[2, 4]")
+    assert code == 1
+    assert "error: sweep needs an extra (" in err
+    assert "pip install 'lora_sentiment[search]'" in err
 
 
 def test_the_module_is_the_command():

@@ -4,14 +4,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import ValidationError
 
 from lora_sentiment.adapter.folder import Card, load
-from lora_sentiment.adapter.report_page import JudgedRows, make_report_page
-from lora_sentiment.adapter.safe_files import read_object
+from lora_sentiment.adapter.report_page import make_report_page
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub, make_source
 from lora_sentiment.errors import AdapterError, DataError
@@ -55,7 +53,6 @@ def evaluate(
     dtype: str = "auto",
     html: Path | None = None,
     with_texts: bool = False,
-    overwrite: bool = False,
 ) -> Evaluation:
     """Score an adapter folder.
 
@@ -74,18 +71,15 @@ def evaluate(
         on_bad_row: `error` or `drop`, for bad rows of `source` or `data`; by default as recorded.
         base: Where to find the base, if not where the card says.
         dtype: Compute dtype, as `model.dtype` of a recipe.
-        html: Write the report page of these rows to this file.
+        html: Write the report page of these rows to this new file, outside of the folder.
         with_texts: Show the texts of wrong answers on the page.
-        overwrite: Replace an existing page.
 
     Raises:
         AdapterError: If the folder, base or tokenizer is not the one that was saved.
         DataError: If the rows cannot be read, there is no such split, or the page cannot be written.
     """
-    if html is None and with_texts:
-        raise DataError("with_texts: found without html, the page that shows them; name it")
     if html is not None:
-        _check_page(html, folder, with_texts=with_texts, overwrite=overwrite)
+        _check_page(html, folder)
     reading = {
         "text_column": text_column,
         "text_pair_column": text_pair_column,
@@ -122,60 +116,35 @@ def evaluate(
         logits, encoded.labels, names=card.labels, calibration=card.calibration
     )
     if html is not None and is_main:
-        lengths = encoded.lengths if encoded.whole_lengths is None else encoded.whole_lengths
-        texts = rows.texts if with_texts else None
-        judged = JudgedRows(split, logits, encoded.labels, lengths, rows.numbers, texts)
-        _write_page(html, folder, card, judged, scores)
+        page = make_report_page(
+            folder.resolve().name,
+            card,
+            split,
+            logits,
+            encoded,
+            rows.numbers,
+            scores={split: scores},
+            pictures={"training curve": folder / "training.png"},
+            texts=rows.texts if with_texts else None,
+        )
+        try:
+            with write_file_aside(html) as aside:
+                aside.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{html}: cannot be written: {error.strerror or error}") from error
     return Evaluation(split=split, num_rows=len(rows), scores=scores)
 
 
-def _check_page(html: Path, folder: Path, *, with_texts: bool, overwrite: bool) -> None:
+def _check_page(html: Path, folder: Path) -> None:
     """Refuse a page before there is work to lose.
 
     Raises:
-        DataError: The file exists, or stands in the adapter folder and would hold texts.
+        DataError: The file exists, or stands in the adapter folder.
     """
-    if html.exists() and not overwrite:
-        raise DataError(f"{html}: exists already; give another name, or --overwrite")
-    if with_texts and folder.resolve() in html.resolve().parents:
-        raise DataError(
-            f"{html}: stands in the adapter folder, which never holds a text; name a file elsewhere"
-        )
-
-
-def _write_page(
-    html: Path, folder: Path, card: Card, judged: JudgedRows, scores: Mapping[str, Interval]
-) -> None:
-    """Draw the rows and write the report page."""
-    report: Any = {}
-    if (folder / "report.json").is_file():
-        report = read_object(folder / "report.json")
-    name = folder.resolve().name
-    task = card.task
-    try:
-        with TemporaryDirectory() as drawn, write_file_aside(html) as aside:
-            picture = Path(drawn) / task.picture
-            task.draw(
-                judged.logits,
-                judged.labels,
-                picture,
-                names=card.labels,
-                title=f"{name}: {judged.role}",
-                calibration=card.calibration,
-            )
-            pictures = {"training curve": folder / "training.png"}
-            pictures[f"{task.picture_text} on {judged.role}"] = picture
-            page = make_report_page(
-                name,
-                card,
-                judged,
-                scores={judged.role: scores},
-                data=report.get("data", {}),
-                pictures=pictures,
-            )
-            aside.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{html}: cannot be written: {error.strerror or error}") from error
+    if html.exists():
+        raise DataError(f"{html}: exists already; give another name")
+    if folder.resolve() in html.resolve().parents:
+        raise DataError(f"{html}: stands in the adapter folder; name a file elsewhere")
 
 
 def _read_given(

@@ -73,7 +73,6 @@ class Summary:
         rows: Rows of the input, and of the output.
         bad_rows: Rows with an error in place of a label.
         labels: Rows of each label, in the classifier's order; empty for a regression.
-        uncertain: Rows whose label set has not exactly one label. None without a coverage.
         parts: Parts that were joined.
         seconds: Wall time of this run, without the parts of an earlier run.
     """
@@ -83,7 +82,6 @@ class Summary:
     labels: dict[str, int]
     parts: int
     seconds: float
-    uncertain: int | None = None
 
 
 def predict_lines(
@@ -130,7 +128,9 @@ def show_answer(answer: Answer, task: Task, *, all_scores: bool, as_json: bool) 
         values: dict[str, Any] = {"error": answer.error}
         if prediction:
             values = task.get_answer(prediction)
-            values |= _get_set(prediction)
+            if prediction.label_set is not None:
+                values["label_set"] = prediction.label_set
+                values["is_certain"] = prediction.is_certain
             if all_scores:
                 values["scores"] = prediction.scores
         texts = dict(zip(PARTS, _split(answer.text), strict=False))
@@ -157,8 +157,6 @@ def show_summary(summary: Summary, output: Path) -> str:
     if len(found) > SHOWN_LABELS:
         others = sum(count for _, count in found[SHOWN_LABELS:])
         counts += f", {len(found) - SHOWN_LABELS:,} other labels {others:,}"
-    if summary.uncertain is not None:
-        counts += f"; {summary.uncertain:,} with a label set of not exactly one label"
     if summary.bad_rows:
         counts += f"; {summary.bad_rows:,} with an error instead"
     counts = f" ({counts.removeprefix('; ')})" if counts else ""
@@ -272,21 +270,18 @@ def predict_file(
                 yield folder / f"part-{number:05d}.parquet", batch
 
     @_file_faults(output)
-    def join() -> tuple[dict[str, int], int, int | None]:
+    def join() -> tuple[dict[str, int], int]:
         if hash_file(input) != sha256:
             raise DataError(f"{input}: changed while it was read; remove {folder}, and begin again")
         task = classifier.task
         *_, error = new
         counts: Counter[str] = Counter()
         num_bad = 0
-        num_uncertain = 0 if has_sets else None
         for path in folder.glob("part-*.parquet"):
             part = pq.read_table(path)
             num_bad += len(part) - part[error].null_count
             found = {name: part[f"{prefix}{name}"].to_pylist() for name in task.answer_columns}
             counts.update(task.count_answers(found, classifier.labels))
-            if num_uncertain is not None:
-                num_uncertain += part[f"{prefix}is_certain"].to_pylist().count(False)
         columns = [name for name in types if name != error or num_bad]
         whole = folder / output.name
         with TableWriter(whole, columns=columns, types=types) as writer:
@@ -295,7 +290,7 @@ def predict_file(
                 writer.write({name: filled[name] for name in columns})
         whole.replace(output)
         shutil.rmtree(folder)
-        return dict(counts), num_bad, num_uncertain
+        return dict(counts), num_bad
 
     with locked, _file_faults(output):
         types, num_rows, sha256 = _run_on_main(prepare, num_processes)
@@ -318,9 +313,8 @@ def predict_file(
                     bar.update(len(few))
                 with TableWriter(path, columns=list(new), types=new) as writer:
                     writer.write(answers)
-        counts, num_bad, num_uncertain = _run_on_main(join, num_processes)
-    seconds = time.perf_counter() - start
-    return Summary(num_rows, num_bad, counts, num_parts, seconds, num_uncertain)
+        counts, num_bad = _run_on_main(join, num_processes)
+    return Summary(num_rows, num_bad, counts, num_parts, time.perf_counter() - start)
 
 
 def _start_parts(folder: Path, facts: dict[str, Any], *, resume: bool) -> None:
@@ -394,13 +388,6 @@ def _append(answer: Answer, columns: ColumnBatch, task: Task, *, all_scores: boo
             values += prediction.scores.values()
     for column, value in zip(columns.values(), [*values, answer.error], strict=True):
         column.append(value)
-
-
-def _get_set(prediction: Prediction) -> dict[str, Any]:
-    """Return the label set as values for JSON, or nothing without one."""
-    if prediction.label_set is None:
-        return {}
-    return {"label_set": prediction.label_set, "is_certain": prediction.is_certain}
 
 
 def _join_processes() -> tuple[int, int]:

@@ -159,16 +159,9 @@ def report_lines(report: DataReport, roles: Sequence[str] | None = None) -> list
     shown = {role: report[role] for role in (report if roles is None else roles)}
     labelled = {role: block for role, block in shown.items() if "unlabelled" not in block}
     lines = _format_table(labelled) if labelled else []
-    return lines + list_notes(shown)
-
-
-def list_notes(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the notes of a report, one line each."""
-    lines = []
-    for role, block in report.items():
-        if "unlabelled" not in block:
-            lines += [f"{role}: {note}" for note in _make_notes(block)]
-    for role, block in report.items():
+    for role, block in labelled.items():
+        lines += [f"{role}: {note}" for note in _make_notes(block)]
+    for role, block in shown.items():
         if "unlabelled" in block:
             num_rows = block["unlabelled"]
             lines.append(f"{role}: {num_rows:,} rows without labels (all are -1): not evaluated")
@@ -233,7 +226,7 @@ def _show_rows(counted: Mapping[str, Any]) -> str:
 
 def _format_table(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the lines of a table with a column for each role."""
-    columns = [list_cells(role, block) for role, block in blocks.items()]
+    columns = [_make_column(role, block) for role, block in blocks.items()]
     headings = list(columns[0])
     heading_width = max(len(heading) for heading in headings)
     width = max(len(cell) for column in columns for cell in column.values())
@@ -244,7 +237,7 @@ def _format_table(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def list_cells(role: str, block: Mapping[str, Any]) -> dict[str, str]:
+def _make_column(role: str, block: Mapping[str, Any]) -> dict[str, str]:
     """Return the cells of a role by the heading of their line."""
     column = {"": role, "rows": f"{block['rows']:,}"}
     counts = list(block["labels"].items())

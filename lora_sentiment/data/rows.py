@@ -195,8 +195,6 @@ def load_data(
     carved_roles = ["validation"] if "validation" not in source.roles else []
     if is_test_carved:
         carved_roles.append("test")
-    if config.calibration_fraction:
-        carved_roles.append("calibration")
     _refuse_rare_labels(train, names, task, config, source, carved_roles)
     if is_test_carved:
         train, carved_test = carve(
@@ -416,26 +414,18 @@ def _refuse_rare_labels(
     rare = np.setdiff1d(present[num_texts <= len(roles)], shared)
     if not len(rare):
         return
-    fractions = {
-        "validation": config.validation_fraction,
-        "test": config.test_fraction,
-        "calibration": config.calibration_fraction,
-    }
+    fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
     fraction = sum(fractions[role] for role in roles)
     fault = _explain_rare_labels(labels, names, rare, fraction)
     key = "data.splits" if source.hub else "data.source"
-    named_roles = [role for role in roles if role != "calibration"]
-    named = ", ".join(f"{role}: .." for role in ("train", *named_roles))
+    named = ", ".join(f"{role}: .." for role in ("train", *roles))
     advice = {}
     if config.max_train_rows:
         advice["data.max_train_rows"] = ", or set {} higher"
-    if config.calibration_fraction:
-        advice["data.calibration_fraction"] = ", or set {}=0"
-    if named_roles:
-        advice[key] = (
-            f", or name rows for {' and '.join(named_roles)}, which need not hold every label: "
-            f"{{}}={{{named}}}"
-        )
+    advice[key] = (
+        f", or name rows for {' and '.join(roles)}, which need not hold every label: "
+        f"{{}}={{{named}}}"
+    )
     others = np.setdiff1d(present, rare)
     # Integers that stand for names would stand for other names if one were left out.
     if config.labels is None and len(others) >= 2:

@@ -33,8 +33,9 @@ from lora_sentiment.serve.messages import (
     TextPair,
 )
 from lora_sentiment.serve.metrics import Metrics
+from lora_sentiment.tasks.label_sets import find_set_thresholds, make_label_set
 from lora_sentiment.tasks.scores import sigmoid, softmax
-from lora_sentiment.tasks.task import get_temperature, make_label_set
+from lora_sentiment.tasks.task import get_temperature
 
 if TYPE_CHECKING:
     # Imports torch, which makes the app slow to load.
@@ -106,7 +107,7 @@ class Answerer:
         temperature = 1.0
         if request.coverage is not None:
             try:
-                thresholds = adapter.task.find_set_thresholds(adapter.calibration, request.coverage)
+                thresholds = find_set_thresholds(adapter.calibration, request.coverage)
             except ModelError as error:
                 raise RefusalError("Validation", error.message) from error
             temperature = get_temperature(adapter.calibration) or 1.0

@@ -47,7 +47,7 @@ from lora_sentiment.serve.middleware import (
     Middleware,
     make_refusal,
 )
-from lora_sentiment.tasks.label_sets import has_label_sets
+from lora_sentiment.tasks.label_sets import LABEL_SCORES
 
 if TYPE_CHECKING:
     # Imports torch, which makes the app slow to load.
@@ -191,7 +191,7 @@ def _add_information(
                 max_length=adapter.encoder.max_length,
                 truncation=adapter.encoder.truncation,
                 reads_pairs=adapter.encoder.reads_pairs,
-                has_label_sets=has_label_sets(adapter.calibration),
+                has_label_sets=LABEL_SCORES in (adapter.calibration or {}),
                 sha256=adapter.sha256,
             )
             for name, adapter in sorted(pool.adapters.items())

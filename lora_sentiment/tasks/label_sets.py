@@ -17,107 +17,73 @@ from numpy.typing import NDArray
 
 from lora_sentiment.errors import ModelError, one_line, show_names
 
-PERCENTS = range(50, 100)
-"""Coverages that are calibrated, in per cent."""
-USUAL_COVERAGE = 0.95
-COVERAGES, NUM_ROWS, THRESHOLDS = "coverages", "label_rows", "label_thresholds"
-"""Keys of a calibration: the coverages; for each label its calibration rows, and its threshold at
-each coverage."""
+LABEL_SCORES = "label_scores"
+"""Key of a calibration: for each label the sorted scores of its calibration rows."""
+MAX_SCORES = 1000
+"""Most scores of a label that a card holds."""
 
 
-def has_label_sets(calibration: Any) -> bool:
-    """Return whether a calibration, or None, holds what label sets need."""
-    return THRESHOLDS in (calibration or {})
-
-
-def fit_label_sets(
+def fit_label_scores(
     probabilities: NDArray[np.float64], labels: NDArray[np.int64]
-) -> dict[str, list[float] | list[list[float]]]:
-    """Return the thresholds of each label at every coverage of PERCENTS, as a calibration has them.
+) -> list[list[float]]:
+    """Return the sorted scores of each label's rows, rounded upward, which only adds labels.
 
     Args:
         probabilities: Calibrated probabilities of rows that chose nothing, (num_rows, num_labels).
         labels: Labels of these rows, (num_rows,).
     """
-    num_rows: list[float] = []
-    thresholds = []
+    label_scores = []
     for label, scores in enumerate(1 - probabilities.T):
-        own = np.sort(scores[labels == label])
-        # In whole numbers, because the ceiling must be exact.
-        ranks = [-(-(len(own) + 1) * percent // 100) for percent in PERCENTS]
-        # No score is above 1.
-        thresholds.append(np.append(own, 1.0)[np.array(ranks) - 1].tolist())
-        num_rows.append(float(len(own)))
-    coverages = [percent / 100 for percent in PERCENTS]
-    return {COVERAGES: coverages, NUM_ROWS: num_rows, THRESHOLDS: thresholds}
+        own = scores[labels == label]
+        own = np.sort(own[:: 1 + len(own) // (MAX_SCORES + 1)])
+        label_scores.append((np.ceil(own * 1e6) / 1e6).tolist())
+    return label_scores
 
 
 def find_set_thresholds(calibration: Any, coverage: float) -> NDArray[np.float64]:
-    """Return the threshold of each label, (num_labels,).
-
-    Args:
-        calibration: As a card holds it, or None.
-        coverage: The coverage that a user asks for.
+    """Return for each label the largest score of a set that holds it, (num_labels,).
 
     Raises:
-        ModelError: The model has no label sets, or not at this coverage.
+        ModelError: The calibration of the model, which may be None, has no label scores, or the
+            coverage is no probability.
     """
-    if not has_label_sets(calibration):
+    if not 0 < coverage < 1:
+        raise ModelError(f"coverage: found {coverage}; allowed: more than 0, less than 1, as 0.95")
+    if LABEL_SCORES not in (calibration or {}):
         raise ModelError(
             "coverage: this model was trained without calibration rows, which label sets need; "
-            "train it with data.calibration_fraction=0.1, or leave coverage out"
+            "train single labels with data.calibration_fraction=0.1, or leave coverage out"
         )
-    coverages = calibration[COVERAGES]
-    is_asked = np.abs(np.array(coverages) - coverage) < 1e-9
-    if not is_asked.any():
-        raise ModelError(
-            f"coverage: found {coverage}; allowed: {min(coverages):g} to {max(coverages):g} in "
-            "whole hundredths, such as 0.9"
-        )
-    return np.array(calibration[THRESHOLDS])[:, is_asked.argmax()]
+    thresholds = []
+    for scores in calibration[LABEL_SCORES]:
+        rank = math.ceil((len(scores) + 1) * coverage - 1e-9)
+        thresholds.append([*scores, 1.0][rank - 1])
+    return np.array(thresholds)
 
 
-def describe_label_sets(calibration: Any, names: Sequence[str]) -> str:
-    """Return what the log of a training says."""
-    num_rows = int(sum(calibration[NUM_ROWS]))
-    told = f"label sets calibrated on {num_rows:,} rows that chose nothing"
-    short = describe_short_labels(calibration, USUAL_COVERAGE, names)
-    return f"{told}; {short}" if short else told
+def make_label_set(
+    probabilities: NDArray[np.float64], thresholds: NDArray[np.float64], names: Sequence[str]
+) -> list[str]:
+    """Return the labels of a text that cannot be ruled out.
+
+    Args:
+        probabilities: Calibrated probabilities of its labels, (num_labels,).
+        thresholds: As `find_set_thresholds` returns them.
+        names: Label names in order.
+    """
+    return [names[i] for i in np.flatnonzero(1 - probabilities <= thresholds).tolist()]
 
 
 def describe_short_labels(calibration: Any, coverage: float, names: Sequence[str]) -> str | None:
     """Return which labels have too few calibration rows for a coverage, or None."""
     num_needed = math.ceil(coverage / (1 - coverage) - 1e-9)
     short = []
-    for name, num_rows in zip(names, calibration[NUM_ROWS], strict=True):
-        if num_rows < num_needed:
-            short.append(f"{one_line(name, limit=40)} ({num_rows:.0f})")
+    for name, scores in zip(names, calibration[LABEL_SCORES], strict=True):
+        if len(scores) < num_needed:
+            short.append(f"{one_line(name, limit=40)} ({len(scores)})")
     if not short:
         return None
     return (
         f"coverage {coverage:g} needs {num_needed} calibration rows of a label; these labels have "
         f"fewer and stand in every set: {show_names(short)}"
-    )
-
-
-def check_label_sets(calibration: Any, num_labels: int) -> str | None:
-    """Return what is wrong with the label sets of a folder, or None."""
-    if not has_label_sets(calibration):
-        return None
-    coverages = np.array(calibration.get(COVERAGES, []), dtype=object)
-    num_rows = np.array(calibration.get(NUM_ROWS, []), dtype=object)
-    thresholds = np.array(calibration[THRESHOLDS], dtype=object)
-    allowed = (num_labels, *coverages.shape)
-    is_sound = coverages.ndim == 1 and num_rows.shape == (num_labels,)
-    if (
-        is_sound
-        and thresholds.shape == allowed
-        and isinstance(calibration.get("temperature"), float)
-    ):
-        numbers = [*coverages.tolist(), *thresholds.ravel().tolist()]
-        if coverages.size and all(0 <= number <= 1 for number in numbers):
-            return None
-    return (
-        f"{THRESHOLDS}: allowed beside a temperature: for each of the {num_labels} labels one "
-        f"number from 0 to 1 for each of {COVERAGES}, and its number of rows in {NUM_ROWS}"
     )

@@ -303,12 +303,6 @@ class MultiLabel(Task):
     ) -> NDArray[np.bool_] | None:
         return np.asarray((decide(sigmoid(logits), calibration) == labels).all(axis=1))
 
-    def measure_distances(self, logits: NDArray[np.floating], labels: Labels) -> Floats:
-        return np.asarray(np.abs(sigmoid(logits) - labels).max(axis=1))
-
-    def show_label(self, label: Any, names: Sequence[str]) -> str:
-        return self.show_answer({"labels": [names[i] for i in np.flatnonzero(label).tolist()]})
-
     # Scores
 
     @property

@@ -223,12 +223,6 @@ class Regression(Task):
         # Real units may be thousands, of which fp32 has seven digits.
         return tolerance * max(1.0, float(np.std(logits)), float(np.abs(logits).max()) / 100)
 
-    def measure_distances(self, logits: NDArray[np.floating], labels: Labels) -> Floats:
-        return np.asarray(np.abs(logits[:, 0].astype(np.float64) - labels))
-
-    def show_label(self, label: Any, names: Sequence[str]) -> str:
-        return f"{label:g}"
-
     # Scores
 
     @property

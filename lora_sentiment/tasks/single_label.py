@@ -15,14 +15,7 @@ from lora_sentiment.evaluation.metric import Metric
 from lora_sentiment.evaluation.statistics import Interval, mcnemar, paired_bootstrap
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.train import TrainConfig
-from lora_sentiment.tasks.label_sets import (
-    check_label_sets,
-    describe_label_sets,
-    describe_short_labels,
-    find_set_thresholds,
-    fit_label_sets,
-    has_label_sets,
-)
+from lora_sentiment.tasks.label_sets import LABEL_SCORES
 from lora_sentiment.tasks.label_values import (
     UNKNOWN,
     Fault,
@@ -40,7 +33,6 @@ from lora_sentiment.tasks.task import (
     Objective,
     ReadLabels,
     Task,
-    get_temperature,
 )
 
 if TYPE_CHECKING:
@@ -213,7 +205,7 @@ class SingleLabel(Task):
 
     def get_decisive(self, calibration: Calibration | None) -> list[Any]:
         # A temperature alone changes no decision, and older versions hashed nothing of a task.
-        return [calibration] if has_label_sets(calibration) else []
+        return [calibration] if LABEL_SCORES in (calibration or {}) else []
 
     def read(
         self,
@@ -284,29 +276,11 @@ class SingleLabel(Task):
         shown = f"temperature fitted on validation: {temperature:.3f}, within {lowest} to {highest}"
         return {"temperature": temperature}, shown
 
-    def calibrate_sets(
-        self,
-        calibration: Calibration | None,
-        logits: NDArray[np.float32],
-        labels: Labels,
-        names: Sequence[str],
-    ) -> tuple[Calibration, str]:
-        probabilities = softmax(logits, temperature=get_temperature(calibration) or 1.0)
-        sets = fit_label_sets(probabilities, labels)
-        calibration = {**(calibration or {}), **sets}
-        return calibration, describe_label_sets(calibration, names)
-
     def check_answers(self, names: Sequence[str], calibration: Calibration | None) -> str | None:
-        fault = super().check_answers(names, calibration)
-        return fault or check_label_sets(calibration, len(names))
-
-    def find_set_thresholds(self, calibration: Calibration | None, coverage: float) -> Floats:
-        return find_set_thresholds(calibration, coverage)
-
-    def describe_sets(
-        self, calibration: Calibration, coverage: float, names: Sequence[str]
-    ) -> str | None:
-        return describe_short_labels(calibration, coverage, names)
+        scores: Any = (calibration or {}).get(LABEL_SCORES, [[]] * len(names))
+        if not isinstance(scores, list) or list(map(type, scores)) != [list] * len(names):
+            return f"{LABEL_SCORES}: allowed: one list of numbers for each of {len(names)} labels"
+        return super().check_answers(names, calibration)
 
     def compute_scores(self, logits: NDArray[np.floating], *, temperature: float = 1.0) -> Floats:
         return softmax(logits, temperature=temperature)
@@ -338,12 +312,6 @@ class SingleLabel(Task):
         self, logits: NDArray[np.floating], labels: Labels, calibration: Calibration | None
     ) -> NDArray[np.bool_] | None:
         return np.asarray(logits.argmax(axis=1) == labels)
-
-    def measure_distances(self, logits: NDArray[np.floating], labels: Labels) -> Floats:
-        return np.asarray(1 - softmax(logits)[np.arange(len(labels)), labels])
-
-    def show_label(self, label: Any, names: Sequence[str]) -> str:
-        return str(names[label])
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -409,12 +377,9 @@ class SingleLabel(Task):
         plot_confusion(matrix, path, labels=names, title=title)
 
     def describe_calibration(self, calibration: Calibration, names: Iterable[str]) -> str:
-        told = (
+        return (
             f" Divide the logits by the temperature {calibration['temperature']:.3f}, fitted on "
             "validation and kept in `card.json`, and they are the calibrated ones of "
             "`calibrated_log_loss` and `calibrated_ece`; on validation itself these flatter, and "
             "no decision changes."
         )
-        if has_label_sets(calibration):
-            told += " Label sets were calibrated on rows that chose nothing (`predict --coverage`)."
-        return told

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.errors import DataError, ModelError, RecipeError, did_you_mean, show
+from lora_sentiment.errors import DataError, RecipeError, did_you_mean, show
 from lora_sentiment.evaluation.metric import Metric, score_metrics
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.recipe.data import DataConfig
@@ -28,24 +28,13 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Calibration = dict[str, float | list[float] | list[list[float]]]
 """What is fitted on rows that were not trained on, as `card.json` records it: `temperature` with the
-keys of `tasks/label_sets.py`, or `thresholds`."""
+scores of `tasks/label_sets.py`, or `thresholds`."""
 
 
 def get_temperature(calibration: Calibration | None) -> float | None:
     """Return the temperature of a calibration, or None if none is known."""
     temperature = (calibration or {}).get("temperature")
     return temperature if isinstance(temperature, float) else None
-
-
-def make_label_set(scores: Floats, thresholds: Floats, names: Sequence[str]) -> list[str]:
-    """Return the labels of a text that cannot be ruled out.
-
-    Args:
-        scores: Calibrated probabilities of its labels, (num_labels,).
-        thresholds: As `Task.find_set_thresholds` returns them, (num_labels,).
-        names: Label names in order.
-    """
-    return [names[i] for i in np.flatnonzero(1 - scores <= thresholds).tolist()]
 
 
 @dataclass(frozen=True)
@@ -259,20 +248,6 @@ class Task:
         """Fit on validation what turns logits into answers, and describe it for the log."""
         return None, ""
 
-    def calibrate_sets(
-        self,
-        calibration: Calibration | None,
-        logits: NDArray[np.float32],
-        labels: Labels,
-        names: Sequence[str],
-    ) -> tuple[Calibration, str]:
-        """Add to a calibration what label sets need, from rows that chose nothing.
-
-        Returns:
-            The calibration, and what the log says of the label sets.
-        """
-        raise NotImplementedError
-
     # Answers
 
     def check_answers(self, names: Sequence[str], calibration: Calibration | None) -> str | None:
@@ -300,24 +275,6 @@ class Task:
             calibration: As `calibrate` returned it.
         """
         raise NotImplementedError
-
-    def find_set_thresholds(self, calibration: Calibration | None, coverage: float) -> Floats:
-        """Return for each label the largest score of a label set that holds it: (num_labels,).
-
-        Raises:
-            ModelError: The task has no label sets, the model was saved without them, or the
-                coverage is not one of those calibrated.
-        """
-        raise ModelError(
-            f"coverage: label sets are for single labels, and this model is of the task {self.name}; "
-            "leave it out"
-        )
-
-    def describe_sets(
-        self, calibration: Calibration, coverage: float, names: Sequence[str]
-    ) -> str | None:
-        """Return which labels stand in every set for want of calibration rows, or None."""
-        return None
 
     def get_answer(self, prediction: Any) -> dict[str, Any]:
         """Return the fields of a `classifier.Prediction` that are the answer."""
@@ -355,14 +312,6 @@ class Task:
     ) -> NDArray[np.bool_] | None:
         """Return whether each row is answered rightly, or None where answers are not right or wrong."""
         return None
-
-    def measure_distances(self, logits: NDArray[np.floating], labels: Labels) -> Floats:
-        """Return how far each row's scores are from its label, (num_rows,)."""
-        raise NotImplementedError
-
-    def show_label(self, label: Any, names: Sequence[str]) -> str:
-        """Return the label of a row as text."""
-        raise NotImplementedError
 
     def find_allowed_difference(self, logits: NDArray[np.floating], tolerance: float) -> float:
         """Return the largest difference of a logit between two computations of one model."""

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lora_sentiment.adapter.folder import Card, load_card
-from lora_sentiment.adapter.report_page import SHOWN_ERRORS, JudgedRows, make_report_page
-from lora_sentiment.tasks import find_task
-from lora_sentiment.tasks.label_sets import fit_label_sets
+from lora_sentiment.adapter.report_page import NUM_ERRORS, make_report_page
+from lora_sentiment.data.batches import Encoded
+from lora_sentiment.tasks.label_sets import fit_label_scores
 from lora_sentiment.tasks.scores import softmax
 
 SAVED = Path(__file__).parents[1] / "saved"
@@ -49,30 +49,38 @@ def make_card(task="single_label", labels=("neg", HOSTILE), calibration=None):
     return Card.model_validate(facts)
 
 
-def make_rows(labels, logits, texts=None):
-    num_rows = len(labels)
-    lengths = np.arange(num_rows) % 40 + 3
-    numbers = np.arange(1, num_rows + 1) * 10
-    return JudgedRows("test", logits, labels, lengths, numbers, texts)
+def make_encoded(labels):
+    """Rows of 3 to 42 tokens."""
+    lengths = np.arange(len(labels)) % 40 + 3
+    offsets = np.append(0, lengths.cumsum())
+    ids = np.zeros(offsets[-1], dtype=np.int32)
+    return Encoded(ids, offsets, labels, truncated=0, pad_token_id=0)
 
 
-def make_example(texts=None):
+def make_example():
     """Rows of two labels of which every tenth is answered wrongly, the later the more confidently."""
     labels = np.arange(NUM_ROWS) % 2
     sizes = np.linspace(1, 3, NUM_ROWS, dtype=np.float32)
     signs = np.where(np.arange(NUM_ROWS) % 10, 1, -1) * (2 * labels - 1)
     logits = np.stack([-sizes * signs, sizes * signs], axis=1).astype(np.float32)
-    calibration = {"temperature": 1.5}
-    calibration |= fit_label_sets(softmax(logits, temperature=1.5), labels)
-    return make_card(calibration=calibration), make_rows(labels, logits, texts)
+    label_scores = fit_label_scores(softmax(logits, temperature=1.5), labels)
+    calibration = {"temperature": 1.5, "label_scores": label_scores}
+    return make_card(calibration=calibration), labels, logits
 
 
-def render(card, judged, pictures=None):
-    scores = card.task.score(
-        judged.logits, judged.labels, names=card.labels, calibration=card.calibration
-    )
+def render(card, labels, logits, **options):
+    scores = card.task.score(logits, labels, names=card.labels, calibration=card.calibration)
+    numbers = np.arange(1, len(labels) + 1) * 10
+    options = {"pictures": {}, **options}
     return make_report_page(
-        HOSTILE, card, judged, scores={"test": scores}, data={}, pictures=pictures or {}
+        HOSTILE,
+        card,
+        "test",
+        logits,
+        make_encoded(labels),
+        numbers,
+        scores={"test": scores},
+        **options,
     )
 
 
@@ -84,36 +92,40 @@ def read(page):
 
 
 def test_the_page_shows_metrics_slices_label_sets_and_errors_by_row_number():
-    card, judged = make_example()
-    page = render(card, judged)
+    page = render(*make_example(), data=["a < b"])
     tables = read(page)
     rows = {cells[0]: cells for cells in tables.rows if cells}
     assert tables.captions == [
         "Metrics with 95 % intervals",
-        "Scores as they are",
-        "Scores at temperature 1.500",
-        "Label sets on test",
-        "accuracy by length",
-        "accuracy by label",
+        "Answers by their score",
+        "What sets hold on test",
+        "Above its highest coverage, a label stands in every set",
+        "Share right by length",
+        "Share right by label",
         "Rows of test",
     ]
     assert rows["accuracy"][1].startswith("0.9000 [")
-    assert (rows["neg"][1], rows["neg"][2][:8]) == ("60", "0.8000 [")
-    assert rows[HOSTILE][1:] == ["60", "1.0000 [1.0000, 1.0000]"]
+    by_label = [cells for cells in tables.rows if len(cells) == 3 and cells[1] == "60"]
+    assert by_label[-2:] == [
+        ["neg", "60", "0.8000 [0.6822, 0.8817]"],
+        [HOSTILE, "60", "1.0000 [0.9398, 1.0000]"],
+    ]
     for percent in (80, 90, 95):
         assert float(rows[f"{percent}%"][1].rstrip("%")) >= percent, "calibrated on these rows"
-    assert "coverage 0.99 needs 99 calibration rows" in page
+    assert ["neg", "60", "0.984"] in tables.rows
     assert "12 of 120 rows are answered wrongly" in page
     wrong = [cells for cells in tables.rows if len(cells) == 4 and cells[1] == "neg"]
     assert [cells[0] for cells in wrong] == [f"{number:,}" for number in range(1110, 0, -100)]
     assert wrong[0][2].startswith(f"{HOSTILE} 0.9")
+    assert "a &lt; b" in page
     assert "What is not promised" in page
 
 
 def test_the_page_loads_nothing_runs_nothing_and_escapes_everything(tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes(b"PNG")
-    page = render(*make_example([HOSTILE] * NUM_ROWS), {"curve": picture, "none": tmp_path / "b"})
+    pictures = {"curve": picture, "none": tmp_path / "b"}
+    page = render(*make_example(), texts=[HOSTILE] * NUM_ROWS, pictures=pictures, data=[HOSTILE])
     assert "default-src 'none'" in page
     assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["data:image/png;base64,UE5H"]
     assert "<script" not in page
@@ -124,7 +136,7 @@ def test_the_page_loads_nothing_runs_nothing_and_escapes_everything(tmp_path):
 def test_texts_stand_on_the_page_only_when_they_are_given():
     texts = [f"text number {i}" for i in range(NUM_ROWS)]
     assert "text number" not in render(*make_example())
-    shown = render(*make_example(texts))
+    shown = render(*make_example(), texts=texts)
     assert "text number 110" in shown
     assert "text number 111" not in shown, "this row is right"
 
@@ -138,22 +150,25 @@ def test_texts_stand_on_the_page_only_when_they_are_given():
 )
 def test_every_task_has_a_page(task, labels, truth, logits):
     card = make_card(task, labels)
-    page = render(card, make_rows(truth, logits.astype(np.float32)))
+    page = render(card, truth, logits.astype(np.float32))
     rows = [cells for cells in read(page).rows if len(cells) == 4]
-    assert len(rows) == SHOWN_ERRORS
-    assert {cells[1] for cells in rows} <= ({"a", "b"} if task == "multi_label" else set("01234"))
-    assert find_task(task).trust.split("`")[0] in page
+    assert len(rows) == NUM_ERRORS
+    shown = {cells[1] for cells in rows}
+    assert shown <= ({"a", "b"} if task == "multi_label" else {f"{i}.0" for i in range(5)})
+    assert (
+        "Share right by label" in page if task == "multi_label" else "Mean absolute error" in page
+    )
 
 
 def test_many_labels_show_the_worst_slices():
     names = [f"label{i:03}" for i in range(60)]
     truth = np.arange(240) % 60
     logits = np.eye(60, dtype=np.float32)[np.where(truth < 5, 59, truth)]
-    page = render(make_card(labels=names), make_rows(truth, logits))
+    page = render(make_card(labels=names), truth, logits)
     rows = [cells for cells in read(page).rows if len(cells) == 3 and cells[0] in names]
     assert [cells[0] for cells in rows[:5]] == names[:5]
     assert len(rows) == 40
-    assert "20 labels with better figures follow" in page
+    assert "the lowest 40" in page
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -168,8 +183,7 @@ def test_a_phone_shows_the_page_and_axe_finds_no_fault(tmp_path, scheme):
     if chromium is None:
         pytest.skip("needs a browser: install the Debian package chromium")
     path = tmp_path / "report.html"
-    card, judged = make_example(["a" * 500] * NUM_ROWS)
-    path.write_text(render(card, judged), encoding="utf-8")
+    path.write_text(render(*make_example(), texts=["a" * 500] * NUM_ROWS), encoding="utf-8")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=chromium, args=("--no-sandbox", "--disable-gpu")

@@ -265,6 +265,12 @@ def test_a_broken_study_is_told_and_its_runs_are_kept(toy_recipe, trainer):
     assert len(trainer.ran) == 4
 
 
+def test_the_study_is_in_a_folder_of_any_name(toy_recipe, trainer):
+    folder = toy_recipe.parent / "a {b}?mode=ro#%20"
+    sweep(toy_recipe, [*GRID, f"output.dir='{folder}/adapter'"], num_trials=1)
+    assert (folder / "adapter.sweep/study.db").is_file()
+
+
 def test_one_sweep_at_a_time_has_the_folder(toy_recipe, trainer):
     def score(run):
         with pytest.raises(RecipeError, match="another run is at work here"):

@@ -545,7 +545,6 @@ def test_a_carve_is_stratified_and_its_seed_decides():
         ({"a": 9, "b": 9, "rare0": 1, "rare1": 1}, {}, {"rare0": 1, "rare1": 1}),
         ({"a": 9, "b": 9, "c": 1}, {"validation_fraction": 0.01}, {"c": 1}),
         ({"a": 9, "b": 9, "c": 2, "d": 1}, {"test_fraction": 0.1}, {"c": 2, "d": 1}),
-        ({"a": 9, "b": 9, "c": 2}, {"calibration_fraction": 0.1}, {"c": 2}),
         ({"a": 9, **{f"x{i:02}": 1 for i in range(40)}}, {}, {f"x{i:02}": 1 for i in range(40)}),
         ({"0": 9, "1": 9, "2": 1}, {}, {"2": 1}),
     ],

@@ -153,8 +153,13 @@ class StandIn:
         top = [{"label": best, "score": 0.9}, *rest][: body.get("top_k", 1)]
         words = text.split() if body.get("explain") else None
         effects = [effect(word) for word in words] if words else None
+        label_set = None
+        if "coverage" in body:
+            label_set = labels[:2] if "dull" in text else [best]
         return {
             **top[0],
+            "label_set": label_set,
+            "is_certain": label_set and len(label_set) == 1,
             "top_k": top,
             "truncated": len(text) > 1000,
             "words": words,
@@ -280,7 +285,7 @@ def test_the_page_is_small_and_self_contained():
         name: PAGE.joinpath(name).read_text(encoding="utf-8")
         for name in ("index.html", "page.css", "page.js")
     }
-    assert sum(len(text.encode()) for text in sources.values()) < 33_000
+    assert sum(len(text.encode()) for text in sources.values()) < 35_000
     # 'http://www.w3.org/2000/svg' is the name of a language, which nothing fetches.
     joined = "".join(sources.values()).replace("http://www.w3.org/2000/svg", "")
     assert (
@@ -318,6 +323,33 @@ def test_without_show_why_the_model_is_asked_once(page, server):
     predict(page, "good")
     assert page.locator(".why").count() == 0
     assert server.asked == [{"texts": ["good"], "adapter": "films", "top_k": 2, "explain": False}]
+
+
+def test_label_sets_are_asked_for_where_an_adapter_has_them(server, make_page):
+    server.adapters[0]["has_label_sets"] = True
+    page = make_page(server.address)
+    page.get_by_label("Compare with").select_option("stars")
+    page.locator("#coverage").select_option("0.95")
+    page.get_by_label("Show why").uncheck()
+    predict(page, "good but dull")
+    one, other = page.locator(".answer").all()
+    assert "Cannot be ruled out: neg, pos. The answer is uncertain" in one.inner_text()
+    assert other.locator(".set").count() == 0
+    assert [body.get("coverage") for body in server.asked] == [0.95, None]
+    choose(page, "a.csv", "t\ngood\ndull\n")
+    page.locator("#table-coverage").select_option("0.9")
+    assert "label, score, label_set, and is_certain" in page.locator("#table-status").inner_text()
+    label(page)
+    assert [row[3:] for row in downloaded_rows(page)] == [
+        ["label_set", "is_certain"],
+        ['["pos"]', "true"],
+        ['["neg","pos"]', "false"],
+    ]
+
+
+def test_without_label_sets_nothing_offers_them(page):
+    assert not page.locator("#coverage").is_visible()
+    assert not page.locator("#table-coverage").is_visible()
 
 
 def test_two_adapters_answer_side_by_side(page):
@@ -805,7 +837,9 @@ def test_axe_finds_no_serious_fault(server, make_page, options):
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python"
     ).Axe()
+    server.adapters[0]["has_label_sets"] = True
     page = make_page(server.address, reduced_motion="reduce", **options)
+    page.locator("#coverage").select_option("0.95")
     page.get_by_label("Compare with").select_option("stars")
     predict(page, "a good film, so good, and bad and dull, too")
     choose(page, "a.csv", "t\n-good\nbad\n")

@@ -14,14 +14,14 @@ from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import ModelError, RecipeError
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks import SINGLE_LABEL, find_task
+from lora_sentiment.tasks import SINGLE_LABEL
 from lora_sentiment.tasks.label_sets import (
-    PERCENTS,
-    THRESHOLDS,
+    MAX_SCORES,
     describe_short_labels,
-    fit_label_sets,
+    find_set_thresholds,
+    fit_label_scores,
+    make_label_set,
 )
-from lora_sentiment.tasks.task import make_label_set
 from lora_sentiment.train import train
 
 NAMES = ("no", "yes")
@@ -38,18 +38,19 @@ def make_calibration(num_rows):
     scores = (np.arange(num_rows) + 0.5) / num_rows
     probabilities = np.concatenate([make_probabilities(scores, 0), make_probabilities([0.1], 1)])
     labels = np.array([0] * num_rows + [1])
-    return {"temperature": 1.0, **fit_label_sets(probabilities, labels)}
+    return {"temperature": 1.0, "label_scores": fit_label_scores(probabilities, labels)}
 
 
-@given(st.integers(1, 40), st.sampled_from(PERCENTS))
+@given(st.integers(1, 40), st.sampled_from(range(50, 100)))
 def test_of_rows_that_each_stand_aside_once_enough_have_their_label_in_the_set(num_rows, percent):
     """Each of n + 1 exchangeable rows is equally likely to be the new one, so counting them is the promise."""
     scores = np.random.default_rng(num_rows).permutation(num_rows + 1) / (num_rows + 2)
     num_covered = 0
     for new in range(num_rows + 1):
         others = np.delete(scores, new)
-        sets = fit_label_sets(make_probabilities(others, 0), np.zeros(num_rows, dtype=np.int64))
-        thresholds = SINGLE_LABEL.find_set_thresholds(sets, percent / 100)
+        labels = np.zeros(num_rows, dtype=np.int64)
+        calibration = {"label_scores": fit_label_scores(make_probabilities(others, 0), labels)}
+        thresholds = find_set_thresholds(calibration, percent / 100)
         (row,) = make_probabilities(scores[[new]], 0)
         num_covered += "no" in make_label_set(row, thresholds, NAMES)
     assert num_covered == math.ceil((num_rows + 1) * percent / 100 - 1e-9)
@@ -60,7 +61,7 @@ def test_a_label_with_too_few_rows_stands_in_every_set_and_is_named(coverage, nu
     enough, short = make_calibration(num_needed), make_calibration(num_needed - 1)
     certain_yes = np.array([0.0, 1.0])
     for calibration, is_short in ((enough, False), (short, True)):
-        thresholds = SINGLE_LABEL.find_set_thresholds(calibration, coverage)
+        thresholds = find_set_thresholds(calibration, coverage)
         assert ("no" in make_label_set(certain_yes, thresholds, NAMES)) is is_short
     told = describe_short_labels(short, coverage, NAMES)
     assert f"needs {num_needed} calibration rows" in told
@@ -69,41 +70,32 @@ def test_a_label_with_too_few_rows_stands_in_every_set_and_is_named(coverage, nu
     assert told is None if num_needed == 1 else told.endswith("stand in every set: yes (1)")
 
 
-@pytest.mark.parametrize("coverage", [0.0, 0.49, 0.955, 0.999, 1.0, 95.0, float("nan")])
-def test_other_coverages_are_refused_with_those_that_are_allowed(coverage):
-    with pytest.raises(ModelError, match=r"allowed: 0\.5 to 0\.99 in whole hundredths"):
-        SINGLE_LABEL.find_set_thresholds(make_calibration(30), coverage)
+@pytest.mark.parametrize("coverage", [0.0, 1.0, 95.0, -0.1, float("nan")])
+def test_what_is_no_coverage_is_refused(coverage):
+    with pytest.raises(ModelError, match=r"coverage: found .* allowed: more than 0, less than 1"):
+        find_set_thresholds(make_calibration(30), coverage)
 
 
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ("single_label", "without calibration rows.* train it with data.calibration_fraction"),
-        ("multi_label", "label sets are for single labels.* task multi_label"),
-        ("regression", "label sets are for single labels.* task regression"),
-    ],
-)
-def test_models_without_label_sets_say_what_to_do(task, message):
-    with pytest.raises(ModelError, match=message):
-        find_task(task).find_set_thresholds({"temperature": 1.0}, 0.95)
+@pytest.mark.parametrize("calibration", [None, {"temperature": 1.0}, {"thresholds": [0.5, 0.5]}])
+def test_a_model_without_label_sets_says_what_to_do(calibration):
+    with pytest.raises(ModelError, match=r"train single labels with data\.calibration_fraction"):
+        find_set_thresholds(calibration, 0.95)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {THRESHOLDS: [[0.1] * 50]},
-        {THRESHOLDS: [[0.1] * 49] * 2},
-        {THRESHOLDS: [[1.1] * 50] * 2},
-        {THRESHOLDS: 0.5},
-        {"label_rows": [1.0]},
-        {"coverages": []},
-        {"temperature": [1.0]},
-    ],
-)
-def test_thresholds_that_do_not_fit_the_labels_are_refused(change):
+@pytest.mark.parametrize("scores", [[[0.1]], [[0.1]] * 3, [0.1, 0.2]])
+def test_scores_that_do_not_fit_the_labels_are_refused(scores):
     sound = make_calibration(30)
     assert SINGLE_LABEL.check_answers(NAMES, sound) is None
-    assert "label_thresholds: allowed" in SINGLE_LABEL.check_answers(NAMES, sound | change)
+    fault = SINGLE_LABEL.check_answers(NAMES, {**sound, "label_scores": scores})
+    assert fault.startswith("label_scores: allowed: one list of numbers for each of 2 labels")
+
+
+def test_a_card_holds_a_bounded_number_of_scores_spread_over_all_rows():
+    scores = np.linspace(0, 1, 10 * MAX_SCORES)
+    (held, _) = fit_label_scores(make_probabilities(scores, 0), np.zeros(len(scores), dtype=int))
+    assert MAX_SCORES // 2 < len(held) <= MAX_SCORES
+    assert held == sorted(held)
+    assert held[len(held) // 2] == pytest.approx(0.5, abs=0.01)
 
 
 # From rows to a model
@@ -132,11 +124,9 @@ def test_a_trained_adapter_gives_label_sets(toy_recipe, caplog):
     """`benchmarks/coverage.md` measures the promise; `test_every_task.py` has the other forms of a model."""
     caplog.set_level("INFO", "lora_sentiment")
     done = train(Recipe.load(toy_recipe, ["data.calibration_fraction=0.3"]))
-    assert (
-        "label sets calibrated on 32 rows that chose nothing; coverage 0.95 needs 19" in caplog.text
-    )
+    assert "calibrated on rows that chose nothing; coverage 0.95 needs 19" in caplog.text
     card = load_card(done.adapter)
-    assert card.calibration["label_rows"] == [16.0, 16.0]
+    assert [len(scores) for scores in card.calibration["label_scores"]] == [16, 16]
     assert done.report["data"]["calibration"]["rows"] == 32
     assert [role for role in done.report if role in ("validation", "calibration", "test")] == [
         "validation",
@@ -159,10 +149,7 @@ def test_a_trained_adapter_gives_label_sets(toy_recipe, caplog):
 
 def test_the_thresholds_decide_an_answer_and_so_the_hash(toy_adapter):
     card = load_card(toy_adapter)
-    sets = {
-        **card.calibration,
-        **{k: v for k, v in make_calibration(30).items() if k != "temperature"},
-    }
+    sets = {**card.calibration, "label_scores": make_calibration(30)["label_scores"]}
     changed = card.model_copy(update={"calibration": sets})
     again = changed.model_validate(json.loads(changed.model_dump_json(by_alias=True)))
     assert again.sha256 == changed.sha256 != card.sha256

@@ -98,6 +98,7 @@ async function loadAdapters() {
     select.replaceChildren(...nothing, ...names.map((name) => new Option(name, name, false, name === chosen)));
   }
   $("compare").hidden = size < 2;
+  $("sets").hidden = $("table-sets").hidden = ![...adapters.values()].some((own) => own.has_label_sets);
   $("predict").disabled = $("start").disabled = size === 0;
   showLabels();
   fail(size ? "" : "No adapter is loaded yet.");
@@ -112,6 +113,12 @@ function showLabels() {
   const pairs = ["adapter", "other"].some((id) => readsPairs($(id).value));
   Object.assign($("text-pair"), { hidden: !pairs, disabled: !pairs, required: pairs });
   $("examples").hidden = pairs;
+}
+
+/** Return the coverage that is chosen, as a part of a request, where the adapter has label sets. */
+function takeCoverage(id, adapter) {
+  const coverage = Number($(id).value);
+  return coverage && adapters.get(adapter)?.has_label_sets ? { coverage } : {};
 }
 
 /** Do what a user asked for and show its error; where an adapter is gone, look what is loaded. */
@@ -154,14 +161,14 @@ async function predict() {
 }
 
 async function predictOne(text, adapter, explain, signal) {
-  const body = { texts: [makeInput(adapter, text, $("text-pair").value)], adapter, top_k: Math.min(adapters.get(adapter)?.labels.length ?? 1, MOST_LABELS), explain };
+  const body = { texts: [makeInput(adapter, text, $("text-pair").value)], adapter, top_k: Math.min(adapters.get(adapter)?.labels.length ?? 1, MOST_LABELS), explain, ...takeCoverage("coverage", adapter) };
   const start = performance.now();
   const { predictions } = await ask("predict", { body, signal });
   return { top_k: [], ...predictions[0], milliseconds: Math.round(performance.now() - start) };
 }
 
 function makeCard(adapter, answer, order) {
-  const { label, labels, value, score, top_k, truncated, milliseconds } = answer;
+  const { label, labels, value, score, top_k, label_set, is_certain, truncated, milliseconds } = answer;
   const time = make("span", "soft number", `${count(milliseconds)} ms`);
   const head = make("header", "", make("h3", "", make("bdi", "", adapter)), time);
   const verdict = make("p", "verdict", make("bdi", "", tell(answer)), make("span", "number", percent(score)));
@@ -173,6 +180,10 @@ function makeCard(adapter, answer, order) {
   const card = make("article", "card answer", head, verdict, make("ol", "bars", ...bars));
   const others = (adapters.get(adapter)?.labels.length ?? 0) - top_k.length;
   if (top_k.length && others > 0) card.append(make("p", "soft", `${count(others)} other labels are less likely.`));
+  if (label_set) {
+    const set = make("bdi", "", label_set.join(", ") || "no label");
+    card.append(make("p", "set", "Cannot be ruled out: ", set, is_certain ? "." : ". The answer is uncertain: this is not one label."));
+  }
   if (truncated) card.append(make("p", "soft", "The text is longer than this adapter reads, and was cut."));
   return card;
 }
@@ -287,12 +298,14 @@ async function openFile(file) {
 /** Forget the answers: the file, the column or the adapter is another. */
 function startAnew() {
   let prefix = "";
-  const { answer_columns: own = ["label", "score"] } = adapters.get($("table-adapter").value) ?? {};
+  const { answer_columns: answers = ["label", "score"] } = adapters.get($("table-adapter").value) ?? {};
   $("pair-field").hidden = !readsPairs($("table-adapter").value);
+  const sets = takeCoverage("table-coverage", $("table-adapter").value).coverage ? ["label_set", "is_certain"] : [];
+  const own = [...answers, ...sets];
   while (own.some((title) => table.header.includes(prefix + title))) prefix += "predicted_";
   const titles = own.map((title) => prefix + title);
   Object.assign(table, { own, titles, answers: [], refused: [], next: 0, cut: 0, sums: new Map() });
-  const [size, added] = [count(table.rows.length), titles.join(" and ")];
+  const [size, added] = [count(table.rows.length), new Intl.ListFormat("en").format(titles)];
   $("table-status").textContent = `${table.name}: ${size} rows; gets the columns ${added}.`;
   $("formulas").textContent = $("rate").textContent = "";
   $("progress").hidden = true;
@@ -346,7 +359,7 @@ async function labelRows(table, signal) {
   for (let chosen; (chosen = nextRows(table, columns, most)).length; ) {
     const texts = chosen.map((i) => makeInput(adapter, ...columns.map((column) => table.rows[i][column])));
     try {
-      keep(table, chosen, await ask("predict", { body: { texts, adapter }, signal }));
+      keep(table, chosen, await ask("predict", { body: { texts, adapter, ...takeCoverage("table-coverage", adapter) }, signal }));
     } catch (error) {
       const { status, message, seconds } = error;
       if (status === 429) {
@@ -399,7 +412,7 @@ async function runTable() {
 
 function showRunning(on) {
   const focused = [$("start"), $("cancel")].includes(document.activeElement);
-  for (const id of ["file", "column", "pair-column", "table-adapter"]) $(id).disabled = on;
+  for (const id of ["file", "column", "pair-column", "table-adapter", "table-coverage"]) $(id).disabled = on;
   $("cancel").hidden = !on;
   $("download").hidden = on || !table.next;
   $("start").hidden = on || table.next >= table.rows.length;
@@ -478,6 +491,7 @@ on($("download"), "click", download);
 on($("column"), "change", startAnew);
 on($("pair-column"), "change", startAnew);
 on($("table-adapter"), "change", startAnew);
+on($("table-coverage"), "change", startAnew);
 on($("file"), "change", ({ target }) => {
   take([...target.files]);
   target.value = ""; // so that the same file can be chosen again
@@ -497,4 +511,5 @@ on(window, "drop", (event) => {
 on(window, "focus", () => $("key-form").hidden && attempt(loadAdapters)); // adapters come and go
 on(window, "beforeunload", (event) => running && event.preventDefault());
 
+$("table-coverage").append(...$("coverage").cloneNode(true).children);
 attempt(loadAdapters);
