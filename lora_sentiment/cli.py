@@ -798,7 +798,8 @@ def show_compared(compared: Mapping[str, Any]) -> None:
 def _show_figures(figures: Any, *, as_json: bool) -> None:
     """Print a DataFrame of figures, or JSON: heading of the row to heading of the column to figure."""
     if is_main():
-        typer.echo(figures.to_json(orient="index") if as_json else figures.round(4).to_string())
+        shown = figures.to_string(float_format="{:.4f}".format)
+        typer.echo(figures.to_json(orient="index") if as_json else shown)
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:
