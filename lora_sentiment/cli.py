@@ -113,7 +113,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 
