@@ -732,7 +732,7 @@ def test_a_trial_that_was_killed_before_it_was_told_is_not_run_again(
 
 
 def test_a_run_stopped_before_its_last_rename_is_run_again(toy_recipe):
-    grid = ["method.r=[2, 4]", "train.max_steps=1"]
+    grid = ["method.r=[2, 4]", "train.max_steps=1", "offline=bundled"]
     found = sweep(toy_recipe, grid)
     folder = Path(found["rows"][1]["folder"])
     left = folder.with_name(folder.name + ".run")
