@@ -29,6 +29,18 @@ SHOWN_LABELS = 20
 """Labels that a card names; `card.json` or `config.json` names all."""
 NO_VALUE = {"value": None}
 """The interval of a metric that a role does not have."""
+TORCH_SCORES = {"softmax": "logits.softmax(dim=0)", "sigmoid": "logits.sigmoid()", "none": "logits"}
+NUMPY_SCORES = {
+    "softmax": "np.exp(logits) / np.exp(logits).sum()",
+    "sigmoid": "1 / (1 + np.exp(-logits))",
+    "none": "logits",
+}
+JS_SCORES = {
+    "softmax": "transformers.softmax(logits)",
+    "sigmoid": "logits.map((logit) => 1 / (1 + Math.exp(-logit)))",
+    "none": "logits",
+}
+"""Code that turns the logits of a text into scores, by the activation of a task."""
 EXAMPLES = {False: '"A lovely film."', True: '("Is it good?", "Yes, very.")'}
 """Texts to answer in Python, by whether an input is a pair."""
 STOCK_EXAMPLES = {
@@ -132,7 +144,9 @@ def make_merged_card(
         target=targets[record.into],
         dtype=record.dtype,
         reading=describe_reading(record, other="this pipeline"),
-        reader=_show_reader("read_merged_python.md", name, record),
+        reader=_show_reader(
+            "read_merged_python.md", name, record, scores=TORCH_SCORES[task.activation]
+        ),
         table=_show_compared(
             record,
             list(record.compared),
@@ -186,8 +200,12 @@ def make_exported_card(
         **code,
         javascript=javascript,
         reading=describe_reading(record, other="another runtime"),
-        reader=_show_reader("read_exported_python.md", name, record, **code)
-        + _show_reader("read_exported_js.md", name, record, **code),
+        reader=_show_reader(
+            "read_exported_python.md", name, record, scores=NUMPY_SCORES[task.activation], **code
+        )
+        + _show_reader(
+            "read_exported_js.md", name, record, scores=JS_SCORES[task.activation], **code
+        ),
         table=_show_compared(
             record,
             [form for form in record.compared if form.startswith("onnx")],

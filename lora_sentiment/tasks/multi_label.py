@@ -115,6 +115,7 @@ class MultiLabel(Task):
 
     name = "multi_label"
     problem_type = "multi_label_classification"
+    activation = "sigmoid"
     shown = ("macro_f1", "average_precision", "log_loss")
     # Thresholds are chosen after training, so F1 means little before.
     evaluated = ("average_precision", "log_loss")

@@ -89,6 +89,7 @@ class Regression(Task):
 
     name = "regression"
     problem_type = "regression"
+    activation = "none"
     shown = ("mae", "spearman", "rmse")
     evaluated = ("mae", "rmse")
     kind = "regression to the number {labels}"

@@ -88,6 +88,7 @@ class Task:
     Attributes:
         name: Its value of `data.task`.
         problem_type: Its name in transformers' `config.json`.
+        activation: What turns logits into scores, by transformers' name for `function_to_apply`.
         shown: The metrics that tables show, best known first. The last one settles ties.
         evaluated: The metrics of each evaluation of a training. The last one is drawn with the loss.
         in_percent: Whether the first metrics of `shown` are shares.
@@ -103,6 +104,7 @@ class Task:
 
     name = ""
     problem_type = ""
+    activation = "softmax"
     shown: tuple[str, ...] = ()
     evaluated: tuple[str, str] = ("", "")
     in_percent = True

@@ -1,5 +1,6 @@
 """Every task on several methods: trained, saved, reloaded, merged, exported, and answered by other programs."""
 
+import contextlib
 import json
 import re
 
@@ -96,7 +97,12 @@ def run(tmp_path, bases, rows_file):
 
 def walk(task, kind, of, run, folder):
     """Train, save, reload, evaluate and merge; return the adapter, its folder, its texts and their scores."""
-    done = run(task, kind, f"data.calibration_fraction={CALIBRATION[task]}", of=of)
+    overrides = [f"data.calibration_fraction={CALIBRATION[task]}"]
+    if of == "text":
+        overrides.append(
+            "model.truncation=head_tail"
+        )  # then a card has code that cuts as training did
+    done = run(task, kind, *overrides, of=of)
     texts = INPUTS[of][1]
     losses = np.array([point.loss for point in done.history.steps]).reshape(6, -1).mean(axis=1)
     assert losses[-1] < losses[0]
@@ -112,11 +118,26 @@ def walk(task, kind, of, run, folder):
         assert ("pair" in (place / "README.md").read_text(encoding="utf-8")) == (of == "pair")
     if of == "pair":
         given = [{"text": first, "text_pair": second} for first, second in texts]
+    else:
+        assert_code_of_card_answers(merged, adapter, texts)
     stock = pipeline("text-classification", model=str(merged), top_k=None)
     for answer, own in zip(stock(given, truncation=True), scores, strict=True):
         row = {part["label"]: part["score"] for part in answer}
         np.testing.assert_allclose([row[name] for name in adapter.labels], own, atol=1e-5)
     return adapter, done.adapter, texts, scores
+
+
+def assert_code_of_card_answers(folder, adapter, texts):
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(
+        r"```python\n(import (?:(?!```).)*classify_as_trained.*?)```", readme, re.DOTALL
+    )
+    names = {}
+    with contextlib.chdir(folder.parent):
+        exec(code, names)
+    for text, scores in zip(texts, adapter.probabilities(texts), strict=True):
+        expected = dict(zip(adapter.labels, scores, strict=True))
+        assert names["classify_as_trained"](text) == pytest.approx(expected, abs=1e-5)
 
 
 def assert_same_answers(other, adapter, texts):
@@ -146,6 +167,8 @@ def test_every_task_goes_from_rows_to_other_programs(task, kind, of, run, tmp_pa
     adapter, folder, texts, scores = walk(task, kind, of, run, tmp_path)
     exported = export(folder, tmp_path / "onnx", format="onnx").folder
     assert_same_answers(load(exported), adapter, texts)
+    if of == "text":
+        assert_code_of_card_answers(exported, adapter, texts)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     session = InferenceSession(exported / "onnx/model.onnx")
     for text, own in zip(texts, scores, strict=True):
