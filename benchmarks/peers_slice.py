@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -37,6 +38,7 @@ from lora_sentiment.data import packing
 from lora_sentiment.data.batches import Encoded, cut
 from lora_sentiment.fast.encoder import use_fast_encoder, use_stock_encoder
 from lora_sentiment.models.dtype import resolve_dtype
+from lora_sentiment.models.families import family_of
 from lora_sentiment.models.load import load_base
 from lora_sentiment.models.token_limits import micro_batch_tokens
 from lora_sentiment.models.wrap import make_trainable
@@ -50,7 +52,6 @@ from lora_sentiment.training.processes import join_launch, make_accelerator
 from lora_sentiment.training.report import peak_memory, reset_peak_memory
 
 RANK, ALPHA, RATE = 8, 16, 5e-4
-TARGETS = ["q_lin", "v_lin"]
 GEMM_TOKENS, GEMM_PASSES = 2048, 15
 WARM_UP_TEXTS = 4
 FOUR_GB = 4 * 10**9
@@ -293,7 +294,8 @@ def walk_trainer(job: Job, device: torch.device, watch: Stopwatch | None = None)
     """Train with transformers' Trainer and PEFT on their own forward."""
     torch.manual_seed(0)
     variant, watch = job.variant, watch or Stopwatch(job, device)
-    names = ("dropout", "attention_dropout", "seq_classif_dropout")
+    family = family_of(AutoConfig.from_pretrained(job.base))
+    names = [name for keys in family.dropouts.values() for name in keys]
     off: dict[str, Any] = {} if variant.dropout else dict.fromkeys(names, 0.0)
     plain: Any = AutoModelForSequenceClassification.from_pretrained(
         job.base, num_labels=len(job.labels), dtype=torch.float32, **off
@@ -303,7 +305,8 @@ def walk_trainer(job: Job, device: torch.device, watch: Stopwatch | None = None)
         r=RANK,
         lora_alpha=ALPHA,
         lora_dropout=variant.lora_dropout,
-        target_modules=TARGETS,
+        target_modules=list(family.query_value),
+        modules_to_save=list(family.saved_modules),
     )
     model = get_peft_model(plain, settings)
     dtype = resolve_dtype(variant.dtype, device) if variant.tuned else torch.float32
@@ -391,7 +394,10 @@ def walk_ours(job: Job, device: torch.device, watch: Stopwatch | None = None) ->
     )
     base = load_base(config, labels=job.labels)
     method = LoraMethod(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=variant.lora_dropout, target_modules=tuple(TARGETS)
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=variant.lora_dropout,
+        target_modules=family_of(base.config).query_value,
     )
     steps = len(job.batches)
     model = make_trainable(base, method, config, dtype=dtype, num_steps=steps).to(device)
