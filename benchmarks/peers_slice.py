@@ -218,7 +218,9 @@ def measure_steps(job: Job) -> dict[str, Any]:
         "frozen_bytes": frozen,
         "executed_flops": sum(walk.executed(rows, length) for rows, length in padded),
         "stock_flops": sum(stock(1, int(length)) for length in real),
-        "gemm_flops_per_second": measure_gemm(config.dim, config.hidden_dim, walk.dtype, device),
+        "gemm_flops_per_second": measure_gemm(
+            config.hidden_size, getattr(config, family_of(config).width), walk.dtype, device
+        ),
         "dtype": str(walk.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }

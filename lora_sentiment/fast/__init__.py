@@ -7,6 +7,7 @@ from lora_sentiment.fast.attention import attention_backends
 from lora_sentiment.fast.encoder import (
     FastForward,
     UnsupportedModelError,
+    check_modules,
     has_packable_heads,
     takes_packed_rows,
     use_fast_encoder,
@@ -25,6 +26,7 @@ __all__ = [
     "Parts",
     "UnsupportedModelError",
     "attention_backends",
+    "check_modules",
     "compute_mixed",
     "compute_mixed_packed",
     "has_packable_heads",

@@ -172,7 +172,7 @@ def use_fast_encoder(model: nn.Module, *, compute_dtype: torch.dtype) -> str | N
     try:
         encoder = _find_encoder(model)
         use_stock_encoder(model)
-        _check_modules(encoder)
+        check_modules(encoder)
     except UnsupportedModelError as error:
         return error.reason
     reason = why_not_on(next(encoder.parameters()).device)
@@ -219,8 +219,12 @@ def _find_encoder(model: nn.Module) -> Encoder:
     return encoder
 
 
-def _check_modules(encoder: Encoder) -> None:
-    """Refuse an encoder with a module that the fast forward pass would compute wrongly."""
+def check_modules(encoder: Encoder) -> None:
+    """Refuse an encoder with a module that the fast forward pass would compute wrongly.
+
+    Raises:
+        UnsupportedModelError: With the module and the reason.
+    """
     config = encoder.config
     # DistilBERT has its own name for the activation, and cannot be a decoder.
     activation = getattr(config, "hidden_act", None) or config.activation

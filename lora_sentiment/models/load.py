@@ -485,6 +485,12 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
                 f"{base} asks to fetch and run the kernel {kernel!r} ({key} in its config.json), "
                 "which this package never does; name a plain checkpoint"
             )
+    positions = facts.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        raise refuse(
+            f"{base} has the position_embedding_type {positions!r}, which transformers no longer "
+            "computes; name a checkpoint with absolute positions"
+        )
     if "quantization_config" in facts:
         raise refuse(
             f"{base} is quantised already; name the checkpoint it was made from, and let this "
@@ -493,7 +499,11 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
     kind = "model"
     if facts.get("is_encoder_decoder") is True:
         kind = "encoder-decoder"
-    elif facts.get("is_decoder") is True or _names_decoder(facts.get("architectures")):
+    elif (
+        facts.get("is_decoder") is True
+        or facts.get("add_cross_attention") is True
+        or _names_decoder(facts.get("architectures"))
+    ):
         kind = "decoder"
     if kind != "model" or facts["model_type"] not in FAMILIES:
         raise refuse(

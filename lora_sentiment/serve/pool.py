@@ -29,6 +29,7 @@ from lora_sentiment.fast import (
     FastForward,
     Parts,
     UnsupportedModelError,
+    check_modules,
     compute_mixed,
     compute_mixed_packed,
     has_packable_heads,
@@ -124,9 +125,14 @@ class Pool:
         self._why_not_shared = why_not_on(self._device)
         if not base.family.fast:
             self._why_not_shared = f"the fast forward pass does not compute {base.family.name}"
+        encoder: Any = base.model.get_submodule(base.family.encoder)
+        if self._why_not_shared is None:
+            try:
+                check_modules(encoder)
+            except UnsupportedModelError as error:
+                self._why_not_shared = error.reason
         self._packs = False
         if self._why_not_shared is None:
-            encoder: Any = base.model.get_submodule(base.family.encoder)
             if self._device.type != "cpu":
                 # The base stays on the CPU, where adapters are loaded.
                 encoder = copy.deepcopy(encoder).to(self._device)
@@ -381,8 +387,10 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
     name = base
     revision = None
     max_length = 8
+    labels = ("0", "1")
     if known:
         card = load_card(known[0])
+        labels = tuple(card.labels)  # a head that the base has must fit
         max_length = card.max_length
         if base is None:
             name = card.base.name
@@ -392,7 +400,7 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
             "no adapter was given and none is in the watched folder: name the base with --base"
         )
     config = ModelConfig(name=name, revision=revision, max_length=max_length, dtype="float32")
-    pool = Pool(load_base(config, labels=("0", "1")), source=base, watch=watch, dtype=dtype)
+    pool = Pool(load_base(config, labels=labels), source=base, watch=watch, dtype=dtype)
     pool.add(folders)
     pool.refresh()
     return pool

@@ -110,7 +110,9 @@ def traced(exported, monkeypatch) -> None:
     """Take the graph that was traced before: tracing takes seconds, and most tests are not about
     it."""
     monkeypatch.setattr(
-        export_module, "write_graph", lambda model, path: shutil.copyfile(exported[0] / PLAIN, path)
+        export_module,
+        "write_graph",
+        lambda model, path, **_: shutil.copyfile(exported[0] / PLAIN, path),
     )
 
 
@@ -130,7 +132,7 @@ def compressed(exported, merged, tmp_path_factory):
         patch.setattr(
             export_module,
             "write_graph",
-            lambda model, path: shutil.copyfile(exported[0] / PLAIN, path),
+            lambda model, path, **_: shutil.copyfile(exported[0] / PLAIN, path),
         )
         return out, export(merged, out, format="onnx-int8-weights", max_drop=5)
 

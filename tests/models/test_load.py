@@ -105,6 +105,14 @@ WRONG_KINDS = {
         {"model_type": "bert", "is_decoder": True},
         "is a bert decoder; this package adapts encoders of",
     ),
+    "cross-attention": (
+        {"model_type": "bert", "add_cross_attention": True},
+        "is a bert decoder; this package adapts encoders of",
+    ),
+    "relative positions": (
+        {"model_type": "bert", "position_embedding_type": "relative_key_query"},
+        "position_embedding_type 'relative_key_query', which transformers no longer computes",
+    ),
     "remote code": (
         {"model_type": "modernbert", "auto_map": {"AutoModel": "code.Model"}},
         "asks to run its own code",

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from lora_sentiment.adapter.folder import DataRecord
 from lora_sentiment.classifier import load
@@ -107,6 +108,30 @@ def test_packed_rows_of_many_adapters_answer_as_padded_ones(pool, monkeypatch, m
     for logits, expected in zip(compute(pool, pairs), padded, strict=True):
         assert logits.dtype == np.float32
         np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["relu", "gelu_new"])
+def test_a_base_that_the_fast_forward_pass_does_not_compute_is_not_shared(change, tmp_path):
+    base = save_family_base(tmp_path / "base", "bert")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "hidden_act": change}))
+    method = LoraMethod(r=4, target_modules=("query", "value"))
+    save_random(tmp_path / "a", base, method, labels=name_labels(2), head=0.3)
+    alone = load(tmp_path / "a", dtype="float32")
+    pool = make_pool([tmp_path / "a"])
+    for text, logits in zip(TEXTS, compute(pool, [("a", text) for text in TEXTS]), strict=True):
+        np.testing.assert_allclose(logits, compute_alone(alone, text), atol=1e-5)
+
+
+def test_the_base_may_have_a_head_for_any_number_of_labels(tmp_path):
+    base = save_family_base(tmp_path / "base", "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model.save_pretrained(base)
+    method = LoraMethod(r=4, target_modules=("query", "value"))
+    save_random(tmp_path / "a", base, method, labels=name_labels(3), head=0.3)
+    pool = make_pool([tmp_path / "a"])
+    expected = compute_alone(load(tmp_path / "a", dtype="float32"), TEXTS[0])
+    np.testing.assert_allclose(compute(pool, [("a", TEXTS[0])])[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])

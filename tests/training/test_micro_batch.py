@@ -303,6 +303,7 @@ def settings_of(recipe, *, max_tokens, device):
         model=SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=device)])),
         dtype=torch.float32,
         max_tokens=max_tokens,
+        parent=None,
     )
     return train._settings(recipe, setup, frozen_sha256="frozen")
 
