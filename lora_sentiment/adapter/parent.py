@@ -68,8 +68,11 @@ def resolve_parent(recipe: Recipe) -> Recipe:
             found = getattr(given, name, None)
             if name in given.model_fields_set and found != value:
                 differing.append(f"{section}.{name}={value}, not {found}")
-        if section == "method" and recipe.method.kind != card.method.kind:
-            break  # the other keys are those of another method
+        is_other = section == "method" and recipe.method.kind != card.method.kind
+        if is_other and recipe.method.model_fields_set:
+            # The keys that the recipe sets are those of another method.
+            differing = [f"method.kind={card.method.kind}, not {recipe.method.kind}"]
+            break
     if differing:
         raise ModelError(
             f"{folder} was trained with {'; '.join(differing)}; set these keys to its values, or "

@@ -38,7 +38,7 @@ def find_suspects(recipe: Recipe, out: Path, *, num_folds: int) -> dict[str, int
             `predict_out_of_fold`.
     """
     task = find_task(recipe.data.task)
-    if task.name == "regression":
+    if not task.has_wrong_labels:
         raise DataError(
             "--suspects: a number is near the predicted one or far from it, but neither right nor "
             "wrong; cross-validate writes the predicted number of each row"

@@ -232,6 +232,9 @@ def load_data(
             seed=config.split_seed + 2,
             key="data.calibration_fraction",
         )
+    fault = task.check_train(train.labels, names, config)
+    if fault:
+        raise DataError(f"{source.where('train')}, after rows were carved out of it: {fault}")
     return Data(
         config,
         names,
@@ -428,7 +431,7 @@ def _refuse_rare_labels(
     )
     others = np.setdiff1d(present, rare)
     # Integers that stand for names would stand for other names if one were left out.
-    if config.labels is None and len(others) >= 2:
+    if config.labels is None and config.label_columns is None and len(others) >= 2:
         kept = json.dumps([names[label] for label in others], ensure_ascii=False)
         advice["data.labels"] = f", or leave these labels out: {shlex.quote(f'{{}}={kept}')}"
         advice["data.on_bad_row"] = " {}=drop"

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,13 +51,16 @@ class Recipe(Section):
             )
         return name
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _method_defaults_to_lora(cls, values: Any) -> Any:
+    def _method_defaults_to_lora(cls, values: Any, validate: Callable[[Any], "Recipe"]) -> "Recipe":
         # pydantic chooses a method's class by `kind` and has no default for it.
-        if isinstance(values, dict) and isinstance(values.get("method", {}), dict):
-            return {**values, "method": {"kind": "lora", **values.get("method", {})}}
-        return values
+        method = values.get("method", {}) if isinstance(values, dict) else None
+        if not isinstance(method, dict) or "kind" in method:
+            return validate(values)
+        recipe = validate({**values, "method": {"kind": "lora", **method}})
+        recipe.method.model_fields_set.discard("kind")
+        return recipe
 
     @model_validator(mode="before")
     @classmethod

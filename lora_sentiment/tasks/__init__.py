@@ -1,6 +1,7 @@
 """What a label is. One file for each task; `find_task` chooses.
 
-Nothing outside of this folder asks which task it has: it asks the task's object.
+Other code asks the task's object what depends on the task. The recipe alone compares names: it loads
+no task, and checks which keys a task takes.
 """
 
 from lora_sentiment.tasks.multi_label import MultiLabel

@@ -95,6 +95,7 @@ def make_label_weights(
 
     Raises:
         RecipeError: The list does not hold one weight for each label.
+        DataError: `balanced`, and a label is in no row or in every row.
     """
     if setting is None:
         return None
@@ -107,6 +108,12 @@ def make_label_weights(
         return np.array([setting, setting], dtype=np.float32)
     num_with = labels.sum(axis=0)
     counts = np.stack([len(labels) - num_with, num_with])
+    lacking = [name for name, own in zip(names, counts.T, strict=True) if not own.all()]
+    if lacking:
+        raise DataError(
+            f"train.class_weights: balanced needs rows with and without each label; not so for "
+            f"{show_names(lacking)}; add rows, or leave class_weights out"
+        )
     return np.asarray(len(labels) / (2 * counts), dtype=np.float32)
 
 

@@ -90,6 +90,7 @@ class Regression(Task):
     name = "regression"
     problem_type = "regression"
     activation = "none"
+    has_wrong_labels = False
     shown = ("mae", "spearman", "rmse")
     evaluated = ("mae", "rmse")
     kind = "regression to the number {labels}"
@@ -304,6 +305,8 @@ def _read_number(value: Any) -> float | None:
     """Return a value as a finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
+    if isinstance(value, str) and "_" in value:
+        return None  # Python alone reads it as a number
     try:
         number = float(value)
     except (ValueError, OverflowError):

@@ -91,6 +91,7 @@ class Task:
         activation: What turns logits into scores, by transformers' name for `function_to_apply`.
         shown: The metrics that tables show, best known first. The last one settles ties.
         evaluated: The metrics of each evaluation of a training. The last one is drawn with the loss.
+        has_wrong_labels: Whether a label is right or wrong, and not near or far.
         in_percent: Whether the first metrics of `shown` are shares.
         picture: Name of the picture of the judged rows.
         picture_text: What the picture shows.
@@ -108,6 +109,7 @@ class Task:
     shown: tuple[str, ...] = ()
     evaluated: tuple[str, str] = ("", "")
     in_percent = True
+    has_wrong_labels = True
     picture = ""
     picture_text = ""
     answer_columns: Mapping[str, type] = {}

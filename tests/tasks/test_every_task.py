@@ -18,6 +18,7 @@ from lora_sentiment.data.rows import load_data
 from lora_sentiment.errors import DataError, RecipeError
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.recipe import Recipe
+from lora_sentiment.tasks.multi_label import make_label_weights
 from lora_sentiment.train import train
 from tests.conftest import BAD, FILLERS, GOOD
 from tests.tiny_families import save_family_base
@@ -220,6 +221,11 @@ BROKEN = {
         "text,n\na,1.5\nb,good\nc,2\n",
         "row 2: column 'n': found 'good'; allowed: a finite number",
     ),
+    "a number as Python writes it": (
+        {"label_column": "n", "task": "regression"},
+        "text,n\na,1.5\nb,1_000\nc,2\n",
+        "row 2: column 'n': found '1_000'; allowed: a finite number",
+    ),
     "a label outside": (
         {"label_column": "l", "task": "multi_label", "labels": ["x", "y"]},
         'text,l\na,"x,y"\nb,x\nc,"x,z"\n',
@@ -275,6 +281,28 @@ def test_broken_labels_are_told_by_row_and_column(config, content, message, tmp_
     lines = [line for line in str(caught.value).splitlines() if re.search(r": rows? \d", line)]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_carve_that_leaves_one_value_is_told(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("text,n\n" + "".join(f"t{i},{3 + (i == 7)}\n" for i in range(20)), "utf-8")
+    config = {"source": str(path), "label_column": "n", "task": "regression"}
+    told = []
+    for seed in range(8):
+        try:
+            load_data(DataConfig(**config, validation_fraction=0.4, split_seed=seed))
+        except DataError as error:
+            told.append(str(error))
+    assert told
+    assert all("after rows were carved out of it: rows 1 to" in message for message in told)
+
+
+def test_balanced_weights_need_rows_with_and_without_each_label():
+    labels = np.array([[1, 0], [1, 1]])
+    with pytest.raises(
+        DataError, match="balanced needs rows with and without each label; not so for a;"
+    ):
+        make_label_weights("balanced", labels=labels, names=("a", "b"))
 
 
 CONFLICTS = {

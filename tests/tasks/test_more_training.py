@@ -8,6 +8,7 @@ import torch
 
 from lora_sentiment import train as train_module
 from lora_sentiment.adapter.folder import load_card
+from lora_sentiment.adapter.parent import resolve_parent
 from lora_sentiment.classifier import load
 from lora_sentiment.commands.evaluate import evaluate
 from lora_sentiment.errors import LoraSentimentError
@@ -164,6 +165,16 @@ def test_what_does_not_fit_the_adapter_is_refused_at_once(message, parent, tiny_
         train(recipe, data={"train": rows_of("single_label", with_new=False)})
     assert message in str(caught.value)
     assert not (tmp_path / "child").exists()
+
+
+@pytest.mark.parametrize("kind", ["head", "full"])
+def test_a_recipe_without_a_method_takes_that_of_its_adapter(kind, tiny_base, tmp_path):
+    folder = train_parent(tmp_path, tiny_base, "single_label", kind)
+    path = tmp_path / "more.yaml"
+    path.write_text(f"data: {{source: x/y}}\nmodel: {{name: {tiny_base}, adapter: {folder}}}\n")
+    assert resolve_parent(Recipe.load(path)).method.kind == kind
+    with pytest.raises(LoraSentimentError, match=f"was trained with method.kind={kind}, not lora"):
+        resolve_parent(Recipe.load(path, ["method.r=2"]))
 
 
 def test_an_unknown_label_stays_a_broken_row(parent, tiny_base, tmp_path):
