@@ -387,7 +387,7 @@ def load_pool(folders: Sequence[Path], *, watch: Path | None, base: str | None, 
     name = base
     revision = None
     max_length = 8
-    labels = ("0", "1")
+    labels: tuple[str, ...] = ("0", "1")
     if known:
         card = load_card(known[0])
         labels = tuple(card.labels)  # a head that the base has must fit
