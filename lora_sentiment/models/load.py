@@ -24,6 +24,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -491,6 +492,9 @@ def _check_kind(path: str | None, config: ModelConfig) -> None:
             f"{base} has the position_embedding_type {positions!r}, which transformers no longer "
             "computes; name a checkpoint with absolute positions"
         )
+    for key in ("hidden_act", "activation", "hidden_activation", "classifier_activation"):
+        if facts.get(key) is not None and str(facts[key]) not in ACT2FN:
+            raise refuse(f"{base} has the {key} {facts[key]!r}, which transformers does not know")
     if "quantization_config" in facts:
         raise refuse(
             f"{base} is quantised already; name the checkpoint it was made from, and let this "

@@ -180,7 +180,7 @@ class HfParameters(RequestBody):
     top_k: int | None = Field(default=None, ge=1)
     """Number of most likely labels to return. Default: all."""
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
-    """Turns logits into scores. Default: softmax."""
+    """Turns logits into scores. Default: that of the task."""
 
 
 class HfRequest(RequestBody):

@@ -113,6 +113,10 @@ WRONG_KINDS = {
         {"model_type": "bert", "position_embedding_type": "relative_key_query"},
         "position_embedding_type 'relative_key_query', which transformers no longer computes",
     ),
+    "an activation": (
+        {"model_type": "bert", "hidden_act": "foo"},
+        "has the hidden_act 'foo', which transformers does not know",
+    ),
     "remote code": (
         {"model_type": "modernbert", "auto_map": {"AutoModel": "code.Model"}},
         "asks to run its own code",
