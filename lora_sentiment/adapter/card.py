@@ -173,6 +173,11 @@ def make_exported_card(
         {"file": QUANTISED, "js_dtype": "q8"} if has_int8 else {"file": PLAIN, "js_dtype": "fp32"}
     )
     javascript = _fill("use_exported_js.md", name=name, **code)
+    if task.activation != "softmax":
+        javascript += (
+            "\nThis pipeline applies softmax to every model. The code below gives the scores of this "
+            "one.\n"
+        )
     if record.reads_pairs:
         javascript = "Pairs were not tried with transformers.js.\n"
     inputs = list(INPUTS)

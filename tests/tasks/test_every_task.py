@@ -170,6 +170,8 @@ def test_every_task_goes_from_rows_to_other_programs(task, kind, of, run, tmp_pa
     assert_same_answers(load(exported), adapter, texts)
     if of == "text":
         assert_code_of_card_answers(exported, adapter, texts)
+        readme = (exported / "README.md").read_text(encoding="utf-8")
+        assert ("applies softmax to every model" in readme) == (task != "single_label")
     tokenizer = AutoTokenizer.from_pretrained(exported)
     session = InferenceSession(exported / "onnx/model.onnx")
     for text, own in zip(texts, scores, strict=True):
