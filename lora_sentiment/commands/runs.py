@@ -64,8 +64,8 @@ def is_finished(run: Recipe) -> bool:
     if (run.folder / "report.json").is_file() and (run.folder / "recipe.yaml").is_file():
         ran = Recipe.load(run.folder / "recipe.yaml")
         wanted = resolve_recipe(run)
-        place = {"output", "offline"}  # `train_run` replaces `offline`
-        if ran.model_dump(exclude=place) == wanted.model_dump(exclude=place):
+        ignored = {"output", "offline"}  # `train_run` replaces `offline`
+        if ran.model_dump(exclude=ignored) == wanted.model_dump(exclude=ignored):
             return True
     raise AdapterError(
         f"{run.folder}: holds something else than this run; move it away, or delete it"

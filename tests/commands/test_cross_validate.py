@@ -22,6 +22,7 @@ from lora_sentiment.commands.suspects import find_suspects
 from lora_sentiment.data.rows import Data
 from lora_sentiment.errors import AdapterError, DataError, TrainingError
 from lora_sentiment.recipe.recipe import Recipe
+from tests.commands.test_learning_curve import write_recipe
 from tests.conftest import free_port, toy_rows, write_csv
 
 ROOT = Path(__file__).parents[2]
@@ -88,14 +89,7 @@ def recipe(tiny_base, tmp_path_factory) -> Recipe:
     """A recipe over 1,001 rows, some twice, and a test file that is not there."""
     folder = tmp_path_factory.mktemp("folds")
     rows = toy_rows(991)
-    write_csv(folder / "train.csv", [*rows, *rows[:10]])
-    path = folder / "toy.yaml"
-    path.write_text(
-        f"data: {{source: {{train: {folder}/train.csv, test: {folder}/test.csv}}}}\n"
-        f"model: {{name: {tiny_base}, max_length: 16, dtype: float32}}\n"
-        f"train: {{batch_size: 16, max_steps: 2}}\noutput: {{dir: {folder}/adapter}}\n",
-        encoding="utf-8",
-    )
+    path = write_recipe(folder, tiny_base, [*rows, *rows[:10]])
     return Recipe.load(path)
 
 
