@@ -107,6 +107,7 @@ def make_app(pool: "Pool", config: ServeConfig) -> FastAPI:
     @asynccontextmanager
     async def run_tasks(app: FastAPI) -> AsyncIterator[None]:
         app.state.compute_task = asyncio.create_task(queue.run())
+        app.state.compute_task.add_done_callback(_log_end)
         watch_task = asyncio.create_task(_watch(pool, config, queue, metrics))
         yield
         queue.close()
@@ -227,6 +228,11 @@ def _add_information(
     async def show_metrics() -> Response:
         """Return metrics for Prometheus."""
         return Response(metrics.show(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _log_end(compute_task: asyncio.Task[None]) -> None:
+    if not compute_task.cancelled():
+        log.error("the queue ended, and nothing is computed", exc_info=compute_task.exception())
 
 
 def _add_checks(app: FastAPI, pool: "Pool") -> None:

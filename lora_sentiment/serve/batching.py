@@ -143,13 +143,16 @@ class Queue:
         self._thread.submit(call_in_thread, function).result()
 
     async def run(self) -> None:
-        """Compute batch after batch until cancelled."""
-        while True:
-            await self._wait_for_batch()
-            self._computing = self._take_batch()
-            if self._computing:
-                await self._compute_batch(self._computing)
-                self._computing = []
+        """Compute batch after batch until cancelled. However it ends, nobody waits any longer."""
+        try:
+            while True:
+                await self._wait_for_batch()
+                self._computing = self._take_batch()
+                if self._computing:
+                    await self._compute_batch(self._computing)
+                    self._computing = []
+        finally:
+            self.abandon()
 
     def close(self) -> None:
         """Refuse new requests. Queued ones are still computed."""

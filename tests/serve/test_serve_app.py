@@ -431,6 +431,19 @@ def test_a_server_is_ready_while_something_is_loaded_and_it_is_not_stopping():
     assert [row.json()["error"] for row in nothing] == ["no adapter is loaded"] * 5
 
 
+def test_a_fault_of_the_queue_itself_is_logged_and_the_server_is_unhealthy(monkeypatch, caplog):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with make_client() as client:
+        assert client.get("/healthz").status_code == 200
+        monkeypatch.setattr("lora_sentiment.serve.batching._answer_requests", fail)
+        assert client.post("/predict", json={"texts": ["a"]}).status_code == 503
+        assert client.get("/healthz").status_code == 503
+    (record,) = (record for record in caplog.records if record.levelname == "ERROR")
+    assert record.exc_info[0] is ZeroDivisionError
+
+
 def test_adapters_come_and_go_and_their_counts_with_them(monkeypatch):
     monkeypatch.setattr("lora_sentiment.serve.app.WATCH_SECONDS", 0.05)
     pool, asked = FakePool(make_adapter("one")), threading.Event()

@@ -89,6 +89,22 @@ def test_a_full_batch_does_not_wait_for_more():
     in_line(ask, batch_tokens=16, batch_wait_ms=60_000.0)
 
 
+def test_a_fault_of_the_queue_itself_refuses_those_who_wait_and_those_who_come(monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("lora_sentiment.serve.batching._answer_requests", fail)
+
+    async def ask(queue, _):
+        waiting = [queue.ask(ONE, [TEXT]), queue.ask(TWO, [TEXT])]
+        ended = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), timeout=30)
+        with pytest.raises(RefusalError) as late:
+            await queue.ask(ONE, [TEXT])
+        return [error.kind for error in [*ended, late.value]]
+
+    assert in_line(ask) == ["Unhealthy"] * 3
+
+
 def test_the_time_to_wait_follows_the_speed_seen(monkeypatch):
     clock = SimpleNamespace(
         perf_counter=itertools.count(0, 0.25).__next__
