@@ -19,6 +19,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 GENERATED = DOCS / "generated"
 COPIED = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
+SEARCHED = ("SECURITY.md",)
+"""Copies that the site's search finds. The others would crowd out the pages for readers."""
 SECTION = "a section, see below"
 
 
@@ -26,11 +28,14 @@ def generate() -> None:
     """Write all pages anew."""
     shutil.rmtree(GENERATED, ignore_errors=True)
     (GENERATED / "benchmarks").mkdir(parents=True)
-    for name in COPIED:
-        shutil.copy(ROOT / name, GENERATED / name)
-    for pattern in ("*.md", "*.png"):
-        for path in (ROOT / "benchmarks").glob(pattern):
-            shutil.copy(path, GENERATED / "benchmarks" / path.name)
+    copies = [ROOT / name for name in COPIED]
+    copies += [*(ROOT / "benchmarks").glob("*.md"), *(ROOT / "benchmarks").glob("*.png")]
+    for path in copies:
+        shutil.copy(path, GENERATED / path.relative_to(ROOT))
+    for path in GENERATED.rglob("*.md"):
+        if path.name not in SEARCHED:
+            text = path.read_text(encoding="utf-8")
+            path.write_text(f"---\nnosearch: true\n---\n\n{text}", encoding="utf-8")
     (GENERATED / "keys.md").write_text(make_key_page(make_schema()), encoding="utf-8")
     (GENERATED / "commands.md").write_text(make_command_page(), encoding="utf-8")
 

@@ -158,6 +158,11 @@ def test_the_index_leads_to_every_page():
     assert [name for name in sorted(names) if f"\n{name}\n" not in index] == []
 
 
+def test_no_page_has_the_name_of_a_page_that_sphinx_makes():
+    made = {"search", "genindex", "py-modindex", "modindex"}
+    assert made.isdisjoint(path.stem.lower() for path in PAGES)
+
+
 def find_anchors(path: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and MyST make them."""
     found = set()
