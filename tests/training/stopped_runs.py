@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 
+import lora_sentiment.tasks.metrics  # noqa: F401 - once, before the forks
 from lora_sentiment.adapter.weights import save_weights
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.rows import Rows

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+import lora_sentiment.tasks.metrics
 import lora_sentiment.train  # noqa: F401 - once, before the forks
 from lora_sentiment import cli
 from lora_sentiment.training import loop
