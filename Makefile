@@ -3,7 +3,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles the modules that are imported, a small part of all.
+# Python compiles the modules that are imported, a small part of all, and keeps that, which some machines forbid.
+export PYTHONDONTWRITEBYTECODE =
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt $(PIP_FLAGS)
 RUN := $(VENV)/.ready-to-run
 READY := $(VENV)/.ready
