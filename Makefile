@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # Python compiles the modules that are imported, a small part of all, and keeps that, which some machines forbid.
 export PYTHONDONTWRITEBYTECODE =
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt $(PIP_FLAGS)
+# A path, so that Python finds the package beside the clone too: the clone's own folder has the package's name.
+EDIT := $(PIP) --config-settings editable_mode=compat --editable
 RUN := $(VENV)/.ready-to-run
 READY := $(VENV)/.ready
 QUICK := adapters/quickstart
@@ -39,11 +41,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version > /dev/null || { rm -rf $(VENV); exit 1; }
 
 $(RUN): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(EDIT) .
 	touch $(RUN)
 
 $(READY): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+	$(EDIT) '.[dev]'
 	touch $(READY) $(RUN)
 
 lint: $(READY)
@@ -86,7 +88,7 @@ gpu:
 
 # The site, in docs/_build. A warning is an error. No network once the packages are installed.
 $(VENV)/.ready-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[docs]'
+	$(EDIT) '.[docs]'
 	touch $@
 
 docs: $(VENV)/.ready-docs

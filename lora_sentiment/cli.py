@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -15,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_sentiment import __version__
-from lora_sentiment.console import is_main, show_rich, show_table
+from lora_sentiment.console import LogHandler, is_main, show_rich, show_table
 from lora_sentiment.errors import (
     DataError,
     LoraSentimentError,
@@ -182,6 +183,7 @@ def train(
             typer.echo(
                 f"  against {loaded.model.adapter}: {show_progress(run.report['parent'][role])}"
             )
+    typer.echo(f"next        lora-sentiment predict {shlex.quote(str(run.adapter))} TEXT")
 
 
 @app.command()
@@ -285,6 +287,9 @@ def merge(
     typer.echo(f"merged      {done.folder} ({done.dtype}, into {done.into})")
     show_compared(done.compared)
     typer.echo(f"reading     {done.reading}")
+    typer.echo(
+        f'use         pipeline("text-classification", "{done.folder}")(texts, truncation=True)'
+    )
 
 
 @app.command()
@@ -933,7 +938,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Deprecations within transformers do not concern a user of this package.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Not the root logger: the Hub's client shows its own lines, which would appear twice.
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
     log = logging.getLogger("lora_sentiment")
     log.handlers = [handler]

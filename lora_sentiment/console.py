@@ -1,5 +1,6 @@
 """Tables and progress bars, which one process of a launch prints."""
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,18 @@ from tqdm.auto import tqdm
 
 LOG_SECONDS = 15.0
 """Seconds between two lines of a progress bar in a log file."""
+
+
+class LogHandler(logging.StreamHandler[Any]):
+    """Writes lines to standard error, on a terminal above the progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        if not self.stream.isatty():
+            super().emit(record)
+            return
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 def make_bar(total: int, *, desc: str, unit: str, show: bool) -> Any:
@@ -32,6 +45,7 @@ def make_bar(total: int, *, desc: str, unit: str, show: bool) -> Any:
         unit_scale=unit == "tok",
         disable=not show,
         mininterval=interval,
+        leave=None,  # a bar below another one goes when it is full
     )
 
 

@@ -93,6 +93,11 @@ def test_validate_imports_no_torch(toy_recipe):
     assert done.stderr == "[]"
 
 
+def test_looking_at_data_imports_no_peft():
+    code = "import sys, lora_sentiment.commands.data; assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_texts_are_labelled(capsys, toy_adapter):
     code, out, _ = call(capsys, "predict", toy_adapter, "a good film", "a bad\nmeal")
     assert code == 0

@@ -19,7 +19,6 @@ from lora_sentiment.adapter.card import (
     describe_reading,
     make_merged_card,
     read_metadata,
-    show_cost,
 )
 from lora_sentiment.adapter.comparison import (
     JUDGED_ROWS,
@@ -250,7 +249,6 @@ def merge_aside(
     (aside / "README.md").write_text(readme, encoding="utf-8")
     write_merge_record(aside, record)
     reading = describe_reading(record, other="a stock pipeline")
-    log.info("a stock pipeline on raw texts: %s", show_cost(readings["stock"]))
     return Merge(out, into, dtype, compared, readings, reading)
 
 

@@ -236,6 +236,8 @@ def _wrap(folder: Path, base: Base, config: PeftConfig, saved: Header) -> nn.Mod
     with ExplainLibraryError(folder / PEFT_CONFIG), warnings.catch_warnings(), device:
         # PEFT takes AdaLoRA's record of kept values for LoRA's field of the same name.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        # PEFT asks the model by an old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         model: nn.Module = get_peft_model(base.model, config, low_cpu_mem_usage=not needs_values)
     return model
 

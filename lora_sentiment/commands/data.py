@@ -5,7 +5,6 @@ import logging
 import torch
 from accelerate import PartialState
 
-from lora_sentiment.adapter.parent import choose_labels, resolve_parent
 from lora_sentiment.data.batches import TextEncoder
 from lora_sentiment.data.report import (
     DataReport,
@@ -34,8 +33,14 @@ def describe_data(recipe: Recipe) -> DataReport:
     """
     PartialState(cpu=not torch.accelerator.is_available())
     recipe, offline = resolve_offline(recipe)
-    recipe = resolve_parent(recipe)
-    data = load_data(recipe.data, labels=choose_labels(recipe))
+    labels = None
+    if recipe.model.adapter is not None:
+        # Late: this imports PEFT, which takes seconds.
+        from lora_sentiment.adapter.parent import choose_labels, resolve_parent
+
+        recipe = resolve_parent(recipe)
+        labels = choose_labels(recipe)
+    data = load_data(recipe.data, labels=labels)
     task = find_task(recipe.data.task)
     task.check_metric(
         recipe.train.metric_for_best_model, labels=data.validation.labels, names=data.labels

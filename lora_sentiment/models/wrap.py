@@ -1,6 +1,7 @@
 """Apply a method of the recipe to a base: choose the trained tensors, and freeze the others."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -300,7 +301,10 @@ def kept_ranks(state: Mapping[str, torch.Tensor]) -> dict[str, list[bool]]:
 def _wrap(base: Base, method: PeftMethod, num_steps: int) -> PeftModel:
     """Wrap the base with PEFT, and check that it adapted the linears that the recipe names."""
     wanted = set(find_targets(base.model, method))
-    model = get_peft_model(base.model, peft_config(base, method, num_steps=num_steps))
+    with warnings.catch_warnings():
+        # PEFT asks the model by an old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        model = get_peft_model(base.model, peft_config(base, method, num_steps=num_steps))
     assert isinstance(model, PeftModel)
     inner = model.base_model.model
     found = {name for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}  # type: ignore[union-attr]

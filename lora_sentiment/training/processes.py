@@ -157,7 +157,7 @@ def set_threads(state: PartialState) -> int:
     threads = max(1, cores // local)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-    log.info("%d usable cores, %d local processes: %d threads each", cores, local, threads)
+        log.info("usable cores: %d, processes: %d, threads of each: %d", cores, local, threads)
     return threads
 
 
