@@ -732,7 +732,10 @@ def _draw(
                         results.encoded[role],
                         results.numbers[role],
                         scores=results.scores,
-                        pictures={name: recipe.folder / name for name in pictures},
+                        pictures={
+                            "training curve": recipe.folder / "training.png",
+                            task.picture_text: recipe.folder / task.picture,
+                        },
                         data=report_lines(results.report),
                     )
                     picture.write_text(page, encoding="utf-8")
