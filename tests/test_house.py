@@ -1,6 +1,7 @@
 """What the package never does, read from the syntax trees. Layers are import-linter's, in pyproject.toml."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -165,3 +166,11 @@ def test_the_readmes_imports_work_in_a_fresh_process():
     assert len(lines) >= 2
     code = "\n".join([*lines, "assert callable(train) and callable(Recipe.load)"])
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path):
+    """Such as a clone: Python takes the folder for a package if it does not know where to look."""
+    (tmp_path / "lora_sentiment/docs").mkdir(parents=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    code = "from lora_sentiment import Recipe, load"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
