@@ -203,6 +203,14 @@ def test_missing_cells_are_bad_rows():
         assert "data['train']: row 122: label is missing" in str(caught.value)
 
 
+def test_where_no_cell_holds_labels_the_first_one_is_shown():
+    rows = [{"text": f"text {i}", "label": [0.5, 1.5]} for i in range(40)]
+    with pytest.raises(
+        DataError, match=r"row 1, column 'label': found \[0.5, 1.5\]; allowed: a list"
+    ):
+        read({"train": rows}, task="multi_label")
+
+
 FRAME = pd.DataFrame(TRAIN)
 
 

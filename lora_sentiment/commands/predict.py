@@ -430,8 +430,13 @@ def _choose_columns(
     """Return the columns that a model reads.
 
     Raises:
-        DataError: The second column of a pair is missing, or the model reads no pairs.
+        DataError: The second column of a pair is missing or the first one, or the model reads no
+            pairs.
     """
+    if text_column == text_pair_column:
+        raise DataError(
+            f"--text-column and --text-pair-column are both {text_column!r}; name the column of each"
+        )
     if classifier.encoder.reads_pairs == (text_pair_column is not None):
         return [text_column] if text_pair_column is None else [text_column, text_pair_column]
     if text_pair_column is None:

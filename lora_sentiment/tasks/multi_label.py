@@ -167,6 +167,9 @@ class MultiLabel(Task):
         if not names:
             found = [label for cell in cells for label in cell]
             if not found:
+                if faults:
+                    position, fault = next(iter(faults.items()))
+                    raise DataError(f"{where}: row {position + 1}, {fault.message}")
                 raise DataError(f"{where}: no row has a label in column {config.label_column!r}")
             names = own_names or find_names(found, where, num_files=num_files)
         index = {name: i for i, name in enumerate(names)}

@@ -123,6 +123,8 @@ def test_the_columns_must_be_those_that_the_model_reads(tmp_path):
         predict(tmp_path, text_pair_column="b")
     with pytest.raises(DataError, match=r"no column 'd'.*give --text-pair-column"):
         predict(tmp_path, classifier=make_pair_classifier(), text_pair_column="d")
+    with pytest.raises(DataError, match=r"are both 'b'"):
+        predict(tmp_path, classifier=make_pair_classifier(), text_column="b", text_pair_column="b")
     assert not (tmp_path / "out.csv").exists()
 
 
