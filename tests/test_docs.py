@@ -343,14 +343,15 @@ def to_pattern(line: str) -> str:
 @pytest.mark.parametrize("path", PAGES, ids=by_path)
 def test_the_commands_of_a_page_run_and_print_what_it_shows(path, clone):
     servers: list[subprocess.Popen] = []
-    printed = ""
+    printed: str | None = ""
     try:
         for fence in find_fences(path.read_text(encoding="utf-8")):
             if fence.reason:
+                printed = None  # a block of output that follows is of this one
                 continue
             if fence.language in ("sh", "python", "js"):
                 printed = run_block(fence, clone, servers)
-            if fence.language == "text":
+            if fence.language == "text" and printed is not None:
                 for line in fence.text.splitlines():
                     if line != "...":
                         assert re.search(to_pattern(line), printed), f"{line!r} not in {printed}"
