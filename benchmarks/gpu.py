@@ -1,7 +1,7 @@
 r"""What a GPU gives, in five minutes at most: makes benchmarks/gpu.md.
 
-    python benchmarks/gpu.py --base-small ../shared/models/minilm-l6-distilbert \
-        --data imdb=../shared/data/imdb --data sst2=../shared/data/sst2 --data ag_news=../shared/data/ag_news
+    python benchmarks/gpu.py --base-small FOLDER \
+        --data imdb=FOLDER --data sst2=FOLDER --data ag_news=FOLDER
 
 In this order: a whole run of recipes/imdb_lora.yaml on a real base, and quickstart's; training on IMDB at 512 tokens,
 ours beside the Trainer in several forms; the same in short on SST-2 and AG News at 128; answering, ours beside the

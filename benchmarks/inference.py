@@ -227,7 +227,7 @@ def render(lines: list[Line], arguments: argparse.Namespace) -> str:
         if find_spec(name)
     )
     page = [
-        "# One adapter in every form",
+        f"# One adapter in every form: {arguments.adapter}",
         "",
         f"`python benchmarks/inference.py {arguments.adapter}`, {of:,} {arguments.split} rows of "
         f"`{card.data.config.source}`, base `{Path(card.base.name).name}`, at most {card.max_length} tokens a text "

@@ -84,9 +84,9 @@ def main() -> None:
     head = [
         "# Wrong labels",
         "",
-        "    python benchmarks/label_errors.py --rows ../shared/data/messy/ag_news_noisy_labels.csv \\",
-        "        --test ../shared/data/ag_news/test.parquet \\",
-        "        --base ../shared/models/minilm-l6-distilbert --work FOLDER",
+        "    python benchmarks/label_errors.py --rows NOISY.csv \\",
+        "        --test TEST.parquet \\",
+        "        --base local/minilm-l6-distilbert --work FOLDER",
         "",
         f"{len(rows):,} rows of NoisyAG-News, {is_wrong.sum():,} of them ({is_wrong.mean():.1%}) with",
         f"a wrong label. `recipes/ag_news_lora.yaml` with `{settings_shown}`",

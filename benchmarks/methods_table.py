@@ -95,7 +95,10 @@ def is_not_worse(difference: Interval) -> bool:
 
 def render(rows: Sequence[Row], arguments: Namespace) -> str:
     """Return benchmarks/methods.md of what is finished."""
-    parts = ["# What each method gives and what it costs", describe(rows, arguments)]
+    parts = [
+        f"# What each method gives and what it costs: {', '.join(arguments.datasets)}",
+        describe(rows, arguments),
+    ]
     for dataset in arguments.datasets:
         own = [row for row in rows if row.dataset == dataset]
         parts += [f"## {dataset}", describe_data(own), results_table(own), tries_table(own)]

@@ -1,7 +1,8 @@
 """Ours beside transformers' Trainer with PEFT, on one machine and the same rows: makes benchmarks/peers.md.
 
-    python ../shared/hub/make_random_base.py /tmp/random
-    python benchmarks/peers.py --bases distilbert-shape=/tmp/random minilm=local/minilm-l6-distilbert
+    python benchmarks/peers.py --bases distilbert-shape=FOLDER minilm=local/minilm-l6-distilbert
+
+FOLDER is a base of distilbert-base-uncased's shape with random weights.
 
 D is the Trainer as every tutorial has it: fp32, random batches padded to their longest row, the model's dropout as it
 ships, dropout of a tenth before the adapters. B is what an expert's flags give: bf16 where `model.dtype: auto` takes

@@ -134,7 +134,13 @@ CUDA_TARGETS = (
 
 def render(lines: Sequence[Line], note: str) -> str:
     """Return the page: one part for every machine, one table for every base and data set."""
-    page = ["# Ours beside the Trainer with PEFT", "", NOTES, *([note, ""] if note else [])]
+    bases = ", ".join(dict.fromkeys(line["base"] for line in lines))
+    page = [
+        f"# Ours beside the Trainer with PEFT: {bases}",
+        "",
+        NOTES,
+        *([note, ""] if note else []),
+    ]
     machines: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         machines[line["machine"]].append(line)

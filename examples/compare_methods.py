@@ -12,7 +12,10 @@ from lora_sentiment.train import train
 
 METHODS = {
     "lora": ["method={kind: lora, r: 8, target_modules: all-linear}"],
-    "lora_low_rank_head": ["method={kind: lora, r: 8}", "model.head=low_rank"],
+    "lora_low_rank_head": [
+        "method={kind: lora, r: 8, target_modules: all-linear}",
+        "model.head=low_rank",
+    ],
     "head": ["method={kind: head}"],
     "full": ["method={kind: full}", "train.learning_rate=2e-4"],
 }

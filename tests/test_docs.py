@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 WRITTEN = [*PAGES, *(ROOT / name for name in OTHERS)]
 LANGUAGES = {"sh", "text", "python", "yaml", "js", "bibtex", "{toctree}", "{eval-rst}"}
-TOOLS = {".", "cp", "curl", "echo", "head", "pip", "pipx", "printf", "uv", "uvx"}
+TOOLS = {".", "cp", "curl", "echo", "head", "npm", "pip", "pipx", "printf", "uv", "uvx"}
 """Programs of others, whose options are not checked."""
 USERS = ("recipes/mine.yaml",)
 """Files that a reader makes."""

@@ -26,7 +26,7 @@ def test_the_walkthrough_runs_with_nothing_but_the_package(tmp_path, monkeypatch
     exec("\n".join(code), {})
     said = capsys.readouterr().out
     # What was trained, what it answers, and that the stock pipeline takes the merged model.
-    assert "49,152 adapter + 148,610 head" in said
+    assert "221,184 adapter + 148,610 head" in said
     assert said.count("Dull, long and not worth a cent.") == 2
     assert "'score'" in said
 
