@@ -1,5 +1,6 @@
 """Write repeatable JSON, hash files, replace files and folders atomically, lock files."""
 
+import errno
 import hashlib
 import json
 import os
@@ -106,8 +107,13 @@ def write_file_aside(path: Path, *, folder: Path | None = None) -> Iterator[Path
     Args:
         path: The file. The target of a link is replaced, not the link.
         folder: Where the new file is written; by default beside `path`.
+
+    Raises:
+        FileExistsError: `path` is there and is no regular file, such as a device.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "exists and is no regular file", str(path))
     aside = (folder or path.parent) / f".{secrets.token_hex(8)}{path.suffix}"
     try:
         yield aside

@@ -158,6 +158,7 @@ def train(
     *,
     data: Mapping[str, Any] | Data | None = None,
     allow_changes: bool = False,
+    judge: bool = True,
     on_evaluation: Callable[[Sequence[EvalPoint]], None] | None = None,
     end_launch: bool = True,
 ) -> Run:
@@ -172,6 +173,7 @@ def train(
             gives the same tables. Or the rows themselves, as `load_data` reads them.
         allow_changes: Resume although recipe, data, versions or machine differ from those of the
             checkpoint.
+        judge: Whether the rows that chose nothing are judged at the end. False leaves them unread.
         on_evaluation: Called on every process after each evaluation, with all of the run. What it
             raises ends the run, which leaves no adapter.
         end_launch: Disconnect the processes of a launch at the end. False lets another `train`
@@ -201,6 +203,7 @@ def train(
                 run_folder,
                 offline,
                 source,
+                judge=judge,
                 allow_changes=allow_changes,
                 on_evaluation=on_evaluation,
             )
@@ -215,6 +218,8 @@ def _run(
     run_folder: Path,
     offline: str | None,
     source: Source | Data | None,
+    *,
+    judge: bool,
     **fitting: Any,
 ) -> Run:
     """Load, train, save, evaluate and publish."""
@@ -261,7 +266,8 @@ def _run(
         {"validation": data.validation.fingerprint},
         {"validation": data.validation.numbers},
     )
-    _predict_judged(recipe, setup, results, accelerator)
+    if judge:
+        _predict_judged(recipe, setup, results, accelerator)
     for role, role_logits in results.logits.items():
         labels = encoded[role].labels
         results.scores[role] = task.score(

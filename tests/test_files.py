@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lora_sentiment.errors import AdapterError
-from lora_sentiment.files import publish, replace_atomically
+from lora_sentiment.files import publish, replace_atomically, write_file_aside
 
 
 def test_publishing_takes_a_free_place_or_replaces_when_told(tmp_path):
@@ -32,3 +32,11 @@ def test_everything_that_a_folder_holds_is_on_disk_before_it_is_renamed(tmp_path
     held = [path.stat().st_ino for path in (tmp_path / "aside", *(tmp_path / "aside").rglob("*"))]
     replace_atomically(tmp_path / "aside", tmp_path / "out")
     assert sorted(synced) == sorted([*held, tmp_path.stat().st_ino])
+
+
+def test_a_file_written_aside_replaces_no_device_and_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError), write_file_aside(tmp_path / "pipe") as aside:
+        aside.write_text("x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1

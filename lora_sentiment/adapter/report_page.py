@@ -73,7 +73,9 @@ def make_report_page(
     for row in errors.index:
         answer = task.make_answer(probabilities[row], card.labels, card.calibration)
         answers.append(task.show_answer(answer))
-    groups = {"length": rows.groupby(pd.qcut(rows.tokens, 4, duplicates="drop"), observed=True)}
+    is_one = rows.tokens.nunique() == 1
+    parts = rows.tokens if is_one else pd.qcut(rows.tokens, 4, duplicates="drop")
+    groups = {"length": rows.groupby(parts, observed=True)}
     if len(names):
         groups["label"] = rows.loc[places].groupby(names.to_numpy())
     summary = {"rows": ("row", "size"), "first": ("tokens", "min"), "last": ("tokens", "max")}

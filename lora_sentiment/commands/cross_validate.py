@@ -11,11 +11,11 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 from lora_sentiment.adapter.folder import load_card
-from lora_sentiment.adapter.parent import choose_labels, resolve_parent
 from lora_sentiment.adapter.predictions import PREDICTIONS, load_predictions
 from lora_sentiment.commands.runs import leave_out_judged, train_rows
 from lora_sentiment.console import is_main
 from lora_sentiment.data.rows import Data, Rows, carve, load_data
+from lora_sentiment.errors import RecipeError
 from lora_sentiment.evaluation.metric import score_metrics
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.recipe.recipe import Recipe
@@ -83,12 +83,16 @@ def predict_out_of_fold(recipe: Recipe, *, num_folds: int, keep_models: bool = F
         The folder of each fold. Nothing on all processes but the main one.
 
     Raises:
+        RecipeError: The recipe names a `model.adapter`.
         DataError: As `load_data`, or if a label has fewer distinct texts than there are folds.
         AdapterError: A folder holds a fold of another recipe or of other rows.
         LoraSentimentError: As `train`.
     """
-    recipe = resolve_parent(recipe)
-    data = load_data(leave_out_judged(recipe.data), labels=choose_labels(recipe))
+    if recipe.model.adapter is not None:
+        raise RecipeError(
+            "model.adapter: the adapter may have learned from the rows of a fold; leave it out"
+        )
+    data = load_data(leave_out_judged(recipe.data))
     # Rows of a validation file are numbered on from those of train.
     num_read = data.counts["train"].read
     parts = dict(data.seen)

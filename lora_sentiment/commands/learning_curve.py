@@ -1,5 +1,6 @@
 """A learning curve: the metric on the same validation rows after training on more and more rows."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pandas as pd
 from lora_sentiment.adapter.parent import choose_labels, resolve_parent
 from lora_sentiment.commands.runs import leave_out_judged, read_result, train_rows
 from lora_sentiment.console import is_main
-from lora_sentiment.data.rows import load_data, sample
+from lora_sentiment.data.rows import Rows, load_data, sample
 from lora_sentiment.evaluation.plots import plot_learning_curve
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.recipe.recipe import Recipe
-from lora_sentiment.tasks import find_task
+from lora_sentiment.tasks import Task, find_task
 from lora_sentiment.training.processes import join_launch
+
+log = logging.getLogger("lora_sentiment")
 
 PICTURE = "learning_curve.png"
 
@@ -47,6 +50,9 @@ def learning_curve(recipe: Recipe) -> pd.DataFrame:
     metric = recipe.train.metric_for_best_model
     found = {}
     for rows in parts:
+        if _find_labels(task, rows) != _find_labels(task, data.train):
+            log.warning("%s rows do not hold every label; this point is left out", f"{len(rows):,}")
+            continue
         folder = out / f"{len(rows)}-rows"
         train_rows(recipe, replace(data, train=rows, judged=(), carved_test=None), folder)
         if is_main():
@@ -57,3 +63,7 @@ def learning_curve(recipe: Recipe) -> pd.DataFrame:
         with write_file_aside(out / PICTURE) as picture:
             plot_learning_curve(figures, picture, metric=metric, title=recipe.name)
     return figures
+
+
+def _find_labels(task: Task, rows: Rows) -> set[int]:
+    return set(task.find_occurrences(rows.labels)[1].tolist())

@@ -117,7 +117,7 @@ def train_run(
 
     Args:
         run: The recipe, in a folder of its own.
-        data: Its rows, in the place of `data.source`.
+        data: Its rows, in the place of `data.source`. Without them no row is judged.
         on_evaluation: As `train` takes it.
 
     Raises:
@@ -145,6 +145,8 @@ def train_run(
         train(
             run.model_copy(update={"offline": "error"}),
             data=data,
+            # A split that was carved out of train must not be looked at either.
+            judge=data is not None,
             on_evaluation=on_evaluation,
             end_launch=False,
         )

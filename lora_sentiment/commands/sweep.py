@@ -125,11 +125,15 @@ def sweep(
             "lists, or --sampler tpe"
         )
     if not num_trials:
-        num_trials = len(points) if sampler == "grid" else MAX_TRIALS if budget else NUM_TRIALS
+        num_trials = MAX_TRIALS if sampler == "grid" or budget else NUM_TRIALS
     if num_seeds > 1 and "train.seed" in space.axes:
         raise RecipeError("sweep: --seeds varies train.seed, which is an axis; leave one out")
     if write and not write.parent.is_dir():
         raise RecipeError(f"--write {write}: there is no folder {write.parent}; make it first")
+    # Of a name that is too long, this is false; a later message says so.
+    is_taken = write and os.path.exists(write)  # noqa: PTH110
+    if write and is_taken and (not write.is_file() or write.samefile(recipe_path)):
+        raise RecipeError(f"--write {write}: is the recipe itself, or no file; name another one")
     run = space.check(points)
     # Late: these load numpy and torch, which a mistake need not wait for.
     from lora_sentiment.tasks import find_task
@@ -144,7 +148,7 @@ def sweep(
         lock_folder(folder, locked)
         try:
             study = _load_study(folder, f"{run.name} {space.axes}", maximize=sign > 0)
-            _enqueue(study, points if sampler == "grid" else [])
+            _enqueue(study, space, points if sampler == "grid" else [])
             rows = _search(study, space, metric, sampler, num_trials, deadline)
             if plots:
                 _draw(study, plots, metric)
@@ -166,13 +170,19 @@ def sweep(
         verb = ["lora-sentiment", "train", str(recipe_path)]
         done["command"] = shlex.join([*verb, *chosen.values()])
         if write:
-            with write_file_aside(write) as aside:
-                aside.write_text(apply_overrides(recipe_path, chosen.values()), encoding="utf-8")
+            try:
+                with write_file_aside(write) as aside:
+                    best_recipe = apply_overrides(recipe_path, chosen.values())
+                    aside.write_text(best_recipe, encoding="utf-8")
+            except OSError as error:
+                raise RecipeError(
+                    f"--write {write}: cannot be written: {error.strerror}"
+                ) from error
         done["seeds"] = [best]
         if num_seeds > 1:
             seeds = range(run.train.seed + 1, run.train.seed + num_seeds)
             chosen["train.seed"] = f"train.seed={list(seeds)}"
-            chosen["output.dir"] = f"output.dir={best['folder']}"
+            chosen["output.dir"] = f"output.dir={show_yaml(best['folder'])}"
             done["seeds"] += sweep(recipe_path, list(chosen.values()))["rows"]
     return done
 
@@ -344,20 +354,26 @@ def _load_study(folder: Path, settings: str, *, maximize: bool) -> optuna.Study:
     return study
 
 
-def _enqueue(study: optuna.Study, points: Sequence[Point]) -> None:
+def _enqueue(study: optuna.Study, space: Space, points: Sequence[Point]) -> None:
     """Enqueue the trials that were killed, then what is left of a grid."""
+    waiting = []
+    for trial in study.get_trials(states=[TrialState.WAITING]):
+        waiting.append(trial.system_attrs.get("fixed_params", {}))
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         if "row" in trial.user_attrs:
             _tell(study, trial.number, trial.user_attrs["row"])
             continue
-        fixed = trial.system_attrs.get("fixed_params", {}) | trial.params
+        fixed = trial.system_attrs.get("fixed_params", {})
+        if trial.params.keys() == space.axes.keys():  # else it was killed while they were drawn
+            fixed = fixed | trial.params
         again = optuna.trial.create_trial(
             state=TrialState.WAITING,
             system_attrs={"fixed_params": fixed},
             intermediate_values=trial.intermediate_values,
         )
         # In this order: what is enqueued twice is not run twice, and nothing is lost.
-        study.add_trial(again)
+        if fixed not in waiting:
+            study.add_trial(again)
         study.tell(trial.number, state=TrialState.FAIL)
     for point in points:
         study.enqueue_trial(point, skip_if_exists=True)
@@ -379,6 +395,7 @@ def _search(
 
     Raises:
         TrainingError: If the first trials fail.
+        RecipeError: If two trials were judged on different validation rows.
     """
     samplers = optuna.samplers
     make_sampler = samplers.TPESampler if sampler == "tpe" else samplers.RandomSampler
@@ -388,16 +405,25 @@ def _search(
     for ended in study.get_trials():
         if "row" in ended.user_attrs:  # else it was killed, or waits
             rows.append(ended.user_attrs["row"])
+    points = [] if space.has_ranges else space.list_points()
     for number in range(len(rows), num_trials):
-        if time.monotonic() > deadline:
+        ran = [row["values"] for row in rows]
+        if time.monotonic() > deadline or (points and all(point in ran for point in points)):
             break
         # Seeded by number: a sweep that was killed draws what it would have drawn.
         study.sampler = make_sampler(seed=number)
         trial = study.ask(dict(space.axes))
         log.info("trial %d: %s", number + 1, _show(trial.params))
         row: Row = {"values": trial.params, "folder": "", "state": "repeated", "reason": "repeated"}
-        if all(other["values"] != trial.params for other in rows):
+        if trial.params not in ran:
             row |= _train(space, trial, metric)
+        judged_on = {other["validation_sha256"] for other in [*rows, row] if "score" in other}
+        if len(judged_on) > 1:
+            raise RecipeError(
+                f"trial {number + 1} was judged on other validation rows than those before, and "
+                "cannot be compared with them: the rows have changed, or an axis chooses them; "
+                "leave the axis out, or set another output.dir"
+            )
         if row["reason"]:
             log.warning("%s", row["reason"])
         trial.set_user_attr("row", row)

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
@@ -72,6 +72,15 @@ class Recipe(Section):
         if task in METRICS and isinstance(train, dict) and "metric_for_best_model" not in train:
             return {**values, "train": {**train, "metric_for_best_model": METRICS[task][0]}}
         return values
+
+    @model_validator(mode="after")
+    def _label_sets_need_unseen_rows(self) -> Self:
+        if self.model.adapter is not None and self.data.calibration_fraction:
+            raise ValueError(
+                "data.calibration_fraction: label sets need rows that no training has seen, and "
+                "the adapter of model.adapter may have learned from these; leave one of the two out"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":

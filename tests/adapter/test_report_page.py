@@ -121,6 +121,14 @@ def test_the_page_shows_metrics_slices_label_sets_and_errors_by_row_number():
     assert "What is not promised" in page
 
 
+def test_rows_of_one_length_are_one_slice():
+    card, labels, logits = make_example()
+    tables = read(render(card, labels[:1], logits[:1]))
+    assert [cells[:2] for cells in tables.rows if "tokens" in "".join(cells[:1])][-1:] == [
+        ["3 to 3 tokens", "1"]
+    ]
+
+
 def test_the_page_loads_nothing_runs_nothing_and_escapes_everything(tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes(b"PNG")

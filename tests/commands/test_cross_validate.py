@@ -20,7 +20,7 @@ from lora_sentiment.commands.cross_validate import (
 )
 from lora_sentiment.commands.suspects import find_suspects
 from lora_sentiment.data.rows import Data
-from lora_sentiment.errors import AdapterError, DataError, TrainingError
+from lora_sentiment.errors import AdapterError, DataError, RecipeError, TrainingError
 from lora_sentiment.recipe.recipe import Recipe
 from tests.commands.test_learning_curve import write_recipe
 from tests.conftest import free_port, toy_rows, write_csv
@@ -82,6 +82,12 @@ def test_a_label_with_too_few_texts_is_refused_before_training(tmp_path, monkeyp
     path = write_csv(tmp_path / "rows.csv", rows)
     with pytest.raises(DataError, match=r"label 'z' has too few .*(?s:.)* or lower --folds"):
         find_folds(path, "single_label", monkeypatch, num_folds=3)
+
+
+def test_folds_do_not_go_on_from_an_adapter_which_may_have_seen_their_rows(toy_recipe):
+    recipe = Recipe.load(toy_recipe, ["model.adapter=adapters/any"])
+    with pytest.raises(RecipeError, match="may have learned from the rows of a fold"):
+        cross_validate(recipe, num_folds=2)
 
 
 @pytest.fixture(scope="module")

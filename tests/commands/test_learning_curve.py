@@ -64,3 +64,12 @@ def test_a_finished_curve_trains_nothing_and_is_drawn(done, monkeypatch, capsys)
     shown = json.loads(capsys.readouterr().out)
     assert shown["82"]["value"] == pytest.approx(figures.loc[82, "value"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_without_some_label_is_left_out_and_that_is_said(tiny_base, tmp_path, caplog):
+    rows = [*toy_rows(90), *((f"rare {i}", "rare") for i in range(4))]
+    path = write_recipe(tmp_path, tiny_base, rows)
+    figures = learning_curve(Recipe.load(path, ["train.class_weights=balanced"]))
+    left_out = caplog.text.count("rows do not hold every label; this point is left out")
+    assert left_out > 0
+    assert len(figures) == 4 - left_out

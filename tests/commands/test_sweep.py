@@ -75,7 +75,7 @@ class Trainer:
         intervals = {name: {"value": value, "low": 0, "high": 1} for name, value in scores.items()}
         report = {"validation": intervals, "train": {"best_step": 4, "seconds": 1.5}}
         (run.folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
-        card = {"data": {"validation_sha256": "0"}}
+        card = {"data": {"validation_sha256": str(run.data.split_seed)}}
         (run.folder / "card.json").write_text(json.dumps(card), encoding="utf-8")
         (run.folder / "recipe.yaml").write_text(resolve_recipe(run).to_yaml(), encoding="utf-8")
 
@@ -449,6 +449,7 @@ def test_a_carved_test_is_kept_out_of_training_and_out_of_the_choice(toy_recipe)
     report = json.loads((Path(found["best"]["folder"]) / "report.json").read_text(encoding="utf-8"))
     assert report["data"]["train"]["rows"] == 86
     assert "test" not in found["best"]
+    assert "test" not in report
 
 
 # The choice
@@ -517,6 +518,7 @@ def test_the_best_runs_again_with_other_seeds_and_their_spread_is_shown(toy_reci
     [
         (GRID, {}, 4),
         (GRID, {"sampler": "grid", "num_trials": 3}, 3),
+        (GRID, {"sampler": "grid", "num_trials": 7}, 4),
         (RANGES, {"num_trials": 5}, 5),
         (RANGES, {"sampler": "random", "num_trials": 5}, 5),
         (RANGES, {"budget": 0.001}, 0),
@@ -558,10 +560,11 @@ def test_tpe_learns_where_the_best_values_are(toy_recipe, trainer):
 
 
 def test_a_combination_that_is_drawn_again_is_not_run_again(toy_recipe, trainer):
-    found = sweep(toy_recipe, ["method.r=[2, 4]"], num_trials=8, sampler="random")
+    found = sweep(toy_recipe, ["method.r=[2, 4, 8]"], num_trials=20, sampler="random")
     states = [row["state"] for row in found["rows"]]
-    assert (states.count("finished"), states.count("repeated")) == (2, 6)
-    assert len(trainer.ran) == 2
+    assert states.count("finished") == len(trainer.ran) == 3
+    assert states.count("repeated") == len(states) - 3 > 0
+    assert states[-1] == "finished", "nothing is drawn when every combination ran"
 
 
 def test_a_trial_below_the_median_is_pruned_and_leaves_nothing(toy_recipe, trainer):
@@ -584,6 +587,52 @@ def test_a_grid_is_run_whole(toy_recipe, trainer):
     trainer.score = lambda run: 1.0 / run.method.r
     found = sweep(toy_recipe, ["method.r=[1, 2, 3, 4, 5, 6, 7, 8]"])
     assert {row["state"] for row in found["rows"]} == {"finished"}
+
+
+def test_a_sweep_with_a_budget_ends_when_every_combination_ran(toy_recipe, trainer):
+    found = sweep(toy_recipe, ["method.r=[2, 4]"], budget=600)
+    assert len(trainer.ran) == 2
+    assert found["rows"][-1]["state"] == "finished"
+
+
+def test_a_grid_runs_what_another_sampler_left(toy_recipe, trainer):
+    sweep(toy_recipe, ["method.r=[2, 4, 8]"], sampler="random", num_trials=3)
+    found = sweep(toy_recipe, ["method.r=[2, 4, 8]"], sampler="grid")
+    assert sorted(run.method.r for run in trainer.ran) == [2, 4, 8]
+    assert {row["values"]["method.r"] for row in found["rows"]} == {2, 4, 8}
+
+
+def test_trials_on_other_validation_rows_are_refused(toy_recipe, trainer):
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="trial 2 was judged on other validation rows"):
+            sweep(toy_recipe, ["data.split_seed=[0, 1]"])
+    assert len(trainer.ran) == 2
+
+
+@pytest.mark.parametrize("name", ["a #1", "- a", "a: 2", "[a]"])
+def test_the_seeds_of_the_best_stand_beside_it_whatever_the_folder_is_called(
+    toy_recipe, trainer, name
+):
+    folder = toy_recipe.parent / name
+    found = sweep(
+        toy_recipe, ["method.r=[2, 4]", f"output.dir={json.dumps(str(folder))}"], num_seeds=2
+    )
+    assert len(found["seeds"]) == 2
+    assert Path(found["seeds"][1]["folder"]).parent == Path(f"{found['best']['folder']}.sweep")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("pipe", "or no file"), ("toy.yaml", "the recipe itself"), ("x" * 300, "cannot be written")],
+)
+def test_the_best_recipe_replaces_no_device_and_not_the_recipe(toy_recipe, trainer, name, message):
+    os.mkfifo(toy_recipe.parent / "pipe")
+    path = toy_recipe if name == "toy.yaml" else toy_recipe.parent / name
+    before = toy_recipe.read_bytes()
+    with pytest.raises(RecipeError, match=message):
+        sweep(toy_recipe, ["method.r=[2, 4]"], write=path)
+    assert toy_recipe.read_bytes() == before
+    assert (toy_recipe.parent / "pipe").is_fifo()
 
 
 def test_training_reports_each_evaluation_and_a_pruned_one_leaves_no_adapter(toy_recipe):
@@ -709,6 +758,39 @@ def test_a_killed_sweep_goes_on_with_the_same_trials(
     folders = [run.folder for run in trainer.ran]
     assert folders[killed_at - 1] in folders[killed_at:]
     assert len(folders) == len(set(folders)) + 1 == len(found["rows"]) + 1
+
+
+def test_a_sweep_that_was_killed_while_it_drew_draws_the_same(toy_recipe, trainer, monkeypatch):
+    whole = sweep(toy_recipe, [*RANGES, f"output.dir={toy_recipe.parent}/whole"], num_trials=4)
+    suggest, calls = optuna.Trial._suggest, []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return suggest(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Trial, "_suggest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(toy_recipe, RANGES, num_trials=4)
+    assert values_of(sweep(toy_recipe, RANGES, num_trials=4)) == values_of(whole)
+
+
+def test_a_trial_is_enqueued_once_though_that_was_killed_too(toy_recipe, trainer, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_module, "train_run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(toy_recipe, RANGES, num_trials=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "tell", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(toy_recipe, RANGES, num_trials=4)
+    found = sweep(toy_recipe, RANGES, num_trials=4)
+    assert [row["state"] for row in found["rows"]] == ["finished"] * 4
 
 
 def test_a_trial_that_was_killed_before_it_was_told_is_not_run_again(

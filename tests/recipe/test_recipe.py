@@ -361,3 +361,9 @@ def test_reading_a_recipe_imports_nothing_heavy():
         ).stdout
         == "[]\n"
     )
+
+
+def test_label_sets_are_not_calibrated_on_rows_that_an_adapter_may_have_learned_from():
+    overrides = ["model.adapter=adapters/any", "data.calibration_fraction=0.1"]
+    with pytest.raises(RecipeError, match="label sets need rows that no training has seen"):
+        Recipe.load(RECIPES / "quickstart.yaml", overrides)
