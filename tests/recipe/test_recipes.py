@@ -259,7 +259,8 @@ for path, *overrides in json.load(sys.stdin):
 @pytest.mark.shared
 def test_the_hub_has_what_the_recipes_read(hub, bases, tmp_path):
     """Columns, splits and label names, by the real clients; data.max_*_rows only keep it short."""
-    named = {str(Recipe.load(path).data.source): path for path in RECIPES}
+    read = {path: Recipe.load(path).data for path in RECIPES}
+    named = {(str(data.source), data.task): path for path, data in read.items()}
     few = [
         "data.max_train_rows=400",
         "data.max_test_rows=50",
@@ -273,7 +274,7 @@ def test_the_hub_has_what_the_recipes_read(hub, bases, tmp_path):
             f"model.name={base_of(Recipe.load(path), bases)}",
             f"output.dir={tmp_path}/{path.stem}",
         ]
-        for source, path in named.items()
+        for (source, _), path in named.items()
         if "/" in source and not source.startswith("recipes/") and source not in NOT_HERE
     ]
     command = [sys.executable, "-c", FIVE_STEPS]
@@ -291,5 +292,6 @@ def test_the_hub_has_what_the_recipes_read(hub, bases, tmp_path):
         "stanfordnlp/imdb, neg/pos, 5, test 50",
         "stanfordnlp/sst2, negative/positive, 5, dev 50, test 50",
         "SetFit/sst5, very negative/negative/neutral/positive/very positive, 5, test 50",
+        "SetFit/sst5, label, 5, test 50",
         "fancyzhx/ag_news, World/Sports/Business/Sci/Tech, 5, test 50",
     }
