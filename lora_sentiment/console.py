@@ -17,7 +17,7 @@ LOG_SECONDS = 15.0
 
 
 class LogHandler(logging.StreamHandler[Any]):
-    """Writes lines to standard error, on a terminal above the progress bars instead of through them."""
+    """Writes lines to standard error. On a terminal they stand above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
@@ -37,15 +37,16 @@ def make_bar(total: int, *, desc: str, unit: str, show: bool) -> Any:
         unit: Name of a unit. Tokens (`tok`) are shown in thousands.
         show: False for processes that print nothing.
     """
-    interval = 0.2 if sys.stderr.isatty() else LOG_SECONDS
+    is_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=desc,
         unit=unit,
         unit_scale=unit == "tok",
         disable=not show,
-        mininterval=interval,
-        leave=None,  # a bar below another one goes when it is full
+        mininterval=0.2 if is_terminal else LOG_SECONDS,
+        # On a terminal, a bar below another one goes when it is full. A log file keeps its line.
+        leave=None if is_terminal else True,
     )
 
 

@@ -57,3 +57,11 @@ def test_lines_stand_above_the_bars_and_a_full_inner_bar_goes():
     assert lines[:3] == [f"step {step} is done" for step in (1, 2, 3)]
     assert lines[3].startswith("training: 100%")
     assert lines[4:] == ["saved"]
+
+
+def test_in_a_log_file_each_bar_keeps_its_line_and_no_line_begins_with_blanks():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], stderr=subprocess.PIPE, check=True)
+    written = done.stderr.decode()
+    assert written.count("validation: 100%") == 3
+    for line in ("step 1 is done", "step 2 is done", "step 3 is done", "saved"):
+        assert line in written.split("\n"), written
