@@ -742,9 +742,9 @@ def test_two_processes_share_the_parts_and_give_the_same_bytes(tmp_path):
     ]
     with (tmp_path / "held.csv.parts.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(
-            command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
-        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     refusal = f"another run is writing {tmp_path / 'held.csv'}; wait until it ends"
     labels = predict(tmp_path, output="whole.csv", rows_per_part=10).labels
     assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [
