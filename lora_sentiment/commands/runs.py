@@ -161,6 +161,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
     Returns:
         validation: Metric to value and 95 % interval, as in report.json.
+        train_sha256: Fingerprint of the training rows.
         validation_sha256: Fingerprint of the validation rows.
         best_step: The optimizer step whose tensors were kept.
         seconds: Time of training.
@@ -173,6 +174,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         return {
             "validation": report["validation"],
+            "train_sha256": card["data"]["train_sha256"],
             "validation_sha256": card["data"]["validation_sha256"],
             "best_step": report["train"]["best_step"],
             "seconds": report["train"]["seconds"],

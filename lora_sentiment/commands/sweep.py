@@ -395,7 +395,7 @@ def _search(
 
     Raises:
         TrainingError: If the first trials fail.
-        RecipeError: If two trials were judged on different validation rows.
+        RecipeError: If two trials have different rows, and their values do not say why.
     """
     samplers = optuna.samplers
     make_sampler = samplers.TPESampler if sampler == "tpe" else samplers.RandomSampler
@@ -406,6 +406,9 @@ def _search(
         if "row" in ended.user_attrs:  # else it was killed, or waits
             rows.append(ended.user_attrs["row"])
     points = [] if space.has_ranges else space.list_points()
+    # An axis of `data` may choose the rows to learn from, but none those that judge.
+    learns_the_same = not any(key.startswith("data.") for key in space.axes)
+    fixed_roles = ["validation", *(["train"] if learns_the_same else [])]
     for number in range(len(rows), num_trials):
         ran = [row["values"] for row in rows]
         if time.monotonic() > deadline or (points and all(point in ran for point in points)):
@@ -417,13 +420,14 @@ def _search(
         row: Row = {"values": trial.params, "folder": "", "state": "repeated", "reason": "repeated"}
         if trial.params not in ran:
             row |= _train(space, trial, metric)
-        judged_on = {other["validation_sha256"] for other in [*rows, row] if "score" in other}
-        if len(judged_on) > 1:
-            raise RecipeError(
-                f"trial {number + 1} was judged on other validation rows than those before, and "
-                "cannot be compared with them: the rows have changed, or an axis chooses them; "
-                "leave the axis out, or set another output.dir"
-            )
+        finished = [other for other in [*rows, row] if "score" in other]
+        for role in fixed_roles:
+            if len({other[f"{role}_sha256"] for other in finished}) > 1:
+                raise RecipeError(
+                    f"trial {number + 1} has other {role} rows than those before, and cannot be "
+                    "compared with them: the rows have changed, or an axis chooses them; leave "
+                    "the axis out, or set another output.dir"
+                )
         if row["reason"]:
             log.warning("%s", row["reason"])
         trial.set_user_attr("row", row)

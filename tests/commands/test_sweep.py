@@ -58,6 +58,7 @@ class Trainer:
 
     score: object = lambda run: 1.0 / run.method.r
     evaluations: int = 0
+    train_rows: str = "a"
     ran: list[Recipe] = field(default_factory=list)
 
     def __call__(self, run, *, on_evaluation=None, **_):
@@ -76,6 +77,7 @@ class Trainer:
         report = {"validation": intervals, "train": {"best_step": 4, "seconds": 1.5}}
         (run.folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
         card = {"data": {"validation_sha256": str(run.data.split_seed)}}
+        card["data"]["train_sha256"] = self.train_rows + str(run.data.max_train_rows)
         (run.folder / "card.json").write_text(json.dumps(card), encoding="utf-8")
         (run.folder / "recipe.yaml").write_text(resolve_recipe(run).to_yaml(), encoding="utf-8")
 
@@ -604,9 +606,22 @@ def test_a_grid_runs_what_another_sampler_left(toy_recipe, trainer):
 
 def test_trials_on_other_validation_rows_are_refused(toy_recipe, trainer):
     for _ in range(2):
-        with pytest.raises(RecipeError, match="trial 2 was judged on other validation rows"):
+        with pytest.raises(RecipeError, match="trial 2 has other validation rows"):
             sweep(toy_recipe, ["data.split_seed=[0, 1]"])
     assert len(trainer.ran) == 2
+
+
+def test_a_sweep_does_not_go_on_with_other_training_rows(toy_recipe, trainer):
+    assignments = ["method.r=[2, 4, 8]"]
+    sweep(toy_recipe, assignments, num_trials=2)
+    trainer.train_rows = "b"
+    with pytest.raises(RecipeError, match="trial 3 has other train rows than those before"):
+        sweep(toy_recipe, assignments, num_trials=3)
+
+
+def test_an_axis_may_choose_the_training_rows(toy_recipe, trainer):
+    found = sweep(toy_recipe, ["data.max_train_rows=[20, 40]"])
+    assert [row["state"] for row in found["rows"]] == ["finished", "finished"]
 
 
 @pytest.mark.parametrize("name", ["a #1", "- a", "a: 2", "[a]"])
