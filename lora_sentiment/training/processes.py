@@ -1,5 +1,6 @@
 """The launch of a run: processes, device, threads, precision and trackers."""
 
+import atexit
 import logging
 import os
 import re
@@ -91,8 +92,19 @@ def join_launch() -> PartialState:
             f"{num_launched} processes were launched, and Accelerate joined {state.num_processes} "
             "of them"
         )
+    if state.backend == "gloo":
+        atexit.register(_leave_gloo)
     set_threads(state)
     return state
+
+
+def _leave_gloo() -> None:
+    """Disconnect at the end of this process, which is otherwise aborted now and then.
+
+    Gloo's threads would still run. NCCL is left alone: its end may wait for a process that failed.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_launch_numbers() -> int:

@@ -1,5 +1,8 @@
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,8 @@ from lora_sentiment.training.processes import (
     make_accelerator,
     set_threads,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,29 @@ def two(monkeypatch):
         "MASTER_PORT": "29511",
     }.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_process_leaves_its_launch_before_it_ends(tmp_path, code):
+    """Torch aborts a process now and then (8 in 60, on a busy machine) that ends without that."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, os, sys\nimport torch\n"
+        "def note():\n"
+        "    connected = torch.distributed.is_initialized()\n"
+        f"    open({str(tmp_path)!r} + '/rank' + os.environ['RANK'], 'w').write(str(connected))\n"
+        "atexit.register(note)\n"  # what is registered first is called last
+        "from lora_sentiment.training.processes import join_launch\n"
+        "join_launch().wait_for_everyone()\n"
+        f"sys.exit({code})\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(script)], check=False, env=environment, capture_output=True, text=True
+    )
+    assert f"(exitcode: {code})" in done.stderr if code else done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
 
 
 def test_an_address_that_nobody_knows_is_refused_before_joining(monkeypatch, two):
