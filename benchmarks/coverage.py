@@ -3,11 +3,11 @@
     python benchmarks/coverage.py --base FOLDER --data imdb=FOLDER sst5=FOLDER ag_news=FOLDER
 
 A small LoRA is trained on each data set, label sets are calibrated on rows that chose nothing, and all test rows are
-answered once. If test rows were drawn as the calibration rows were, the number of a label's test rows whose set
-holds it follows the beta-binomial distribution BetaBin(n_test, k, n_cal + 1 - k), k = ceil((n_cal + 1) coverage):
-section 3.2 of Angelopoulos & Bates (2021), "A Gentle Introduction to Conformal Prediction and Distribution-Free
-Uncertainty Quantification". The page says whether the achieved coverage lies within the central 99 % of it. For all
-rows together it is the sum of the labels' independent counts. Each finished data set is a line of coverage.jsonl.
+answered once. Let k = ceil((n_cal + 1) coverage). If test rows were drawn as the calibration rows were, the number of
+a label's test rows whose set holds it follows the beta-binomial distribution BetaBin(n_test, k, n_cal + 1 - k). See
+section 3.2 of Angelopoulos & Bates (2021), "A Gentle Introduction to Conformal Prediction". The page says whether the
+achieved coverage lies within the central 99 % of it. For all rows together it is the sum of the labels' independent
+counts. Each finished data set is a line of coverage.jsonl.
 """
 
 import argparse

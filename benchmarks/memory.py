@@ -151,8 +151,8 @@ def _mib(count: int) -> str:
 
 
 NOTES = """\
-`python benchmarks/memory.py` makes this. Each case loads a random base of the named shape (minilm: 6 layers, 384
-wide; distilbert-base: 6 layers, 768 wide) and takes two optimizer steps of 16 texts and one evaluation, in fp32, in a
+`python benchmarks/memory.py` makes this. Each case loads a random base of the named shape: minilm has 6 layers, 384
+wide, distilbert-base 6 layers, 768 wide. It takes two optimizer steps of 16 texts and one evaluation, in fp32, in a
 process of its own. LoRA is r=8 on q_lin and v_lin, nf4 with double quantisation; dropout is on; micro-batches are as
 the recipe cuts them. MiB beyond the baseline, which is the interpreter, the imports and one step of a toy model.
 Measured is what is in use at the peak: glibc was told to give freed buffers back at once. *As a run holds it* is the

@@ -380,12 +380,12 @@ def show_targets(
 
 NOTES = """\
 `python benchmarks/peers.py` makes this; its head says what D, B and ours are and how batches are drawn. Speeds are of
-real tokens, padding left out, in the median over rounds; a ratio is taken round by round: the median, in brackets the
-lowest and highest. Memory is the most resident at any time of the steps (on a GPU the most allocated), beyond the
-imports and a toy model's step, without the frozen weights, which have a column of their own. The loss is the mean over
+real tokens, padding left out, in the median over rounds. A ratio is taken round by round: the median, in brackets the
+lowest and highest. Memory is the most resident at any time of the steps (on a GPU the most allocated). The imports, a
+toy model's step and the frozen weights are not in it; the weights have a column of their own. The loss is the mean over
 a slice's few steps and only shows that all variants compute: they are too few to learn. The GEMM rate is that of the
-encoder's three products, measured in the slice's own process right after its steps: the best of fifteen passes (before
-2026-11-22 the median of five, with which some slices came out above 100 %, for the machine's speed wanders). Executed
+encoder's three products, measured in the slice's own process right after its steps. It is the best of fifteen passes.
+Before 2026-11-22 it was the median of five; some slices came out above 100 %, for the machine's speed wanders. Executed
 arithmetic counts the matrix products that were done, padding too; stock's is what transformers' own forward and
 backward would need for the same real tokens, unpadded. Code is a hash of the package and of what takes a slice: under
 one that differs "ours" is another state of ours.

@@ -225,12 +225,12 @@ def render(lines: list[dict[str, Any]], num_words: int) -> str:
 
 
 NOTES = """\
-`python benchmarks/scale.py` makes this. Tables of generated texts ({words} random words on average, two classes) are
-walked as `train` walks them, each in a process of its own, without a model: *read* streams the table, cleans, checks
-and fingerprints it and carves validation; *tokenise* makes token ids with the bundled tokenizer, or takes them from the
-cache that the walk before left; *count* makes the data report; *plan* orders one epoch in steps of {batch}; *batches*
-pads all of its micro-batches of at most {tokens} tokens. Peak is resident memory (VmHWM), mapped files included, of a
-process that has imported all that a run imports.
+`python benchmarks/scale.py` makes this. Tables of generated texts have {words} random words on average and two
+classes. Each is walked as `train` walks it, in a process of its own, without a model. *read* streams the table,
+cleans, checks and fingerprints it and carves validation. *tokenise* makes token ids with the bundled tokenizer, or
+takes them from the cache that the walk before left. *count* makes the data report. *plan* orders one epoch in steps
+of {batch}. *batches* pads all of its micro-batches of at most {tokens} tokens. Peak is resident memory (VmHWM),
+mapped files included, of a process that has imported all that a run imports.
 """
 
 

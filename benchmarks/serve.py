@@ -3,8 +3,8 @@
     python benchmarks/serve.py [--base FOLDER]
 
 64 adapters of random weights on q_lin and v_lin, ranks 4 to 16: a set with 2 to 20 labels each, and one with 5 labels
-each, because PEFT's `adapter_names` needs equal heads. Every round answers the same texts, each by the next adapter, in
-every form in turn; ratios are taken round by round. All forms get token ids and give logits:
+each. The second is there because PEFT's `adapter_names` needs equal heads. Every round answers the same texts, each
+by the next adapter, in every form in turn; ratios are taken round by round. All forms get token ids and give logits:
 
 - ours, 2 to 20 labels / ours, 5 labels: `Pool.compute`.
 - ours, merged: one adapter merged into the base, every text by that one.

@@ -294,11 +294,11 @@ def render(facts: dict[str, Any]) -> str:
         "# A server at saturation",
         "",
         f"`python benchmarks/serve_load.py --minutes {facts['minutes']:g}`: base `{facts['base']}`, "
-        f"{facts['adapters']} adapters that stay and {facts['moving']} that come, go and change every two seconds, "
-        f"{facts['clients']} clients with 1 to 8 short reviews a request; then 100 clients with 64 reviews each; then "
-        f"{facts['clients']} again. {facts['machine']}, {facts['date']}. A wrong answer is one whose probability "
-        f"differs from that of the adapter alone by more than {TOLERANCE:g}; hung is one without an answer after "
-        f"{PATIENCE:g} s. 404: the adapter was away just then.",
+        f"{facts['adapters']} adapters that stay and {facts['moving']} that come, go and change every two seconds. "
+        f"First {facts['clients']} clients ask for 1 to 8 short reviews a request, then 100 clients for 64 reviews "
+        f"each, then {facts['clients']} again. {facts['machine']}, {facts['date']}. A wrong answer is one whose "
+        f"probability differs from that of the adapter alone by more than {TOLERANCE:g}; hung is one without an "
+        f"answer after {PATIENCE:g} s. 404: the adapter was away just then.",
         "",
         "| | answers by status | texts/s | p50 ms | p99 ms | wrong | largest difference | hung |",
         "|---|---|---|---|---|---|---|---|",
@@ -317,8 +317,9 @@ def render(facts: dict[str, Any]) -> str:
         )
     page += [
         "",
-        f"Memory of the server at saturation, MB in each tenth of the time: {', '.join(f'{mb:,.0f}' for mb in memory)} "
-        f"(last against first: {memory[-1] / memory[0] - 1:+.1%}), with {facts['loads']} adapters loaded meanwhile. "
+        "Memory of the server at saturation, MB in each tenth of the time: "
+        f"{', '.join(f'{mb:,.0f}' for mb in memory)}. The last is {memory[-1] / memory[0] - 1:+.1%} above the first; "
+        f"{facts['loads']} adapters were loaded meanwhile. "
         f"Exit code after SIGTERM: {facts['exit_code']}.",
     ]
     return "\n".join(page) + "\n"

@@ -26,6 +26,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 WRITTEN = [*PAGES, *(ROOT / name for name in OTHERS)]
+FIGURES = [
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "lora_sentiment/bundled").glob("*/*.md")),
+    ROOT / "adapters/README.md",
+    ROOT / "adapters/imdb_small/README.md",
+]
+"""Pages that say what was measured."""
 LANGUAGES = {"sh", "text", "python", "yaml", "js", "bibtex", "{toctree}", "{eval-rst}"}
 TOOLS = {".", "cp", "curl", "echo", "head", "npm", "pip", "pipx", "printf", "uv", "uvx"}
 """Programs of others, whose options are not checked."""
@@ -127,7 +134,7 @@ def check_verb(words: list[str]) -> None:
             Recipe.load(each, values.get("overrides") or ())
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=by_path)
+@pytest.mark.parametrize("path", [*WRITTEN, *FIGURES], ids=by_path)
 def test_no_sentence_is_long(path):
     text = remove_fences(path.read_text(encoding="utf-8"))
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)

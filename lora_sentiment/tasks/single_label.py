@@ -378,8 +378,7 @@ class SingleLabel(Task):
 
     def describe_calibration(self, calibration: Calibration, names: Iterable[str]) -> str:
         return (
-            f" Divide the logits by the temperature {calibration['temperature']:.3f}, fitted on "
-            "validation and kept in `card.json`, and they are the calibrated ones of "
-            "`calibrated_log_loss` and `calibrated_ece`; on validation itself these flatter, and "
-            "no decision changes."
+            f" The temperature {calibration['temperature']:.3f} was fitted on validation and is kept in "
+            "`card.json`. Logits divided by it give `calibrated_log_loss` and `calibrated_ece`, which "
+            "flatter on validation itself. No decision changes."
         )

@@ -136,7 +136,7 @@ def test_the_limits_say_what_is_calibrated():
     )
     own = card().model_copy(update={"calibration": {"temperature": 1.2345}})
     text = make_model_card("x", own, REPORT, is_peft=True)
-    assert "Divide the logits by the temperature 1.234" in text
+    assert "The temperature 1.234 was fitted on validation" in text
     assert "`calibrated_log_loss`" in text
 
 

@@ -90,6 +90,4 @@ def test_the_bag_of_words_baseline_is_the_one_that_is_stated() -> None:
             [model.score(found[split], labels[split]) for split in ("validation", "test")]
         )
     assert max(scores, key=lambda pair: pair[0])[1] == pytest.approx(0.62)
-    assert "gives **0.62** on\nthe 100 test reviews" in (FOLDER / "README.md").read_text(
-        encoding="utf-8"
-    )
+    assert "gives **0.62** on the 100" in (FOLDER / "README.md").read_text(encoding="utf-8")
