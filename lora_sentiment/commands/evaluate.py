@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +13,7 @@ from lora_sentiment.adapter.folder import Card, load
 from lora_sentiment.adapter.report_page import make_report_page
 from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub, make_source
-from lora_sentiment.errors import AdapterError, DataError
+from lora_sentiment.errors import DRAWING_FAULTS, AdapterError, DataError, one_line
 from lora_sentiment.evaluation.statistics import Interval
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.hub import prepare_hub
@@ -116,17 +117,31 @@ def evaluate(
         logits, encoded.labels, names=card.labels, calibration=card.calibration
     )
     if html is not None and is_main:
-        page = make_report_page(
-            folder.resolve().name,
-            card,
-            split,
-            logits,
-            encoded,
-            rows.numbers,
-            scores={split: scores},
-            pictures={"training curve": folder / "training.png"},
-            texts=rows.texts if with_texts else None,
-        )
+        name, task = folder.resolve().name, card.task
+        with TemporaryDirectory() as drawn:
+            picture = Path(drawn) / task.picture
+            try:
+                task.draw(
+                    logits,
+                    encoded.labels,
+                    picture,
+                    names=card.labels,
+                    title=f"{name}: {split}",
+                    calibration=card.calibration,
+                )
+            except DRAWING_FAULTS as error:
+                log.warning("%s: has no %s: %s", html, task.picture_text, one_line(str(error)))
+            page = make_report_page(
+                name,
+                card,
+                split,
+                logits,
+                encoded,
+                rows.numbers,
+                scores={split: scores},
+                pictures={"training curve": folder / "training.png", task.picture_text: picture},
+                texts=rows.texts if with_texts else None,
+            )
         try:
             with write_file_aside(html) as aside:
                 aside.write_text(page, encoding="utf-8")

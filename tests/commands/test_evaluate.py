@@ -223,7 +223,21 @@ def test_training_writes_a_page_without_a_text_and_evaluate_one_with_texts(train
     assert f"{found.scores['accuracy'].value:.4f} [" in shown
     num_wrong = round(41 * (1 - found.scores["accuracy"].value))
     assert sum(text in shown for text in texts) == num_wrong
+    assert 'alt="confusion matrix"' in shown
+    assert 'alt="confusion matrix"' in own
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_page(
+    trained, tmp_path, monkeypatch, caplog
+):
+    def fail(*_, **__):
+        raise ImportError("matplotlib is broken")
+
+    monkeypatch.setattr("lora_sentiment.evaluation.plots.plot_confusion", fail)
+    evaluate(trained.adapter, html=tmp_path / "page.html")
+    assert "page.html: has no confusion matrix: matplotlib is broken" in caplog.text
+    assert "training curve" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
