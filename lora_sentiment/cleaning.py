@@ -9,7 +9,7 @@ import html
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.entities import html5
 
 from tokenizers import Regex, Tokenizer, normalizers
@@ -96,6 +96,14 @@ def fold_name(name: str) -> str:
     """Return what is left of a label without case, blanks and Unicode's forms of a character."""
     folded = unicodedata.normalize("NFKC", clean_text(name, Counter())).casefold()
     return "".join(c for c in folded if not (c.isspace() or _is_invisible(c)))
+
+
+def find_similar(names: Sequence[str]) -> list[list[str]]:
+    """Return the groups of names that `fold_name` makes equal."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(fold_name(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _is_invisible(character: str) -> bool:

@@ -407,7 +407,10 @@ def load_card(folder: Path) -> Card:
     """
     path = folder / "card.json"
     if not path.is_file():
-        raise AdapterError(f"{folder}: is not an adapter folder of this package (no card.json)")
+        fault = f"{folder}: is not an adapter folder of this package (no card.json)"
+        if (folder / "config.json").is_file():
+            fault += "; it is a whole model: name the adapter that it was made from"
+        raise AdapterError(fault)
     return read_section(read_object(path), Card, path, newest=SCHEMA)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.cleaning import fold_name
+from lora_sentiment.cleaning import find_similar
 from lora_sentiment.data.batches import Encoded
 from lora_sentiment.data.rows import Counts, Data, Judged, Rows
 from lora_sentiment.errors import one_line, show, show_names
@@ -193,21 +193,13 @@ def log_warnings(report: DataReport, roles: Sequence[str] | None = None) -> None
                     "train: no row has the label %s; integers count labels from 0",
                     show_names(absent, most=SHOWN_LABELS),
                 )
-            for names in _find_similar(list(block["labels"])):
+            for names in find_similar(list(block["labels"])):
                 counted = [f"{show(name)} ({block['labels'][name]:,} rows)" for name in names]
                 log.warning(
                     "train: labels differ only in case, blanks or the form of a character: %s; if "
                     "they are one label, write it in one way",
                     ", ".join(counted),
                 )
-
-
-def _find_similar(names: Sequence[str]) -> list[list[str]]:
-    """Return the groups of names that `fold_name` makes equal."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(fold_name(name), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 def _count_rows(numbers: Sequence[int] | NDArray[np.int64]) -> dict[str, Any]:

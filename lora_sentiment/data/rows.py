@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sentiment.cleaning import clean_text, strip_blanks
+from lora_sentiment.cleaning import clean_text, find_similar, strip_blanks
 from lora_sentiment.data.sources import (
     Columns,
     Source,
@@ -448,8 +448,17 @@ def _explain_rare_labels(
         counted.append(f"{show(names[label])} ({num_rows:,})")
     fault = f"too few distinct texts to carve {100 * fraction:g}% out of"
     if len(rare) == 1:
-        return f"label {show(names[rare[0]])} has {fault} its rows ({num_rows:,})"
-    return f"{len(rare)} labels have {fault} their rows: {', '.join(counted)}"
+        fault = f"label {show(names[rare[0]])} has {fault} its rows ({num_rows:,})"
+    else:
+        fault = f"{len(rare)} labels have {fault} their rows: {', '.join(counted)}"
+    for similar in find_similar(names):
+        if any(names[label] in similar for label in rare):
+            shown = ", ".join(map(show, similar))
+            fault += (
+                f"\nlabels differ only in case, blanks or the form of a character: {shown}; if they "
+                "are one label, write it in one way"
+            )
+    return fault
 
 
 def sample(rows: Rows, task: Task, *, num_rows: int | None, seed: int) -> Rows:

@@ -14,6 +14,7 @@ from lora_sentiment.errors import RecipeError, did_you_mean, show
 from lora_sentiment.recipe.data import DataConfig
 from lora_sentiment.recipe.method import METHODS, Method, why_not_quantised
 from lora_sentiment.recipe.model import ModelConfig
+from lora_sentiment.recipe.other_names import OTHER_NAMES
 from lora_sentiment.recipe.output import OutputConfig
 from lora_sentiment.recipe.section import Section
 from lora_sentiment.recipe.train import METRICS, TrainConfig
@@ -234,8 +235,14 @@ def _explain(fault: ErrorDetails) -> str:
     context = fault.get("ctx", {})
     match fault["type"]:
         case "extra_forbidden":
+            *where, key = map(str, fault["loc"])
             allowed = _allowed_keys(fault["loc"])
-            hint = did_you_mean(str(fault["loc"][-1]), allowed)
+            hint = did_you_mean(key, allowed)
+            if key in OTHER_NAMES:
+                hint = f"; {OTHER_NAMES[key]}"
+            elif len(where) == 2 and any(key in method.model_fields for method in METHODS.values()):
+                kind = where[1]
+                hint = f" of kind {kind}; 'method={{kind: {kind}}}' leaves the other keys out"
             return f"unknown key{hint} (allowed: {', '.join(allowed)})"
         case "missing":
             return "is missing; it has no default"

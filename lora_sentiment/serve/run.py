@@ -85,10 +85,12 @@ def bind(config: ServeConfig) -> socket.socket:
             f"serve: cannot listen on {config.host}:{config.port}: this is not a host name"
         ) from error
     except OSError as error:
-        raise RecipeError(
-            f"serve: cannot listen on {config.host}:{config.port}: {error.strerror}"
-        ) from error
+        raise _make_listen_error(f"{config.host}:{config.port}", error) from error
     return bound
+
+
+def _make_listen_error(address: str, error: OSError) -> RecipeError:
+    return RecipeError(f"serve: cannot listen on {address}: {error.strerror}")
 
 
 class Server(uvicorn.Server):
@@ -141,7 +143,10 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and announce the address."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another server was bound to the address too, and was faster
+            raise _make_listen_error(self.address.removeprefix("http://"), error) from error
         self._announce(self.address)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

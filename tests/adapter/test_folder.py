@@ -267,3 +267,6 @@ def test_a_malformed_card_is_refused(saved, text, message):
 def test_no_card_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="is not an adapter folder"):
         load(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(AdapterError, match="whole model: name the adapter that it was made from"):
+        load(tmp_path)

@@ -573,6 +573,17 @@ def test_all_labels_too_rare_to_carve_are_named_with_a_way_out(tmp_path, counts,
     assert load_data(sparse.model_copy(update={"source": named})).labels == tuple(sorted(counts))
 
 
+def test_a_rare_label_that_is_another_in_other_letters_is_named_with_it(tmp_path):
+    rows = [(f"text {i}", ["good", "bad"][i % 2]) for i in range(20)] + [("so", "Good")]
+    path = write_csv(tmp_path / "a.csv", rows)
+    with pytest.raises(DataError, match="'Good' has too few distinct texts") as caught:
+        load_data(DataConfig(source=str(path)))
+    assert (
+        "labels differ only in case, blanks or the form of a character: 'Good', 'good'; if they "
+        "are one label, write it in one way"
+    ) in str(caught.value)
+
+
 def test_a_label_of_repeated_texts_is_rare_and_stated_names_of_integers_stay(tmp_path):
     rows = [(f"text {i}", str(i % 2 + 1)) for i in range(20)] + [("same", "0")] * 5
     path = write_csv(tmp_path / "a.csv", rows)

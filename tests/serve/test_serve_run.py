@@ -147,6 +147,21 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_loaded():
         bind(ServeConfig(adapters=HERE, host="no.such.host.invalid", port=0))
 
 
+def test_of_two_servers_that_start_at_once_the_slower_one_is_refused():
+    pool = FakePool(make_adapter("one"))
+    with bind(ServeConfig(watch=Path("x"), port=0)) as faster:
+        port = faster.getsockname()[1]
+        config = ServeConfig(watch=Path("x"), port=port)
+        slower = bind(config)  # which the system allows until one of them listens
+        faster.listen()
+        server = Server(pool, config, slower, announce=lambda _: pytest.fail("it said ready"))
+        with pytest.raises(
+            RecipeError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"
+        ):
+            server.run()
+        slower.close()
+
+
 def test_limits_are_named_on_the_command_line_and_a_wrong_one_is_refused_by_name():
     found = make_config(
         ["max_texts=3", "batch_wait_ms=0.5", "on_long=refuse"], adapters=HERE

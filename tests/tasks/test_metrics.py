@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from lora_sentiment.errors import DataError, ModelError, RecipeError
+from lora_sentiment.tasks import find_task
 from lora_sentiment.tasks.metrics import (
     METRICS,
     ClassificationMetric,
@@ -282,6 +283,13 @@ def test_rows_that_do_not_fit_are_refused(logits, labels, error, message):
         score(logits, labels)
     with pytest.raises(error, match=message):
         quick_score(logits, labels, "accuracy")
+
+
+@pytest.mark.parametrize(("logit", "is_told"), [(5.0, True), (0.0, False)])
+def test_a_temperature_at_an_end_of_its_range_is_told(logit, is_told):
+    logits = np.array([[logit, -logit], [-logit, logit]])
+    _, shown = find_task("single_label").calibrate(logits, np.array([0, 1]), ["neg", "pos"])
+    assert ("do not rely on calibrated probabilities" in shown) == is_told
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan, np.inf])
