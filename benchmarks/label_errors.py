@@ -56,7 +56,7 @@ def main() -> None:
     if not out.exists():
         find_suspects(recipe, out, num_folds=arguments.folds)
     suspects = pd.read_csv(out)
-    found = suspects[suspects["reason"] == LABEL_ERROR].sort_values("score")
+    found = suspects[suspects["reason"].str.startswith(LABEL_ERROR)].sort_values("score")
     is_wrong = (rows["label"] != rows["noisy_label"]).to_numpy()
     lines = describe_found(found, is_wrong, rows)
 

@@ -721,11 +721,12 @@ def sweep(
     )
     if as_json:
         typer.echo(json.dumps(done))
-        return
-    show_table(sweeping.make_columns(done), sweeping.make_notes(done), left=sweeping.LEFT)
+    else:
+        show_table(sweeping.make_columns(done), sweeping.make_notes(done), left=sweeping.LEFT)
     if not done["best"]:
         raise TrainingError("no trial is finished, so there is no best one")
-    typer.echo(done["command"])
+    if not as_json:
+        typer.echo(done["command"])
 
 
 @app.command()

@@ -358,6 +358,14 @@ def test_a_sweep_shows_its_runs_and_how_to_train_the_best(capsys, toy_recipe):
     assert "no key has several values" in err
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_sweep_without_a_finished_trial_fails(capsys, toy_recipe, form):
+    toy_recipe.with_name("train.csv").write_text("text,label\n,x\n", encoding="utf-8")
+    code, _, err = call(capsys, "sweep", toy_recipe, "method.r=[2, 4]", *form)
+    assert code == 1
+    assert "error: no trial is finished" in err
+
+
 def test_a_sweep_without_optuna_names_the_extra(capsys, toy_recipe, monkeypatch):
     monkeypatch.delitem(sys.modules, "lora_sentiment.commands.sweep", raising=False)
     monkeypatch.delattr(commands, "sweep", raising=False)

@@ -116,8 +116,9 @@ def predict_out_of_fold(recipe: Recipe, *, num_folds: int, keep_models: bool = F
         folder = Path(f"{recipe.folder}.folds/{number}-of-{num_folds}")
         runs[folder] = Data(data.config, data.labels, train, validation, (), held, {}, data.source)
     for folder, own in runs.items():
-        train_rows(recipe, own, folder, needed="README.md" if keep_models else PREDICTIONS)
-        if is_main() and not keep_models:
+        is_new = train_rows(recipe, own, folder, needed="README.md" if keep_models else PREDICTIONS)
+        # A model that an earlier call was told to keep stays.
+        if is_new and is_main() and not keep_models:
             for path in folder.iterdir():
                 if path.name not in RECORDS:
                     path.unlink()

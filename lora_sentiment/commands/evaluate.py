@@ -154,10 +154,12 @@ def _check_page(html: Path, folder: Path) -> None:
     """Refuse a page before there is work to lose.
 
     Raises:
-        DataError: The file exists, or stands in the adapter folder.
+        DataError: The file exists, its folder does not, or it stands in the adapter folder.
     """
     if html.exists():
         raise DataError(f"{html}: exists already; give another name")
+    if not html.parent.is_dir():
+        raise DataError(f"{html}: there is no folder {html.parent}; make it first")
     if folder.resolve() in html.resolve().parents:
         raise DataError(f"{html}: stands in the adapter folder; name a file elsewhere")
 

@@ -10,6 +10,7 @@ from lora_sentiment.adapter.parent import choose_labels, resolve_parent
 from lora_sentiment.commands.runs import leave_out_judged, read_result, train_rows
 from lora_sentiment.console import is_main
 from lora_sentiment.data.rows import Rows, load_data, sample
+from lora_sentiment.errors import DRAWING_FAULTS, one_line
 from lora_sentiment.evaluation.plots import plot_learning_curve
 from lora_sentiment.files import write_file_aside
 from lora_sentiment.recipe.recipe import Recipe
@@ -50,8 +51,11 @@ def learning_curve(recipe: Recipe) -> pd.DataFrame:
     metric = recipe.train.metric_for_best_model
     found = {}
     for rows in parts:
+        fault = task.check_train(rows.labels, data.labels, data.config)
         if _find_labels(task, rows) != _find_labels(task, data.train):
-            log.warning("%s rows do not hold every label; this point is left out", f"{len(rows):,}")
+            fault = "these rows do not hold every label"
+        if fault:
+            log.warning("%s rows are left out: %s", f"{len(rows):,}", fault)
             continue
         folder = out / f"{len(rows)}-rows"
         train_rows(recipe, replace(data, train=rows, judged=(), carved_test=None), folder)
@@ -60,8 +64,11 @@ def learning_curve(recipe: Recipe) -> pd.DataFrame:
     join_launch().destroy_process_group()
     figures = pd.DataFrame(found, index=["value", "low", "high"], dtype=float).T.rename_axis("rows")
     if is_main():
-        with write_file_aside(out / PICTURE) as picture:
-            plot_learning_curve(figures, picture, metric=metric, title=recipe.name)
+        try:
+            with write_file_aside(out / PICTURE) as picture:
+                plot_learning_curve(figures, picture, metric=metric, title=recipe.name)
+        except DRAWING_FAULTS as error:
+            log.warning("%s cannot be drawn: %s", PICTURE, one_line(str(error)))
     return figures
 
 

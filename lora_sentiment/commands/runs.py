@@ -72,7 +72,23 @@ def is_finished(run: Recipe) -> bool:
     )
 
 
-def train_rows(recipe: Recipe, data: "Data", folder: Path, *, needed: str = "report.json") -> None:
+def find_fingerprints(run: Recipe) -> dict[str, str]:
+    """Read the rows of a run; return their fingerprints, named as in `read_result`.
+
+    Raises:
+        DataError: As `load_data`.
+    """
+    from lora_sentiment.adapter.parent import choose_labels
+    from lora_sentiment.data.rows import load_data
+
+    data = load_data(run.data, labels=choose_labels(run))
+    return {
+        "train_sha256": data.train.fingerprint,
+        "validation_sha256": data.validation.fingerprint,
+    }
+
+
+def train_rows(recipe: Recipe, data: "Data", folder: Path, *, needed: str = "report.json") -> bool:
     """Train a recipe on rows that were read, unless it did so earlier and left a file.
 
     Every process of a launch calls this.
@@ -82,6 +98,9 @@ def train_rows(recipe: Recipe, data: "Data", folder: Path, *, needed: str = "rep
         data: The rows.
         folder: The run's own folder.
         needed: Name of the file.
+
+    Returns:
+        Whether it was trained now.
 
     Raises:
         LoraSentimentError: As `is_finished` and `train`.
@@ -101,8 +120,10 @@ def train_rows(recipe: Recipe, data: "Data", folder: Path, *, needed: str = "rep
     }
     run = recipe.model_copy(update=update)
     join_launch()
-    if not run_on_main(lambda: is_finished(run) and (folder / needed).exists()):
-        train_run(run, data=replace(data, config=config))
+    if run_on_main(lambda: is_finished(run) and (folder / needed).exists()):
+        return False
+    train_run(run, data=replace(data, config=config))
+    return True
 
 
 def train_run(

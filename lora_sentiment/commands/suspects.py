@@ -15,6 +15,7 @@ from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks import find_task
 
 LABEL_ERROR, DUPLICATE = "label error", "duplicate with another label"
+BOTH = f"{LABEL_ERROR}, {DUPLICATE}"
 
 
 def find_suspects(recipe: Recipe, out: Path, *, num_folds: int) -> dict[str, int]:
@@ -45,6 +46,8 @@ def find_suspects(recipe: Recipe, out: Path, *, num_folds: int) -> dict[str, int
         )
     if out.exists():
         raise DataError(f"{out}: exists; name another file")
+    if not out.parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent}; make it first")
     try:
         from cleanlab import multilabel_classification, rank
         from cleanlab.filter import find_label_issues
@@ -70,7 +73,7 @@ def find_suspects(recipe: Recipe, out: Path, *, num_folds: int) -> dict[str, int
         return task.to_columns(task.make_answer(each, names, None))[0]
 
     pairs = np.unique([found["text"], task.find_strata(found["labels"])], axis=1)
-    num_labels = np.bincount(pairs[0], minlength=len(truth))[found["text"]]
+    is_contradicted = np.bincount(pairs[0], minlength=len(truth))[found["text"]] > 1
     suspects = pd.DataFrame(
         {
             "row": found["row"],
@@ -78,10 +81,15 @@ def find_suspects(recipe: Recipe, out: Path, *, num_folds: int) -> dict[str, int
             "given": list(map(name, truth)),
             "likely": list(map(name, scores)),
             "score": quality.get_label_quality_scores(labels, scores),
-            "reason": np.where(is_error, LABEL_ERROR, DUPLICATE),
+            "reason": np.select(
+                [is_error & is_contradicted, is_error], [BOTH, LABEL_ERROR], DUPLICATE
+            ),
         }
     )
-    suspects = suspects[is_error | (num_labels > 1)].sort_values("score")
-    with write_file_aside(out) as aside:
-        suspects.to_csv(aside, index=False)
-    return dict(suspects["reason"].value_counts())
+    suspects = suspects[is_error | is_contradicted].sort_values("score")
+    try:
+        with write_file_aside(out) as aside:
+            suspects.to_csv(aside, index=False)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return suspects["reason"].value_counts().to_dict()  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ import sqlite3
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from lora_sentiment.commands.runs import (
+    find_fingerprints,
     is_finished,
     leave_out_judged,
     read_result,
@@ -144,6 +145,11 @@ def sweep(
     metrics = list(dict.fromkeys([metric, *task.shown]))
     sign = 1 if task.find_metric(metric).greater_is_better else -1
     folder = run.folder.parent
+
+    def rank(row: Row) -> tuple[float, float]:
+        # The metric that settles ties is a loss in every task.
+        return sign * row["score"], -row["validation"][task.shown[-1]]["value"]
+
     with ExitStack() as locked:
         lock_folder(folder, locked)
         try:
@@ -157,33 +163,17 @@ def sweep(
                 f"{folder}/study.db: cannot be used ({one_line(str(error), limit=200)}); make room, "
                 "or delete it: runs that are finished are read again"
             ) from error
-
-    def rank(row: Row) -> tuple[float, float]:
-        # The metric that settles ties is a loss in every task.
-        return sign * row["score"], -row["validation"][task.shown[-1]]["value"]
-
-    best = max((row for row in rows if "score" in row), key=rank, default=None)
-    done: dict[str, Any] = {"metrics": metrics, "rows": rows, "best": best}
-    done |= {"seeds": [], "command": ""}
-    if best:
-        chosen = space.apply(best["values"])
-        verb = ["lora-sentiment", "train", str(recipe_path)]
-        done["command"] = shlex.join([*verb, *chosen.values()])
-        if write:
-            try:
-                with write_file_aside(write) as aside:
-                    best_recipe = apply_overrides(recipe_path, chosen.values())
-                    aside.write_text(best_recipe, encoding="utf-8")
-            except OSError as error:
-                raise RecipeError(
-                    f"--write {write}: cannot be written: {error.strerror}"
-                ) from error
-        done["seeds"] = [best]
-        if num_seeds > 1:
+        best = max((row for row in rows if "score" in row), key=rank, default=None)
+        done: dict[str, Any] = {"metrics": metrics, "rows": rows, "best": best}
+        done |= {"seeds": [], "command": ""}
+        if best:
+            chosen = space.apply(best["values"])
+            verb = ["lora-sentiment", "train", str(recipe_path)]
+            done["command"] = shlex.join([*verb, *chosen.values()])
+            if write:
+                _write(write, apply_overrides(recipe_path, chosen.values()))
             seeds = range(run.train.seed + 1, run.train.seed + num_seeds)
-            chosen["train.seed"] = f"train.seed={list(seeds)}"
-            chosen["output.dir"] = f"output.dir={show_yaml(best['folder'])}"
-            done["seeds"] += sweep(recipe_path, list(chosen.values()))["rows"]
+            done["seeds"] = [best, *_train_seeds(space, best, seeds, metric)]
     return done
 
 
@@ -245,6 +235,20 @@ class Space:
                 values.append((axis.low, axis.high))
         points = itertools.islice(itertools.product(*values), MAX_TRIALS + 1)
         return [dict(zip(self.axes, point, strict=True)) for point in points]
+
+    def list_all_points(self) -> list[Point]:
+        """Return the combinations if the axes have so few values, else nothing."""
+        values: list[Sequence[Any]] = []
+        for axis in self.axes.values():
+            if isinstance(axis, FloatDistribution):
+                return []
+            if isinstance(axis, CategoricalDistribution):
+                values.append(axis.choices)
+            else:
+                values.append(range(axis.low, axis.high + 1))
+        if math.prod(map(len, values)) > MAX_TRIALS:
+            return []
+        return [dict(zip(self.axes, point, strict=True)) for point in itertools.product(*values)]
 
     def apply(self, point: Point) -> dict[str, str]:
         """Return key to override, in the order given."""
@@ -355,7 +359,7 @@ def _load_study(folder: Path, settings: str, *, maximize: bool) -> optuna.Study:
 
 
 def _enqueue(study: optuna.Study, space: Space, points: Sequence[Point]) -> None:
-    """Enqueue the trials that were killed, then what is left of a grid."""
+    """Enqueue the trials that were killed, those that failed, and what is left of a grid."""
     waiting = []
     for trial in study.get_trials(states=[TrialState.WAITING]):
         waiting.append(trial.system_attrs.get("fixed_params", {}))
@@ -375,8 +379,36 @@ def _enqueue(study: optuna.Study, space: Space, points: Sequence[Point]) -> None
         if fixed not in waiting:
             study.add_trial(again)
         study.tell(trial.number, state=TrialState.FAIL)
+    ended = [row["values"] for row in _read_rows(study)]
+    for trial in study.get_trials(states=[TrialState.FAIL]):
+        # What it failed of may be mended. The killed ones have no row, and wait already.
+        if "row" in trial.user_attrs and trial.params not in [*ended, *waiting]:
+            study.enqueue_trial(trial.params)
+            waiting.append(trial.params)
     for point in points:
         study.enqueue_trial(point, skip_if_exists=True)
+
+
+def _read_rows(study: optuna.Study) -> list[Row]:
+    """Return how the trials ended, but for those that failed, which run again."""
+    rows = [trial.user_attrs["row"] for trial in study.get_trials() if "row" in trial.user_attrs]
+    return [row for row in rows if row["state"] != "failed"]
+
+
+def _refuse_other_rows(facts: Sequence[Mapping[str, Any]], roles: Sequence[str]) -> None:
+    """Refuse trials that were trained or judged on different rows.
+
+    Raises:
+        RecipeError: There are such trials.
+    """
+    for role in roles:
+        key = f"{role}_sha256"
+        if len({fact[key] for fact in facts if key in fact}) > 1:
+            raise RecipeError(
+                f"the {role} rows are not those of earlier trials, which cannot be compared with "
+                "these: the rows have changed, or an axis chooses them; leave the axis out, or set "
+                "another output.dir"
+            )
 
 
 def _tell(study: optuna.Study, number: int, row: Row) -> None:
@@ -401,11 +433,13 @@ def _search(
     make_sampler = samplers.TPESampler if sampler == "tpe" else samplers.RandomSampler
     if sampler == "grid":
         study.pruner = optuna.pruners.NopPruner()
-    rows: list[Row] = []
-    for ended in study.get_trials():
-        if "row" in ended.user_attrs:  # else it was killed, or waits
-            rows.append(ended.user_attrs["row"])
-    points = [] if space.has_ranges else space.list_points()
+    rows = _read_rows(study)
+    finished = [row for row in rows if "score" in row]
+    if finished:
+        last = finished[-1]
+        now = find_fingerprints(space.make_run(last["values"]))
+        _refuse_other_rows([last, now], ("train", "validation"))
+    points = space.list_all_points()
     # An axis of `data` may choose the rows to learn from, but none those that judge.
     learns_the_same = not any(key.startswith("data.") for key in space.axes)
     fixed_roles = ["validation", *(["train"] if learns_the_same else [])]
@@ -419,15 +453,8 @@ def _search(
         log.info("trial %d: %s", number + 1, _show(trial.params))
         row: Row = {"values": trial.params, "folder": "", "state": "repeated", "reason": "repeated"}
         if trial.params not in ran:
-            row |= _train(space, trial, metric)
-        finished = [other for other in [*rows, row] if "score" in other]
-        for role in fixed_roles:
-            if len({other[f"{role}_sha256"] for other in finished}) > 1:
-                raise RecipeError(
-                    f"trial {number + 1} has other {role} rows than those before, and cannot be "
-                    "compared with them: the rows have changed, or an axis chooses them; leave "
-                    "the axis out, or set another output.dir"
-                )
+            row = _train(space, trial.params, metric, trial)
+        _refuse_other_rows([*rows, row], fixed_roles)
         if row["reason"]:
             log.warning("%s", row["reason"])
         trial.set_user_attr("row", row)
@@ -438,14 +465,25 @@ def _search(
     return rows
 
 
-def _train(space: Space, trial: optuna.Trial, metric: str) -> Row:
-    """Train a trial, unless its run is finished, and return how it ended."""
+def _train(space: Space, values: Point, metric: str, trial: optuna.Trial | None = None) -> Row:
+    """Train a point, unless its run is finished, and return how it ended.
+
+    Args:
+        space: The settings.
+        values: The point.
+        metric: The metric that decides.
+        trial: Gets each evaluation, and may prune the run. Without one it runs to its end.
+    """
     # Late, as torch.
     from lora_sentiment.training.run_folder import name_run_folder
 
-    reported = [*trial.study.get_trials()[trial.number].intermediate_values.values()]
+    reported: list[float] = []
+    if trial:
+        reported += trial.study.get_trials()[trial.number].intermediate_values.values()
 
     def report(evaluations: Sequence["EvalPoint"]) -> None:
+        if not trial:
+            return
         # By number: steps of different batch sizes cannot be compared.
         for point in evaluations[len(reported) :]:
             reported.append(point.metric)
@@ -453,8 +491,9 @@ def _train(space: Space, trial: optuna.Trial, metric: str) -> Row:
         if trial.should_prune():
             raise optuna.TrialPruned(f"pruned at step {evaluations[-1].step:,}")
 
+    row: Row = {"values": values, "folder": ""}
     try:
-        run = space.make_run(trial.params)
+        run = space.make_run(values)
         if not is_finished(run):
             train_run(run, on_evaluation=report)
         result = read_result(run.folder)
@@ -463,14 +502,44 @@ def _train(space: Space, trial: optuna.Trial, metric: str) -> Row:
             raise TrainingError(f"{metric} is undefined on validation")
     except optuna.TrialPruned as pruned:
         shutil.rmtree(name_run_folder(run))
-        return {"state": "pruned", "reason": str(pruned)}
+        return {**row, "state": "pruned", "reason": str(pruned)}
     except StoppedError:
         raise
     except LoraSentimentError as error:
         state = "diverged" if isinstance(error, DivergedError) else "failed"
-        return {"state": state, "reason": f"{state}: {one_line(str(error))}"}
-    ended = {"state": "finished", "reason": "", "folder": str(run.folder), "score": score}
-    return {**ended, **result}
+        return {**row, "state": state, "reason": f"{state}: {one_line(str(error))}"}
+    row |= {"folder": str(run.folder), "state": "finished", "reason": "", "score": score}
+    return {**row, **result}
+
+
+def _train_seeds(space: Space, best: Row, seeds: Iterable[int], metric: str) -> list[Row]:
+    """Train the best with other seeds.
+
+    Raises:
+        RecipeError: The rows are not those of the best any more.
+    """
+    rows = []
+    for seed in seeds:
+        log.info("the best with seed %d", seed)
+        row = _train(space, {**best["values"], "train.seed": seed}, metric)
+        if row["reason"]:
+            log.warning("%s", row["reason"])
+        rows.append(row)
+    _refuse_other_rows([best, *rows], ("train", "validation"))
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    """Write the best recipe.
+
+    Raises:
+        RecipeError: If this fails.
+    """
+    try:
+        with write_file_aside(path) as aside:
+            aside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--write {path}: cannot be written: {error.strerror}") from error
 
 
 def make_columns(done: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -370,7 +370,7 @@ def carve(
         (the rest, the carved part), each in the order of `rows`.
 
     Raises:
-        DataError: One part would hold no row of some label.
+        DataError: One part would hold no row, or none of some label.
     """
     first = rows.find_first_equal()
     num_equal = np.bincount(first, minlength=len(rows))
@@ -388,7 +388,15 @@ def carve(
     emptied = np.setdiff1d(labels, labels[~is_carved[places]])
     if len(emptied):
         fault = _explain_rare_labels(labels, names, emptied, fraction)
-        raise DataError(f"{fault}\nadd rows with these labels", advice={key: ", or lower {}"})
+        advice = {key: ", or lower {}"}
+        texts = [np.unique(first[places[labels == label]]) for label in emptied]
+        if key.startswith("data.") and min(map(len, texts)) == 1:
+            advice = {}  # one text cannot be in two parts, whatever the fraction
+        raise DataError(f"{fault}\nadd rows with these labels", advice=advice)
+    if is_carved.all() or not is_carved.any():
+        raise DataError(
+            f"found {len(rows):,} rows, too few to carve {100 * fraction:g}% out of\nadd rows"
+        )
     return rows.take(np.flatnonzero(~is_carved)), rows.take(np.flatnonzero(is_carved))
 
 

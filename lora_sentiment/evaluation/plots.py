@@ -280,8 +280,9 @@ def plot_learning_curve(figures: "DataFrame", path: Path, *, metric: str, title:
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    ends = [figures["value"] - figures["low"], figures["high"] - figures["value"]]
-    axes.errorbar(figures.index, figures["value"], yerr=ends, fmt="o-", color=BLUE, capsize=3)
+    # Not error bars: the value of a metric such as ece may lie outside of its bootstrap interval.
+    axes.vlines(figures.index, figures["low"], figures["high"], color=BLUE)
+    axes.plot(figures.index, figures["value"], "o-", color=BLUE)
     axes.set(xscale="log", xlabel="training rows", ylabel=f"validation {show_metric(metric)}, 95 %")
     axes.set_xticks(figures.index, figures.index)
     axes.minorticks_off()

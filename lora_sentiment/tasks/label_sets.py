@@ -56,7 +56,7 @@ def find_set_thresholds(calibration: Any, coverage: float) -> NDArray[np.float64
         )
     thresholds = []
     for scores in calibration[LABEL_SCORES]:
-        rank = math.ceil((len(scores) + 1) * coverage - 1e-9)
+        rank = max(1, math.ceil((len(scores) + 1) * coverage - 1e-9))
         thresholds.append([*scores, 1.0][rank - 1])
     return np.array(thresholds)
 

@@ -166,6 +166,21 @@ class Regression(Task):
         edges = np.quantile(labels, np.linspace(0, 1, NUM_STRATA + 1)[1:-1])
         return np.searchsorted(edges, labels, side="right").astype(np.int64)
 
+    def choose_texts(
+        self, labels: Labels, sizes: Integers, *, fraction: float, generator: np.random.Generator
+    ) -> NDArray[np.bool_]:
+        # Strata may have too few rows to give a share each. So what one gives too little or too
+        # much is carried on to the next.
+        is_chosen = np.zeros(len(labels), dtype=bool)
+        missing = 0.0
+        order = np.lexsort((generator.permutation(len(labels)), self.find_strata(labels)))
+        for text in order.tolist():
+            missing += fraction * sizes[text]
+            if missing >= sizes[text] / 2:
+                is_chosen[text] = True
+                missing -= sizes[text]
+        return is_chosen
+
     def make_toy_labels(self, num_rows: int, num_labels: int) -> Labels:
         return np.arange(num_rows, dtype=np.float64) % 5
 

@@ -4,6 +4,7 @@
 torch: a classifier saved as ONNX answers without torch.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,9 +208,11 @@ class Task:
             texts = np.flatnonzero(strata == stratum)
             num_wanted = max(1, round(int(sizes[texts].sum()) * fraction))
             texts = texts[generator.permutation(len(texts))]
-            # Take the first texts in this order that together have as many rows as wanted.
+            # Take the first texts in this order that together have as many rows as wanted. Of a few
+            # texts with many rows each, enough must stay for the other parts.
             num_texts = np.searchsorted(sizes[texts].cumsum(), num_wanted) + 1
-            is_chosen[texts[:num_texts]] = True
+            num_others = math.ceil(1 / fraction - 1e-9) - 1
+            is_chosen[texts[: min(num_texts, max(1, len(texts) - num_others))]] = True
         return is_chosen
 
     def make_toy_labels(self, num_rows: int, num_labels: int) -> Labels:

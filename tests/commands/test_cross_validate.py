@@ -28,13 +28,16 @@ from tests.conftest import free_port, toy_rows, write_csv
 ROOT = Path(__file__).parents[2]
 
 
-def find_folds(path: Path, task: str, monkeypatch, num_folds: int = 5) -> list[Data]:
+def find_folds(
+    path: Path, task: str, monkeypatch, num_folds: int = 5, split_seed: int = 0
+) -> list[Data]:
     """The rows that the run of each fold would be given."""
     given = []
     monkeypatch.setattr(validation, "train_rows", lambda recipe, data, *_, **__: given.append(data))
     monkeypatch.setattr(validation, "is_main", lambda: False)
-    document = {"name": "toy", "data": {"source": str(path), "task": task}}
-    recipe = Recipe.model_validate({**document, "model": {"name": "bundled"}})
+    data = {"source": str(path), "task": task, "split_seed": split_seed}
+    document = {"name": "toy", "data": data, "model": {"name": "bundled"}}
+    recipe = Recipe.model_validate(document)
     assert predict_out_of_fold(recipe, num_folds=num_folds) == []
     return given
 
@@ -75,6 +78,33 @@ def test_folds_are_even_stratified_and_keep_equal_texts_together(
         labels = data.carved_test.labels
         shares.append((np.eye(3)[labels] if task == "single_label" else labels).mean(axis=0))
     assert np.ptp(shares, axis=0).max() < spread
+
+
+@pytest.mark.parametrize("num_rows", [13, 20, 30, 40])
+@pytest.mark.parametrize("num_values", [5, 1000])
+def test_folds_of_few_numbers_are_even(num_rows, num_values, tmp_path, monkeypatch):
+    rows = [(f"text {i}", str(i * 7 % num_rows % num_values)) for i in range(num_rows)]
+    folds = find_folds(write_csv(tmp_path / "rows.csv", rows), "regression", monkeypatch)
+    sizes = [len(data.carved_test) for data in folds]
+    assert sum(sizes) == num_rows
+    assert max(sizes) - min(sizes) <= 1
+    assert all(len(data.validation) and len(data.train) for data in folds)
+
+
+def test_too_few_numbers_for_the_folds_are_refused(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "rows.csv", [("a", "1"), ("b", "2"), ("c", "3")])
+    with pytest.raises(DataError, match=r"found \d rows, too few to carve \d+% out of"):
+        find_folds(path, "regression", monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_label_with_a_text_for_each_fold_is_in_each(seed, tmp_path, monkeypatch):
+    """One of its texts stands eight times."""
+    rows = [(f"text {i}", "pos") for i in range(40)]
+    rows += [(f"other {i}", "neg") for i in range(4)] + [("often", "neg")] * 8
+    path = write_csv(tmp_path / "rows.csv", rows)
+    folds = find_folds(path, "single_label", monkeypatch, num_folds=3, split_seed=seed)
+    assert [len(set(data.carved_test.labels)) for data in folds] == [2, 2, 2]
 
 
 def test_a_label_with_too_few_texts_is_refused_before_training(tmp_path, monkeypatch):
@@ -227,6 +257,7 @@ def test_rows_of_a_validation_file_are_in_folds_too_and_models_can_be_kept(tiny_
     folders = predict_out_of_fold(recipe, num_folds=2)
     assert not (folders[0] / "README.md").exists()
     folders = predict_out_of_fold(recipe, num_folds=2, keep_models=True)
+    predict_out_of_fold(recipe, num_folds=2)  # which another command does, too
     assert all((folder / "adapter_model.safetensors").is_file() for folder in folders)
     found = load_file(folders[0].with_name(OUT_OF_FOLD))
     assert sorted(found["row"][found["is_validation"]].tolist()) == list(range(1, 21))

@@ -242,9 +242,14 @@ def test_a_picture_that_cannot_be_drawn_does_not_cost_the_page(
 
 @pytest.mark.parametrize(
     ("place", "message"),
-    [("there.html", "exists already"), ("folder/new.html", "stands in the adapter folder")],
+    [
+        ("there.html", "exists already"),
+        ("nowhere/new.html", "there is no folder"),
+        ("folder/new.html", "stands in the adapter folder"),
+    ],
 )
 def test_a_page_is_refused_before_there_is_work_to_lose(tmp_path, place, message):
     (tmp_path / "there.html").touch()
+    (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=message):
         evaluate(tmp_path / "folder", html=tmp_path / place)

@@ -4,11 +4,14 @@ import itertools
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lora_sentiment import train as train_module
 from lora_sentiment.cli import main
+from lora_sentiment.commands import learning_curve as curve_module
 from lora_sentiment.commands.learning_curve import PICTURE, learning_curve
+from lora_sentiment.evaluation.plots import plot_learning_curve
 from lora_sentiment.recipe.recipe import Recipe
 from tests.conftest import toy_rows, write_csv
 
@@ -70,6 +73,35 @@ def test_a_part_without_some_label_is_left_out_and_that_is_said(tiny_base, tmp_p
     rows = [*toy_rows(90), *((f"rare {i}", "rare") for i in range(4))]
     path = write_recipe(tmp_path, tiny_base, rows)
     figures = learning_curve(Recipe.load(path, ["train.class_weights=balanced"]))
-    left_out = caplog.text.count("rows do not hold every label; this point is left out")
+    left_out = caplog.text.count("rows are left out: these rows do not hold every label")
     assert left_out > 0
     assert len(figures) == 4 - left_out
+
+
+def test_a_part_whose_numbers_are_all_equal_is_left_out(tiny_base, tmp_path, caplog):
+    rows = [(text, "5") for text, _ in toy_rows(80)]
+    rows[3:5] = [("seldom", "7"), ("rare", "8")]
+    overrides = ["data.task=regression", "data.validation_fraction=0.2"]
+    recipe = Recipe.load(write_recipe(tmp_path, tiny_base, rows), overrides)
+    figures = learning_curve(recipe)
+    left_out = caplog.text.count("every value is 5; a regression needs different values")
+    assert left_out > 0
+    assert len(figures) == 4 - left_out
+
+
+def test_a_value_outside_of_its_interval_is_drawn(tmp_path):
+    figures = pd.DataFrame({"value": [0.1, 0.2], "low": [0.11, 0.1], "high": [0.2, 0.3]}, [10, 20])
+    plot_learning_curve(figures, tmp_path / "curve.png", metric="ece", title="toy")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_that_cannot_be_drawn_is_shown(done, monkeypatch, capsys, caplog):
+    def fail(*_, **__):
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(curve_module, "plot_learning_curve", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["learning-curve", done[0], "--json"])
+    assert ended.value.code == 0
+    assert "82" in json.loads(capsys.readouterr().out)
+    assert "cannot be drawn: no fonts" in caplog.text

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from lora_sentiment.cli import main
 from lora_sentiment.commands import suspects
 from lora_sentiment.commands.cross_validate import OUT_OF_FOLD
-from lora_sentiment.commands.suspects import DUPLICATE, LABEL_ERROR, find_suspects
+from lora_sentiment.commands.suspects import BOTH, DUPLICATE, LABEL_ERROR, find_suspects
 from lora_sentiment.errors import DataError, ModelError
 from lora_sentiment.recipe.recipe import Recipe
 
@@ -84,7 +84,19 @@ def test_sets_of_labels_are_suspects_too(found, tmp_path):
     assert {100 + position for position in TWINS} <= set(table.index)
 
 
-@pytest.mark.parametrize("reason", ["regression", "exists", "extra"])
+def test_a_row_can_be_suspect_for_both_reasons_and_counts_are_json(found, tmp_path):
+    truth = np.arange(NUM_ROWS) % 2
+    labels = truth.copy()
+    labels[TWINS[0]] = 1 - labels[TWINS[0]]
+    labels[TWINS[1]] = 1 - labels[TWINS[0]]
+    logits = np.where(np.eye(2)[truth] > 0, 2.0, -2.0)
+    logits[TWINS[1]] = logits[TWINS[0]]
+    found(labels, logits)
+    counts = find_suspects(make_recipe("single_label"), tmp_path / "out.csv", num_folds=5)
+    assert json.loads(json.dumps(counts)) == {BOTH: 1, DUPLICATE: 1}
+
+
+@pytest.mark.parametrize("reason", ["regression", "exists", "folder", "extra"])
 def test_what_cannot_be_answered_is_refused_before_anything_is_read(reason, tmp_path, monkeypatch):
     monkeypatch.setattr(suspects, "predict_out_of_fold", None)
     out = tmp_path / "out.csv"
@@ -95,6 +107,9 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_read(reason, tmp_
         out.touch()
         with pytest.raises(DataError, match="exists; name another file"):
             find_suspects(make_recipe("single_label"), out, num_folds=5)
+    elif reason == "folder":
+        with pytest.raises(DataError, match=r"there is no folder .*nowhere; make it first"):
+            find_suspects(make_recipe("single_label"), tmp_path / "nowhere/out.csv", num_folds=5)
     else:
         monkeypatch.setitem(sys.modules, "cleanlab", None)
         with pytest.raises(ModelError, match=r"pip install 'lora_sentiment\[search\]'"):

@@ -76,16 +76,20 @@ class Trainer:
         intervals = {name: {"value": value, "low": 0, "high": 1} for name, value in scores.items()}
         report = {"validation": intervals, "train": {"best_step": 4, "seconds": 1.5}}
         (run.folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
-        card = {"data": {"validation_sha256": str(run.data.split_seed)}}
-        card["data"]["train_sha256"] = self.train_rows + str(run.data.max_train_rows)
-        (run.folder / "card.json").write_text(json.dumps(card), encoding="utf-8")
+        card = json.dumps({"data": self.find_fingerprints(run)})
+        (run.folder / "card.json").write_text(card, encoding="utf-8")
         (run.folder / "recipe.yaml").write_text(resolve_recipe(run).to_yaml(), encoding="utf-8")
+
+    def find_fingerprints(self, run):
+        train = self.train_rows + str(run.data.max_train_rows)
+        return {"train_sha256": train, "validation_sha256": str(run.data.split_seed)}
 
 
 @pytest.fixture
 def trainer(monkeypatch):
     stands_in = Trainer()
     monkeypatch.setattr(sweep_module, "train_run", stands_in)
+    monkeypatch.setattr(sweep_module, "find_fingerprints", stands_in.find_fingerprints)
     return stands_in
 
 
@@ -411,10 +415,10 @@ def test_the_best_one_is_best_on_validation_and_its_command_trains_it(done):
     assert run.report["test"]["accuracy"]["value"] is not None
 
 
-def test_a_finished_sweep_is_not_run_again(done, trainer):
+def test_a_finished_sweep_is_not_run_again(done, monkeypatch):
+    monkeypatch.setattr(sweep_module, "train_run", None)
     path, found = done
     assert sweep(path, GRID) == found
-    assert trainer.ran == []
 
 
 def test_the_table_shows_axes_figures_and_the_best(done):
@@ -597,6 +601,12 @@ def test_a_sweep_with_a_budget_ends_when_every_combination_ran(toy_recipe, train
     assert found["rows"][-1]["state"] == "finished"
 
 
+def test_a_range_of_few_integers_ends_when_every_combination_ran(toy_recipe, trainer):
+    found = sweep(toy_recipe, ["method.r=int(2, 4)"], budget=600)
+    assert sorted(run.method.r for run in trainer.ran) == [2, 3, 4]
+    assert found["rows"][-1]["state"] == "finished"
+
+
 def test_a_grid_runs_what_another_sampler_left(toy_recipe, trainer):
     sweep(toy_recipe, ["method.r=[2, 4, 8]"], sampler="random", num_trials=3)
     found = sweep(toy_recipe, ["method.r=[2, 4, 8]"], sampler="grid")
@@ -606,7 +616,9 @@ def test_a_grid_runs_what_another_sampler_left(toy_recipe, trainer):
 
 def test_trials_on_other_validation_rows_are_refused(toy_recipe, trainer):
     for _ in range(2):
-        with pytest.raises(RecipeError, match="trial 2 has other validation rows"):
+        with pytest.raises(
+            RecipeError, match="the validation rows are not those of earlier trials"
+        ):
             sweep(toy_recipe, ["data.split_seed=[0, 1]"])
     assert len(trainer.ran) == 2
 
@@ -615,8 +627,18 @@ def test_a_sweep_does_not_go_on_with_other_training_rows(toy_recipe, trainer):
     assignments = ["method.r=[2, 4, 8]"]
     sweep(toy_recipe, assignments, num_trials=2)
     trainer.train_rows = "b"
-    with pytest.raises(RecipeError, match="trial 3 has other train rows than those before"):
+    with pytest.raises(RecipeError, match="the train rows are not those of earlier trials"):
         sweep(toy_recipe, assignments, num_trials=3)
+
+
+def test_a_finished_sweep_of_other_rows_is_refused_as_it_would_compare_with_its_seeds(
+    toy_recipe, trainer
+):
+    sweep(toy_recipe, ["method.r=[2, 4]"])
+    trainer.train_rows = "b"
+    for options in ({}, {"num_seeds": 2}):
+        with pytest.raises(RecipeError, match="the train rows are not those of earlier trials"):
+            sweep(toy_recipe, ["method.r=[2, 4]"], **options)
 
 
 def test_an_axis_may_choose_the_training_rows(toy_recipe, trainer):
@@ -633,7 +655,8 @@ def test_the_seeds_of_the_best_stand_beside_it_whatever_the_folder_is_called(
         toy_recipe, ["method.r=[2, 4]", f"output.dir={json.dumps(str(folder))}"], num_seeds=2
     )
     assert len(found["seeds"]) == 2
-    assert Path(found["seeds"][1]["folder"]).parent == Path(f"{found['best']['folder']}.sweep")
+    best, other = found["seeds"]
+    assert Path(other["folder"]).parent == Path(best["folder"]).parent == Path(f"{folder}.sweep")
 
 
 @pytest.mark.parametrize(
@@ -697,6 +720,39 @@ def test_an_error_of_a_run_is_a_row_with_its_reason(toy_recipe, trainer, error, 
     found = sweep(toy_recipe, ["method.r=[1, 2, 3]"])
     assert [row["state"] for row in found["rows"]] == ["finished", state, "finished"]
     assert found["rows"][1]["reason"] == reason
+
+
+def test_what_failed_runs_again_when_its_cause_is_mended(toy_recipe, trainer):
+    def fail(run):
+        raise DataError("row 7: text is empty")
+
+    grid = ["method.r=[1, 2, 3]", "train.learning_rate=[1e-3, 1e-4]"]
+    trainer.score = fail
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="the first 3 trials failed"):
+            sweep(toy_recipe, grid)
+    trainer.score = lambda run: run.method.r
+    trainer.ran.clear()
+    found = sweep(toy_recipe, grid)
+    assert [row["state"] for row in found["rows"]] == ["finished"] * 6
+    assert len({str(row["values"]) for row in found["rows"]}) == len(trainer.ran) == 6
+    assert found["best"]["values"]["method.r"] == 3
+    assert sweep(toy_recipe, grid) == found
+
+
+def test_more_seeds_can_be_asked_for_and_one_that_fails_is_left_out(toy_recipe, trainer):
+    def score(run):
+        if run.train.seed == 44:
+            raise ModelError("memory ran out")
+        return run.train.seed / 100
+
+    trainer.score = score
+    for num_seeds in (2, 4):
+        found = sweep(toy_recipe, ["method.r=[2]"], num_seeds=num_seeds)
+    states = [row["state"] for row in found["seeds"]]
+    assert states == ["finished", "finished", "failed", "finished"]
+    assert [run.train.seed for run in trainer.ran] == [42, 43, 44, 45]
+    assert "the best with 3 seeds: accuracy 0.4333 on average" in " ".join(make_notes(found))
 
 
 def test_memory_that_ran_out_is_a_row(toy_recipe, monkeypatch):

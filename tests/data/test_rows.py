@@ -529,6 +529,21 @@ def test_a_carve_loses_no_row_and_keeps_duplicates_together(pairs, fraction, see
     )
 
 
+@pytest.mark.parametrize(("texts", "is_advised"), [(["x"] * 3, False), (["x", "y", "z"], True)])
+def test_a_lower_fraction_is_advised_only_where_it_can_help(texts, is_advised):
+    # Texts that stand under another label first are carved with that one.
+    others = [*map(str, range(20)), *(texts if is_advised else [])]
+    rows = make_rows([*others, *texts], [0] * len(others) + [1] * 3)
+    faults = []
+    for seed in range(20):
+        try:
+            carve(rows, "ab", SINGLE_LABEL, fraction=0.5, seed=seed, key="data.test_fraction")
+        except DataError as error:
+            faults.append("or lower data.test_fraction" in str(error))
+    assert faults
+    assert set(faults) == {is_advised}
+
+
 def test_a_carve_is_stratified_and_its_seed_decides():
     rows = make_rows(map(str, range(1000)), [int(i < 200) for i in range(1000)])
     _, carved = carve(rows, "abc", SINGLE_LABEL, fraction=0.1, seed=0, key="k")

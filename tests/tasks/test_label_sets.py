@@ -70,6 +70,11 @@ def test_a_label_with_too_few_rows_stands_in_every_set_and_is_named(coverage, nu
     assert told is None if num_needed == 1 else told.endswith("stand in every set: yes (1)")
 
 
+def test_the_smallest_coverage_gives_the_smallest_threshold():
+    lowest = find_set_thresholds(make_calibration(30), 0.01)
+    assert find_set_thresholds(make_calibration(30), 1e-12) == pytest.approx(lowest)
+
+
 @pytest.mark.parametrize("coverage", [0.0, 1.0, 95.0, -0.1, float("nan")])
 def test_what_is_no_coverage_is_refused(coverage):
     with pytest.raises(ModelError, match=r"coverage: found .* allowed: more than 0, less than 1"):
