@@ -3,7 +3,7 @@
 From the top of the repository: python examples/compare_methods.py RECIPE OUT [key=value ...]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from lora_sentiment import Recipe
@@ -20,10 +20,18 @@ METHODS = {
     "full": ["method={kind: full}", "train.learning_rate=2e-4"],
 }
 
-path, out, *overrides = sys.argv[1:]
+parser = argparse.ArgumentParser(
+    description="Train one recipe with several methods, and compare them."
+)
+parser.add_argument("recipe")
+parser.add_argument("out", type=Path, help="folder for the adapters")
+parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+given = parser.parse_args()
+
 folders = []
 for name, settings in METHODS.items():
-    folder = Path(out) / name
-    train(Recipe.load(path, [*settings, f"name={name}", f"output.dir={folder}", *overrides]))
+    folder = given.out / name
+    settings = [*settings, f"name={name}", f"output.dir={folder}", *given.overrides]
+    train(Recipe.load(given.recipe, settings))
     folders.append(folder)
 print(to_markdown(compare(folders)))

@@ -3,15 +3,20 @@
 From the top of the repository: python examples/long_documents.py adapters/imdb_small [FILE]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from lora_sentiment import load
 
-classifier = load(sys.argv[1])
+parser = argparse.ArgumentParser(description="Answer a text that is longer than the adapter reads.")
+parser.add_argument("adapter")
+parser.add_argument("file", nargs="?", type=Path, help="a text in UTF-8; by default one of ours")
+given = parser.parse_args()
+
+classifier = load(given.adapter)
 text = "The plot is thin and the jokes are old. " * 60 + "And yet I loved every minute of it."
-if len(sys.argv) > 2:
-    text = Path(sys.argv[2]).read_text(encoding="utf-8")
+if given.file:
+    text = given.file.read_text(encoding="utf-8")
 
 # Cut as in training: of this adapter the first quarter and the last three quarters of its tokens.
 (cut,) = classifier.predict([text])

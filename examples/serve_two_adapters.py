@@ -3,13 +3,18 @@
 From the top of the repository: python examples/serve_two_adapters.py adapters/imdb_small adapters/quickstart
 """
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-folders = [Path(name) for name in sys.argv[1:]]
+parser = argparse.ArgumentParser(
+    description="Serve adapters of one base, and ask each for one text."
+)
+parser.add_argument("adapters", nargs="+", type=Path)
+folders = parser.parse_args().adapters
 command = [sys.executable, "-m", "lora_sentiment", "serve", *folders, "--port", "0"]
 server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 try:

@@ -20,6 +20,7 @@ import yaml
 
 import lora_sentiment
 from lora_sentiment import cli
+from lora_sentiment.recipe.other_names import OTHER_NAMES
 from lora_sentiment.recipe.recipe import Recipe, make_schema
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ def check_command(words: list[str]) -> None:
         assert rest[0] == "-m" or (ROOT / rest[0]).is_file(), rest[0]
     else:
         assert program in TOOLS, program
-    for extra in re.findall(r"lora_sentiment\[(\w+)\]", " ".join(words)):
+    for extra in re.findall(r"(?:lora_sentiment|\.)\[(\w+)\]", " ".join(words)):
         assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
@@ -245,6 +246,12 @@ def test_the_messages_of_the_troubleshooting_page_are_in_the_code():
                 if len(part) > 15 and part.strip(" ;,:()'[]") not in everything:
                     missing.append(part)
     assert not missing, "\n".join(missing)
+
+
+def test_the_table_for_users_of_the_trainer_has_every_name_that_the_messages_know():
+    page = (ROOT / "docs/questions.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Coming from the Trainer\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.M) == list(OTHER_NAMES)
 
 
 @pytest.fixture(scope="module")
