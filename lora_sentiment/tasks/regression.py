@@ -172,7 +172,7 @@ class Regression(Task):
         # Strata may have too few rows to give a share each. So what one gives too little or too
         # much is carried on to the next.
         is_chosen = np.zeros(len(labels), dtype=bool)
-        missing = 0.0
+        missing = generator.uniform(-0.5, 0.5)  # else the only row of a stratum goes one way
         order = np.lexsort((generator.permutation(len(labels)), self.find_strata(labels)))
         for text in order.tolist():
             missing += fraction * sizes[text]
