@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from lora_sentiment.errors import AdapterError
+from lora_sentiment.errors import AdapterError, DataError
 
 LFS_FAULT = "is a Git LFS pointer, not the file itself; fetch the file, as by git lfs pull"
 """The fault of a file for which `is_lfs_pointer` is true."""
@@ -37,6 +37,18 @@ def is_lfs_pointer(path: Path) -> bool:
     """Return whether a file is the pointer that git leaves where Git LFS is not installed."""
     with path.open("rb") as file:
         return file.read(40).startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def check_new_file(path: Path) -> None:
+    """Refuse the place of a new file, before there is work to lose.
+
+    Raises:
+        DataError: The file exists, or its folder does not.
+    """
+    if path.exists():
+        raise DataError(f"{path}: exists already; give another name")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 def replace_atomically(unfinished: Path, place: Path, *, replaced: Path | None = None) -> None:

@@ -15,7 +15,7 @@ from lora_sentiment.data.rows import Rows, load_data, load_judged, load_rows
 from lora_sentiment.data.sources import find_source, is_on_hub, make_source
 from lora_sentiment.errors import DRAWING_FAULTS, AdapterError, DataError, one_line
 from lora_sentiment.evaluation.statistics import Interval
-from lora_sentiment.files import write_file_aside
+from lora_sentiment.files import check_new_file, write_file_aside
 from lora_sentiment.hub import prepare_hub
 from lora_sentiment.models.dtype import resolve_dtype
 from lora_sentiment.models.inference import make_fast, predict_logits
@@ -156,10 +156,7 @@ def _check_page(html: Path, folder: Path) -> None:
     Raises:
         DataError: The file exists, its folder does not, or it stands in the adapter folder.
     """
-    if html.exists():
-        raise DataError(f"{html}: exists already; give another name")
-    if not html.parent.is_dir():
-        raise DataError(f"{html}: there is no folder {html.parent}; make it first")
+    check_new_file(html)
     if folder.resolve() in html.resolve().parents:
         raise DataError(f"{html}: stands in the adapter folder; name a file elsewhere")
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from lora_sentiment.adapter.folder import load_card
 from lora_sentiment.commands.cross_validate import OUT_OF_FOLD, predict_out_of_fold
 from lora_sentiment.errors import DataError, ModelError
-from lora_sentiment.files import write_file_aside
+from lora_sentiment.files import check_new_file, write_file_aside
 from lora_sentiment.recipe.recipe import Recipe
 from lora_sentiment.tasks import find_task
 
@@ -44,10 +44,7 @@ def find_suspects(recipe: Recipe, out: Path, *, num_folds: int) -> dict[str, int
             "--suspects: a number is near the predicted one or far from it, but neither right nor "
             "wrong; cross-validate writes the predicted number of each row"
         )
-    if out.exists():
-        raise DataError(f"{out}: exists; name another file")
-    if not out.parent.is_dir():
-        raise DataError(f"{out}: there is no folder {out.parent}; make it first")
+    check_new_file(out)
     try:
         from cleanlab import multilabel_classification, rank
         from cleanlab.filter import find_label_issues

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -233,11 +233,10 @@ class Space:
                 values.append(axis.choices)
             else:
                 values.append((axis.low, axis.high))
-        points = itertools.islice(itertools.product(*values), MAX_TRIALS + 1)
-        return [dict(zip(self.axes, point, strict=True)) for point in points]
+        return self._combine(values)
 
     def list_all_points(self) -> list[Point]:
-        """Return the combinations if the axes have so few values, else nothing."""
+        """Return the combinations if there are at most MAX_TRIALS, else nothing."""
         values: list[Sequence[Any]] = []
         for axis in self.axes.values():
             if isinstance(axis, FloatDistribution):
@@ -245,10 +244,13 @@ class Space:
             if isinstance(axis, CategoricalDistribution):
                 values.append(axis.choices)
             else:
-                values.append(range(axis.low, axis.high + 1))
-        if math.prod(map(len, values)) > MAX_TRIALS:
-            return []
-        return [dict(zip(self.axes, point, strict=True)) for point in itertools.product(*values)]
+                values.append(range(axis.low, axis.high + 1)[: MAX_TRIALS + 1])
+        points = self._combine(values)
+        return points if len(points) <= MAX_TRIALS else []
+
+    def _combine(self, values: Sequence[Sequence[Any]]) -> list[Point]:
+        points = itertools.islice(itertools.product(*values), MAX_TRIALS + 1)
+        return [dict(zip(self.axes, point, strict=True)) for point in points]
 
     def apply(self, point: Point) -> dict[str, str]:
         """Return key to override, in the order given."""
@@ -461,7 +463,8 @@ def _search(
         _tell(study, trial.number, row)
         rows.append(row)
         if len(rows) == MAX_FAILURES and all(row["state"] == "failed" for row in rows):
-            raise TrainingError(f"the first {MAX_FAILURES} trials failed: {row['reason']}")
+            reason = row["reason"].removeprefix("failed: ")
+            raise TrainingError(f"the first {MAX_FAILURES} trials failed: {reason}")
     return rows
 
 
@@ -481,9 +484,7 @@ def _train(space: Space, values: Point, metric: str, trial: optuna.Trial | None 
     if trial:
         reported += trial.study.get_trials()[trial.number].intermediate_values.values()
 
-    def report(evaluations: Sequence["EvalPoint"]) -> None:
-        if not trial:
-            return
+    def report(trial: optuna.Trial, evaluations: Sequence["EvalPoint"]) -> None:
         # By number: steps of different batch sizes cannot be compared.
         for point in evaluations[len(reported) :]:
             reported.append(point.metric)
@@ -495,7 +496,7 @@ def _train(space: Space, values: Point, metric: str, trial: optuna.Trial | None 
     try:
         run = space.make_run(values)
         if not is_finished(run):
-            train_run(run, on_evaluation=report)
+            train_run(run, on_evaluation=partial(report, trial) if trial else None)
         result = read_result(run.folder)
         score = result["validation"][metric]["value"]
         if score is None:

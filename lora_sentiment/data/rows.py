@@ -395,7 +395,7 @@ def carve(
         raise DataError(f"{fault}\nadd rows with these labels", advice=advice)
     if is_carved.all() or not is_carved.any():
         raise DataError(
-            f"found {len(rows):,} rows, too few to carve {100 * fraction:g}% out of\nadd rows"
+            f"found {len(rows):,} rows, too few to carve {100 * fraction:g}% out of them\nadd rows"
         )
     return rows.take(np.flatnonzero(~is_carved)), rows.take(np.flatnonzero(is_carved))
 

@@ -274,8 +274,8 @@ class SingleLabel(Task):
         temperature = fit_temperature(logits, labels)
         lowest, highest = TEMPERATURE_BOUNDS
         shown = f"temperature fitted on validation: {temperature:.3f}, within {lowest} to {highest}"
-        if temperature in TEMPERATURE_BOUNDS:
-            shown += "; it is at an end, so do not rely on calibrated probabilities"
+        if temperature == lowest:  # nearly all of validation is right
+            shown += "; it is the lowest, so do not rely on calibrated probabilities"
         return {"temperature": temperature}, shown
 
     def check_answers(self, names: Sequence[str], calibration: Calibration | None) -> str | None:

@@ -105,7 +105,7 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_read(reason, tmp_
             find_suspects(make_recipe("regression"), out, num_folds=5)
     elif reason == "exists":
         out.touch()
-        with pytest.raises(DataError, match="exists; name another file"):
+        with pytest.raises(DataError, match="exists already; give another name"):
             find_suspects(make_recipe("single_label"), out, num_folds=5)
     elif reason == "folder":
         with pytest.raises(DataError, match=r"there is no folder .*nowhere; make it first"):

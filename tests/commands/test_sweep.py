@@ -777,7 +777,7 @@ def test_a_mistake_that_is_in_all_trials_stops_the_sweep(toy_recipe, trainer):
         raise DataError("row 7: no label")
 
     trainer.score = score
-    with pytest.raises(TrainingError, match="the first 3 trials failed: failed: row 7: no label"):
+    with pytest.raises(TrainingError, match="the first 3 trials failed: row 7: no label"):
         sweep(toy_recipe, RANGES, num_trials=30)
     assert len(trainer.ran) == 3
     trainer.score = lambda run: 0.5

@@ -285,8 +285,8 @@ def test_rows_that_do_not_fit_are_refused(logits, labels, error, message):
         quick_score(logits, labels, "accuracy")
 
 
-@pytest.mark.parametrize(("logit", "is_told"), [(5.0, True), (0.0, False)])
-def test_a_temperature_at_an_end_of_its_range_is_told(logit, is_told):
+@pytest.mark.parametrize(("logit", "is_told"), [(5.0, True), (0.0, False), (-5.0, False)])
+def test_the_lowest_temperature_is_told(logit, is_told):
     logits = np.array([[logit, -logit], [-logit, logit]])
     _, shown = find_task("single_label").calibrate(logits, np.array([0, 1]), ["neg", "pos"])
     assert ("do not rely on calibrated probabilities" in shown) == is_told
